@@ -1,0 +1,102 @@
+"""The one module that a plugin imports.
+
+::
+
+    from mlxlora_core.api import Sampler, hookimpl, option
+
+What needs mlx (``QuantizedLinear``, ``KVCache`` and the functions on linears)
+is loaded when it is first asked for: take it inside the function that uses it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mlxlora_core.errors import (
+    DataError,
+    MlxloraError,
+    ModelError,
+    PluginError,
+    ResourceError,
+    SafetyError,
+    UsageError,
+)
+from mlxlora_core.hookspecs import API_VERSION, hookimpl
+from mlxlora_core.options import NoOptions, option
+from mlxlora_core.specs import (
+    Adapter,
+    AdapterOptions,
+    Architecture,
+    Cache,
+    Checkpoint,
+    DatasetBuilder,
+    DatasetOptions,
+    LanguageModel,
+    LazyTensor,
+    Quantizer,
+    RecipeFile,
+    Row,
+    Rows,
+    Runtime,
+    Sample,
+    Sampler,
+    Skipped,
+    WeightLoader,
+)
+
+if TYPE_CHECKING:
+    from mlxlora_core.cache import KVCache
+    from mlxlora_core.layers import QuantizedLinear, dense_weight, linear_shape, on_cpu
+
+_HEAVY = {
+    "KVCache": "mlxlora_core.cache",
+    "QuantizedLinear": "mlxlora_core.layers",
+    "dense_weight": "mlxlora_core.layers",
+    "linear_shape": "mlxlora_core.layers",
+    "on_cpu": "mlxlora_core.layers",
+}
+
+__all__ = [
+    "API_VERSION",
+    "Adapter",
+    "AdapterOptions",
+    "Architecture",
+    "Cache",
+    "Checkpoint",
+    "DataError",
+    "DatasetBuilder",
+    "DatasetOptions",
+    "KVCache",
+    "LanguageModel",
+    "LazyTensor",
+    "MlxloraError",
+    "ModelError",
+    "NoOptions",
+    "PluginError",
+    "QuantizedLinear",
+    "Quantizer",
+    "RecipeFile",
+    "ResourceError",
+    "Row",
+    "Rows",
+    "Runtime",
+    "SafetyError",
+    "Sample",
+    "Sampler",
+    "Skipped",
+    "UsageError",
+    "WeightLoader",
+    "dense_weight",
+    "hookimpl",
+    "linear_shape",
+    "on_cpu",
+    "option",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HEAVY:
+        import importlib
+
+        return getattr(importlib.import_module(_HEAVY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,132 @@
+"""The errors that mlxlora raises on purpose, and the exit code of each.
+
+::
+
+    MlxloraError
+    ├── UsageError      2  usage and configuration
+    ├── DataError       3  rows and datasets
+    ├── ModelError      4  model, adapter and tokenizer
+    ├── SafetyError     5  refused for safety
+    ├── ResourceError   6  disk, memory and limits
+    ├── DivergedError   7  a loss or a gradient that is not finite
+    ├── PluginError     8  a plugin is missing, broken or incompatible
+    └── LockedError     9  another run holds the folder
+
+Anything else that reaches the command line is a defect of mlxlora (70); a
+signal n ends a run with 128 + n.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from enum import IntEnum
+from pathlib import Path
+
+
+class ExitCode(IntEnum):
+    """What the process tells its caller."""
+
+    OK = 0
+    USAGE = 2
+    DATA = 3
+    MODEL = 4
+    SAFETY = 5
+    RESOURCE = 6
+    DIVERGED = 7
+    PLUGIN = 8
+    LOCKED = 9
+    DEFECT = 70
+
+
+class MlxloraError(Exception):
+    """An expected failure: what happened, where, and what to do about it.
+
+    Args:
+        what: the fault with what was found and what was wanted.
+        where: the file, ``file:line`` or option that it was found in.
+        fix: what the user can do, as an imperative.
+    """
+
+    exit_code = ExitCode.DEFECT
+
+    def __init__(self, what: str, *, where: str | Path = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, str(where), fix
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        remedy = f". Fix: {self.fix}" if self.fix else ""
+        return one_line(f"{place}{self.what}{remedy}")
+
+
+class UsageError(MlxloraError):
+    """A command line, recipe or option that makes no sense."""
+
+    exit_code = ExitCode.USAGE
+
+
+class DataError(MlxloraError):
+    """Rows that cannot be read or used."""
+
+    exit_code = ExitCode.DATA
+
+
+class ModelError(MlxloraError):
+    """A checkpoint, model folder, adapter file or tokenizer that does not fit."""
+
+    exit_code = ExitCode.MODEL
+
+
+class SafetyError(MlxloraError):
+    """Something that was refused because doing it could cause harm."""
+
+    exit_code = ExitCode.SAFETY
+
+
+class ResourceError(MlxloraError):
+    """Disk, memory or another limit of the machine."""
+
+    exit_code = ExitCode.RESOURCE
+
+
+class DivergedError(MlxloraError):
+    """A loss or a gradient that is not finite."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class PluginError(MlxloraError):
+    """A plugin that is missing, broken or incompatible."""
+
+    exit_code = ExitCode.PLUGIN
+
+
+class LockedError(MlxloraError):
+    """Another run holds the folder."""
+
+    exit_code = ExitCode.LOCKED
+
+
+def one_line(text: object) -> str:
+    """``text`` on one line, with every control character escaped.
+
+    Names out of foreign files are printed through this, so that none of them
+    can move the cursor, clear the screen or forge a second message.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def some(items: Iterable[object], limit: int = 10) -> str:
+    """``a, b, c and 7 more``: at most ``limit`` items of a list, and the count of the rest."""
+    shown = [str(item) for item in items]
+    if not shown:
+        return "none"
+    rest = len(shown) - limit
+    return ", ".join(shown[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``did you mean 'rank'? `` for a misspelt name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean '{close[0]}'? " if close else ""

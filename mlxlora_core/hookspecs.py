@@ -1,0 +1,69 @@
+"""The hooks: the only door into mlxlora. Each gives an iterable of specs.
+
+A plugin is a module that an entry point of group ``mlxlora`` names and that
+implements any of these functions, marked ``@hookimpl``. All of them are
+collected, none takes an argument, and none may import mlx, numpy or torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pluggy
+
+from mlxlora_core.specs import (
+    Adapter,
+    Architecture,
+    DatasetBuilder,
+    Quantizer,
+    RecipeFile,
+    Runtime,
+    Sampler,
+    WeightLoader,
+)
+
+PROJECT = "mlxlora"
+API_VERSION = 1
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def mlxlora_weight_loaders() -> Iterable[WeightLoader]:  # type: ignore[empty-body]
+    """Readers of foreign checkpoints: a folder -> config, tokenizer, tensors one at a time."""
+
+
+@hookspec
+def mlxlora_architectures() -> Iterable[Architecture]:  # type: ignore[empty-body]
+    """Model families: a config -> a language model with named parameters."""
+
+
+@hookspec
+def mlxlora_adapters() -> Iterable[Adapter]:  # type: ignore[empty-body]
+    """Trainable changes to frozen linears: wrap one, and fuse it back into a weight."""
+
+
+@hookspec
+def mlxlora_quantizers() -> Iterable[Quantizer]:  # type: ignore[empty-body]
+    """Linears in fewer bits: quantize one, and restore one from a model folder."""
+
+
+@hookspec
+def mlxlora_dataset_builders() -> Iterable[DatasetBuilder]:  # type: ignore[empty-body]
+    """Makers of training rows: options -> rows, what was skipped, and versions."""
+
+
+@hookspec
+def mlxlora_samplers() -> Iterable[Sampler]:  # type: ignore[empty-body]
+    """Choosers of the next token: options -> a function of logits, ids and a random key."""
+
+
+@hookspec
+def mlxlora_runtimes() -> Iterable[Runtime]:  # type: ignore[empty-body]
+    """Preparations of the machine, started once a process before MLX is first used."""
+
+
+@hookspec
+def mlxlora_recipes() -> Iterable[RecipeFile]:  # type: ignore[empty-body]
+    """Recipes that ship with a plugin and run by their name: ``mlxlora run NAME``."""

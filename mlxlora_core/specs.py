@@ -1,0 +1,327 @@
+"""What a plugin hands over: one frozen dataclass a kind.
+
+A spec is light: a name, a sentence, an options dataclass and plain functions.
+The functions import what is heavy inside themselves, so that listing and
+explaining components loads neither mlx nor torch.
+
+Shape letters used here and everywhere: B batch, T tokens, D width, H heads,
+K kv heads, E head width, F mlp width, V vocabulary, L layers, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mlxlora_core.options import NoOptions, option
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What all kinds have in common.
+
+    Attributes:
+        name: lower case letters, digits and hyphens; what a recipe writes after ``use =``.
+        summary: one sentence for listings.
+        options: the dataclass of its options, made with :func:`mlxlora_core.api.option`.
+    """
+
+    name: str
+    summary: str
+    options: type[Any] = NoOptions
+
+
+# --- weight loaders -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a checkpoint that has not been read.
+
+    Attributes:
+        shape: its dimensions.
+        dtype: ``float16``, ``bfloat16``, ``float32`` and so on.
+        read: reads it; what it returns is not kept anywhere else.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], mx.array]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a weight loader opened.
+
+    Attributes:
+        config: the model's own description, as the checkpoint spells it.
+        tokenizer_file: a SentencePiece model.
+        tensors: name -> tensor, in the order in which reading is cheapest.
+    """
+
+    config: Mapping[str, Any]
+    tokenizer_file: Path
+    tensors: Mapping[str, LazyTensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightLoader(Spec):
+    """Reads a foreign checkpoint.
+
+    Attributes:
+        detect: whether a folder looks like this loader's; must not read tensors.
+        open: the checkpoint in a folder. Memory in use while its tensors are
+            read one after another must not grow with the model, no code found
+            in a file may run, and a missing or damaged part is an error.
+    """
+
+    detect: Callable[[Path], bool]
+    open: Callable[[Path, Any], Checkpoint]
+
+
+# --- architectures ------------------------------------------------------------
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens that one layer has seen."""
+
+    @property
+    def offset(self) -> int:
+        """Tokens held."""
+
+    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append (B, K, T, E) keys and values; return all of them."""
+
+
+class LanguageModel(Protocol):
+    """What an architecture builds: an ``mlx.nn.Module`` with these members.
+
+    ``model(tokens)`` must equal ``model.head(model.run(model.embed(tokens)))``.
+
+    Attributes:
+        layers: the blocks, bottom first; adapters go into the linears inside them.
+        head_path: module path of the output head, or nothing when it is tied
+            to the embedding.
+        vocab_size: V.
+        context_tokens: longest sequence it was made for, or None.
+    """
+
+    layers: list[nn.Module]
+    head_path: str
+    vocab_size: int
+    context_tokens: int | None
+
+    def __call__(self, tokens: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
+        """Logits (B, T, V) of token ids (B, T)."""
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Embeddings (B, T, D) of token ids (B, T)."""
+
+    def run(
+        self,
+        hidden: mx.array,
+        first: int = 0,
+        last: int | None = None,
+        cache: Sequence[Cache] | None = None,
+    ) -> mx.array:
+        """Hidden states (B, T, D) after layers ``first`` up to, not including, ``last``."""
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits (..., V) of hidden states (..., D), final norm included."""
+
+    def make_cache(self) -> list[Cache]:
+        """An empty cache, one entry a layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Spec):
+    """A model family.
+
+    Attributes:
+        model_types: the values of ``model_type`` in config.json that it builds.
+        detect: the model_type of a checkpoint config that states none, or None.
+        config: checked model arguments, as a frozen dataclass whose fields are
+            what config.json holds. ``shapes`` has the shape of each tensor by
+            its name in the model, to derive what the config leaves out; it is
+            empty when the config is one that mlxlora wrote.
+        rename: the name in the model of a tensor of the checkpoint, or None for
+            one that the model does not need. Unknown names pass unchanged.
+        build: a model with uninitialised parameters.
+    """
+
+    model_types: tuple[str, ...]
+    detect: Callable[[Mapping[str, Any]], str | None]
+    config: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Any]
+    rename: Callable[[str], str | None]
+    build: Callable[[Any], LanguageModel]
+
+
+# --- adapters -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Where an adapter goes; the options of an adapter inherit this."""
+
+    targets: tuple[str, ...] = option(
+        ("wq", "wv"), help="names of the linears to adapt, or all-linear for every one in a layer"
+    )
+    layers: int = option(16, help="the top so many layers are adapted; -1 is all", minimum=-1)
+
+    def __post_init__(self) -> None:
+        if self.layers == 0:
+            raise ValueError("layers must be -1 or at least 1, got 0: nothing would be trained")
+        if not self.targets:
+            raise ValueError("targets is empty: nothing would be trained")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Spec):
+    """A trainable change to frozen linears.
+
+    Attributes:
+        wrap: a module that computes the linear's output plus the adapter's, the
+            same as the linear at the start. All parameters that it adds train;
+            those of the linear, kept as a child, do not.
+        fuse: the weight (outputs, inputs), float32, of one dense linear that does
+            what the wrapped module does, given the weight of the linear inside it.
+    """
+
+    options: type[AdapterOptions] = AdapterOptions
+    wrap: Callable[[nn.Module, Any], nn.Module]
+    fuse: Callable[[nn.Module, mx.array], mx.array]
+
+
+# --- quantizers ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizer(Spec):
+    """Stores the weight of a linear in fewer bits.
+
+    Attributes:
+        quantize: a :class:`mlxlora_core.api.QuantizedLinear` made from a dense
+            linear, or None to leave this one as it is.
+        restore: an empty one for a linear of shape (outputs, inputs), bias or
+            not, with the options that it was quantized with; its parameters are
+            loaded afterwards.
+    """
+
+    quantize: Callable[[nn.Linear, Any], nn.Module | None]
+    restore: Callable[[tuple[int, int], bool, Any], nn.Module]
+
+
+# --- dataset builders ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DatasetOptions:
+    """How rows are split and written; the options of a builder inherit this."""
+
+    test_set_size: float = option(
+        0.1, help="share held out; half of it validation, half test", minimum=0.0, below=1.0
+    )
+    split_seed: int = option(0, help="seed of the split", minimum=0)
+    write_batch_size: int = option(1000, help="rows written at a time", unit="rows", minimum=1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row.
+
+    Attributes:
+        content: ``{"text": str}``, ``{"prompt": str, "completion": str}`` or
+            ``{"messages": [{"role": str, "content": str}, ...]}``.
+        group: rows of one group never stand in two splits; nothing is a group
+            of its own.
+        split: ``train``, ``valid`` or ``test``, when the source has settled it.
+    """
+
+    content: Mapping[str, Any]
+    group: str = ""
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A source, or a part of one, that gave no row, and why."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a dataset builder made.
+
+    Attributes:
+        rows: in an order that depends on the sources and options alone.
+        skipped: everything that was left out.
+        versions: source -> version, for the record.
+    """
+
+    rows: Sequence[Row]
+    skipped: Sequence[Skipped] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetBuilder(Spec):
+    """Makes training rows out of something.
+
+    Attributes:
+        build: the rows; the same options and sources give the same rows.
+    """
+
+    options: type[DatasetOptions] = DatasetOptions
+    build: Callable[[Any], Rows]
+
+
+# --- samplers -----------------------------------------------------------------
+
+Sample = Callable[["mx.array", Sequence[int], "mx.array"], "mx.array"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler(Spec):
+    """Chooses the next token.
+
+    Attributes:
+        build: a function ``sample(logits, tokens, key)`` from logits (B, V) in
+            float32, the ids so far and a random key to token ids (B,). The same
+            key gives the same token.
+    """
+
+    build: Callable[[Any], Sample]
+
+
+# --- runtimes and recipes -----------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime(Spec):
+    """Prepares the machine before MLX computes anything.
+
+    Attributes:
+        start: called once a process. Returns one line that says what is in
+            force, or nothing when the runtime has no business on this machine.
+    """
+
+    start: Callable[[], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeFile(Spec):
+    """A recipe that ships with a plugin: ``mlxlora run NAME``.
+
+    Attributes:
+        path: the recipe.toml; paths inside it are relative to its folder.
+    """
+
+    path: Path
