@@ -31,7 +31,7 @@ class QuantizedLinear(nn.Module):
     """
 
     @property
-    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+    def shape(self) -> tuple[int, int]:
         """(outputs, inputs) of the weight."""
         raise NotImplementedError
 

@@ -24,6 +24,7 @@ import pluggy
 
 from mlxlora_core import hookspecs, specs
 from mlxlora_core.errors import PluginError, UsageError, nearest, one_line, some
+from mlxlora_core.options import NoOptions
 
 GROUP = "mlxlora"
 DISTRIBUTION = "mlxlora"
@@ -348,11 +349,11 @@ def _check(spec: Any, hook: str, wanted: type[specs.Spec]) -> None:
         raise PluginError(f"{hook}: name {spec.name!r} does not match {_NAME.pattern}")
     if not (isinstance(spec.options, type) and is_dataclass(spec.options)):
         raise PluginError(f"{hook}: options of '{spec.name}' is no dataclass")
-    base = wanted.__dataclass_fields__["options"].default
-    if not issubclass(spec.options, base) and base is not specs.NoOptions:
+    base: Any = wanted.options
+    if base is not NoOptions and not issubclass(spec.options, base):
         raise PluginError(f"{hook}: options of '{spec.name}' must inherit {base.__name__}")
     for name, member in vars(spec).items():
-        if wanted.__dataclass_fields__[name].type.startswith("Callable") and not callable(member):  # type: ignore[union-attr]
+        if str(wanted.__dataclass_fields__[name].type).startswith("Callable") and not callable(member):
             raise PluginError(f"{hook}: {name} of '{spec.name}' is not callable")
 
 
