@@ -20,6 +20,7 @@ from mlxlora_core.errors import (
     ResourceError,
     SafetyError,
     UsageError,
+    some,
 )
 from mlxlora_core.hookspecs import API_VERSION, hookimpl
 from mlxlora_core.options import NoOptions, option
@@ -34,10 +35,12 @@ from mlxlora_core.specs import (
     LanguageModel,
     LazyTensor,
     Quantizer,
+    QuantizerOptions,
     RecipeFile,
     Row,
     Rows,
     Runtime,
+    RuntimeNote,
     Sample,
     Sampler,
     Skipped,
@@ -75,11 +78,13 @@ __all__ = [
     "PluginError",
     "QuantizedLinear",
     "Quantizer",
+    "QuantizerOptions",
     "RecipeFile",
     "ResourceError",
     "Row",
     "Rows",
     "Runtime",
+    "RuntimeNote",
     "SafetyError",
     "Sample",
     "Sampler",
@@ -91,6 +96,7 @@ __all__ = [
     "linear_shape",
     "on_cpu",
     "option",
+    "some",
 ]
 
 

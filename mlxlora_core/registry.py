@@ -192,20 +192,20 @@ def load(select: Iterable[str] = (), environ: Mapping[str, str] | None = None) -
     return Registry(plugins, components)
 
 
-def start_runtimes(registry: Registry) -> list[str]:
-    """Start every runtime, once, before MLX computes; return what each has to say.
+def start_runtimes(registry: Registry) -> list[specs.RuntimeNote]:
+    """Start every runtime, once a process, before MLX computes; return what they have to say.
 
-    A runtime that raises is reported as a line and leaves the others alone.
+    A runtime that raises is a warning and leaves the others alone.
     """
-    lines = []
+    notes = []
     for component in registry.of("runtime"):
         try:
-            line = component.spec.start()
+            note = component.spec.start()
         except Exception as fault:
-            line = f"runtime {component.id} failed, MLX stays as it was: {_reason(fault)}"
-        if line:
-            lines.append(line)
-    return lines
+            note = specs.RuntimeNote(f"runtime {component.id} failed: {_reason(fault)}", warning=True)
+        if note is not None:
+            notes.append(note)
+    return notes
 
 
 # --- phase one: metadata ------------------------------------------------------

@@ -187,8 +187,8 @@ class Adapter(Spec):
 
     Attributes:
         wrap: a module that computes the linear's output plus the adapter's, the
-            same as the linear at the start. All parameters that it adds train;
-            those of the linear, kept as a child, do not.
+            same as the linear at the start. It keeps the linear as its child
+            ``linear``, frozen; every parameter that it adds trains.
         fuse: the weight (outputs, inputs), float32, of one dense linear that does
             what the wrapped module does, given the weight of the linear inside it.
     """
@@ -199,6 +199,16 @@ class Adapter(Spec):
 
 
 # --- quantizers ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class QuantizerOptions:
+    """Which linears are quantized; the options of a quantizer inherit this.
+
+    The fields that a quantizer adds are what config.json keeps as ``quantization``.
+    """
+
+    head: bool = option(False, help="quantize the output head too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +223,7 @@ class Quantizer(Spec):
             loaded afterwards.
     """
 
+    options: type[QuantizerOptions] = QuantizerOptions
     quantize: Callable[[nn.Linear, Any], nn.Module | None]
     restore: Callable[[tuple[int, int], bool, Any], nn.Module]
 
@@ -277,10 +288,13 @@ class DatasetBuilder(Spec):
 
     Attributes:
         build: the rows; the same options and sources give the same rows.
+        inputs: what ``build`` would read, told cheaply: source -> version, or
+            size and time. ``mlxlora run`` builds again when this changes.
     """
 
     options: type[DatasetOptions] = DatasetOptions
     build: Callable[[Any], Rows]
+    inputs: Callable[[Any], Mapping[str, str]]
 
 
 # --- samplers -----------------------------------------------------------------
@@ -304,16 +318,29 @@ class Sampler(Spec):
 # --- runtimes and recipes -----------------------------------------------------
 
 
+@dataclass(frozen=True)
+class RuntimeNote:
+    """What a runtime has to say, in one line.
+
+    Attributes:
+        text: what is in force, or what went wrong.
+        warning: whether the user should be told unasked.
+    """
+
+    text: str
+    warning: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Runtime(Spec):
     """Prepares the machine before MLX computes anything.
 
     Attributes:
-        start: called once a process. Returns one line that says what is in
-            force, or nothing when the runtime has no business on this machine.
+        start: called once a process. Returns a note, or None when the runtime
+            has no business on this machine.
     """
 
-    start: Callable[[], str]
+    start: Callable[[], RuntimeNote | None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,213 @@
+"""Put an adapter on a model; keep it in a file that fits only the base it was made for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxlora_core import __version__, tensor_file
+from mlxlora_core.errors import DivergedError, ModelError, UsageError, nearest, some
+from mlxlora_core.layers import linear_shape
+from mlxlora_core.model_folder import Model, linears, parameters, replace
+from mlxlora_core.options import parse, plain
+from mlxlora_core.registry import Component, Registry
+from mlxlora_core.specs import AdapterOptions
+
+ALL_LINEAR = "all-linear"
+METADATA = "mlxlora"
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """An adapter that is on a model.
+
+    Attributes:
+        component: which adapter.
+        options: with which options.
+        paths: the linears that it wraps.
+    """
+
+    component: Component
+    options: AdapterOptions
+    paths: tuple[str, ...]
+
+
+def attach(model: Model, component: Component, options: AdapterOptions, seed: int) -> Adapted:
+    """Wrap the linears that ``options`` choose; everything else is frozen.
+
+    Args:
+        model: changed in place.
+        component: the adapter.
+        options: of the adapter.
+        seed: of its initial values.
+
+    Raises:
+        UsageError: a target that matches nothing, with the names that exist.
+    """
+    mx.random.seed(seed)
+    chosen = _choose(model, options)
+    model.module.freeze()
+    replace(model.module, {path: component.spec.wrap(linear, options) for path, linear in chosen.items()})
+    mx.eval(model.module.trainable_parameters())
+    return Adapted(component, options, tuple(chosen))
+
+
+def save(path: Path, model: Model, adapted: Adapted) -> None:
+    """Write the adapter's parameters, with what they belong to, to ``.safetensors`` or ``.npz``.
+
+    Raises:
+        DivergedError: a parameter is not finite; an older file is left as it is.
+    """
+    tensors = trainable(model.module)
+    poisoned = [name for name, tensor in tensors.items() if not mx.isfinite(tensor).all()]
+    if poisoned:
+        raise DivergedError(f"the adapter is not finite and was not saved: {some(poisoned)}", where=path)
+    component = adapted.component
+    record = {
+        "adapter": component.id,
+        "options": plain(adapted.options),
+        "paths": list(adapted.paths),
+        "base": model.fingerprint,
+        "versions": {"mlxlora": __version__, component.plugin.distribution: component.plugin.version},
+    }
+    tensor_file.save(path, tensors, {"format": "mlx", METADATA: json.dumps(record, sort_keys=True)})
+
+
+def load(
+    path: Path,
+    model: Model,
+    registry: Registry,
+    wanted: tuple[str | None, Mapping[str, Any]] = (None, {}),
+    default: str = "lora",
+) -> Adapted:
+    """Put the adapter in a file on the base that it was made for, whole or not at all.
+
+    Args:
+        path: an adapter file.
+        model: changed in place, unless the file does not fit.
+        registry: where the adapter is looked up.
+        wanted: adapter name and options that the caller insists on. A file
+            that says what it holds must agree; one that does not (an ``.npz``
+            of another tool) is taken for that adapter.
+        default: the adapter when neither the file nor the caller says.
+
+    Raises:
+        ModelError: a file of another base, kind, rank or set of layers.
+        PluginError: no such adapter.
+    """
+    tensors, metadata = tensor_file.load(path)
+    name, values = wanted
+    record = _record(metadata, path)
+    if record is not None and record["base"] != model.fingerprint:
+        raise ModelError(
+            f"made for another base ({record['base'][:12]}, this one is {model.fingerprint[:12]})",
+            where=path,
+            fix=f"use the model folder that it was trained on, not {model.folder}",
+        )
+    component = registry.find("adapter", name or (record["adapter"] if record else default))
+    owner = f"adapter '{component.spec.name}'"
+    options = parse(component.spec.options, record["options"] if record and not name else values, owner=owner)
+    if record is not None:
+        _check_agreement(record, component, values, path)
+    return _attach_tensors(path, model, component, options, tensors)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What an adapter file says of itself, or None when it says nothing."""
+    return _record(tensor_file.load(path)[1], path)
+
+
+def trainable(module: nn.Module) -> dict[str, mx.array]:
+    """The parameters that train, by path."""
+    return dict(tree_flatten(module.trainable_parameters()))
+
+
+def count(model: Model) -> dict[str, int]:
+    """How many parameters there are, packed ones counted as weights, and how many of them train."""
+    packed = {path: linear for path, linear in linears(model.module) if not isinstance(linear, nn.Linear)}
+    weights = sum(outputs * inputs for outputs, inputs in map(linear_shape, packed.values()))
+    others = sum(
+        tensor.size
+        for name, tensor in parameters(model.module).items()
+        if name.rpartition(".")[0] not in packed
+    )
+    trained = sum(tensor.size for tensor in trainable(model.module).values())
+    return {"parameters": weights + others, "trainable_parameters": trained}
+
+
+def _choose(model: Model, options: AdapterOptions) -> dict[str, nn.Module]:
+    """path -> linear of all that the options ask for."""
+    count = len(model.language_model.layers)
+    first = 0 if options.layers < 0 else max(0, count - options.layers)
+    inside = {f"layers.{i}.": i for i in range(count)}
+    found = {
+        path: linear
+        for path, linear in linears(model.module)
+        if ".".join(path.split(".")[:2]) + "." in inside
+    }
+    names = sorted({path.rpartition(".")[2] for path in found})
+    for target in options.targets:
+        if target != ALL_LINEAR and not any(_matches(path, target) for path in found):
+            raise UsageError(
+                f"adapter target '{target}' matches no linear ({nearest(target, names)}"
+                f"there is {some(names)}, or {ALL_LINEAR})"
+            )
+    return {
+        path: linear
+        for path, linear in sorted(found.items())
+        if int(path.split(".")[1]) >= first and any(_matches(path, target) for target in options.targets)
+    }
+
+
+def _matches(path: str, target: str) -> bool:
+    return target == ALL_LINEAR or path == target or path.endswith("." + target)
+
+
+def _record(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
+    if METADATA not in metadata:
+        return None
+    try:
+        record = json.loads(metadata[METADATA])
+        if {"adapter", "options", "base"} <= record.keys():
+            return dict(record)
+    except (ValueError, AttributeError):
+        pass
+    raise ModelError("what the file says of itself cannot be read", where=path)
+
+
+def _check_agreement(
+    record: Mapping[str, Any], component: Component, values: Mapping[str, Any], path: Path
+) -> None:
+    """Refuse a file that holds another adapter, or other options, than the caller insists on."""
+    if record["adapter"].rpartition(":")[2] != component.spec.name:
+        raise ModelError(f"holds adapter '{record['adapter']}', wanted '{component.id}'", where=path)
+    asked = plain(parse(component.spec.options, values, owner=f"adapter '{component.spec.name}'"))
+    other = [
+        f"{key} is {record['options'].get(key)!r}, wanted {asked[key]!r}"
+        for key in values
+        if record["options"].get(key) != asked[key]
+    ]
+    if other:
+        raise ModelError(f"the adapter has other options: {some(other)}", where=path)
+
+
+def _attach_tensors(
+    path: Path, model: Model, component: Component, options: AdapterOptions, tensors: Mapping[str, mx.array]
+) -> Adapted:
+    """Attach and fill; when the tensors do not fit, the model is left as it was."""
+    before = dict(linears(model.module))
+    adapted = attach(model, component, options, seed=0)
+    faults = tensor_file.mismatches(tensors, trainable(model.module))
+    if faults:
+        replace(model.module, {p: before[p] for p in adapted.paths})
+        raise ModelError("the adapter does not fit this model: " + "; ".join(faults), where=path)
+    model.module.update(tree_unflatten(list(tensors.items())))
+    mx.eval(model.module.trainable_parameters())
+    return adapted

@@ -1,0 +1,116 @@
+"""``mlxlora convert``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlxlora_core.cli import show
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
+from mlxlora_core.errors import UsageError, some
+from mlxlora_core.recipe import DEFAULT_QUANTIZER, check_sections, choose, overrides
+from mlxlora_core.registry import Registry
+
+
+@verb(
+    click.option("--torch-path", type=Path, required=True, help="Folder of the checkpoint."),
+    click.option(
+        "--mlx-path", type=Path, default=Path("mlx_model"), show_default=True, help="Folder to write."
+    ),
+    click.option("-q", "--quantize", is_flag=True, help="Quantize the linear layers."),
+    click.option(
+        "--q-group-size", metavar="WEIGHTS", help="Weights that share one scale and bias. [default: 64]"
+    ),
+    click.option("--q-bits", metavar="BITS", help="Bits a weight. [default: 4]"),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float16", "bfloat16", "float32"]),
+        default="float16",
+        show_default=True,
+        help="Type of the weights.",
+    ),
+    click.option(
+        "--format",
+        "file_format",
+        type=click.Choice(["safetensors", "npz"]),
+        default="safetensors",
+        show_default=True,
+        help="Format of the weight file.",
+    ),
+    click.option("--loader", help="Weight loader. [default: the one that knows the folder]"),
+    click.option("--quantizer", default=DEFAULT_QUANTIZER, show_default=True, help="Quantizer for -q."),
+    click.option("--overwrite", is_flag=True, help="Replace a model folder that is there."),
+    SETS_OPTION,
+    JSON_OPTION,
+)
+def command(
+    registry: Registry,
+    torch_path: Path,
+    mlx_path: Path,
+    quantize: bool,
+    q_group_size: str | None,
+    q_bits: str | None,
+    dtype: str,
+    file_format: str,
+    loader: str | None,
+    quantizer: str,
+    overwrite: bool,
+    sets: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Turn a foreign checkpoint into a model folder.
+
+    The folder gets config.json, the weights and the tokenizer. A folder that
+    holds something else is left alone.
+    """
+    given = overrides(sets)
+    check_sections(given, ("loader", "quantize"))
+    bits = {"group_size": q_group_size, "bits": q_bits}
+    values = given.get("quantize", {}) | {key: value for key, value in bits.items() if value is not None}
+    if values and not quantize:
+        raise UsageError(f"{some(values)} given without -q", fix="add -q")
+    chosen = choose("quantizer", quantizer, values, registry) if quantize else None
+    read = choose("loader", loader, given.get("loader", {}), registry) if loader else None
+    start(registry)
+    from mlxlora_core.convert import convert
+    from mlxlora_core.model_folder import Quantization
+    from mlxlora_core.pipeline import convert_result
+
+    started = time.perf_counter()
+    report = convert(
+        torch_path,
+        mlx_path,
+        registry,
+        loader=loader,
+        loader_options=read.options if read else None,
+        dtype=dtype,
+        file_format=file_format,
+        quantization=Quantization(chosen.component, chosen.options) if chosen and chosen.component else None,
+        overwrite=overwrite,
+    )
+    result = convert_result(report)
+    if as_json:
+        show.as_json(result)
+    else:
+        for line in describe(result):
+            click.echo(line)
+        click.echo(f"{mlx_path} written in {time.perf_counter() - started:.1f} s")
+
+
+def describe(result: dict[str, Any]) -> list[str]:
+    """A conversion in lines for a person."""
+    size = f"{result['parameters'] / 1e6:.3f} M parameters, {result['bytes'] / 1e6:.1f} MB"
+    lines = [
+        f"{result['loader']} -> {result['architecture']}: {size}, "
+        f"{result['bits_per_weight']:.2f} bits a weight"
+    ]
+    if result["quantized"] or result["left_dense"]:
+        lines.append(
+            f"{result['quantized']} linears quantized, relative error {result['relative_error']:.2%}"
+        )
+    if result["left_dense"]:
+        lines.append(f"left dense, inputs do not divide by the group: {some(result['left_dense'])}")
+    return lines

@@ -1,0 +1,89 @@
+"""``mlxlora data``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlxlora_core.cli import show
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, verb
+from mlxlora_core.errors import UsageError
+from mlxlora_core.options import explain
+from mlxlora_core.recipe import choose, overrides
+from mlxlora_core.registry import Registry
+
+SHOWN_SKIPPED = 10
+
+
+@verb(
+    click.option("--builder", required=True, help="Dataset builder."),
+    click.option("--out", type=Path, required=True, help="Folder to write."),
+    click.option(
+        "--package",
+        "packages",
+        multiple=True,
+        help="Package to read, for builders that read packages. May be repeated.",
+    ),
+    click.option("--overwrite", is_flag=True, help="Replace a dataset folder that is there."),
+    SETS_OPTION,
+    JSON_OPTION,
+)
+def command(
+    registry: Registry,
+    builder: str,
+    out: Path,
+    packages: tuple[str, ...],
+    overwrite: bool,
+    sets: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Build a dataset folder with a dataset builder.
+
+    It gets train.jsonl, valid.jsonl, test.jsonl, and dataset.json, which tells
+    what was read, what was skipped and why. `--set KEY=VALUE` sets an option of
+    the builder.
+    """
+    values = _values(sets)
+    if packages:
+        _check_packages(registry, builder)
+        values["packages"] = packages
+    chosen = choose("builder", builder, values, registry)
+    assert chosen.component is not None
+    from mlxlora_core.data import write_dataset
+    from mlxlora_core.durable import check_target, new_folder
+
+    check_target(out, overwrite=overwrite, ours=holds_only_a_dataset)
+    made_by = {"builder": chosen.component.id, "options": chosen.options}
+    rows = chosen.component.spec.build(chosen.options)
+    with new_folder(out, overwrite=overwrite, ours=holds_only_a_dataset) as folder:
+        record = write_dataset(rows, folder, chosen.options, made_by)
+    if as_json:
+        show.as_json(record)
+        return
+    counts = record["rows"]
+    click.echo(f"{out}: {counts['train']} train, {counts['valid']} valid, {counts['test']} test rows")
+    for skipped in record["skipped"][:SHOWN_SKIPPED]:
+        show.progress(f"skipped {skipped['source']}: {skipped['reason']}")
+    if len(record["skipped"]) > SHOWN_SKIPPED:
+        show.progress(f"{len(record['skipped']) - SHOWN_SKIPPED} more skipped, see {out / 'dataset.json'}")
+    if record["rows_in_two_splits"]:
+        show.progress(f"warning: {record['rows_in_two_splits']} rows stand in more than one split")
+
+
+def holds_only_a_dataset(folder: Path) -> bool:
+    """Whether everything in ``folder`` is what mlxlora writes into a dataset folder."""
+    names = {path.name for path in folder.iterdir()}
+    return "dataset.json" in names and names <= {"dataset.json", "train.jsonl", "valid.jsonl", "test.jsonl"}
+
+
+def _values(sets: tuple[str, ...]) -> dict[str, object]:
+    """``key=value`` of the builder; ``data.key=value`` as in a recipe is understood too."""
+    full = [text if text.partition("=")[0].startswith("data.") else f"data.{text}" for text in sets]
+    return dict(overrides(full).get("data", {}))
+
+
+def _check_packages(registry: Registry, builder: str) -> None:
+    options = registry.find("builder", builder).spec.options
+    if "packages" not in {known.name for known in explain(options)}:
+        raise UsageError(f"--package: builder '{builder}' reads no packages", fix="leave --package out")

@@ -1,0 +1,61 @@
+"""Command-line options made from option dataclasses, so that each is declared once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+from mlxlora_core.options import Option, explain, parse
+
+T = TypeVar("T")
+
+
+def flags(config: type[Any], **defaults: Any) -> Callable[[Any], Any]:
+    """A decorator that adds one option for each field of ``config``.
+
+    Values arrive as None when the user said nothing, so that defaults stay the
+    dataclass's own.
+    """
+
+    def decorate(function: Any) -> Any:
+        for known in reversed(explain(config)):
+            function = _flag(known)(function)
+        return function
+
+    return decorate
+
+
+def take(config: type[T], arguments: Mapping[str, Any]) -> T:
+    """The value of ``config`` from parsed arguments, checked.
+
+    Raises:
+        UsageError: values out of range, all of them told.
+    """
+    names = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    given = {name: value for name, value in arguments.items() if name in names and value is not None}
+    return parse(config, given, owner="the command line")
+
+
+def flag_name(name: str) -> str:
+    """``batch_size`` as it is written: ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+def _flag(known: Option) -> Callable[[Any], Any]:
+    names = [flag_name(known.name), *([f"-{known.letter}"] if known.letter else [])]
+    help_text = _sentence(known)
+    if known.type is bool:
+        return click.option(*names, known.name, is_flag=True, default=None, help=help_text)
+    # Conversion is left to the dataclass, so that a wrong value reads the same here and in a recipe.
+    metavar = (known.unit or known.type_name.split(" or ")[0]).upper()
+    return click.option(*names, known.name, default=None, metavar=metavar, help=help_text)
+
+
+def _sentence(known: Option) -> str:
+    facts = [f"default: {'none' if known.default is None else known.default}"]
+    if known.allowed:
+        facts.append(known.allowed)
+    return f"{known.help[0].upper()}{known.help[1:]}. [{'; '.join(facts)}]"

@@ -1,0 +1,61 @@
+"""``mlxlora fuse``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from mlxlora_core.cli import show
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
+from mlxlora_core.recipe import check_sections, overrides
+from mlxlora_core.registry import Registry
+
+#: Above this share of what the adapter changes, the fused model is not the tuned one any more.
+ROUNDED_AWAY = 0.5
+
+
+@verb(
+    click.option(
+        "--model", type=Path, default=Path("mlx_model"), show_default=True, help="Model folder of the base."
+    ),
+    click.option("--adapter-file", type=Path, required=True, help="Adapter file made for it."),
+    click.option("--adapter", help="Insist on this adapter. [default: what the file says]"),
+    click.option("--save-path", type=Path, required=True, help="Model folder to write."),
+    click.option("--overwrite", is_flag=True, help="Replace a model folder that is there."),
+    SETS_OPTION,
+    JSON_OPTION,
+)
+def command(
+    registry: Registry,
+    model: Path,
+    adapter_file: Path,
+    adapter: str | None,
+    save_path: Path,
+    overwrite: bool,
+    sets: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Write a model folder with an adapter's change in its weights.
+
+    Tells how far the logits of the fused model are from those of base and
+    adapter together. A quantized base is quantized again, which rounds the
+    adapter's change too.
+    """
+    given = overrides(sets)
+    check_sections(given, ("adapter",))
+    start(registry)
+    from mlxlora_core.fuse import fuse
+
+    report = fuse(model, adapter_file, save_path, registry, (adapter, given.get("adapter", {})), overwrite)
+    if as_json:
+        show.as_json(asdict(report))
+        return
+    click.echo(
+        f"{save_path}: {report.linears} linears fused; logits are {report.distance:.2e} from the adapted "
+        f"ones (largest difference {report.largest_difference:.2e}, same most likely token at "
+        f"{report.same_argmax:.1%} of positions); the base is {report.base_distance:.2e} from them"
+    )
+    if report.distance > ROUNDED_AWAY * report.base_distance:
+        show.progress("warning: quantizing again rounded much of the adapter's change away; use more bits")

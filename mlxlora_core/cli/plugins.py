@@ -1,0 +1,48 @@
+"""``mlxlora plugins``."""
+
+from __future__ import annotations
+
+import click
+
+from mlxlora_core.cli import show
+from mlxlora_core.cli.session import JSON_OPTION, verb
+from mlxlora_core.errors import one_line
+from mlxlora_core.registry import Plugin, Registry
+
+
+@verb(JSON_OPTION)
+def command(registry: Registry, as_json: bool) -> None:
+    """List plugins, and why those that are not active are not."""
+    if as_json:
+        show.as_json([_record(plugin) for plugin in registry.plugins])
+        return
+    show.table(
+        ("name", "distribution", "version", "origin", "status", "components"),
+        [
+            (
+                p.name,
+                p.distribution,
+                p.version,
+                p.origin,
+                p.status,
+                " ".join(f"{k}:{n}" for k, n in p.components),
+            )
+            for p in registry.plugins
+        ],
+    )
+    for plugin in registry.plugins:
+        if plugin.reason:
+            click.echo(f"{one_line(plugin.name)}: {plugin.status}: {plugin.reason}")
+
+
+def _record(plugin: Plugin) -> dict[str, object]:
+    return {
+        "name": plugin.name,
+        "distribution": plugin.distribution,
+        "version": plugin.version,
+        "origin": plugin.origin,
+        "value": plugin.value,
+        "status": plugin.status,
+        "reason": plugin.reason,
+        "components": [{"kind": kind, "name": name} for kind, name in plugin.components],
+    }

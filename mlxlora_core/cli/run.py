@@ -1,0 +1,144 @@
+"""``mlxlora run``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlxlora_core.cli import show
+from mlxlora_core.cli.convert import describe
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
+from mlxlora_core.errors import UsageError, nearest, one_line, some
+from mlxlora_core.recipe import DEFAULT_RECIPE, Recipe, read
+from mlxlora_core.registry import Registry
+
+if TYPE_CHECKING:
+    from mlxlora_core.pipeline import Event
+
+
+@verb(
+    click.argument("recipe", required=False, metavar="[RECIPE]"),
+    click.option(
+        "--dry-run", is_flag=True, help="Show every value, where it comes from, and what would be done."
+    ),
+    SETS_OPTION,
+    JSON_OPTION,
+)
+def command(
+    registry: Registry, recipe: str | None, dry_run: bool, sets: tuple[str, ...], as_json: bool
+) -> None:
+    """Do a whole recipe: convert, build data, train, evaluate and answer.
+
+    RECIPE is a file, or the name of a recipe that a plugin brings (see:
+    mlxlora components recipe); without one, the demo. Whatever is done already
+    for the same inputs is skipped.
+    """
+    resolved = read(_find(recipe or DEFAULT_RECIPE, registry), sets, registry)
+    if dry_run:
+        _dry_run(resolved, as_json)
+        return
+    notes = start(registry)
+    from mlxlora_core import pipeline
+    from mlxlora_core.run_folder import RunFolder
+
+    for note in notes:
+        show.progress(note)
+    started = time.perf_counter()
+    with show.training(resolved.train.iters) as display:
+        for event in pipeline.run(resolved, registry, notes):
+            _show(event, display)
+    record = RunFolder(resolved.folder).record
+    if as_json:
+        show.as_json(record)
+    else:
+        _summary(resolved, record)
+        click.echo(f"{resolved.folder} holds the run; {time.perf_counter() - started:.1f} s")
+
+
+def _find(name: str, registry: Registry) -> Path:
+    """The recipe file that a path or a name stands for."""
+    path = Path(name)
+    if path.suffix == ".toml" or path.exists():
+        return path
+    known = [component.spec.name for component in registry.of("recipe")]
+    if name in known or ":" in name:
+        shipped: Path = registry.find("recipe", name).spec.path
+        return shipped
+    raise UsageError(
+        f"no recipe '{name}' ({nearest(name, known)}there is {some(known)}, or name a .toml file)"
+    )
+
+
+def _dry_run(recipe: Recipe, as_json: bool) -> None:
+    from mlxlora_core.pipeline import plan
+
+    values, todo = recipe.values(), plan(recipe)
+    if as_json:
+        show.as_json({"recipe": values, "origins": dict(recipe.origins), "stages": todo})
+        return
+    show.table(
+        ("value", "", "from"),
+        [(name, _value(values, name), origin) for name, origin in sorted(recipe.origins.items())],
+    )
+    click.echo()
+    for stage, will in todo.items():
+        click.echo(f"{stage}: {'would be done' if will else 'done already'}")
+
+
+def _value(values: dict[str, Any], name: str) -> str:
+    section, _, key = name.partition(".")
+    table = values.get(section, {})
+    value = table.get(key, table.get("options", {}).get(key))
+    return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _show(event: Event, display: Any) -> None:
+    """One event of a run on stderr."""
+    from mlxlora_core.pipeline import StageDone, StageStarted
+
+    if isinstance(event, StageStarted):
+        show.progress(f"[{event.stage}] {'done already' if event.skipped else '…'}")
+    elif isinstance(event, StageDone):
+        for line in _stage_lines(event.stage, dict(event.result)):
+            show.progress(f"[{event.stage}] {line}")
+    else:
+        display(event)
+
+
+def _stage_lines(stage: str, result: dict[str, Any]) -> list[str]:
+    if stage == "model":
+        return describe(result) if "loader" in result else [f"uses {result['folder']}"]
+    if stage == "data":
+        rows = result["rows"]
+        skipped = f", {len(result['skipped'])} skipped" if result["skipped"] else ""
+        return [f"{rows['train']} train, {rows['valid']} valid, {rows['test']} test rows{skipped}"]
+    if stage == "train":
+        cut = f"; {result['rows_cut']} rows were cut" if result["rows_cut"] else ""
+        return [show.adapter_size(result, len(result["adapted"])) + cut]
+    return [f"{split} loss {loss['loss']:.4f}" for split, loss in result["losses"].items()]
+
+
+def _summary(recipe: Recipe, record: dict[str, Any]) -> None:
+    """What a run is done for: losses and answers, before and after."""
+    before, after = (record["stages"][stage]["result"] for stage in ("before", "after"))
+    for split, loss in after["losses"].items():
+        was = before["losses"][split]["loss"]
+        click.echo(
+            f"held-out loss ({split}, {loss['tokens']} tokens): {was:.4f} -> {loss['loss']:.4f} nats a token "
+            f"({loss['loss'] / was - 1:+.1%})"
+        )
+    for old, new in zip(before["answers"], after["answers"], strict=True):
+        click.echo()
+        click.echo(one_line(old["prompt"]))
+        click.echo(f"  before:{_indented(old['text'])}")
+        click.echo(f"  after: {_indented(new['text'])}")
+    if after["answers"]:
+        click.echo()
+
+
+def _indented(text: str) -> str:
+    """An answer on lines of its own, control characters made visible."""
+    return "\n          ".join(one_line(line) for line in text.rstrip().split("\n"))

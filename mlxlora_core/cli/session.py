@@ -1,0 +1,81 @@
+"""What every verb begins with: the plugins that it was given, and a machine made ready."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from mlxlora_core.errors import UsageError, one_line
+from mlxlora_core.registry import Registry, load, start_runtimes
+
+PLUGIN_OPTION = click.option(
+    "-P",
+    "--plugin",
+    "plugins",
+    multiple=True,
+    metavar="NAME",
+    help="Require a plugin; no:NAME leaves one out, ./file.py adds a file. May be repeated.",
+)
+DEBUG_OPTION = click.option(
+    "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error. [env: MLXLORA_DEBUG]"
+)
+SETS_OPTION = click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set an option of a component, such as adapter.rank=16. May be repeated.",
+)
+JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def verb(*decorators: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], click.Command]:
+    """A command with ``-P`` and ``--debug``; its function gets the loaded registry first."""
+
+    def wrap(function: Callable[..., Any]) -> click.Command:
+        @functools.wraps(function)
+        def call(plugins: Sequence[str], **arguments: Any) -> Any:
+            return function(open_registry(plugins), **arguments)
+
+        for decorator in (DEBUG_OPTION, PLUGIN_OPTION, *reversed(decorators)):
+            call = decorator(call)
+        from mlxlora_core.cli import CONTEXT
+
+        return click.command(function.__module__.rpartition(".")[2], context_settings=CONTEXT)(call)
+
+    return wrap
+
+
+def open_registry(plugins: Sequence[str]) -> Registry:
+    """Load the plugins; one that fails is one line on stderr."""
+    registry = load(plugins)
+    for plugin in registry.failed:
+        click.echo(
+            f"mlxlora: plugin {one_line(plugin)} failed to load: {plugin.reason} "
+            f"(leave it out with -P no:{one_line(plugin.name)})",
+            err=True,
+        )
+    return registry
+
+
+def start(registry: Registry) -> list[str]:
+    """Make the machine ready for MLX; what the runtimes say, warnings on stderr too.
+
+    Raises:
+        UsageError: MLX has no backend here.
+    """
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as fault:
+        raise UsageError(
+            f"MLX cannot be used: {fault}",
+            fix="pip install 'mlxlora[cpu]', or 'mlxlora[cuda13]' for an NVIDIA GPU",
+        ) from fault
+    notes = start_runtimes(registry)
+    for note in notes:
+        if note.warning:
+            click.echo(f"mlxlora: {one_line(note.text)}", err=True)
+    return [note.text for note in notes]

@@ -1,0 +1,74 @@
+"""How results and progress look: results on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlxlora_core.errors import one_line
+
+if TYPE_CHECKING:
+    from mlxlora_core.train import TrainReport, ValidReport
+
+
+def as_json(value: Any) -> None:
+    """Print one JSON document on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def progress(line: str) -> None:
+    """Print one line of progress on stderr."""
+    click.echo(line, err=True)
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a plain table on stdout, columns as wide as their longest cell."""
+    cells = [list(headings), *([one_line(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
+    for row in cells:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def report(line: TrainReport | ValidReport, steps: int) -> str:
+    """One report of training as a line."""
+    values: Any = line
+    place = f"step {values.step:>{len(str(steps))}}/{steps}"
+    if hasattr(values, "grad_norm"):
+        return (
+            f"{place}  loss {values.loss:.4f}  lr {values.learning_rate:.2e}  "
+            f"{values.steps_per_second:.2f} steps/s  {values.tokens_per_second:.0f} tokens/s  "
+            f"peak {values.peak_memory_bytes / 1e9:.2f} GB"
+        )
+    return f"{place}  valid loss {values.loss:.4f}  ({values.tokens} tokens in {values.seconds:.1f} s)"
+
+
+@contextmanager
+def training(steps: int) -> Iterator[Callable[[TrainReport | ValidReport], None]]:
+    """A function that shows each report it is given, over a bar where stderr is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("training", total=steps)
+
+        def show(line: TrainReport | ValidReport) -> None:
+            console.print(report(line, steps), markup=False)
+            bar.update(task, completed=line.step)
+
+        yield show
+
+
+def adapter_size(counts: Mapping[str, int], linears: int) -> str:
+    """How much of a model trains, in words."""
+    trained, everything = counts["trainable_parameters"], counts["parameters"]
+    share = 100 * trained / everything
+    return (
+        f"{everything / 1e6:.3f} M parameters, {trained / 1e6:.3f} M trainable "
+        f"({share:.3f} %) on {linears} linears"
+    )

@@ -1,0 +1,286 @@
+"""``loader.open -> architecture.rename -> cast -> quantizer -> model folder``, a tensor at a time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxlora_core import durable, model_folder
+from mlxlora_core.errors import ModelError, ResourceError, UsageError, some
+from mlxlora_core.layers import dense_weight
+from mlxlora_core.model_folder import CONFIG, FINGERPRINT, TOKENIZER, WEIGHTS, Quantization
+from mlxlora_core.options import plain
+from mlxlora_core.registry import Component, Registry
+from mlxlora_core.specs import Checkpoint, LanguageModel, LazyTensor, QuantizerOptions
+from mlxlora_core.tensor_file import NpzWriter, SafetensorsWriter, TensorWriter, combine, digest
+from mlxlora_core.tokenizer import Tokenizer
+
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+@dataclass
+class ConvertReport:
+    """What a conversion did.
+
+    Attributes:
+        folder: the model folder.
+        loader: who read the checkpoint.
+        architecture: who builds the model.
+        parameters: how many the model has.
+        bytes: size of the tensors written.
+        quantized: how many linears were quantized.
+        left_dense: linears that the quantizer left as they are.
+        squared_error: sum over the quantized weights of (w - ŵ)².
+        squared_weight: sum over them of w².
+    """
+
+    folder: str
+    loader: str
+    architecture: str
+    parameters: int = 0
+    bytes: int = 0
+    quantized: int = 0
+    left_dense: list[str] = field(default_factory=list)
+    squared_error: float = 0.0
+    squared_weight: float = 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a parameter takes on average, scales and dense layers included."""
+        return self.bytes * 8 / self.parameters
+
+    @property
+    def relative_error(self) -> float:
+        """‖w - ŵ‖ / ‖w‖ over all quantized weights."""
+        return (self.squared_error / self.squared_weight) ** 0.5 if self.squared_weight else 0.0
+
+
+def convert(
+    source: Path,
+    target: Path,
+    registry: Registry,
+    *,
+    loader: str | None = None,
+    loader_options: Any = None,
+    dtype: str = "float16",
+    file_format: str = "safetensors",
+    quantization: Quantization | None = None,
+    overwrite: bool = False,
+) -> ConvertReport:
+    """Turn a foreign checkpoint into a model folder, in memory that does not grow with the model.
+
+    Args:
+        source: folder of the checkpoint.
+        target: model folder to make.
+        registry: where loaders and architectures are looked up.
+        loader: which weight loader; None asks each whether it knows the folder.
+        loader_options: of the loader; None for its defaults.
+        dtype: ``float16``, ``bfloat16`` or ``float32``.
+        file_format: ``safetensors`` or ``npz``.
+        quantization: how to quantize the linears, or None.
+        overwrite: whether a model folder that is there may be replaced.
+
+    Raises:
+        ModelError: a part is absent or damaged, or tensors do not fit (all listed).
+        SafetyError: the target holds something else, or a file wants to run code.
+        ResourceError: the disk is too small.
+    """
+    if file_format == "npz" and dtype == "bfloat16":
+        raise UsageError("npz cannot hold bfloat16", fix="use --dtype float16, or --format safetensors")
+    ours = model_folder.holds_only_a_model
+    durable.check_target(target, overwrite=overwrite, ours=ours)
+    reader = find_loader(source, registry, loader)
+    checkpoint: Checkpoint = reader.spec.open(source, loader_options or reader.spec.options())
+    architecture = model_folder.find_architecture(checkpoint.config, registry, source)
+    tensors = _rename(checkpoint.tensors, architecture)
+    args = architecture.spec.config(checkpoint.config, {name: t.shape for name, t in tensors.items()})
+    model: LanguageModel = architecture.spec.build(args)
+    _check_tensors(tensors, model, source)
+    model_folder.check_vocabulary(Tokenizer(checkpoint.tokenizer_file), model.vocab_size)
+    _check_space(tensors, DTYPES[dtype], target)
+    report = ConvertReport(str(target), reader.id, architecture.id)
+    with durable.new_folder(target, overwrite=overwrite, ours=ours) as folder:
+        durable.copy_file(checkpoint.tokenizer_file, folder / TOKENIZER)
+        stream = _stored(tensors, model, DTYPES[dtype], quantization, report)
+        write_weights(folder / WEIGHTS[file_format], stream, 4 * len(tensors), report)
+        durable.write_json(folder / CONFIG, _config(args, architecture, checkpoint.config, quantization))
+    return report
+
+
+def find_loader(source: Path, registry: Registry, name: str | None) -> Component:
+    """The loader asked for, or the only one that knows the folder.
+
+    Raises:
+        ModelError: the folder is absent, or no loader or several know it.
+    """
+    if not source.is_dir():
+        raise ModelError("there is no such folder", where=source, fix="name the checkpoint's folder")
+    if name is not None:
+        return registry.find("loader", name)
+    loaders = registry.of("loader")
+    found = [component for component in loaders if component.spec.detect(source)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        ids = [component.id for component in found]
+        raise ModelError(f"{some(ids)} can read this folder", where=source, fix=f"add --loader {ids[0]}")
+    failed = "".join(f"; plugin {p} failed to load: {p.reason}" for p in registry.failed)
+    raise ModelError(
+        f"no weight loader knows this folder (there is {some(c.spec.name for c in loaders)}{failed})",
+        where=source,
+    )
+
+
+def write_weights(
+    path: Path, tensors: Iterator[tuple[str, mx.array]], room: int, report: ConvertReport
+) -> None:
+    """Stream named tensors into a weight file with the fingerprint of what they hold.
+
+    Args:
+        path: ``.safetensors`` or ``.npz``.
+        tensors: in the order in which they are written.
+        room: how many will come at most.
+        report: counts the bytes.
+    """
+
+    def write(file: BinaryIO) -> None:
+        writer: TensorWriter = NpzWriter(file) if path.suffix == ".npz" else SafetensorsWriter(file, room)
+        digests = {}
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+            digests[name] = digest(name, tensor)
+            report.bytes += tensor.nbytes
+        writer.close({"format": "mlx", FINGERPRINT: combine(digests)})
+
+    durable.write_file(path, write)
+
+
+def quantize_linear(
+    path: str, weight: mx.array, bias: mx.array | None, quantization: Quantization
+) -> tuple[nn.Module | None, dict[str, mx.array]]:
+    """Quantize one dense weight; the module, or None if it was left alone, and its tensors by full name."""
+    outputs, inputs = weight.shape
+    linear = nn.Linear(inputs, outputs, bias=bias is not None)
+    linear.weight = weight
+    if bias is not None:
+        linear.bias = bias
+    packed = quantization.quantizer.spec.quantize(linear, quantization.options)
+    parts = model_folder.parameters(packed if packed is not None else linear)
+    return packed, {f"{path}.{name}": tensor for name, tensor in parts.items()}
+
+
+def _rename(tensors: Mapping[str, LazyTensor], architecture: Component) -> dict[str, LazyTensor]:
+    """The tensors by their names in the model, without those it does not need."""
+    renamed = ((architecture.spec.rename(name), tensor) for name, tensor in tensors.items())
+    return {name: tensor for name, tensor in renamed if name is not None}
+
+
+def _check_tensors(tensors: Mapping[str, LazyTensor], model: LanguageModel, source: Path) -> None:
+    """Compare names and shapes with what the model wants, before anything is read."""
+    module: Any = model
+    want = {name: tuple(t.shape) for name, t in model_folder.parameters(module).items()}
+    faults = [
+        f"{len(names)} {what}: {some(sorted(names))}"
+        for what, names in (
+            ("missing", want.keys() - tensors.keys()),
+            ("unknown", tensors.keys() - want.keys()),
+        )
+        if names
+    ]
+    wrong = [
+        f"{name} is {tuple(tensors[name].shape)}, wanted {want[name]}"
+        for name in sorted(want.keys() & tensors.keys())
+        if tuple(tensors[name].shape) != want[name]
+    ]
+    if wrong:
+        faults.append(f"{len(wrong)} of a wrong shape: {some(wrong)}")
+    if faults:
+        raise ModelError("the tensors do not fit params.json: " + "; ".join(faults), where=source)
+
+
+def _check_space(tensors: Mapping[str, LazyTensor], dtype: mx.Dtype, target: Path) -> None:
+    """Refuse before any work when the dense model would not fit on the disk."""
+    need = sum(_size(tensor.shape) for tensor in tensors.values()) * dtype.size
+    there = next(folder for folder in (target, *target.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if need > free:
+        raise ResourceError(
+            f"the model needs up to {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", where=target
+        )
+
+
+def _stored(
+    tensors: Mapping[str, LazyTensor],
+    model: LanguageModel,
+    dtype: mx.Dtype,
+    quantization: Quantization | None,
+    report: ConvertReport,
+) -> Iterator[tuple[str, mx.array]]:
+    """(name, tensor) as the weight file will hold them, one at a time."""
+    module: Any = model
+    linears = {path for path, _ in model_folder.linears(module)} if quantization else set()
+    if quantization is not None and not quantization.options.head:
+        linears.discard(model.head_path)
+    for name, lazy in tensors.items():
+        tensor = _cast(name, lazy.read(), dtype)
+        report.parameters += tensor.size
+        path = name.removesuffix(".weight")
+        if quantization is not None and path in linears and path != name:
+            yield from _quantized(path, tensor, quantization, report)
+        else:
+            yield name, tensor
+        del tensor
+        mx.clear_cache()
+
+
+def _quantized(
+    path: str, weight: mx.array, quantization: Quantization, report: ConvertReport
+) -> Iterator[tuple[str, mx.array]]:
+    """The tensors of one linear after the quantizer has had its say; the report counts the error."""
+    packed, parts = quantize_linear(path, weight, None, quantization)
+    if packed is None:
+        report.left_dense.append(path)
+    else:
+        exact = weight.astype(mx.float32)
+        error = dense_weight(packed).astype(mx.float32) - exact
+        report.quantized += 1
+        report.squared_error += float(error.square().sum())
+        report.squared_weight += float(exact.square().sum())
+    yield from parts.items()
+
+
+def _cast(name: str, tensor: mx.array, dtype: mx.Dtype) -> mx.array:
+    """``tensor`` in another type; a value that the type cannot hold is an error."""
+    cast = tensor.astype(dtype)
+    if not mx.isfinite(cast).all():
+        raise ModelError(
+            f"{name} has values that are not finite as {str(dtype).removeprefix('mlx.core.')}",
+            fix="use --dtype bfloat16 or float32, if the checkpoint itself is sound",
+        )
+    return cast
+
+
+def _config(
+    args: Any, architecture: Component, raw: Mapping[str, Any], quantization: Quantization | None
+) -> dict[str, Any]:
+    """What config.json holds."""
+    config = {key: value for key, value in plain(args).items() if value is not None}
+    config.setdefault("model_type", raw.get("model_type") or architecture.spec.detect(raw))
+    if quantization is not None:
+        config["quantizer"] = quantization.quantizer.spec.name
+        stated = plain(quantization.options)
+        config["quantization"] = {k: v for k, v in stated.items() if k not in plain(QuantizerOptions())}
+    return config
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size

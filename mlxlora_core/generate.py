@@ -1,0 +1,78 @@
+"""``encode -> prefill -> (decode one -> sample)* -> text``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlxlora_core.errors import UsageError
+from mlxlora_core.specs import LanguageModel, Sample
+from mlxlora_core.tokenizer import Tokenizer
+
+PREFILL_TOKENS = 512
+
+
+def generate(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sample: Sample,
+    *,
+    num_tokens: int,
+    seed: int,
+    write_every: int = 1,
+) -> Iterator[str]:
+    """Segments of the text that follows ``prompt``.
+
+    Args:
+        model: in whatever state; it is put in evaluation mode.
+        tokenizer: of the model.
+        prompt: text; a begin token is put in front.
+        sample: chooses each token.
+        num_tokens: how many at most; an end token or a full context stops earlier.
+        seed: of the random keys.
+        write_every: tokens a segment.
+
+    Raises:
+        UsageError: the prompt does not fit into the model's context.
+    """
+    ids = tokenizer.encode(prompt)
+    limit = model.context_tokens
+    if limit is not None and len(ids) >= limit:
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens, the model's context holds {limit}", fix="shorten the prompt"
+        )
+    if limit is not None:
+        num_tokens = min(num_tokens, limit - len(ids))
+    tokens = decode(model, ids, sample, num_tokens=num_tokens, seed=seed, stop=tokenizer.eos)
+    return tokenizer.stream(tokens, write_every)
+
+
+def decode(
+    model: LanguageModel, prompt: Sequence[int], sample: Sample, *, num_tokens: int, seed: int, stop: int
+) -> Iterator[int]:
+    """Token ids that follow the ids ``prompt``, up to ``num_tokens`` or the id ``stop``."""
+    module: Any = model
+    module.eval()
+    cache = model.make_cache()
+    tokens = list(prompt)
+    logits = prefill(model, tokens, cache)
+    for key in mx.random.split(mx.random.key(seed), num_tokens):
+        token = int(sample(logits, tokens, key))
+        if token == stop:
+            return
+        yield token
+        tokens.append(token)
+        logits = prefill(model, [token], cache)
+
+
+def prefill(model: LanguageModel, tokens: Sequence[int], cache: Any) -> mx.array:
+    """Logits (1, V), float32, after ``tokens``, of which there is one at least, went into ``cache``."""
+    hidden = mx.array([])
+    for start in range(0, len(tokens), PREFILL_TOKENS):
+        part = mx.array([tokens[start : start + PREFILL_TOKENS]])
+        hidden = model.run(model.embed(part), cache=cache)
+        mx.eval(hidden)
+    return model.head(hidden[:, -1]).astype(mx.float32)

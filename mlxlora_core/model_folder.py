@@ -1,0 +1,279 @@
+"""The model folder: config.json, the weights and the tokenizer, read whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxlora_core import tensor_file
+from mlxlora_core.errors import ModelError, UsageError, some
+from mlxlora_core.layers import compute_dtype, is_linear, linear_shape
+from mlxlora_core.options import parse
+from mlxlora_core.recipe import DEFAULT_QUANTIZER
+from mlxlora_core.registry import Component, Registry
+from mlxlora_core.specs import LanguageModel
+from mlxlora_core.tokenizer import Tokenizer
+
+CONFIG = "config.json"
+WEIGHTS = {"safetensors": "model.safetensors", "npz": "weights.npz"}
+INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.model"
+FINGERPRINT = "fingerprint"  # of the tensors, in the metadata of the weight file
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the linears of a model were quantized."""
+
+    quantizer: Component
+    options: Any
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model read from its folder.
+
+    Attributes:
+        folder: where it was read.
+        language_model: with frozen parameters, ready to compute.
+        tokenizer: of the model.
+        config: config.json.
+        quantization: how linears were quantized, or None.
+        fingerprint: of config and tensors, the same for the same base in any format.
+    """
+
+    folder: Path
+    language_model: LanguageModel
+    tokenizer: Tokenizer
+    config: Mapping[str, Any]
+    quantization: Quantization | None
+    fingerprint: str
+
+    @property
+    def module(self) -> nn.Module:
+        """The language model as the MLX module that it is."""
+        module: Any = self.language_model
+        return module  # type: ignore[no-any-return]
+
+    def sequence_limit(self, max_seq_length: int) -> int:
+        """The longest row to train on: ``max_seq_length``, or the model's context if that is less."""
+        return min(max_seq_length, self.language_model.context_tokens or max_seq_length)
+
+
+def load(folder: Path, registry: Registry) -> Model:
+    """Read a model folder.
+
+    Raises:
+        ModelError: a part is absent, damaged or does not fit the others; all
+            tensors that do not fit are listed.
+        PluginError: no plugin builds its model_type or restores its quantization.
+    """
+    config = read_config(folder)
+    architecture = find_architecture(config, registry, folder / CONFIG)
+    try:
+        args = architecture.spec.config(config, {})
+    except ModelError as fault:
+        raise ModelError(fault.what, where=folder / CONFIG, fix=fault.fix) from fault
+    language_model: LanguageModel = architecture.spec.build(args)
+    tensors, fingerprint = read_weights(folder)
+    quantization = read_quantization(config, registry, folder / CONFIG)
+    module: Any = language_model
+    if quantization is not None:
+        _restore_quantized(module, tensors, quantization)
+    _fill(module, tensors, folder)
+    tokenizer = Tokenizer(folder / TOKENIZER)
+    check_vocabulary(tokenizer, language_model.vocab_size)
+    description = json.dumps(config, sort_keys=True)
+    return Model(
+        folder,
+        language_model,
+        tokenizer,
+        config,
+        quantization,
+        hashlib.sha256(f"{description}\0{fingerprint}".encode()).hexdigest(),
+    )
+
+
+def holds_only_a_model(folder: Path) -> bool:
+    """Whether everything in ``folder`` is what mlxlora writes into a model folder."""
+    names = {path.name for path in folder.iterdir()}
+    return CONFIG in names and names <= {CONFIG, TOKENIZER, *WEIGHTS.values()}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json.
+
+    Raises:
+        ModelError: it is absent or is no JSON object.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ModelError(
+            "there is no config.json; this is not a model folder",
+            where=folder,
+            fix="make one with: mlxlora convert --torch-path DIR --mlx-path " + str(folder),
+        )
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+        raise ModelError(f"is no JSON: {fault}", where=path) from fault
+    if not isinstance(config, dict):
+        raise ModelError(f"wanted a JSON object, got {type(config).__name__}", where=path)
+    return config
+
+
+def find_architecture(config: Mapping[str, Any], registry: Registry, where: Path) -> Component:
+    """The architecture that builds a config's ``model_type``, stated or recognised.
+
+    Raises:
+        ModelError: none does, or several do.
+    """
+    components = registry.of("architecture")
+    stated = config.get("model_type")
+    found = [
+        c
+        for c in components
+        if (stated in c.spec.model_types if stated is not None else c.spec.detect(config) is not None)
+    ]
+    if len(found) == 1:
+        return found[0]
+    known = some(sorted({name for c in components for name in c.spec.model_types}))
+    if found:
+        raise ModelError(f"model_type '{stated}' is built by {some(c.id for c in found)}", where=where)
+    failed = "".join(f"; plugin {p} failed to load: {p.reason}" for p in registry.failed)
+    what = (
+        f"model_type '{stated}' is not known"
+        if stated is not None
+        else "no model_type is stated or recognised"
+    )
+    raise ModelError(f"{what} (there is {known}{failed})", where=where, fix="install a plugin that builds it")
+
+
+def read_weights(folder: Path) -> tuple[dict[str, mx.array], str]:
+    """The tensors of a model folder, not yet evaluated, and the fingerprint of their contents.
+
+    Raises:
+        ModelError: no weights, a damaged file, or a shard that is absent.
+    """
+    files = _weight_files(folder)
+    tensors: dict[str, mx.array] = {}
+    fingerprint = ""
+    for path in files:
+        part, metadata = tensor_file.load(path)
+        tensors |= part
+        fingerprint = metadata.get(FINGERPRINT, "")
+    if not fingerprint or len(files) > 1:
+        fingerprint = tensor_file.combine({n: tensor_file.digest(n, t) for n, t in tensors.items()})
+    return tensors, fingerprint
+
+
+def read_quantization(config: Mapping[str, Any], registry: Registry, where: Path) -> Quantization | None:
+    """How a config says that linears are quantized, or None.
+
+    Raises:
+        PluginError: no such quantizer.
+        ModelError: options that it does not have.
+    """
+    stated = config.get("quantization")
+    if stated is None:
+        return None
+    quantizer = registry.find("quantizer", config.get("quantizer", DEFAULT_QUANTIZER))
+    owner = f"quantizer '{quantizer.spec.name}'"
+    try:
+        return Quantization(quantizer, parse(quantizer.spec.options, stated, owner=owner))
+    except UsageError as fault:
+        raise ModelError(fault.what, where=where) from fault
+
+
+def linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, linear) of every dense or quantized linear in ``module``."""
+    return ((path, child) for path, child in module.named_modules() if is_linear(child))
+
+
+def replace(module: nn.Module, children: Mapping[str, nn.Module]) -> None:
+    """Put ``children`` at their paths inside ``module``."""
+    if children:
+        module.update_modules(tree_unflatten(list(children.items())))
+
+
+def parameters(module: nn.Module) -> dict[str, mx.array]:
+    """Every parameter by its path."""
+    return dict(tree_flatten(module.parameters()))
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuse a tokenizer of another vocabulary.
+
+    Raises:
+        ModelError: with both sizes.
+    """
+    if tokenizer.vocab_size != vocab_size:
+        raise ModelError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the model a vocabulary of {vocab_size}",
+            where=tokenizer.path,
+            fix="use the tokenizer that the model was trained with",
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight file, or the shards that the index names."""
+    present = [folder / name for name in WEIGHTS.values() if (folder / name).is_file()]
+    if len(present) > 1:
+        raise ModelError(f"there are both {some(p.name for p in present)}", where=folder, fix="remove one")
+    if present:
+        return present
+    index = folder / INDEX
+    if not index.is_file():
+        raise ModelError(f"there are no weights ({some(WEIGHTS.values())})", where=folder)
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as fault:
+        raise ModelError("is no index of shards", where=index) from fault
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise ModelError(f"names shards outside its folder: {some(outside)}", where=index)
+    return [folder / name for name in names]
+
+
+def _restore_quantized(
+    module: nn.Module, tensors: Mapping[str, mx.array], quantization: Quantization
+) -> None:
+    """Make an empty quantized linear wherever the file has more than a weight and a bias."""
+    packed = {
+        name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] not in ("weight", "bias")
+    }
+    restore = quantization.quantizer.spec.restore
+    replace(
+        module,
+        {
+            path: restore(linear_shape(linear), "bias" in linear, quantization.options)
+            for path, linear in linears(module)
+            if path in packed
+        },
+    )
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, mx.array], folder: Path) -> None:
+    """Give every parameter its tensor, in the type to compute in, and freeze it."""
+    faults = tensor_file.mismatches(tensors, parameters(module))
+    if faults:
+        raise ModelError("the weights do not fit config.json: " + "; ".join(faults), where=folder)
+    ready = [
+        (name, t.astype(compute_dtype(t.dtype)) if mx.issubdtype(t.dtype, mx.floating) else t)
+        for name, t in tensors.items()
+    ]
+    module.update(tree_unflatten(ready))
+    module.freeze()
+    module.eval()
+    try:
+        mx.eval(module.parameters())
+    except RuntimeError as fault:
+        raise ModelError(f"the weights cannot be read: {fault}", where=folder) from fault

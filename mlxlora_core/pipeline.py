@@ -1,0 +1,297 @@
+"""``mlxlora run``: the straight lines as stages, each done once for its inputs.
+
+The stages are model, data, before (losses and answers of the base), train and
+after (the same of the tuned model). Each has a fingerprint made from the
+fingerprints of those it builds on; one whose output carries it is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from mlxlora_core import __version__, adapter_file, durable, model_folder
+from mlxlora_core.convert import ConvertReport, convert
+from mlxlora_core.data import Examples, read_examples, write_dataset
+from mlxlora_core.evaluate import evaluate
+from mlxlora_core.generate import generate
+from mlxlora_core.model_folder import Model, Quantization
+from mlxlora_core.options import plain
+from mlxlora_core.recipe import Choice, Recipe
+from mlxlora_core.registry import Component, Registry
+from mlxlora_core.run_folder import ADAPTER, DATA, METRICS, MODEL, RunFolder, files, fingerprint, stats
+from mlxlora_core.train import TrainReport, ValidReport, train
+
+STAGES = ("model", "data", "before", "train", "after")
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """A stage begins, or is skipped because its output holds."""
+
+    stage: str
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class StageDone:
+    """A stage ended with ``result``, which run.json keeps."""
+
+    stage: str
+    result: Mapping[str, Any]
+
+
+Event = StageStarted | StageDone | TrainReport | ValidReport
+
+
+def run(recipe: Recipe, registry: Registry, notes: Sequence[str] = ()) -> Iterator[Event]:
+    """Do what a recipe says, stage by stage; what is done already is skipped.
+
+    Args:
+        recipe: with every value filled in.
+        registry: where plugins are looked up.
+        notes: what the runtimes said, for the record.
+
+    Raises:
+        SafetyError: the run folder holds something that no run has made.
+        MlxloraError: as the stages raise.
+    """
+    folder = RunFolder(recipe.folder)
+    folder.begin(_facts(recipe, registry, notes), tomli_w.dumps(_rooted(recipe.values())))
+    marks = fingerprints(recipe)
+    work = _Stages(recipe, registry, folder)
+    for stage in STAGES:
+        skipped = folder.holds(stage, marks[stage])
+        yield StageStarted(stage, skipped)
+        if skipped:
+            continue
+        result = (yield from work.train()) if stage == "train" else work.do(stage)
+        folder.keep(stage, marks[stage], result)
+        yield StageDone(stage, result)
+
+
+def plan(recipe: Recipe) -> dict[str, bool]:
+    """stage -> whether a run would do it now; nothing is written."""
+    folder = RunFolder(recipe.folder)
+    return {stage: not folder.holds(stage, mark) for stage, mark in fingerprints(recipe).items()}
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """stage -> fingerprint of all that its output depends on."""
+    config = recipe.train
+    source = recipe.model.torch_path or recipe.model.mlx_path or Path()
+    builder = _component(recipe.data)
+    reading = {"max_seq_length": config.max_seq_length, "mask_prompt": config.mask_prompt}
+    asking = {
+        "reading": reading,
+        "batch_size": config.batch_size,
+        "evaluate": plain(recipe.evaluate),
+        "generate": plain(recipe.generate),
+        "sampler": _identity(recipe.sampler),
+    }
+    marks: dict[str, str] = {}
+    marks["model"] = fingerprint(
+        {
+            "mlxlora": __version__,
+            "model": plain(recipe.model),
+            "files": stats(source, files(source)),
+            "parts": [_identity(recipe.loader), _identity(recipe.quantize)],
+        }
+    )
+    marks["data"] = fingerprint(
+        {
+            "mlxlora": __version__,
+            "builder": _identity(recipe.data),
+            "sources": dict(builder.spec.inputs(recipe.data.options)),
+        }
+    )
+    base = {"mlxlora": __version__, "on": [marks["model"], marks["data"]], "seed": recipe.run.seed}
+    marks["before"] = fingerprint({**base, **asking})
+    marks["train"] = fingerprint({**base, "train": plain(config), "adapter": _identity(recipe.adapter)})
+    marks["after"] = fingerprint({**base, **asking, "adapter": marks["train"]})
+    return marks
+
+
+class _Stages:
+    """The stages, and what has been loaded for them so far."""
+
+    def __init__(self, recipe: Recipe, registry: Registry, folder: RunFolder) -> None:
+        self.recipe, self.registry, self.folder = recipe, registry, folder
+        self._adapted = False
+        self._tokenized: dict[str, Examples] = {}
+
+    def do(self, stage: str) -> dict[str, Any]:
+        """The result of a stage that has nothing to report on its way."""
+        return {"model": self.model, "data": self.data, "before": self.before, "after": self.after}[stage]()
+
+    def model(self) -> dict[str, Any]:
+        """Convert the checkpoint, unless the recipe names a model folder."""
+        source = self.recipe.model
+        if source.torch_path is None:
+            return {"folder": str(source.mlx_path)}
+        loader, quantize = self.recipe.loader, self.recipe.quantize
+        report = convert(
+            source.torch_path,
+            self.folder.path / MODEL,
+            self.registry,
+            loader=loader.component.id if loader.component else None,
+            loader_options=loader.options,
+            dtype=source.dtype,
+            file_format=source.format,
+            quantization=Quantization(quantize.component, quantize.options) if quantize.component else None,
+            overwrite=True,
+        )
+        return convert_result(report)
+
+    def data(self) -> dict[str, Any]:
+        """Build the rows."""
+        builder, options = _component(self.recipe.data), self.recipe.data.options
+        folder = self.folder.path / DATA
+        shutil.rmtree(folder, ignore_errors=True)
+        made_by = {"builder": builder.id, "options": options}
+        record = write_dataset(builder.spec.build(options), folder, options, made_by)
+        return {key: record[key] for key in ("rows", "groups", "versions", "skipped")}
+
+    def before(self) -> dict[str, Any]:
+        """Losses and answers of the base."""
+        return self._measure()
+
+    def train(self) -> Generator[TrainReport | ValidReport, None, dict[str, Any]]:
+        """Train an adapter; its value as a generator is the result of the stage."""
+        recipe, model = self.recipe, self._model
+        adapted = adapter_file.attach(
+            model, _component(recipe.adapter), recipe.adapter.options, recipe.run.seed
+        )
+        self._adapted = True
+        metrics = self.folder.path / METRICS
+        durable.write_text(metrics, "")
+        rows = self._examples("train")
+        valid = self._examples("valid").examples if self._has("valid") else ()
+        for report in train(model.language_model, rows.examples, valid, recipe.train, recipe.run.seed):
+            durable.append_line(metrics, json.dumps(report_line(report)))
+            yield report
+        (self.folder.path / ADAPTER).parent.mkdir(exist_ok=True)
+        adapter_file.save(self.folder.path / ADAPTER, model, adapted)
+        return {
+            **adapter_file.count(model),
+            "adapted": list(adapted.paths),
+            "rows": len(rows),
+            "rows_cut": rows.cut,
+            "tokens_cut": rows.cut_tokens,
+        }
+
+    def after(self) -> dict[str, Any]:
+        """Losses and answers of the tuned model."""
+        if not self._adapted:
+            adapter_file.load(self.folder.path / ADAPTER, self._model, self.registry)
+            self._adapted = True
+        return self._measure()
+
+    @cached_property
+    def _model(self) -> Model:
+        """The base, until an adapter is attached to it."""
+        return model_folder.load(self.recipe.model.mlx_path or self.folder.path / MODEL, self.registry)
+
+    def _measure(self) -> dict[str, Any]:
+        config = self.recipe
+        losses = {}
+        for split in ("valid", "test"):
+            if self._has(split):
+                loss = evaluate(
+                    self._model.language_model,
+                    self._examples(split).examples,
+                    config.train.batch_size,
+                    config.evaluate.test_batches,
+                )
+                losses[split] = {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens}
+        return {"losses": losses, "answers": [self._answer(prompt) for prompt in config.generate.prompts]}
+
+    def _answer(self, prompt: str) -> dict[str, str]:
+        sampler = self.recipe.sampler
+        segments = generate(
+            self._model.language_model,
+            self._model.tokenizer,
+            prompt,
+            _component(sampler).spec.build(sampler.options),
+            num_tokens=self.recipe.generate.num_tokens,
+            seed=self.recipe.run.seed,
+        )
+        return {"prompt": prompt, "text": "".join(segments)}
+
+    def _has(self, split: str) -> bool:
+        path = self.folder.path / DATA / f"{split}.jsonl"
+        return path.is_file() and path.stat().st_size > 0
+
+    def _examples(self, split: str) -> Examples:
+        if split not in self._tokenized:
+            config = self.recipe.train
+            self._tokenized[split] = read_examples(
+                self.folder.path / DATA / f"{split}.jsonl",
+                self._model.tokenizer,
+                max_seq_length=self._model.sequence_limit(config.max_seq_length),
+                mask_prompt=config.mask_prompt,
+            )
+        return self._tokenized[split]
+
+
+def convert_result(report: ConvertReport) -> dict[str, Any]:
+    """A conversion in plain values, without the sums that its rates are made of."""
+    values = plain(report) | {
+        "bits_per_weight": report.bits_per_weight,
+        "relative_error": report.relative_error,
+    }
+    return {key: value for key, value in values.items() if not key.startswith("squared_")}
+
+
+def report_line(report: TrainReport | ValidReport) -> dict[str, Any]:
+    """One line of metrics.jsonl."""
+    return {"kind": "train" if isinstance(report, TrainReport) else "valid", **asdict(report)}
+
+
+def _facts(recipe: Recipe, registry: Registry, notes: Sequence[str]) -> dict[str, Any]:
+    """What run.json says of the run beside its stages."""
+    return {
+        "mlxlora": __version__,
+        "recipe": recipe.name,
+        "seed": recipe.run.seed,
+        "plugins": {
+            p.name: f"{p.distribution} {p.version}".strip() for p in registry.plugins if p.components
+        },
+        "runtime": list(notes),
+        "machine": {
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            "cores": os.cpu_count(),
+        },
+        "origins": dict(recipe.origins),
+    }
+
+
+def _component(choice: Choice) -> Component:
+    assert choice.component is not None, "the recipe reader fills this part in"
+    return choice.component
+
+
+def _identity(choice: Choice) -> list[Any] | None:
+    """A component, the version of its plugin, and its options."""
+    if choice.component is None:
+        return None
+    return [choice.component.id, choice.component.plugin.version, plain(choice.options)]
+
+
+def _rooted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe values with the paths of the model made absolute, so that the written recipe runs anywhere."""
+    model = {
+        key: os.path.abspath(value) if key.endswith("_path") else value
+        for key, value in values["model"].items()
+    }
+    return {**values, "model": model}

@@ -1,0 +1,72 @@
+"""How to train, evaluate and generate: the values, with their help and their ranges.
+
+Light on purpose: command-line options, recipe tables and docs are made from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlxlora_core.options import option
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How rows become batches, in training and in measuring."""
+
+    batch_size: int = option(4, help="rows a batch", unit="rows", minimum=1)
+    max_seq_length: int = option(2048, help="longer rows are cut and counted", unit="tokens", minimum=2)
+    mask_prompt: bool = option(False, help="count only completions and answers in the loss")
+
+
+@dataclass(frozen=True)
+class TrainConfig(BatchConfig):
+    """Everything that the training loop needs to know."""
+
+    iters: int = option(1000, help="optimizer updates", unit="steps", minimum=1)
+    grad_accumulation: int = option(1, help="batches a step", minimum=1)
+    optimizer: str = option("adam", help="the optimizer", choices=("adam", "adamw"))
+    learning_rate: float = option(1e-5, help="peak learning rate", above=0)
+    weight_decay: float = option(0.01, help="decoupled weight decay, of adamw only", minimum=0)
+    schedule: str = option("constant", help="learning rate after the warm-up", choices=("constant", "cosine"))
+    warmup: int = option(0, help="steps over which the learning rate rises from 0", unit="steps", minimum=0)
+    min_learning_rate: float = option(0.0, help="where the cosine schedule ends", minimum=0)
+    grad_clip: float | None = option(None, help="largest norm of the gradient; none does not clip", above=0)
+    val_batches: int = option(25, help="batches a validation; -1 is all", minimum=-1)
+    steps_per_report: int = option(10, help="steps between training reports", unit="steps", minimum=1)
+    steps_per_eval: int = option(200, help="steps between validations", unit="steps", minimum=1)
+
+    def __post_init__(self) -> None:
+        if self.val_batches == 0:
+            raise ValueError("val_batches must be -1 or at least 1, got 0")
+        if self.warmup >= self.iters:
+            raise ValueError(f"warmup must be less than iters ({self.iters}), got {self.warmup}")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate must be at most learning_rate ({self.learning_rate:g}), "
+                f"got {self.min_learning_rate:g}"
+            )
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows that one update is made from."""
+        return self.batch_size * self.grad_accumulation
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How a loss is measured."""
+
+    test_batches: int = option(500, help="batches of the test set; -1 is all", minimum=-1)
+
+    def __post_init__(self) -> None:
+        if self.test_batches == 0:
+            raise ValueError("test_batches must be -1 or at least 1, got 0")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How text is generated."""
+
+    num_tokens: int = option(100, help="tokens to generate at most", unit="tokens", minimum=1, letter="n")
+    write_every: int = option(1, help="show text after every so many tokens", unit="tokens", minimum=1)
