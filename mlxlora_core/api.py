@@ -23,6 +23,7 @@ from mlxlora_core.errors import (
     some,
 )
 from mlxlora_core.hookspecs import API_VERSION, hookimpl
+from mlxlora_core.jsonl import JsonLines, check_content, read_jsonl, refuse_faults, scan_jsonl
 from mlxlora_core.options import NoOptions, option
 from mlxlora_core.specs import (
     Adapter,
@@ -49,9 +50,12 @@ from mlxlora_core.specs import (
 
 if TYPE_CHECKING:
     from mlxlora_core.cache import KVCache
+    from mlxlora_core.fast import attention, silu_times
     from mlxlora_core.layers import QuantizedLinear, dense_weight, linear_shape, on_cpu
 
 _HEAVY = {
+    "attention": "mlxlora_core.fast",
+    "silu_times": "mlxlora_core.fast",
     "KVCache": "mlxlora_core.cache",
     "QuantizedLinear": "mlxlora_core.layers",
     "dense_weight": "mlxlora_core.layers",
@@ -69,6 +73,7 @@ __all__ = [
     "DataError",
     "DatasetBuilder",
     "DatasetOptions",
+    "JsonLines",
     "KVCache",
     "LanguageModel",
     "LazyTensor",
@@ -91,11 +96,17 @@ __all__ = [
     "Skipped",
     "UsageError",
     "WeightLoader",
+    "attention",
+    "check_content",
     "dense_weight",
     "hookimpl",
     "linear_shape",
     "on_cpu",
     "option",
+    "read_jsonl",
+    "refuse_faults",
+    "scan_jsonl",
+    "silu_times",
     "some",
 ]
 

@@ -1,0 +1,202 @@
+"""The transformer of Llama (arXiv:2302.13971) and Mistral (arXiv:2310.06825).
+
+Parameters have the names of the original checkpoints. Shapes: B batch,
+T tokens, S tokens attended to, D width, H heads, K kv heads, E head width,
+F mlp width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxlora_core.api import Cache, KVCache, attention, silu_times
+from mlxlora_llama.config import ModelArgs
+
+# What the attention of core takes: nothing, "causal", or booleans (T, S).
+Mask: TypeAlias = mx.array | str | None
+
+
+class RMSNorm(nn.Module):
+    """``x · rsqrt(mean(x²) + eps) · weight``, computed in float32.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.weight = mx.ones((dim,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Normalise (..., D) over its last axis."""
+        return mx.fast.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions, where H / K query heads share a key and value head.
+
+    Source: Ainslie et al. 2023, arXiv:2305.13245.
+    """
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads
+        self.head_dim, self.rope_theta = args.head_dim, args.rope_theta
+        self.sliding_window = args.sliding_window
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+
+    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None = None) -> mx.array:
+        """Attend from (B, T, D) to itself and to what ``cache`` holds.
+
+        Args:
+            x: the normalised hidden states.
+            mask: as :func:`attention_mask` makes it.
+            cache: keys and values of the tokens before these; these are appended.
+        """
+        queries = self._heads(self.wq(x), self.n_heads)  # (B, H, T, E)
+        keys = self._heads(self.wk(x), self.n_kv_heads)  # (B, K, T, E)
+        values = self._heads(self.wv(x), self.n_kv_heads)
+        offset = 0 if cache is None else cache.offset
+        queries, keys = rotate(queries, offset, self.rope_theta), rotate(keys, offset, self.rope_theta)
+        if cache is not None:
+            keys, values = cache.update(keys, values)
+        if self.sliding_window is not None:
+            # None of these queries sees further back than the first one does.
+            reach = self.sliding_window + x.shape[1] - 1
+            keys, values = keys[:, :, -reach:], values[:, :, -reach:]
+        out = attention(queries, keys, values, self.head_dim**-0.5, mask)
+        return self.wo(out.swapaxes(1, 2).flatten(2))
+
+    def _heads(self, x: mx.array, heads: int) -> mx.array:
+        """(B, T, heads · E) -> (B, heads, T, E)."""
+        return mx.unflatten(x, 2, (heads, self.head_dim)).swapaxes(1, 2)
+
+
+def rotate(x: mx.array, offset: int, theta: float) -> mx.array:
+    """Rotary positions of (B, ·, T, E), whose first token stands at position ``offset``.
+
+    Neighbouring features 2i and 2i + 1 turn by the angle ``position · theta^(-2i/E)``.
+    Source: Su et al. 2021, arXiv:2104.09864, equation 34.
+    """
+    return mx.fast.rope(x, x.shape[-1], traditional=True, base=theta, scale=1.0, offset=offset)
+
+
+class FeedForward(nn.Module):
+    """``w2(silu(w1 x) · w3 x)``. Source: Shazeer 2020, arXiv:2002.05202, equation 6."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, T, D) -> (B, T, D), each token by itself."""
+        return self.w2(silu_times(self.w1(x), self.w3(x)))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each of the normalised input and added to it."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None = None) -> mx.array:
+        """(B, T, D) -> (B, T, D); see :class:`Attention` for the arguments."""
+        x = x + self.attention(self.attention_norm(x), mask, cache)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Model(nn.Module):
+    """A Llama or Mistral; a :class:`mlxlora_core.api.LanguageModel`.
+
+    Attributes:
+        layers: the blocks, bottom first.
+        head_path: ``output``, or nothing when the head is the embedding.
+        vocab_size: V.
+        context_tokens: longest sequence it was made for, or None.
+    """
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.vocab_size, self.context_tokens = args.vocab_size, args.max_seq_len
+        self.sliding_window = args.sliding_window
+        self.head_path = "" if args.tie_word_embeddings else "output"
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers: list[nn.Module] = [TransformerBlock(args) for _ in range(args.n_layers)]
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        if not args.tie_word_embeddings:
+            self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+
+    def __call__(self, tokens: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
+        """Logits (B, T, V) of token ids (B, T) that follow those in ``cache``."""
+        return self.head(self.run(self.embed(tokens), cache=cache))
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Embeddings (B, T, D) of token ids (B, T)."""
+        embeddings: mx.array = self.tok_embeddings(tokens)
+        return embeddings
+
+    def run(
+        self,
+        hidden: mx.array,
+        first: int = 0,
+        last: int | None = None,
+        cache: Sequence[Cache] | None = None,
+    ) -> mx.array:
+        """Hidden states (B, T, D) after layers ``first`` up to, not including, ``last``.
+
+        Args:
+            hidden: what enters layer ``first``, (B, T, D).
+            first: the lowest layer to run.
+            last: where to stop; None is the top.
+            cache: one entry for each layer of the whole model.
+        """
+        blocks = self.layers[first:last]
+        entries = [None] * len(blocks) if cache is None else cache[first:last]
+        held = entries[0].offset if entries and entries[0] is not None else 0
+        mask = attention_mask(hidden.shape[1], held, self.sliding_window)
+        for block, entry in zip(blocks, entries, strict=True):
+            hidden = block(hidden, mask, entry)
+        return hidden
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits (..., V) of hidden states (..., D), final norm included."""
+        hidden = self.norm(hidden)
+        return self.output(hidden) if self.head_path else self.tok_embeddings.as_linear(hidden)
+
+    def make_cache(self) -> list[Cache]:
+        """An empty cache, one entry a layer."""
+        return [KVCache() for _ in self.layers]
+
+
+def attention_mask(tokens: int, held: int, window: int | None) -> Mask:
+    """Which keys each of T queries sees: those up to itself, at most ``window`` of them.
+
+    Args:
+        tokens: T.
+        held: keys that a cache holds from before.
+        window: tokens that a token sees, itself included; None is all before it.
+
+    Returns:
+        None when every query sees every key, ``"causal"``, or booleans (T, S)
+        for the S keys that any of the queries sees, which are the last ones.
+    """
+    if tokens == 1:
+        return None
+    if window is None or held + tokens <= window:
+        return "causal"
+    key = mx.arange(min(held + tokens, window + tokens - 1))
+    query = key[-tokens:, None]
+    return (key <= query) & (key > query - window)
