@@ -1,0 +1,70 @@
+"""Put a fast BLAS under MLX, check it, and say in one line what became of it."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+
+from mlxlora_core.api import MlxloraError, ResourceError, RuntimeNote
+
+
+@cache
+def start() -> RuntimeNote | None:
+    """Point MLX's matrix products at a fast BLAS; called again, it only repeats the note.
+
+    Returns:
+        What is in force, or as a warning why MLX stays as it was; nothing where
+        MLX does not compute on a Linux CPU through a BLAS.
+    """
+    if sys.platform != "linux" or not _computes_on_cpu():
+        return None
+    try:
+        return _start()
+    except (MlxloraError, OSError, ValueError, RuntimeError) as fault:
+        return RuntimeNote(f"openblas: MLX's CPU backend stays as it was: {fault}", warning=True)
+
+
+def _computes_on_cpu() -> bool:
+    """Whether MLX is there and has nothing but a CPU to compute on."""
+    try:
+        import mlx.core as mx
+    except ImportError:  # whoever needs MLX will say what to install
+        return False
+    if mx.cuda.is_available() or mx.metal.is_available():
+        return False
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def _start() -> RuntimeNote | None:
+    """Point, check, and keep or put back.
+
+    Raises:
+        MlxloraError: no usable BLAS, or one that computes something else.
+        OSError: the process may not be looked into or changed.
+        ValueError: libmlx.so is not laid out as expected.
+        RuntimeError: MLX refuses a product of the check.
+    """
+    from mlxlora_openblas.blas import open_blas
+    from mlxlora_openblas.check import faults
+    from mlxlora_openblas.slots import mlx_slots
+    from mlxlora_openblas.threads import thread_count
+
+    slots = mlx_slots()
+    if not slots:
+        return None
+    blas = open_blas(thread_count())
+    before = {slot: slot.target for slot in slots if slot.function in blas.functions}
+    wrong = ["everything, until the check has ended"]
+    try:
+        for slot in before:
+            slot.point_at(blas.functions[slot.function])
+        wrong = faults()
+    finally:
+        if wrong:
+            for slot, target in before.items():
+                slot.point_at(target)
+    if wrong:
+        raise ResourceError(
+            f"{blas.title} gets {len(wrong)} products wrong, such as {wrong[0]}", where=blas.path
+        )
+    return RuntimeNote(f"openblas: {blas.title} under MLX's CPU backend")

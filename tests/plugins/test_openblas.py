@@ -1,0 +1,369 @@
+"""The openblas runtime: what it does to MLX is looked at from child processes, with it and without."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlxlora_openblas.elf import imports
+from mlxlora_openblas.slots import Slot
+from mlxlora_openblas.threads import quota, thread_count
+
+from mlxlora_core import registry
+from mlxlora_core.errors import UsageError
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the runtime is for Linux")
+
+#: what a child does before it looks at MLX; it tells the note, whether MLX still calls what it
+#: called before, the worst error of products against float64, and a digest of all their bytes
+PROBE = """
+import hashlib, json
+import mlx.core as mx
+import numpy as np
+from mlxlora_openblas.runtime import start
+from mlxlora_openblas.slots import mlx_slots
+
+before = [slot.target for slot in mlx_slots()]
+{prepare}
+rng = np.random.default_rng(7)
+digest, worst = hashlib.sha256(), 0.0
+for m, k, n in ((1, 300, 70), (64, 256, 512), (203, 310, 199), (5, 1, 4)):
+    a, b, c = (rng.standard_normal(s).astype(np.float32) for s in ((m, k), (n, k), (m, n)))
+    x, y, z = mx.array(a), mx.array(b), mx.array(c)
+    exact = a.astype(np.float64) @ b.T
+    for got, want in ((x @ y.T, exact), (x @ mx.array(b.T.copy()), exact), (mx.addmm(z, x, y.T), exact + c)):
+        digest.update(np.array(got).tobytes())
+        worst = max(worst, float(np.abs(np.array(got) - want).max() / np.sqrt(k)))
+print(json.dumps(dict(
+    text=note.text if note else None, warning=note.warning if note else None, worst=worst,
+    kept=before == [slot.target for slot in mlx_slots()], digest=digest.hexdigest(),
+)))
+"""
+START = "note = start()"
+
+
+def child(code: str, **environment: str) -> str:
+    """What a fresh Python prints when it runs ``code``; only the named MLXLORA variables are set."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLXLORA_")}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], env=kept | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def probe(prepare: str = START, **environment: str) -> dict[str, Any]:
+    """The findings of PROBE."""
+    found: dict[str, Any] = json.loads(child(PROBE.format(prepare=prepare), **environment))
+    assert found["worst"] < 1e-5  # whatever happens, products are right
+    return found
+
+
+def assert_stays(found: dict[str, Any], reason: str) -> None:
+    """MLX calls what it called before, and the user is told why."""
+    assert found["kept"] and found["warning"]
+    assert found["text"].startswith("openblas: MLX's CPU backend stays as it was: ")
+    assert reason in found["text"] and "\n" not in found["text"]
+
+
+# --- in force -------------------------------------------------------------------
+
+
+def test_openblas_is_put_under_mlx_with_the_same_bytes_in_every_process() -> None:
+    first, second, stock = probe(), probe(), probe("note = None")
+    assert first["text"].startswith("openblas: OpenBLAS 0.")
+    assert first["text"].endswith("under MLX's CPU backend")
+    assert not first["kept"] and not first["warning"]
+    assert stock["kept"]
+    assert first["digest"] == second["digest"]
+
+
+def test_a_second_start_changes_nothing() -> None:
+    found = probe("""
+note = start()
+once = [slot.target for slot in mlx_slots()]
+assert start() is note
+assert [slot.target for slot in mlx_slots()] == once
+""")
+    assert not found["kept"]
+
+
+def test_products_on_two_streams_at_once_are_those_of_one() -> None:
+    child("""
+import mlx.core as mx
+import numpy as np
+from mlxlora_openblas.runtime import start
+assert not start().warning
+sizes = [(257, 129, 190), (64, 512, 300), (1, 512, 700), (300, 300, 300)] * 10
+pairs = [(mx.random.normal((m, k)), mx.random.normal((n, k))) for m, k, n in sizes]
+mx.eval(pairs)
+alone = [np.array(a @ b.T) for a, b in pairs]
+streams = [mx.new_stream(mx.cpu) for _ in range(2)]
+both = [[mx.matmul(a, b.T, stream=stream) for a, b in pairs] for stream in streams]
+mx.eval(both)
+for results in both:
+    for got, want in zip(results, alone, strict=True):
+        assert np.array_equal(np.array(got), want)
+""")
+
+
+def test_core_finds_the_runtime() -> None:
+    assert [c.id for c in registry.load().of("runtime") if c.spec.name == "openblas"] == ["openblas:openblas"]
+
+
+# --- which library --------------------------------------------------------------
+
+
+def test_the_system_library_is_used_when_the_package_is_missing() -> None:
+    found = probe("import sys; sys.modules['scipy_openblas32'] = None; " + START)
+    if found["warning"]:
+        assert_stays(found, "no OpenBLAS found, matrix products are slow. Fix: pip install 'mlxlora[cpu]'")
+    else:
+        assert found["text"].startswith("openblas: OpenBLAS 0.") and not found["kept"]
+
+
+def test_a_library_named_by_path_is_used() -> None:
+    import scipy_openblas32
+
+    path = next(Path(scipy_openblas32.get_lib_dir()).glob("libscipy_openblas*.so"))
+    assert not probe(MLXLORA_BLAS=str(path))["kept"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("there-is-none.so", "No such file"),
+        ("text.so", "invalid ELF header"),
+        ("folder.so", "MLXLORA_BLAS: "),
+        ("libm.so.6", "it has no cblas_sgemm"),
+    ],
+)
+def test_a_named_library_that_cannot_be_used_leaves_mlx_as_it_was(
+    tmp_path: Path, name: str, reason: str
+) -> None:
+    (tmp_path / "text.so").write_text("this is not a library\n" * 9)
+    (tmp_path / "folder.so").mkdir()
+    path = name if name.startswith("lib") else str(tmp_path / name)
+    assert_stays(probe(MLXLORA_BLAS=path), reason)
+
+
+# --- the check ------------------------------------------------------------------
+
+#: a plain BLAS, and what may be wrong with one
+SOURCE = """
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef WIDE
+char *openblas_get_config(void) { return "OpenBLAS 0.3.99 USE64BITINT"; }
+#endif
+static float cut(float x) {
+#ifdef ROUGH
+  uint32_t bits; memcpy(&bits, &x, 4); bits &= 0xfffffff0u; memcpy(&x, &bits, 4);
+#endif
+  return x;
+}
+void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda,
+                 const float *b, int ldb, float beta, float *c, int ldc) {
+#ifdef NO_TRANSPOSE_A
+  if (ta == 112) { ta = 111; lda = k; }
+#endif
+#ifdef NO_TRANSPOSE_B
+  if (tb == 112) { tb = 111; ldb = n; }
+#endif
+#ifdef NO_LAST_ROW
+  if (m > 100 && m % 2) m--;
+#endif
+#ifdef NO_BETA
+  beta = 0;
+#endif
+  for (int i = 0; i < m; i++)
+    for (int j = 0; j < n; j++) {
+      double sum = 0;
+      for (int p = 0; p < k; p++)
+        sum += (double)cut(ta == 112 ? a[p * lda + i] : a[i * lda + p])
+             * cut(tb == 112 ? b[j * ldb + p] : b[p * ldb + j]);
+      float *out = c + i * ldc + j;
+      *out = alpha * sum + (beta ? beta * *out : 0);
+#ifdef GARBAGE
+      *out = i + j;
+#endif
+#ifdef NOT_A_NUMBER
+      if (i == 3) *out = NAN;
+#endif
+    }
+}
+"""
+
+
+def compiled(folder: Path, define: str) -> str:
+    """Path of the BLAS above with one macro defined."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    (folder / "blas.c").write_text(SOURCE)
+    library = folder / "libwrong.so"
+    flags = ["-O2", "-shared", "-fPIC", f"-D{define}"]
+    subprocess.run([compiler, *flags, "-o", library, folder / "blas.c", "-lm"], check=True)
+    return str(library)
+
+
+@pytest.mark.parametrize(
+    "define",
+    ["GARBAGE", "NOT_A_NUMBER", "NO_TRANSPOSE_A", "NO_TRANSPOSE_B", "NO_LAST_ROW", "NO_BETA", "ROUGH"],
+)
+def test_a_wrong_library_is_found_out_and_taken_back(tmp_path: Path, define: str) -> None:
+    assert_stays(probe(MLXLORA_BLAS=compiled(tmp_path, define)), "products wrong, such as ")
+
+
+def test_a_right_library_of_any_make_is_kept(tmp_path: Path) -> None:
+    found = probe(MLXLORA_BLAS=compiled(tmp_path, "RIGHT"))
+    assert found["text"] == "openblas: libwrong.so under MLX's CPU backend" and not found["kept"]
+
+
+def test_a_library_with_wide_integers_is_refused(tmp_path: Path) -> None:
+    assert_stays(probe(MLXLORA_BLAS=compiled(tmp_path, "WIDE")), "(ILP64)")
+    assert_stays(probe(MLXLORA_BLAS=compiled(tmp_path, "cblas_sgemm=cblas_sgemm64_")), "(ILP64)")
+
+
+# --- where it has no business ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        "import sys; sys.platform = 'darwin'",
+        "mx.cuda.is_available = lambda: True",
+        "mx.metal.is_available = lambda: True",
+        "mx.default_device = lambda: mx.Device(mx.gpu, 0)",
+    ],
+)
+def test_elsewhere_it_keeps_silent_and_touches_nothing(elsewhere: str) -> None:
+    assert (
+        child(f"""
+import mlx.core as mx
+from mlxlora_openblas.runtime import start
+from mlxlora_openblas.slots import mlx_slots
+before = [slot.target for slot in mlx_slots()]
+{elsewhere}
+assert start() is None
+assert before == [slot.target for slot in mlx_slots()]
+with open("/proc/self/maps") as maps:
+    assert "openblas" not in maps.read().replace("libscipy_openblas64_", "")  # numpy has its own
+""")
+        == ""
+    )
+
+
+def test_without_mlx_it_keeps_silent() -> None:
+    child("""
+import sys
+sys.modules["mlx.core"] = None
+from mlxlora_openblas.runtime import start
+assert start() is None
+""")
+
+
+# --- threads --------------------------------------------------------------------
+
+
+def test_threads_follow_affinity_and_the_environment() -> None:
+    one = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); " + START
+    assert ", 1 thread)" in probe(one)["text"]
+    assert ", 2 threads)" in probe(one, MLXLORA_THREADS="2")["text"]
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "two", "1.5", "99999"])
+def test_a_senseless_number_of_threads_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXLORA_THREADS", given)
+    with pytest.raises(UsageError, match=f"wanted a whole number from 1 to 4096, got '{given}'"):
+        thread_count()
+
+
+def test_a_senseless_number_of_threads_leaves_mlx_as_it_was() -> None:
+    assert_stays(probe(MLXLORA_THREADS="many"), "MLXLORA_THREADS: wanted a whole number")
+
+
+@pytest.mark.parametrize(
+    ("limits", "processors"),
+    [
+        ({}, 4096),
+        ({"a/b": "max 100000"}, 4096),
+        ({"a/b": "250000 100000"}, 2),
+        ({"a/b": "50000 100000"}, 1),
+        ({"a": "300000 100000", "a/b": "max 100000"}, 3),
+        ({"": "100000 100000", "a/b": "800000 100000"}, 1),
+    ],
+)
+def test_the_tightest_quota_of_a_group_and_those_above_it_counts(
+    tmp_path: Path, limits: dict[str, str], processors: int
+) -> None:
+    (tmp_path / "groups/a/b").mkdir(parents=True)
+    for group, limit in limits.items():
+        (tmp_path / "groups" / group / "cpu.max").write_text(limit + "\n")
+    (tmp_path / "cgroup").write_text("4:memory:/x\n0::/a/b\n")
+    assert quota(tmp_path / "cgroup", tmp_path / "groups") == processors
+
+
+def test_without_cgroups_there_is_no_quota(tmp_path: Path) -> None:
+    assert quota(tmp_path / "none", tmp_path) == 4096
+
+
+# --- the slots ------------------------------------------------------------------
+
+
+def test_imports_are_those_that_pyelftools_reads() -> None:
+    elffile = pytest.importorskip("elftools.elf.elffile")
+    import mlx.core as mx
+    import scipy_openblas32
+
+    libraries = [
+        *Path(mx.__file__).parent.glob("lib/libmlx.so"),
+        *Path(scipy_openblas32.get_lib_dir()).glob("*.so"),
+    ]
+    assert libraries
+    for path in libraries:
+        with path.open("rb") as file:
+            image = elffile.ELFFile(file)
+            symbols = image.get_section_by_name(".dynsym")
+            kinds = {"EM_X86_64": (6, 7), "EM_AARCH64": (1025, 1026)}[image["e_machine"]]
+            want = [
+                (symbols.get_symbol(relocation["r_info_sym"]).name, relocation["r_offset"])
+                for section in (".rela.plt", ".rela.dyn")
+                for relocation in image.get_section_by_name(section).iter_relocations()
+                if relocation["r_info_type"] in kinds
+            ]
+        assert sorted(imports(path)) == sorted(want)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"\x7fELF" + bytes(200))
+    with pytest.raises(ValueError, match="no shared library for x86-64 or AArch64"):
+        list(imports(tmp_path / "file"))
+
+
+def test_a_write_protected_slot_is_written_and_protected_again() -> None:
+    page = mmap.mmap(-1, mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    libc = ctypes.CDLL(None)
+    assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ) == 0
+    slot = Slot("f", address + 64, mmap.PROT_READ)
+    slot.point_at(0x1234)
+    assert slot.target == 0x1234
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [([int(end, 16) for end in line[0].split("-")], line[1]) for line in lines]
+    assert [letters[:2] for (start, stop), letters in spans if start <= address < stop] == ["r-"]
+
+
+def test_a_slot_that_cannot_be_unprotected_is_an_error() -> None:
+    with pytest.raises(OSError, match="mprotect of the slot of f"):
+        Slot("f", np.iinfo(np.int64).max & -8, mmap.PROT_READ).point_at(1)
