@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlxlora_core.data import Batch
+from mlxlora_core.fast import cross_entropy
 from mlxlora_core.specs import LanguageModel
 
 
@@ -37,7 +38,7 @@ class Loss:
     @property
     def perplexity(self) -> float:
         """``exp`` of the mean; infinite where that overflows."""
-        return math.exp(self.mean) if self.mean < 700 else math.inf
+        return math.inf if self.mean > 700 else math.exp(self.mean)
 
 
 def nats(model: LanguageModel, batch: Batch) -> mx.array:
@@ -48,15 +49,3 @@ def nats(model: LanguageModel, batch: Batch) -> mx.array:
     hidden = model.run(model.embed(batch.inputs))
     counted = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
     return cross_entropy(model.head(counted), batch.targets)
-
-
-def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """Sum over N of ``logsumexp(logits) - logits[target]``, in float32.
-
-    Args:
-        logits: (N, V).
-        targets: ids (N,).
-    """
-    logits = logits.astype(mx.float32)
-    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
-    return (mx.logsumexp(logits, axis=-1) - chosen).sum()

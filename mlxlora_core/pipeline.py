@@ -35,6 +35,13 @@ STAGES = ("model", "data", "before", "train", "after")
 
 
 @dataclass(frozen=True)
+class RunStarted:
+    """The run folder is there; ``notes`` is what the runtimes said."""
+
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class StageStarted:
     """A stage begins, or is skipped because its output holds."""
 
@@ -50,7 +57,7 @@ class StageDone:
     result: Mapping[str, Any]
 
 
-Event = StageStarted | StageDone | TrainReport | ValidReport
+Event = RunStarted | StageStarted | StageDone | TrainReport | ValidReport
 
 
 def run(recipe: Recipe, registry: Registry, notes: Sequence[str] = ()) -> Iterator[Event]:
@@ -66,7 +73,8 @@ def run(recipe: Recipe, registry: Registry, notes: Sequence[str] = ()) -> Iterat
         MlxloraError: as the stages raise.
     """
     folder = RunFolder(recipe.folder)
-    folder.begin(_facts(recipe, registry, notes), tomli_w.dumps(_rooted(recipe.values())))
+    folder.begin(_facts(recipe, registry, notes), tomli_w.dumps(recipe.values()))
+    yield RunStarted(tuple(notes))
     marks = fingerprints(recipe)
     work = _Stages(recipe, registry, folder)
     for stage in STAGES:
@@ -286,12 +294,3 @@ def _identity(choice: Choice) -> list[Any] | None:
     if choice.component is None:
         return None
     return [choice.component.id, choice.component.plugin.version, plain(choice.options)]
-
-
-def _rooted(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Recipe values with the paths of the model made absolute, so that the written recipe runs anywhere."""
-    model = {
-        key: os.path.abspath(value) if key.endswith("_path") else value
-        for key, value in values["model"].items()
-    }
-    return {**values, "model": model}

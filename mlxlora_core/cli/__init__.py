@@ -63,10 +63,10 @@ def group() -> None:
 
 def main() -> None:
     """Run the command line and leave with a documented exit code."""
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(execute(sys.argv[1:]))
 
 
-def run(arguments: list[str]) -> int:
+def execute(arguments: list[str]) -> int:
     """The exit code of a command line; every failure is one line on stderr."""
     debug = "--debug" in arguments or os.environ.get(DEBUG, "") not in ("", "0")
     try:

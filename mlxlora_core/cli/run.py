@@ -44,8 +44,6 @@ def command(
     from mlxlora_core import pipeline
     from mlxlora_core.run_folder import RunFolder
 
-    for note in notes:
-        show.progress(note)
     started = time.perf_counter()
     with show.training(resolved.train.iters) as display:
         for event in pipeline.run(resolved, registry, notes):
@@ -97,9 +95,12 @@ def _value(values: dict[str, Any], name: str) -> str:
 
 def _show(event: Event, display: Any) -> None:
     """One event of a run on stderr."""
-    from mlxlora_core.pipeline import StageDone, StageStarted
+    from mlxlora_core.pipeline import RunStarted, StageDone, StageStarted
 
-    if isinstance(event, StageStarted):
+    if isinstance(event, RunStarted):
+        for note in event.notes:
+            show.progress(note)
+    elif isinstance(event, StageStarted):
         show.progress(f"[{event.stage}] {'done already' if event.skipped else '…'}")
     elif isinstance(event, StageDone):
         for line in _stage_lines(event.stage, dict(event.result)):

@@ -68,13 +68,14 @@ def start(registry: Registry) -> list[str]:
         UsageError: MLX has no backend here.
     """
     try:
-        import mlx.core  # noqa: F401
+        from mlxlora_core.layers import keep_buffers
     except ImportError as fault:
         raise UsageError(
             f"MLX cannot be used: {fault}",
             fix="pip install 'mlxlora[cpu]', or 'mlxlora[cuda13]' for an NVIDIA GPU",
         ) from fault
     notes = start_runtimes(registry)
+    keep_buffers()
     for note in notes:
         if note.warning:
             click.echo(f"mlxlora: {one_line(note.text)}", err=True)
