@@ -1,0 +1,51 @@
+"""Adapter ``lora``: a low-rank update beside a frozen linear layer (Hu et al. 2021, arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mlxlora_core.api import Adapter, AdapterOptions, hookimpl, option
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+
+@dataclass(frozen=True)
+class LoRAOptions(AdapterOptions):
+    """How large the update is."""
+
+    rank: int = option(8, help="rank of the update", minimum=1)
+    scale: float = option(2.0, help="factor on the update, alpha / rank in the paper; any number but 0")
+    dropout: float = option(
+        0.0, help="share of the inputs of the update dropped while training", minimum=0, below=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale == 0:
+            raise ValueError("scale must not be 0: the update would have no effect and nothing would train")
+
+
+def wrap(linear: nn.Module, options: LoRAOptions) -> nn.Module:
+    """See :meth:`mlxlora_lora.linear.LoRALinear.from_linear`."""
+    from mlxlora_lora.linear import LoRALinear
+
+    return LoRALinear.from_linear(linear, options.rank, options.scale, options.dropout)
+
+
+def fuse(module: nn.Module, weight: mx.array) -> mx.array:
+    """See :meth:`mlxlora_lora.linear.LoRALinear.fuse`."""
+    from mlxlora_lora.linear import LoRALinear
+
+    assert isinstance(module, LoRALinear)
+    return module.fuse(weight)
+
+
+@hookimpl
+def mlxlora_adapters() -> Iterable[Adapter]:
+    """The one adapter of this plugin."""
+    summary = "low-rank update beside a frozen linear layer"
+    return [Adapter(name="lora", summary=summary, options=LoRAOptions, wrap=wrap, fuse=fuse)]

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlxlora_samplers import mlxlora_samplers
+
+from mlxlora_core.errors import UsageError
+from mlxlora_core.options import parse, plain
+
+SAMPLERS = {spec.name: spec for spec in mlxlora_samplers()}
+DRAWS = 2000
+
+
+def drawn(name: str, logits: Any, key: int = 0, **values: Any) -> list[int]:
+    """Ids for logits (B, V)."""
+    spec = SAMPLERS[name]
+    sample = spec.build(parse(spec.options, values, owner=name))
+    ids = sample(mx.array(np.array(logits, dtype=np.float32)), [], mx.random.key(key))
+    return [int(token) for token in np.array(ids)]
+
+
+def support(name: str, chances: list[float], **values: Any) -> set[int]:
+    """The tokens that come at all, of tokens with these probabilities."""
+    return set(drawn(name, [np.log(chances)] * DRAWS, **values))
+
+
+def test_defaults() -> None:
+    assert {name: plain(spec.options()) for name, spec in SAMPLERS.items()} == {
+        "greedy": {},
+        "temperature": {"temp": 0.8},
+        "top-k": {"temp": 0.8, "k": 40},
+        "top-p": {"temp": 0.8, "p": 0.9},
+        "min-p": {"temp": 0.8, "p": 0.05},
+    }
+
+
+class TestTemperature:
+    @pytest.mark.parametrize("name", ["temperature", "top-k", "top-p", "min-p"])
+    @pytest.mark.parametrize("temp", [1e-6, 1e-38, 1e-300])
+    def test_next_to_nothing_is_the_most_likely(self, name: str, temp: float) -> None:
+        assert drawn(name, [[100.0, 101.0, -50.0]] * 20, temp=temp) == [1] * 20
+
+    def test_heat_evens_out(self) -> None:
+        counts = np.bincount(drawn("temperature", [[0.0, 100.0]] * DRAWS, temp=1e9), minlength=2)
+        assert abs(counts[0] - counts[1]) < 4.5 * DRAWS**0.5
+
+    def test_rows_are_drawn_apart(self) -> None:
+        """One key serves all rows of a batch, and does not give them the same token."""
+        assert len(set(drawn("temperature", [[0.0] * 50] * 20))) > 5
+        assert drawn("temperature", [[0, 0, 99.0], [99.0, 0, 0], [0, 99.0, 0]]) == [2, 0, 1]
+
+
+class TestTopK:
+    def test_keeps_k(self) -> None:
+        assert support("top-k", [0.1, 0.4, 0.2, 0.3], k=2) == {1, 3}
+        assert support("top-k", [0.1, 0.4, 0.2, 0.3], k=3) == {1, 2, 3}
+
+    def test_a_tie_at_the_edge_leaves_exactly_k(self) -> None:
+        assert support("top-k", [0.2, 0.2, 0.2, 0.2, 0.2], k=3) == {0, 1, 2}
+        assert support("top-k", [0.1, 0.1, 0.6, 0.1, 0.1], k=3) == {0, 1, 2}
+
+    @pytest.mark.parametrize("k", [4, 5, 10**9])
+    def test_all_of_the_vocabulary_is_the_temperature_alone(self, k: int) -> None:
+        logits = [[0.3, -1.0, 2.0, 0.1]] * 200
+        assert drawn("top-k", logits, k=k) == drawn("temperature", logits)
+
+
+class TestTopP:
+    def test_keeps_the_smallest_set_that_reaches_p(self) -> None:
+        chances = [0.15, 0.5, 0.05, 0.3]
+        for p, want in (
+            (0.01, {1}),
+            (0.49, {1}),
+            (0.51, {1, 3}),
+            (0.79, {1, 3}),
+            (0.81, {0, 1, 3}),
+            (0.96, {0, 1, 2, 3}),
+        ):
+            assert support("top-p", chances, p=p, temp=1) == want
+
+    def test_counts_after_the_temperature(self) -> None:
+        """At 0.9 the first token alone reaches 0.89; heated, it takes the second to get there."""
+        assert support("top-p", [0.9, 0.05, 0.05], p=0.89, temp=1) == {0}
+        assert support("top-p", [0.9, 0.06, 0.04], p=0.89, temp=2) == {0, 1, 2}
+        assert support("top-p", [0.6, 0.4], p=0.65, temp=0.5) == {0}
+
+    def test_one_is_the_temperature_alone(self) -> None:
+        logits = np.random.default_rng(0).normal(0, 8, (200, 50))
+        assert drawn("top-p", logits, p=1) == drawn("temperature", logits)
+
+    def test_every_row_has_its_own_set(self) -> None:
+        logits = np.log([[0.9, 0.05, 0.05], [0.05, 0.05, 0.9]] * 100)
+        assert drawn("top-p", logits, p=0.8, temp=1) == [0, 2] * 100
+
+
+class TestMinP:
+    def test_keeps_a_share_of_the_highest(self) -> None:
+        chances = [0.5, 0.3, 0.14, 0.06]
+        assert support("min-p", chances, p=0.29, temp=1) == {0, 1}
+        assert support("min-p", chances, p=0.27, temp=1) == {0, 1, 2}
+        assert support("min-p", chances, p=0.1, temp=1) == {0, 1, 2, 3}
+
+    def test_counts_after_the_temperature(self) -> None:
+        assert support("min-p", [0.8, 0.2], p=0.4, temp=1) == {0}
+        assert support("min-p", [0.8, 0.2], p=0.4, temp=2) == {0, 1}
+
+    def test_ends_of_the_range(self) -> None:
+        logits = [[0.3, 2.0, 2.0, -1.0]] * 200
+        assert drawn("min-p", logits, p=0) == drawn("temperature", logits)
+        assert set(drawn("min-p", logits, p=1)) == {1, 2}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_vocabulary_of_real_size(name: str) -> None:
+    logits = np.random.default_rng(1).normal(0, 3, (2, 32000))
+    logits[:, 777] = 60.0
+    assert drawn(name, logits) == [777, 777]
+
+
+def test_an_option_of_another_sampler_is_refused() -> None:
+    with pytest.raises(UsageError, match="has no option 'k'"):
+        drawn("top-p", [[0.0]], k=3)
