@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import tomllib
 import types
 import typing
@@ -82,7 +83,7 @@ class Option:
         name: field name, in snake case.
         type: the annotation, resolved.
         default: the default, or ``dataclasses.MISSING`` when required.
-        help: one sentence.
+        help: one sentence without a full stop.
         unit: what the number counts, or nothing.
         allowed: the range or the choices in words, or nothing.
         letter: a one-letter name on the command line, or nothing.
@@ -114,14 +115,40 @@ def explain(options: type[Any]) -> list[Option]:
         Option(
             name=field.name,
             type=hints[field.name],
-            default=field.default,
+            default=_default(field),
             help=field.metadata.get("help", ""),
             unit=field.metadata.get("unit", ""),
             allowed=_allowed(field.metadata),
             letter=field.metadata.get("letter", ""),
         )
         for field in dataclasses.fields(options)
+        if field.init
     ]
+
+
+def check_declaration(options: Any) -> str:
+    """What is wrong with a class that should declare options, or nothing.
+
+    Every type must be one that recipes and command lines can write, and every
+    default must keep the rules of its own option.
+    """
+    if not isinstance(options, type):
+        return f"must be a dataclass, got {options!r}"
+    if "__dataclass_fields__" not in vars(options):
+        # Below a dataclass, a class that is none loses its own fields in silence.
+        return f"must be a dataclass, and {options.__name__} lacks @dataclass(frozen=True)"
+    if not vars(options)["__dataclass_params__"].frozen:
+        return f"must be frozen, and {options.__name__} lacks @dataclass(frozen=True)"
+    rules = {field.name: field.metadata for field in dataclasses.fields(options)}
+    for known in explain(options):
+        if not _supported(known.type):
+            return f"has '{known.name}' of type {_type_name(known.type)}, wanted {_SUPPORTED}"
+        try:
+            if not known.required:
+                _check_range(convert(known.default, known.type), rules[known.name])
+        except ValueError as fault:
+            return f"has a wrong default for '{known.name}': {fault}"
+    return ""
 
 
 def parse(options: type[T], values: Mapping[str, Any], *, owner: str, where: str = "") -> T:
@@ -140,16 +167,16 @@ def parse(options: type[T], values: Mapping[str, Any], *, owner: str, where: str
         UsageError: unknown names, wrong types, values out of range, missing values.
     """
     known = {o.name: o for o in explain(options)}
-    fields = {field.name: field for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    rules = {field.name: field.metadata for field in dataclasses.fields(options)}  # type: ignore[arg-type]
     faults: list[str] = []
     parsed: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            faults.append(f"{owner} has no option '{name}' ({nearest(name, known)}it has {some(known)})")
+            faults.append(f"{owner} has no option '{name}' ({nearest(name, known)}it has {some(known, 20)})")
             continue
         try:
             parsed[name] = convert(value, known[name].type)
-            _check_range(parsed[name], fields[name].metadata)
+            _check_range(parsed[name], rules[name])
         except ValueError as fault:
             faults.append(f"{owner} option '{name}': {fault}")
     faults += [
@@ -171,16 +198,15 @@ def convert(value: Any, wanted: Any) -> Any:
     Raises:
         ValueError: with what was got and what was wanted.
     """
-    if get_origin(wanted) in (Union, types.UnionType):
+    if _is_union(wanted):
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None
         wanted = next(kind for kind in get_args(wanted) if kind is not type(None))
     if get_origin(wanted) is tuple:
         return tuple(convert(item, get_args(wanted)[0]) for item in _items(value))
-    readers = {bool: _bool, int: _int, float: _float, str: _str, Path: _path}
-    if wanted not in readers:
-        raise TypeError(f"an option cannot be of type {wanted}")
-    return readers[wanted](value)
+    if wanted not in _READERS:
+        raise TypeError(f"an option cannot be of type {wanted}, wanted {_SUPPORTED}")
+    return _READERS[wanted](value)
 
 
 def plain(value: Any) -> Any:
@@ -223,7 +249,7 @@ def _int(value: Any) -> int:
             return int(value)
     except ValueError:
         pass
-    raise ValueError(f"wanted a whole number, got {value!r}")
+    raise ValueError(f"wanted a whole number, got {_shown(value)}")
 
 
 def _float(value: Any) -> float:
@@ -234,7 +260,7 @@ def _float(value: Any) -> float:
             number = math.nan
         if math.isfinite(number):
             return number
-    raise ValueError(f"wanted a finite number, got {value!r}")
+    raise ValueError(f"wanted a finite number, got {_shown(value)}")
 
 
 def _str(value: Any) -> str:
@@ -244,9 +270,44 @@ def _str(value: Any) -> str:
 
 
 def _path(value: Any) -> Path:
-    if isinstance(value, Path) or (isinstance(value, str) and value):
-        return Path(value).expanduser()
+    if isinstance(value, Path) or (isinstance(value, str) and value and "\0" not in value):
+        try:
+            return Path(value).expanduser()
+        except RuntimeError as fault:  # ~ of a user that is not there
+            raise ValueError(f"wanted a path, got {str(value)!r} ({fault})") from fault
     raise ValueError(f"wanted a path, got {value!r}")
+
+
+_READERS = {bool: _bool, int: _int, float: _float, str: _str, Path: _path}
+_SUPPORTED = "one of bool, int, float, str, Path, a tuple[X, ...] of these, or any of them | None"
+
+
+def _supported(kind: Any) -> bool:
+    """Whether an option can be of this type."""
+    if _is_union(kind):
+        inner = [k for k in get_args(kind) if k is not type(None)]
+        return len(inner) == 1 and len(get_args(kind)) == 2 and _supported(inner[0])
+    if get_origin(kind) is tuple:
+        arguments = get_args(kind)
+        return len(arguments) == 2 and arguments[1] is Ellipsis and arguments[0] in _READERS
+    return kind in _READERS
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, types.UnionType)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field, made by its factory if it has one; or MISSING."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; Python refuses to write integers of thousands of digits."""
+    too_long = sys.int_info.default_max_str_digits
+    if isinstance(value, int) and value.bit_length() > 3 * too_long:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
 
 
 def _check_range(value: Any, rules: Mapping[str, Any]) -> None:
@@ -263,14 +324,14 @@ def _check_range(value: Any, rules: Mapping[str, Any]) -> None:
             or (above is not None and item <= above)
             or (below is not None and item >= below)
         ):
-            raise ValueError(f"must be {_allowed(rules)}, got {item!r}")
+            raise ValueError(f"must be {_allowed(rules)}, got {_shown(item)}")
 
 
 def _allowed(rules: Mapping[str, Any]) -> str:
     if rules.get("choices") is not None:
         return "one of " + ", ".join(str(choice) for choice in rules["choices"])
     words = [
-        f"{word} {rules[key]:g}"
+        f"{word} {rules[key]}"
         for key, word in (
             ("minimum", "at least"),
             ("above", "more than"),
@@ -283,9 +344,9 @@ def _allowed(rules: Mapping[str, Any]) -> str:
 
 
 def _type_name(kind: Any) -> str:
-    if get_origin(kind) in (Union, types.UnionType):
+    if _is_union(kind):
         return " or ".join("none" if k is type(None) else _type_name(k) for k in get_args(kind))
-    if get_origin(kind) is tuple:
+    if get_origin(kind) is tuple and get_args(kind)[1:] == (Ellipsis,):
         return f"list of {_type_name(get_args(kind)[0])}"
     return {str: "text", Path: "path", int: "integer", float: "number", bool: "true/false"}.get(
         kind, str(kind)

@@ -8,21 +8,25 @@ component and its options::
     options = { rank = 8 }
 
 ``--set adapter.rank=16`` is short for ``--set adapter.options.rank=16``.
+
+A recipe is read in three passes, each of which tells all that it finds: the
+layout, the components, the values.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.errors import UsageError, nearest, some
-from mlxlora_core.options import explain, option, parse, plain
+from mlxlora_core.errors import PluginError, UsageError, nearest, some
+from mlxlora_core.options import convert, explain, option, parse, plain
 from mlxlora_core.registry import Component, Registry
-from mlxlora_core.train_config import EvaluateConfig, GenerateConfig, TrainConfig
+from mlxlora_core.train_config import EvaluateConfig, TrainConfig
 
 DEFAULT_ADAPTER = "lora"
 DEFAULT_QUANTIZER = "affine"
@@ -30,6 +34,7 @@ DEFAULT_SAMPLER = "temperature"
 DEFAULT_RECIPE = "demo"
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,11 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class AskConfig(GenerateConfig):
+class AskConfig:
     """What to ask the model before and after it is tuned."""
 
     prompts: tuple[str, ...] = option((), help="prompts; none asks nothing")
+    num_tokens: int = option(100, help="tokens of an answer at most", unit="tokens", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -121,14 +127,15 @@ _PLAIN = {
     "evaluate": EvaluateConfig,
     "generate": AskConfig,
 }
-#: section -> (kind of component, the component when nothing is said)
-_CHOICES: dict[str, tuple[str, str | None]] = {
-    "loader": ("loader", None),
-    "quantize": ("quantizer", None),
-    "data": ("builder", None),
-    "adapter": ("adapter", DEFAULT_ADAPTER),
-    "sampler": ("sampler", "greedy"),
+#: section -> (kind of component, the component when nothing is said, whether a run needs one)
+_CHOICES: dict[str, tuple[str, str, bool]] = {
+    "loader": ("loader", NONE, False),
+    "quantize": ("quantizer", NONE, False),
+    "data": ("builder", NONE, True),
+    "adapter": ("adapter", DEFAULT_ADAPTER, True),
+    "sampler": ("sampler", "greedy", True),
 }
+_SECTIONS = (*_PLAIN, *_CHOICES)
 
 
 def read(path: Path, sets: Iterable[str], registry: Registry) -> Recipe:
@@ -144,23 +151,11 @@ def read(path: Path, sets: Iterable[str], registry: Registry) -> Recipe:
             nearest one is suggested), a value of a wrong type or range.
         PluginError: a component that is not there.
     """
-    text = _text(path)
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as fault:
-        raise UsageError(f"is no TOML: {fault}", where=path) from fault
-    source = _Source(path, text, document, overrides(sets))
-    source.check_sections()
-    sections: dict[str, Any] = {name: source.plain(name, kind) for name, kind in _PLAIN.items()}
-    for name, (kind, default) in _CHOICES.items():
-        sections[name] = source.choice(name, kind, default, registry)
-    if sections["data"].component is None:
-        known = some(c.spec.name for c in registry.of("builder"))
-        raise UsageError(
-            "[data] use is required: the dataset builder", where=path, fix=f"name one of {known}"
-        )
+    source = _Source(path, overrides(sets))
+    source.check_layout(registry)
+    sections = source.values(source.components(registry))
     name = path.stem if path.stem != "recipe" else path.absolute().parent.name
-    return Recipe(name=name, **sections, origins=source.origins)
+    return Recipe(name=name or "recipe", **sections, origins=source.origins)
 
 
 def overrides(sets: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -172,7 +167,7 @@ def overrides(sets: Iterable[str]) -> dict[str, dict[str, Any]]:
     nested: dict[str, dict[str, Any]] = {}
     for text in sets:
         name, equals, value = text.partition("=")
-        section, _, key = name.strip().partition(".")
+        section, _, key = (part.strip() for part in name.partition("."))
         key = key.removeprefix("options.") if section in _CHOICES else key
         if not equals or not key or "." in key:
             raise UsageError(
@@ -211,91 +206,166 @@ def check_sections(sets: Mapping[str, Any], known: Iterable[str]) -> None:
 
 
 class _Source:
-    """One recipe file and what the command line puts over it."""
+    """One recipe file and what the command line puts over it.
 
-    def __init__(
-        self, path: Path, text: str, document: Mapping[str, Any], sets: Mapping[str, dict[str, Any]]
-    ) -> None:
-        self.path, self._text, self._document, self._sets = path, text, document, sets
+    Attributes:
+        origins: ``section.key`` -> where its value came from, filled by :meth:`values`.
+    """
+
+    def __init__(self, path: Path, sets: Mapping[str, dict[str, Any]]) -> None:
+        self.path, self._sets = path, sets
+        self._text = _text(path)
+        self._document = _document(path, self._text)
         self.origins: dict[str, str] = {}
 
-    def check_sections(self) -> None:
-        """Refuse sections that a recipe does not have."""
-        known = [*_PLAIN, *_CHOICES]
-        for name in self._document:
-            if name not in known:
-                raise UsageError(
-                    f"no section '{name}' ({nearest(name, known)}there is {some(known, 20)})",
-                    where=self._place(name),
-                )
-            if not isinstance(self._document[name], dict):
-                raise UsageError(f"'{name}' must be a table", where=self._place(name))
-        check_sections(self._sets, known)
+    # --- the layout ---
 
-    def plain(self, section: str, kind: type[Any]) -> Any:
-        """The values of a section that is not about a component."""
-        return parse(
-            kind,
-            self._values(section, kind, self._document.get(section, {})),
-            owner=f"[{section}]",
-            where=self._where(section),
-        )
+    def check_layout(self, registry: Registry) -> None:
+        """Refuse unknown sections and keys, and a recipe that leaves out a part that a run needs."""
+        check_sections(self._sets, _SECTIONS)
+        faults = [*self._unknown_sections()]
+        if not faults:
+            faults += [fault for section in _CHOICES for fault in self._choice_faults(section, registry)]
+        if faults:
+            where = faults[0][0] if len({place for place, _ in faults}) == 1 else str(self.path)
+            raise UsageError("; ".join(what for _, what in faults), where=where)
 
-    def choice(self, section: str, kind: str, default: str | None, registry: Registry) -> Choice:
-        """The component of a section, with its options."""
-        table = dict(self._document.get(section, {}))
+    def _unknown_sections(self) -> Iterator[tuple[str, str]]:
+        """(place, fault) of each."""
+        for name, value in self._document.items():
+            if name not in _SECTIONS:
+                there_is = f"{nearest(name, _SECTIONS)}there is {some(_SECTIONS, 20)}"
+                yield self._place(name), f"no section '{name}' ({there_is})"
+            elif not isinstance(value, dict):
+                yield self._place(name), f"'{name}' must be a table"
+
+    def _choice_faults(self, section: str, registry: Registry) -> Iterator[tuple[str, str]]:
+        """(place, fault) of each in a section that names a component."""
+        place = self._where(section)
+        table = self._document.get(section, {})
+        for key in sorted(table.keys() - {"use", "options"}):
+            hint = nearest(key, ("use", "options")) or "options go under options, "
+            yield place, f"[{section}] has no key '{key}' ({hint}it has use and options)"
+        if not isinstance(table.get("use", ""), str):
+            yield place, f"[{section}] use: wanted text, got {table['use']!r}"
+        elif not isinstance(table.get("options", {}), dict):
+            yield place, f"[{section}] options must be a table, got {table['options']!r}"
+        elif self._use(section) == NONE:
+            yield from ((place, fault) for fault in self._absence_faults(section, registry))
+
+    def _absence_faults(self, section: str, registry: Registry) -> Iterator[str]:
+        """What is wrong with a section that names no component."""
+        kind, _, required = _CHOICES[section]
         sets = self._sets.get(section, {})
-        written = table.pop("use", None)
-        use = sets.get("use", written if written is not None else default)
-        self.origins[f"{section}.use"] = (
-            COMMAND_LINE if "use" in sets else self.path.name if written is not None else DEFAULT
-        )
-        if not use or use == "none":
-            self._refuse_orphans(section, sets, table)
-            return Choice(None)
-        if not isinstance(use, str):
-            raise UsageError(f"[{section}] use: wanted text, got {use!r}", where=self._where(section))
-        options = table.pop("options", {}) | table
-        if "use" in sets and written not in (None, use):
-            options = {}  # they belong to the component that was replaced
-        component = registry.find(kind, use)
-        values = self._values(section, component.spec.options, options)
-        return choose(kind, use, values, registry, self._where(section))
+        if required:
+            there_is = some(sorted({c.spec.name for c in registry.of(kind)}), 20)
+            yield f"[{section}] use is required: the {kind} (there is {there_is})"
+        written = () if "use" in sets else self._document.get(section, {}).get("options", {})
+        orphans = [*written, *(key for key in sets if key != "use")]
+        if orphans and not required:
+            yield f"[{section}] has {some(orphans)} but names no component; add use ="
 
-    def _refuse_orphans(self, section: str, sets: Mapping[str, Any], table: Mapping[str, Any]) -> None:
-        orphans = [key for key in (*table, *sets) if key != "use"]
-        if orphans and "use" not in sets:
+    # --- the components ---
+
+    def components(self, registry: Registry) -> dict[str, Component]:
+        """section -> the component that it names, for those that name one.
+
+        Raises:
+            PluginError: all that are not there.
+        """
+        uses = {section: self._use(section) for section in _CHOICES}
+        wanted = {section: (_CHOICES[section][0], use) for section, use in uses.items() if use != NONE}
+        try:
+            return dict(zip(wanted, registry.find_all(list(wanted.values())), strict=True))
+        except PluginError as fault:
+            away = [s for s, (kind, use) in wanted.items() if not _is_there(registry, kind, use)]
+            where = self._where(away[0]) if len(away) == 1 else str(self.path)
+            raise PluginError(fault.what, where=where, fix=fault.fix) from fault
+
+    def _use(self, section: str) -> str:
+        """What a section names, or ``none``."""
+        use = self._sets.get(section, {}).get("use", self._written_use(section))
+        return use.strip() or NONE
+
+    def _written_use(self, section: str) -> str:
+        """What a section would name without the command line."""
+        use: str = self._document.get(section, {}).get("use", _CHOICES[section][1])
+        return use
+
+    # --- the values ---
+
+    def values(self, components: Mapping[str, Component]) -> dict[str, Any]:
+        """section -> its checked value.
+
+        Raises:
+            UsageError: all values that are of a wrong type or range, and all unknown names.
+        """
+        sections: dict[str, Any] = {}
+        faults: list[UsageError] = []
+        for section in _SECTIONS:
+            try:
+                sections[section] = self._value(section, components.get(section))
+            except UsageError as fault:
+                faults.append(fault)
+        if len(faults) > 1:
+            raise UsageError("; ".join(fault.what for fault in faults), where=self.path)
+        if faults:
+            raise faults[0]
+        self._refuse_idle_parts(sections)
+        return sections
+
+    def _refuse_idle_parts(self, sections: Mapping[str, Any]) -> None:
+        """Refuse a loader or a quantizer where nothing is converted."""
+        idle = [s for s in ("loader", "quantize") if sections[s].component is not None]
+        if idle and sections["model"].torch_path is None:
             raise UsageError(
-                f"[{section}] has {some(orphans)} but names no component",
-                where=self._where(section),
-                fix="add use =",
+                f"[{idle[0]}] has nothing to do: the model folder of mlx_path is used as it is",
+                where=self._where(idle[0]),
+                fix=f"leave [{idle[0]}] out, or name a torch_path to convert",
             )
 
-    def _values(self, section: str, kind: type[Any], table: Mapping[str, Any]) -> dict[str, Any]:
-        """File values with the command line's over them; notes where each came from."""
-        sets = {key: value for key, value in self._sets.get(section, {}).items() if key != "use"}
-        values = {}
-        for known in explain(kind):
-            name = known.name
-            origin = COMMAND_LINE if name in sets else self.path.name if name in table else DEFAULT
-            self.origins[f"{section}.{name}"] = origin
-        for name, value in table.items():
-            values[name] = self._rooted(value) if _is_path(kind, name) else value
-        return values | sets
+    def _value(self, section: str, component: Component | None) -> Any:
+        if section in _PLAIN:
+            kind, table = _PLAIN[section], self._document.get(section, {})
+            return parse(
+                kind, self._rows(section, kind, table), owner=f"[{section}]", where=self._where(section)
+            )
+        self.origins[f"{section}.use"] = self._origin(section, "use", self._document.get(section, {}))
+        if component is None:
+            return Choice(None)
+        options = self._document.get(section, {}).get("options", {})
+        if not component.answers_to(self._written_use(section)):
+            options = {}  # they belong to the component that the command line replaced
+        rows = self._rows(section, component.spec.options, options)
+        owner = f"{component.kind} '{component.spec.name}'"
+        return Choice(component, parse(component.spec.options, rows, owner=owner, where=self._where(section)))
 
-    def _rooted(self, value: Any) -> Any:
-        """A path in the recipe, relative to the recipe's folder."""
-        if isinstance(value, list):
-            return [self._rooted(item) for item in value]
-        return self.path.parent / Path(value).expanduser() if isinstance(value, str) and value else value
+    def _rows(self, section: str, kind: type[Any], table: Mapping[str, Any]) -> dict[str, Any]:
+        """The file's values with the command line's over them; notes where each came from."""
+        known = {option.name: option.type for option in explain(kind)}
+        for name in known:
+            self.origins[f"{section}.{name}"] = self._origin(section, name, table)
+        sets = {name: value for name, value in self._sets.get(section, {}).items() if name != "use"}
+        rooted = {name: _rooted(value, known.get(name), self.path.parent) for name, value in table.items()}
+        return rooted | {name: _rooted(value, known.get(name), Path()) for name, value in sets.items()}
+
+    def _origin(self, section: str, name: str, table: Mapping[str, Any]) -> str:
+        if name in self._sets.get(section, {}):
+            return COMMAND_LINE
+        return self.path.name if name in table else DEFAULT
+
+    # --- places ---
 
     def _where(self, section: str) -> str:
-        return self._place(section) if section in self._document else str(self.path)
+        """Where the values of a section come from."""
+        there = self._place(section) if section in self._document else str(self.path)
+        return f"{there} with --set" if section in self._sets else there
 
     def _place(self, name: str) -> str:
-        """``file:line`` of the first line that opens a table or sets a key of that name."""
-        pattern = re.compile(rf"^\s*(\[+\s*)?{re.escape(name)}\b", re.MULTILINE)
-        match = pattern.search(self._text)
+        """``file:line`` of the line that opens a table, or else sets a key, of that name."""
+        opens = rf"^[ \t]*\[+[ \t]*[\"']?{re.escape(name)}[\"']?[ \t]*[.\]]"
+        sets = rf"^[ \t]*[\"']?{re.escape(name)}[\"']?[ \t]*[.=]"
+        match = re.search(opens, self._text, re.MULTILINE) or re.search(sets, self._text, re.MULTILINE)
         return f"{self.path}:{self._text[: match.start()].count(chr(10)) + 1}" if match else str(self.path)
 
 
@@ -304,12 +374,35 @@ def _text(path: Path) -> str:
         return path.read_text("utf-8-sig")
     except FileNotFoundError as fault:
         raise UsageError("there is no such recipe", where=path) from fault
-    except (OSError, UnicodeDecodeError) as fault:
+    except (OSError, ValueError) as fault:
         raise UsageError(f"cannot be read: {fault}", where=path) from fault
 
 
-def _is_path(kind: type[Any], name: str) -> bool:
-    return any(known.name == name and "path" in known.type_name for known in explain(kind))
+def _document(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as fault:
+        raise UsageError(f"is no TOML: {fault}", where=path) from fault
+
+
+def _is_there(registry: Registry, kind: str, name: str) -> bool:
+    return sum(component.answers_to(name) for component in registry.of(kind)) == 1
+
+
+def _rooted(value: Any, kind: Any, root: Path) -> Any:
+    """A value of a path option made absolute, relative to ``root``; any other value as it is.
+
+    So that the recipe that a run writes down means the same wherever it is read.
+    """
+    try:
+        path = convert(value, kind)
+    except (ValueError, TypeError):  # another type, or a fault that the parser tells
+        return value
+    if isinstance(path, Path):
+        return Path(os.path.abspath(root / path))
+    if isinstance(path, tuple) and any(isinstance(item, Path) for item in path):
+        return tuple(Path(os.path.abspath(root / item)) for item in path)
+    return value
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,240 @@
+"""Each verb does what its help says, one after the other, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Command = Callable[..., Any]
+
+RECIPE = """
+[run]
+folder = "{folder}"
+
+[model]
+torch_path = "{checkpoint}"
+dtype = "float32"
+
+[data]
+use = "jsonl"
+options = {{ path = "{data}" }}
+
+[adapter]
+use = "lora"
+options = {{ rank = 4, targets = ["all-linear"], layers = -1 }}
+
+[train]
+iters = 20
+batch_size = 4
+learning_rate = 1e-2
+steps_per_report = 10
+steps_per_eval = 10
+
+[generate]
+prompts = ["A layer"]
+num_tokens = 4
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_checkpoint: Path, mlxlora: Command) -> Path:
+    folder = tmp_path / "model"
+    done = mlxlora("convert", "--torch-path", tiny_checkpoint, "--mlx-path", folder, "--dtype", "float32")
+    assert done.code == 0, done.err
+    return folder
+
+
+def train(mlxlora: Command, model: Path, data: Path, adapter: Path, *more: object) -> dict[str, Any]:
+    """Train for twenty steps; the result as --json gives it."""
+    flags = ("--iters", 20, "--learning-rate", 1e-2, "--lora-layers", -1)
+    targets = ("--set", "adapter.targets=all-linear")
+    files = ("--model", model, "--data", data, "--adapter-file", adapter)
+    done = mlxlora("train", *files, *flags, *targets, "--json", *more)
+    assert done.code == 0, done.err
+    result: dict[str, Any] = json.loads(done.out)
+    return result
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_train_evaluate_generate_and_fuse(
+    mlxlora: Command, model: Path, tiny_data: Path, tmp_path: Path, suffix: str
+) -> None:
+    base = json.loads(mlxlora("evaluate", "--model", model, "--data", tiny_data, "--json").out)
+    adapter = tmp_path / f"adapter.{suffix}"
+    result = train(mlxlora, model, tiny_data, adapter, "--test", "-p", "A layer", "-n", 3, "--temp", 0)
+    assert result["test"]["loss"] < 0.8 * base["loss"]
+    on_base = ("--model", model, "--adapter-file", adapter)
+    again = json.loads(mlxlora("evaluate", *on_base, "--data", tiny_data, "--json").out)
+    assert again["loss"] == pytest.approx(result["test"]["loss"], abs=1e-6)
+
+    said = mlxlora("generate", *on_base, "-p", "A layer", "-n", 3, "--temp", 0)
+    assert said.out == result["text"] + "\n"
+
+    fused = tmp_path / "fused"
+    report = json.loads(mlxlora("fuse", *on_base, "--save-path", fused, "--json").out)
+    assert report["distance"] < 1e-4 < report["base_distance"]
+    alone = json.loads(mlxlora("evaluate", "--model", fused, "--data", tiny_data, "--json").out)
+    assert alone["loss"] == pytest.approx(again["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_folder_makes_it_qlora(
+    mlxlora: Command, tmp_path: Path, make_checkpoint: Callable[..., Path], tiny_data: Path, bits: int
+) -> None:
+    source = make_checkpoint(tmp_path / "source", dim=64)
+    model = tmp_path / "quantized"
+    flags = ("-q", "--q-bits", bits, "--q-group-size", 32)
+    done = mlxlora("convert", "--torch-path", source, "--mlx-path", model, *flags)
+    assert done.code == 0, done.err
+    assert json.loads((model / "config.json").read_text())["quantization"] == {"group_size": 32, "bits": bits}
+    base = json.loads(mlxlora("evaluate", "--model", model, "--data", tiny_data, "--json").out)
+    result = train(mlxlora, model, tiny_data, tmp_path / "a.safetensors", "--test")
+    assert result["test"]["loss"] < 0.8 * base["loss"]
+
+
+def test_metrics_file_has_every_report(
+    mlxlora: Command, model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    train(mlxlora, model, tiny_data, tmp_path / "a.npz", "--metrics-file", metrics, "--steps-per-report", 5)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [5, 10, 15, 20]
+    assert [line["step"] for line in lines if line["kind"] == "valid"] == [0, 20]
+    wanted = {"loss", "learning_rate", "steps_per_second", "tokens_per_second", "peak_memory_bytes"}
+    assert wanted <= lines[1].keys()
+
+
+def test_resume_adapter_file_starts_from_its_weights(
+    mlxlora: Command, model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    first = train(mlxlora, model, tiny_data, tmp_path / "a.safetensors")
+    resumed = train(
+        mlxlora,
+        model,
+        tiny_data,
+        tmp_path / "b.safetensors",
+        "--resume-adapter-file",
+        tmp_path / "a.safetensors",
+    )
+    assert resumed["valid_loss"] < first["valid_loss"]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.format(folder=tmp_path / "run", checkpoint=tiny_checkpoint, data=tiny_data))
+    return path
+
+
+def plan(mlxlora: Command, recipe: Path, *more: object) -> dict[str, bool]:
+    """stage -> whether a run would do it."""
+    stages: dict[str, bool] = json.loads(mlxlora("run", recipe, "--dry-run", "--json", *more).out)["stages"]
+    return stages
+
+
+def test_run_does_the_whole_and_then_nothing(mlxlora: Command, recipe: Path, tmp_path: Path) -> None:
+    first = mlxlora("run", recipe)
+    assert first.code == 0, first.err
+    assert "held-out loss (test" in first.out and "A layer" in first.out
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    before, after = (record["stages"][stage]["result"] for stage in ("before", "after"))
+    assert after["losses"]["test"]["loss"] < before["losses"]["test"]["loss"]
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    second = mlxlora("run", recipe)
+    assert second.code == 0
+    assert second.err.count("done already") == 5
+    changed = {path.name for path, time_ns in files.items() if path.stat().st_mtime_ns != time_ns}
+    assert changed <= {"run.json", "recipe.toml"}
+    assert second.out.splitlines()[:-1] == first.out.splitlines()[:-1]
+
+
+def test_a_changed_value_redoes_only_what_depends_on_it(mlxlora: Command, recipe: Path) -> None:
+    mlxlora("run", recipe)
+    todo = plan(mlxlora, recipe, "--set", "adapter.rank=2")
+    assert todo == {"model": False, "data": False, "before": False, "train": True, "after": True}
+    todo = json.loads(mlxlora("run", recipe, "--dry-run", "--json", "--set", "generate.num_tokens=2").out)[
+        "stages"
+    ]
+    assert todo == {"model": False, "data": False, "before": True, "train": False, "after": True}
+
+
+def test_a_stage_whose_files_changed_is_done_again(mlxlora: Command, recipe: Path, tmp_path: Path) -> None:
+    mlxlora("run", recipe)
+    (tmp_path / "run" / "adapter" / "adapter.safetensors").unlink()
+    todo = plan(mlxlora, recipe)
+    assert [stage for stage, will in todo.items() if will] == ["train"]
+
+
+def test_the_same_seed_gives_the_same_bytes(mlxlora: Command, recipe: Path, tmp_path: Path) -> None:
+    adapters = []
+    for name in ("one", "two"):
+        assert mlxlora("run", recipe, "--set", f"run.folder={tmp_path / name}").code == 0
+        adapters.append((tmp_path / name / "adapter" / "adapter.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
+def test_the_written_recipe_runs_again(mlxlora: Command, recipe: Path, tmp_path: Path) -> None:
+    mlxlora("run", recipe)
+    todo = plan(mlxlora, tmp_path / "run" / "recipe.toml")
+    assert not any(todo.values())
+
+
+def test_dry_run_says_where_values_come_from_and_writes_nothing(
+    mlxlora: Command, recipe: Path, tmp_path: Path
+) -> None:
+    done = mlxlora("run", recipe, "--dry-run", "--set", "adapter.rank=2")
+    rows = {line.split()[0]: line for line in done.out.splitlines() if line.strip()}
+    assert rows["adapter.rank"].split()[1:] == ["2", "command", "line"]
+    assert rows["train.iters"].split()[1:] == ["20", "recipe.toml"]
+    assert rows["run.seed"].split()[-1] == "default"
+    assert not (tmp_path / "run").exists()
+
+
+def test_interrupted_training_ends_with_130_and_leaves_no_adapter(
+    model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "a.safetensors"
+    command = [sys.executable, "-m", "mlxlora_core", "train", "--model", str(model), "--data", str(tiny_data)]
+    command += ["--adapter-file", str(adapter), "--iters", "1000000", "--steps-per-report", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step       2/"):
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(30) == 130
+    assert "Traceback" not in rest and rest.splitlines()[-1] == "mlxlora: interrupted"
+    assert not adapter.exists() and not list(tmp_path.glob(".*tmp*"))
+
+
+def test_a_closed_pipe_is_no_error(model: Path) -> None:
+    command = f"{sys.executable} -m mlxlora_core components | head -1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60
+    )
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_a_prompt_comes_from_stdin(model: Path) -> None:
+    command = [sys.executable, "-m", "mlxlora_core", "generate", "--model", str(model), "-p", "-", "-n", "2"]
+    done = subprocess.run(command, input="A layer", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")
+
+
+def test_a_stage_whose_output_is_gone_is_done_again(mlxlora: Command, recipe: Path, tmp_path: Path) -> None:
+    mlxlora("run", recipe)
+    shutil.rmtree(tmp_path / "run" / "model")
+    todo = plan(mlxlora, recipe)
+    assert todo["model"] and not todo["data"]
+    assert mlxlora("run", recipe).code == 0

@@ -1,0 +1,224 @@
+"""What there is, is documented: hooks, specs, options, recipes, verbs and the public names."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import mlxlora_core.api as api
+from mlxlora_core import hookspecs, recipe, registry
+from mlxlora_core.cli import VERBS, group
+from mlxlora_core.options import Option, explain
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = {
+    "loader": "weight-loaders.md",
+    "architecture": "architectures.md",
+    "adapter": "adapters.md",
+    "quantizer": "quantizers.md",
+    "builder": "dataset-builders.md",
+    "sampler": "samplers.md",
+    "runtime": "runtimes.md",
+    "recipe": "recipes.md",
+}
+BUILT_IN = registry.load(environ={registry.ALLOW_LIST: ""}).components
+HOOKS = [name for name in vars(hookspecs) if name.startswith("mlxlora_")]
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text("utf-8")
+
+
+def part(text: str, heading: str) -> str:
+    """What stands below a heading, up to the next one of its level or above."""
+    level = len(heading) - len(heading.lstrip("#"))
+    lines = text.splitlines()
+    assert heading in lines, f"there is no heading {heading!r}"
+    below = lines[lines.index(heading) + 1 :]
+    ends = (i for i, line in enumerate(below) if re.match(rf"#{{1,{level}}} ", line))
+    return "\n".join(below[: next(ends, len(below))])
+
+
+# --- the door -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_has_a_heading_with_its_signature(hook: str) -> None:
+    function = getattr(hookspecs, hook)
+    signature = str(inspect.signature(function)).replace("'", "")
+    assert f"### `{hook}{signature}`" in page("plugins.md").splitlines()
+    assert inspect.getdoc(function)
+
+
+def test_no_heading_of_a_hook_that_is_gone() -> None:
+    assert sorted(re.findall(r"^### `(mlxlora_\w+)", page("plugins.md"), re.MULTILINE)) == sorted(HOOKS)
+
+
+@pytest.mark.parametrize("kind", registry.KINDS)
+def test_every_field_of_a_spec_stands_below_its_name(kind: str) -> None:
+    spec: Any = registry.KINDS[kind][1]
+    text = part(page("plugins.md"), f"### {spec.__name__}")
+    common = {field.name: field.type for field in dataclasses.fields(registry.specs.Spec)}
+    for field in dataclasses.fields(spec):
+        if common.get(field.name) != field.type:
+            assert f"| `{field.name}: {field.type}` |" in text
+
+
+def test_the_fields_that_all_specs_have() -> None:
+    text = part(page("plugins.md"), "## Specs")
+    for field in dataclasses.fields(registry.specs.Spec):
+        assert f"| `{field.name}: {field.type}` |" in text
+
+
+@pytest.mark.parametrize("name", ["Checkpoint", "LazyTensor", "Row", "Rows", "Skipped", "RuntimeNote"])
+def test_every_field_of_what_functions_hand_over(name: str) -> None:
+    for field in dataclasses.fields(getattr(api, name)):
+        assert f"| `{field.name}: {field.type}` |" in page("plugins.md"), f"{name}.{field.name}"
+
+
+@pytest.mark.parametrize("name", api.__all__)
+def test_every_public_name_is_documented(name: str) -> None:
+    assert re.search(rf"`[^`\n]*\b{name}\b[^`\n]*`", page("plugins.md")), name
+
+
+# --- options ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_every_kind_has_a_page_that_the_door_links(kind: str) -> None:
+    assert page(f"kinds/{PAGES[kind]}").startswith("# ")
+    assert f"(kinds/{PAGES[kind]})" in page("plugins.md")
+    assert registry.KINDS[kind][0] in page(f"kinds/{PAGES[kind]}"), "the page names its hook"
+
+
+def test_every_kind_of_component_is_looked_at() -> None:
+    assert PAGES.keys() == registry.KINDS.keys()
+    assert {component.kind for component in BUILT_IN} == set(PAGES), "each kind has a built-in component"
+
+
+@pytest.mark.parametrize("component", BUILT_IN, ids=lambda c: f"{c.kind} {c.id}")
+def test_every_component_and_each_of_its_options_is_on_the_page_of_its_kind(component: Any) -> None:
+    text = page(f"kinds/{PAGES[component.kind]}")
+    assert f"`{component.spec.name}`" in text
+    missing = [o.name for o in explain(component.spec.options) if f"`{o.name}`" not in text]
+    assert missing == []
+
+
+@pytest.mark.parametrize("component", BUILT_IN, ids=lambda c: f"{c.kind} {c.id}")
+def test_every_option_explains_itself(component: Any) -> None:
+    assert inspect.getdoc(component.spec.options)
+    for option in explain(component.spec.options):
+        assert option.help and not option.help.endswith("."), option.name
+
+
+# --- recipes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("section", recipe._PLAIN)
+def test_every_key_of_a_recipe_is_a_row_with_its_type_and_default(section: str) -> None:
+    text = part(page("kinds/recipes.md"), f"## [{section}]")
+    known = explain(recipe._PLAIN[section])
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.MULTILINE))
+    assert list(rows) == [o.name for o in known]
+    for option in known:
+        assert f"| `{option.name}` | {option.type_name} | {_default(option)} | " in text
+
+
+def _default(option: Option) -> str:
+    if option.default is None:
+        return "none"
+    if option.default in ("", ()):
+        return "empty"
+    return f"`{str(option.default).lower() if isinstance(option.default, bool) else option.default}`"
+
+
+def test_every_section_that_names_a_component_is_a_row_with_its_default() -> None:
+    text = part(page("kinds/recipes.md"), "## Sections that name a component")
+    for section, (kind, default, required) in recipe._CHOICES.items():
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `[{section}]` | {kind} |")]
+        assert f"`{default}`" in row or (required and row.endswith("| an error |"))
+
+
+def test_the_recipe_on_the_page_is_a_recipe(tmp_path: Path) -> None:
+    block = re.search(r"```toml\n(.*?)```", page("kinds/recipes.md"), re.DOTALL)
+    assert block is not None
+    (tmp_path / "page.toml").write_text(block[1])
+    read = recipe.read(tmp_path / "page.toml", [], registry.load(environ={registry.ALLOW_LIST: ""}))
+    assert read.adapter.options.rank == 8
+
+
+# --- the command line ---------------------------------------------------------
+
+
+def test_the_page_of_the_command_line_is_what_the_commands_say() -> None:
+    spec = importlib.util.spec_from_file_location("make_cli", DOCS / "make_cli.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert page("cli.md") == module.text(), "run: python docs/make_cli.py"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_flag_of_a_verb_is_there_with_its_meaning(verb: str) -> None:
+    """Looked up without the program that writes the page."""
+    text = part(page("cli.md"), f"## mlxlora {verb}")
+    command = group.get_command(click.Context(group), verb)
+    assert command is not None and command.help
+    assert command.help.split("\n")[0] in text
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+            for flag in parameter.opts:
+                assert re.search(rf"^- `[^`]*{re.escape(flag)}\b[^`]*`: \S", text, re.MULTILINE), flag
+
+
+def test_help_lists_every_verb_as_its_page_begins() -> None:
+    for verb, summary in VERBS.items():
+        command = group.get_command(click.Context(group), verb)
+        assert command is not None and command.help is not None
+        assert command.help.startswith(summary), "one sentence for one thing"
+
+
+# --- all pages ----------------------------------------------------------------
+
+
+def pages() -> list[Path]:
+    return sorted(DOCS.rglob("*.md"))
+
+
+@pytest.mark.parametrize("path", pages(), ids=lambda p: p.relative_to(DOCS).as_posix())
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text("utf-8")):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text("utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("path", pages(), ids=lambda p: p.relative_to(DOCS).as_posix())
+def test_python_on_a_page_parses_and_takes_public_names_only(path: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```$", path.read_text("utf-8"), re.MULTILINE | re.DOTALL):
+        for node in ast.walk(_parsed(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "mlxlora_core.api":
+                assert {alias.name for alias in node.names} <= set(api.__all__)
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlxlora_core"):
+                assert node.module is not None and node.module.startswith("mlxlora_core.testing.")
+
+
+def _parsed(block: str) -> ast.Module:
+    """A block of Python, or of nothing but signatures such as ``detect(folder) -> bool``."""
+    if all("->" in line for line in block.splitlines() if line.strip()):
+        return ast.Module([], [])
+    return ast.parse(block)

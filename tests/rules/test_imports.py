@@ -1,0 +1,219 @@
+"""Who may import what, and what nobody may import before it is needed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CORE, PLUGINS = ROOT / "mlxlora_core", ROOT / "plugins"
+HEAVY = {"mlx", "numpy", "torch", "sentencepiece", "safetensors", "scipy_openblas32", "griffe"}
+API = "mlxlora_core.api"
+
+#: the modules of core that every verb may import; they know the standard library and these
+LIGHT = {
+    "mlxlora_core",
+    API,
+    "mlxlora_core.specs",
+    "mlxlora_core.hookspecs",
+    "mlxlora_core.registry",
+    "mlxlora_core.options",
+    "mlxlora_core.recipe",
+    "mlxlora_core.errors",
+    "mlxlora_core.jsonl",
+    "mlxlora_core.train_config",
+}
+LIGHT_LIBRARIES = {"click", "pluggy", "rich"}
+
+#: plugin -> the library that it is about
+OWN = {
+    "mlxlora_torch": {"torch"},
+    "mlxlora_docstrings": {"griffe"},
+    "mlxlora_openblas": {"scipy_openblas32", "elftools"},
+}
+#: programs that stand beside a plugin, and that no module of it imports
+PROGRAMS = {"mlxlora_demo/pretrain.py"}
+
+PACKAGES = sorted(path.name for path in PLUGINS.iterdir() if (path / "__init__.py").is_file())
+CLI = sorted(
+    f"mlxlora_core.cli.{path.stem}".removesuffix(".__init__") for path in (CORE / "cli").glob("*.py")
+)
+
+
+# --- what is imported when ----------------------------------------------------
+
+
+def loaded(code: str) -> set[str]:
+    """The top-level names of all modules that are there after ``code`` has run in a fresh process."""
+    program = (
+        "import contextlib, io, json, sys\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        f"    {code}\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    # Plugins of somebody else are no matter of these tests.
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={"MLXLORA_PLUGINS": "", "PATH": "", "PYTHONWARNINGS": "error"},
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["run", "--help"],
+        ["train", "--help"],
+        ["plugins"],
+        ["plugins", "--json"],
+        ["components"],
+        ["components", "sampler", "--json"],
+        ["options", "sampler", "top-p"],
+        ["options", "adapter", "lora", "--json"],
+        ["options", "adapter", "no-such-adapter"],
+    ],
+    ids=" ".join,
+)
+def test_looking_around_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = f"from mlxlora_core.cli import execute; assert execute({arguments!r}) in (0, 8)"
+    assert loaded(code) & HEAVY == set()
+
+
+def test_help_of_all_verbs_loads_no_plugin() -> None:
+    names = loaded("from mlxlora_core.cli import execute; execute(['--help'])")
+    assert names & set(PACKAGES) == set()
+
+
+@pytest.mark.parametrize("module", sorted(LIGHT))
+def test_light_modules_load_nothing_heavy(module: str) -> None:
+    assert loaded(f"import {module}") & HEAVY == set()
+
+
+def test_all_verbs_together_load_nothing_heavy() -> None:
+    assert loaded("import " + ", ".join(CLI)) & HEAVY == set()
+
+
+def test_the_heavy_names_of_the_api_are_there_when_they_are_asked_for() -> None:
+    names = loaded("import mlxlora_core.api as api; [getattr(api, name) for name in api.__all__]")
+    assert "mlx" in names, "or this test shows nothing"
+
+
+# --- who imports what ---------------------------------------------------------
+
+
+def imports(path: Path, *, everywhere: bool = True) -> Iterator[tuple[int, str]]:
+    """(line, module) of each import in a file; at the top level only unless ``everywhere``.
+
+    Imports for the type checker count where everything counts.
+    """
+    tree = ast.parse(path.read_text("utf-8"), path)
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            assert node.module is not None
+            for alias in node.names:  # from mlxlora_core import data: mlxlora_core.data is meant
+                inner = ROOT / node.module.replace(".", "/") / alias.name
+                is_module = inner.is_dir() or inner.with_suffix(".py").is_file()
+                yield node.lineno, f"{node.module}.{alias.name}" if is_module else node.module
+
+
+def test_core_never_imports_a_plugin() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {module}"
+        for path in CORE.rglob("*.py")
+        for line, module in imports(path)
+        if module.startswith("mlxlora_") and module.partition(".")[0] != "mlxlora_core"
+    ]
+    assert found == []
+
+
+def test_light_modules_of_core_import_light_ones_at_their_top() -> None:
+    allowed = LIGHT | set(CLI)
+    found = []
+    for module in sorted(allowed):
+        path = ROOT / (module.replace(".", "/") + ".py")
+        path = path if path.is_file() else path.with_suffix("") / "__init__.py"
+        for line, name in imports(path, everywhere=False):
+            top = name.partition(".")[0]
+            if top not in sys.stdlib_module_names | LIGHT_LIBRARIES and name not in allowed:
+                found.append(f"{path.relative_to(ROOT)}:{line}: {name}")
+    assert found == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_plugin_imports_its_own_and_the_api(package: str) -> None:
+    allowed = sys.stdlib_module_names | {"mlx", "numpy", package} | OWN.get(package, set())
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {module}"
+        for path in sorted((PLUGINS / package).rglob("*.py"))
+        if path.relative_to(PLUGINS).as_posix() not in PROGRAMS
+        for line, module in imports(path)
+        if module != API and module.partition(".")[0] not in allowed
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_plugin_imports_another(package: str) -> None:
+    others = set(PACKAGES) - {package}
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {module}"
+        for path in sorted((PLUGINS / package).rglob("*.py"))
+        for line, module in imports(path)
+        if module.partition(".")[0] in others
+    ]
+    assert found == []
+
+
+def test_programs_beside_a_plugin_are_imported_by_nobody() -> None:
+    for program in PROGRAMS:
+        module = program.removesuffix(".py").replace("/", ".")
+        importers = [path for path in PLUGINS.rglob("*.py") if module in {m for _, m in imports(path)}]
+        assert (PLUGINS / program).is_file() and importers == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_door_of_a_plugin_is_light(package: str) -> None:
+    """Its __init__ imports nothing heavy at its top, and so nothing of its own that does."""
+    assert loaded(f"import {package}") & HEAVY == set()
+
+
+def test_api_exports_what_it_says() -> None:
+    import mlxlora_core.api as api
+
+    assert api.__all__ == sorted(api.__all__)
+    assert all(hasattr(api, name) for name in api.__all__)
+
+
+# --- one door -----------------------------------------------------------------
+
+
+def test_every_built_in_is_registered_as_anybody_would() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert sorted(project["entry-points"]["mlxlora"].values()) == PACKAGES
+    installed = distribution("mlxlora").entry_points.select(group="mlxlora")
+    assert {e.name: e.value for e in installed} == project["entry-points"]["mlxlora"]
+
+
+def test_built_in_plugins_are_all_active_and_give_something() -> None:
+    from mlxlora_core.registry import load
+
+    for plugin in load(environ={"MLXLORA_PLUGINS": ""}).plugins:
+        if plugin.origin == "built-in":
+            assert plugin.status == "active", f"{plugin}: {plugin.reason}"
+            assert plugin.components, plugin
