@@ -66,7 +66,7 @@ def save(path: Path, model: Model, adapted: Adapted) -> None:
         DivergedError: a parameter is not finite; an older file is left as it is.
     """
     tensors = trainable(model.module)
-    poisoned = [name for name, tensor in tensors.items() if not mx.isfinite(tensor).all()]
+    poisoned = [name for name, tensor in tensors.items() if not tensor_file.is_finite(tensor)]
     if poisoned:
         raise DivergedError(f"the adapter is not finite and was not saved: {some(poisoned)}", where=path)
     component = adapted.component
@@ -77,7 +77,8 @@ def save(path: Path, model: Model, adapted: Adapted) -> None:
         "base": model.fingerprint,
         "versions": {"mlxlora": __version__, component.plugin.distribution: component.plugin.version},
     }
-    tensor_file.save(path, tensors, {"format": "mlx", METADATA: json.dumps(record, sort_keys=True)})
+    metadata = {METADATA: json.dumps(record, sort_keys=True)}
+    tensor_file.save(path, sorted(tensors.items()), metadata, len(tensors))
 
 
 def load(
@@ -103,25 +104,25 @@ def load(
         PluginError: no such adapter.
     """
     tensors, metadata = tensor_file.load(path)
+    if tensor_file.FINGERPRINT in metadata:
+        _check_whole(tensors, metadata[tensor_file.FINGERPRINT], path)
     name, values = wanted
     record = _record(metadata, path)
-    if record is not None and record["base"] != model.fingerprint:
+    if record is None:
+        component = registry.find("adapter", name or default)
+        options = parse(component.spec.options, values, owner=f"adapter '{component.spec.name}'")
+        return _attach_tensors(path, model, component, options, tensors)
+    if record["base"] != model.fingerprint:
         raise ModelError(
             f"made for another base ({record['base'][:12]}, this one is {model.fingerprint[:12]})",
             where=path,
             fix=f"use the model folder that it was trained on, not {model.folder}",
         )
-    component = registry.find("adapter", name or (record["adapter"] if record else default))
-    owner = f"adapter '{component.spec.name}'"
-    options = parse(component.spec.options, record["options"] if record and not name else values, owner=owner)
-    if record is not None:
-        _check_agreement(record, component, values, path)
+    component = registry.find("adapter", record["adapter"])
+    if name is not None and registry.find("adapter", name) != component:
+        raise ModelError(f"holds adapter '{component.id}', wanted '{name}'", where=path)
+    options = _recorded_options(record, component, values, path)
     return _attach_tensors(path, model, component, options, tensors)
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """What an adapter file says of itself, or None when it says nothing."""
-    return _record(tensor_file.load(path)[1], path)
 
 
 def trainable(module: nn.Module) -> dict[str, mx.array]:
@@ -144,25 +145,21 @@ def count(model: Model) -> dict[str, int]:
 
 def _choose(model: Model, options: AdapterOptions) -> dict[str, nn.Module]:
     """path -> linear of all that the options ask for."""
-    count = len(model.language_model.layers)
-    first = 0 if options.layers < 0 else max(0, count - options.layers)
-    inside = {f"layers.{i}.": i for i in range(count)}
-    found = {
-        path: linear
-        for path, linear in linears(model.module)
-        if ".".join(path.split(".")[:2]) + "." in inside
-    }
+    layers = len(model.language_model.layers)
+    count = layers if options.layers < 0 else min(options.layers, layers)
+    chosen = tuple(f"layers.{i}." for i in range(layers - count, layers))
+    found = {path: linear for path, linear in linears(model.module) if path.startswith(chosen)}
     names = sorted({path.rpartition(".")[2] for path in found})
     for target in options.targets:
-        if target != ALL_LINEAR and not any(_matches(path, target) for path in found):
+        if not any(_matches(path, target) for path in found):
             raise UsageError(
-                f"adapter target '{target}' matches no linear ({nearest(target, names)}"
-                f"there is {some(names)}, or {ALL_LINEAR})"
+                f"adapter target '{target}' matches no linear in the top {count} layers "
+                f"({nearest(target, names)}there is {some(names)}, or {ALL_LINEAR})"
             )
     return {
         path: linear
         for path, linear in sorted(found.items())
-        if int(path.split(".")[1]) >= first and any(_matches(path, target) for target in options.targets)
+        if any(_matches(path, target) for target in options.targets)
     }
 
 
@@ -175,27 +172,34 @@ def _record(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(metadata[METADATA])
-        if {"adapter", "options", "base"} <= record.keys():
+        kinds = {key: type(record[key]) for key in ("adapter", "options", "base")}
+        if kinds == {"adapter": str, "options": dict, "base": str}:
             return dict(record)
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise ModelError("what the file says of itself cannot be read", where=path)
 
 
-def _check_agreement(
-    record: Mapping[str, Any], component: Component, values: Mapping[str, Any], path: Path
-) -> None:
-    """Refuse a file that holds another adapter, or other options, than the caller insists on."""
-    if record["adapter"].rpartition(":")[2] != component.spec.name:
-        raise ModelError(f"holds adapter '{record['adapter']}', wanted '{component.id}'", where=path)
-    asked = plain(parse(component.spec.options, values, owner=f"adapter '{component.spec.name}'"))
-    other = [
-        f"{key} is {record['options'].get(key)!r}, wanted {asked[key]!r}"
-        for key in values
-        if record["options"].get(key) != asked[key]
-    ]
+def _recorded_options(
+    record: Mapping[str, Any], component: Component, wanted: Mapping[str, Any], path: Path
+) -> AdapterOptions:
+    """The options in a file, which must be those that the caller insists on."""
+    owner = f"adapter '{component.spec.name}'"
+    try:
+        options: AdapterOptions = parse(component.spec.options, record["options"], owner=owner)
+    except UsageError as fault:
+        raise ModelError(f"was made with options that cannot be: {fault.what}", where=path) from fault
+    held, asked = plain(options), plain(parse(component.spec.options, wanted, owner=owner))
+    other = [f"{key} is {held[key]!r}, wanted {asked[key]!r}" for key in wanted if held[key] != asked[key]]
     if other:
         raise ModelError(f"the adapter has other options: {some(other)}", where=path)
+    return options
+
+
+def _check_whole(tensors: Mapping[str, mx.array], stated: str, path: Path) -> None:
+    """Refuse a file whose tensors are not the ones that were written."""
+    if tensor_file.fingerprint(tensors) != stated:
+        raise ModelError("is damaged: its tensors are not those that were written", where=path)
 
 
 def _attach_tensors(
@@ -204,10 +208,15 @@ def _attach_tensors(
     """Attach and fill; when the tensors do not fit, the model is left as it was."""
     before = dict(linears(model.module))
     adapted = attach(model, component, options, seed=0)
-    faults = tensor_file.mismatches(tensors, trainable(model.module))
+    places = trainable(model.module)
+    faults = tensor_file.mismatches(tensors, places)
+    if not faults:
+        filled = [(name, tensor.astype(places[name].dtype)) for name, tensor in tensors.items()]
+        odd = sorted(name for name, tensor in filled if not tensor_file.is_finite(tensor))
+        faults = [f"{len(odd)} not finite: {some(odd)}"] if odd else []
     if faults:
         replace(model.module, {p: before[p] for p in adapted.paths})
         raise ModelError("the adapter does not fit this model: " + "; ".join(faults), where=path)
-    model.module.update(tree_unflatten(list(tensors.items())))
+    model.module.update(tree_unflatten(filled))
     mx.eval(model.module.trainable_parameters())
     return adapted

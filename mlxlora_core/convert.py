@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxlora_core import durable, model_folder
+from mlxlora_core import durable, model_folder, tensor_file
 from mlxlora_core.errors import ModelError, ResourceError, UsageError, some
 from mlxlora_core.layers import dense_weight
-from mlxlora_core.model_folder import CONFIG, FINGERPRINT, TOKENIZER, WEIGHTS, Quantization
+from mlxlora_core.model_folder import CONFIG, TOKENIZER, WEIGHTS, Quantization
 from mlxlora_core.options import plain
 from mlxlora_core.registry import Component, Registry
 from mlxlora_core.specs import Checkpoint, LanguageModel, LazyTensor, QuantizerOptions
-from mlxlora_core.tensor_file import NpzWriter, SafetensorsWriter, TensorWriter, combine, digest
 from mlxlora_core.tokenizer import Tokenizer
 
+_PARTS = 4  # tensors that a quantized weight becomes at most
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -98,17 +99,22 @@ def convert(
     reader = find_loader(source, registry, loader)
     checkpoint: Checkpoint = reader.spec.open(source, loader_options or reader.spec.options())
     architecture = model_folder.find_architecture(checkpoint.config, registry, source)
-    tensors = _rename(checkpoint.tensors, architecture)
-    args = architecture.spec.config(checkpoint.config, {name: t.shape for name, t in tensors.items()})
-    model: LanguageModel = architecture.spec.build(args)
-    _check_tensors(tensors, model, source)
+    tensors = _rename(checkpoint.tensors, architecture, source)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    args = model_folder.model_args(architecture, checkpoint.config, shapes, source)
+    model: Any = architecture.spec.build(args)
+    faults = tensor_file.mismatches(tensors, model_folder.parameters(model))
+    if faults:
+        raise ModelError("the tensors do not fit the config: " + "; ".join(faults), where=source)
     model_folder.check_vocabulary(Tokenizer(checkpoint.tokenizer_file), model.vocab_size)
-    _check_space(tensors, DTYPES[dtype], target)
+    packed = _to_quantize(model, quantization) if quantization else set()
+    _check_space([t for name, t in tensors.items() if name not in packed], DTYPES[dtype], target)
     report = ConvertReport(str(target), reader.id, architecture.id)
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as folder:
         durable.copy_file(checkpoint.tokenizer_file, folder / TOKENIZER)
-        stream = _stored(tensors, model, DTYPES[dtype], quantization, report)
-        write_weights(folder / WEIGHTS[file_format], stream, 4 * len(tensors), report)
+        stream = _stored(tensors, packed, DTYPES[dtype], quantization, report, source)
+        path = folder / WEIGHTS[file_format]
+        report.bytes = tensor_file.save(path, stream, {}, most=_PARTS * len(tensors)).bytes
         durable.write_json(folder / CONFIG, _config(args, architecture, checkpoint.config, quantization))
     return report
 
@@ -137,102 +143,86 @@ def find_loader(source: Path, registry: Registry, name: str | None) -> Component
     )
 
 
-def write_weights(
-    path: Path, tensors: Iterator[tuple[str, mx.array]], room: int, report: ConvertReport
-) -> None:
-    """Stream named tensors into a weight file with the fingerprint of what they hold.
-
-    Args:
-        path: ``.safetensors`` or ``.npz``.
-        tensors: in the order in which they are written.
-        room: how many will come at most.
-        report: counts the bytes.
-    """
-
-    def write(file: BinaryIO) -> None:
-        writer: TensorWriter = NpzWriter(file) if path.suffix == ".npz" else SafetensorsWriter(file, room)
-        digests = {}
-        for name, tensor in tensors:
-            writer.add(name, tensor)
-            digests[name] = digest(name, tensor)
-            report.bytes += tensor.nbytes
-        writer.close({"format": "mlx", FINGERPRINT: combine(digests)})
-
-    durable.write_file(path, write)
-
-
 def quantize_linear(
-    path: str, weight: mx.array, bias: mx.array | None, quantization: Quantization
+    path: str, weight: mx.array, quantization: Quantization
 ) -> tuple[nn.Module | None, dict[str, mx.array]]:
     """Quantize one dense weight; the module, or None if it was left alone, and its tensors by full name."""
     outputs, inputs = weight.shape
-    linear = nn.Linear(inputs, outputs, bias=bias is not None)
+    linear = nn.Linear(inputs, outputs, bias=False)
     linear.weight = weight
-    if bias is not None:
-        linear.bias = bias
     packed = quantization.quantizer.spec.quantize(linear, quantization.options)
     parts = model_folder.parameters(packed if packed is not None else linear)
     return packed, {f"{path}.{name}": tensor for name, tensor in parts.items()}
 
 
-def _rename(tensors: Mapping[str, LazyTensor], architecture: Component) -> dict[str, LazyTensor]:
-    """The tensors by their names in the model, without those it does not need."""
-    renamed = ((architecture.spec.rename(name), tensor) for name, tensor in tensors.items())
-    return {name: tensor for name, tensor in renamed if name is not None}
+def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:
+    """``tensor`` in another type.
 
-
-def _check_tensors(tensors: Mapping[str, LazyTensor], model: LanguageModel, source: Path) -> None:
-    """Compare names and shapes with what the model wants, before anything is read."""
-    module: Any = model
-    want = {name: tuple(t.shape) for name, t in model_folder.parameters(module).items()}
-    faults = [
-        f"{len(names)} {what}: {some(sorted(names))}"
-        for what, names in (
-            ("missing", want.keys() - tensors.keys()),
-            ("unknown", tensors.keys() - want.keys()),
+    Raises:
+        ModelError: a value that the type cannot hold, or that is not finite to begin with.
+    """
+    result = tensor.astype(dtype)
+    if not tensor_file.is_finite(result):
+        raise ModelError(
+            f"{name} has values that are not finite as {tensor_file.type_name(dtype)}",
+            where=where,
+            fix="use --dtype bfloat16 or float32, if the weights themselves are sound",
         )
-        if names
-    ]
-    wrong = [
-        f"{name} is {tuple(tensors[name].shape)}, wanted {want[name]}"
-        for name in sorted(want.keys() & tensors.keys())
-        if tuple(tensors[name].shape) != want[name]
-    ]
-    if wrong:
-        faults.append(f"{len(wrong)} of a wrong shape: {some(wrong)}")
-    if faults:
-        raise ModelError("the tensors do not fit params.json: " + "; ".join(faults), where=source)
+    return result
 
 
-def _check_space(tensors: Mapping[str, LazyTensor], dtype: mx.Dtype, target: Path) -> None:
-    """Refuse before any work when the dense model would not fit on the disk."""
-    need = sum(_size(tensor.shape) for tensor in tensors.values()) * dtype.size
+def _rename(
+    tensors: Mapping[str, LazyTensor], architecture: Component, source: Path
+) -> dict[str, LazyTensor]:
+    """The tensors by their names in the model, without those it does not need."""
+    renamed: dict[str, LazyTensor] = {}
+    twice = []
+    for old, tensor in tensors.items():
+        name = architecture.spec.rename(old)
+        if name in renamed:
+            twice.append(name)
+        elif name is not None:
+            renamed[name] = tensor
+    if twice:
+        raise ModelError(f"several tensors are to be {some(twice)}", where=source)
+    return renamed
+
+
+def _to_quantize(model: LanguageModel, quantization: Quantization) -> set[str]:
+    """The names of the weights that the quantizer is asked about."""
+    module: Any = model
+    paths = {path for path, _ in model_folder.linears(module)}
+    return {f"{path}.weight" for path in paths if quantization.options.head or path != model.head_path}
+
+
+def _check_space(tensors: Iterable[LazyTensor], dtype: mx.Dtype, target: Path) -> None:
+    """Refuse before any work when what stays dense alone would not fit on the disk."""
+    need = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.size
     there = next(folder for folder in (target, *target.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
     if need > free:
         raise ResourceError(
-            f"the model needs up to {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", where=target
+            f"the model needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", where=target
         )
 
 
 def _stored(
     tensors: Mapping[str, LazyTensor],
-    model: LanguageModel,
+    packed: Collection[str],
     dtype: mx.Dtype,
     quantization: Quantization | None,
     report: ConvertReport,
+    source: Path,
 ) -> Iterator[tuple[str, mx.array]]:
     """(name, tensor) as the weight file will hold them, one at a time."""
-    module: Any = model
-    linears = {path for path, _ in model_folder.linears(module)} if quantization else set()
-    if quantization is not None and not quantization.options.head:
-        linears.discard(model.head_path)
     for name, lazy in tensors.items():
-        tensor = _cast(name, lazy.read(), dtype)
+        try:
+            tensor = cast(name, lazy.read(), dtype, source)
+        except OSError as fault:  # else it would pass for a fault of the disk that is written to
+            raise ModelError(f"{name} cannot be read: {fault}", where=source) from fault
         report.parameters += tensor.size
-        path = name.removesuffix(".weight")
-        if quantization is not None and path in linears and path != name:
-            yield from _quantized(path, tensor, quantization, report)
+        if quantization is not None and name in packed:
+            yield from _quantized(name.removesuffix(".weight"), tensor, quantization, report)
         else:
             yield name, tensor
         del tensor
@@ -243,7 +233,7 @@ def _quantized(
     path: str, weight: mx.array, quantization: Quantization, report: ConvertReport
 ) -> Iterator[tuple[str, mx.array]]:
     """The tensors of one linear after the quantizer has had its say; the report counts the error."""
-    packed, parts = quantize_linear(path, weight, None, quantization)
+    packed, parts = quantize_linear(path, weight, quantization)
     if packed is None:
         report.left_dense.append(path)
     else:
@@ -255,17 +245,6 @@ def _quantized(
     yield from parts.items()
 
 
-def _cast(name: str, tensor: mx.array, dtype: mx.Dtype) -> mx.array:
-    """``tensor`` in another type; a value that the type cannot hold is an error."""
-    cast = tensor.astype(dtype)
-    if not mx.isfinite(cast).all():
-        raise ModelError(
-            f"{name} has values that are not finite as {str(dtype).removeprefix('mlx.core.')}",
-            fix="use --dtype bfloat16 or float32, if the checkpoint itself is sound",
-        )
-    return cast
-
-
 def _config(
     args: Any, architecture: Component, raw: Mapping[str, Any], quantization: Quantization | None
 ) -> dict[str, Any]:
@@ -273,14 +252,7 @@ def _config(
     config = {key: value for key, value in plain(args).items() if value is not None}
     config.setdefault("model_type", raw.get("model_type") or architecture.spec.detect(raw))
     if quantization is not None:
-        config["quantizer"] = quantization.quantizer.spec.name
+        config["quantizer"] = quantization.quantizer.id
         stated = plain(quantization.options)
         config["quantization"] = {k: v for k, v in stated.items() if k not in plain(QuantizerOptions())}
     return config
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

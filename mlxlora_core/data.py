@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -22,12 +22,14 @@ import numpy as np
 
 from mlxlora_core import durable
 from mlxlora_core.errors import DataError, some
-from mlxlora_core.jsonl import read_jsonl
+from mlxlora_core.jsonl import check_content, read_jsonl
 from mlxlora_core.options import plain
-from mlxlora_core.specs import DatasetOptions, Row, Rows
+from mlxlora_core.specs import DatasetOptions, Row, Rows, Skipped
 from mlxlora_core.tokenizer import Tokenizer
 
 T = TypeVar("T")
+
+Piece = tuple[list[int], bool]  # ids of a row, and whether they count in the loss
 
 SPLITS = ("train", "valid", "test")
 RECORD = "dataset.json"
@@ -51,27 +53,42 @@ def write_dataset(
         The record, as ``dataset.json`` holds it.
 
     Raises:
-        DataError: no rows, or none left to train on.
+        DataError: no rows, none left to train on, or a split that there is not.
     """
-    kept, repeated = _without_repeats(rows.rows)
+    sound, odd = _sound(rows.rows)
+    skipped = [*rows.skipped, *odd]
+    kept = _without_repeats(sound)
     if not kept:
-        raise DataError(f"no rows were made ({some(f'{s.source}: {s.reason}' for s in rows.skipped)})")
-    by_split = _split(kept, options)
+        raise DataError(f"no rows were made (skipped: {some(f'{s.source}: {s.reason}' for s in skipped)})")
+    groups = _groups(sound)
+    by_split = _split(kept, groups, options)
     if not by_split["train"]:
-        raise DataError(f"none of {len(kept)} rows is left to train on", fix="lower test_set_size")
+        raise DataError(f"none of {len(kept)} rows is in the train split")
     for name in SPLITS:
         durable.write_file(folder / f"{name}.jsonl", partial(_write_rows, by_split[name], options))
     record = {
         "rows": {name: len(by_split[name]) for name in SPLITS},
-        "groups": len({_group(row) for row in kept}),
-        "repeated_rows": repeated,
+        "groups": len(set(groups.values())),
+        "repeated_rows": len(sound) - len(kept),
         "rows_in_two_splits": _overlap(by_split),
         "versions": dict(rows.versions),
         **plain(made_by),
-        "skipped": [{"source": s.source, "reason": s.reason} for s in rows.skipped],
+        "skipped": [{"source": s.source, "reason": s.reason} for s in skipped],
     }
     durable.write_json(folder / RECORD, record)
     return record
+
+
+def _sound(rows: Sequence[Row]) -> tuple[list[Row], list[Skipped]]:
+    """The rows that can be read back, and why the others cannot."""
+    sound, odd = [], []
+    for number, row in enumerate(rows, start=1):
+        fault = check_content(dict(row.content))
+        if fault is None:
+            sound.append(row)
+        else:
+            odd.append(Skipped(f"row {number}", fault))
+    return sound, odd
 
 
 def _write_rows(rows: Sequence[Row], options: DatasetOptions, file: BinaryIO) -> None:
@@ -80,31 +97,66 @@ def _write_rows(rows: Sequence[Row], options: DatasetOptions, file: BinaryIO) ->
         file.write("".join(lines).encode())
 
 
-def _without_repeats(rows: Sequence[Row]) -> tuple[list[Row], int]:
-    """The rows with each content once a split, and how many were left out."""
-    unique: dict[tuple[str | None, str], Row] = {}
+def _without_repeats(rows: Sequence[Row]) -> list[Row]:
+    """The rows with each content once, or once a split where the source has settled the splits.
+
+    A row without a split is one to train on when other rows have a split.
+
+    Raises:
+        DataError: a split that there is not; its rows would be lost.
+    """
+    odd = sorted({row.split for row in rows if row.split and row.split not in SPLITS})
+    if odd:
+        raise DataError(f"there is no split {some(map(repr, odd))} (there is {some(SPLITS)})")
+    settled = any(row.split for row in rows)
+    unique: dict[tuple[str | None, bytes], Row] = {}
     for row in rows:
-        unique.setdefault((row.split, _bytes(row).decode()), row)
-    return list(unique.values()), len(rows) - len(unique)
+        split = row.split or ("train" if settled else None)
+        unique.setdefault((split, _bytes(row)), replace(row, split=split))
+    return list(unique.values())
 
 
-def _split(rows: Sequence[Row], options: DatasetOptions) -> dict[str, list[Row]]:
+def _split(
+    rows: Sequence[Row], groups: Mapping[bytes, bytes], options: DatasetOptions
+) -> dict[str, list[Row]]:
     """Rows by split: as the source has settled it, else by groups held out at random.
 
     Groups are drawn by a hash of (seed, group), so that adding a source moves
-    no other row from one split to another more than the shares demand.
+    no other row from one split to another more than the shares demand. Few
+    groups still give a validation and a test set of one group each.
     """
     if any(row.split for row in rows):
-        return {name: [row for row in rows if (row.split or "train") == name] for name in SPLITS}
-    groups = sorted({_group(row) for row in rows}, key=lambda g: _draw(options.split_seed, g))
-    held_out = round(len(groups) * options.test_set_size)
-    valid = set(groups[: (held_out + 1) // 2])
-    test = set(groups[(held_out + 1) // 2 : held_out])
+        return {name: [row for row in rows if row.split == name] for name in SPLITS}
+    drawn = sorted(set(groups.values()), key=lambda group: _draw(options.split_seed, group))
+    held_out = 0
+    if options.test_set_size > 0:
+        held_out = min(max(2, round(len(drawn) * options.test_set_size)), len(drawn) - 1)
+    valid = set(drawn[: (held_out + 1) // 2])
+    test = set(drawn[(held_out + 1) // 2 : held_out])
     split: dict[str, list[Row]] = {name: [] for name in SPLITS}
     for row in rows:
-        group = _group(row)
+        group = groups[_bytes(row)]
         split["valid" if group in valid else "test" if group in test else "train"].append(row)
     return split
+
+
+def _groups(rows: Sequence[Row]) -> dict[bytes, bytes]:
+    """The group of each content; groups that share a content are one, and no group is one of its own."""
+    same: dict[bytes, bytes] = {}
+
+    def first(group: bytes) -> bytes:
+        while group in same:
+            group = same[group]
+        return group
+
+    found: dict[bytes, bytes] = {}
+    for row in rows:
+        content = _bytes(row)
+        group = first(row.group.encode("utf-8", "surrogatepass") or content)
+        held = first(found.setdefault(content, group))
+        if group != held:
+            same[group] = held
+    return {content: first(group) for content, group in found.items()}
 
 
 def _overlap(by_split: Mapping[str, Sequence[Row]]) -> int:
@@ -115,10 +167,6 @@ def _overlap(by_split: Mapping[str, Sequence[Row]]) -> int:
 
 def _bytes(row: Row) -> bytes:
     return json.dumps(dict(row.content), sort_keys=True).encode()
-
-
-def _group(row: Row) -> bytes:
-    return row.group.encode("utf-8", "surrogatepass") or _bytes(row)
 
 
 def _draw(seed: int, group: bytes) -> bytes:
@@ -182,61 +230,54 @@ def read_examples(
         DataError: the file is absent, malformed (every bad line as file:line),
             or has no row that can be used.
     """
-    pieces = []
-    for line, content in read_jsonl(path):
-        if mask_prompt and "text" in content:
-            raise DataError(
-                "a {text} row has no prompt to mask",
-                where=f"{path}:{line}",
-                fix="leave --mask-prompt out, or use {prompt, completion} or {messages} rows",
-            )
-        pieces.append(_tokens(content, tokenizer, f"{path}:{line}"))
-    return _examples(pieces, path, max_seq_length, mask_prompt)
-
-
-def _examples(
-    rows: Sequence[list[tuple[list[int], bool]]], path: Path, max_seq_length: int, mask_prompt: bool
-) -> Examples:
-    """Join the pieces of each row, cut what is too long and leave out what cannot count."""
     examples, cut, cut_tokens, empty = [], 0, 0, 0
-    for row in rows:
-        example = _join(row, mask_prompt)
-        over = len(example.tokens) - max_seq_length
-        if over > 0:
-            cut, cut_tokens = cut + 1, cut_tokens + over
-            example = Example(example.tokens[:max_seq_length], example.mask[:max_seq_length])
-        if example.mask.any():
+    for line, content in read_jsonl(path):
+        try:
+            whole = _example(_pieces(content, tokenizer, mask_prompt), tokenizer.bos)
+        except DataError as fault:
+            raise DataError(fault.what, where=f"{path}:{line}", fix=fault.fix) from fault
+        example = Example(whole.tokens[:max_seq_length], whole.mask[:max_seq_length])
+        if len(whole.tokens) > max_seq_length:
+            cut, cut_tokens = cut + 1, cut_tokens + len(whole.tokens) - max_seq_length
+        says_something = ((whole.tokens != tokenizer.bos) & (whole.tokens != tokenizer.eos)).any()
+        if says_something and example.mask.any():
             examples.append(example)
         else:
             empty += 1
     if not examples:
-        raise DataError(f"no row of {len(rows)} has a token that counts in the loss", where=path)
+        raise DataError(f"none of {empty} rows has a token that counts in the loss", where=path)
     return Examples(tuple(examples), cut, cut_tokens, empty)
 
 
-def _join(pieces: Sequence[tuple[list[int], bool]], mask_prompt: bool) -> Example:
-    """Ids and mask of a row, built together from pieces (ids, is it an answer)."""
-    tokens: list[int] = []
-    mask: list[bool] = []
-    for ids, answer in pieces:
-        tokens += ids
-        mask += [answer or not mask_prompt] * len(ids)
-    mask[0] = False  # nothing comes before the first token that could predict it
-    return Example(np.array(tokens, np.uint32), np.array(mask, bool))
+def _example(pieces: Iterable[Piece], bos: int) -> Example:
+    """Ids and mask of a row, built together; a begin token never counts, since nothing foretells it."""
+    parts = [(np.array(ids, np.uint32), counts) for ids, counts in pieces]
+    tokens = np.concatenate([ids for ids, _ in parts])
+    mask = np.concatenate([(ids != bos) & counts for ids, counts in parts])
+    return Example(tokens, mask)
 
 
-def _tokens(content: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> list[tuple[list[int], bool]]:
-    """The pieces (ids, is it an answer) of one row."""
+def _pieces(content: Mapping[str, Any], tokenizer: Tokenizer, mask_prompt: bool) -> Iterator[Piece]:
+    """The pieces of one row."""
     if "text" in content:
-        return [(tokenizer.encode(content["text"], eos=True), False)]
-    if "prompt" in content:
-        return _turn(content["prompt"], content["completion"], tokenizer)
-    turns = _turns(content["messages"], where)
-    return [piece for prompt, answer in turns for piece in _turn(prompt, answer, tokenizer)]
+        if mask_prompt:
+            raise DataError(
+                "a {text} row has no prompt to mask",
+                fix="leave --mask-prompt out, or use {prompt, completion} or {messages} rows",
+            )
+        yield tokenizer.encode(content["text"], eos=True), True
+        return
+    turns = (
+        [(content["prompt"], content["completion"])] if "prompt" in content else _turns(content["messages"])
+    )
+    for prompt, answer in turns:
+        asked, answered = _turn(prompt, answer, tokenizer)
+        yield asked, not mask_prompt
+        yield answered, True
 
 
-def _turn(prompt: str, answer: str, tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
-    """A prompt and what follows it, between a begin and an end token.
+def _turn(prompt: str, answer: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids of a prompt, begin token in front, and of what follows it, end token behind.
 
     Both are encoded as one text, as they would be read; the answer begins where
     that text stops agreeing with the prompt alone.
@@ -244,18 +285,17 @@ def _turn(prompt: str, answer: str, tokenizer: Tokenizer) -> list[tuple[list[int
     alone = tokenizer.encode(prompt)
     whole = tokenizer.encode(prompt + answer, eos=True)
     same = next((i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), len(alone))
-    return [(whole[:same], False), (whole[same:], True)]
+    return whole[:same], whole[same:]
 
 
-def _turns(messages: Sequence[Mapping[str, str]], where: str) -> list[tuple[str, str]]:
+def _turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
     """(prompt, answer) of each turn of a conversation, in the Llama 2 instruction format."""
     rest = list(messages)
     system = rest.pop(0)["content"] if rest and rest[0]["role"] == "system" else ""
     roles = [message["role"] for message in rest]
     if not rest or roles != ["user", "assistant"] * (len(rest) // 2):
         raise DataError(
-            f"messages must alternate user, assistant after an optional system, got {some(roles)}",
-            where=where,
+            f"messages must alternate user, assistant after an optional system, got {some(roles)}"
         )
     turns: list[tuple[str, str]] = []
     for user, assistant in _parts(rest, 2):
@@ -330,10 +370,14 @@ def steps_from(
 
 
 def fixed_batches(examples: Sequence[Example], batch_size: int, batches: int) -> Iterator[Batch]:
-    """The same batches each time, tail included: the first ``batches`` of the rows, or all for -1."""
-    rows = range(len(examples) if batches < 0 else min(len(examples), batches * batch_size))
-    order = sorted(rows, key=lambda row: (len(examples[row].tokens), row))
-    for part in _parts(order, batch_size):
+    """The same batches each time, tail included: ``batches`` of them, or for -1 all rows.
+
+    Where that is not all rows, they are taken at even distances, so that they
+    stand for the whole file.
+    """
+    count = len(examples) if batches < 0 else min(len(examples), batches * batch_size)
+    rows = (i * len(examples) // count for i in range(count))
+    for part in _parts(sorted(rows, key=lambda row: len(examples[row].tokens)), batch_size):
         yield make_batch(examples, part)
 
 

@@ -3,11 +3,14 @@
 A file is written under a temporary name in its own folder, flushed to the
 disk, renamed over the target, and the folder is flushed too. A folder is built
 under a temporary name beside its target and moved there when it is whole.
+What a killed process left behind is cleared away by the next one that writes
+to the same target.
 """
 
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -19,31 +22,41 @@ from typing import Any, BinaryIO
 
 from mlxlora_core.errors import ResourceError, SafetyError
 
+_NEW, _OLD = "tmp", "old"  # endings of what is not the target yet, and not any more
+
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call ``write`` with an open binary file that then becomes ``path``.
+    """Call ``write`` with an open, seekable binary file that then becomes ``path``.
+
+    Whatever ``write`` raises leaves an older file as it was. A symbolic link is
+    followed.
 
     Raises:
+        SafetyError: ``path`` is a folder or a device.
         ResourceError: the disk is full, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _disk_faults(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target = path.resolve()
+        if target.exists() and not target.is_file():
+            raise SafetyError("is no regular file and was left alone", where=path, fix="name another file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(target)
+        temporary = _beside(target, _NEW)
         try:
             with open(temporary, "wb") as file:
                 write(file)
                 file.flush()
                 _flush_to_disk(file.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _flush_folder(path.parent)
+        _flush_folder(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8."""
-    write_file(path, lambda file: file.write(text.encode()))
+    """Write ``text`` as UTF-8; half a surrogate pair becomes its ``\\ud800`` escape."""
+    write_file(path, lambda file: file.write(utf8(text)))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -54,13 +67,23 @@ def write_json(path: Path, value: Any) -> None:
 def append_line(path: Path, line: str) -> None:
     """Add one line to a log in a single write, so that a reader never sees a part of it."""
     with _disk_faults(path), open(path, "ab") as file:
-        file.write(line.encode() + b"\n")
+        file.write(utf8(line) + b"\n")
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy the bytes of ``source``."""
-    with open(source, "rb") as original:
-        write_file(target, lambda file: shutil.copyfileobj(original, file))
+    """Copy the bytes of a small file.
+
+    Raises:
+        ResourceError: ``source`` cannot be read, or as :func:`write_file`.
+    """
+    with _disk_faults(source, "read"):
+        content = source.read_bytes()
+    write_file(target, lambda file: file.write(content))
+
+
+def utf8(text: str) -> bytes:
+    """``text`` in UTF-8. Half a surrogate pair, which UTF-8 cannot hold, becomes what JSON writes for it."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 @contextmanager
@@ -79,19 +102,21 @@ def new_folder(
         SafetyError: the target holds something that is not to be replaced.
         ResourceError: the disk is full, or the folder cannot be written.
     """
-    check_target(target, overwrite=overwrite, ours=ours)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with _disk_faults(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        place = target.resolve()  # ".", and what a symbolic link points to, have a name to put another beside
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(place)
+        check_target(target, overwrite=overwrite, ours=ours)
+        temporary = _beside(place, _NEW)
         temporary.mkdir()
-        try:
-            yield temporary
+    try:
+        yield temporary
+        with _disk_faults(target):
             _flush_folder(temporary)
-            _move_folder(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            _move_folder(temporary, place)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def check_target(
@@ -101,32 +126,75 @@ def check_target(
 
     Raises:
         SafetyError: as :func:`new_folder`.
+        ResourceError: the target cannot be looked into.
     """
-    if target.is_symlink() or target.exists():
+    with _disk_faults(target, "read"):
+        if not target.is_symlink() and not target.exists():
+            return
         if not target.is_dir():
-            raise SafetyError("is a file, wanted a folder", where=target, fix="name another folder")
+            raise SafetyError("is no folder, and a folder is wanted", where=target, fix="name another folder")
         if not any(target.iterdir()):
             return
         if not ours(target):
             raise SafetyError(
                 "the folder holds something else and was left alone", where=target, fix="name another folder"
             )
-        if not overwrite:
-            raise SafetyError(
-                "the folder is there already and was left alone",
-                where=target,
-                fix="add --overwrite, or name another folder",
-            )
+    if not overwrite:
+        raise SafetyError(
+            "the folder is there already and was left alone",
+            where=target,
+            fix="add --overwrite, or name another folder",
+        )
 
 
 def _move_folder(temporary: Path, target: Path) -> None:
     """Put ``temporary`` in the place of ``target``, which keeps its old content until then."""
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    old = _beside(target, _OLD)
     if target.exists() and any(target.iterdir()):
         os.replace(target, old)
-    os.replace(temporary, target)
+    try:
+        os.replace(temporary, target)
+    except BaseException:
+        if old.exists():
+            os.replace(old, target)
+        raise
     _flush_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(target: Path, ending: str) -> Path:
+    """This process's own temporary name beside ``target``."""
+    return target.with_name(f".{target.name}.{os.getpid()}.{ending}")
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove what processes that are dead left beside ``target``.
+
+    One that died between taking the old folder away and putting the new one
+    there has its old folder put back.
+    """
+    for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.*.*")):
+        owner, ending = path.name.split(".")[-2:]
+        if ending not in (_NEW, _OLD) or not owner.isdecimal() or _alive(int(owner)):
+            continue
+        if ending == _OLD and not target.exists():
+            os.replace(path, target)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    if process == os.getpid():
+        return False  # what is under this process's name now was left by a namesake
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _flush_to_disk(descriptor: int) -> None:
@@ -148,14 +216,14 @@ def _flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _disk_faults(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about writing into one clear line."""
+def _disk_faults(path: Path, verb: str = "written") -> Iterator[None]:
+    """Turn what the operating system says about reading or writing into one clear line."""
     try:
         yield
     except OSError as fault:
         full = fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise ResourceError(
-            f"cannot be written: {fault.strerror or fault}",
+            f"cannot be {verb}: {fault.strerror or fault}",
             where=path,
-            fix="free some space" if full else "name a folder that can be written",
+            fix="free some space" if full else f"name a place that can be {verb}",
         ) from fault

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-import mlx.core as mx
-
 from mlxlora_core.data import Example, fixed_batches
+from mlxlora_core.errors import DivergedError
 from mlxlora_core.loss import Loss, nats
 from mlxlora_core.specs import LanguageModel
 
@@ -17,16 +17,25 @@ def evaluate(model: LanguageModel, examples: Sequence[Example], batch_size: int,
 
     Args:
         model: in whatever state; it is put in evaluation mode and back.
-        examples: tokenized rows.
-        batch_size: rows a batch; it does not change the result.
-        batches: how many batches' worth of the first rows; -1 is all of them.
+        examples: tokenized rows, one at least.
+        batch_size: rows a batch; it does not change the loss of the rows.
+        batches: how many batches, from rows all over ``examples``; -1 is all of them.
+
+    Raises:
+        DivergedError: the loss is not finite.
     """
     module: Any = model
     was_training = module.training
     module.eval()
     total = Loss(0.0, 0)
-    for batch in fixed_batches(examples, batch_size, batches):
-        total += Loss(float(nats(model, batch)), batch.counted_tokens)
-        mx.clear_cache()
-    module.train(was_training)
+    try:
+        for batch in fixed_batches(examples, batch_size, batches):
+            total += Loss(float(nats(model, batch)), batch.counted_tokens)
+    finally:
+        module.train(was_training)
+    if not math.isfinite(total.nats):
+        raise DivergedError(
+            "the loss of the model is not finite",
+            fix="check the weights, or train with a lower --learning-rate",
+        )
     return total

@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxlora_core import adapter_file, durable, model_folder
-from mlxlora_core.convert import ConvertReport, quantize_linear, write_weights
+from mlxlora_core import adapter_file, durable, model_folder, tensor_file
+from mlxlora_core.convert import cast, quantize_linear
 from mlxlora_core.errors import UsageError
 from mlxlora_core.layers import dense_weight
 from mlxlora_core.model_folder import CONFIG, TOKENIZER, WEIGHTS, Model
@@ -76,25 +76,22 @@ def fuse(
     durable.check_target(target, overwrite=overwrite, ours=ours)
     model = model_folder.load(folder, registry)
     probe = _probe(model)
-    base = model.language_model(probe)
-    mx.eval(base)
+    base = _logits(model, probe)
     adapted = adapter_file.load(adapter, model, registry, wanted)
-    wanted_logits = model.language_model(probe)
-    mx.eval(wanted_logits)
+    tuned = _logits(model, probe)
     tensors, _ = model_folder.read_weights(folder)
-    tensors |= _fused(model, adapted, tensors)
-    suffix = "npz" if (folder / WEIGHTS["npz"]).is_file() else "safetensors"
+    tensors |= _fused(model, adapted, tensors, folder)
+    weights = WEIGHTS["npz" if (folder / WEIGHTS["npz"]).is_file() else "safetensors"]
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as new:
         durable.copy_file(folder / TOKENIZER, new / TOKENIZER)
-        count = ConvertReport(str(target), "", "")
-        write_weights(new / WEIGHTS[suffix], iter(sorted(tensors.items())), len(tensors), count)
+        tensor_file.save(new / weights, sorted(tensors.items()), {}, len(tensors))
         durable.copy_file(folder / CONFIG, new / CONFIG)
-    fused_logits = model_folder.load(target, registry).language_model(probe)
-    return _report(target, len(adapted.paths), base, wanted_logits, fused_logits)
+        fused = _logits(model_folder.load(new, registry), probe)
+    return _report(target, len(adapted.paths), base, tuned, fused)
 
 
 def _fused(
-    model: Model, adapted: adapter_file.Adapted, stored: Mapping[str, mx.array]
+    model: Model, adapted: adapter_file.Adapted, stored: Mapping[str, mx.array], folder: Path
 ) -> dict[str, mx.array]:
     """The tensors of every adapted linear, in the types that the base stores."""
     modules = dict(model.module.named_modules())
@@ -103,14 +100,21 @@ def _fused(
         wrapped: Any = modules[path]
         inner = wrapped.linear
         weight = adapted.component.spec.fuse(wrapped, dense_weight(inner).astype(mx.float32))
-        scales = [t for name, t in stored.items() if name.startswith(path + ".") and t.dtype != mx.uint32]
-        weight = weight.astype(scales[0].dtype)
+        parts = [stored[f"{path}.{name}"].dtype for name in model_folder.parameters(inner)]
+        dtype = next(part for part in parts if mx.issubdtype(part, mx.floating))
+        weight = cast(f"{path}.weight, with the adapter in it,", weight, dtype, folder)
         if isinstance(inner, nn.Linear) or model.quantization is None:
             tensors[f"{path}.weight"] = weight
         else:
-            _, parts = quantize_linear(path, weight, None, model.quantization)
-            tensors |= parts
+            tensors |= quantize_linear(path, weight, model.quantization)[1]
     return tensors
+
+
+def _logits(model: Model, tokens: mx.array) -> mx.array:
+    """Logits (B, T, V), float32, of token ids (B, T)."""
+    logits = model.language_model(tokens).astype(mx.float32)
+    mx.eval(logits)
+    return logits
 
 
 def _probe(model: Model) -> mx.array:
@@ -120,7 +124,6 @@ def _probe(model: Model) -> mx.array:
 
 
 def _report(target: Path, linears: int, base: mx.array, adapted: mx.array, fused: mx.array) -> FuseReport:
-    base, adapted, fused = (logits.astype(mx.float32) for logits in (base, adapted, fused))
     size = mx.linalg.norm(adapted.reshape(-1))
 
     def distance(logits: mx.array) -> float:

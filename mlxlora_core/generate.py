@@ -7,8 +7,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxlora_core.errors import UsageError
-from mlxlora_core.specs import LanguageModel, Sample
+from mlxlora_core.errors import DataError, UsageError
+from mlxlora_core.specs import Cache, LanguageModel, Sample
 from mlxlora_core.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 512
@@ -36,9 +36,12 @@ def generate(
         write_every: tokens a segment.
 
     Raises:
-        UsageError: the prompt does not fit into the model's context.
+        UsageError: the prompt is no valid text, or does not fit into the model's context.
     """
-    ids = tokenizer.encode(prompt)
+    try:
+        ids = tokenizer.encode(prompt)
+    except DataError as fault:
+        raise UsageError(f"the prompt cannot be read: {fault.what}", fix=fault.fix) from fault
     limit = model.context_tokens
     if limit is not None and len(ids) >= limit:
         raise UsageError(
@@ -58,19 +61,18 @@ def decode(
     module.eval()
     cache = model.make_cache()
     tokens = list(prompt)
-    logits = prefill(model, tokens, cache)
+    unseen = tokens[:]
     for key in mx.random.split(mx.random.key(seed), num_tokens):
-        token = int(sample(logits, tokens, key))
+        token = int(sample(forward(model, unseen, cache), tokens, key))
         if token == stop:
             return
         yield token
         tokens.append(token)
-        logits = prefill(model, [token], cache)
+        unseen = [token]
 
 
-def prefill(model: LanguageModel, tokens: Sequence[int], cache: Any) -> mx.array:
+def forward(model: LanguageModel, tokens: Sequence[int], cache: Sequence[Cache]) -> mx.array:
     """Logits (1, V), float32, after ``tokens``, of which there is one at least, went into ``cache``."""
-    hidden = mx.array([])
     for start in range(0, len(tokens), PREFILL_TOKENS):
         part = mx.array([tokens[start : start + PREFILL_TOKENS]])
         hidden = model.run(model.embed(part), cache=cache)

@@ -26,7 +26,6 @@ CONFIG = "config.json"
 WEIGHTS = {"safetensors": "model.safetensors", "npz": "weights.npz"}
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.model"
-FINGERPRINT = "fingerprint"  # of the tensors, in the metadata of the weight file
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Model:
         tokenizer: of the model.
         config: config.json.
         quantization: how linears were quantized, or None.
-        fingerprint: of config and tensors, the same for the same base in any format.
+        fingerprint: of config, tensors and tokenizer, the same for the same base in any format.
     """
 
     folder: Path
@@ -78,10 +77,7 @@ def load(folder: Path, registry: Registry) -> Model:
     """
     config = read_config(folder)
     architecture = find_architecture(config, registry, folder / CONFIG)
-    try:
-        args = architecture.spec.config(config, {})
-    except ModelError as fault:
-        raise ModelError(fault.what, where=folder / CONFIG, fix=fault.fix) from fault
+    args = model_args(architecture, config, {}, folder / CONFIG)
     language_model: LanguageModel = architecture.spec.build(args)
     tensors, fingerprint = read_weights(folder)
     quantization = read_quantization(config, registry, folder / CONFIG)
@@ -91,14 +87,14 @@ def load(folder: Path, registry: Registry) -> Model:
     _fill(module, tensors, folder)
     tokenizer = Tokenizer(folder / TOKENIZER)
     check_vocabulary(tokenizer, language_model.vocab_size)
-    description = json.dumps(config, sort_keys=True)
+    parts = json.dumps([config, fingerprint, tokenizer.fingerprint], sort_keys=True)
     return Model(
         folder,
         language_model,
         tokenizer,
         config,
         quantization,
-        hashlib.sha256(f"{description}\0{fingerprint}".encode()).hexdigest(),
+        hashlib.sha256(parts.encode()).hexdigest(),
     )
 
 
@@ -121,13 +117,31 @@ def read_config(folder: Path) -> dict[str, Any]:
             where=folder,
             fix="make one with: mlxlora convert --torch-path DIR --mlx-path " + str(folder),
         )
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
-        raise ModelError(f"is no JSON: {fault}", where=path) from fault
+    config = _json(path)
     if not isinstance(config, dict):
         raise ModelError(f"wanted a JSON object, got {type(config).__name__}", where=path)
     return config
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as fault:
+        raise ModelError(f"is no JSON: {fault}", where=path) from fault
+
+
+def model_args(
+    architecture: Component, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path
+) -> Any:
+    """The model arguments that an architecture makes of a config; its errors get their place.
+
+    Raises:
+        ModelError: impossible values.
+    """
+    try:
+        return architecture.spec.config(config, shapes)
+    except ModelError as fault:
+        raise ModelError(fault.what, where=fault.where or where, fix=fault.fix) from fault
 
 
 def find_architecture(config: Mapping[str, Any], registry: Registry, where: Path) -> Component:
@@ -147,7 +161,7 @@ def find_architecture(config: Mapping[str, Any], registry: Registry, where: Path
         return found[0]
     known = some(sorted({name for c in components for name in c.spec.model_types}))
     if found:
-        raise ModelError(f"model_type '{stated}' is built by {some(c.id for c in found)}", where=where)
+        raise ModelError(f"several architectures build this: {some(c.id for c in found)}", where=where)
     failed = "".join(f"; plugin {p} failed to load: {p.reason}" for p in registry.failed)
     what = (
         f"model_type '{stated}' is not known"
@@ -165,14 +179,15 @@ def read_weights(folder: Path) -> tuple[dict[str, mx.array], str]:
     """
     files = _weight_files(folder)
     tensors: dict[str, mx.array] = {}
-    fingerprint = ""
+    stated = ""
     for path in files:
         part, metadata = tensor_file.load(path)
+        twice = tensors.keys() & part.keys()
+        if twice:
+            raise ModelError(f"another shard holds {some(sorted(twice))} too", where=path)
         tensors |= part
-        fingerprint = metadata.get(FINGERPRINT, "")
-    if not fingerprint or len(files) > 1:
-        fingerprint = tensor_file.combine({n: tensor_file.digest(n, t) for n, t in tensors.items()})
-    return tensors, fingerprint
+        stated = metadata.get(tensor_file.FINGERPRINT, "")
+    return tensors, stated if stated and len(files) == 1 else tensor_file.fingerprint(tensors)
 
 
 def read_quantization(config: Mapping[str, Any], registry: Registry, where: Path) -> Quantization | None:
@@ -185,7 +200,10 @@ def read_quantization(config: Mapping[str, Any], registry: Registry, where: Path
     stated = config.get("quantization")
     if stated is None:
         return None
-    quantizer = registry.find("quantizer", config.get("quantizer", DEFAULT_QUANTIZER))
+    name = config.get("quantizer", DEFAULT_QUANTIZER)
+    if not isinstance(stated, dict) or not isinstance(name, str):
+        raise ModelError(f"quantization is {stated!r} by {name!r}, wanted a table and a name", where=where)
+    quantizer = registry.find("quantizer", name)
     owner = f"quantizer '{quantizer.spec.name}'"
     try:
         return Quantization(quantizer, parse(quantizer.spec.options, stated, owner=owner))
@@ -234,8 +252,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         raise ModelError(f"there are no weights ({some(WEIGHTS.values())})", where=folder)
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as fault:
+        names = sorted(set(_json(index)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as fault:
         raise ModelError("is no index of shards", where=index) from fault
     outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if outside:

@@ -1,7 +1,12 @@
 """Files of named tensors: ``.safetensors`` and ``.npz``, written one tensor at a time.
 
 MLX's own writers want all tensors at once and truncate the target first; these
-keep one tensor in memory and go through the durable writer.
+keep one tensor in memory and go through the durable writer. Every file that
+mlxlora writes holds, as metadata, the fingerprint of its tensors.
+
+The formats: https://github.com/huggingface/safetensors#format and
+``numpy.lib.format``. The metadata of an ``.npz`` is JSON in the comment of the
+archive, which other readers pass over.
 """
 
 from __future__ import annotations
@@ -10,158 +15,107 @@ import hashlib
 import json
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from mlxlora_core import durable
-from mlxlora_core.errors import ModelError, some
+from mlxlora_core.errors import MlxloraError, ModelError, some
 
-METADATA = "__metadata__"  # the key that safetensors reserves; in an .npz a member of that name
+FINGERPRINT = "fingerprint"  # the metadata that tells what the tensors of a file are
 
-_SAFETENSORS_TYPES = {
+_METADATA = "__metadata__"  # the key that safetensors reserves
+_TYPES = {
     mx.float32: "F32",
     mx.float16: "F16",
     mx.bfloat16: "BF16",
-    mx.uint32: "U32",
     mx.uint8: "U8",
+    mx.uint16: "U16",
+    mx.uint32: "U32",
+    mx.uint64: "U64",
+    mx.int8: "I8",
+    mx.int16: "I16",
     mx.int32: "I32",
+    mx.int64: "I64",
+    mx.bool_: "BOOL",
 }
-_HEADER_ENTRY_BYTES = 384
+_EXPONENTS = {
+    mx.float16: (mx.uint16, 0x7C00),
+    mx.bfloat16: (mx.uint16, 0x7F80),
+    mx.float32: (mx.uint32, 0x7F800000),
+}
+_FLOATS = {"float16", "bfloat16", "float32", "float64"}
+_ENTRY_BYTES = 384  # more than a name of 256 letters, a shape and two offsets take in the header
+_COMMENT_BYTES = 65535  # what a zip archive has room for
+
+Described = Callable[[], Mapping[str, str]]
+Packed = tuple[str, mx.array, memoryview]
 
 
-class TensorWriter(Protocol):
-    """Takes tensors one after another."""
+@dataclass(frozen=True)
+class Saved:
+    """What was written.
 
-    def add(self, name: str, tensor: mx.array) -> None:
-        """Write one tensor."""
-
-    def close(self, metadata: Mapping[str, str]) -> None:
-        """Write what must stand in the file beside the tensors."""
-
-
-class SafetensorsWriter:
-    """Streams a ``.safetensors`` file.
-
-    The header stands in front of the data and is known last, so room for it is
-    left and padded with spaces, as the format allows.
-
-    Args:
-        file: open for writing, at its start, seekable.
-        tensors: how many tensors will come at most.
+    Attributes:
+        bytes: of all tensors.
+        fingerprint: of all tensors, in hex; the same in every format.
     """
 
-    def __init__(self, file: BinaryIO, tensors: int) -> None:
-        self._file = file
-        self._room = 4096 + tensors * _HEADER_ENTRY_BYTES
-        self._entries: dict[str, Any] = {}
-        self._offset = 0
-        file.seek(8 + self._room)
-
-    def add(self, name: str, tensor: mx.array) -> None:
-        """Write one tensor behind the last one."""
-        data = tensor_bytes(tensor)
-        self._file.write(data)
-        self._entries[name] = {
-            "dtype": _SAFETENSORS_TYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._offset, self._offset + len(data)],
-        }
-        self._offset += len(data)
-
-    def close(self, metadata: Mapping[str, str]) -> None:
-        """Write the header into the room left for it.
-
-        Raises:
-            ModelError: the names and the metadata are longer than that room.
-        """
-        header = json.dumps({METADATA: dict(metadata), **self._entries}, separators=(",", ":")).encode()
-        if len(header) > self._room:
-            raise ModelError(f"tensor names take {len(header)} bytes, there is room for {self._room}")
-        self._file.seek(0)
-        self._file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+    bytes: int
+    fingerprint: str
 
 
-class NpzWriter:
-    """Streams an uncompressed ``.npz`` archive.
+def save(
+    path: Path, tensors: Iterable[tuple[str, mx.array]], metadata: Mapping[str, str], most: int
+) -> Saved:
+    """Write named tensors one after another; the ending of ``path`` chooses the format.
 
     Args:
-        file: open for writing.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)
-
-    def add(self, name: str, tensor: mx.array) -> None:
-        """Write one tensor as a member of its own.
-
-        Raises:
-            ModelError: bfloat16, which numpy does not have.
-        """
-        if tensor.dtype == mx.bfloat16:
-            raise ModelError(f"{name} is bfloat16, which .npz cannot hold", fix="use float16 or safetensors")
-        # A fixed date, so that the same tensors give the same bytes.
-        member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-        with self._archive.open(member, "w", force_zip64=True) as stream:
-            np.lib.format.write_array(stream, np.asarray(tensor), allow_pickle=False)
-
-    def close(self, metadata: Mapping[str, str]) -> None:
-        """Write the metadata as one more member, JSON in bytes, and end the archive."""
-        self.add(METADATA, mx.array(np.frombuffer(json.dumps(dict(metadata)).encode(), np.uint8)))
-        self._archive.close()
-
-
-def tensor_bytes(tensor: mx.array) -> memoryview:
-    """The bytes of a tensor, row by row."""
-    flat = mx.contiguous(tensor).reshape(-1)
-    # The buffer protocol has a type of its own only since Python 3.12.
-    view: Any = flat.view(mx.uint8) if flat.size else flat.astype(mx.uint8)
-    return memoryview(view)
-
-
-def digest(name: str, tensor: mx.array) -> bytes:
-    """SHA-256 of one named tensor: its name, type, shape and bytes."""
-    sha = hashlib.sha256(f"{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
-    sha.update(tensor_bytes(tensor))
-    return sha.digest()
-
-
-def combine(digests: Mapping[str, bytes]) -> str:
-    """One fingerprint, in hex, of named digests, whatever their order."""
-    sha = hashlib.sha256()
-    for name in sorted(digests):
-        sha.update(digests[name])
-    return sha.hexdigest()
-
-
-def save(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
-    """Write a small file of tensors; the ending of ``path`` chooses the format.
+        path: ``.safetensors`` or ``.npz``.
+        tensors: each is let go before the next one is asked for.
+        metadata: what to write beside the tensors and their fingerprint.
+        most: how many tensors will come at most.
 
     Raises:
-        ModelError: an ending that is neither ``.safetensors`` nor ``.npz``.
+        ModelError: another ending, a name that comes twice, or a type that the
+            format cannot hold.
         ResourceError: the disk is full, or the folder cannot be written.
     """
+    check_ending(path)
+    digests: dict[str, bytes] = {}
+    sizes: list[int] = []
+
+    def packed() -> Iterator[Packed]:
+        for name, tensor in tensors:
+            if name in digests:
+                raise ModelError(f"tensor {name} comes twice", where=path)
+            data = _bytes(tensor)
+            digests[name] = _digest(name, tensor, data)
+            sizes.append(data.nbytes)
+            yield name, tensor, data
+            del tensor, data
+
+    def described() -> Mapping[str, str]:
+        return {"format": "mlx", **metadata, FINGERPRINT: _combine(digests)}
 
     def write(file: BinaryIO) -> None:
-        writer: TensorWriter = (
-            NpzWriter(file)
-            if path.suffix == ".npz"
-            else SafetensorsWriter(file, len(tensors) + len(metadata))
-        )
-        for name in sorted(tensors):
-            writer.add(name, tensors[name])
-        writer.close(metadata)
+        if path.suffix == ".npz":
+            _write_npz(file, packed(), described)
+        else:
+            _write_safetensors(file, packed(), described, most)
 
-    check_ending(path)
     durable.write_file(path, write)
+    return Saved(sum(sizes), _combine(digests))
 
 
 def load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """The tensors, not yet evaluated, and the metadata of a file.
+    """The tensors, those of ``.safetensors`` not yet read, and the metadata of a file.
 
     Raises:
         ModelError: the file is absent, damaged, or of another kind.
@@ -170,14 +124,16 @@ def load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     if not path.is_file():
         raise ModelError("there is no such file", where=path)
     try:
-        metadata = _safetensors_metadata(path) if path.suffix == ".safetensors" else {}
-        # A dictionary for both formats; the stub covers every format that MLX reads.
-        tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-    except (SafetensorError, RuntimeError, ValueError, OSError, zipfile.BadZipFile) as fault:
+        return _load_npz(path) if path.suffix == ".npz" else _load_safetensors(path)
+    except MlxloraError:
+        raise
+    except Exception as fault:  # whatever the parsers make of bytes that anyone may have written
         raise ModelError(f"is damaged or no {path.suffix} file: {fault}", where=path) from fault
-    if METADATA in tensors:
-        metadata = json.loads(bytes(np.asarray(tensors.pop(METADATA)).tobytes()))
-    return tensors, metadata
+
+
+def fingerprint(tensors: Mapping[str, mx.array]) -> str:
+    """What :func:`save` calls these tensors: SHA-256 over names, types, shapes and bytes, in hex."""
+    return _combine({name: _digest(name, tensor, _bytes(tensor)) for name, tensor in tensors.items()})
 
 
 def check_ending(path: Path) -> None:
@@ -190,26 +146,173 @@ def check_ending(path: Path) -> None:
         raise ModelError(f"wanted .safetensors or .npz, got '{path.suffix}'", where=path)
 
 
-def mismatches(got: Mapping[str, mx.array], want: Mapping[str, mx.array]) -> list[str]:
-    """What keeps the tensors ``got`` from taking the places of ``want``: all of it, in words."""
-    faults = []
-    missing = sorted(want.keys() - got.keys())
-    unknown = sorted(got.keys() - want.keys())
-    if missing:
-        faults.append(f"{len(missing)} missing: {some(missing)}")
-    if unknown:
-        faults.append(f"{len(unknown)} unknown: {some(unknown)}")
+def mismatches(got: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
+    """What keeps the tensors ``got`` from taking the places of ``want``: all of it, in words.
+
+    Any two floating types go together, since one is cast to the other.
+
+    Args:
+        got: name -> what has a ``shape`` and a ``dtype``, of MLX or by its name.
+        want: the same.
+    """
+    missing, unknown = want.keys() - got.keys(), got.keys() - want.keys()
+    both = sorted(want.keys() & got.keys())
     shapes = [
         f"{name} is {tuple(got[name].shape)}, wanted {tuple(want[name].shape)}"
-        for name in sorted(want.keys() & got.keys())
-        if got[name].shape != want[name].shape
+        for name in both
+        if tuple(got[name].shape) != tuple(want[name].shape)
     ]
-    if shapes:
-        faults.append(f"{len(shapes)} of a wrong shape: {some(shapes)}")
-    return faults
+    types = [
+        f"{name} is {type_name(got[name].dtype)}, wanted {type_name(want[name].dtype)}"
+        for name in both
+        if not _interchangeable(got[name].dtype, want[name].dtype)
+    ]
+    faults = {
+        "missing": sorted(missing),
+        "unknown": sorted(unknown),
+        "of a wrong shape": shapes,
+        "of a wrong type": types,
+    }
+    return [f"{len(found)} {what}: {some(found)}" for what, found in faults.items() if found]
 
 
-def _safetensors_metadata(path: Path) -> dict[str, str]:
-    """The metadata; opening checks the header against the file as the format demands."""
+def is_finite(tensor: mx.array) -> bool:
+    """Whether a floating tensor holds neither an infinity nor a NaN.
+
+    Both have all bits of the exponent set. Looking at the bits is six times as
+    fast as ``mx.isfinite`` for half precision on a CPU.
+    """
+    word, exponent = _EXPONENTS[tensor.dtype]
+    return not tensor.size or int((tensor.reshape(-1).view(word) & exponent).max()) < exponent
+
+
+def type_name(dtype: mx.Dtype | str) -> str:
+    """``float16`` and so on."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def _interchangeable(got: mx.Dtype | str, want: mx.Dtype | str) -> bool:
+    names = {type_name(got), type_name(want)}
+    return len(names) == 1 or names <= _FLOATS
+
+
+# --- fingerprints -------------------------------------------------------------
+
+
+def _bytes(tensor: mx.array) -> memoryview:
+    """The bytes of a tensor, row by row; no copy where they lie so already."""
+    flat = mx.contiguous(tensor).reshape(-1)
+    # The buffer protocol has a type of its own only since Python 3.12.
+    view: Any = flat.view(mx.uint8) if flat.size else flat.astype(mx.uint8)
+    return memoryview(view)
+
+
+def _digest(name: str, tensor: mx.array, data: memoryview) -> bytes:
+    sha = hashlib.sha256(f"{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
+    sha.update(data)
+    return sha.digest()
+
+
+def _combine(digests: Mapping[str, bytes]) -> str:
+    """One fingerprint of named digests, whatever their order."""
+    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
+
+
+# --- safetensors --------------------------------------------------------------
+
+
+def _write_safetensors(file: BinaryIO, tensors: Iterator[Packed], described: Described, most: int) -> None:
+    """Stream a ``.safetensors`` file.
+
+    The header stands in front of the data and is known last, so room for it is
+    left and padded with spaces, as the format allows.
+    """
+    # In eights, so that the data is aligned.
+    room = 4096 + len(json.dumps(dict(described()))) // 8 * 8 + most * _ENTRY_BYTES
+    entries: dict[str, Any] = {}
+    offset = 0
+    file.seek(8 + room)
+    for name, tensor, data in tensors:
+        if tensor.dtype not in _TYPES:
+            raise ModelError(f"{name} is {type_name(tensor.dtype)}, which .safetensors cannot hold")
+        file.write(data)
+        end = offset + data.nbytes
+        entries[name] = {
+            "dtype": _TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+        del tensor, data
+    header = json.dumps({_METADATA: dict(described()), **entries}, separators=(",", ":")).encode()
+    if len(header) > room:
+        raise ModelError(f"the names of the tensors take {len(header)} bytes, there is room for {room}")
+    file.seek(0)
+    file.write(struct.pack("<Q", room) + header.ljust(room))
+    file.seek(0, 2)
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    # Opening checks the header against the file as the format demands; MLX does less.
     with safe_open(path, framework="numpy") as file:
-        return dict(file.metadata() or {})
+        metadata = dict(file.metadata() or {})
+    # A dictionary for this format; the stub covers every format that MLX reads.
+    tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+    return tensors, metadata
+
+
+# --- npz ----------------------------------------------------------------------
+
+
+def _write_npz(file: BinaryIO, tensors: Iterator[Packed], described: Described) -> None:
+    """Stream an uncompressed ``.npz`` archive."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, tensor, data in tensors:
+            if tensor.dtype == mx.bfloat16:
+                raise ModelError(
+                    f"{name} is bfloat16, which .npz cannot hold", fix="use float16, or .safetensors"
+                )
+            # A fixed date, so that the same tensors give the same bytes.
+            member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            header = {
+                "descr": np.dtype(type_name(tensor.dtype)).str,
+                "fortran_order": False,
+                "shape": tuple(tensor.shape),
+            }
+            with archive.open(member, "w", force_zip64=True) as stream:
+                np.lib.format.write_array_header_1_0(stream, header)
+                stream.write(data)
+            del tensor, data
+        comment = json.dumps(dict(described())).encode()
+        if len(comment) > _COMMENT_BYTES:
+            raise ModelError(
+                f"the metadata takes {len(comment)} bytes, an .npz has room for {_COMMENT_BYTES}",
+                fix="use .safetensors",
+            )
+        archive.comment = comment
+
+
+def _load_npz(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    # Read by numpy and not by MLX, whose parser trusts what a header says of sizes.
+    tensors = {}
+    with zipfile.ZipFile(path) as archive:
+        names = Counter(archive.namelist())
+        odd = [name for name, count in names.items() if count > 1 or not name.endswith(".npy")]
+        if odd:
+            raise ModelError(f"holds what is no array, or holds it twice: {some(odd)}", where=path)
+        for name in names:
+            with archive.open(name) as stream:
+                array = np.lib.format.read_array(stream, allow_pickle=False)
+                if stream.read(1):
+                    raise ModelError(f"{name} is longer than it says", where=path)
+            tensors[name.removesuffix(".npy")] = mx.array(array.astype(array.dtype.newbyteorder("=")))
+        return tensors, _comment(archive.comment)
+
+
+def _comment(comment: bytes) -> dict[str, str]:
+    """The metadata in the comment of an archive; another tool's comment is none."""
+    try:
+        metadata = json.loads(comment)
+    except (ValueError, RecursionError):
+        return {}
+    return {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}

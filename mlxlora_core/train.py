@@ -34,7 +34,7 @@ class TrainReport:
         loss: nats per counted token over these steps.
         learning_rate: of the last step.
         grad_norm: of the last step, before clipping.
-        steps_per_second: validation not counted.
+        steps_per_second: only the time of training steps counts.
         tokens_per_second: counted tokens.
         trained_tokens: counted tokens since the start.
         peak_memory_bytes: most that MLX has held.
@@ -91,41 +91,44 @@ def train(
         DivergedError: a loss or a gradient is not finite; the update was not made.
     """
     module: Any = model
-    module.train()
     optimizer = _optimizer(config)
     optimizer.init(module.trainable_parameters())
     rows = steps_from(train_set, config.rows_a_step, seed)
     meter = _Meter()
-    if valid_set:
-        yield _validate(model, valid_set, config, 0)
-    for step in range(1, config.iters + 1):
-        mx.random.seed(seed * 2**32 + step)
-        chosen = next(rows)
-        loss, norm, gradient = _gradient(model, train_set, chosen, config.batch_size)
-        _check_finite(loss, norm, step, chosen, meter.last_loss)
-        rate = learning_rate(config, step)
-        _update(module, optimizer, gradient, norm, rate, config)
-        meter.add(loss)
-        if step % config.steps_per_report == 0 or step == config.iters:
-            yield meter.report(step, rate, norm)
-        if valid_set and (step % config.steps_per_eval == 0 or step == config.iters):
+    try:
+        if valid_set:
+            yield _validate(model, valid_set, config, 0)
+        for step in range(1, config.iters + 1):
             started = time.perf_counter()
-            yield _validate(model, valid_set, config, step)
-            meter.leave_out(time.perf_counter() - started)
+            module.train()
+            mx.random.seed(seed * 2**32 + step)
+            chosen = next(rows)
+            loss, norm, gradient = _gradient(model, train_set, chosen, config.batch_size)
+            _check_finite(loss, norm, step, chosen, meter.last_loss)
+            rate = learning_rate(config, step)
+            _update(module, optimizer, gradient, norm, rate, config)
+            meter.add(loss, time.perf_counter() - started)
+            if step % config.steps_per_report == 0 or step == config.iters:
+                yield meter.report(step, rate, norm)
+            if valid_set and (step % config.steps_per_eval == 0 or step == config.iters):
+                yield _validate(model, valid_set, config, step)
+    finally:
+        module.eval()
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The learning rate of the update ``step``, counted from 1.
 
-    Linear from 0 to the peak over the warm-up; then constant, or a half cosine
-    down to ``min_learning_rate`` at the last step (Loshchilov and Hutter 2017,
-    arXiv:1608.03983, eq. 5).
+    Linear over the warm-up, up to the peak at its last step; then constant, or a
+    half cosine that would reach ``min_learning_rate`` one step after the last
+    (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5), so that every step moves.
     """
-    if step <= config.warmup:
+    if step < config.warmup:
         return config.learning_rate * step / config.warmup
     if config.schedule == "constant":
         return config.learning_rate
-    done = (step - config.warmup) / (config.iters - config.warmup)
+    peak = max(config.warmup, 1)
+    done = (step - peak) / (config.iters + 1 - peak)
     span = config.learning_rate - config.min_learning_rate
     return config.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))
 
@@ -201,27 +204,23 @@ class _Meter:
         self.last_loss = math.nan
         self._start()
 
-    def add(self, loss: Loss) -> None:
+    def add(self, loss: Loss, seconds: float) -> None:
         """Count one step."""
         self._loss += loss
         self._steps += 1
+        self._seconds += seconds
         self.trained_tokens += loss.tokens
         self.last_loss = loss.mean
 
-    def leave_out(self, seconds: float) -> None:
-        """Do not count time that was not spent training."""
-        self._started += seconds
-
     def report(self, step: int, rate: float, norm: float) -> TrainReport:
         """What was counted; counting starts again."""
-        seconds = time.perf_counter() - self._started
         report = TrainReport(
             step=step,
             loss=self._loss.mean,
             learning_rate=rate,
             grad_norm=norm,
-            steps_per_second=self._steps / seconds,
-            tokens_per_second=self._loss.tokens / seconds,
+            steps_per_second=self._steps / self._seconds,
+            tokens_per_second=self._loss.tokens / self._seconds,
             trained_tokens=self.trained_tokens,
             peak_memory_bytes=mx.get_peak_memory(),
         )
@@ -229,4 +228,4 @@ class _Meter:
         return report
 
     def _start(self) -> None:
-        self._loss, self._steps, self._started = Loss(0.0, 0), 0, time.perf_counter()
+        self._loss, self._steps, self._seconds = Loss(0.0, 0), 0, 0.0
