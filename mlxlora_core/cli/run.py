@@ -59,7 +59,7 @@ def command(
 def _find(name: str, registry: Registry) -> Path:
     """The recipe file that a path or a name stands for."""
     path = Path(name)
-    if path.suffix == ".toml" or path.exists():
+    if path.suffix == ".toml" or len(path.parts) > 1:
         return path
     known = [component.spec.name for component in registry.of("recipe")]
     if name in known or ":" in name:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
-from mlxlora_core.errors import UsageError, one_line
-from mlxlora_core.registry import Registry, load, start_runtimes
+from mlxlora_core.errors import MlxloraError, PluginError, UsageError, one_line
+from mlxlora_core.registry import Plugin, Registry, load, start_runtimes
 
 PLUGIN_OPTION = click.option(
     "-P",
@@ -38,7 +40,13 @@ def verb(*decorators: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], cl
     def wrap(function: Callable[..., Any]) -> click.Command:
         @functools.wraps(function)
         def call(plugins: Sequence[str], **arguments: Any) -> Any:
-            return function(open_registry(plugins), **arguments)
+            registry = open_registry(plugins)
+            try:
+                return function(registry, **arguments)
+            except MlxloraError:
+                raise
+            except Exception as fault:
+                raise _blamed(registry, fault) from fault
 
         for decorator in (DEBUG_OPTION, PLUGIN_OPTION, *reversed(decorators)):
             call = decorator(call)
@@ -59,6 +67,23 @@ def open_registry(plugins: Sequence[str]) -> Registry:
             err=True,
         )
     return registry
+
+
+def _blamed(registry: Registry, fault: Exception) -> Exception:
+    """``fault``, or an error that names the third-party plugin in whose code it arose."""
+    for frame in reversed(traceback.extract_tb(fault.__traceback__)):
+        for plugin in registry.plugins:
+            if plugin.status == "active" and plugin.origin != "built-in" and frame.filename in _files(plugin):
+                what = f"plugin {plugin} failed: {type(fault).__name__}: {fault}"
+                return PluginError(what, where=f"{frame.filename}:{frame.lineno}")
+    return fault
+
+
+def _files(plugin: Plugin) -> set[str]:
+    """The source files of a plugin that are imported."""
+    top = plugin.value.partition(":")[0].partition(".")[0]
+    modules = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == top]
+    return {plugin.value, *(str(getattr(module, "__file__", None)) for module in modules)}
 
 
 def start(registry: Registry) -> list[str]:

@@ -14,6 +14,20 @@ import pytest
 Command = Callable[..., Any]
 
 
+BROKEN = """
+from mlxlora_core.api import Sampler, hookimpl
+
+
+def build(options):
+    return 1 / 0
+
+
+@hookimpl
+def mlxlora_samplers():
+    return [Sampler(name="broken", summary="divides by zero", build=build)]
+"""
+
+
 @pytest.fixture
 def source(tmp_path: Path, tiny_checkpoint: Path) -> Path:
     """A checkpoint of one's own, to damage."""
@@ -387,3 +401,11 @@ def test_packages_that_cannot_be_read_are_told_and_the_others_go_on(
     assert {*bad, "mlxlora_absent"} <= skipped.keys()
     assert "SIGSEGV" in skipped["mlxlora_dies"] and "3 s" in skipped["mlxlora_hangs"]
     assert json.loads((out / "train.jsonl").read_text().splitlines()[0])["text"].startswith("Q: What is")
+
+
+def test_a_plugin_that_raises_while_it_works_is_named(mlxlora: Command, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(BROKEN)
+    arguments = ("-P", path, "--sampler", "broken", "-p", "A")
+    line = refused(mlxlora, 8, "generate", "--model", model, *arguments)
+    assert f"{path}:6: plugin broken" in line and "ZeroDivisionError" in line
