@@ -24,6 +24,7 @@ from mlxlora_core import durable
 from mlxlora_core.errors import DataError, some
 from mlxlora_core.jsonl import check_content, read_jsonl
 from mlxlora_core.options import plain
+from mlxlora_core.registry import Component
 from mlxlora_core.specs import DatasetOptions, Row, Rows, Skipped
 from mlxlora_core.tokenizer import Tokenizer
 
@@ -36,6 +37,36 @@ RECORD = "dataset.json"
 
 
 # --- the dataset folder -------------------------------------------------------
+
+
+def build_dataset(
+    builder: Component, options: DatasetOptions, folder: Path, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Let a builder make rows and write them as a dataset folder, whole or not at all.
+
+    Args:
+        builder: the dataset builder.
+        options: of the builder.
+        folder: dataset folder to make.
+        overwrite: whether a dataset folder that is there may be replaced.
+
+    Returns:
+        The record, as ``dataset.json`` holds it.
+
+    Raises:
+        SafetyError: the folder holds something else.
+        DataError: no rows, or none left to train on.
+    """
+    durable.check_target(folder, overwrite=overwrite, ours=holds_only_a_dataset)
+    rows = builder.spec.build(options)
+    with durable.new_folder(folder, overwrite=overwrite, ours=holds_only_a_dataset) as new:
+        return write_dataset(rows, new, options, {"builder": builder.id, "options": options})
+
+
+def holds_only_a_dataset(folder: Path) -> bool:
+    """Whether everything in ``folder`` is what mlxlora writes into a dataset folder."""
+    names = {path.name for path in folder.iterdir()}
+    return RECORD in names and names <= {RECORD, *(f"{split}.jsonl" for split in SPLITS)}
 
 
 def write_dataset(

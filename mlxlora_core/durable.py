@@ -147,6 +147,21 @@ def check_target(
         )
 
 
+def check_file(path: Path) -> None:
+    """Refuse a file that could not be written at the end of long work.
+
+    Raises:
+        ResourceError: its folder cannot be written, or it is a folder itself.
+    """
+    with _disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        probe = _beside(path, _NEW)
+        probe.touch()
+        probe.unlink()
+
+
 def _move_folder(temporary: Path, target: Path) -> None:
     """Put ``temporary`` in the place of ``target``, which keeps its old content until then."""
     old = _beside(target, _OLD)

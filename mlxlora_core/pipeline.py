@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ import tomli_w
 
 from mlxlora_core import __version__, adapter_file, durable, model_folder
 from mlxlora_core.convert import ConvertReport, convert
-from mlxlora_core.data import Examples, read_examples, write_dataset
+from mlxlora_core.data import Examples, build_dataset, read_examples
 from mlxlora_core.evaluate import evaluate
 from mlxlora_core.generate import generate
 from mlxlora_core.model_folder import Model, Quantization
@@ -163,10 +162,7 @@ class _Stages:
     def data(self) -> dict[str, Any]:
         """Build the rows."""
         builder, options = _component(self.recipe.data), self.recipe.data.options
-        folder = self.folder.path / DATA
-        shutil.rmtree(folder, ignore_errors=True)
-        made_by = {"builder": builder.id, "options": options}
-        record = write_dataset(builder.spec.build(options), folder, options, made_by)
+        record = build_dataset(builder, options, self.folder.path / DATA, overwrite=True)
         return {key: record[key] for key in ("rows", "groups", "versions", "skipped")}
 
     def before(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class RunFolder:
         return all(file_stat(self.path / name) == stat for name, stat in done["files"].items())
 
     def keep(self, stage: str, fingerprint: str, result: Mapping[str, Any]) -> None:
-        """Record that a stage is done, and forget the ones that came after it before."""
+        """Record that a stage is done, and what it has found."""
         stages = self.record["stages"]
         stages[stage] = {
             "inputs": fingerprint,

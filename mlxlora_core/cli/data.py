@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlxlora_core.cli import show
-from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, verb
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
 from mlxlora_core.recipe import choose, overrides
@@ -50,14 +50,10 @@ def command(
         values["packages"] = packages
     chosen = choose("builder", builder, values, registry)
     assert chosen.component is not None
-    from mlxlora_core.data import write_dataset
-    from mlxlora_core.durable import check_target, new_folder
+    start(registry)
+    from mlxlora_core.data import build_dataset
 
-    check_target(out, overwrite=overwrite, ours=holds_only_a_dataset)
-    made_by = {"builder": chosen.component.id, "options": chosen.options}
-    rows = chosen.component.spec.build(chosen.options)
-    with new_folder(out, overwrite=overwrite, ours=holds_only_a_dataset) as folder:
-        record = write_dataset(rows, folder, chosen.options, made_by)
+    record = build_dataset(chosen.component, chosen.options, out, overwrite=overwrite)
     if as_json:
         show.as_json(record)
         return
@@ -69,12 +65,6 @@ def command(
         show.progress(f"{len(record['skipped']) - SHOWN_SKIPPED} more skipped, see {out / 'dataset.json'}")
     if record["rows_in_two_splits"]:
         show.progress(f"warning: {record['rows_in_two_splits']} rows stand in more than one split")
-
-
-def holds_only_a_dataset(folder: Path) -> bool:
-    """Whether everything in ``folder`` is what mlxlora writes into a dataset folder."""
-    names = {path.name for path in folder.iterdir()}
-    return "dataset.json" in names and names <= {"dataset.json", "train.jsonl", "valid.jsonl", "test.jsonl"}
 
 
 def _values(sets: tuple[str, ...]) -> dict[str, object]:

@@ -60,10 +60,17 @@ def command(
     chosen = choose_sampler(registry, sampler, temp, given.get("sampler", {}))
     start(registry)
     base = load_adapted(registry, model, adapter_file, adapter, given.get("adapter", {}))
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _stdin() if prompt == "-" else prompt
     result = speak(base, text, chosen, config, seed, as_json)
     if as_json:
         show.as_json({"prompt": text, "text": result})
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as fault:
+        raise UsageError(f"stdin is not UTF-8: {fault}") from fault
 
 
 def choose_sampler(registry: Registry, name: str, temp: str | None, values: dict[str, Any]) -> Choice:

@@ -34,7 +34,7 @@ LONG_ROW_TOKENS = 2048
         show_default=True,
         help="Folder with train.jsonl and valid.jsonl.",
     ),
-    click.option("--adapter", default=DEFAULT_ADAPTER, show_default=True, help="Adapter to train."),
+    click.option("--adapter", help=f"Adapter to train. [default: {DEFAULT_ADAPTER}, or what is resumed]"),
     click.option(
         "--lora-layers", metavar="LAYERS", help="Adapt the top so many layers; -1 is all. [default: 16]"
     ),
@@ -66,7 +66,7 @@ def command(
     registry: Registry,
     model: Path,
     data: Path,
-    adapter: str,
+    adapter: str | None,
     lora_layers: str | None,
     adapter_file: Path,
     resume_adapter_file: Path | None,
@@ -89,15 +89,16 @@ def command(
     given = overrides(sets)
     check_sections(given, ("adapter", "sampler"))
     values = given.get("adapter", {}) | ({"layers": lora_layers} if lora_layers is not None else {})
-    chosen = choose("adapter", adapter, values, registry)
+    chosen = choose("adapter", adapter or DEFAULT_ADAPTER, values, registry)
     speaking = _sampler(registry, sampler, temp, given.get("sampler", {})) if prompt is not None else None
     measuring = declare.take(EvaluateConfig, arguments)
     writing = declare.take(GenerateConfig, arguments)
     start(registry)
     from mlxlora_core import adapter_file as files
-    from mlxlora_core import model_folder, tensor_file
+    from mlxlora_core import durable, model_folder, tensor_file
 
     tensor_file.check_ending(adapter_file)
+    durable.check_file(adapter_file)
     base = model_folder.load(model, registry)
     train_set = _read(base, data / "train.jsonl", config, "train")
     valid_set = _read(base, data / "valid.jsonl", config, "valid")

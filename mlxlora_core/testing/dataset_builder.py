@@ -1,0 +1,168 @@
+"""The conformance suite of dataset builders.
+
+Subclass :class:`DatasetBuilderSuite` in a test file and run it with pytest::
+
+    class TestMyBuilder(DatasetBuilderSuite):
+        spec = my_plugin.BUILDER
+
+        def sources(self, folder):
+            (folder / "notes.md").write_text("# Heading\\n\\nText.")
+            return {"path": folder}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxlora_core.data import SPLITS, write_dataset
+from mlxlora_core.errors import DataError, one_line
+from mlxlora_core.jsonl import check_content
+from mlxlora_core.options import explain, parse
+from mlxlora_core.specs import DatasetBuilder, DatasetOptions, Rows
+
+# Builds in a process of its own and prints what came out.
+_BUILD = """
+import importlib, pickle, sys
+module, name, given, out = sys.argv[1:]
+build = getattr(importlib.import_module(module), name)
+with open(given, "rb") as file:
+    options = pickle.load(file)
+with open(out, "wb") as file:
+    pickle.dump(build(options), file)
+"""
+
+
+class DatasetBuilderSuite:
+    """What every dataset builder must do.
+
+    Attributes:
+        spec: the dataset builder.
+    """
+
+    spec: DatasetBuilder
+
+    def sources(self, folder: Path) -> Mapping[str, Any]:
+        """Write something to build from into an empty folder; return the option values that name it.
+
+        It should give several rows, some of them with one group, if the builder makes groups.
+        """
+        raise NotImplementedError
+
+    def poor_sources(self, folder: Path) -> Mapping[str, Any]:
+        """As ``sources``, with some that give no row; the builder must say why and build the rest."""
+        pytest.skip("this builder leaves nothing out")
+
+    def empty_sources(self, folder: Path) -> Mapping[str, Any]:
+        """As ``sources``, but nothing gives a row."""
+        raise NotImplementedError
+
+    def change(self, folder: Path) -> None:
+        """Change what ``sources`` has written, so that other rows would come out."""
+        raise NotImplementedError
+
+    # --- what the tests are made of ---
+
+    def options(self, values: Mapping[str, Any]) -> Any:
+        """The options that a recipe with these values gives."""
+        return parse(self.spec.options, values, owner=self.spec.name)
+
+    def build(self, values: Mapping[str, Any]) -> Rows:
+        """What the builder makes of these option values."""
+        return self.spec.build(self.options(values))
+
+    # --- the tests ---
+
+    def test_options_say_how_to_split(self) -> None:
+        """They inherit ``DatasetOptions``, and each explains itself."""
+        assert issubclass(self.spec.options, DatasetOptions)
+        assert all(option.help for option in explain(self.spec.options))
+
+    def test_rows_are_rows(self, tmp_path: Path) -> None:
+        """Each content is one of the three shapes and nothing else; splits and groups are known."""
+        rows = self.build(self.sources(tmp_path)).rows
+        assert rows
+        for row in rows:
+            content = dict(row.content)
+            assert check_content(content) is None
+            assert content.keys() in ({"text"}, {"prompt", "completion"}, {"messages"})
+            assert json.loads(json.dumps(content)) == content
+            assert isinstance(row.group, str)
+            assert row.split is None or row.split in SPLITS
+
+    def test_no_group_has_two_splits(self, tmp_path: Path) -> None:
+        """A builder that settles splits keeps its groups together."""
+        splits: dict[str, set[str | None]] = {}
+        for row in self.build(self.sources(tmp_path)).rows:
+            if row.group:
+                splits.setdefault(row.group, set()).add(row.split)
+        assert all(len(found) == 1 for found in splits.values())
+
+    def test_two_builds_are_the_same(self, tmp_path: Path) -> None:
+        """Rows, what was left out, versions and the files written, byte for byte."""
+        values = self.sources(tmp_path)
+        assert self.build(values) == self.build(values)
+        written = [self._written(values, tmp_path / name) for name in ("first", "second")]
+        assert written[0] == written[1]
+
+    @pytest.mark.parametrize("hash_seed", ["1", "2"])
+    def test_another_process_builds_the_same(self, tmp_path: Path, hash_seed: str) -> None:
+        """Nothing hangs on the order of a set, an address or the working folder."""
+        values = self.sources(tmp_path)
+        given, out, elsewhere = tmp_path / "options", tmp_path / "rows", tmp_path / "elsewhere"
+        given.write_bytes(pickle.dumps(self.options(values)))
+        elsewhere.mkdir()
+        build: Any = self.spec.build
+        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+        done = subprocess.run(
+            [sys.executable, "-c", _BUILD, build.__module__, build.__qualname__, str(given), str(out)],
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": hash_seed},
+            cwd=elsewhere,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert pickle.loads(out.read_bytes()) == self.build(values)
+
+    def test_prints_nothing_and_stays_in_place(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """Standard output belongs to the verb; the working folder and the environment to the user."""
+        values, before = self.sources(tmp_path), (os.getcwd(), dict(os.environ))
+        self.build(values)
+        assert capfd.readouterr().out == ""
+        assert (os.getcwd(), dict(os.environ)) == before
+
+    def test_tells_its_inputs(self, tmp_path: Path) -> None:
+        """The same while nothing changes, and others when a source changes."""
+        options = self.options(self.sources(tmp_path))
+        told = dict(self.spec.inputs(options))
+        assert told and all(isinstance(text, str) for pair in told.items() for text in pair)
+        assert dict(self.spec.inputs(options)) == told
+        self.change(tmp_path)
+        assert dict(self.spec.inputs(options)) != told
+
+    def test_tells_what_it_leaves_out(self, tmp_path: Path) -> None:
+        """A source that gives nothing is named with a reason, on one line, and the others go on."""
+        rows = self.build(self.poor_sources(tmp_path))
+        assert rows.rows and rows.skipped
+        for skip in rows.skipped:
+            assert skip.source and skip.reason
+            assert one_line(skip.reason) == skip.reason
+
+    def test_no_row_is_an_error(self, tmp_path: Path) -> None:
+        """There is nothing to train on, and the reason is told."""
+        with pytest.raises(DataError):
+            self.build(self.empty_sources(tmp_path))
+
+    def _written(self, values: Mapping[str, Any], folder: Path) -> dict[str, bytes]:
+        write_dataset(self.build(values), folder, self.options(values), {"builder": self.spec.name})
+        return {path.name: path.read_bytes() for path in folder.iterdir()}

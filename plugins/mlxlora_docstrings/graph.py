@@ -1,0 +1,109 @@
+"""Names: which are public, which of an object's many is the shortest, and each object once."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+PARTS_LIMIT = 12  # parts of a path; deeper than this only a graph without an end goes
+PATHS_LIMIT = 2_000_000  # several times what the largest packages have
+
+_TESTS = re.compile(r"^(.*_)?tests?$|^conftest$")
+_FOREIGN = {"_vendor", "_vendored"}
+
+
+class Child(NamedTuple, Generic[T]):
+    """Something found in a module or a class.
+
+    Attributes:
+        name: what it is called there.
+        inherited: whether it is defined in a base class.
+        thing: a live object or a griffe object.
+    """
+
+    name: str
+    inherited: bool
+    thing: T
+
+
+def is_public(name: str) -> bool:
+    """Whether a name, not a path, has no leading underscore."""
+    return not name.startswith("_")
+
+
+def is_public_path(path: str) -> bool:
+    """Whether no part of a path has a leading underscore."""
+    return all(map(is_public, path.split(".")))
+
+
+def is_read(module: str, package: str) -> bool:
+    """Whether a module of a package is worth reading: tests, scripts and vendored libraries are not.
+
+    Private modules are: much of what a large package documents lives in them
+    alone, and what is re-exported gets its public path anyway. Those inside a
+    ``testing`` package are test suites and need test libraries. What was asked
+    for by name is read, whatever it is called.
+    """
+    if module == package:
+        return True
+    parts = module.removeprefix(package + ".").split(".")
+    if any(part in _FOREIGN or part.startswith("__") or _TESTS.search(part) for part in parts):
+        return False
+    return not any(a == "testing" and not is_public(b) for a, b in itertools.pairwise(module.split(".")))
+
+
+def rank(path: str, inherited: bool) -> tuple[int, bool, int, int, str]:
+    """Sorts the best path first: public, where it is defined, few parts, few letters, alphabet."""
+    parts = path.split(".")
+    return sum(not is_public(part) for part in parts), inherited, len(parts), len(path), path
+
+
+def shortest_paths(
+    starts: Iterable[tuple[str, T]],
+    children: Callable[[str, T], Iterable[Child[T]]],
+    identity: Callable[[T], Hashable],
+) -> Iterator[tuple[str, T]]:
+    """Each thing that can be reached, once, under its best path, best paths first.
+
+    Dijkstra's search: a child ranks after its parent, so the first path under
+    which a thing is met is its best. Of two things with one path, such as a
+    function and the module that it hides, the child has it; the other is
+    searched but not given.
+
+    Args:
+        starts: path -> thing, for the modules.
+        children: what is in a module or a class; the search follows a path for
+            no more than :data:`PARTS_LIMIT` parts.
+        identity: what two paths to one thing have in common.
+
+    Raises:
+        OverflowError: there are more than :data:`PATHS_LIMIT` paths.
+    """
+    numbers = itertools.count()  # keep the heap from comparing things; those of children are lower
+    heap = [(rank(path, False), PATHS_LIMIT + i, path, thing) for i, (path, thing) in enumerate(starts)]
+    heapq.heapify(heap)
+    seen: set[Hashable] = set()
+    taken: set[str] = set()
+    while heap:
+        order, _, path, thing = heapq.heappop(heap)
+        if identity(thing) in seen:
+            continue
+        seen.add(identity(thing))
+        if path not in taken:
+            taken.add(path)
+            yield path, thing
+        if order[2] >= PARTS_LIMIT:
+            continue
+        for name, inherited, child in children(path, thing):
+            if identity(child) in seen:
+                continue
+            number = next(numbers)
+            if number >= PATHS_LIMIT:
+                raise OverflowError(f"it has more than {PATHS_LIMIT} names; the rest was left out")
+            longer = f"{path}.{name}"
+            heapq.heappush(heap, (rank(longer, order[1] or inherited), number, longer, child))
