@@ -19,7 +19,7 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -151,7 +151,14 @@ def check_declaration(options: Any) -> str:
     return ""
 
 
-def parse(options: type[T], values: Mapping[str, Any], *, owner: str, where: str = "") -> T:
+def parse(
+    options: type[T],
+    values: Mapping[str, Any],
+    *,
+    owner: str,
+    where: str = "",
+    spell: Callable[[str], str] | None = None,
+) -> T:
     """Make an options value from recipe or command-line values.
 
     Strings are converted to the declared type; everything that is wrong is
@@ -162,10 +169,12 @@ def parse(options: type[T], values: Mapping[str, Any], *, owner: str, where: str
         values: name -> value; a value is a string or already of its type.
         owner: whom the options belong to, for messages: ``adapter 'lora'``.
         where: the file that the values came from.
+        spell: an option as the user wrote it, for messages; ``OWNER option 'NAME'`` by default.
 
     Raises:
         UsageError: unknown names, wrong types, values out of range, missing values.
     """
+    spell = spell or (lambda name: f"{owner} option '{name}'")
     known = {o.name: o for o in explain(options)}
     rules = {field.name: field.metadata for field in dataclasses.fields(options)}  # type: ignore[arg-type]
     faults: list[str] = []
@@ -178,9 +187,9 @@ def parse(options: type[T], values: Mapping[str, Any], *, owner: str, where: str
             parsed[name] = convert(value, known[name].type)
             _check_range(parsed[name], rules[name])
         except ValueError as fault:
-            faults.append(f"{owner} option '{name}': {fault}")
+            faults.append(f"{spell(name)}: {fault}")
     faults += [
-        f"{owner} option '{o.name}' is required: {o.help}"
+        f"{spell(o.name)} is required: {o.help}"
         for o in known.values()
         if o.required and o.name not in values
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from typing import Any
 
@@ -63,6 +64,9 @@ def group() -> None:
 
 def main() -> None:
     """Run the command line and leave with a documented exit code."""
+    if hasattr(signal, "SIGPIPE"):
+        # A reader that goes away ends us as it ends any program, without a word.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(execute(sys.argv[1:]))
 
 
@@ -73,10 +77,6 @@ def execute(arguments: list[str]) -> int:
         result: Any = group.main(arguments, prog_name="mlxlora", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else ExitCode.OK
-    except BrokenPipeError:
-        # Nobody reads on; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
     except (KeyboardInterrupt, click.Abort):
         return _say("interrupted", 128 + 2)
     except BaseException as fault:

@@ -13,7 +13,7 @@ from mlxlora_core.options import Option, explain, parse
 T = TypeVar("T")
 
 
-def flags(config: type[Any], **defaults: Any) -> Callable[[Any], Any]:
+def flags(config: type[Any]) -> Callable[[Any], Any]:
     """A decorator that adds one option for each field of ``config``.
 
     Values arrive as None when the user said nothing, so that defaults stay the
@@ -36,7 +36,7 @@ def take(config: type[T], arguments: Mapping[str, Any]) -> T:
     """
     names = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     given = {name: value for name, value in arguments.items() if name in names and value is not None}
-    return parse(config, given, owner="the command line")
+    return parse(config, given, owner="the command line", spell=flag_name)
 
 
 def flag_name(name: str) -> str:

@@ -315,6 +315,12 @@ def test_values_out_of_range(
     assert not path.exists()
 
 
+def test_a_flag_is_named_as_it_was_written(mlxlora: Command, model: Path, tiny_data: Path) -> None:
+    files = ("--model", model, "--data", tiny_data)
+    line = refused(mlxlora, 2, "train", *files, "--batch-size", 0, "--learning-rate", "fast")
+    assert "--batch-size: must be at least 1, got 0" in line and "--learning-rate: wanted a" in line
+
+
 def test_the_nearest_option_is_suggested(mlxlora: Command, model: Path, tiny_data: Path) -> None:
     flags = ("--set", "adapter.rnk=4")
     assert "did you mean 'rank'?" in refused(
