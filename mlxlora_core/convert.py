@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def convert(
     file_format: str = "safetensors",
     quantization: Quantization | None = None,
     overwrite: bool = False,
+    track: Callable[[Collection[str]], Iterable[str]] = iter,
 ) -> ConvertReport:
     """Turn a foreign checkpoint into a model folder, in memory that does not grow with the model.
 
@@ -86,6 +87,8 @@ def convert(
         file_format: ``safetensors`` or ``npz``.
         quantization: how to quantize the linears, or None.
         overwrite: whether a model folder that is there may be replaced.
+        track: given the names of the tensors, gives them back as they are taken,
+            so that the caller can show how far it is.
 
     Raises:
         ModelError: a part is absent or damaged, or tensors do not fit (all listed).
@@ -112,7 +115,8 @@ def convert(
     report = ConvertReport(str(target), reader.id, architecture.id)
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as folder:
         durable.copy_file(checkpoint.tokenizer_file, folder / TOKENIZER)
-        stream = _stored(tensors, packed, DTYPES[dtype], quantization, report, source)
+        ordered = ((name, tensors[name]) for name in track(tensors.keys()))
+        stream = _stored(ordered, packed, DTYPES[dtype], quantization, report, source)
         path = folder / WEIGHTS[file_format]
         report.bytes = tensor_file.save(path, stream, {}, most=_PARTS * len(tensors)).bytes
         durable.write_json(folder / CONFIG, _config(args, architecture, checkpoint.config, quantization))
@@ -207,7 +211,7 @@ def _check_space(tensors: Iterable[LazyTensor], dtype: mx.Dtype, target: Path) -
 
 
 def _stored(
-    tensors: Mapping[str, LazyTensor],
+    tensors: Iterable[tuple[str, LazyTensor]],
     packed: Collection[str],
     dtype: mx.Dtype,
     quantization: Quantization | None,
@@ -215,7 +219,7 @@ def _stored(
     source: Path,
 ) -> Iterator[tuple[str, mx.array]]:
     """(name, tensor) as the weight file will hold them, one at a time."""
-    for name, lazy in tensors.items():
+    for name, lazy in tensors:
         try:
             tensor = cast(name, lazy.read(), dtype, source)
         except OSError as fault:  # else it would pass for a fault of the disk that is written to

@@ -90,6 +90,7 @@ def command(
         file_format=file_format,
         quantization=Quantization(chosen.component, chosen.options) if chosen and chosen.component else None,
         overwrite=overwrite,
+        track=show.converting,
     )
     result = convert_result(report)
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,16 @@ def report(line: TrainReport | ValidReport, steps: int) -> str:
             f"peak {values.peak_memory_bytes / 1e9:.2f} GB"
         )
     return f"{place}  valid loss {values.loss:.4f}  ({values.tokens} tokens in {values.seconds:.1f} s)"
+
+
+def converting(names: Collection[str]) -> Iterable[str]:
+    """``names`` one by one, with a bar that counts them where stderr is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    return track(names, "converting", console=console, transient=True, disable=hidden)
 
 
 @contextmanager
