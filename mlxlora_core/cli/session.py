@@ -99,8 +99,8 @@ def start(registry: Registry) -> list[str]:
             f"MLX cannot be used: {fault}",
             fix="pip install 'mlxlora[cpu]', or 'mlxlora[cuda13]' for an NVIDIA GPU",
         ) from fault
-    notes = start_runtimes(registry)
     keep_buffers()
+    notes = start_runtimes(registry)
     for note in notes:
         if note.warning:
             click.echo(f"mlxlora: {one_line(note.text)}", err=True)
