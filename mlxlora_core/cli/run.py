@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,13 @@ def command(
     from mlxlora_core.run_folder import RunFolder
 
     started = time.perf_counter()
-    with show.training(resolved.train.iters) as display:
+    with ExitStack() as bar:
+        display: Any = None
         for event in pipeline.run(resolved, registry, notes):
+            if event == pipeline.StageStarted("train", skipped=False):
+                display = bar.enter_context(show.training(resolved.train.iters))
+            elif isinstance(event, pipeline.StageDone):
+                bar.close()
             _show(event, display)
     record = RunFolder(resolved.folder).record
     if as_json:

@@ -36,7 +36,7 @@ def test_the_tokenizer_gives_any_text_back() -> None:
         "naïve 日本 🙂",
         "``mx.maximum(x, 0)``",
     ):
-        assert tokenizer.decode(tokenizer.encode(text)).removeprefix(" ") == text
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_the_base_has_not_seen_mlx() -> None:
