@@ -1,8 +1,7 @@
 """``mlxlora run``: the straight lines as stages, each done once for its inputs.
 
-The stages are model, data, before (losses and answers of the base), train and
-after (the same of the tuned model). Each has a fingerprint made from the
-fingerprints of those it builds on; one whose output carries it is skipped.
+A stage whose output carries the fingerprint of its inputs (see
+:mod:`mlxlora_core.plan`) is skipped.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import platform
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import tomli_w
@@ -25,12 +23,11 @@ from mlxlora_core.evaluate import evaluate
 from mlxlora_core.generate import generate
 from mlxlora_core.model_folder import Model, Quantization
 from mlxlora_core.options import plain
-from mlxlora_core.recipe import Choice, Recipe
-from mlxlora_core.registry import Component, Registry
-from mlxlora_core.run_folder import ADAPTER, DATA, METRICS, MODEL, RunFolder, files, fingerprint, stats
+from mlxlora_core.plan import STAGES, fingerprints, needed
+from mlxlora_core.recipe import Recipe
+from mlxlora_core.registry import Registry
+from mlxlora_core.run_folder import ADAPTER, DATA, METRICS, MODEL, RunFolder
 from mlxlora_core.train import TrainReport, ValidReport, train
-
-STAGES = ("model", "data", "before", "train", "after")
 
 
 @dataclass(frozen=True)
@@ -86,48 +83,6 @@ def run(recipe: Recipe, registry: Registry, notes: Sequence[str] = ()) -> Iterat
         yield StageDone(stage, result)
 
 
-def plan(recipe: Recipe) -> dict[str, bool]:
-    """stage -> whether a run would do it now; nothing is written."""
-    folder = RunFolder(recipe.folder)
-    return {stage: not folder.holds(stage, mark) for stage, mark in fingerprints(recipe).items()}
-
-
-def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """stage -> fingerprint of all that its output depends on."""
-    config = recipe.train
-    source = recipe.model.torch_path or recipe.model.mlx_path or Path()
-    builder = _component(recipe.data)
-    reading = {"max_seq_length": config.max_seq_length, "mask_prompt": config.mask_prompt}
-    asking = {
-        "reading": reading,
-        "batch_size": config.batch_size,
-        "evaluate": plain(recipe.evaluate),
-        "generate": plain(recipe.generate),
-        "sampler": _identity(recipe.sampler),
-    }
-    marks: dict[str, str] = {}
-    marks["model"] = fingerprint(
-        {
-            "mlxlora": __version__,
-            "model": plain(recipe.model),
-            "files": stats(source, files(source)),
-            "parts": [_identity(recipe.loader), _identity(recipe.quantize)],
-        }
-    )
-    marks["data"] = fingerprint(
-        {
-            "mlxlora": __version__,
-            "builder": _identity(recipe.data),
-            "sources": dict(builder.spec.inputs(recipe.data.options)),
-        }
-    )
-    base = {"mlxlora": __version__, "on": [marks["model"], marks["data"]], "seed": recipe.run.seed}
-    marks["before"] = fingerprint({**base, **asking})
-    marks["train"] = fingerprint({**base, "train": plain(config), "adapter": _identity(recipe.adapter)})
-    marks["after"] = fingerprint({**base, **asking, "adapter": marks["train"]})
-    return marks
-
-
 class _Stages:
     """The stages, and what has been loaded for them so far."""
 
@@ -161,7 +116,7 @@ class _Stages:
 
     def data(self) -> dict[str, Any]:
         """Build the rows."""
-        builder, options = _component(self.recipe.data), self.recipe.data.options
+        builder, options = needed(self.recipe.data), self.recipe.data.options
         record = build_dataset(builder, options, self.folder.path / DATA, overwrite=True)
         return {key: record[key] for key in ("rows", "groups", "versions", "skipped")}
 
@@ -172,9 +127,7 @@ class _Stages:
     def train(self) -> Generator[TrainReport | ValidReport, None, dict[str, Any]]:
         """Train an adapter; its value as a generator is the result of the stage."""
         recipe, model = self.recipe, self._model
-        adapted = adapter_file.attach(
-            model, _component(recipe.adapter), recipe.adapter.options, recipe.run.seed
-        )
+        adapted = adapter_file.attach(model, needed(recipe.adapter), recipe.adapter.options, recipe.run.seed)
         self._adapted = True
         metrics = self.folder.path / METRICS
         durable.write_text(metrics, "")
@@ -225,7 +178,7 @@ class _Stages:
             self._model.language_model,
             self._model.tokenizer,
             prompt,
-            _component(sampler).spec.build(sampler.options),
+            needed(sampler).spec.build(sampler.options),
             num_tokens=self.recipe.generate.num_tokens,
             seed=self.recipe.run.seed,
         )
@@ -278,15 +231,3 @@ def _facts(recipe: Recipe, registry: Registry, notes: Sequence[str]) -> dict[str
         },
         "origins": dict(recipe.origins),
     }
-
-
-def _component(choice: Choice) -> Component:
-    assert choice.component is not None, "the recipe reader fills this part in"
-    return choice.component
-
-
-def _identity(choice: Choice) -> list[Any] | None:
-    """A component, the version of its plugin, and its options."""
-    if choice.component is None:
-        return None
-    return [choice.component.id, choice.component.plugin.version, plain(choice.options)]

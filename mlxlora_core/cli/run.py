@@ -77,7 +77,7 @@ def _find(name: str, registry: Registry) -> Path:
 
 
 def _dry_run(recipe: Recipe, as_json: bool) -> None:
-    from mlxlora_core.pipeline import plan
+    from mlxlora_core.plan import plan
 
     values, todo = recipe.values(), plan(recipe)
     if as_json:

@@ -30,6 +30,9 @@ LIGHT = {
     "mlxlora_core.errors",
     "mlxlora_core.jsonl",
     "mlxlora_core.train_config",
+    "mlxlora_core.durable",
+    "mlxlora_core.run_folder",
+    "mlxlora_core.plan",
 }
 LIGHT_LIBRARIES = {"click", "pluggy", "rich"}
 
@@ -84,6 +87,7 @@ def loaded(code: str) -> set[str]:
         ["options", "sampler", "top-p"],
         ["options", "adapter", "lora", "--json"],
         ["options", "adapter", "no-such-adapter"],
+        ["run", "demo", "--dry-run"],
     ],
     ids=" ".join,
 )
