@@ -9,11 +9,13 @@ nothing is computed twice.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 
 from mlxlora_core.layers import on_cpu
+
+_Pair: TypeAlias = tuple[mx.array, mx.array]
 
 # Below this many elements MLX's own operation, which is one call, is as fast.
 LARGE = 1 << 12
@@ -30,16 +32,14 @@ def softmax(scores: mx.array) -> mx.array:
     """
     if not _pays(scores):
         return mx.softmax(scores, axis=-1, precise=True)
-    weights: Any = _softmax(scores)
-    return weights  # type: ignore[no-any-return]
+    return cast(mx.array, _softmax(scores))
 
 
 def silu_times(gate: mx.array, up: mx.array) -> mx.array:
     """``silu(gate) · up`` (Shazeer 2020, arXiv:2002.05202), element by element."""
     if not _pays(gate):
         return mx.sigmoid(gate) * gate * up
-    outputs: Any = _silu_times(gate, up)
-    return outputs[0]  # type: ignore[no-any-return]
+    return cast(_Pair, _silu_times(gate, up))[0]
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
@@ -51,8 +51,7 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """
     logits = logits.astype(mx.float32)
     if _pays(logits):
-        outputs: Any = _cross_entropy(logits, targets)
-        return outputs[0]  # type: ignore[no-any-return]
+        return cast(_Pair, _cross_entropy(logits, targets))[0]
     chosen = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
     return (mx.logsumexp(logits, axis=-1) - chosen).sum()
 

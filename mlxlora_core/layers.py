@@ -28,7 +28,7 @@ def keep_buffers() -> None:
     """Let MLX's CPU backend keep more freed memory than the 32 MB that it does by default.
 
     Pages fresh from the system cost more than the arithmetic on them: adding
-    two arrays of 33 MB takes 20 times as long without.
+    two arrays of 33 MB takes 5 times as long without.
     """
     if on_cpu():
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

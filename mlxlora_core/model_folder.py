@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -59,8 +59,7 @@ class Model:
     @property
     def module(self) -> nn.Module:
         """The language model as the MLX module that it is."""
-        module: Any = self.language_model
-        return module  # type: ignore[no-any-return]
+        return cast(nn.Module, self.language_model)
 
     def sequence_limit(self, max_seq_length: int) -> int:
         """The longest row to train on: ``max_seq_length``, or the model's context if that is less."""
