@@ -8,8 +8,7 @@ of a row are left out.
 from __future__ import annotations
 
 import json
-import os
-import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.errors import DataError, some
+from mlxlora_core.input_file import open_regular
 
 LINE_BYTES = 16 << 20  # the longest line that is read
 FAULTS_TOLD = 5  # bad lines of all files that an error names
@@ -149,26 +149,12 @@ def _check_text(name: str, text: object) -> str | None:
 @contextmanager
 def _open(path: Path) -> Iterator[BufferedReader]:
     """The file, read up to its first line."""
-    try:
-        _require_regular(path)
-        with open(path, "rb") as file:
+    with open_regular(path, DataError) as file:
+        try:
             _pass_mark(file, path)
             yield file
-    except FileNotFoundError as fault:
-        raise DataError("there is no such file", where=path) from fault
-    except OSError as fault:
-        raise DataError(f"cannot be read: {fault.strerror}", where=path) from fault
-
-
-def _require_regular(path: Path) -> None:
-    """Refuse all but regular files, unopened: a pipe would block, and a device may act."""
-    try:
-        mode = os.stat(path).st_mode
-    except ValueError as fault:  # a zero byte in the name
-        raise DataError(f"is no file name: {fault}", where=path) from fault
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise DataError(f"is {kind}, wanted a regular file", where=path)
+        except OSError as fault:
+            raise DataError(f"cannot be read: {fault.strerror}", where=path) from fault
 
 
 def _pass_mark(file: BufferedReader, path: Path) -> None:
@@ -226,8 +212,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; a key that it has twice is a fault, since one of the values would be lost."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"has the key {_short(twice)} twice")
     return content
 

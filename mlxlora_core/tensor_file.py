@@ -13,24 +13,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import mlx.core as mx
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from mlxlora_core import durable
-from mlxlora_core.errors import MlxloraError, ModelError, some
+from mlxlora_core import durable, tensor_header, zip_layout
+from mlxlora_core.errors import MlxloraError, ModelError, ResourceError, some
+from mlxlora_core.input_file import open_regular, refuse_stand_in
 
 FINGERPRINT = "fingerprint"  # the metadata that tells what the tensors of a file are
 
-_METADATA = "__metadata__"  # the key that safetensors reserves
 _TYPES = {
     mx.float32: "F32",
     mx.float16: "F16",
@@ -53,6 +53,8 @@ _EXPONENTS = {
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
 _ENTRY_BYTES = 384  # more than a name of 256 letters, a shape and two offsets take in the header
 _COMMENT_BYTES = 65535  # what a zip archive has room for
+# An .npz may unpack to so many times its size, and a small one to so much in any case.
+_UNPACK_RATIO, _UNPACK_BYTES = 100, 16 << 20
 
 Described = Callable[[], Mapping[str, str]]
 Packed = tuple[str, mx.array, memoryview]
@@ -85,7 +87,8 @@ def save(
     Raises:
         ModelError: another ending, a name that comes twice, or a type that the
             format cannot hold.
-        ResourceError: the disk is full, or the folder cannot be written.
+        ResourceError: the disk is full, the folder cannot be written, or the
+            file cannot be read back.
     """
     check_ending(path)
     digests: dict[str, bytes] = {}
@@ -95,6 +98,8 @@ def save(
         for name, tensor in tensors:
             if name in digests:
                 raise ModelError(f"tensor {name} comes twice", where=path)
+            if fault := tensor_header.name_fault(name):
+                raise ModelError(f"the name of tensor {name!r} {fault}", where=path)
             data = _bytes(tensor)
             digests[name] = _digest(name, tensor, data)
             sizes.append(data.nbytes)
@@ -110,25 +115,36 @@ def save(
         else:
             _write_safetensors(file, packed(), described, most)
 
-    durable.write_file(path, write)
+    def check(written: Path) -> None:
+        """Have a reader that is not ours find what was written."""
+        try:
+            found = _names_npz(written) if path.suffix == ".npz" else _names_safetensors(written)
+        except (zipfile.BadZipFile, SafetensorError):
+            found = None
+        if found != digests.keys():
+            raise ResourceError("what is read back is not what was written", where=path, fix="check the disk")
+
+    durable.write_file(path, write, check)
     return Saved(sum(sizes), _combine(digests))
 
 
 def load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """The tensors, those of ``.safetensors`` not yet read, and the metadata of a file.
 
+    The header is checked against the file first, and what was checked is what
+    is read: the file is opened once.
+
     Raises:
         ModelError: the file is absent, damaged, or of another kind.
     """
     check_ending(path)
-    if not path.is_file():
-        raise ModelError("there is no such file", where=path)
-    try:
-        return _load_npz(path) if path.suffix == ".npz" else _load_safetensors(path)
-    except MlxloraError:
-        raise
-    except Exception as fault:  # whatever the parsers make of bytes that anyone may have written
-        raise ModelError(f"is damaged or no {path.suffix} file: {fault}", where=path) from fault
+    with open_regular(path) as file:
+        try:
+            return _load_npz(file, path) if path.suffix == ".npz" else _load_safetensors(file, path)
+        except MlxloraError:
+            raise
+        except Exception as fault:  # whatever MLX makes of bytes that anyone may have written
+            raise ModelError(f"is damaged or no {path.suffix} file: {fault}", where=path) from fault
 
 
 def fingerprint(tensors: Mapping[str, mx.array]) -> str:
@@ -218,6 +234,16 @@ def _combine(digests: Mapping[str, bytes]) -> str:
     return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
+def _names_safetensors(path: Path) -> set[str]:
+    with safe_open(path, framework="numpy") as file:
+        return set(file.keys())
+
+
+def _names_npz(path: Path) -> set[str]:
+    with zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
 # --- safetensors --------------------------------------------------------------
 
 
@@ -244,7 +270,9 @@ def _write_safetensors(file: BinaryIO, tensors: Iterator[Packed], described: Des
         }
         offset = end
         del tensor, data
-    header = json.dumps({_METADATA: dict(described()), **entries}, separators=(",", ":")).encode()
+    header = json.dumps(
+        {tensor_header.METADATA: dict(described()), **entries}, separators=(",", ":")
+    ).encode()
     if len(header) > room:
         raise ModelError(f"the names of the tensors take {len(header)} bytes, there is room for {room}")
     file.seek(0)
@@ -252,12 +280,14 @@ def _write_safetensors(file: BinaryIO, tensors: Iterator[Packed], described: Des
     file.seek(0, 2)
 
 
-def _load_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    # Opening checks the header against the file as the format demands; MLX does less.
-    with safe_open(path, framework="numpy") as file:
-        metadata = dict(file.metadata() or {})
+def _load_safetensors(file: BinaryIO, path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    metadata = tensor_header.read_safetensors(file, path)
+    file.seek(0)
+    # MLX reads a tensor of a named file when that is first used, but all of an open one at once.
+    names = (f"{folder}/{file.fileno()}" for folder in ("/proc/self/fd", "/dev/fd"))
+    opened: Any = next((name for name in names if os.path.exists(name)), file)
     # A dictionary for this format; the stub covers every format that MLX reads.
-    tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+    tensors: dict[str, mx.array] = mx.load(opened, format="safetensors")  # type: ignore[assignment]
     return tensors, metadata
 
 
@@ -292,21 +322,26 @@ def _write_npz(file: BinaryIO, tensors: Iterator[Packed], described: Described) 
         archive.comment = comment
 
 
-def _load_npz(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    # Read by numpy and not by MLX, whose parser trusts what a header says of sizes.
+def _load_npz(file: BinaryIO, path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    # Not read by MLX, whose parser trusts what a header says of sizes.
+    refuse_stand_in(file, path)
+    archive = zip_layout.read_zip_layout(file, path)
+    other = [member.name for member in archive.members if not member.name.endswith(".npy")]
+    if other:
+        raise ModelError(f"holds what is no array: {some(other)}", where=path)
+    packed = sum(member.packed_bytes for member in archive.members)
+    unpacked = sum(member.size_bytes for member in archive.members)
+    if unpacked > max(_UNPACK_BYTES, _UNPACK_RATIO * packed):
+        raise ModelError(f"{packed} bytes would unpack to {unpacked}", where=path)
     tensors = {}
-    with zipfile.ZipFile(path) as archive:
-        names = Counter(archive.namelist())
-        odd = [name for name, count in names.items() if count > 1 or not name.endswith(".npy")]
-        if odd:
-            raise ModelError(f"holds what is no array, or holds it twice: {some(odd)}", where=path)
-        for name in names:
-            with archive.open(name) as stream:
-                array = np.lib.format.read_array(stream, allow_pickle=False)
-                if stream.read(1):
-                    raise ModelError(f"{name} is longer than it says", where=path)
-            tensors[name.removesuffix(".npy")] = mx.array(array.astype(array.dtype.newbyteorder("=")))
-        return tensors, _comment(archive.comment)
+    for member in archive.members:
+        name = member.name.removesuffix(".npy")
+        content = zip_layout.read_zip_member(file, member, path)
+        npy = tensor_header.read_npy(content, name, path)
+        order: Literal["F", "C"] = "F" if npy.column_major else "C"
+        array: Any = np.ndarray(npy.shape, npy.descr, content, npy.start, order=order)
+        tensors[name] = mx.array(array.astype(array.dtype.newbyteorder("=")))
+    return tensors, _comment(archive.comment)
 
 
 def _comment(comment: bytes) -> dict[str, str]:

@@ -11,6 +11,8 @@ from pathlib import Path
 import sentencepiece
 
 from mlxlora_core.errors import DataError, ModelError
+from mlxlora_core.input_file import open_regular, read_some, refuse_stand_in
+from mlxlora_core.sentencepiece_file import FILE_BYTES, check_model
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
@@ -30,16 +32,16 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
+        if not path.exists():
             raise ModelError(
                 "there is no tokenizer", where=path, fix="put the checkpoint's tokenizer.model there"
             )
+        content = _read(path)
         try:
-            content = path.read_bytes()
-            # Empty bytes would count as no model at all.
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=content or b"\0")
-        except (RuntimeError, ValueError, OSError) as fault:
-            raise ModelError("is not a SentencePiece model", where=path) from fault
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self._model.encode(SPACE)  # faults of the unknown piece and of normalisation show here
+        except (RuntimeError, ValueError) as fault:
+            raise ModelError(f"is not a SentencePiece model: {fault}", where=path) from fault
         self.path = path
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self._model.vocab_size()
@@ -106,3 +108,14 @@ class Tokenizer:
         """Whether the model puts a space in front of a text."""
         first = self._model.encode("a")[:1]
         return bool(first) and self._model.id_to_piece(first[0]).startswith(SPACE)
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a tokenizer file, which are those of a SentencePiece model."""
+    with open_regular(path) as file:
+        refuse_stand_in(file, path)
+        content = read_some(file, FILE_BYTES + 1, path)
+    if len(content) > FILE_BYTES:
+        raise ModelError(f"is larger than {FILE_BYTES >> 20} MiB", where=path)
+    check_model(content, path)
+    return content

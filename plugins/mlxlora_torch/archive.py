@@ -1,8 +1,9 @@
 """A ``.pth`` as the zip archive that it is: checked, and read without torch.
 
-Every size comes from the file: members are stored and not compressed, lie
-inside the file, and are as long as the tensors in them need. So nothing in a
-file can ask for more memory or disk than the file itself takes.
+Every size comes from the file: members are stored and not compressed, fill the
+file one after another, and are as long as the tensors in them need. So nothing
+in a file can ask for more memory or disk than the file itself takes, and torch,
+which reads the same file with a reader of its own, finds what was found here.
 
 Layout, written by ``torch.save`` since 1.6: ``NAME/data.pkl`` is a pickle that
 describes the tensors, ``NAME/data/KEY`` the bytes of one storage.
@@ -11,17 +12,23 @@ describes the tensors, ``NAME/data/KEY`` the bytes of one storage.
 from __future__ import annotations
 
 import os
-import struct
 import sys
-import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mlxlora_core.api import MlxloraError, ModelError, SafetyError, some
-from mlxlora_torch.folder import open_regular, read_some
+from mlxlora_core.api import (
+    ModelError,
+    SafetyError,
+    ZipMember,
+    open_regular,
+    read_exactly,
+    read_zip_layout,
+    refuse_stand_in,
+    some,
+)
 from mlxlora_torch.program import StoredTensor, read_program
 
 #: the dtypes that are read -> bytes an element
@@ -33,33 +40,16 @@ _AGAIN = "download the file again"
 _UNSAFE = "get the weights from a source that you trust, saved by torch 1.6 or newer"
 _PICKLE = "is a bare pickle (torch's format before 1.6, or none of torch's)"
 
-#: first bytes -> (what the file is, what to do, whether it is refused for safety)
-_FOREIGN: tuple[tuple[bytes, str, str, bool], ...] = (
-    (b"version https://git-lfs", "is a Git LFS pointer and not the weights", "run: git lfs pull", False),
-    (b"<", "is a web page and not the weights", f"{_AGAIN}, logged in where its site asks for it", False),
-    *((bytes([0x80, protocol]), _PICKLE, _UNSAFE, True) for protocol in range(1, 6)),
-    (b"7z\xbc\xaf\x27\x1c", "is a 7z archive", _UNSAFE, True),
-    (b"\x1f\x8b", "is a gzip archive", _UNSAFE, True),
-    (b"BZh", "is a bzip2 archive", _UNSAFE, True),
-    (b"\xfd7zXZ\x00", "is an xz archive", _UNSAFE, True),
-    (b"\x28\xb5\x2f\xfd", "is a zstd archive", _UNSAFE, True),
-    (b"Rar!", "is a rar archive", _UNSAFE, True),
+#: first bytes -> what the file is: wrappers and formats in which code can hide
+_FOREIGN = (
+    *((bytes([0x80, protocol]), _PICKLE) for protocol in range(1, 6)),
+    (b"7z\xbc\xaf\x27\x1c", "is a 7z archive"),
+    (b"\x1f\x8b", "is a gzip archive"),
+    (b"BZh", "is a bzip2 archive"),
+    (b"\xfd7zXZ\x00", "is an xz archive"),
+    (b"\x28\xb5\x2f\xfd", "is a zstd archive"),
+    (b"Rar!", "is a rar archive"),
 )
-
-
-@dataclass(frozen=True)
-class Member:
-    """The bytes of one storage in the file.
-
-    Attributes:
-        start: where they begin.
-        size_bytes: how many they are.
-        crc: their CRC-32, or 0 when the writer left it out.
-    """
-
-    start: int
-    size_bytes: int
-    crc: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +66,7 @@ class Archive:
     path: Path
     identity: tuple[int, ...]
     tensors: Mapping[str, StoredTensor]
-    members: Mapping[str, Member]
+    members: Mapping[str, ZipMember]
 
     def position(self, name: str) -> int:
         """Byte of the file at which a tensor begins."""
@@ -105,7 +95,7 @@ class Archive:
         with open_regular(self.path) as file:
             file.seek(member.start)
             while left:
-                chunk = _read(file, min(left, _CHUNK_BYTES), self.path)
+                chunk = read_exactly(file, min(left, _CHUNK_BYTES), self.path)
                 crc = zlib.crc32(chunk, crc)
                 left -= len(chunk)
         if crc != member.crc:
@@ -125,10 +115,12 @@ def open_archive(path: Path) -> Archive:
     with open_regular(path) as file:
         identity = _identity(os.fstat(file.fileno()))
         _check_head(file, path)
-        infos = _list_members(file, path)
-        _check_members(infos, path)
-        top = next(info.filename for info in infos if info.filename.endswith("/data.pkl"))[: -len("data.pkl")]
-        members = {info.filename.removeprefix(top): _member(file, info, path) for info in infos}
+        layout = read_zip_layout(file, path, SafetyError)
+        if layout.comment:
+            raise SafetyError("carries a zip comment, which torch never writes", where=path, fix=_UNSAFE)
+        _check_members(layout.members, path)
+        top = next(m.name for m in layout.members if m.name.endswith("/data.pkl"))[: -len("data.pkl")]
+        members = {member.name.removeprefix(top): member for member in layout.members}
         _check_byte_order(file, members, path)
         program = _content(file, members["data.pkl"], path)
     tensors = read_program(program, path)
@@ -141,15 +133,12 @@ def open_archive(path: Path) -> Archive:
 
 def _check_head(file: BinaryIO, path: Path) -> None:
     """Tell what a file is that is no zip archive."""
-    head = read_some(file, 512, path)
+    head = refuse_stand_in(file, path)
     if head.startswith(b"PK\x03\x04"):
         return
-    if not head:
-        raise ModelError("is empty", where=path, fix=_AGAIN)
-    for magic, what, fix, unsafe in _FOREIGN:
-        if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(magic):
-            kind: type[MlxloraError] = SafetyError if unsafe else ModelError
-            raise kind(what, where=path, fix=fix)
+    for magic, what in _FOREIGN:
+        if head.startswith(magic):
+            raise SafetyError(what, where=path, fix=_UNSAFE)
     if head[257:262] == b"ustar":
         raise SafetyError("is a tar archive", where=path, fix=_UNSAFE)
     raise ModelError(
@@ -157,32 +146,9 @@ def _check_head(file: BinaryIO, path: Path) -> None:
     )
 
 
-def _list_members(file: BinaryIO, path: Path) -> list[zipfile.ZipInfo]:
-    """The directory of the zip archive, which stands at its end."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            infos = archive.infolist()
-            comment = archive.comment
-    except (
-        zipfile.BadZipFile,
-        struct.error,
-        ValueError,
-        NotImplementedError,
-        OverflowError,
-        OSError,
-    ) as fault:
-        size = os.fstat(file.fileno()).st_size
-        raise ModelError(
-            f"is truncated or damaged at {size} bytes ({fault})", where=path, fix=_AGAIN
-        ) from None
-    if comment:
-        raise SafetyError("carries a zip comment, which torch never writes", where=path, fix=_UNSAFE)
-    return infos
-
-
-def _check_members(infos: Sequence[zipfile.ZipInfo], path: Path) -> None:
+def _check_members(members: Sequence[ZipMember], path: Path) -> None:
     """Refuse what torch.save does not write: compression, TorchScript, other members."""
-    names = [info.filename for info in infos]
+    names = [member.name for member in members]
     tops = {name.split("/", 1)[0] for name in names}
     inner = [name.split("/", 1)[-1] for name in names]
     if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
@@ -191,17 +157,11 @@ def _check_members(infos: Sequence[zipfile.ZipInfo], path: Path) -> None:
         raise ModelError(
             "is a zip archive, but not one of torch.save", where=path, fix="name the file that torch saved"
         )
-    if len(set(names)) != len(names):
-        raise SafetyError("holds two members of one name", where=path, fix=_UNSAFE)
     known = ("data.pkl", "version", "byteorder")
     strange = [name for name in inner if name not in known and not name.startswith(("data/", "."))]
     if strange:
         raise SafetyError(f"holds {some(strange)}, which torch.save does not write", where=path, fix=_UNSAFE)
-    if min(info.header_offset for info in infos):
-        raise SafetyError("holds bytes in front of its first member", where=path, fix=_UNSAFE)
-    packed = [
-        i.filename for i in infos if i.compress_type != zipfile.ZIP_STORED or i.file_size != i.compress_size
-    ]
+    packed = [member.name for member in members if member.deflated]
     if packed:
         raise SafetyError(
             f"{some(packed)} compressed, which torch.save never does: it could unpack to any size",
@@ -210,17 +170,7 @@ def _check_members(infos: Sequence[zipfile.ZipInfo], path: Path) -> None:
         )
 
 
-def _member(file: BinaryIO, info: zipfile.ZipInfo, path: Path) -> Member:
-    """Where the bytes of a member are, by its own header (APPNOTE.TXT 4.3.7)."""
-    file.seek(info.header_offset)
-    signature, _, names, extra = struct.unpack("<4s22sHH", _read(file, 30, path))
-    start = info.header_offset + 30 + names + extra
-    if signature != b"PK\x03\x04" or start + info.file_size > os.fstat(file.fileno()).st_size:
-        raise ModelError(f"{info.filename} is truncated", where=path, fix=_AGAIN)
-    return Member(start, info.file_size, info.CRC)
-
-
-def _check_byte_order(file: BinaryIO, members: Mapping[str, Member], path: Path) -> None:
+def _check_byte_order(file: BinaryIO, members: Mapping[str, ZipMember], path: Path) -> None:
     """Refuse a file of the other byte order: turning it round would touch all of it at once."""
     order = (
         _content(file, members["byteorder"], path).decode("ascii", "replace")
@@ -235,17 +185,19 @@ def _check_byte_order(file: BinaryIO, members: Mapping[str, Member], path: Path)
         )
 
 
-def _content(file: BinaryIO, member: Member, path: Path) -> bytes:
+def _content(file: BinaryIO, member: ZipMember, path: Path) -> bytes:
     """The bytes of a small member."""
     if member.size_bytes > _PROGRAM_LIMIT_BYTES:
         raise ModelError(
             f"its table of tensors is larger than {_PROGRAM_LIMIT_BYTES >> 20} MiB", where=path, fix=_AGAIN
         )
     file.seek(member.start)
-    return _read(file, member.size_bytes, path)
+    return read_exactly(file, member.size_bytes, path)
 
 
-def _check_tensors(tensors: Mapping[str, StoredTensor], storages: Mapping[str, Member], path: Path) -> None:
+def _check_tensors(
+    tensors: Mapping[str, StoredTensor], storages: Mapping[str, ZipMember], path: Path
+) -> None:
     """Check dtypes, and that every tensor lies within bytes that are really there."""
     foreign = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in ITEM_BYTES]
     if foreign:
@@ -257,7 +209,7 @@ def _check_tensors(tensors: Mapping[str, StoredTensor], storages: Mapping[str, M
         raise ModelError(some(faults), where=path, fix=_AGAIN)
 
 
-def _misfit(tensor: StoredTensor, storages: Mapping[str, Member]) -> str:
+def _misfit(tensor: StoredTensor, storages: Mapping[str, ZipMember]) -> str:
     """Why a tensor does not fit its storage, or nothing."""
     storage = tensor.storage
     if storage.key not in storages:
@@ -268,14 +220,6 @@ def _misfit(tensor: StoredTensor, storages: Mapping[str, Member]) -> str:
         return f"wants {storage.elements} elements, its storage has {have} bytes"
     need = max(tensor.offset + tensor.span, tensor.elements) * item
     return f"needs {need} bytes, its storage has {have}" if need > have else ""
-
-
-def _read(file: BinaryIO, count: int, path: Path) -> bytes:
-    """Exactly ``count`` bytes."""
-    data = read_some(file, count, path)
-    if len(data) != count:
-        raise ModelError(f"ends {count - len(data)} bytes too soon", where=path, fix=_AGAIN)
-    return data
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

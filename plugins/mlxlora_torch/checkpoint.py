@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from mlxlora_core.api import Checkpoint, LazyTensor, ModelError
+from mlxlora_core.api import Checkpoint, LazyTensor, open_regular, refuse_stand_in
 from mlxlora_torch.archive import open_archive
-from mlxlora_torch.folder import find_parts, open_regular, read_params, read_some
+from mlxlora_torch.folder import find_parts, read_params
 from mlxlora_torch.reader import Reader, need_torch
 from mlxlora_torch.shards import join
 
@@ -26,8 +26,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     parts = find_parts(folder)
     params = read_params(parts.params)
     with open_regular(parts.tokenizer) as file:
-        if not read_some(file, 1, parts.tokenizer):
-            raise ModelError("is empty", where=parts.tokenizer, fix="download it again")
+        refuse_stand_in(file, parts.tokenizer)
     shards = [open_archive(path) for path in parts.shards]
     tensors = join(shards, params)
     need_torch()

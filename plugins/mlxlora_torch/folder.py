@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import stat
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any
 
-from mlxlora_core.api import ModelError, some
+from mlxlora_core.api import ModelError, read_json, some
 
 PARAMS = "params.json"
 TOKENIZER = "tokenizer.model"
@@ -72,59 +69,13 @@ def shard_name(number: int) -> str:
     return f"consolidated.{number:02d}.pth"
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading; a pipe or a device is refused without waiting for it.
-
-    Raises:
-        ModelError: the file cannot be opened, or is something else than a file.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except OSError as fault:
-        raise ModelError(f"cannot be read: {fault.strerror}", where=path) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ModelError("is no regular file", where=path)
-    return os.fdopen(descriptor, "rb")
-
-
-def read_some(file: BinaryIO, count: int, path: Path) -> bytes:
-    """Up to ``count`` bytes of an open file.
-
-    Raises:
-        ModelError: the disk does not give them.
-    """
-    try:
-        return file.read(count)
-    except OSError as fault:
-        raise ModelError(f"cannot be read: {fault.strerror}", where=path) from None
-
-
 def read_params(path: Path) -> Mapping[str, Any]:
     """The object in params.json, as it stands there.
 
     Raises:
         ModelError: it is no JSON object (with line and column), or a key is there twice.
     """
-    with open_regular(path) as file:
-        data = read_some(file, _PARAMS_LIMIT_BYTES + 1, path)
-    if len(data) > _PARAMS_LIMIT_BYTES:
-        raise ModelError(
-            f"is larger than {_PARAMS_LIMIT_BYTES >> 20} MiB, wanted a few lines of JSON", where=path
-        )
-    try:
-        params = json.loads(
-            data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_refuse_constant
-        )
-    except json.JSONDecodeError as fault:
-        raise ModelError(
-            f"is no JSON: {fault.msg}", where=f"{path}:{fault.lineno}:{fault.colno}", fix="mend it"
-        ) from None
-    except UnicodeDecodeError as fault:
-        line = data.count(b"\n", 0, fault.start) + 1
-        raise ModelError("is not UTF-8", where=f"{path}:{line}", fix="save it as UTF-8") from None
-    except (ValueError, RecursionError) as fault:
-        raise ModelError(f"is no usable JSON: {fault}", where=path, fix="mend it") from None
+    params = read_json(path, _PARAMS_LIMIT_BYTES)
     if not isinstance(params, dict):
         raise ModelError(f"holds a {type(params).__name__}, wanted an object", where=path)
     return params
@@ -143,16 +94,3 @@ def _number_faults(numbered: Mapping[int, list[str]]) -> list[str]:
         rest = f" and {gaps - 10} more" if gaps > 10 else ""
         faults.append(f"{', '.join(islice(absent, 10))}{rest} missing beside {there}")
     return faults
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, unless a key stands in it twice."""
-    counts = Counter(key for key, _ in pairs)
-    twice = sorted(key for key, count in counts.items() if count > 1)
-    if twice:
-        raise ValueError(f"{some(twice)} there twice")
-    return dict(pairs)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")

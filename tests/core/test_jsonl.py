@@ -233,3 +233,9 @@ def test_check_content_takes_what_is_a_row() -> None:
     assert check_content({"prompt": "", "completion": "é"}) is None
     assert check_content({"messages": [{"role": "tool", "content": ""}]}) is None
     assert check_content([]) is not None
+
+
+def test_a_key_twice_among_a_million_is_found_without_counting_each() -> None:
+    keys = ", ".join(f'"{i}": 0' for i in range(200_000))
+    with pytest.raises(ValueError, match="has the key 199999 twice"):
+        jsonl._DECODER.decode(f'{{{keys}, "199999": 0}}')

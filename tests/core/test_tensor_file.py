@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import struct
+import sys
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +15,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+import safetensors
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mlxlora_core import tensor_file
-from mlxlora_core.errors import ModelError
+from mlxlora_core import durable, tensor_file, tensor_header
+from mlxlora_core.errors import ModelError, ResourceError
 
 SAFETENSORS = "file.safetensors"
 NPZ = "file.npz"
-ODD_NAMES = ("a.b.weight", "with space", "é\u2028\x1b[2J", "a/b", "x" * 200, '"', "\\")
+ODD_NAMES = ("a.b.weight", "with space", "é", "a/b", "x" * 200, '"', "..a")
 
 
 def some_tensors(*, bfloat16: bool = True) -> dict[str, mx.array]:
@@ -174,7 +178,15 @@ def test_an_exception_between_tensors_leaves_the_old_file_and_no_other(tmp_path:
         (NPZ, [("a", mx.ones(1).astype(mx.bfloat16))], {}, "a is bfloat16"),
         (SAFETENSORS, [("a", mx.ones(1).astype(mx.complex64))], {}, "a is complex64"),
         (SAFETENSORS, [("a", mx.ones(1)), ("a", mx.ones(1))], {}, "a comes twice"),
-        (SAFETENSORS, [("a" * 10_000, mx.ones(1))], {}, "room for"),
+        (
+            SAFETENSORS,
+            [("é" * 512, mx.ones(1))] + [(f"{i}" + "é" * 500, mx.ones(1)) for i in range(9)],
+            {},
+            "room for",
+        ),
+        (SAFETENSORS, [("a" * 513, mx.ones(1))], {}, "has 513 letters"),
+        (NPZ, [("a\x1b[2J", mx.ones(1))], {}, "cannot be printed"),
+        (NPZ, [("../a", mx.ones(1))], {}, "out of its place"),
         (NPZ, [("a", mx.ones(1))], {"k": "v" * 70_000}, "room for 65535"),
     ],
 )
@@ -198,50 +210,160 @@ def raw(header: Any, data: bytes = b"\0" * 8, length: int | None = None) -> byte
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
+def deep(start: str) -> bytes:
+    return raw(start.encode() + b"[" * 100_000)
+
+
+def twice(name: str) -> bytes:
+    first, second = json.dumps(entry()), json.dumps(entry(start=8, stop=16))
+    return raw(f'{{"{name}":{first},"{name}":{second}}}'.encode(), b"\0" * 16)
+
+
+# what is wrong -> (the file, words of the refusal)
 BAD_SAFETENSORS = {
-    "empty": b"",
-    "short": b"\0\0\0",
-    "a pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-    "a page": b"<!doctype html><html></html>" * 10,
-    "no header": raw(b"", b""),
-    "header past the end": raw({"a": entry()}, length=1 << 40),
-    "largest header": raw({"a": entry()}, length=2**64 - 1),
-    "no JSON": raw(b"{broken"),
-    "no object": raw(b"[1, 2]  "),
-    "no UTF-8": raw(b'{"\xff\xff": 1}'),
-    "deep": raw(b'{"a":' + b"[" * 100_000),
-    "overlap": raw({"a": entry(), "b": entry()}),
-    "hole": raw({"a": entry(), "b": entry(start=16, stop=24)}, b"\0" * 24),
-    "bytes behind the end": raw({"a": entry()}, b"\0" * 12),
-    "cut": raw({"a": entry()}, b"\0" * 7),
-    "shape is not the size": raw({"a": entry(shape=(3,))}),
-    "shape overflows": raw({"a": entry(shape=(2**33, 2**33))}),
-    "negative dimension": raw({"a": entry(shape=(-2, -1))}),
-    "turned offsets": raw({"a": entry(start=8, stop=0)}),
-    "unknown type": raw({"a": entry(dtype="F33")}),
-    "metadata that is no text": raw({"__metadata__": {"a": 1}, "a": entry()}),
-    "a name twice": raw(
-        f'{{"a":{json.dumps(entry())},"a":{json.dumps(entry(start=8, stop=16))}}}'.encode(), b"\0" * 16
+    "empty": (b"", "is empty"),
+    "short": (b"\0\0\0", "is 3 bytes, its header needs 8"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "run: git lfs pull"),
+    "a page": (b"\n<!DOCTYPE html><html></html>" * 10, "is a web page"),
+    "no header": (raw(b"", b""), "no JSON"),
+    "header past the end": (raw({"a": entry()}, length=1 << 20), "is 77 bytes, its header needs 1048584"),
+    "header above the limit": (raw({"a": entry()}, length=1 << 40), "claims 1099511627776 bytes"),
+    "largest header": (raw({"a": entry()}, length=2**64 - 1), "claims 18446744073709551615 bytes"),
+    "no JSON": (raw(b"{broken"), "no JSON"),
+    "no object": (raw(b"[1, 2]  "), "no JSON"),
+    "no UTF-8": (raw(b'{"\xff\xff": 1}'), "no UTF-8 at byte 10"),
+    "half a surrogate": (raw({"\ud800": entry()}), "no proper text"),
+    "deep": (deep('{"a":'), "tensor a has no entry"),
+    "deep metadata": (deep('{"__metadata__":'), "no JSON"),
+    "text behind the object": (raw(b'{"a":%s}{' % json.dumps(entry()).encode()), "no JSON"),
+    "a comma too many": (raw(b'{"a":%s,}' % json.dumps(entry()).encode()), "no JSON"),
+    "overlap": (raw({"a": entry(), "b": entry()}), "tensor b begins at byte 0 of the data, wanted 8"),
+    "part overlap": (raw({"a": entry(), "b": entry(start=4, stop=12)}, b"\0" * 12), "overlaps"),
+    "hole": (raw({"a": entry(), "b": entry(start=16, stop=24)}, b"\0" * 24), "tensor b .* there is a hole"),
+    "hole in front": (raw({"a": entry(start=8, stop=16)}, b"\0" * 16), "tensor a .* there is a hole"),
+    "bytes behind the end": (raw({"a": entry()}, b"\0" * 12), "4 bytes behind its last tensor"),
+    "cut": (raw({"a": entry()}, b"\0" * 7), "is 76 bytes, its header needs 77"),
+    "shape is not the size": (raw({"a": entry(shape=(3,))}), "tensor a is F32 .* needs 12 bytes"),
+    "shape overflows": (raw({"a": entry(shape=(2**31 - 1,) * 4)}), "tensor a is F32 .* needs 8507059157"),
+    "dimension overflows": (raw({"a": entry(shape=(2**33, 2**33))}), "tensor a has an axis of 8589934592"),
+    "product wraps to nothing": (
+        raw({"a": entry("U8", (2**30, 2**30, 2**4), stop=0)}, b""),
+        "tensor a is U8",
     ),
+    "shape of an empty one": (raw({"a": entry(shape=(0, 2**40), stop=0)}, b""), "tensor a has an axis of"),
+    "negative dimension": (raw({"a": entry(shape=(-2, -1))}), "tensor a has a negative number"),
+    "negative zero": (raw(b'{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}', b""), "negative"),
+    "many axes": (raw({"a": entry(shape=(1,) * 31 + (1, 2))}), "tensor a has 33 axes"),
+    "turned offsets": (raw({"a": entry(start=8, stop=0)}), "tensor a"),
+    "unknown type": (raw({"a": entry(dtype="F33")}), "tensor a is F33, wanted one of"),
+    "a type that MLX has not": (raw({"a": entry(dtype="F64")}), "tensor a is F64, wanted one of"),
+    "a fraction": (raw({"a": entry(shape=(2.0,))}), "tensor a has no entry"),
+    "a number that never ends": (raw({"a": entry(shape=(10**4000,))}), "tensor a has no entry"),
+    "a leading zero": (raw(b'{"a":{"dtype":"F32","shape":[02],"data_offsets":[0,8]}}'), "tensor a has no"),
+    "another key": (raw({"a": {**entry(), "extra": 1}}), "tensor a has no entry"),
+    "a key twice": (
+        raw(b'{"a":{"dtype":"F32","dtype":"F32","data_offsets":[0,8]}}'),
+        "tensor a has no entry",
+    ),
+    "a key short": (raw({"a": {"dtype": "F32", "shape": [2]}}), "tensor a has no entry"),
+    "metadata that is no text": (raw({"__metadata__": {"a": 1}, "a": entry()}), "no JSON of names and texts"),
+    "metadata twice": (raw(b'{"__metadata__":{},"__metadata__":{}}', b""), "__metadata__ stands there twice"),
+    "a name twice": (twice("a"), "tensor a stands there twice"),
+    "one name spelt twice": (
+        raw(twice("a")[8:-16].replace(b'"a":', b'"\\u0061":', 1), b"\0" * 16),
+        "tensor a stands there twice",
+    ),
+    "a name that clears the screen": (raw({"\x1b[2J": entry()}), "cannot be printed"),
+    "a name that turns the line": (raw({"\u202egpj.x": entry()}), "cannot be printed"),
+    "a name of two lines": (raw({"a\nb": entry()}), "cannot be printed"),
+    "no name": (raw({"": entry()}), "has 0 letters"),
+    "a long name": (raw({"a" * 513: entry()}), "has 513 letters"),
+    "a path": (raw({"../../a": entry()}), "out of its place"),
 }
 
 
-@pytest.mark.parametrize("content", BAD_SAFETENSORS.values(), ids=BAD_SAFETENSORS.keys())
-def test_a_damaged_safetensors_file_is_refused(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(("content", "says"), BAD_SAFETENSORS.values(), ids=BAD_SAFETENSORS.keys())
+def test_a_damaged_safetensors_file_is_refused(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / SAFETENSORS
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"is damaged or no \.safetensors file"):
+    with pytest.raises(ModelError, match=says) as caught:
         tensor_file.load(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and message.isprintable() and len(message) < 1000
+
+
+def test_every_order_and_spacing_of_a_good_header_is_read(tmp_path: Path) -> None:
+    data = np.arange(2, dtype=np.float32).tobytes()
+    for header in (
+        b'{"a":{"data_offsets":[0,8],"dtype":"F32","shape":[2]},"__metadata__":null}',
+        b'{"__metadata__":{"k":"\\u00e9"},"a":{"shape":[2],"dtype":"F32","data_offsets":[0,8]}}   ',
+        b'{ "a" : { "shape" : [ 1 , 2 ] ,\n"dtype" : "F32",\t"data_offsets" : [ 0 , 8 ] } }\n',
+        b'{"b":{"dtype":"U8","shape":[0],"data_offsets":[8,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+    ):
+        content = raw(header, data)
+        (tmp_path / SAFETENSORS).write_bytes(content)
+        tensors, _ = tensor_file.load(tmp_path / SAFETENSORS)
+        assert tensors["a"].reshape(-1).tolist() == [0.0, 1.0]
+        assert {name for name, _ in safetensors.deserialize(content)} == tensors.keys()
 
 
 def test_a_cut_file_is_refused_before_its_tensors_are_read(tmp_path: Path) -> None:
     path = tmp_path / SAFETENSORS
     write(path, {"a": mx.ones((3,)), "b": mx.ones((2,))})
     content = path.read_bytes()
-    for length in (len(content) - 1, len(content) - 8, len(content) - 9, len(content) // 2, 8, 7):
+    edges = {len(content), len(content) - 8, len(content) - 20, 4096, 8}
+    lengths = {edge + step for edge in edges for step in (-1, 0, 1)} - {len(content), len(content) + 1}
+    for length in sorted(lengths):
         path.write_bytes(content[:length])
-        with pytest.raises(ModelError, match="damaged"):
+        with pytest.raises(ModelError, match=rf"is {length} bytes, its header needs \d+.* download"):
             tensor_file.load(path)
+
+
+def layers(count: int) -> bytes:
+    return raw({f"layers.{i}.weight": entry("U8", (1,), i, i + 1) for i in range(count)}, bytes(count))
+
+
+def test_checking_takes_as_many_steps_as_there_are_tensors(tmp_path: Path) -> None:
+    path = tmp_path / SAFETENSORS
+    calls = []
+    for count in (1000, 10_000):
+        path.write_bytes(layers(count))
+        events: Counter[str] = Counter()
+        with open(path, "rb") as file:
+            sys.setprofile(lambda frame, event, _, seen=events: seen.update([event]))  # type: ignore[misc]
+            try:
+                tensor_header.read_safetensors(file, path)
+            finally:
+                sys.setprofile(None)
+        calls.append(events["call"] + events["c_call"])
+    assert calls[0] > 10_000, "or nothing was counted"
+    assert calls[1] < 11 * calls[0]
+
+
+def test_a_file_of_the_most_tensors_is_read_and_one_more_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / SAFETENSORS
+    path.write_bytes(layers(tensor_header.TENSORS_LIMIT))
+    with open(path, "rb") as file:
+        assert tensor_header.read_safetensors(file, path) == {}
+    path.write_bytes(layers(tensor_header.TENSORS_LIMIT + 1))
+    with pytest.raises(ModelError, match="has more than 100000 tensors"):
+        tensor_file.load(path)
+
+
+def test_what_was_checked_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / SAFETENSORS
+    write(path, {"a": mx.ones((3,))})
+    check = tensor_header.read_safetensors
+
+    def check_and_swap(file: Any, where: Path) -> dict[str, str]:
+        found = check(file, where)
+        (tmp_path / "other").write_bytes(b"other")
+        os.replace(tmp_path / "other", path)
+        return found
+
+    monkeypatch.setattr(tensor_header, "read_safetensors", check_and_swap)
+    assert tensor_file.load(path)[0]["a"].tolist() == [1, 1, 1]
+    assert path.read_bytes() == b"other"
 
 
 # --- bad .npz -----------------------------------------------------------------
@@ -296,18 +418,29 @@ def test_an_npz_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
     good = npy(described("(1,)"), b"\0" * 4)
     with pytest.warns(UserWarning, match="Duplicate"):
         path = archive(tmp_path / NPZ, [("a.npy", good), ("a.npy", good)])
-    with pytest.raises(ModelError, match=r"twice: a\.npy"):
+    with pytest.raises(ModelError, match=r"two members of one name: a\.npy"):
         tensor_file.load(path)
     with pytest.raises(ModelError, match=r"no array.*: code\.py"):
         tensor_file.load(archive(tmp_path / NPZ, [("a.npy", good), ("code.py", b"1")]))
-    got, _ = tensor_file.load(archive(tmp_path / NPZ, [("../a.npy", good)]))
-    assert got.keys() == {"../a"} and [p.name for p in tmp_path.iterdir()] == [NPZ]
+    for name in ("../a.npy", "/a.npy", "b/../a.npy", "b\\a.npy", "a\x1b[2J.npy", ".npy/."):
+        with pytest.raises(ModelError, match=r"the name of member .* (out of its place|cannot be printed)"):
+            tensor_file.load(archive(tmp_path / NPZ, [(name, good)]))
+    assert [path.name for path in tmp_path.iterdir()] == [NPZ]
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"garbage" * 100])
-def test_what_is_no_archive_is_refused(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty"),
+        (b"PK", "is truncated or damaged at 2 bytes"),
+        (b"garbage" * 100, "is truncated or damaged at 700 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "run: git lfs pull"),
+        (b"<html></html>", "is a web page"),
+    ],
+)
+def test_what_is_no_archive_is_refused(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / NPZ).write_bytes(content)
-    with pytest.raises(ModelError, match=r"is damaged or no \.npz file"):
+    with pytest.raises(ModelError, match=says):
         tensor_file.load(tmp_path / NPZ)
 
 
@@ -371,11 +504,30 @@ def test_flipped_bytes_are_refused_or_harmless(tmp_path: Path, name: str) -> Non
 
 def test_an_absent_file_a_folder_and_an_unknown_ending_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.npz").mkdir()
-    for name in ("absent.npz", "folder.npz"):
-        with pytest.raises(ModelError, match="there is no such file"):
+    (tmp_path / "loop.npz").symlink_to("loop.npz")
+    (tmp_path / "zero.npz").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for name, says in (
+        ("absent.npz", "there is no such file"),
+        ("folder.npz", "is a folder, wanted a regular file"),
+        ("loop.npz", "cannot be read: Too many levels of symbolic links"),
+        ("zero.npz", "is a pipe or a device"),
+        ("pipe.safetensors", "is a pipe or a device"),
+        ("null\0.npz", "is no file name"),
+    ):
+        with pytest.raises(ModelError, match=says):
             tensor_file.load(tmp_path / name)
     with pytest.raises(ModelError, match=r"got '\.pth'"):
         tensor_file.load(tmp_path / "a.pth")
+
+
+def test_a_disk_that_does_not_give_the_bytes(tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    for name in (SAFETENSORS, NPZ):
+        (tmp_path / name).symlink_to("/proc/self/mem")  # page 0 is not mapped: EIO
+        with pytest.raises(ModelError, match=f"{name}: cannot be read: Input/output error"):
+            tensor_file.load(tmp_path / name)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
@@ -407,3 +559,22 @@ def test_all_mismatches_are_told() -> None:
         "1 of a wrong type: c is int32, wanted float32",
     ]
     assert tensor_file.mismatches(want, want) == []
+
+
+@pytest.mark.parametrize("name", [SAFETENSORS, "weights.npz"])
+def test_a_file_that_cannot_be_read_back_replaces_nothing(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    tensor_file.save(path, [("a", mx.ones((3,)))], {}, 1)
+    before = path.read_bytes()
+    flush = durable._flush_to_disk
+
+    def lose(descriptor: int) -> None:
+        flush(descriptor)
+        os.ftruncate(descriptor, 40)
+
+    monkeypatch.setattr(durable, "_flush_to_disk", lose)
+    with pytest.raises(ResourceError, match="read back"):
+        tensor_file.save(path, [("a", mx.zeros((3,)))], {}, 1)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [name]

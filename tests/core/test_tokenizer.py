@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -170,17 +171,50 @@ def test_the_fingerprint_is_that_of_the_file(llama: Tokenizer) -> None:
     assert llama.fingerprint == hashlib.sha256(llama.path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\0" * 64, b"no model\n", b"version https://git-lfs.github.com/spec/v1\n"]
-)
-def test_a_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
+def piece(text: bytes, kind: int = 1) -> bytes:
+    """A piece as a field of a model: text, score 0 and type."""
+    body = b"\x0a" + bytes([len(text)]) + text + b"\x15\0\0\0\0" + b"\x18" + bytes([kind])
+    return b"\x0a" + bytes([len(body)]) + body
+
+
+BAD_MODELS = {
+    b"": "is empty",
+    b"\0" * 64: "has the number 0",
+    b"no model\n": "is not a SentencePiece model",
+    b"version https://git-lfs.github.com/spec/v1\n": "run: git lfs pull",
+    b"<html></html>": "is a web page",
+    b"\x0a\xff\xff\xff\xff\x0f": "is 6 bytes, a field needs 4294967301",
+    b"\xff" * 20: "has no end",
+    piece(b"\xff\xfe"): "piece 0 is no UTF-8",
+    piece(b"a") + piece(b""): "piece 1 has 0 bytes",
+    piece(b"a", 9): "is of type 9",
+    piece(b"<0x-1>", 6): "piece 0 is no byte",
+    piece(b"a")[:-1]: "a field needs 12",
+    b"\x12\0": "it has 0 pieces",
+    piece(b"a") + b"\x12\0\x12\0": "its field 2 is there twice",
+    piece(b"a") + b"\x10\0": "its field 2 is of another kind",
+    piece(b"a"): "unk",
+}
+
+
+@pytest.mark.parametrize(("content", "says"), BAD_MODELS.items(), ids=BAD_MODELS.values())
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"tokenizer\.model: is not a SentencePiece model"):
+    with pytest.raises(ModelError, match=says):
         Tokenizer(path)
-    for absent in (tmp_path, tmp_path / "absent.model"):
-        with pytest.raises(ModelError, match="there is no tokenizer"):
-            Tokenizer(absent)
+
+
+def test_what_is_no_file_is_no_tokenizer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, says in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "absent.model", "there is no tokenizer"),
+        (tmp_path / "pipe", "is a pipe or a device"),
+        (Path("/dev/zero"), "is a pipe or a device"),
+    ):
+        with pytest.raises(ModelError, match=says):
+            Tokenizer(path)
 
 
 def test_a_damaged_model_is_refused_or_works(tmp_path: Path, llama: Tokenizer) -> None:
