@@ -14,7 +14,7 @@ from mlxlora_core.registry import Plugin, Registry
 def command(registry: Registry, as_json: bool) -> None:
     """List plugins, and why those that are not active are not."""
     if as_json:
-        show.as_json([_record(plugin) for plugin in registry.plugins])
+        show.as_json([record(plugin) for plugin in registry.plugins])
         return
     show.table(
         ("name", "distribution", "version", "origin", "status", "components"),
@@ -35,7 +35,8 @@ def command(registry: Registry, as_json: bool) -> None:
             click.echo(f"{one_line(plugin.name)}: {plugin.status}: {plugin.reason}")
 
 
-def _record(plugin: Plugin) -> dict[str, object]:
+def record(plugin: Plugin) -> dict[str, object]:
+    """One plugin as --json shows it."""
     return {
         "name": plugin.name,
         "distribution": plugin.distribution,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +34,13 @@ class Blas:
         path: what was opened.
         functions: name in the CBLAS standard -> address.
         title: name, version, processor and threads, as far as it tells them.
+        set_threads: sets how many threads it uses, where it can.
     """
 
     path: str
     functions: Mapping[str, int]
     title: str
+    set_threads: Callable[[int], None] | None
 
 
 def open_blas(threads: int) -> Blas:
@@ -76,14 +78,15 @@ def load(path: str, threads: int) -> Blas:
     config = _text(library, f"{prefix}openblas_get_config")
     if "USE64BITINT" in config:
         raise ValueError(f"{path}: {_WIDE}")
-    title = Path(path).name
+    title, set_threads = Path(path).name, None
     if config:
-        getattr(library, f"{prefix}openblas_set_num_threads")(threads)
+        set_threads = getattr(library, f"{prefix}openblas_set_num_threads")
+        set_threads(threads)
         count = getattr(library, f"{prefix}openblas_get_num_threads")()
         core = _text(library, f"{prefix}openblas_get_corename")
         title = f"{' '.join(config.split()[:2])} ({core}, {count} thread{'s' * (count != 1)})"
     found = {name: _address(library, prefix + name) for name in FUNCTIONS if hasattr(library, prefix + name)}
-    return Blas(path, found, title)
+    return Blas(path, found, title, set_threads)
 
 
 def _candidates() -> Iterator[str]:

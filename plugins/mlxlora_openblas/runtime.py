@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import cache
 
-from mlxlora_core.api import MlxloraError, ResourceError, RuntimeNote
+from mlxlora_core.api import MlxloraError, ResourceError, RuntimeNote, thread_count
 
 
 @cache
@@ -47,7 +47,6 @@ def _start() -> RuntimeNote | None:
     from mlxlora_openblas.blas import open_blas
     from mlxlora_openblas.check import faults
     from mlxlora_openblas.slots import mlx_slots
-    from mlxlora_openblas.threads import thread_count
 
     slots = mlx_slots()
     if not slots:
@@ -67,4 +66,4 @@ def _start() -> RuntimeNote | None:
         raise ResourceError(
             f"{blas.title} gets {len(wrong)} products wrong, such as {wrong[0]}", where=blas.path
         )
-    return RuntimeNote(f"openblas: {blas.title} under MLX's CPU backend")
+    return RuntimeNote(f"openblas: {blas.title} under MLX's CPU backend", set_threads=blas.set_threads)

@@ -16,10 +16,8 @@ import numpy as np
 import pytest
 from mlxlora_openblas.elf import imports
 from mlxlora_openblas.slots import Slot
-from mlxlora_openblas.threads import quota, thread_count
 
 from mlxlora_core import registry
-from mlxlora_core.errors import UsageError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the runtime is for Linux")
 
@@ -282,40 +280,8 @@ def test_threads_follow_affinity_and_the_environment() -> None:
     assert ", 2 threads)" in probe(one, MLXLORA_THREADS="2")["text"]
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "two", "1.5", "99999"])
-def test_a_senseless_number_of_threads_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLXLORA_THREADS", given)
-    with pytest.raises(UsageError, match=f"wanted a whole number from 1 to 4096, got '{given}'"):
-        thread_count()
-
-
 def test_a_senseless_number_of_threads_leaves_mlx_as_it_was() -> None:
     assert_stays(probe(MLXLORA_THREADS="many"), "MLXLORA_THREADS: wanted a whole number")
-
-
-@pytest.mark.parametrize(
-    ("limits", "processors"),
-    [
-        ({}, 4096),
-        ({"a/b": "max 100000"}, 4096),
-        ({"a/b": "250000 100000"}, 2),
-        ({"a/b": "50000 100000"}, 1),
-        ({"a": "300000 100000", "a/b": "max 100000"}, 3),
-        ({"": "100000 100000", "a/b": "800000 100000"}, 1),
-    ],
-)
-def test_the_tightest_quota_of_a_group_and_those_above_it_counts(
-    tmp_path: Path, limits: dict[str, str], processors: int
-) -> None:
-    (tmp_path / "groups/a/b").mkdir(parents=True)
-    for group, limit in limits.items():
-        (tmp_path / "groups" / group / "cpu.max").write_text(limit + "\n")
-    (tmp_path / "cgroup").write_text("4:memory:/x\n0::/a/b\n")
-    assert quota(tmp_path / "cgroup", tmp_path / "groups") == processors
-
-
-def test_without_cgroups_there_is_no_quota(tmp_path: Path) -> None:
-    assert quota(tmp_path / "none", tmp_path) == 4096
 
 
 # --- the slots ------------------------------------------------------------------
