@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from mlxlora_core.data import Example, fixed_batches
 from mlxlora_core.errors import DivergedError
 from mlxlora_core.loss import Loss, nats
+from mlxlora_core.side_by_side import side_by_side
 from mlxlora_core.specs import LanguageModel
 
 
@@ -30,7 +32,8 @@ def evaluate(model: LanguageModel, examples: Sequence[Example], batch_size: int,
     total = Loss(0.0, 0)
     try:
         for batch in fixed_batches(examples, batch_size, batches):
-            total += Loss(float(nats(model, batch)), batch.counted_tokens)
+            for part, value in side_by_side(partial(nats, model), examples, batch.rows):
+                total += Loss(float(value), part.counted_tokens)
     finally:
         module.train(was_training)
     if not math.isfinite(total.nats):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 
-from mlxlora_core.errors import DataError, UsageError
+from mlxlora_core.errors import DataError, PluginError, UsageError
 from mlxlora_core.specs import Cache, LanguageModel, Sample
 from mlxlora_core.tokenizer import Tokenizer
 
@@ -23,8 +23,10 @@ def generate(
     num_tokens: int,
     seed: int,
     write_every: int = 1,
-) -> Iterator[str]:
+) -> Generator[str, None, bool]:
     """Segments of the text that follows ``prompt``.
+
+    Its value as a generator is whether an end token ended the text.
 
     Args:
         model: in whatever state; it is put in evaluation mode.
@@ -50,25 +52,67 @@ def generate(
     if limit is not None:
         num_tokens = min(num_tokens, limit - len(ids))
     tokens = decode(model, ids, sample, num_tokens=num_tokens, seed=seed, stop=tokenizer.eos)
-    return tokenizer.stream(tokens, write_every)
+    return _segments(tokenizer, tokens, num_tokens, write_every)
+
+
+def _segments(
+    tokenizer: Tokenizer, tokens: Iterator[int], num_tokens: int, every: int
+) -> Generator[str, None, bool]:
+    told = 0
+
+    def counted() -> Iterator[int]:
+        nonlocal told
+        for token in tokens:
+            told += 1
+            yield token
+
+    yield from tokenizer.stream(counted(), every)
+    return told < num_tokens
+
+
+def whole(segments: Generator[str, None, bool]) -> tuple[str, bool]:
+    """All that :func:`generate` gives: the text, and whether an end token ended it."""
+    text = ""
+    while True:
+        try:
+            text += next(segments)
+        except StopIteration as end:
+            return text, bool(end.value)
 
 
 def decode(
     model: LanguageModel, prompt: Sequence[int], sample: Sample, *, num_tokens: int, seed: int, stop: int
 ) -> Iterator[int]:
     """Token ids that follow the ids ``prompt``, up to ``num_tokens`` or the id ``stop``."""
+    if not callable(sample):
+        raise PluginError(f"the sampler is built as {type(sample).__name__}, wanted a function")
     module: Any = model
     module.eval()
     cache = model.make_cache()
     tokens = list(prompt)
     unseen = tokens[:]
     for key in mx.random.split(mx.random.key(seed), num_tokens):
-        token = int(sample(forward(model, unseen, cache), tokens, key))
+        token = _token(sample(forward(model, unseen, cache), tokens, key), model.vocab_size)
         if token == stop:
             return
         yield token
         tokens.append(token)
         unseen = [token]
+
+
+def _token(drawn: Any, vocab_size: int) -> int:
+    """The token id that a sampler has drawn.
+
+    Raises:
+        PluginError: it is none.
+    """
+    try:
+        token = int(drawn)
+    except (TypeError, ValueError) as fault:
+        raise PluginError(f"the sampler gives {type(drawn).__name__}, wanted a token id") from fault
+    if not 0 <= token < vocab_size:
+        raise PluginError(f"the sampler gives {token}, wanted a token id from 0 to {vocab_size - 1}")
+    return token
 
 
 def forward(model: LanguageModel, tokens: Sequence[int], cache: Sequence[Cache]) -> mx.array:

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxlora_core.api import Cache, KVCache, attention, silu_times
+from mlxlora_core.api import Cache, KVCache, attention, rms_norm, rotate, silu_times
 from mlxlora_llama.config import ModelArgs
 
 # What the attention of core takes: nothing, "causal", or booleans (T, S).
@@ -21,10 +21,7 @@ Mask: TypeAlias = mx.array | str | None
 
 
 class RMSNorm(nn.Module):
-    """``x · rsqrt(mean(x²) + eps) · weight``, computed in float32.
-
-    Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
-    """
+    """Normalisation by the root of the mean square, with a weight a feature."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -33,7 +30,7 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Normalise (..., D) over its last axis."""
-        return mx.fast.rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -77,15 +74,6 @@ class Attention(nn.Module):
     def _heads(self, x: mx.array, heads: int) -> mx.array:
         """(B, T, heads · E) -> (B, heads, T, E)."""
         return mx.unflatten(x, 2, (heads, self.head_dim)).swapaxes(1, 2)
-
-
-def rotate(x: mx.array, offset: int, theta: float) -> mx.array:
-    """Rotary positions of (B, ·, T, E), whose first token stands at position ``offset``.
-
-    Neighbouring features 2i and 2i + 1 turn by the angle ``position · theta^(-2i/E)``.
-    Source: Su et al. 2021, arXiv:2104.09864, equation 34.
-    """
-    return mx.fast.rope(x, x.shape[-1], traditional=True, base=theta, scale=1.0, offset=offset)
 
 
 class FeedForward(nn.Module):

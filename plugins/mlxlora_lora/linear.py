@@ -54,8 +54,8 @@ class LoRALinear(nn.Module):
         """Outputs (..., outputs) of inputs (..., inputs), in the type that the linear gives."""
         y: mx.array = self.linear(x)
         # From the left: (x @ a) @ b costs R (inputs + outputs) products a row, x @ (a @ b) all of them.
-        update = (self.scale * (self.dropout(x) @ self.lora_a)) @ self.lora_b
-        return y + update.astype(y.dtype)
+        inner = self.dropout(x) @ self.lora_a
+        return mx.addmm(y, inner, self.lora_b, alpha=self.scale).astype(y.dtype)
 
     def fuse(self, weight: mx.array) -> mx.array:
         """The weight (outputs, inputs), float32, of one linear that does what this module does.

@@ -46,7 +46,7 @@ def agree(got: list[Any], want: list[Any], bound: float = 1e-5) -> None:
         assert np.abs(ours - theirs).max() <= bound * max(1.0, np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("scale", [0.1, 1.0, 40.0])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 40.0, 1000.0])
 def test_silu_times(scale: float) -> None:
     gate, up = normal(70, 80, scale=scale), normal(70, 80, seed=1)
     assert gate.size >= fast.LARGE
@@ -54,16 +54,31 @@ def test_silu_times(scale: float) -> None:
     agree(value_and_gradients(fast.silu_times, gate, up), want)
 
 
-@pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_softmax_with_masked_scores(scale: float) -> None:
-    scores = normal(8, 16, 64, scale=scale)
-    mask = np.tril(np.ones((16, 64), bool), 40)
-    want = torch_gradients(
-        lambda s: s.masked_fill(~torch.tensor(mask), -torch.inf).softmax(-1),
-        scores,
-    )
-    got = value_and_gradients(lambda s: fast.softmax(mx.where(mx.array(mask), s, -mx.inf)), scores)
-    agree(got, want)
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_rms_norm(scale: float) -> None:
+    x, weight = normal(3, 50, 96, scale=scale), normal(96, seed=1)
+    want = torch_gradients(lambda x, w: x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * w, x, weight)
+    agree(value_and_gradients(lambda x, w: fast.rms_norm(x, w, 1e-5), x, weight), want)
+
+
+@pytest.mark.parametrize("offset", [0, 90, 30000])
+@pytest.mark.parametrize("length", [1, 2, 30])
+@pytest.mark.parametrize("copied", [True, False])
+def test_rotate(offset: int, length: int, copied: bool) -> None:
+    """As complex numbers times those on the unit circle; from a view of (B, T, H, E) too."""
+    x = normal(2, length, 6, 16)
+    angle = np.arange(offset, offset + length)[:, None] * 500.0 ** (-np.arange(0, 16, 2) / 16)
+    circle = torch.polar(torch.ones(length, 8, dtype=torch.float64), torch.tensor(angle))
+
+    def reference(x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.transpose(1, 2).contiguous().unflatten(-1, (8, 2)))
+        return torch.view_as_real(pairs * circle).flatten(-2)
+
+    def ours(x: mx.array) -> mx.array:
+        x = x.swapaxes(1, 2)
+        return fast.rotate(mx.contiguous(x) if copied else x, offset, 500.0)
+
+    agree(value_and_gradients(ours, x), torch_gradients(reference, x), 1e-6)
 
 
 @pytest.mark.parametrize("vocabulary", [64, 1000])
@@ -83,10 +98,12 @@ def test_cross_entropy(vocabulary: int, scale: float) -> None:
 
 @pytest.mark.parametrize("kind", ["causal", "window", "none", "cached"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention(kind: str, kv_heads: int) -> None:
-    length, seen = 24, 40 if kind == "cached" else 24
-    queries, keys = normal(3, 4, length, 20), normal(3, kv_heads, seen, 20, seed=1)
-    values = normal(3, kv_heads, seen, 20, seed=2)
+@pytest.mark.parametrize("length", [24, 150])
+def test_attention(kind: str, kv_heads: int, length: int) -> None:
+    """150 queries are three tiles where they are causal, the last one of 22."""
+    seen = length + 16 if kind == "cached" else length
+    queries, keys = normal(2, 4, length, 24), normal(2, kv_heads, seen, 24, seed=1)
+    values = normal(2, kv_heads, seen, 24, seed=2)
     assert queries.size >= fast.LARGE
     place = np.arange(seen - length, seen)[:, None] - np.arange(seen)
     masks = {"window": (place >= 0) & (place < 7), "none": None}
@@ -100,6 +117,40 @@ def test_attention(kind: str, kv_heads: int) -> None:
     agree(
         value_and_gradients(lambda q, k, v: fast.attention(q, k, v, 0.2, mask), queries, keys, values),
         torch_gradients(reference, queries, keys, values),
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_of_one_token(kv_heads: int) -> None:
+    """It sees every key, out of buffers that hold room for more."""
+    queries, keys, values = (
+        normal(2, 4, 1, 24),
+        normal(2, kv_heads, 40, 24),
+        normal(2, kv_heads, 40, 24, seed=1),
+    )
+
+    def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = k[:, :, :33], v[:, :, :33]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.2, enable_gqa=True)
+
+    def ours(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return fast.attention(q, k[:, :, :33], v[:, :, :33], 0.2, None)
+
+    agree(value_and_gradients(ours, queries, keys, values), torch_gradients(reference, queries, keys, values))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_attention_where_one_score_towers_over_the_others(seed: int) -> None:
+    """Scores in the hundreds: what is far below the highest counts for nothing, and nothing overflows."""
+    queries, keys, values = (normal(1, 2, 80, 32, seed=seed + i, scale=10.0) for i in range(3))
+
+    def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2)
+
+    agree(
+        value_and_gradients(lambda q, k, v: fast.attention(q, k, v, 0.2, "causal"), queries, keys, values),
+        torch_gradients(reference, queries, keys, values),
+        1e-4,
     )
 
 

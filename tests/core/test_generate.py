@@ -10,7 +10,7 @@ import pytest
 from mlxlora_core import generate as generate_module
 from mlxlora_core import model_folder as folders
 from mlxlora_core.errors import UsageError
-from mlxlora_core.generate import decode, generate
+from mlxlora_core.generate import decode, generate, whole
 from mlxlora_core.model_folder import Model
 from mlxlora_core.registry import Registry
 from mlxlora_core.tokenizer import Tokenizer
@@ -129,6 +129,26 @@ def test_it_ends_where_the_context_is_full(stand_in: Callable[..., Any], tokeniz
     unlimited = stand_in(vocab_size=320, context_tokens=None)
     segments = generate(unlimited, tokenizer, PROMPT, scripted([40] * 99), num_tokens=50, seed=0)
     assert "".join(segments) == tokenizer.decode([40] * 50)
+
+
+@pytest.mark.parametrize(
+    ("ids", "num_tokens", "ended"), [((40, 2), 9, True), ((40, 2), 2, True), ((40, 41), 2, False)]
+)
+def test_it_tells_whether_an_end_token_ended_it(
+    model: Model, ids: tuple[int, ...], num_tokens: int, ended: bool
+) -> None:
+    assert model.tokenizer.eos == 2
+    segments = generate(
+        model.language_model, model.tokenizer, PROMPT, scripted(ids), num_tokens=num_tokens, seed=0
+    )
+    said = model.tokenizer.decode([id for id in ids if id != 2])
+    assert whole(segments) == (said, ended)
+
+
+def test_a_full_context_is_no_end(stand_in: Callable[..., Any], tokenizer: Tokenizer) -> None:
+    model = stand_in(vocab_size=320, context_tokens=len(tokenizer.encode(PROMPT)) + 3)
+    segments = generate(model, tokenizer, PROMPT, scripted([40] * 9), num_tokens=50, seed=0)
+    assert whole(segments) == (tokenizer.decode([40] * 3), False)
 
 
 @pytest.mark.parametrize("too_long_by", [0, 1, 10])

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -145,13 +148,32 @@ def test_compute_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
         assert compute_dtype(dtype) == dtype
 
 
+def test_streams_are_ordered_fairly_on_a_cpu_unless_the_user_has_said_how(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = mx.set_cache_limit(0)
+    mx.set_cache_limit(before)
+    try:
+        for cpu, given, wanted in ((False, None, None), (True, "20", "20"), (True, None, str(2**20))):
+            monkeypatch.setattr(layers, "on_cpu", lambda cpu=cpu: cpu)
+            monkeypatch.delenv(layers.ORDER_WIDTH, raising=False)
+            if given:
+                monkeypatch.setenv(layers.ORDER_WIDTH, given)
+            layers.prepare_cpu()
+            assert os.environ.get(layers.ORDER_WIDTH) == wanted
+    finally:
+        mx.set_cache_limit(before)
+    library = next(Path(mx.__file__).parent.glob("lib/libmlx.*"))
+    assert layers.ORDER_WIDTH.encode() in library.read_bytes(), "MLX knows no such variable any more"
+
+
 def test_freed_buffers_are_kept_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     large_bytes = 48 * 2**20
     before = mx.set_cache_limit(0)
     try:
         for cpu, kept in ((False, False), (True, True)):
             monkeypatch.setattr(layers, "on_cpu", lambda cpu=cpu: cpu)
-            layers.keep_buffers()
+            layers.prepare_cpu()
             mx.eval(mx.zeros((large_bytes // 4,)) + 1)
             assert (mx.get_cache_memory() >= large_bytes) == kept
     finally:
