@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from mlxlora_core.cli import VERBS, group
+from mlxlora_core.cli.verbs import VERBS, group
 from mlxlora_core.errors import ExitCode
 
 PAGE = Path(__file__).with_name("cli.md")
@@ -27,6 +27,38 @@ one JSON document. A component is named by its name or by its full id `PLUGIN:NA
 
 ## Exit codes
 
+"""
+
+TAIL = """\
+- 128 + n: ended by signal n
+
+Every failure is one line on stderr that says what, where and what to do; `--debug` adds the traceback.
+
+## Signals
+
+SIGINT (Ctrl-C), SIGTERM and SIGHUP end a verb with 130, 143 and 129. Training finishes its step and saves
+first ([checkpoints](checkpoints.md)); every other verb ends at once, removes its temporary files and the
+child processes that read packages, and leaves no target behind. A second signal ends the process on the
+spot. A signal that was ignored at the start, as under `nohup`, stays ignored. When the reader of its output
+goes away, training goes on to its end, and every other verb ends as any program does.
+
+## One at a time
+
+`run` locks its run folder, `train` its adapter file, and `convert`, `data` and `fuse` the folder that they
+write. A second one stops at once with exit code 9 and names the process, machine and time of the first. The
+lock of `NAME` is the file `.NAME.lock` beside it, held with flock(2) and removed at the end; when its
+holder was killed, the kernel has released it, and the file that is left does no harm. A lock that another
+machine left, on a network drive, is not taken: the message says what to remove when nothing runs there any
+more. Readers need no lock, since what they read appears whole: `generate`, `evaluate` and `fuse` see the
+state before a save or the one after it.
+
+## Disk and memory
+
+Before long work both are said on stderr: what is needed and what is free. What cannot end well is refused
+with exit code 6 before anything is written. Free memory is the least of what the machine, its control
+groups and `ulimit -v` leave. The need of training is an estimate, right within a factor of two. MLX's CPU
+backend cannot report an allocation that fails: under a limit that the estimate did not foresee the process
+is ended by the system, and the last checkpoint goes on.
 """
 
 _MEANINGS = {
@@ -46,7 +78,7 @@ _MEANINGS = {
 def text() -> str:
     """The whole page."""
     codes = "".join(f"- {int(code)}: {_MEANINGS[code]}\n" for code in ExitCode)
-    return HEAD + codes + "- 128 + n: ended by signal n\n" + "".join(verb(name) for name in VERBS)
+    return HEAD + codes + TAIL + "".join(verb(name) for name in VERBS)
 
 
 def verb(name: str) -> str:

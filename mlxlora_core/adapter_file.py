@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora_core import __version__, tensor_file
-from mlxlora_core.errors import DivergedError, ModelError, UsageError, nearest, some
+from mlxlora_core.errors import DivergedError, ModelError, PluginError, UsageError, nearest, some
 from mlxlora_core.layers import linear_shape
 from mlxlora_core.model_folder import Model, linears, parameters, replace
 from mlxlora_core.options import parse, plain
@@ -50,11 +50,18 @@ def attach(model: Model, component: Component, options: AdapterOptions, seed: in
 
     Raises:
         UsageError: a target that matches nothing, with the names that exist.
+        PluginError: the adapter gives no modules, or none that trains.
     """
     mx.random.seed(seed)
     chosen = _choose(model, options)
     model.module.freeze()
-    replace(model.module, {path: component.spec.wrap(linear, options) for path, linear in chosen.items()})
+    wrapped = {
+        path: component.gave("wrap", component.spec.wrap(linear, options), nn.Module)
+        for path, linear in chosen.items()
+    }
+    replace(model.module, wrapped)
+    if not trainable(model.module):
+        raise PluginError(f"adapter {component.id}: wrap gives modules without a parameter that trains")
     mx.eval(model.module.trainable_parameters())
     return Adapted(component, options, tuple(chosen))
 
@@ -123,6 +130,21 @@ def load(
         raise ModelError(f"holds adapter '{component.id}', wanted '{name}'", where=path)
     options = _recorded_options(record, component, values, path)
     return _attach_tensors(path, model, component, options, tensors)
+
+
+def fill(path: Path, model: Model) -> None:
+    """Give the adapter that is on a model the values in a file of the same adapter.
+
+    Raises:
+        ModelError: the file is damaged or does not fit; the model is left as it was.
+    """
+    tensors, metadata = tensor_file.load(path)
+    _check_whole(tensors, metadata.get(tensor_file.FINGERPRINT, ""), path)
+    faults = tensor_file.mismatches(tensors, trainable(model.module))
+    if faults:
+        raise ModelError("the adapter does not fit this model: " + "; ".join(faults), where=path)
+    model.module.update(tree_unflatten(list(tensors.items())))
+    mx.eval(model.module.trainable_parameters())
 
 
 def trainable(module: nn.Module) -> dict[str, mx.array]:

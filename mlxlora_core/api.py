@@ -23,7 +23,9 @@ from mlxlora_core.errors import (
     some,
 )
 from mlxlora_core.hookspecs import API_VERSION, hookimpl
+from mlxlora_core.input_file import open_regular, read_exactly, read_json, refuse_stand_in
 from mlxlora_core.jsonl import JsonLines, check_content, read_jsonl, refuse_faults, scan_jsonl
+from mlxlora_core.limits import thread_count
 from mlxlora_core.options import NoOptions, option
 from mlxlora_core.specs import (
     Adapter,
@@ -47,14 +49,17 @@ from mlxlora_core.specs import (
     Skipped,
     WeightLoader,
 )
+from mlxlora_core.zip_layout import ZipLayout, ZipMember, read_zip_layout
 
 if TYPE_CHECKING:
     from mlxlora_core.cache import KVCache
-    from mlxlora_core.fast import attention, silu_times
+    from mlxlora_core.fast import attention, rms_norm, rotate, silu_times
     from mlxlora_core.layers import QuantizedLinear, dense_weight, linear_shape, on_cpu
 
 _HEAVY = {
     "attention": "mlxlora_core.fast",
+    "rms_norm": "mlxlora_core.fast",
+    "rotate": "mlxlora_core.fast",
     "silu_times": "mlxlora_core.fast",
     "KVCache": "mlxlora_core.cache",
     "QuantizedLinear": "mlxlora_core.layers",
@@ -96,18 +101,28 @@ __all__ = [
     "Skipped",
     "UsageError",
     "WeightLoader",
+    "ZipLayout",
+    "ZipMember",
     "attention",
     "check_content",
     "dense_weight",
     "hookimpl",
     "linear_shape",
     "on_cpu",
+    "open_regular",
     "option",
+    "read_exactly",
+    "read_json",
     "read_jsonl",
+    "read_zip_layout",
     "refuse_faults",
+    "refuse_stand_in",
+    "rms_norm",
+    "rotate",
     "scan_jsonl",
     "silu_times",
     "some",
+    "thread_count",
 ]
 
 

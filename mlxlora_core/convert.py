@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora_core import durable, model_folder, tensor_file
-from mlxlora_core.errors import ModelError, ResourceError, UsageError, some
+from mlxlora_core.errors import ModelError, UsageError, some
 from mlxlora_core.layers import dense_weight
 from mlxlora_core.model_folder import CONFIG, TOKENIZER, WEIGHTS, Quantization
 from mlxlora_core.options import plain
 from mlxlora_core.registry import Component, Registry
+from mlxlora_core.resources import require_disk
 from mlxlora_core.specs import Checkpoint, LanguageModel, LazyTensor, QuantizerOptions
 from mlxlora_core.tokenizer import Tokenizer
 
@@ -74,6 +74,7 @@ def convert(
     quantization: Quantization | None = None,
     overwrite: bool = False,
     track: Callable[[Collection[str]], Iterable[str]] = iter,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> ConvertReport:
     """Turn a foreign checkpoint into a model folder, in memory that does not grow with the model.
 
@@ -89,6 +90,7 @@ def convert(
         overwrite: whether a model folder that is there may be replaced.
         track: given the names of the tensors, gives them back as they are taken,
             so that the caller can show how far it is.
+        tell: given, before any work, what the model needs of the disk and what is free.
 
     Raises:
         ModelError: a part is absent or damaged, or tensors do not fit (all listed).
@@ -100,18 +102,19 @@ def convert(
     ours = model_folder.holds_only_a_model
     durable.check_target(target, overwrite=overwrite, ours=ours)
     reader = find_loader(source, registry, loader)
-    checkpoint: Checkpoint = reader.spec.open(source, loader_options or reader.spec.options())
+    opened = reader.spec.open(source, loader_options or reader.spec.options())
+    checkpoint = reader.gave("open", opened, Checkpoint)
     architecture = model_folder.find_architecture(checkpoint.config, registry, source)
     tensors = _rename(checkpoint.tensors, architecture, source)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     args = model_folder.model_args(architecture, checkpoint.config, shapes, source)
-    model: Any = architecture.spec.build(args)
+    model: Any = architecture.gave("build", architecture.spec.build(args), nn.Module)
     faults = tensor_file.mismatches(tensors, model_folder.parameters(model))
     if faults:
         raise ModelError("the tensors do not fit the config: " + "; ".join(faults), where=source)
     model_folder.check_vocabulary(Tokenizer(checkpoint.tokenizer_file), model.vocab_size)
     packed = _to_quantize(model, quantization) if quantization else set()
-    _check_space([t for name, t in tensors.items() if name not in packed], DTYPES[dtype], target)
+    tell(_need(tensors, packed, DTYPES[dtype], target))
     report = ConvertReport(str(target), reader.id, architecture.id)
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as folder:
         durable.copy_file(checkpoint.tokenizer_file, folder / TOKENIZER)
@@ -199,15 +202,11 @@ def _to_quantize(model: LanguageModel, quantization: Quantization) -> set[str]:
     return {f"{path}.weight" for path in paths if quantization.options.head or path != model.head_path}
 
 
-def _check_space(tensors: Iterable[LazyTensor], dtype: mx.Dtype, target: Path) -> None:
-    """Refuse before any work when what stays dense alone would not fit on the disk."""
-    need = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.size
-    there = next(folder for folder in (target, *target.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
-    if need > free:
-        raise ResourceError(
-            f"the model needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", where=target
-        )
+def _need(tensors: Mapping[str, LazyTensor], packed: Collection[str], dtype: mx.Dtype, target: Path) -> str:
+    """What the model will need of the disk, in words; of what is quantized only that it is not counted."""
+    dense = sum(math.prod(tensor.shape) for name, tensor in tensors.items() if name not in packed)
+    said = require_disk(dense * dtype.size, target)
+    return f"{said}, not counting what is quantized" if packed else said
 
 
 def _stored(

@@ -56,9 +56,12 @@ def build_dataset(
     Raises:
         SafetyError: the folder holds something else.
         DataError: no rows, or none left to train on.
+        PluginError: the builder gives something else.
     """
     durable.check_target(folder, overwrite=overwrite, ours=holds_only_a_dataset)
-    rows = builder.spec.build(options)
+    rows = builder.gave("build", builder.spec.build(options), Rows)
+    for row in rows.rows:
+        builder.gave("build", row, Row)
     with durable.new_folder(folder, overwrite=overwrite, ours=holds_only_a_dataset) as new:
         return write_dataset(rows, new, options, {"builder": builder.id, "options": options})
 
@@ -230,12 +233,14 @@ class Examples:
         cut: how many were cut at the longest length.
         cut_tokens: tokens lost by cutting.
         empty: rows left out, since no token of theirs counts.
+        lengths: tokens of each example before it was cut.
     """
 
     examples: tuple[Example, ...]
     cut: int = 0
     cut_tokens: int = 0
     empty: int = 0
+    lengths: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -261,7 +266,7 @@ def read_examples(
         DataError: the file is absent, malformed (every bad line as file:line),
             or has no row that can be used.
     """
-    examples, cut, cut_tokens, empty = [], 0, 0, 0
+    examples, lengths, cut, cut_tokens, empty = [], [], 0, 0, 0
     for line, content in read_jsonl(path):
         try:
             whole = _example(_pieces(content, tokenizer, mask_prompt), tokenizer.bos)
@@ -273,11 +278,12 @@ def read_examples(
         says_something = ((whole.tokens != tokenizer.bos) & (whole.tokens != tokenizer.eos)).any()
         if says_something and example.mask.any():
             examples.append(example)
+            lengths.append(len(whole.tokens))
         else:
             empty += 1
     if not examples:
         raise DataError(f"none of {empty} rows has a token that counts in the loss", where=path)
-    return Examples(tuple(examples), cut, cut_tokens, empty)
+    return Examples(tuple(examples), cut, cut_tokens, empty, tuple(lengths))
 
 
 def _example(pieces: Iterable[Piece], bos: int) -> Example:
@@ -298,10 +304,10 @@ def _pieces(content: Mapping[str, Any], tokenizer: Tokenizer, mask_prompt: bool)
             )
         yield tokenizer.encode(content["text"], eos=True), True
         return
-    turns = (
-        [(content["prompt"], content["completion"])] if "prompt" in content else _turns(content["messages"])
+    pairs = (
+        [(content["prompt"], content["completion"])] if "prompt" in content else turns(content["messages"])
     )
-    for prompt, answer in turns:
+    for prompt, answer in pairs:
         asked, answered = _turn(prompt, answer, tokenizer)
         yield asked, not mask_prompt
         yield answered, True
@@ -319,7 +325,7 @@ def _turn(prompt: str, answer: str, tokenizer: Tokenizer) -> tuple[list[int], li
     return whole[:same], whole[same:]
 
 
-def _turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+def turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
     """(prompt, answer) of each turn of a conversation, in the Llama 2 instruction format."""
     rest = list(messages)
     system = rest.pop(0)["content"] if rest and rest[0]["role"] == "system" else ""

@@ -14,6 +14,7 @@ import glob
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,14 +23,18 @@ from typing import Any, BinaryIO
 
 from mlxlora_core.errors import ResourceError, SafetyError
 
-_NEW, _OLD = "tmp", "old"  # endings of what is not the target yet, and not any more
+# Endings of what is not the target yet, is to be put back if its successor fails, and is to go.
+_NEW, _OLD, _GONE = "tmp", "old", "gone"
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call ``write`` with an open, seekable binary file that then becomes ``path``.
+def write_file(
+    path: Path, write: Callable[[BinaryIO], object], check: Callable[[Path], object] = lambda _: None
+) -> None:
+    """Call ``write`` with an open, seekable binary file that then becomes ``path`` if ``check`` accepts it.
 
-    Whatever ``write`` raises leaves an older file as it was. A symbolic link is
-    followed.
+    ``check`` gets the name of the file while that is a temporary one. Whatever
+    the two raise leaves an older file as it was. A symbolic link is followed; an
+    older file's mode is kept.
 
     Raises:
         SafetyError: ``path`` is a folder or a device.
@@ -40,13 +45,16 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if target.exists() and not target.is_file():
             raise SafetyError("is no regular file and was left alone", where=path, fix="name another file")
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(target)
+        clear_leftovers(target.parent, glob.escape(target.name))
         temporary = _beside(target, _NEW)
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "xb") as file:
                 write(file)
                 file.flush()
+                if target.exists():
+                    os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
                 _flush_to_disk(file.fileno())
+            check(temporary)
             os.replace(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -81,6 +89,18 @@ def copy_file(source: Path, target: Path) -> None:
     write_file(target, lambda file: file.write(content))
 
 
+def version(path: Path) -> tuple[int, ...] | None:
+    """What tells a file or folder from the one that this writer puts in its place; None when there is none.
+
+    A reader that opens more than one file, or one twice, compares it before and after.
+    """
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
 def utf8(text: str) -> bytes:
     """``text`` in UTF-8. Half a surrogate pair, which UTF-8 cannot hold, becomes what JSON writes for it."""
     return text.encode("utf-8", "backslashreplace")
@@ -105,7 +125,7 @@ def new_folder(
     with _disk_faults(target):
         place = target.resolve()  # ".", and what a symbolic link points to, have a name to put another beside
         place.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(place)
+        clear_leftovers(place.parent, glob.escape(place.name))
         check_target(target, overwrite=overwrite, ours=ours)
         temporary = _beside(place, _NEW)
         temporary.mkdir()
@@ -117,6 +137,32 @@ def new_folder(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_folder(target: Path) -> None:
+    """Take a folder away at once, then delete it; a reader that has its files open keeps them.
+
+    Raises:
+        ResourceError: the folder cannot be taken away.
+    """
+    gone = _beside(target, _GONE)
+    with _disk_faults(target):
+        os.replace(target, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def put_aside(target: Path, why: str) -> None:
+    """Free the name of a folder, where there is one; it is kept beside as ``WHY-NAME-1``, or a higher number.
+
+    Raises:
+        ResourceError: it cannot be renamed.
+    """
+    number = 1
+    while (aside := target.with_name(f"{why}-{target.name}-{number}")).exists():
+        number += 1
+    with _disk_faults(target):
+        if target.exists():
+            os.replace(target, aside)
 
 
 def check_target(
@@ -182,22 +228,29 @@ def _beside(target: Path, ending: str) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}.{ending}")
 
 
-def _clear_leftovers(target: Path) -> None:
-    """Remove what processes that are dead left beside ``target``.
+def clear_leftovers(folder: Path, names: str) -> int:
+    """Remove what processes that are dead left in ``folder`` of targets like ``names``, a glob pattern.
 
-    One that died between taking the old folder away and putting the new one
+    One that died between taking an old folder away and putting the new one
     there has its old folder put back.
+
+    Returns:
+        How many files and folders are gone or put back.
     """
-    for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.*.*")):
-        owner, ending = path.name.split(".")[-2:]
-        if ending not in (_NEW, _OLD) or not owner.isdecimal() or _alive(int(owner)):
+    cleared = 0
+    for path in sorted(folder.glob(f".{names}.*.*")):
+        name, owner, ending = path.name[1:].rsplit(".", 2)
+        if ending not in (_NEW, _OLD, _GONE) or not owner.isdecimal() or _alive(int(owner)):
             continue
+        target = folder / name
         if ending == _OLD and not target.exists():
             os.replace(path, target)
         elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+        cleared += 1
+    return cleared
 
 
 def _alive(process: int) -> bool:
@@ -217,7 +270,12 @@ def _flush_to_disk(descriptor: int) -> None:
         # fsync on macOS stops at the drive's own cache.
         import fcntl
 
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        except OSError as fault:
+            if fault.errno not in (errno.ENOTSUP, errno.ENOTTY):  # a network drive has no such thing
+                raise
+            os.fsync(descriptor)
     else:
         os.fsync(descriptor)
 
@@ -225,7 +283,7 @@ def _flush_to_disk(descriptor: int) -> None:
 def _flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _flush_to_disk(descriptor)
     finally:
         os.close(descriptor)
 

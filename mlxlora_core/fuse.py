@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mlxlora_core.errors import UsageError
 from mlxlora_core.layers import dense_weight
 from mlxlora_core.model_folder import CONFIG, TOKENIZER, WEIGHTS, Model
 from mlxlora_core.registry import Registry
+from mlxlora_core.resources import require_disk
 
 PROBE_TOKENS = 64
 
@@ -48,6 +49,7 @@ def fuse(
     registry: Registry,
     wanted: tuple[str | None, Mapping[str, Any]] = (None, {}),
     overwrite: bool = False,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> FuseReport:
     """Write a model folder whose linears do what base and adapter do together.
 
@@ -62,11 +64,13 @@ def fuse(
         registry: where plugins are looked up.
         wanted: as for :func:`mlxlora_core.adapter_file.load`.
         overwrite: whether a model folder that is there may be replaced.
+        tell: given, before any work, what the fused model needs of the disk and what is free.
 
     Raises:
         UsageError: the target is the base.
         ModelError: the adapter does not fit the base.
         SafetyError: the target holds something else.
+        ResourceError: the disk is too small.
     """
     if target.resolve() == folder.resolve():
         raise UsageError(
@@ -74,6 +78,7 @@ def fuse(
         )
     ours = model_folder.holds_only_a_model
     durable.check_target(target, overwrite=overwrite, ours=ours)
+    tell(require_disk(sum(path.stat().st_size for path in model_folder.files(folder)), target))
     model = model_folder.load(folder, registry)
     probe = _probe(model)
     base = _logits(model, probe)

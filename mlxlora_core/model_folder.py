@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxlora_core import tensor_file
-from mlxlora_core.errors import ModelError, UsageError, some
+from mlxlora_core import durable, tensor_file
+from mlxlora_core.errors import ModelError, SafetyError, UsageError, some
+from mlxlora_core.input_file import read_json
 from mlxlora_core.layers import compute_dtype, is_linear, linear_shape
 from mlxlora_core.options import parse
 from mlxlora_core.recipe import DEFAULT_QUANTIZER
 from mlxlora_core.registry import Component, Registry
+from mlxlora_core.resources import require_memory
 from mlxlora_core.specs import LanguageModel
 from mlxlora_core.tokenizer import Tokenizer
 
@@ -26,6 +29,10 @@ CONFIG = "config.json"
 WEIGHTS = {"safetensors": "model.safetensors", "npz": "weights.npz"}
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.model"
+
+_CONFIG_BYTES, _INDEX_BYTES = 1 << 20, 16 << 20
+# Keys by which other libraries find code to run for a model.
+_CODE_KEYS = ("auto_map", "model_file")
 
 
 @dataclass(frozen=True)
@@ -70,22 +77,32 @@ def load(folder: Path, registry: Registry) -> Model:
     """Read a model folder.
 
     Raises:
-        ModelError: a part is absent, damaged or does not fit the others; all
-            tensors that do not fit are listed.
+        ModelError: a part is absent, damaged or does not fit the others (all
+            tensors that do not fit are listed), or the folder was replaced
+            by another one meanwhile.
+        ResourceError: it does not fit into memory.
         PluginError: no plugin builds its model_type or restores its quantization.
     """
+    before = durable.version(folder)
     config = read_config(folder)
     architecture = find_architecture(config, registry, folder / CONFIG)
     args = model_args(architecture, config, {}, folder / CONFIG)
-    language_model: LanguageModel = architecture.spec.build(args)
+    language_model: Any = architecture.gave("build", architecture.spec.build(args), nn.Module)
     tensors, fingerprint = read_weights(folder)
     quantization = read_quantization(config, registry, folder / CONFIG)
+    require_memory(
+        sum(t.size * _computed(t.dtype).size for t in tensors.values()),
+        "the model",
+        "use a smaller model, or one that is quantized (mlxlora convert -q)",
+    )
     module: Any = language_model
     if quantization is not None:
         _restore_quantized(module, tensors, quantization)
     _fill(module, tensors, folder)
     tokenizer = Tokenizer(folder / TOKENIZER)
     check_vocabulary(tokenizer, language_model.vocab_size)
+    if durable.version(folder) != before:
+        raise ModelError("the folder was replaced while it was read", where=folder, fix="try again")
     parts = json.dumps([config, fingerprint, tokenizer.fingerprint], sort_keys=True)
     return Model(
         folder,
@@ -103,6 +120,20 @@ def holds_only_a_model(folder: Path) -> bool:
     return CONFIG in names and names <= {CONFIG, TOKENIZER, *WEIGHTS.values()}
 
 
+def files(folder: Path) -> list[Path]:
+    """The files that make the model.
+
+    Raises:
+        ModelError: there is no model, or a shard that its index names is absent.
+    """
+    read_config(folder)
+    found = [folder / CONFIG, folder / TOKENIZER, *_weight_files(folder)]
+    absent = [path.name for path in found if not path.is_file()]
+    if absent:
+        raise ModelError(f"lacks {some(absent)}", where=folder)
+    return found
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json.
 
@@ -110,23 +141,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         ModelError: it is absent or is no JSON object.
     """
     path = folder / CONFIG
-    if not path.is_file():
+    if not path.exists():
         raise ModelError(
             "there is no config.json; this is not a model folder",
             where=folder,
             fix="make one with: mlxlora convert --torch-path DIR --mlx-path " + str(folder),
         )
-    config = _json(path)
+    config = read_json(path, _CONFIG_BYTES)
     if not isinstance(config, dict):
         raise ModelError(f"wanted a JSON object, got {type(config).__name__}", where=path)
     return config
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as fault:
-        raise ModelError(f"is no JSON: {fault}", where=path) from fault
 
 
 def model_args(
@@ -157,6 +181,7 @@ def find_architecture(config: Mapping[str, Any], registry: Registry, where: Path
         if (stated in c.spec.model_types if stated is not None else c.spec.detect(config) is not None)
     ]
     if len(found) == 1:
+        _refuse_code(config, found[0], where)
         return found[0]
     known = some(sorted({name for c in components for name in c.spec.model_types}))
     if found:
@@ -170,11 +195,24 @@ def find_architecture(config: Mapping[str, Any], registry: Registry, where: Path
     raise ModelError(f"{what} (there is {known}{failed})", where=where, fix="install a plugin that builds it")
 
 
+def _refuse_code(config: Mapping[str, Any], architecture: Component, where: Path) -> None:
+    """Refuse a config that names code of its own, unless a plugin that was installed builds that model."""
+    asked = [key for key in _CODE_KEYS if config.get(key)]
+    if asked and architecture.plugin.origin == "built-in":
+        raise SafetyError(
+            f"asks for code of its own ({some(asked)}), which is never run",
+            where=where,
+            fix="install a plugin that builds this model, or take the key out if it is a plain "
+            + str(architecture.spec.name),
+        )
+
+
 def read_weights(folder: Path) -> tuple[dict[str, mx.array], str]:
-    """The tensors of a model folder, not yet evaluated, and the fingerprint of their contents.
+    """The tensors of a model folder and the fingerprint of their contents.
 
     Raises:
         ModelError: no weights, a damaged file, or a shard that is absent.
+        SafetyError: the index names a file outside the folder.
     """
     files = _weight_files(folder)
     tensors: dict[str, mx.array] = {}
@@ -242,22 +280,47 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The weight file, or the shards that the index names."""
-    present = [folder / name for name in WEIGHTS.values() if (folder / name).is_file()]
+    present = [path for name in WEIGHTS.values() if (path := folder / name).exists() or path.is_symlink()]
     if len(present) > 1:
         raise ModelError(f"there are both {some(p.name for p in present)}", where=folder, fix="remove one")
     if present:
         return present
     index = folder / INDEX
-    if not index.is_file():
+    if not index.exists():
         raise ModelError(f"there are no weights ({some(WEIGHTS.values())})", where=folder)
     try:
-        names = sorted(set(_json(index)["weight_map"].values()))
+        names = set(read_json(index, _INDEX_BYTES)["weight_map"].values())
     except (KeyError, AttributeError, TypeError) as fault:
         raise ModelError("is no index of shards", where=index) from fault
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ModelError("is no index of shards: it names no files", where=index)
+    shards = [folder / name for name in sorted(names)]
+    outside = [name for name in sorted(names) if not _is_inside(folder, name)]
     if outside:
-        raise ModelError(f"names shards outside its folder: {some(outside)}", where=index)
-    return [folder / name for name in names]
+        raise SafetyError(f"names shards outside its folder: {some(outside)}", where=index)
+    return shards
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether a name is that of a file in ``folder``, wherever links lead to.
+
+    A download cache keeps the files of a model in ``blobs`` beside ``snapshots``
+    and links to them, so that a link to there is none to the outside.
+    """
+    if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or not name.isprintable():
+        return False
+    try:
+        root, target = folder.resolve(), (folder / name).resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return False
+    if root.parent.name == "snapshots":
+        return target.parent in (root, root.parent.parent / "blobs")
+    return target.parent == root
+
+
+def _computed(stored: mx.Dtype) -> mx.Dtype:
+    """The type in which a stored tensor is held in memory."""
+    return compute_dtype(stored) if mx.issubdtype(stored, mx.floating) else stored
 
 
 def _restore_quantized(
@@ -283,10 +346,7 @@ def _fill(module: nn.Module, tensors: Mapping[str, mx.array], folder: Path) -> N
     faults = tensor_file.mismatches(tensors, parameters(module))
     if faults:
         raise ModelError("the weights do not fit config.json: " + "; ".join(faults), where=folder)
-    ready = [
-        (name, t.astype(compute_dtype(t.dtype)) if mx.issubdtype(t.dtype, mx.floating) else t)
-        for name, t in tensors.items()
-    ]
+    ready = [(name, t.astype(_computed(t.dtype))) for name, t in tensors.items()]
     module.update(tree_unflatten(ready))
     module.freeze()
     module.eval()

@@ -6,28 +6,32 @@ A stage whose output carries the fingerprint of its inputs (see
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import tomli_w
 
-from mlxlora_core import __version__, adapter_file, durable, model_folder
+from mlxlora_core import __version__, adapter_file, model_folder
+from mlxlora_core.answers import Expected, find_expected, judged, summarize
+from mlxlora_core.checkpoint import Checkpoints, Saved, identify
 from mlxlora_core.convert import ConvertReport, convert
 from mlxlora_core.data import Examples, build_dataset, read_examples
 from mlxlora_core.evaluate import evaluate
-from mlxlora_core.generate import generate
+from mlxlora_core.generate import generate, whole
 from mlxlora_core.model_folder import Model, Quantization
 from mlxlora_core.options import plain
 from mlxlora_core.plan import STAGES, fingerprints, needed
 from mlxlora_core.recipe import Recipe
 from mlxlora_core.registry import Registry
-from mlxlora_core.run_folder import ADAPTER, DATA, METRICS, MODEL, RunFolder
-from mlxlora_core.train import TrainReport, ValidReport, train
+from mlxlora_core.report import length_counts, write_report
+from mlxlora_core.resources import training_memory
+from mlxlora_core.run_folder import ADAPTER, CHECKPOINTS, DATA, METRICS, MODEL, RunFolder
+from mlxlora_core.train import Report, Training
 
 
 @dataclass(frozen=True)
@@ -53,32 +57,55 @@ class StageDone:
     result: Mapping[str, Any]
 
 
-Event = RunStarted | StageStarted | StageDone | TrainReport | ValidReport
+@dataclass(frozen=True)
+class Note:
+    """Something that the user should know."""
+
+    text: str
 
 
-def run(recipe: Recipe, registry: Registry, notes: Sequence[str] = ()) -> Iterator[Event]:
+Event = RunStarted | StageStarted | StageDone | Note | Report | Saved
+
+
+def run(
+    recipe: Recipe, registry: Registry, notes: Sequence[str] = (), again: str = "mlxlora run"
+) -> Iterator[Event]:
     """Do what a recipe says, stage by stage; what is done already is skipped.
 
     Args:
         recipe: with every value filled in.
         registry: where plugins are looked up.
         notes: what the runtimes said, for the record.
+        again: the command that goes on with this run.
 
     Raises:
         SafetyError: the run folder holds something that no run has made.
         MlxloraError: as the stages raise.
     """
     folder = RunFolder(recipe.folder)
-    folder.begin(_facts(recipe, registry, notes), tomli_w.dumps(recipe.values()))
-    yield RunStarted(tuple(notes))
     marks = fingerprints(recipe)
-    work = _Stages(recipe, registry, folder)
+    folder.begin(_facts(recipe, registry, notes) | {"inputs": marks}, tomli_w.dumps(recipe.values()))
+    yield RunStarted(tuple(notes))
+    try:
+        yield from _do_stages(_Stages(recipe, registry, folder, notes), marks, again)
+    except BaseException:
+        if (folder.path / METRICS).is_file():
+            with suppress(Exception):  # what stopped the run is what there is to tell
+                write_report(folder.path)
+        raise
+    folder.conclude(summarize(folder.result("before"), folder.result("after")))
+    write_report(folder.path)
+
+
+def _do_stages(work: _Stages, marks: Mapping[str, str], again: str) -> Iterator[Event]:
+    folder = work.folder
     for stage in STAGES:
         skipped = folder.holds(stage, marks[stage])
         yield StageStarted(stage, skipped)
         if skipped:
             continue
-        result = (yield from work.train()) if stage == "train" else work.do(stage)
+        folder.start(stage, marks[stage])
+        result = (yield from work.train(again)) if stage == "train" else work.do(stage)
         folder.keep(stage, marks[stage], result)
         yield StageDone(stage, result)
 
@@ -86,8 +113,8 @@ def run(recipe: Recipe, registry: Registry, notes: Sequence[str] = ()) -> Iterat
 class _Stages:
     """The stages, and what has been loaded for them so far."""
 
-    def __init__(self, recipe: Recipe, registry: Registry, folder: RunFolder) -> None:
-        self.recipe, self.registry, self.folder = recipe, registry, folder
+    def __init__(self, recipe: Recipe, registry: Registry, folder: RunFolder, notes: Sequence[str]) -> None:
+        self.recipe, self.registry, self.folder, self.notes = recipe, registry, folder, notes
         self._adapted = False
         self._tokenized: dict[str, Examples] = {}
 
@@ -118,24 +145,32 @@ class _Stages:
         """Build the rows."""
         builder, options = needed(self.recipe.data), self.recipe.data.options
         record = build_dataset(builder, options, self.folder.path / DATA, overwrite=True)
-        return {key: record[key] for key in ("rows", "groups", "versions", "skipped")}
+        told = ("rows", "groups", "repeated_rows", "rows_in_two_splits", "versions", "skipped")
+        return {key: record[key] for key in told}
 
     def before(self) -> dict[str, Any]:
         """Losses and answers of the base."""
         return self._measure()
 
-    def train(self) -> Generator[TrainReport | ValidReport, None, dict[str, Any]]:
-        """Train an adapter; its value as a generator is the result of the stage."""
+    def train(self, again: str) -> Generator[Note | Report | Saved, None, dict[str, Any]]:
+        """Train an adapter, from the newest checkpoint on; its value as a generator is the stage's result."""
         recipe, model = self.recipe, self._model
         adapted = adapter_file.attach(model, needed(recipe.adapter), recipe.adapter.options, recipe.run.seed)
         self._adapted = True
-        metrics = self.folder.path / METRICS
-        durable.write_text(metrics, "")
         rows = self._examples("train")
-        valid = self._examples("valid").examples if self._has("valid") else ()
-        for report in train(model.language_model, rows.examples, valid, recipe.train, recipe.run.seed):
-            durable.append_line(metrics, json.dumps(report_line(report)))
-            yield report
+        splits = {"train": rows.examples}
+        if self._has("valid"):
+            splits["valid"] = self._examples("valid").examples
+        training = Training(
+            model.language_model, rows.examples, splits.get("valid", ()), recipe.train, recipe.run.seed
+        )
+        identity = identify(model, adapted, training, splits, self.registry, self.notes)
+        checkpoints = Checkpoints(self.folder.path / CHECKPOINTS, training, model, adapted, identity)
+        with training_memory(model, rows, recipe.train.batch_size) as said:
+            yield Note(said)
+            for note in checkpoints.continue_or_begin():
+                yield Note(note)
+            yield from checkpoints.train(recipe.checkpoints, self.folder.path / METRICS, again)
         (self.folder.path / ADAPTER).parent.mkdir(exist_ok=True)
         adapter_file.save(self.folder.path / ADAPTER, model, adapted)
         return {
@@ -144,6 +179,12 @@ class _Stages:
             "rows": len(rows),
             "rows_cut": rows.cut,
             "tokens_cut": rows.cut_tokens,
+            "steps": training.progress.step,
+            "steps_skipped": training.progress.skipped,
+            "adapter_step": checkpoints.adapter_step,
+            "rows_empty": rows.empty,
+            "max_seq_length": self._limit,
+            "lengths": length_counts(rows.lengths),
         }
 
     def after(self) -> dict[str, Any]:
@@ -158,6 +199,11 @@ class _Stages:
         """The base, until an adapter is attached to it."""
         return model_folder.load(self.recipe.model.mlx_path or self.folder.path / MODEL, self.registry)
 
+    @property
+    def _limit(self) -> int:
+        """Tokens of a row that are read."""
+        return self._model.sequence_limit(self.recipe.train.max_seq_length)
+
     def _measure(self) -> dict[str, Any]:
         config = self.recipe
         losses = {}
@@ -170,9 +216,11 @@ class _Stages:
                     config.evaluate.test_batches,
                 )
                 losses[split] = {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens}
-        return {"losses": losses, "answers": [self._answer(prompt) for prompt in config.generate.prompts]}
+        prompts = config.generate.prompts
+        wanted = find_expected(self.folder.path / DATA, prompts)
+        return {"losses": losses, "answers": [self._answer(prompt, wanted.get(prompt)) for prompt in prompts]}
 
-    def _answer(self, prompt: str) -> dict[str, str]:
+    def _answer(self, prompt: str, wanted: Expected | None) -> dict[str, Any]:
         sampler = self.recipe.sampler
         segments = generate(
             self._model.language_model,
@@ -182,7 +230,8 @@ class _Stages:
             num_tokens=self.recipe.generate.num_tokens,
             seed=self.recipe.run.seed,
         )
-        return {"prompt": prompt, "text": "".join(segments)}
+        text, ended = whole(segments)
+        return judged(prompt, text, ended, wanted)
 
     def _has(self, split: str) -> bool:
         path = self.folder.path / DATA / f"{split}.jsonl"
@@ -194,7 +243,7 @@ class _Stages:
             self._tokenized[split] = read_examples(
                 self.folder.path / DATA / f"{split}.jsonl",
                 self._model.tokenizer,
-                max_seq_length=self._model.sequence_limit(config.max_seq_length),
+                max_seq_length=self._limit,
                 mask_prompt=config.mask_prompt,
             )
         return self._tokenized[split]
@@ -207,11 +256,6 @@ def convert_result(report: ConvertReport) -> dict[str, Any]:
         "relative_error": report.relative_error,
     }
     return {key: value for key, value in values.items() if not key.startswith("squared_")}
-
-
-def report_line(report: TrainReport | ValidReport) -> dict[str, Any]:
-    """One line of metrics.jsonl."""
-    return {"kind": "train" if isinstance(report, TrainReport) else "valid", **asdict(report)}
 
 
 def _facts(recipe: Recipe, registry: Registry, notes: Sequence[str]) -> dict[str, Any]:

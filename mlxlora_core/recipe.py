@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.errors import PluginError, UsageError, nearest, some
+from mlxlora_core.input_file import read_whole
 from mlxlora_core.options import convert, explain, option, parse, plain
 from mlxlora_core.registry import Component, Registry
-from mlxlora_core.train_config import EvaluateConfig, TrainConfig
+from mlxlora_core.train_config import EvaluateConfig, SaveConfig, TrainConfig
 
 DEFAULT_ADAPTER = "lora"
 DEFAULT_QUANTIZER = "affine"
@@ -35,6 +36,8 @@ DEFAULT_RECIPE = "demo"
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 NONE = "none"
+
+_RECIPE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Recipe:
     data: Choice
     adapter: Choice
     train: TrainConfig
+    checkpoints: SaveConfig
     evaluate: EvaluateConfig
     sampler: Choice
     generate: AskConfig
@@ -124,6 +128,7 @@ _PLAIN = {
     "run": RunConfig,
     "model": ModelConfig,
     "train": TrainConfig,
+    "checkpoints": SaveConfig,
     "evaluate": EvaluateConfig,
     "generate": AskConfig,
 }
@@ -370,19 +375,23 @@ class _Source:
 
 
 def _text(path: Path) -> str:
+    if not path.exists():
+        raise UsageError("there is no such recipe", where=path)
+    data = read_whole(path, _RECIPE_BYTES, UsageError)
     try:
-        return path.read_text("utf-8-sig")
-    except FileNotFoundError as fault:
-        raise UsageError("there is no such recipe", where=path) from fault
-    except (OSError, ValueError) as fault:
-        raise UsageError(f"cannot be read: {fault}", where=path) from fault
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as fault:
+        line = data.count(b"\n", 0, fault.start) + 1
+        raise UsageError("is not UTF-8", where=f"{path}:{line}") from fault
 
 
 def _document(path: Path, text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as fault:
-        raise UsageError(f"is no TOML: {fault}", where=path) from fault
+    except (ValueError, RecursionError) as fault:  # a number with thousands of digits is no TOMLDecodeError
+        what, _, place = str(fault).partition(" (at line ")
+        where = ":".join([str(path), *re.findall("[0-9]+", place)])
+        raise UsageError(f"is no TOML: {what}", where=where) from fault
 
 
 def _is_there(registry: Registry, kind: str, name: str) -> bool:

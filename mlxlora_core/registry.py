@@ -22,13 +22,15 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pluggy
 
 from mlxlora_core import hookspecs, specs
+from mlxlora_core.cores import use_for_products
 from mlxlora_core.errors import PluginError, UsageError, nearest, one_line, some
 from mlxlora_core.options import NoOptions, check_declaration, explain
+from mlxlora_core.signals import Interrupted
 
 GROUP = "mlxlora"
 DISTRIBUTION = "mlxlora"
@@ -45,6 +47,8 @@ KINDS: dict[str, tuple[str, type[specs.Spec]]] = {
     "runtime": ("mlxlora_runtimes", specs.Runtime),
     "recipe": ("mlxlora_recipes", specs.RecipeFile),
 }
+
+T = TypeVar("T")
 
 Status = Literal["active", "disabled", "not selected", "error"]
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -126,6 +130,18 @@ class Component:
     def id(self) -> str:
         """The full id ``plugin:name``; in a registry it stands for this component alone."""
         return f"{self.owner or self.plugin.name}:{self.spec.name}"
+
+    def gave(self, function: str, value: Any, wanted: type[T]) -> T:
+        """``value``, which ``function`` of the spec has returned.
+
+        Raises:
+            PluginError: it is not what the contract says.
+        """
+        if not isinstance(value, wanted):
+            raise PluginError(
+                f"{self.kind} {self.id}: {function} gives {type(value).__name__}, wanted {wanted.__name__}"
+            )
+        return value
 
     def answers_to(self, name: str) -> bool:
         """Whether ``name`` is this component's name or one of its full ids."""
@@ -260,11 +276,13 @@ def start_runtimes(registry: Registry) -> list[specs.RuntimeNote]:
             note = component.spec.start()
             if note is not None and not isinstance(note, specs.RuntimeNote):
                 raise PluginError(f"start gives {type(note).__name__}, wanted RuntimeNote or None")
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Interrupted):
             raise
         except BaseException as fault:
             note = specs.RuntimeNote(f"runtime {component.id} failed: {_reason(fault)}", warning=True)
         if note is not None:
+            if note.set_threads is not None:
+                use_for_products(note.set_threads)
             notes.append(replace(note, text=one_line(note.text)))
     return notes
 
@@ -400,7 +418,7 @@ def _load_one(plugin: Plugin, get: Callable[[], Any]) -> tuple[Plugin, list[Comp
     try:
         with redirect_stdout(sys.stderr):
             collected = list(_collect(get()))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         raise
     except BaseException as fault:
         return replace(plugin, status="error", reason=_reason(fault), fault=fault), []

@@ -14,7 +14,9 @@ from mlxlora_core.errors import DataError, SafetyError
 RECORD = "run.json"
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
+REPORT = "report.html"
 ADAPTER = "adapter/adapter.safetensors"
+CHECKPOINTS = "checkpoints"
 MODEL = "model"
 DATA = "data"
 
@@ -46,15 +48,17 @@ class RunFolder:
         Raises:
             SafetyError: the folder holds something that is no run.
         """
+        durable.clear_leftovers(self.path, RECORD)
         if self.path.exists() and not self.record and (not self.path.is_dir() or any(self.path.iterdir())):
             raise SafetyError(
                 "holds something that is no run and was left alone",
                 where=self.path,
                 fix="name another folder with --set run.folder=DIR",
             )
-        self.record = {**facts, "stages": self.record.get("stages", {})}
+        kept = {key: self.record.get(key, {}) for key in ("started", "stages")}
+        self.record = {**facts, **kept}
+        self._save()  # first, so that a folder that a killed run began is known again
         durable.write_text(self.path / RECIPE, recipe_text)
-        self._save()
 
     def holds(self, stage: str, fingerprint: str) -> bool:
         """Whether a stage was done for these inputs and its files are as it left them."""
@@ -62,6 +66,11 @@ class RunFolder:
         if not done or done["inputs"] != fingerprint:
             return False
         return all(file_stat(self.path / name) == stat for name, stat in done["files"].items())
+
+    def start(self, stage: str, fingerprint: str) -> None:
+        """Record that a stage begins to write its files."""
+        self.record["started"][stage] = fingerprint
+        self._save()
 
     def keep(self, stage: str, fingerprint: str, result: Mapping[str, Any]) -> None:
         """Record that a stage is done, and what it has found."""
@@ -76,6 +85,11 @@ class RunFolder:
     def result(self, stage: str) -> dict[str, Any]:
         """What a stage that is done has found."""
         return dict(self.record["stages"][stage]["result"])
+
+    def conclude(self, summary: Mapping[str, Any]) -> None:
+        """Record what the run as a whole has come to."""
+        self.record["summary"] = dict(summary)
+        self._save()
 
     def _outputs(self, stage: str) -> list[str]:
         if stage == "train":

@@ -325,10 +325,13 @@ class RuntimeNote:
     Attributes:
         text: what is in force, or what went wrong.
         warning: whether the user should be told unasked.
+        set_threads: sets how many threads each matrix product takes from now
+            on, where the runtime can; mlxlora calls it between computations.
     """
 
     text: str
     warning: bool = False
+    set_threads: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

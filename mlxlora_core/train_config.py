@@ -25,9 +25,9 @@ class TrainConfig(BatchConfig):
 
     iters: int = option(1000, help="optimizer updates", unit="steps", minimum=1)
     grad_accumulation: int = option(1, help="batches a step", minimum=1)
-    optimizer: str = option("adam", help="the optimizer", choices=("adam", "adamw"))
+    optimizer: str = option("adam", help="the optimizer", choices=("adam", "adamw", "muon"))
     learning_rate: float = option(1e-5, help="peak learning rate", above=0)
-    weight_decay: float = option(0.01, help="decoupled weight decay, of adamw only", minimum=0)
+    weight_decay: float = option(0.01, help="decoupled weight decay, of adamw and muon", minimum=0)
     schedule: str = option("constant", help="learning rate after the warm-up", choices=("constant", "cosine"))
     warmup: int = option(0, help="steps over which the learning rate rises from 0", unit="steps", minimum=0)
     min_learning_rate: float = option(0.0, help="where the cosine schedule ends", minimum=0)
@@ -35,6 +35,12 @@ class TrainConfig(BatchConfig):
     val_batches: int = option(25, help="batches a validation; -1 is all", minimum=-1)
     steps_per_report: int = option(10, help="steps between training reports", unit="steps", minimum=1)
     steps_per_eval: int = option(200, help="steps between validations", unit="steps", minimum=1)
+    patience: int | None = option(
+        None, help="stop after so many validations without a better one, and keep the best", minimum=1
+    )
+    on_nonfinite: str = option(
+        "stop", help="what to do when a loss or gradient is not finite", choices=("stop", "skip")
+    )
 
     def __post_init__(self) -> None:
         if self.val_batches == 0:
@@ -51,6 +57,15 @@ class TrainConfig(BatchConfig):
     def rows_a_step(self) -> int:
         """Rows that one update is made from."""
         return self.batch_size * self.grad_accumulation
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    """When a training is saved, and how many of its checkpoints stay."""
+
+    save_every: int = option(100, help="steps between checkpoints", unit="steps", minimum=1)
+    save_minutes: float = option(10.0, help="longest time between checkpoints", unit="minutes", above=0)
+    keep: int = option(2, help="newest checkpoints to keep, beside the best", minimum=1)
 
 
 @dataclass(frozen=True)

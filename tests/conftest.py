@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import site
 import subprocess
 import sys
@@ -20,6 +21,12 @@ _SUBJECTS = ("a layer", "the adapter", "this module", "an optimizer", "the token
 _VERBS = ("scales", "returns", "computes", "keeps", "applies", "reads")
 _OBJECTS = ("the weights", "a gradient", "an array of floats", "its inputs", "the last token", "a mask")
 _ENDS = ("in float32", "element by element", "along the last axis", "once a step", "without a copy")
+
+
+# Started under nohup or as a shell's background job, all that the tests start would pass these over.
+for _ignored in (signal.SIGHUP, signal.SIGTERM):
+    signal.signal(_ignored, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def sentences(count: int = 400, seed: int = 0) -> list[str]:

@@ -1,65 +1,15 @@
-"""The command line: one module a verb, imported when the verb is called."""
+"""The command line: where a process begins and ends.
+
+Signals are seen to before anything else is imported, so that Ctrl-C in the
+first moments is no traceback either.
+"""
 
 from __future__ import annotations
 
-import importlib
-import os
 import signal
 import sys
-from typing import Any
 
-import click
-
-from mlxlora_core import __version__
-from mlxlora_core.errors import ExitCode, MlxloraError, one_line
-
-#: verb -> what ``mlxlora --help`` says of it, so that help imports no verb
-VERBS = {
-    "run": "Do a whole recipe: convert, build data, train, evaluate and answer.",
-    "convert": "Turn a foreign checkpoint into a model folder.",
-    "data": "Build a dataset folder with a dataset builder.",
-    "train": "Train an adapter on a dataset folder.",
-    "evaluate": "Measure loss and perplexity on the test set.",
-    "generate": "Continue a prompt.",
-    "fuse": "Write a model folder with an adapter's change in its weights.",
-    "plugins": "List plugins, and why those that are not active are not.",
-    "components": "List what the plugins give, by kind.",
-    "options": "Explain the options of one component.",
-}
-
-DEBUG = "MLXLORA_DEBUG"
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-
-
-class Verbs(click.Group):
-    """A group that knows its commands by name and imports the one that is called."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """All verbs, in the order in which a newcomer meets them."""
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """The command of a verb."""
-        if name not in VERBS:
-            return None
-        module = importlib.import_module(f"mlxlora_core.cli.{name}")
-        command: click.Command = module.command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the verbs without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
-
-
-@click.group(cls=Verbs, context_settings=CONTEXT)
-@click.version_option(__version__, prog_name="mlxlora", message="%(prog)s %(version)s")
-def group() -> None:
-    """Fine-tune Llama- and Mistral-style models with LoRA and QLoRA on MLX.
-
-    Every part is a plugin. Without a recipe, `mlxlora run` shows the whole of
-    it on a small model that comes along.
-    """
+from mlxlora_core import signals
 
 
 def main() -> None:
@@ -67,42 +17,23 @@ def main() -> None:
     if hasattr(signal, "SIGPIPE"):
         # A reader that goes away ends us as it ends any program, without a word.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    sys.exit(execute(sys.argv[1:]))
+    signals.install()
+    code = execute(sys.argv[1:])
+    signals.uninstall()
+    sys.exit(code)
 
 
 def execute(arguments: list[str]) -> int:
     """The exit code of a command line; every failure is one line on stderr."""
-    debug = "--debug" in arguments or os.environ.get(DEBUG, "") not in ("", "0")
     try:
-        result: Any = group.main(arguments, prog_name="mlxlora", standalone_mode=False)
-        sys.stdout.flush()
-        return result if isinstance(result, int) else ExitCode.OK
-    except (KeyboardInterrupt, click.Abort):
-        return _say("interrupted", 128 + 2)
-    except BaseException as fault:
-        if debug and not isinstance(fault, SystemExit):
-            raise
-        return _tell(fault)
+        from mlxlora_core.cli import verbs
 
+        return verbs.execute(arguments)
+    except (signals.Interrupted, KeyboardInterrupt) as fault:
+        from mlxlora_core.errors import one_line
 
-def _tell(fault: BaseException) -> int:
-    """Say what went wrong in one line; the exit code that goes with it."""
-    if isinstance(fault, click.exceptions.NoArgsIsHelpError):
-        fault.show()
-        return ExitCode.USAGE
-    if isinstance(fault, click.UsageError):
-        command = fault.ctx.command_path if fault.ctx else "mlxlora"
-        return _say(f"{fault.format_message().rstrip('.')}. See: {command} --help", ExitCode.USAGE)
-    if isinstance(fault, MlxloraError):
-        return _say(str(fault), fault.exit_code)
-    if isinstance(fault, MemoryError):
-        return _say("there is not enough memory", ExitCode.RESOURCE)
-    if isinstance(fault, SystemExit):
-        return fault.code if isinstance(fault.code, int) else ExitCode.DEFECT
-    what = f"{type(fault).__name__}: {fault}"
-    return _say(f"a defect of mlxlora: {what}. Fix: report it with what --debug prints", ExitCode.DEFECT)
-
-
-def _say(message: str, code: int) -> int:
-    click.echo(f"mlxlora: {one_line(message)}", err=True)
-    return code
+        sys.stderr.write(f"mlxlora: {one_line(fault) or 'interrupted'}\n")
+        return fault.exit_code if isinstance(fault, signals.Interrupted) else 128 + signal.SIGINT
+    except OSError as fault:  # so little is left of the machine that nothing more can be imported
+        sys.stderr.write(f"mlxlora: {fault}\n")
+        return 6

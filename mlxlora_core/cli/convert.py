@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mlxlora_core.cli import show
-from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError, some
 from mlxlora_core.recipe import DEFAULT_QUANTIZER, check_sections, choose, overrides
 from mlxlora_core.registry import Registry
@@ -74,6 +74,7 @@ def command(
         raise UsageError(f"{some(values)} given without -q", fix="add -q")
     chosen = choose("quantizer", quantizer, values, registry) if quantize else None
     read = choose("loader", loader, given.get("loader", {}), registry) if loader else None
+    hold(mlx_path)
     start(registry)
     from mlxlora_core.convert import convert
     from mlxlora_core.model_folder import Quantization
@@ -91,6 +92,7 @@ def command(
         quantization=Quantization(chosen.component, chosen.options) if chosen and chosen.component else None,
         overwrite=overwrite,
         track=show.converting,
+        tell=show.progress,
     )
     result = convert_result(report)
     if as_json:

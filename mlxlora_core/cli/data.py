@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlxlora_core.cli import show
-from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
 from mlxlora_core.recipe import choose, overrides
@@ -50,6 +50,7 @@ def command(
         values["packages"] = packages
     chosen = choose("builder", builder, values, registry)
     assert chosen.component is not None
+    hold(out)
     start(registry)
     from mlxlora_core.data import build_dataset
 

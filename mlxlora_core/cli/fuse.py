@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mlxlora_core.cli import show
-from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.recipe import check_sections, overrides
 from mlxlora_core.registry import Registry
 
@@ -45,10 +45,12 @@ def command(
     """
     given = overrides(sets)
     check_sections(given, ("adapter",))
+    hold(save_path)
     start(registry)
     from mlxlora_core.fuse import fuse
 
-    report = fuse(model, adapter_file, save_path, registry, (adapter, given.get("adapter", {})), overwrite)
+    wanted = (adapter, given.get("adapter", {}))
+    report = fuse(model, adapter_file, save_path, registry, wanted, overwrite, show.progress)
     if as_json:
         show.as_json(asdict(report))
         return
@@ -57,5 +59,7 @@ def command(
         f"ones (largest difference {report.largest_difference:.2e}, same most likely token at "
         f"{report.same_argmax:.1%} of positions); the base is {report.base_distance:.2e} from them"
     )
-    if report.distance > ROUNDED_AWAY * report.base_distance:
+    if report.base_distance == 0:
+        show.progress("warning: the adapter changes nothing; the logits are those of the base")
+    elif report.distance > ROUNDED_AWAY * report.base_distance:
         show.progress("warning: quantizing again rounded much of the adapter's change away; use more bits")

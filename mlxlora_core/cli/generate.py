@@ -21,6 +21,8 @@ from mlxlora_core.train_config import GenerateConfig
 if TYPE_CHECKING:
     from mlxlora_core.model_folder import Model
 
+PROMPT_BYTES = 16 << 20
+
 
 @verb(
     click.option("--model", type=Path, default=Path("mlx_model"), show_default=True, help="Model folder."),
@@ -67,8 +69,11 @@ def command(
 
 
 def _stdin() -> str:
+    content = sys.stdin.buffer.read(PROMPT_BYTES + 1)
+    if len(content) > PROMPT_BYTES:
+        raise UsageError(f"stdin holds more than {PROMPT_BYTES >> 20} MiB", fix="shorten the prompt")
     try:
-        return sys.stdin.buffer.read().decode()
+        return content.decode()
     except UnicodeDecodeError as fault:
         raise UsageError(f"stdin is not UTF-8: {fault}") from fault
 

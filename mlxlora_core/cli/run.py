@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxlora_core.checkpoint import SettingsChanged
 from mlxlora_core.cli import show
 from mlxlora_core.cli.convert import describe
-from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
+from mlxlora_core.cli.train import again
 from mlxlora_core.errors import UsageError, nearest, one_line, some
 from mlxlora_core.recipe import DEFAULT_RECIPE, Recipe, read
 from mlxlora_core.registry import Registry
@@ -37,18 +41,19 @@ def command(
     mlxlora components recipe); without one, the demo. Whatever is done already
     for the same inputs is skipped.
     """
-    resolved = read(_find(recipe or DEFAULT_RECIPE, registry), sets, registry)
+    resolved = read(find_recipe(recipe or DEFAULT_RECIPE, registry), sets, registry)
     if dry_run:
         _dry_run(resolved, as_json)
         return
+    hold(resolved.folder)
     notes = start(registry)
     from mlxlora_core import pipeline
-    from mlxlora_core.run_folder import RunFolder
+    from mlxlora_core.run_folder import REPORT, RunFolder
 
     started = time.perf_counter()
     with ExitStack() as bar:
         display: Any = None
-        for event in pipeline.run(resolved, registry, notes):
+        for event in _events(pipeline.run(resolved, registry, notes, again(resume=False))):
             if event == pipeline.StageStarted("train", skipped=False):
                 display = bar.enter_context(show.training(resolved.train.iters))
             elif isinstance(event, pipeline.StageDone):
@@ -59,10 +64,19 @@ def command(
         show.as_json(record)
     else:
         _summary(resolved, record)
-        click.echo(f"{resolved.folder} holds the run; {time.perf_counter() - started:.1f} s")
+        click.echo(f"{resolved.folder / REPORT} shows the run; {time.perf_counter() - started:.1f} s")
 
 
-def _find(name: str, registry: Registry) -> Path:
+def _events(events: Iterator[Event]) -> Iterator[Event]:
+    """The events of a run, with a table before the error that a change of settings is."""
+    try:
+        yield from events
+    except SettingsChanged as fault:
+        show.changes(fault.rows)
+        raise
+
+
+def find_recipe(name: str, registry: Registry) -> Path:
     """The recipe file that a path or a name stands for."""
     path = Path(name)
     if path.suffix == ".toml" or len(path.parts) > 1:
@@ -101,11 +115,13 @@ def _value(values: dict[str, Any], name: str) -> str:
 
 def _show(event: Event, display: Any) -> None:
     """One event of a run on stderr."""
-    from mlxlora_core.pipeline import RunStarted, StageDone, StageStarted
+    from mlxlora_core.pipeline import Note, RunStarted, StageDone, StageStarted
 
     if isinstance(event, RunStarted):
         for note in event.notes:
             show.progress(note)
+    elif isinstance(event, Note):
+        show.progress(f"[train] {event.text}")
     elif isinstance(event, StageStarted):
         show.progress(f"[{event.stage}] {'done already' if event.skipped else '…'}")
     elif isinstance(event, StageDone):
@@ -129,21 +145,52 @@ def _stage_lines(stage: str, result: dict[str, Any]) -> list[str]:
 
 
 def _summary(recipe: Recipe, record: dict[str, Any]) -> None:
-    """What a run is done for: losses and answers, before and after."""
+    """What a run is done for: losses and answers, before and after; memory told apart from the rest."""
     before, after = (record["stages"][stage]["result"] for stage in ("before", "after"))
-    for split, loss in after["losses"].items():
-        was = before["losses"][split]["loss"]
+    summary = record["summary"]
+    for split, loss in summary["losses"].items():
         click.echo(
-            f"held-out loss ({split}, {loss['tokens']} tokens): {was:.4f} -> {loss['loss']:.4f} nats a token "
-            f"({loss['loss'] / was - 1:+.1%})"
+            f"held-out loss ({split}, {after['losses'][split]['tokens']} tokens): {loss['before']:.4f} -> "
+            f"{loss['after']:.4f} nats a token ({loss['change']:+.1%})"
         )
-    for old, new in zip(before["answers"], after["answers"], strict=True):
+    for test, meaning in (
+        ("memory", "about training rows (memory)"),
+        ("held_out", "about held-out rows (generalises)"),
+    ):
+        asked = summary["questions"][test]
+        if asked["questions"]:
+            sentence, exact, count = asked["first_sentence"], asked["exact"], asked["questions"]
+            click.echo(
+                f"{count} question{'s'[: count - 1]} {meaning}: first sentence exact {sentence['before']} -> "
+                f"{sentence['after']}, whole answer exact {exact['before']} -> {exact['after']}"
+            )
+    if not after["answers"]:
+        return
+    pairs = list(zip(before["answers"], after["answers"], strict=True))
+    if any(new["expected"] is not None for _, new in pairs):
         click.echo()
-        click.echo(one_line(old["prompt"]))
-        click.echo(f"  before:{_indented(old['text'])}")
-        click.echo(f"  after: {_indented(new['text'])}")
-    if after["answers"]:
-        click.echo()
+        show.table(
+            ("question", "row", "before", "after"),
+            [(_short(new["prompt"]), new["split"] or "none", _mark(old), _mark(new)) for old, new in pairs],
+        )
+        click.echo("\u2713 first sentence exact, \u2713\u2713 whole answer exact")
+    old, new = pairs[0]
+    click.echo()
+    click.echo(one_line(old["prompt"]))
+    click.echo(f"  before:{_indented(old['text'])}")
+    click.echo(f"  after: {_indented(new['text'])}")
+    click.echo()
+
+
+def _short(prompt: str) -> str:
+    """A question on one line of at most 60 characters."""
+    return textwrap.shorten(prompt, 60, placeholder="\u2026")
+
+
+def _mark(answer: dict[str, Any]) -> str:
+    if answer["expected"] is None:
+        return "-"
+    return "\u2713\u2713" if answer["exact"] else "\u2713" if answer["first_sentence"] else "\u2717"
 
 
 def _indented(text: str) -> str:

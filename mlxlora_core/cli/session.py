@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
+from mlxlora_core import lock
 from mlxlora_core.errors import MlxloraError, PluginError, UsageError, one_line
 from mlxlora_core.registry import Plugin, Registry, load, start_runtimes
+from mlxlora_core.resources import exhausted
 
 PLUGIN_OPTION = click.option(
     "-P",
@@ -46,11 +50,11 @@ def verb(*decorators: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], cl
             except MlxloraError:
                 raise
             except Exception as fault:
-                raise _blamed(registry, fault) from fault
+                raise exhausted(fault) or _blamed(registry, fault) from fault
 
         for decorator in (DEBUG_OPTION, PLUGIN_OPTION, *reversed(decorators)):
             call = decorator(call)
-        from mlxlora_core.cli import CONTEXT
+        from mlxlora_core.cli.verbs import CONTEXT
 
         return click.command(function.__module__.rpartition(".")[2], context_settings=CONTEXT)(call)
 
@@ -83,7 +87,16 @@ def _files(plugin: Plugin) -> set[str]:
     """The source files of a plugin that are imported."""
     top = plugin.value.partition(":")[0].partition(".")[0]
     modules = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == top]
-    return {plugin.value, *(str(getattr(module, "__file__", None)) for module in modules)}
+    return {os.path.abspath(plugin.value), *(str(getattr(module, "__file__", None)) for module in modules)}
+
+
+def hold(target: Path) -> None:
+    """Keep every other run from ``target`` until this verb ends.
+
+    Raises:
+        LockedError: another one has it.
+    """
+    click.get_current_context().with_resource(lock.held(target))
 
 
 def start(registry: Registry) -> list[str]:
@@ -93,13 +106,13 @@ def start(registry: Registry) -> list[str]:
         UsageError: MLX has no backend here.
     """
     try:
-        from mlxlora_core.layers import keep_buffers
+        from mlxlora_core.layers import prepare_cpu
     except ImportError as fault:
         raise UsageError(
             f"MLX cannot be used: {fault}",
             fix="pip install 'mlxlora[cpu]', or 'mlxlora[cuda13]' for an NVIDIA GPU",
         ) from fault
-    keep_buffers()
+    prepare_cpu()
     notes = start_runtimes(registry)
     for note in notes:
         if note.warning:

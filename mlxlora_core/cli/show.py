@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,7 +12,8 @@ import click
 from mlxlora_core.errors import one_line
 
 if TYPE_CHECKING:
-    from mlxlora_core.train import TrainReport, ValidReport
+    from mlxlora_core.checkpoint import Saved
+    from mlxlora_core.train import Report
 
 
 def as_json(value: Any) -> None:
@@ -20,9 +21,18 @@ def as_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def changes(rows: Iterable[tuple[str, str, str]]) -> None:
+    """Print a table of settings that differ on stderr."""
+    cells = [("setting", "begun with", "now"), *((one_line(a), one_line(b), one_line(c)) for a, b, c in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(3)]
+    for row in cells:
+        progress("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
 def progress(line: str) -> None:
-    """Print one line of progress on stderr."""
-    click.echo(line, err=True)
+    """Print one line of progress on stderr; where nobody reads it any more, the work goes on."""
+    with suppress(BrokenPipeError):
+        click.echo(line, err=True)
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -33,16 +43,25 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def report(line: TrainReport | ValidReport, steps: int) -> str:
+def report(line: Report | Saved, steps: int) -> str:
     """One report of training as a line."""
     values: Any = line
     place = f"step {values.step:>{len(str(steps))}}/{steps}"
-    if hasattr(values, "grad_norm"):
+    kind = type(line).__name__
+    if kind == "TrainReport":
+        clipped = f"  {values.clipped} clipped" if values.clipped else ""
+        skipped = f"  {values.skipped} skipped, not finite" if values.skipped else ""
         return (
             f"{place}  loss {values.loss:.4f}  lr {values.learning_rate:.2e}  "
             f"{values.steps_per_second:.2f} steps/s  {values.tokens_per_second:.0f} tokens/s  "
-            f"peak {values.peak_memory_bytes / 1e9:.2f} GB"
+            f"peak {values.peak_memory_bytes / 1e9:.2f} GB{clipped}{skipped}"
         )
+    if kind == "SpikeReport":
+        return (
+            f"{place}  warning: loss {values.loss:.4f}, the median of the steps before is {values.median:.4f}"
+        )
+    if kind == "Saved":
+        return f"{place}  saved in {values.seconds:.2f} s"
     return f"{place}  valid loss {values.loss:.4f}  ({values.tokens} tokens in {values.seconds:.1f} s)"
 
 
@@ -57,18 +76,23 @@ def converting(names: Collection[str]) -> Iterable[str]:
 
 
 @contextmanager
-def training(steps: int) -> Iterator[Callable[[TrainReport | ValidReport], None]]:
+def training(steps: int) -> Iterator[Callable[[Report | Saved], None]]:
     """A function that shows each report it is given, over a bar where stderr is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:  # rich's own ends the process, and stdout with it
+            self.quiet = True
+
+    console = Screen(stderr=True, highlight=False, soft_wrap=True)
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("training", total=steps)
 
-        def show(line: TrainReport | ValidReport) -> None:
-            console.print(report(line, steps), markup=False)
+        def show(line: Report | Saved) -> None:
+            with suppress(BrokenPipeError):
+                console.print(report(line, steps), markup=False)
             bar.update(task, completed=line.step)
 
         yield show

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxlora_core import checkpoint, resources
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.evaluate import measure
 from mlxlora_core.cli.generate import speak
-from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
-from mlxlora_core.errors import DataError
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
+from mlxlora_core.errors import DataError, UsageError
 from mlxlora_core.recipe import DEFAULT_ADAPTER, DEFAULT_SAMPLER, Choice, check_sections, choose, overrides
 from mlxlora_core.registry import Registry
-from mlxlora_core.train_config import EvaluateConfig, GenerateConfig, TrainConfig
+from mlxlora_core.train_config import EvaluateConfig, GenerateConfig, SaveConfig, TrainConfig
 
 if TYPE_CHECKING:
     from mlxlora_core.data import Examples
@@ -47,6 +49,9 @@ LONG_ROW_TOKENS = 2048
     ),
     click.option("--resume-adapter-file", type=Path, help="Start from these adapter weights."),
     declare.flags(TrainConfig),
+    declare.flags(SaveConfig),
+    click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of this training."),
+    click.option("--overwrite", is_flag=True, help="Begin anew where a training has not ended."),
     click.option(
         "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed."
     ),
@@ -72,6 +77,8 @@ def command(
     resume_adapter_file: Path | None,
     seed: int,
     metrics_file: Path | None,
+    resume: bool,
+    overwrite: bool,
     test: bool,
     prompt: str | None,
     sampler: str,
@@ -83,8 +90,14 @@ def command(
     """Train an adapter on a dataset folder.
 
     The base stays as it is; only the adapter's own parameters train. A
-    quantized model folder makes it QLoRA.
+    quantized model folder makes it QLoRA. Checkpoints go into a folder beside
+    the adapter file, NAME.checkpoints; --resume goes on from the newest.
     """
+    if resume and overwrite:
+        raise UsageError("--resume goes on and --overwrite begins anew; give one of them")
+    kept = adapter_file.with_name(f"{adapter_file.stem}.checkpoints")
+    if resume:
+        checkpoint.check_plugins(checkpoint.find(kept), registry)
     config = declare.take(TrainConfig, arguments)
     given = overrides(sets)
     check_sections(given, ("adapter", "sampler"))
@@ -93,9 +106,13 @@ def command(
     speaking = _sampler(registry, sampler, temp, given.get("sampler", {})) if prompt is not None else None
     measuring = declare.take(EvaluateConfig, arguments)
     writing = declare.take(GenerateConfig, arguments)
-    start(registry)
+    saving = declare.take(SaveConfig, arguments)
+    hold(adapter_file)
+    found = checkpoint.find_to_resume(kept) if resume else checkpoint.find_to_begin(kept, overwrite=overwrite)
+    notes = start(registry)
     from mlxlora_core import adapter_file as files
     from mlxlora_core import durable, model_folder, tensor_file
+    from mlxlora_core.train import Training
 
     tensor_file.check_ending(adapter_file)
     durable.check_file(adapter_file)
@@ -108,10 +125,25 @@ def command(
         assert chosen.component is not None
         adapted = files.attach(base, chosen.component, chosen.options, seed)
     show.progress(show.adapter_size(files.count(base), len(adapted.paths)))
-    last = _train(base, train_set, valid_set, config, seed, metrics_file)
+    training = Training(base.language_model, train_set.examples, valid_set.examples, config, seed)
+    splits = {"train": train_set.examples, "valid": valid_set.examples}
+    identity = checkpoint.identify(base, adapted, training, splits, registry, notes)
+    checkpoints = checkpoint.Checkpoints(kept, training, base, adapted, identity)
+    with resources.training_memory(base, train_set, config.batch_size) as said:
+        show.progress(said)
+        try:
+            told = checkpoints.resume(found) if resume else checkpoints.begin(found)
+        except checkpoint.SettingsChanged as fault:
+            show.changes(fault.rows)
+            raise
+        for note in told:
+            show.progress(note)
+        last = _train(checkpoints, saving, metrics_file)
     files.save(adapter_file, base, adapted)
-    result: dict[str, Any] = {"adapter_file": str(adapter_file), **files.count(base), **last}
-    show.progress(f"{adapter_file} written")
+    done = {"steps": training.progress.step, "adapter_step": checkpoints.adapter_step}
+    result: dict[str, Any] = {"adapter_file": str(adapter_file), **files.count(base), **done, **last}
+    of_best = f", of step {checkpoints.adapter_step}, the best" if config.patience is not None else ""
+    show.progress(f"{adapter_file} written{of_best}")
     if test:
         result["test"] = measure(base, data, config, measuring, as_json)
     if speaking is not None and prompt is not None:
@@ -150,26 +182,22 @@ def _read(base: Model, path: Path, config: TrainConfig, split: str) -> Examples:
 
 
 def _train(
-    base: Model,
-    train_set: Examples,
-    valid_set: Examples,
-    config: TrainConfig,
-    seed: int,
-    metrics_file: Path | None,
+    checkpoints: checkpoint.Checkpoints, saving: SaveConfig, metrics_file: Path | None
 ) -> dict[str, Any]:
-    """Train to the end, showing and keeping every report; the last losses."""
-    from mlxlora_core.durable import append_line, write_text
-    from mlxlora_core.pipeline import report_line
-    from mlxlora_core.train import train
+    """Train to the end, showing every report; the last losses."""
+    from mlxlora_core.train import TrainReport, ValidReport
 
-    if metrics_file is not None:
-        write_text(metrics_file, "")
     last: dict[str, Any] = {}
-    with show.training(config.iters) as display:
-        for report in train(base.language_model, train_set.examples, valid_set.examples, config, seed):
-            line = report_line(report)
-            last[f"{line['kind']}_loss"] = report.loss
-            if metrics_file is not None:
-                append_line(metrics_file, json.dumps(line))
-            display(report)
+    with show.training(checkpoints.training.config.iters) as display:
+        for event in checkpoints.train(saving, metrics_file, again(resume=True)):
+            if isinstance(event, TrainReport | ValidReport):
+                line = checkpoint.report_line(event)
+                last[f"{line['kind']}_loss"] = line["loss"]
+            display(event)
     return last
+
+
+def again(*, resume: bool) -> str:
+    """The command line that was given, ready to be given again to go on."""
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
+    return shlex.join(["mlxlora", *arguments, *(["--resume"] if resume else [])])

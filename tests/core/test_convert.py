@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from mlxlora_core import convert as convert_module
 from mlxlora_core import model_folder as folders
 from mlxlora_core import tensor_file
 from mlxlora_core.convert import ConvertReport, convert
@@ -326,8 +325,8 @@ def test_a_disk_that_is_too_small_is_told_before_any_work(
     tiny_checkpoint: Path, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda _: usage._replace(free=60_000))
-    with pytest.raises(ResourceError, match=r"the model needs 0\.00 GB, 0.00 GB are free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=60_000))
+    with pytest.raises(ResourceError, match=r"model: 0\.16 MB of disk are needed, 0\.06 MB are free"):
         convert(tiny_checkpoint, tmp_path / "model", registry, dtype="float32")
     clean(tmp_path)
     # What a quantizer will make of the linears is not known before; it may well fit.

@@ -257,6 +257,7 @@ def test_long_rows_are_cut_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> 
     length = len(tokenizer.encode(long, eos=True))
     examples = read(tmp_path, tokenizer, {"text": long}, {"text": "x"}, max_seq_length=10)
     assert (examples.cut, examples.cut_tokens, examples.empty) == (1, length - 10, 0)
+    assert length in examples.lengths and len(examples.lengths) == len(examples)
     assert examples.examples[0].tokens.tolist() == tokenizer.encode(long)[:10]
     assert examples.tokens == 10 + len(examples.examples[1].tokens)
     exact = read(tmp_path, tokenizer, {"text": long}, max_seq_length=length)

@@ -252,3 +252,45 @@ durable.write_file(Path(sys.argv[1]), lambda file: os.kill(os.getpid(), signal.S
     living.write_text("still at work")
     durable.write_text(path, "new")
     assert names(tmp_path) == sorted([path.name, living.name])
+
+
+def test_the_mode_of_an_older_file_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    path.chmod(0o640)
+    durable.write_text(path, "new")
+    assert path.stat().st_mode & 0o777 == 0o640 and path.read_text() == "new"
+
+
+def test_a_temporary_name_that_is_taken_is_not_written_through(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "file", tmp_path / "elsewhere"
+    elsewhere.write_text("precious")
+    (tmp_path / f".file.{os.getpid()}.tmp").symlink_to(elsewhere)
+    durable.write_text(path, "new")
+    assert elsewhere.read_text() == "precious" and path.read_text() == "new"
+
+
+def test_a_folder_goes_at_once_and_one_can_be_put_aside(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    durable.remove_folder(tmp_path / "one")
+    assert names(tmp_path) == ["two"]
+    durable.put_aside(tmp_path / "two", "damaged")
+    (tmp_path / "two").mkdir()
+    durable.put_aside(tmp_path / "two", "damaged")
+    durable.put_aside(tmp_path / "two", "damaged")
+    assert names(tmp_path) == ["damaged-two-1", "damaged-two-2"]
+    assert (tmp_path / "damaged-two-1" / "file").read_text() == "two"
+
+
+def test_what_dead_processes_left_is_cleared_by_name(tmp_path: Path) -> None:
+    dead, alive = 2**22 + 1, os.getppid()
+    mine = [f".step-1.{dead}.tmp", f".step-2.{dead}.gone"]
+    kept = [f".step-1.{alive}.tmp", f".other-1.{dead}.tmp", f".step-1.{dead}.txt", ".step-1.x.tmp"]
+    for name in (*mine, *kept):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".step-3.{dead}.old").mkdir()
+    assert durable.clear_leftovers(tmp_path, "step-*") == 3
+    assert names(tmp_path) == sorted([*kept, "step-3"])
+    assert durable.clear_leftovers(tmp_path / "nowhere", "*") == 0

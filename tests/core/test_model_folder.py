@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlxlora_core import model_folder as folders
 from mlxlora_core import tensor_file
-from mlxlora_core.errors import ModelError, PluginError
+from mlxlora_core.errors import ModelError, PluginError, SafetyError
 from mlxlora_core.registry import Registry
 
 MakeModel = Callable[..., Path]
@@ -174,7 +174,7 @@ def test_a_shard_that_is_absent_elsewhere_or_holds_the_same_is_refused(
     good = index.read_text()
     for odd in ("../x.safetensors", "/etc/passwd", "a/b.safetensors"):
         index.write_text(good.replace("model-2.safetensors", odd))
-        assert "shards outside its folder" in refused(folder, registry)
+        assert "shards outside its folder" in refused(folder, registry, SafetyError)
     for broken in ("{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": 1, "b": "x"}}', "[" * 100_000):
         index.write_text(broken)
         assert str(index) in refused(folder, registry)
@@ -197,7 +197,7 @@ def test_a_folder_without_a_part_is_refused(copy: MakeModel, registry: Registry,
     shutil.copy(folder / "model.safetensors", folder / "weights.npz")
     assert "there are both model.safetensors, weights.npz" in refused(folder, registry)
     (folder / "model.safetensors").unlink()
-    assert "is damaged or no .npz file" in refused(folder, registry)
+    assert "weights.npz: is truncated or damaged" in refused(folder, registry)
     (folder / "weights.npz").unlink()
     assert "there are no weights (model.safetensors, weights.npz)" in refused(folder, registry)
 
@@ -208,7 +208,7 @@ def test_a_config_that_is_no_json_object_is_refused(
 ) -> None:
     folder = copy()
     (folder / "config.json").write_bytes(content)
-    assert "config.json: " in refused(folder, registry)
+    assert "config.json:" in refused(folder, registry)
 
 
 def test_a_config_of_another_model_is_refused(copy: MakeModel, registry: Registry) -> None:

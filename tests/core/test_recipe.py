@@ -236,7 +236,7 @@ def test_unknown_sections_are_all_told_with_their_nearest(fault: Callable[..., s
         ("[train]\niter = 3\n", "mine.toml:8: [train] has no option 'iter' (did you mean 'iters'?"),
         ("[train]\niters = -1\n", "option 'iters': must be at least 1, got -1"),
         ("[train]\niters = 1.5\n", "wanted a whole number, got 1.5"),
-        ("[train]\noptimizer = 'sgd'\n", "must be one of adam, adamw, got 'sgd'"),
+        ("[train]\noptimizer = 'sgd'\n", "must be one of adam, adamw, muon, got 'sgd'"),
         ("[train]\niters = 2024-01-01\n", "wanted a whole number, got datetime.date(2024, 1, 1)"),
         ("[train]\nwarmup = 9\niters = 5\n", "[train]: warmup must be less than iters (5), got 9"),
         ("[adapter]\noptions = { rank = 0 }\n", "mine.toml:8: adapter 'lora' option 'rank': must be at"),
@@ -280,21 +280,38 @@ def test_the_dataset_builder_is_required(fault: Callable[..., str]) -> None:
     assert "[data] use is required: the builder (there is files)" in message
 
 
-@pytest.mark.parametrize("text", ["[data", "a = 1\na = 2\n", "x = " + "[" * 100_000])
-def test_what_is_no_toml(fault: Callable[..., str], text: str) -> None:
-    assert "mine.toml: is no TOML: " in fault(text)
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("[data", ""),
+        ("a = 1\na = 2\n", ":2:6"),
+        ("[run]\n[run]\n", ":2:5"),
+        ("x = " + "[" * 100_000, ""),
+        ("x = " + "9" * 5000, ""),
+        ("x = !!python/object:os.system", ":1:5"),
+    ],
+)
+def test_what_is_no_toml(fault: Callable[..., str], text: str, place: str) -> None:
+    assert f"mine.toml{place}: is no TOML: " in fault(text)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, registry: Registry) -> None:
     with pytest.raises(UsageError, match=r"absent.toml: there is no such recipe"):
         read(tmp_path / "absent.toml", [], registry)
-    with pytest.raises(UsageError, match="cannot be read"):
-        read(tmp_path, [], registry)
-    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="cannot be read"):
-        read(tmp_path / "bytes.toml", [], registry)
-    with pytest.raises(UsageError, match="cannot be read"):
-        read(Path("a\0b.toml"), [], registry)
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "zero.toml").symlink_to("/dev/zero")
+    (tmp_path / "bytes.toml").write_bytes(b"a = 1\n\xff\xfe")
+    (tmp_path / "long.toml").write_bytes(b"#" * (1 << 21))
+    for name, says in (
+        ("", "is a folder"),
+        ("pipe.toml", "is a pipe or a device"),
+        ("zero.toml", "is a pipe or a device"),
+        ("bytes.toml", r"bytes.toml:2: is not UTF-8"),
+        ("long.toml", "is larger than 1 MiB"),
+        ("a\0b.toml", "there is no such recipe"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            read(tmp_path / name, [], registry)
 
 
 def test_places_are_those_of_tables_and_not_of_words_in_texts(fault: Callable[..., str]) -> None:

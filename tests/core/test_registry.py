@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxlora_core import registry, specs
+from mlxlora_core import cores, registry, specs
 from mlxlora_core.errors import PluginError, UsageError
 from mlxlora_core.options import explain
 from mlxlora_core.registry import ALLOW_LIST, Component, Plugin, Registry, load, start_runtimes
@@ -536,6 +536,15 @@ def test_a_runtime_that_fails_is_a_warning_and_leaves_the_others_alone() -> None
     assert notes[1].text == "runtime fast:r1 failed: it called sys.exit(3)"
     assert notes[2].text == "runtime fast:r2 failed: start gives str, wanted RuntimeNote or None"
     assert notes[3].text == "fast\\x1b now"
+
+
+def test_what_a_runtime_sets_threads_with_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(cores, "_setters", [])
+    start_runtimes(runtimes(lambda: specs.RuntimeNote("fast", set_threads=told.append)))
+    with cores.product_threads(3):
+        assert told == [3]
+    assert told == [3, cores.thread_count()]
 
 
 def test_every_kind_has_a_hook_and_a_spec() -> None:

@@ -15,9 +15,10 @@ from mlx.utils import tree_flatten
 
 from mlxlora_core import train as train_module
 from mlxlora_core.data import Example, steps_from
-from mlxlora_core.errors import DivergedError
+from mlxlora_core.errors import DivergedError, UsageError
 from mlxlora_core.evaluate import evaluate
-from mlxlora_core.train import TrainReport, ValidReport, learning_rate, train
+from mlxlora_core.limits import THREADS
+from mlxlora_core.train import Training, TrainReport, ValidReport, learning_rate, train
 from mlxlora_core.train_config import TrainConfig
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
@@ -367,7 +368,52 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
     assert same(before, parameters(model))
 
 
-def test_a_validation_that_is_not_finite_stops(stand_in: MakeModel, make_examples: MakeExamples) -> None:
-    model = stand_in()
+def test_a_validation_that_is_not_finite_is_told_and_the_next_step_has_the_last_word(
+    stand_in: MakeModel, make_examples: MakeExamples
+) -> None:
+    settings = config(learning_rate=1e30, steps_per_eval=1)
+    reports = train(stand_in(), make_examples([5, 6]), make_examples([7]), settings, 0)
+    assert [next(reports).step for _ in range(2)] == [0, 1]
+    assert math.isnan(next(reports).loss)
     with pytest.raises(DivergedError):
-        list(train(model, make_examples([5, 6]), make_examples([7]), config(learning_rate=1e30), 0))
+        next(reports)
+
+
+def test_steps_that_are_not_finite_can_be_skipped_and_are_counted(
+    stand_in: MakeModel, make_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(THREADS, "1")  # the head is called once a step
+    examples = make_examples(lengths(12))
+    plain, poisoned = freeze_base(stand_in()), freeze_base(stand_in())
+    fit(plain, examples, iters=2)
+    head, calls = poisoned.head, iter(range(100))
+    poisoned.head = lambda hidden: head(hidden) * (math.nan if next(calls) >= 2 else 1.0)
+    (report,) = fit(poisoned, examples, iters=5, steps_per_report=5, on_nonfinite="skip")
+    assert report.skipped == 3 and math.isfinite(report.loss)
+    assert same(parameters(plain), parameters(poisoned))
+
+
+def test_clipped_steps_are_counted(stand_in: MakeModel, make_examples: MakeExamples) -> None:
+    examples = make_examples(lengths(12))
+    norms = sorted(report.grad_norm for report in fit(stand_in(), examples, learning_rate=1e-9))
+    limit = (norms[2] + norms[3]) / 2
+    reports = fit(stand_in(), examples, learning_rate=1e-9, grad_clip=limit, steps_per_report=6)
+    assert [report.clipped for report in reports] == [3]
+    assert fit(stand_in(), examples, iters=1, grad_clip=1e9)[0].clipped == 0
+
+
+def test_patience_needs_rows_to_validate_on(stand_in: MakeModel, make_examples: MakeExamples) -> None:
+    with pytest.raises(UsageError, match="patience needs rows to validate on"):
+        fit(stand_in(), make_examples([5]), patience=1)
+
+
+def test_a_step_is_consistent_when_its_reports_are_given(
+    stand_in: MakeModel, make_examples: MakeExamples
+) -> None:
+    training = Training(stand_in(), make_examples(lengths(9)), make_examples([7]), config(iters=3), 0)
+    steps = []
+    for reports in training:
+        steps.append(training.progress.step)
+        assert {report.step for report in reports} == {training.progress.step}
+        assert int(training.optimizer_tensors()["step"]) == training.progress.step
+    assert steps == [0, 1, 2, 3] and training.finished

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -153,8 +154,93 @@ def test_run_does_the_whole_and_then_nothing(mlxlora: Command, recipe: Path, tmp
     assert second.code == 0
     assert second.err.count("done already") == 5
     changed = {path.name for path, time_ns in files.items() if path.stat().st_mtime_ns != time_ns}
-    assert changed <= {"run.json", "recipe.toml"}
+    assert changed <= {"run.json", "recipe.toml", "report.html"}
     assert second.out.splitlines()[:-1] == first.out.splitlines()[:-1]
+
+
+def ask_rows(data: Path) -> list[str]:
+    """Prompts that begin a training row, a test row and no row; put into the rows of ``data``."""
+    for name, subject in (("train", "a gear"), ("test", "a wheel")):
+        with open(data / f"{name}.jsonl", "a") as file:
+            file.write(json.dumps({"text": f"Q: {subject}\nA: scales. It does."}) + "\n")
+    return ["Q: a gear\nA:", "Q: a wheel\nA:", "Nobody asked"]
+
+
+def test_run_tells_memory_from_the_rest_everywhere(
+    mlxlora: Command, recipe: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    prompts = ask_rows(tiny_data)
+    recipe.write_text(recipe.read_text().replace('["A layer"]', json.dumps(prompts)))
+    done = mlxlora("run", recipe)
+    assert done.code == 0, done.err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    answers = record["stages"]["after"]["result"]["answers"]
+    assert [answer["split"] for answer in answers] == ["train", "test", None]
+    assert [answer["expected"] for answer in answers] == [" scales. It does."] * 2 + [None]
+    assert {name: asked["questions"] for name, asked in record["summary"]["questions"].items()} == {
+        "memory": 1,
+        "held_out": 1,
+        "no_row": 1,
+    }
+    losses = record["summary"]["losses"]["test"]
+    assert losses["after"] == record["stages"]["after"]["result"]["losses"]["test"]["loss"]
+    assert losses["change"] == pytest.approx(losses["after"] / losses["before"] - 1)
+    assert "1 question about training rows (memory): first sentence exact 0 -> " in done.out
+    assert "1 question about held-out rows (generalises)" in done.out
+    assert re.search(r"^Q: a gear A: +train +✗ +✗$", done.out, re.MULTILINE)
+    assert re.search(r"^Nobody asked +none +- +-$", done.out, re.MULTILINE)
+
+    trained = record["stages"]["train"]["result"]
+    assert sum(trained["lengths"]["rows"]) == trained["rows"] > 30
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Nobody asked" in page and "1 question about training rows" in page
+
+
+def test_report_makes_it_again_and_prints_where(mlxlora: Command, recipe: Path, tmp_path: Path) -> None:
+    mlxlora("run", recipe)
+    page = tmp_path / "run" / "report.html"
+    first = page.read_bytes()
+    page.unlink()
+    done = mlxlora("report", tmp_path / "run")
+    assert (done.code, done.out, done.err) == (0, f"{page}\n", "")
+    assert page.read_bytes() == first
+
+
+def test_report_wants_a_run_folder(mlxlora: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["report"], ["report", tmp_path], ["report", tmp_path / "absent"]):
+        done = mlxlora(*arguments)
+        assert done.code == 3 and "is no run folder" in done.error
+    assert "mlxlora-demo" in mlxlora("report").error, "that of the demo, as of run"
+
+
+def test_a_run_that_is_stopped_leaves_a_report_of_what_there_is(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mlxlora_core", "run", str(recipe)]
+    command += ["--set", "train.iters=1000000", "--set", "train.steps_per_report=1"]
+    page = tmp_path / "run" / "report.html"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step       5/"):
+                break
+        during = subprocess.run(
+            [sys.executable, "-m", "mlxlora_core", "report", str(tmp_path / "run")], capture_output=True
+        )
+        assert during.returncode == 0 and page.is_file()
+        page.unlink()
+        process.send_signal(signal.SIGINT)
+        process.stderr.read()
+        assert process.wait(30) == 130
+    text = page.read_text()
+    assert "This run has not come to its end." in text and "of 1000000)" in text
+
+
+def test_a_run_that_diverges_leaves_a_report_and_says_why(
+    mlxlora: Command, recipe: Path, tmp_path: Path
+) -> None:
+    done = mlxlora("run", recipe, "--set", "train.learning_rate=1e30")
+    assert done.code == 7 and "is not finite" in done.err
+    assert "This run has not come to its end." in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_changed_value_redoes_only_what_depends_on_it(mlxlora: Command, recipe: Path) -> None:
@@ -199,7 +285,7 @@ def test_dry_run_says_where_values_come_from_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_interrupted_training_ends_with_130_and_leaves_no_adapter(
+def test_interrupted_training_says_how_to_go_on_and_leaves_no_adapter(
     model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     adapter = tmp_path / "a.safetensors"
@@ -213,7 +299,9 @@ def test_interrupted_training_ends_with_130_and_leaves_no_adapter(
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
         assert process.wait(30) == 130
-    assert "Traceback" not in rest and rest.splitlines()[-1] == "mlxlora: interrupted"
+    last = rest.splitlines()[-1]
+    assert last.startswith("mlxlora: interrupted; step ") and last.endswith(" --resume")
+    assert "Traceback" not in rest
     assert not adapter.exists() and not list(tmp_path.glob(".*tmp*"))
 
 

@@ -1,0 +1,23 @@
+"""``mlxlora report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlxlora_core.cli.run import find_recipe
+from mlxlora_core.cli.session import verb
+from mlxlora_core.recipe import DEFAULT_RECIPE, read
+from mlxlora_core.registry import Registry
+from mlxlora_core.report import write_report
+
+
+@verb(click.argument("run", required=False, type=Path))
+def command(registry: Registry, run: Path | None) -> None:
+    """Write the report of a run folder again, also while the run is going on.
+
+    RUN is a run folder; without one, that of the demo. The report is
+    report.html in it, and its path is printed.
+    """
+    click.echo(write_report(run or read(find_recipe(DEFAULT_RECIPE, registry), (), registry).folder))

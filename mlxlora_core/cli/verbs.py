@@ -1,0 +1,109 @@
+"""The verbs: one module each, imported when the verb is called; and what a failure looks like."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from mlxlora_core import __version__
+from mlxlora_core.errors import ExitCode, MlxloraError, one_line
+from mlxlora_core.resources import exhausted
+from mlxlora_core.signals import Interrupted
+
+#: verb -> what ``mlxlora --help`` says of it, so that help imports no verb
+VERBS = {
+    "run": "Do a whole recipe: convert, build data, train, evaluate and answer.",
+    "report": "Write the report of a run folder again, also while the run is going on.",
+    "convert": "Turn a foreign checkpoint into a model folder.",
+    "data": "Build a dataset folder with a dataset builder.",
+    "train": "Train an adapter on a dataset folder.",
+    "evaluate": "Measure loss and perplexity on the test set.",
+    "generate": "Continue a prompt.",
+    "fuse": "Write a model folder with an adapter's change in its weights.",
+    "plugins": "List plugins, and why those that are not active are not.",
+    "components": "List what the plugins give, by kind.",
+    "options": "Explain the options of one component.",
+    "doctor": "Say what mlxlora finds on this machine, and what would make it faster.",
+}
+
+DEBUG = "MLXLORA_DEBUG"
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Verbs(click.Group):
+    """A group that knows its commands by name and imports the one that is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All verbs, in the order in which a newcomer meets them."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The command of a verb."""
+        if name not in VERBS:
+            return None
+        module = importlib.import_module(f"mlxlora_core.cli.{name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=Verbs, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="mlxlora", message="%(prog)s %(version)s")
+def group() -> None:
+    """Fine-tune Llama- and Mistral-style models with LoRA and QLoRA on MLX.
+
+    Every part is a plugin. Without a recipe, `mlxlora run` shows the whole of
+    it on a small model that comes along.
+    """
+
+
+def execute(arguments: list[str]) -> int:
+    """The exit code of a command line; every failure is one line on stderr.
+
+    Raises:
+        Interrupted: a signal came.
+        KeyboardInterrupt: a SIGINT came, where its handler is Python's own.
+    """
+    debug = "--debug" in arguments or os.environ.get(DEBUG, "") not in ("", "0")
+    try:
+        result: Any = group.main(arguments, prog_name="mlxlora", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else ExitCode.OK
+    except (KeyboardInterrupt, Interrupted):
+        raise
+    except click.Abort as fault:  # click's word for it
+        raise KeyboardInterrupt from fault
+    except BaseException as fault:
+        if debug and not isinstance(fault, SystemExit):
+            raise
+        return _tell(fault)
+
+
+def _tell(fault: BaseException) -> int:
+    """Say what went wrong in one line; the exit code that goes with it."""
+    if isinstance(fault, click.exceptions.NoArgsIsHelpError):
+        fault.show()
+        return ExitCode.USAGE
+    if isinstance(fault, click.UsageError):
+        command = fault.ctx.command_path if fault.ctx else "mlxlora"
+        return _say(f"{fault.format_message().rstrip('.')}. See: {command} --help", ExitCode.USAGE)
+    known = fault if isinstance(fault, MlxloraError) else exhausted(fault)
+    if known is not None:
+        return _say(str(known), known.exit_code)
+    if isinstance(fault, SystemExit):
+        return fault.code if isinstance(fault.code, int) else ExitCode.DEFECT
+    what = f"{type(fault).__name__}: {fault}"
+    return _say(f"a defect of mlxlora: {what}. Fix: report it with what --debug prints", ExitCode.DEFECT)
+
+
+def _say(message: str, code: int) -> int:
+    click.echo(f"mlxlora: {one_line(message)}", err=True)
+    return code

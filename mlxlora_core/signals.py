@@ -1,0 +1,108 @@
+"""Signals: the first one ends the work in good order, a second one at once.
+
+The order of things is that of an orderly shell program: SIGINT, SIGTERM and
+SIGHUP end a run with 130, 143 and 129. One that was ignored when the process
+began, as ``nohup`` and a shell's background jobs do, stays ignored.
+
+This module is imported before all others, so that it is tiny.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from contextlib import contextmanager
+
+TYPE_CHECKING = False  # typing itself takes longer to import than all the rest
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+    from typing import Any
+
+    Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
+
+_ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Interrupted(BaseException):
+    """A signal ended the work; no ``except Exception`` takes it for a fault.
+
+    Args:
+        signum: which signal.
+        what: what the command line says, with what the user can do now.
+    """
+
+    def __init__(self, signum: int, what: str = "interrupted") -> None:
+        self.signum = int(signum)
+        super().__init__(what)
+
+    @property
+    def exit_code(self) -> int:
+        """128 + n, as shells have it."""
+        return 128 + self.signum
+
+
+class Pending:
+    """Whether a signal has come; ``signum`` is None until then."""
+
+    signum: int | None = None
+
+
+def install() -> None:
+    """Let the first signal raise :class:`Interrupted` in the main thread, and a second one end the process.
+
+    Call it in the main thread.
+    """
+    _handle(_raise)
+
+
+def uninstall() -> None:
+    """From here on a signal just ends the process: there is nothing left to put in order."""
+    _handle(signal.SIG_DFL)
+
+
+@contextmanager
+def deferred() -> Iterator[Pending]:
+    """Let the first signal wait: it is noted in the value of this block, which looks when it suits.
+
+    A second signal ends the process at once, and a reader of the output that goes
+    away does not. When the block is left, handlers are what they were. In another
+    thread than the main one nothing is changed and nothing is noted, since signals
+    do not come there.
+    """
+    pending = Pending()
+    if threading.current_thread() is not threading.main_thread():
+        yield pending
+        return
+
+    def note(signum: int, _: FrameType | None) -> None:
+        _handle(signal.SIG_DFL)
+        pending.signum = signum
+
+    before = _handle(note)
+    if hasattr(signal, "SIGPIPE"):
+        before[signal.SIGPIPE] = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    try:
+        yield pending
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _raise(signum: int, _: FrameType | None) -> None:
+    _handle(signal.SIG_DFL)
+    raise Interrupted(signum)
+
+
+def _handle(handler: Handler) -> dict[int, Handler]:
+    """Give each signal that is not ignored a handler; the handlers that they had.
+
+    One that was not set by Python cannot be put back and is left alone.
+    """
+    before = {signum: signal.getsignal(signum) for signum in _ENDING}
+    changed: dict[int, Handler] = {
+        signum: held for signum, held in before.items() if held not in (signal.SIG_IGN, None)
+    }
+    for signum in changed:
+        signal.signal(signum, handler)
+    return changed
