@@ -24,6 +24,8 @@ from mlxlora_docstrings.graph import is_public_path
 _ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+|0x[0-9a-fA-F]{8,}")
 _REASON_CHARACTERS = 200
 _FILE_BYTES = 1 << 30
+_MEMORY_BYTES = 8 << 30  # written pages; the largest packages take 3 GB to import
+_MORE_PROCESSES = 256  # and threads, beyond those that the user has
 
 
 class Findings:
@@ -118,15 +120,51 @@ def main(request: dict[str, Any]) -> None:
 
 
 def _contain(time_limit: float) -> None:
-    """Bound what a package can do to the machine, as far as the system lets us."""
-    with suppress(ImportError, OSError, ValueError):
+    """Bound what a package can do to the machine, as far as the system lets us.
+
+    What it starts is bound alike. This stops accidents, and is no wall against
+    a package that means harm.
+    """
+    with suppress(ImportError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES, _FILE_BYTES))
+        # No processor spends more than the time limit; the margin lets the parent tell that first.
+        seconds = (int(time_limit) + 10) * (os.cpu_count() or 1)
+        for limit, value in (
+            (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_FSIZE, _FILE_BYTES),
+            (resource.RLIMIT_DATA, _MEMORY_BYTES),
+            (resource.RLIMIT_CPU, seconds),
+            (resource.RLIMIT_NPROC, _tasks() + _MORE_PROCESSES),
+        ):
+            _lower(limit, value)
     # Should memory run out, this process goes first and not the one that started it.
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
     # The parent ends this process at the limit; the alarm is for when the parent is gone.
     if hasattr(signal, "alarm"):
         signal.alarm(int(time_limit) + 10)
+
+
+def _lower(limit: int, value: int) -> None:
+    """Set a limit of this process, unless a lower one holds."""
+    import resource
+
+    with suppress(OSError, ValueError):
+        held = [
+            value if old == resource.RLIM_INFINITY else min(old, value) for old in resource.getrlimit(limit)
+        ]
+        resource.setrlimit(limit, (held[0], held[1]))
+
+
+def _tasks() -> int:
+    """How many processes and threads the user has, who is counted as a whole; many where that is unknown."""
+    count = 0
+    try:
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            with suppress(OSError):
+                if os.stat(f"/proc/{name}").st_uid == os.getuid():
+                    count += len(os.listdir(f"/proc/{name}/task"))
+    except OSError:
+        return 1 << 16
+    return count

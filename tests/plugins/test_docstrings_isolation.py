@@ -158,6 +158,71 @@ for mode in ("import", "static"):
     assert not canary.exists()
 
 
+def test_a_package_that_eats_memory_or_disk_is_stopped_and_named(write: Write) -> None:
+    write("eats_memory.py", "held = bytearray(10 << 30)\n" + GOOD)
+    write("eats_pages.py", "held = [bytes(1 << 30) for _ in range(10)]\n" + GOOD)
+    write("eats_below.py", "import ctypes\nheld = ctypes.create_string_buffer(10 << 30)\n" + GOOD)
+    write("eats_disk.py", "file = open('large', 'wb')\nfile.truncate(2 << 30)\n" + GOOD)
+    write("good.py", GOOD)
+    paths, skipped = read("eats_memory", "eats_pages", "eats_below", "eats_disk", "good")
+    assert paths == ["good", "good.f"]
+    assert skipped == {
+        **dict.fromkeys(("eats_memory", "eats_pages", "eats_below"), "MemoryError"),
+        "eats_disk": "OSError: [Errno 27] File too large",
+    }
+
+
+def test_what_a_package_starts_is_bound_too(write: Write, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    program = "import resource as r; kinds = r.RLIMIT_DATA, r.RLIMIT_FSIZE, r.RLIMIT_CPU;"
+    program += "print(*map(r.getrlimit, kinds))"
+    write(
+        "starts_one.py",
+        "import subprocess, sys\n"
+        f"done = subprocess.run([sys.executable, '-c', {program!r}], capture_output=True, text=True)\n"
+        f"open({str(seen)!r}, 'w').write(done.stdout)\n" + GOOD,
+    )
+    read("starts_one", time_limit=50.0)
+    cpu = 60 * (os.cpu_count() or 1)
+    assert seen.read_text().split("\n")[0] == f"({8 << 30}, {8 << 30}) ({1 << 30}, {1 << 30}) ({cpu}, {cpu})"
+
+
+def test_processor_time_is_bound_where_no_clock_looks(tmp_path: Path) -> None:
+    # The limit itself is minutes: a process that has it lowered to a second dies as the other would.
+    code = "import mlxlora_docstrings.child as c, resource as r\nc._contain(5)\n"
+    code += "r.setrlimit(r.RLIMIT_CPU, (1, r.getrlimit(r.RLIMIT_CPU)[1]))\nwhile True: pass"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGXCPU
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the processes of a user")
+def test_a_package_that_forks_for_ever_runs_into_a_limit() -> None:
+    code = """
+import os, resource, signal, sys  # while the libraries may still be read
+import mlxlora_docstrings.child as child
+if os.getuid() == 0:  # whom this limit does not bind
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+child._contain(60)
+children = []
+try:
+    while len(children) < 600:
+        pid = os.fork()
+        if not pid:
+            signal.pause()
+        children.append(pid)
+except BlockingIOError:
+    print(len(children))
+finally:
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+    for pid in children:
+        os.waitpid(pid, 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert 100 < int(done.stdout) <= 256
+
+
 # --- what takes too long: all of it in one call, since each waits for the limit ---
 
 HANG = "while True: pass\n"

@@ -14,8 +14,9 @@ import click
 import pytest
 
 import mlxlora_core.api as api
-from mlxlora_core import hookspecs, recipe, registry
-from mlxlora_core.cli import VERBS, group
+from mlxlora_core import errors, hookspecs, recipe, registry
+from mlxlora_core.cli.verbs import VERBS, group
+from mlxlora_core.errors import ExitCode
 from mlxlora_core.options import Option, explain
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -185,6 +186,18 @@ def test_help_lists_every_verb_as_its_page_begins() -> None:
         command = group.get_command(click.Context(group), verb)
         assert command is not None and command.help is not None
         assert command.help.startswith(summary), "one sentence for one thing"
+
+
+def test_exit_codes_are_the_same_wherever_they_are_listed() -> None:
+    codes = {str(int(code)) for code in ExitCode} | {"128 + n"}
+    readme = (DOCS.parent / "README.md").read_text("utf-8")
+    table = readme[readme.index("| exit code | meaning |") :].split("\n\n")[0]
+    assert set(re.findall(r"^\| (\d[\d n+]*) \|", table, re.MULTILINE)) == codes
+    assert set(re.findall(r"^- (\d[\d n+]*): ", part(page("cli.md"), "## Exit codes"), re.MULTILINE)) == codes
+    tree = {cls.__name__: int(cls.exit_code) for cls in errors.MlxloraError.__subclasses__()}
+    assert dict(re.findall(r"── (\w+) +(\d+) ", errors.__doc__ or "")) == {n: str(c) for n, c in tree.items()}
+    told = re.findall(r"^\| `(\w+Error)` \| (\d+) \|", page("plugins.md"), re.MULTILINE)
+    assert told and all(tree[name] == int(code) for name, code in told)
 
 
 # --- all pages ----------------------------------------------------------------

@@ -1,0 +1,497 @@
+"""The kinds of file that are fuzzed: good ones, how mlxlora parses them, and how another reader does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlxlora_core.registry import Registry
+from mlxlora_core.registry import load as load_registry
+
+_VOCAB = 300
+_TEXTS = ("The quick brown fox.", "é😀日本語 ①ﬁ ½", "", "▁ x  y\n\t", "a" * 200)
+_ROWS = (
+    {"text": "A layer scales the weights.", "source": 3},
+    {"prompt": "Q: é\u2028 ", "completion": "A: 1e5"},
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "\U0001f600"}]},
+)
+_RECIPE = """
+[run]
+seed = 3
+[model]
+torch_path = "llama"
+dtype = "float32"
+[data]
+use = "docstrings"
+options = { packages = ["mlx", "numpy"], seq_limit = 100 }
+[adapter]
+use = "lora"
+options = { rank = 4, dropout = 0.1, targets = ["wq", "wv"] }
+[train]
+iters = 10
+learning_rate = 1e-4
+[generate]
+prompts = ["What is it?", '''two
+lines''']
+"""
+
+
+def prepare(folder: Path) -> None:
+    """Write the good files of every kind into ``folder``."""
+    import torch
+
+    from mlxlora_core import adapter_file, model_folder
+    from mlxlora_core.convert import convert
+
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir()
+    _train_tokenizers(folder)
+    shutil.copy(folder / "bpe.model", checkpoint / "tokenizer.model")
+    draw = torch.Generator().manual_seed(0)
+    width, layers = 8, 1
+    shapes = {f"layers.0.attention.{name}": (width, width) for name in ("wq", "wk", "wv", "wo")}
+    shapes |= {f"layers.0.feed_forward.{name}": (2 * width, width) for name in ("w1", "w3")}
+    shapes |= {"layers.0.feed_forward.w2": (width, 2 * width)}
+    shapes |= {"tok_embeddings": (_VOCAB, width), "output": (_VOCAB, width)}
+    tensors = {f"{name}.weight": torch.randn(shape, generator=draw).half() for name, shape in shapes.items()}
+    norms = ("norm", "layers.0.attention_norm", "layers.0.ffn_norm")
+    tensors |= {f"{name}.weight": torch.ones(width).half() for name in norms}
+    torch.save(tensors, checkpoint / "consolidated.00.pth")
+    params = {"dim": width, "n_layers": layers, "n_heads": 2, "n_kv_heads": 2, "norm_eps": 1e-5}
+    (checkpoint / "params.json").write_text(json.dumps({**params, "vocab_size": -1, "multiple_of": 16}))
+    registry = _registry()
+    convert(checkpoint, folder / "model", registry, dtype="float32")
+    model = model_folder.load(folder / "model", registry)
+    lora = registry.find("adapter", "lora")
+    adapted = adapter_file.attach(model, lora, lora.spec.options(rank=2), seed=1)
+    adapter_file.save(folder / "adapter.safetensors", model, adapted)
+    adapter_file.save(folder / "adapter.npz", model, adapted)
+
+
+def _train_tokenizers(folder: Path) -> None:
+    import sentencepiece
+
+    words = ("layer", "scales", "weights", "the", "gradient", "of", "array", "token", "café", "ﬁne")
+    lines = [" ".join(words[(i * k) % len(words)] for k in range(1, 9)) for i in range(200)]
+    kinds: dict[str, dict[str, Any]] = {
+        "bpe": {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"},
+        "unigram": {"model_type": "unigram", "user_defined_symbols": ["<sep>"]},
+    }
+    for name, options in kinds.items():
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_prefix=str(folder / name),
+            vocab_size=_VOCAB,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            num_threads=1,
+            minloglevel=2,
+            **options,
+        )
+
+
+def _registry() -> Registry:
+    return load_registry(environ={"MLXLORA_PLUGINS": ""})
+
+
+class Subject(ABC):
+    """A kind of file, with good examples of it.
+
+    Args:
+        material: what :func:`prepare` has made; read only.
+        folder: an empty one of this process.
+
+    Attributes:
+        path: where the file to parse is written.
+        good: the bytes of good files.
+        header_bytes: how many bytes at the start are damaged one after another.
+    """
+
+    path: Path
+    good: list[bytes]
+    header_bytes = 4096
+
+    def __init__(self, material: Path, folder: Path) -> None:
+        self.material, self.folder = material, folder
+        self.registry = _registry()
+        self.prepare()
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Set ``path`` and ``good``."""
+
+    @abstractmethod
+    def parse(self) -> Any:
+        """What mlxlora makes of the file."""
+
+    @abstractmethod
+    def reference(self) -> Any:
+        """What another reader makes of it."""
+
+
+def _digest(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _tensors(tensors: Any) -> dict[str, Any]:
+    """name -> type, shape and bytes of MLX arrays."""
+    from mlxlora_core import tensor_file
+
+    return {
+        name: (tensor_file._TYPES[tensor.dtype], tuple(tensor.shape), _digest(tensor_file._bytes(tensor)))
+        for name, tensor in tensors.items()
+    }
+
+
+def _safetensors(path: Path) -> dict[str, Any]:
+    """The same by the safetensors package."""
+    import safetensors
+
+    return {
+        name: (found["dtype"], tuple(found["shape"]), _digest(bytes(found["data"])))
+        for name, found in safetensors.deserialize(path.read_bytes())
+    }
+
+
+class Safetensors(Subject):
+    """Weights, as three writers write them."""
+
+    def prepare(self) -> None:
+        import mlx.core as mx
+        import numpy as np
+        from safetensors.numpy import save
+
+        from mlxlora_core import tensor_file
+
+        self.path = self.folder / "model.safetensors"
+        arrays = {"a.weight": np.ones((3, 2), np.float32), "b": np.arange(5, dtype=np.int8)}
+        arrays |= {"empty": np.zeros((0, 4), np.float16), "scalar": np.array(3, np.uint32)}
+        tensors = {name: mx.array(array) for name, array in arrays.items()}
+        tensor_file.save(self.path, tensors.items(), {"k": 'é"\\'}, most=4)
+        ours = self.path.read_bytes()
+        mx.save_safetensors(str(self.path), tensors | {"brain": mx.ones((2,), mx.bfloat16)})
+        self.good = [save(arrays, {"format": "np"}), self.path.read_bytes(), ours]
+        self.header_bytes = 400
+
+    def parse(self) -> Any:
+        from mlxlora_core import tensor_file
+
+        tensors, metadata = tensor_file.load(self.path)
+        return _tensors(tensors), metadata
+
+    def reference(self) -> Any:
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="numpy") as file:
+            metadata = file.metadata()
+        return _safetensors(self.path), metadata or {}
+
+
+class Npz(Subject):
+    """Archives of arrays, plain and compressed."""
+
+    def prepare(self) -> None:
+        import mlx.core as mx
+        import numpy as np
+
+        self.path = self.folder / "weights.npz"
+        arrays = {"a.weight": np.arange(6, dtype=np.float32).reshape(3, 2), "b": np.arange(5, dtype=np.int16)}
+        arrays |= {"turned": np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))}
+        arrays |= {"empty": np.zeros((0, 4), np.float16), "scalar": np.array(3, np.uint32)}
+        self.good = []
+        for save in (np.savez, np.savez_compressed):
+            save(self.path, **arrays)
+            self.good.append(self.path.read_bytes())
+        mx.savez(str(self.path), **{name: mx.array(array) for name, array in arrays.items()})
+        self.good.append(self.path.read_bytes())
+
+    def parse(self) -> Any:
+        from mlxlora_core import tensor_file
+
+        return _tensors(tensor_file.load(self.path)[0])
+
+    def reference(self) -> Any:
+        import mlx.core as mx
+        import numpy as np
+
+        with np.load(self.path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        with np.errstate(all="ignore"):
+            native = {
+                n: a.astype(np.float32 if a.dtype.str[1:] == "f8" else a.dtype.newbyteorder("="))
+                for n, a in arrays.items()
+            }
+        return {
+            name: (
+                _tensors({name: mx.zeros((), getattr(mx, str(array.dtype).replace("bool", "bool_")))})[name][
+                    0
+                ],
+                array.shape,
+                _digest(array.tobytes()),
+            )
+            for name, array in native.items()
+        }
+
+
+class Pth(Subject):
+    """Checkpoints of torch."""
+
+    def prepare(self) -> None:
+        import torch
+
+        for name in ("params.json", "tokenizer.model"):
+            shutil.copy(self.material / "checkpoint" / name, self.folder / name)
+        self.path = self.folder / "consolidated.00.pth"
+        table = {"norm.weight": torch.arange(4.0), "output.weight": torch.arange(12.0).reshape(3, 4).half()}
+        table |= {"turned": table["output.weight"].t(), "brain": torch.ones(3, dtype=torch.bfloat16)}
+        self.good = []
+        for saved in (table, {"norm.weight": table["norm.weight"]}):
+            torch.save(saved, self.path)
+            self.good.append(self.path.read_bytes())
+
+    def parse(self) -> Any:
+        from mlxlora_torch import open_folder
+
+        from mlxlora_core.api import NoOptions
+
+        tensors = open_folder(self.folder, NoOptions()).tensors
+        return _tensors({name: tensor.read() for name, tensor in tensors.items()})
+
+    def reference(self) -> Any:
+        import torch
+
+        codes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+        return {
+            name: (
+                codes[tensor.dtype],
+                tuple(tensor.shape),
+                _digest(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()),
+            )
+            for name, tensor in torch.load(self.path, map_location="cpu", weights_only=True).items()
+        }
+
+
+class SentencePiece(Subject):
+    """Tokenizers."""
+
+    def prepare(self) -> None:
+        self.path = self.folder / "tokenizer.model"
+        self.good = [(self.material / f"{name}.model").read_bytes() for name in ("bpe", "unigram")]
+
+    def parse(self) -> Any:
+        from mlxlora_core.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer(self.path)
+        model = tokenizer._model
+        for text in _TEXTS:
+            ids = tokenizer.encode(text)
+            tokenizer.decode(ids)
+            list(tokenizer.stream(ids))
+        kinds = (model.is_unknown, model.is_control, model.is_unused, model.is_byte)
+        every = range(model.vocab_size())
+        tokenizer.decode(every)
+        return [(model.id_to_piece(i), _bits(model.get_score(i)), [kind(i) for kind in kinds]) for i in every]
+
+    def reference(self) -> Any:
+        found = []
+        for number, value in _fields(self.path.read_bytes()):
+            if number == 1:
+                piece = {1: b"", 2: b"\0" * 4, 3: 1} | dict(_fields(value))
+                kinds = [piece[3] == kind for kind in (2, 3, 5, 6)]
+                found.append((piece[1].decode(), _bits(struct.unpack("<f", piece[2])[0]), kinds))
+        return found
+
+
+def _bits(value: float) -> bytes:
+    return struct.pack("<f", value)
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of the fields of a protocol buffer."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        tag = varint()
+        if tag & 7 == 0:
+            yield tag >> 3, varint()
+        else:
+            length = {1: 8, 5: 4}.get(tag & 7) or varint()
+            yield tag >> 3, data[at : at + length]
+            at += length
+
+
+class Params(Subject):
+    """params.json of a checkpoint."""
+
+    def prepare(self) -> None:
+        self.path = self.folder / "params.json"
+        self.good = [(self.material / "checkpoint" / "params.json").read_bytes()]
+
+    def parse(self) -> Any:
+        from mlxlora_llama.config import model_args
+        from mlxlora_torch.folder import read_params
+
+        params = read_params(self.path)
+        shapes = {"output.weight": (_VOCAB, 8), "layers.0.feed_forward.w1.weight": (16, 8)}
+        model_args(params, shapes)
+        return params
+
+    def reference(self) -> Any:
+        return json.loads(self.path.read_bytes().decode("utf-8-sig"))
+
+
+class Config(Subject):
+    """config.json of a model folder."""
+
+    def prepare(self) -> None:
+        self.path = self.folder / "config.json"
+        self.good = [(self.material / "model" / "config.json").read_bytes()]
+
+    def parse(self) -> Any:
+        from mlxlora_core import model_folder
+
+        config = model_folder.read_config(self.folder)
+        architecture = model_folder.find_architecture(config, self.registry, self.path)
+        model_folder.model_args(architecture, config, {}, self.path)
+        model_folder.read_quantization(config, self.registry, self.path)
+        return config
+
+    def reference(self) -> Any:
+        return json.loads(self.path.read_bytes().decode("utf-8-sig"))
+
+
+class Index(Subject):
+    """The index of a model in shards."""
+
+    def prepare(self) -> None:
+        self.path = self.folder / "model.safetensors.index.json"
+        names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+        weights = {f"layers.{i}.weight": names[i % 2] for i in range(6)}
+        index = {"metadata": {"total_size": 1000}, "weight_map": weights}
+        self.good = [json.dumps(index, indent=1).encode()]
+
+    def parse(self) -> Any:
+        from mlxlora_core import model_folder
+
+        shards = model_folder._weight_files(self.folder)
+        assert all(shard.resolve().parent == self.folder.resolve() for shard in shards)
+        return [shard.name for shard in shards]
+
+    def reference(self) -> Any:
+        return sorted(set(json.loads(self.path.read_bytes().decode("utf-8-sig"))["weight_map"].values()))
+
+
+class Jsonl(Subject):
+    """Rows."""
+
+    def prepare(self) -> None:
+        self.path = self.folder / "train.jsonl"
+        lines = "".join(json.dumps(row, ensure_ascii=i % 2 == 0) + "\n" for i, row in enumerate(_ROWS * 2))
+        self.good = [lines.encode(), b"\xef\xbb\xbf" + lines.replace("\n", "\r\n\n").encode()]
+
+    def parse(self) -> Any:
+        from mlxlora_core.jsonl import read_jsonl
+
+        return read_jsonl(self.path)
+
+    def reference(self) -> Any:
+        rows = []
+        for number, line in enumerate(self.path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+            if line.strip(b" \t\r\n"):
+                row = json.loads(line.decode())
+                shapes = (("text",), ("prompt", "completion"), ("messages",))
+                (keys,) = (keys for keys in shapes if set(keys) <= set(row))
+                kept = {key: row[key] for key in keys}
+                if "messages" in kept:
+                    kept["messages"] = [
+                        {key: m[key] for key in ("role", "content")} for m in kept["messages"]
+                    ]
+                rows.append((number, kept))
+        return rows
+
+
+class Recipe(Subject):
+    """recipe.toml; the other reader is a second reading of what the first one would write down."""
+
+    def prepare(self) -> None:
+        self.path = self.folder / "recipe.toml"
+        self.good = [_RECIPE.encode()]
+
+    def parse(self) -> Any:
+        from mlxlora_core.recipe import read
+
+        return repr(read(self.path, [], self.registry).values())
+
+    def reference(self) -> Any:
+        import tomli_w
+
+        from mlxlora_core.recipe import read
+
+        again = self.folder / "again.toml"
+        again.write_text(tomli_w.dumps(read(self.path, [], self.registry).values()), encoding="utf-8")
+        return repr(read(again, [], self.registry).values())
+
+
+class Adapter(Subject):
+    """Adapter files, put on the model that they were made for."""
+
+    def prepare(self) -> None:
+        from mlxlora_core import adapter_file, model_folder
+
+        self.model = model_folder.load(self.material / "model", self.registry)
+        self.linears = dict(model_folder.linears(self.model.module))
+        self.path = self.folder / "adapter.safetensors"
+        whole = (self.material / "adapter.safetensors").read_bytes()
+        import mlx.core as mx
+
+        from mlxlora_core import tensor_file
+
+        shutil.copy(self.material / "adapter.safetensors", self.path)
+        tensors, metadata = tensor_file.load(self.path)
+        record = {adapter_file.METADATA: metadata[adapter_file.METADATA]}
+        mx.save_safetensors(str(self.path), tensors, record)  # without a fingerprint
+        self.good = [whole, self.path.read_bytes()]
+        self.header_bytes = 1500
+
+    def parse(self) -> Any:
+        from mlxlora_core import adapter_file, model_folder
+
+        adapted = adapter_file.load(self.path, self.model, self.registry)
+        try:
+            return _tensors(adapter_file.trainable(self.model.module))
+        finally:
+            model_folder.replace(self.model.module, {path: self.linears[path] for path in adapted.paths})
+
+    def reference(self) -> Any:
+        return _safetensors(self.path)
+
+
+KINDS: dict[str, type[Subject]] = {
+    "safetensors": Safetensors,
+    "npz": Npz,
+    "pth": Pth,
+    "tokenizer": SentencePiece,
+    "params": Params,
+    "config": Config,
+    "index": Index,
+    "jsonl": Jsonl,
+    "recipe": Recipe,
+    "adapter": Adapter,
+}

@@ -1,0 +1,106 @@
+"""Catalogue 115, 116, 119: plugins that hang, and plugins whose functions give what they should not."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlxlora_core import cli
+
+PLUGIN = """
+from mlxlora_core.api import Adapter, AdapterOptions, DatasetBuilder, DatasetOptions, Rows, Sampler, hookimpl
+
+@hookimpl
+def mlxlora_samplers():
+    return [Sampler(name="odd", summary="odd", build=lambda options: {value})]
+
+@hookimpl
+def mlxlora_dataset_builders():
+    build = lambda options: {value}
+    return [
+        DatasetBuilder(name="odd", summary="odd", build=build, inputs=lambda o: {{}}, options=DatasetOptions)
+    ]
+
+@hookimpl
+def mlxlora_adapters():
+    wrap = lambda linear, options: {value}
+    return [Adapter(name="odd", summary="odd", wrap=wrap, fuse=lambda m, w: w, options=AdapterOptions)]
+"""
+
+GENERATE = "generate --model MODEL -p A -n 2 --sampler odd"
+DATA = "data --builder odd --out OUT"
+TRAIN = "train --model MODEL --data ROWS --adapter odd --iters 1 --adapter-file OUT/a.npz"
+CASES = {
+    "a sampler of nothing": (GENERATE, "None", "the sampler is built as NoneType, wanted a function"),
+    "no token": (GENERATE, "lambda *_: None", "the sampler gives NoneType, wanted a token id"),
+    "a word": (GENERATE, "lambda *_: 'x'", "the sampler gives str, wanted a token id"),
+    "a token too far": (GENERATE, "lambda *_: 320", "the sampler gives 320, wanted a token id from 0 to 319"),
+    "a token below": (GENERATE, "lambda *_: -1", "the sampler gives -1, wanted a token id from 0 to 319"),
+    "not a number": (GENERATE, "lambda *_: float('nan')", "the sampler gives float, wanted a token id"),
+    "no rows": (DATA, "None", "builder odd:odd: build gives NoneType, wanted Rows"),
+    "a list of rows": (DATA, "[1]", "builder odd:odd: build gives list, wanted Rows"),
+    "rows of numbers": (DATA, "Rows([1])", "builder odd:odd: build gives int, wanted Row"),
+    "no module": (TRAIN, "None", "adapter odd:odd: wrap gives NoneType, wanted Module"),
+    "the same module": (TRAIN, "linear", "adapter odd:odd: wrap gives modules without a parameter that"),
+    "an exception": (DATA, "1 / 0", "plugin odd (file) failed: ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize(("line", "value", "words"), CASES.values(), ids=CASES)
+def test_what_a_function_should_not_give_is_8_and_names_it(
+    tmp_path: Path,
+    tiny_model: Path,
+    tiny_rows: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    value: str,
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd.py").write_text(PLUGIN.format(value=value))
+    places = {"MODEL": tiny_model, "ROWS": tiny_rows, "OUT": tmp_path / "out"}
+    for name, place in places.items():
+        line = line.replace(name, str(place))
+    verb, *rest = line.split()
+    capfd.readouterr()
+    assert cli.execute([verb, "-P", "./odd.py", *rest]) == 8
+    err = capfd.readouterr().err
+    assert words in err and "Traceback" not in err
+    assert not list((tmp_path / "out").rglob("*"))
+
+
+def test_a_plugin_that_hangs_can_be_left_out(tmp_path: Path) -> None:
+    """Its import never ends: help and verbs without it work, and Ctrl-C ends the others."""
+    site = tmp_path / "site"
+    (site / "hangs-1.dist-info").mkdir(parents=True)
+    (site / "hangs-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: hangs\nVersion: 1\n")
+    (site / "hangs-1.dist-info" / "entry_points.txt").write_text("[mlxlora]\nhangs = hangs\n")
+    (site / "hangs.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(tmp_path / 'mark')!r}).touch()\ntime.sleep(600)\n"
+    )
+    command = ["env", f"PYTHONPATH={site}", sys.executable, "-m", "mlxlora_core"]
+
+    def run(*arguments: str, env: str = "A=") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [command[0], env, *command[1:], *arguments], capture_output=True, text=True, timeout=30
+        )
+
+    assert run("--help").returncode == 0
+    assert run("train", "--help").returncode == 0
+    left_out = run("plugins", "-P", "no:hangs", "--json")
+    assert {p["name"]: p["status"] for p in json.loads(left_out.stdout)}["hangs"] != "active"
+    assert run("components", env="MLXLORA_PLUGINS=").returncode == 0
+    assert not (tmp_path / "mark").exists()
+    with subprocess.Popen([*command, "components"], stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "mark").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "mlxlora: interrupted\n")
