@@ -1,0 +1,1 @@
+"""The tools that benchmarks/peers.py compares, each driven by a module of its own in a process of its own."""

@@ -1,0 +1,366 @@
+"""Contestants in processes of their own that take turns, and what they needed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlxlora_core.limits import thread_count
+from workers.channel import Job
+from workers.commands import Command, run_command
+from workers.shapes import Shape, decode_flop, prefill_flop, train_flop
+
+BENCHMARKS = Path(__file__).parents[1]
+ROOT = BENCHMARKS.parent
+
+DECODE_PROMPT_TOKENS = 16
+
+TASKS = ("train", "decode", "prefill")
+_FLOP: dict[str, Callable[[Shape, int], int]] = {
+    "train": train_flop,
+    "decode": decode_flop,
+    "prefill": prefill_flop,
+}
+
+#: by how much a loss may differ from the first contestant's, relative to it. Measured on the shapes
+#: here: 1e-7 where both compute in float32, 2e-5 in float16, 6e-4 in bfloat16, which keeps 8 bits.
+TOLERANCE = {"bfloat16": 5e-3}
+EXACT = 1e-3
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How much to measure.
+
+    Attributes:
+        samples: of each contestant, at most.
+        budget_seconds: after which a contestant that has one sample gives no more.
+        batch: rows a training step.
+        prompt_tokens: that prefill reads.
+        new_tokens: that decode generates.
+    """
+
+    samples: int
+    budget_seconds: float
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+    def tokens(self, task: str, shape: Shape) -> int:
+        """Tokens that one sample works on."""
+        work = {
+            "train": self.batch * shape.row_tokens,
+            "decode": self.new_tokens,
+            "prefill": self.prompt_tokens,
+        }
+        return work[task]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tool, and how it takes part.
+
+    Attributes:
+        tool: its name.
+        module: of the worker.
+        folder: of its model.
+        kind: type of the stored weights.
+        dtype: what it is told to compute in.
+        adapter: whether it decodes with an adapter on.
+        fast_blas: whether mlx-lm gets mlxlora's BLAS.
+    """
+
+    tool: str
+    module: str
+    folder: Path
+    kind: str
+    dtype: str
+    adapter: bool = False
+    fast_blas: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Contestants that must agree on the loss; the others are held against the first."""
+
+    name: str
+    entries: Sequence[Entry]
+
+
+class Failed(Exception):
+    """A worker went away; the text is what it said last."""
+
+
+class Worker:
+    """A process that answers each line with one sample."""
+
+    def __init__(self, python: str, module: str, job: Job, environment: Mapping[str, str]) -> None:
+        self.ready: dict[str, Any] = {}
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        self.process = subprocess.Popen(
+            [python, "-m", f"workers.{module}", json.dumps(asdict(job))],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+
+    def read(self) -> dict[str, Any]:
+        """What it says next.
+
+        Raises:
+            Failed: it says nothing more.
+        """
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if line:
+            said: dict[str, Any] = json.loads(line)
+            return said
+        self.errors.seek(0)
+        lines = self.errors.read().strip().splitlines()
+        raise Failed(lines[-1] if lines else "it ended without a word")
+
+    def sample(self) -> dict[str, Any]:
+        """One measured sample.
+
+        Raises:
+            Failed: the worker went away.
+        """
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # reading tells why
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+        return self.read()
+
+    def close(self) -> int:
+        """End it; its peak resident memory in bytes."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        _, status, usage = os.wait4(self.process.pid, 0)
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        self.process.stdout.close()
+        self.errors.close()
+        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Run:
+    """One run of the benchmark on one machine.
+
+    Attributes:
+        peers: Python of the peers' environment.
+        pace: how long to measure.
+        on_cpu: whether MLX computes on a CPU.
+        base: type of the dense weights: float32 on a CPU, bfloat16 on a GPU.
+        result: filled as the run goes.
+    """
+
+    def __init__(self, peers: str, pace: Pace, on_cpu: bool, result: dict[str, Any]) -> None:
+        self.peers, self.pace, self.on_cpu, self.result = peers, pace, on_cpu, result
+        self.base = "float32" if on_cpu else "bfloat16"
+        self.threads = thread_count()
+
+    def environment(self, tool: str) -> dict[str, str]:
+        """Environment variables of a worker; mlx-lm with our BLAS needs our modules too."""
+        paths = [BENCHMARKS, *([ROOT, ROOT / "plugins"] if tool == "mlx-lm, same BLAS" else [])]
+        return os.environ | {
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "MLXLORA_THREADS": str(self.threads),
+            "OMP_NUM_THREADS": str(self.threads),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+
+    def worker_once(self, python: str, module: str, asked: Mapping[str, Any]) -> None:
+        """Run a module to its end."""
+        command = [python, "-m", module, json.dumps(asked)]
+        done = subprocess.run(command, env=self.environment(""), capture_output=True, text=True)
+        if done.returncode:
+            raise click.ClickException(f"{module} failed: {done.stderr.strip()}")
+
+    def rates(self) -> dict[str, float]:
+        """GFLOP/s of matrix products by type, the best that any tool reaches here."""
+        found: dict[str, float] = {}
+        self.result["products"] = {}
+        side = 1024 if self.on_cpu else 8192
+        entries = [
+            Entry("mlxlora", "with_mlxlora", Path(), self.base, self.base),
+            Entry("torch + peft", "with_torch", Path(), self.base, self.base),
+            *([Entry("torch + peft", "with_torch", Path(), "bfloat16", "bfloat16")] if self.on_cpu else []),
+            *([Entry("mlx-lm", "with_mlx_lm", Path(), self.base, self.base)] if self.on_cpu else []),
+        ]
+        workers = [
+            self._start(entry, Job("matmul", dtype=entry.dtype, threads=self.threads, side=side))
+            for entry in entries
+        ]
+        for entry, samples in zip(entries, self._take_turns(entries, workers), strict=True):
+            rate = 2e-9 * side**3 / statistics.median(s["seconds"] for s in samples)
+            self.result["products"][f"{entry.tool}, {entry.dtype}"] = rate
+            found[entry.dtype] = max(rate, found.get(entry.dtype, 0.0))
+            _say(f"matrix products  {entry.tool}, {entry.dtype}: {rate:.1f} GFLOP/s")
+        return found
+
+    def contest(self, shape: Shape, task: str, group: Group, rows: Path) -> None:
+        """Check that a group agrees, then measure it; a row of results each."""
+        jobs = [
+            Job(
+                task,
+                folder=str(entry.folder),
+                dtype=entry.dtype,
+                adapter=entry.adapter,
+                fast_blas=entry.fast_blas,
+                rows=str(rows),
+                batch=self.pace.batch,
+                prompt_tokens=self.pace.prompt_tokens if task == "prefill" else DECODE_PROMPT_TOKENS,
+                new_tokens=self.pace.new_tokens,
+                threads=self.threads,
+            )
+            for entry in group.entries
+        ]
+        workers = [self._start(entry, job) for entry, job in zip(group.entries, jobs, strict=True)]
+        self._check(shape, task, group, workers)
+        tokens = self.pace.tokens(task, shape)
+        flop = _FLOP[task](shape, tokens)
+        measured = self._take_turns(group.entries, workers)
+        for entry, worker, samples in zip(group.entries, workers, measured, strict=True):
+            row = {
+                "shape": shape.name,
+                "kind": f"{task} {tokens}" + (f", {group.name}" if group.name else ""),
+                "tool": entry.tool,
+                "weights": entry.kind,
+                "adapter": entry.adapter or task == "train",
+                "unit": "tokens/s",
+            }
+            if isinstance(worker, Failed) or not samples:
+                row["error"] = str(worker) if isinstance(worker, Failed) else "it ended early"
+            else:
+                row |= summary([tokens / s["seconds"] for s in samples])
+                row |= {key: samples[-1][key] for key in ("peak_rss_bytes", "first_seconds")}
+                row["device_bytes"] = max(s.get("device_bytes", 0) for s in samples)
+                against = "bfloat16" if entry.dtype == "bfloat16" else self.base
+                row["mfu_of"] = against
+                row["mfu"] = mfu(flop / tokens, row["median"], self.result["rates"][against])
+            self._add(row)
+
+    def commands(self, shape: Shape, kind: str, wanted: Sequence[Command]) -> None:
+        """Measure commands that take turns; seconds and peak memory of each."""
+        found: dict[str, list[tuple[float, int]]] = {command.name: [] for command in wanted}
+        for _ in range(1 + self.pace.samples):
+            for command in wanted:
+                found[command.name].append(run_command(command, self.environment("")))
+        for command in wanted:
+            counted = found[command.name][1:]
+            row: dict[str, Any] = {"shape": shape.name, "kind": f"{kind}: {command.group}"}
+            row |= {"tool": command.tool, "unit": "seconds"} | summary([seconds for seconds, _ in counted])
+            self._add({**row, "peak_rss_bytes": max(peak for _, peak in counted)})
+
+    def _start(self, entry: Entry, job: Job) -> Worker | Failed:
+        """A worker that has said that it is ready, one after the other, so that none disturbs another."""
+        python = sys.executable if entry.tool == "mlxlora" else self.peers
+        worker = Worker(python, entry.module, job, self.environment(entry.tool))
+        try:
+            worker.ready = worker.read()
+        except Failed as fault:
+            worker.close()
+            return fault
+        self.result["versions"] |= worker.ready["versions"]
+        return worker
+
+    def _check(self, shape: Shape, task: str, group: Group, workers: Sequence[Worker | Failed]) -> None:
+        """Refuse to time tools that compute something else.
+
+        Raises:
+            click.ClickException: a loss differs by more than its tolerance.
+        """
+        first = workers[0]
+        if isinstance(first, Failed):
+            raise click.ClickException(f"mlxlora failed: {first}")
+        want = first.ready["loss"]
+        for entry, worker in zip(group.entries, workers, strict=True):
+            if isinstance(worker, Failed):
+                continue
+            loss, tolerance = worker.ready["loss"], TOLERANCE.get(entry.dtype, EXACT)
+            off = abs(loss - want) / want
+            self.result["checks"].append(
+                {
+                    "shape": shape.name,
+                    "kind": task,
+                    "tool": entry.tool,
+                    "weights": entry.kind,
+                    "loss": loss,
+                    "off": off,
+                    "tolerance": tolerance,
+                }
+            )
+            if not off <= tolerance:
+                for other in workers:
+                    if isinstance(other, Worker):
+                        other.close()
+                raise click.ClickException(
+                    f"{shape.name}, {task}: {entry.tool} ({entry.kind}) has a loss of {loss:.6f}, mlxlora "
+                    f"{want:.6f}; they differ by {off:.1e}, allowed is {tolerance:g}"
+                )
+
+    def _take_turns(
+        self, entries: Sequence[Entry], workers: Sequence[Worker | Failed]
+    ) -> list[list[dict[str, Any]]]:
+        """Samples of each worker; the first is not counted, and all end with their peak memory."""
+        found: list[list[dict[str, Any]]] = [[] for _ in workers]
+        spent = [0.0] * len(workers)
+        gone = {i for i, worker in enumerate(workers) if isinstance(worker, Failed)}
+        for turn in range(1 + self.pace.samples):
+            for i, worker in enumerate(workers):
+                enough = turn > 1 and spent[i] > self.pace.budget_seconds
+                if i in gone or enough or isinstance(worker, Failed):
+                    continue
+                began = time.perf_counter()
+                try:
+                    found[i].append(worker.sample())
+                except Failed as fault:
+                    gone.add(i)
+                    _say(f"{entries[i].tool} went away: {fault}")
+                spent[i] += time.perf_counter() - began
+        for samples, worker in zip(found, workers, strict=True):
+            if isinstance(worker, Worker):
+                peak = worker.close()
+                for sample in samples:
+                    sample |= {"peak_rss_bytes": peak, "first_seconds": samples[0]["seconds"]}
+        return [samples[1:] for samples in found]
+
+    def _add(self, row: dict[str, Any]) -> None:
+        """Keep a row, and show it as it comes."""
+        self.result["rows"].append(row)
+        value = row.get("error") or f"{row['median']:.4g} {row['unit']}"
+        _say(f"{row['shape']}  {row['kind']}  {row['tool']} {row.get('weights', '')}: {value}")
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Median, lowest and highest of some samples, and how many there are."""
+    return {
+        "median": statistics.median(values),
+        "low": min(values),
+        "high": max(values),
+        "samples": len(values),
+    }
+
+
+def mfu(flop_per_token: float, tokens_per_second: float, gflops: float) -> float:
+    """Model FLOP/s as a share of the rate of matrix products."""
+    return flop_per_token * tokens_per_second / (gflops * 1e9)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)

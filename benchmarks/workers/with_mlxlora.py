@@ -1,0 +1,90 @@
+"""mlxlora, through the functions that its verbs call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxlora_core import adapter_file, model_folder
+from mlxlora_core.cli.session import start
+from mlxlora_core.data import Example
+from mlxlora_core.evaluate import evaluate
+from mlxlora_core.generate import decode
+from mlxlora_core.options import parse
+from mlxlora_core.registry import Registry, load
+from mlxlora_core.train import train
+from mlxlora_core.train_config import TrainConfig
+from workers.channel import Channel, Job, job, version
+from workers.products import product_samples
+from workers.shapes import RANK
+
+MORE_STEPS = 1_000_000  # than anybody asks for
+
+
+def main() -> None:
+    """Do the job."""
+    channel, work = Channel(), job()
+    registry = load(environ={"MLXLORA_PLUGINS": ""})
+    notes = start(registry)
+    facts = {"versions": version("mlxlora", "mlx"), "runtime": notes, "device": str(mx.default_device())}
+    if work.task == "matmul":
+        samples, loss = _products(work), None
+    else:
+        model = model_folder.load(Path(work.folder), registry)
+        if work.adapter or work.task == "train":
+            _attach(model, registry)
+        rows = [_example(row) for row in work.read_rows()]
+        check = _example(work.read_rows()[0][: work.check_tokens])
+        loss = evaluate(model.language_model, [check], 1, -1).mean
+        samples = _train(work, model, rows) if work.task == "train" else _generate(work, model, registry)
+    channel.say(loss=loss, **facts)
+    channel.serve(samples, device_bytes=mx.get_peak_memory)
+
+
+def _products(work: Job) -> Iterator[float]:
+    dtype = getattr(mx, work.dtype)
+    a, b = (mx.random.normal((work.side, work.side)).astype(dtype) for _ in range(2))
+    return product_samples(lambda: mx.eval(a @ b.T))
+
+
+def _attach(model: Any, registry: Registry) -> None:
+    lora = registry.find("adapter", "lora")
+    values = {"rank": RANK, "targets": ["wq", "wv"], "layers": -1}
+    adapter_file.attach(model, lora, parse(lora.spec.options, values, owner="the benchmark"), seed=0)
+
+
+def _example(row: list[int]) -> Example:
+    return Example(np.array(row, np.uint32), np.arange(len(row)) > 0)
+
+
+def _train(work: Job, model: Any, rows: list[Example]) -> Iterator[float]:
+    config = TrainConfig(iters=MORE_STEPS, batch_size=work.batch, steps_per_report=1, learning_rate=1e-5)
+    reports = train(model.language_model, rows, (), config, seed=0)
+    while True:
+        began = time.perf_counter()
+        next(reports)
+        yield time.perf_counter() - began
+
+
+def _generate(work: Job, model: Any, registry: Registry) -> Iterator[float]:
+    """Of decode the time after the first token, of prefill the time up to it."""
+    greedy = registry.find("sampler", "greedy").spec
+    sample = greedy.build(greedy.options())
+    count = 1 + (work.new_tokens if work.task == "decode" else 0)
+    while True:
+        began = time.perf_counter()
+        tokens = decode(model.language_model, work.prompt, sample, num_tokens=count, seed=0, stop=-1)
+        next(tokens)
+        first = time.perf_counter()
+        made = sum(1 for _ in tokens)
+        assert made == count - 1
+        yield time.perf_counter() - first if made else first - began
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""benchmarks/peers.py: its arithmetic, what its tools start from, and how workers and it talk.
+
+The tools themselves are not here; a run of the benchmark checks that they agree.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from workers import commands, contest, table, weights  # noqa: E402
+from workers.channel import Job  # noqa: E402
+from workers.contest import Entry, Failed, Group, Pace, Run, Worker  # noqa: E402
+from workers.shapes import SHAPES, Shape, decode_flop, prefill_flop, train_flop  # noqa: E402
+
+TINY = Shape("tiny", 8, layers=2, heads=2, kv_heads=1, mlp=12, vocabulary=20)
+SHAPE = {shape.name: shape for shape in SHAPES}
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.rglob("*.py")), ids=lambda p: p.name)
+def test_every_program_compiles(path: Path) -> None:
+    ast.parse(path.read_text("utf-8"), path)
+
+
+def test_help_of_the_program() -> None:
+    done = subprocess.run([sys.executable, BENCHMARKS / "peers.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--quick" in done.stdout
+
+
+def test_a_python_without_peers_is_refused_with_the_commands_that_make_one(tmp_path: Path) -> None:
+    (tmp_path / "python").symlink_to(sys.executable)
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
+    bare.chmod(0o755)
+    assert not commands.has_modules(str(bare), ("mlx_lm",))
+    command = [sys.executable, BENCHMARKS / "peers.py", "--python", str(bare), "--no-keep"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pip install -r benchmarks/peers-requirements.txt" in " ".join(done.stderr.split())
+
+
+# --- arithmetic -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [TINY, SHAPE["embedded"], SHAPE["90m"]], ids=lambda s: s.name)
+def test_parameters_are_those_of_the_model_that_mlxlora_builds(shape: Shape) -> None:
+    """Counted from a built model: every linear, and the embedding where it is the head."""
+    from mlxlora_llama.config import ModelArgs
+    from mlxlora_llama.model import Model
+
+    from mlxlora_core.model_folder import linears
+
+    args = ModelArgs(
+        "llama",
+        dim=shape.width,
+        n_layers=shape.layers,
+        head_dim=shape.head,
+        hidden_dim=shape.mlp,
+        n_heads=shape.heads,
+        n_kv_heads=shape.kv_heads,
+        norm_eps=1e-5,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+    )
+    model: Any = Model(args)
+    sizes = {path: linear.weight.size for path, linear in linears(model)}
+    if shape.tied:
+        sizes["output"] = model.tok_embeddings.weight.size
+    assert shape.matmul_parameters == sum(sizes.values())
+    assert shape.head_parameters == sizes["output"]
+
+
+def test_the_90m_shape_has_its_size() -> None:
+    shape = SHAPE["90m"]
+    assert round((shape.matmul_parameters + shape.head_parameters) / 1e6) == 90  # the embedding beside
+    assert train_flop(shape, 1) == pytest.approx(0.337e9, rel=1e-2)
+
+
+def test_operations_by_hand() -> None:
+    # q and o 8·8 each, k and v 8·4 each, three of 8·12; two layers; head 20·8
+    layers, head = 2 * (2 * 64 + 2 * 32 + 3 * 96), 160
+    assert train_flop(TINY, 10) == 4 * (layers + head) * 10
+    assert decode_flop(TINY, 10) == 2 * (layers + head) * 10
+    assert prefill_flop(TINY, 10) == 2 * (layers * 10 + head)
+
+
+def test_mfu_is_model_operations_by_the_rate() -> None:
+    assert contest.mfu(0.337e9, 300.0, 185.0) == pytest.approx(0.337e9 * 300 / 185e9)
+
+
+def test_the_summary_of_samples() -> None:
+    assert contest.summary([3.0, 1.0, 2.0, 9.0]) == {"median": 2.5, "low": 1.0, "high": 9.0, "samples": 4}
+
+
+def test_ratios_say_how_many_times_as_fast_mlxlora_is() -> None:
+    common = {"shape": "s", "kind": "decode", "unit": "tokens/s"}
+    rows: list[dict[str, Any]] = [
+        {**common, "tool": "mlxlora", "median": 30.0},
+        {**common, "tool": "mlx-lm", "median": 10.0},
+        {**common, "tool": "mlxlora", "median": 24.0, "adapter": True},
+        {**common, "tool": "mlx-lm", "median": 12.0, "adapter": True},
+        {**common, "tool": "torch", "error": "gone"},
+        {"shape": "s", "kind": "conversion", "unit": "seconds", "tool": "mlxlora", "median": 2.0},
+        {"shape": "s", "kind": "conversion", "unit": "seconds", "tool": "mlx-lm", "median": 5.0},
+    ]
+    table.compare(rows)
+    assert [row.get("ratio") for row in rows] == [1, 3, 1, 2, None, 1, 2.5]
+
+
+def test_a_table_takes_the_place_of_the_one_before_it() -> None:
+    page = (BENCHMARKS.parent / "docs" / "performance.md").read_text("utf-8")
+    once = table.replaced(page, "| new |")
+    assert "| new |" in once and table.replaced(once, "| newer |") == once.replace("| new |", "| newer |")
+    assert once.startswith(page.partition(table.BEGIN)[0])
+    assert once.endswith(page.partition(table.END)[2])
+
+
+# --- weights --------------------------------------------------------------------
+
+
+def test_both_layouts_turn_the_same_features_by_the_same_angle() -> None:
+    """Scores of q and k under Meta's rotation of pairs, and of the reordered rows under that of halves."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    heads, head, width, tokens = 2, 6, 5, 4
+    wq, wk, x = (
+        rng.standard_normal(s) for s in ((heads * head, width), (heads * head, width), (tokens, width))
+    )
+    angle = np.arange(tokens)[:, None] * 10000.0 ** (-2 * np.arange(head // 2) / head)
+    turn = np.exp(1j * angle)[:, None]  # (T, 1, E / 2)
+
+    def pairs(y: Any) -> Any:
+        y = y.reshape(tokens, heads, head // 2, 2)
+        z = (y[..., 0] + 1j * y[..., 1]) * turn
+        return np.concatenate([z.real, z.imag], -1)
+
+    def halves(y: Any) -> Any:
+        y = y.reshape(tokens, heads, 2, head // 2)
+        z = (y[..., 0, :] + 1j * y[..., 1, :]) * turn
+        return np.concatenate([z.real, z.imag], -1)
+
+    def reordered(w: Any) -> Any:
+        return weights.half_split(torch.from_numpy(w), heads).numpy()
+
+    want = np.einsum("thd,shd->hts", pairs(x @ wq.T), pairs(x @ wk.T))
+    got = np.einsum("thd,shd->hts", halves(x @ reordered(wq).T), halves(x @ reordered(wk).T))
+    assert np.allclose(got, want)
+    assert not np.allclose(np.einsum("thd,shd->hts", halves(x @ wq.T), halves(x @ wk.T)), want)
+
+
+def test_every_tensor_has_a_name_in_either_layout() -> None:
+    pytest.importorskip("torch")
+    names = [weights.hugging_face_name(name) for name in weights.random_tensors(TINY)]
+    assert len(set(names)) == len(names) == 2 * 9 + 3
+    assert "model.layers.1.self_attn.q_proj.weight" in names and "lm_head.weight" in names
+
+
+# --- workers --------------------------------------------------------------------
+
+WORKER = """
+import itertools, sys
+from workers.channel import Channel, job
+channel, work = Channel(), job()
+print("what a library prints is no answer")
+if work.dtype == "gone":
+    sys.exit("it has gone")
+channel.say(loss={"float32": 2.0, "bfloat16": 2.008, "4bit": 2.01}[work.dtype], versions={})
+channel.serve((float(n) for n in itertools.count(1)))
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run whose tools are the worker above."""
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "__init__.py").touch()
+    (tmp_path / "workers" / "channel.py").symlink_to(BENCHMARKS / "workers" / "channel.py")
+    (tmp_path / "workers" / "told.py").write_text(WORKER)
+    monkeypatch.setattr(contest, "BENCHMARKS", tmp_path)
+    result: dict[str, Any] = {
+        "rows": [],
+        "checks": [],
+        "versions": {},
+        "rates": {"float32": 2.0, "bfloat16": 4.0},
+    }
+    return Run(sys.executable, Pace(3, 1e9, batch=1, prompt_tokens=4, new_tokens=8), True, result)
+
+
+def contestant(dtype: str) -> Entry:
+    return Entry("tool " + dtype, "told", Path(), dtype, dtype)
+
+
+def test_a_contest_counts_all_samples_but_the_first(run: Run) -> None:
+    run.contest(TINY, "decode", Group("", [contestant("float32"), contestant("bfloat16")]), Path())
+    first, second = run.result["rows"]
+    assert (first["samples"], first["first_seconds"]) == (3, 1.0)
+    assert first["median"] == 8 / 3 and (first["low"], first["high"]) == (8 / 4, 8 / 2)  # of 2, 3 and 4 s
+    assert first["mfu"] == pytest.approx(2 * TINY.matmul_parameters * (8 / 3) / 2e9)
+    assert second["mfu"] == pytest.approx(first["mfu"] / 2)
+    assert first["peak_rss_bytes"] > 1e6
+    assert [check["off"] for check in run.result["checks"]] == [0, pytest.approx(0.004)]
+
+
+def test_tools_that_disagree_are_not_timed(run: Run) -> None:
+    import click
+
+    with pytest.raises(click.ClickException, match=r"differ by 5.0e-03, allowed is 0.001"):
+        run.contest(TINY, "decode", Group("", [contestant("float32"), contestant("4bit")]), Path())
+    assert run.result["rows"] == []
+
+
+def test_a_tool_that_goes_away_is_a_row_with_its_last_word(run: Run) -> None:
+    run.contest(TINY, "decode", Group("", [contestant("float32"), contestant("gone")]), Path())
+    assert run.result["rows"][0]["samples"] == 3
+    assert run.result["rows"][1]["error"] == "it has gone"
+
+
+def test_a_slow_tool_gives_one_sample(run: Run) -> None:
+    run.pace = Pace(3, 0.0, batch=1, prompt_tokens=4, new_tokens=8)
+    run.contest(TINY, "decode", Group("", [contestant("float32")]), Path())
+    assert run.result["rows"][0]["samples"] == 1
+
+
+def test_a_worker_says_why_it_ends(run: Run) -> None:
+    worker = Worker(sys.executable, "told", Job("decode", dtype="gone"), run.environment("any"))
+    with pytest.raises(Failed, match="it has gone"):
+        worker.sample()
+    assert worker.close() > 0
+
+
+def test_a_command_is_timed_and_what_it_makes_removed(tmp_path: Path) -> None:
+    code = "import sys, pathlib; pathlib.Path(sys.argv[1]).mkdir()"
+    made = tmp_path / "made"
+    command = commands.Command("make", "python", [sys.executable, "-c", code, str(made)], made)
+    for _ in range(2):
+        seconds, peak = commands.run_command(command, {})
+        assert seconds > 0 and peak > 1e6 and not made.exists()
+    commands.run_command(command, {}, keep=True)
+    assert made.is_dir()
+
+
+def test_a_job_survives_the_way_to_its_worker() -> None:
+    job = Job("train", folder="x", adapter=True)
+    assert Job(**json.loads(json.dumps(job.__dict__))) == job
