@@ -13,7 +13,9 @@ cgroups(7) for ``/proc/self/cgroup``; proc_meminfo(5).
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlxlora_core.errors import UsageError
@@ -22,9 +24,7 @@ from mlxlora_core.errors import UsageError
 THREADS = "MLXLORA_THREADS"
 MOST_THREADS = 4096
 
-MEMBERSHIP = Path("/proc/self/cgroup")
-HIERARCHY = Path("/sys/fs/cgroup")
-MEMINFO = Path("/proc/meminfo")
+ROOT = Path("/")  # of the file system; another one in tests
 
 
 def thread_count() -> int:
@@ -48,10 +48,10 @@ def processors() -> int:
     return os.cpu_count() or 1
 
 
-def cpu_quota(membership: Path = MEMBERSHIP, hierarchy: Path = HIERARCHY) -> float | None:
+def cpu_quota(root: Path = ROOT) -> float | None:
     """Processors that control groups grant this process in time, such as 1.5; None without a limit."""
     granted = []
-    for folder in _groups("cpu", membership, hierarchy):
+    for folder in _groups("cpu", root):
         quota = _words(folder / "cpu.max") or [
             *_words(folder / "cpu.cfs_quota_us"),
             *_words(folder / "cpu.cfs_period_us"),
@@ -61,23 +61,29 @@ def cpu_quota(membership: Path = MEMBERSHIP, hierarchy: Path = HIERARCHY) -> flo
     return min(granted, default=None)
 
 
-def memory_limit_bytes(membership: Path = MEMBERSHIP, hierarchy: Path = HIERARCHY) -> int | None:
+def memory_limit_bytes(root: Path = ROOT) -> int | None:
     """The memory that control groups let this process and its neighbours in the group take, or None."""
-    total = memory_bytes()[0]
-    granted = [
-        int(word)
-        for folder in _groups("memory", membership, hierarchy)
-        for name in ("memory.max", "memory.limit_in_bytes")
-        for word in _words(folder / name)
-        if word.isdecimal() and (total is None or int(word) < total)  # version 1 says no limit as 2⁶³
-    ]
-    return min(granted, default=None)
+    return min((group.limit_bytes for group in _memory_groups(root)), default=None)
 
 
-def memory_bytes(meminfo: Path = MEMINFO) -> tuple[int | None, int | None]:
+def free_memory_bytes(root: Path = ROOT) -> int | None:
+    """How many bytes this process may take yet: the least of what machine, control groups and limits leave.
+
+    Where the system does not tell what is available, the memory of the machine
+    stands for it; None where it does not tell that either.
+    """
+    total, available = memory_bytes(root)
+    rooms = [total if available is None else available, _address_space(root)]
+    rooms += [group.limit_bytes - group.taken_bytes for group in _memory_groups(root)]
+    known = [room for room in rooms if room is not None]
+    return max(0, min(known)) if known else None
+
+
+def memory_bytes(root: Path = ROOT) -> tuple[int | None, int | None]:
     """Memory that the machine has, and that is available without swapping; None where it does not say."""
     try:
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        text = (root / "proc/meminfo").read_text()
+        lines = dict(line.split(":", 1) for line in text.splitlines())
         return _kilobytes(lines["MemTotal"]), _kilobytes(lines["MemAvailable"])
     except (OSError, ValueError, KeyError):
         pass
@@ -87,19 +93,58 @@ def memory_bytes(meminfo: Path = MEMINFO) -> tuple[int | None, int | None]:
         return None, None
 
 
+@dataclass(frozen=True)
+class _MemoryGroup:
+    """A control group that limits memory: how much, and what its processes cannot give back of it."""
+
+    limit_bytes: int
+    taken_bytes: int
+
+
+def _memory_groups(root: Path) -> Iterator[_MemoryGroup]:
+    """Those that this process is in and that have a limit below the memory of the machine."""
+    total = memory_bytes(root)[0]
+    for folder in _groups("memory", root):
+        for limit, used in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            allowed = _number(folder / limit)
+            if allowed is not None and (total is None or allowed < total):  # version 1 says no limit as 2⁶³
+                taken = (_number(folder / used) or 0) - _reclaimable(folder)
+                yield _MemoryGroup(allowed, taken)
+
+
+def _reclaimable(folder: Path) -> int:
+    """The pages of files, which a group counts as its own and gives away when it needs room."""
+    words = _words(folder / "memory.stat")
+    stated = dict(zip(words[::2], words[1::2], strict=False))
+    return int(stated.get("total_inactive_file", stated.get("inactive_file", 0)))
+
+
+def _address_space(root: Path) -> int | None:
+    """What RLIMIT_AS leaves of addresses."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    taken = _words(root / "proc/self/statm")
+    if allowed == resource.RLIM_INFINITY or not taken:
+        return None
+    return allowed - int(taken[0]) * resource.getpagesize()
+
+
 def _kilobytes(text: str) -> int:
     """``"  12 kB"`` in bytes."""
     return int(text.split()[0]) * 1024
 
 
-def _groups(controller: str, membership: Path, hierarchy: Path) -> Iterator[Path]:
+def _groups(controller: str, root: Path) -> Iterator[Path]:
     """The folders of the groups that this process is in for ``controller``, and of those above them.
 
     A container may show the path of its group as the host sees it, while the
     group itself is mounted as the root: the folders above cover that too.
     """
+    hierarchy = root / "sys/fs/cgroup"
     try:
-        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
+        lines = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
     except OSError:
         return
     for line in lines:
@@ -107,9 +152,15 @@ def _groups(controller: str, membership: Path, hierarchy: Path) -> Iterator[Path
             continue
         # Version 2 stands at the top, or beside version 1 in a folder of its own.
         names = (line[1], controller) if line[1] else ("", "unified")
-        for mount in (hierarchy / name for name in names):
+        for mount in dict.fromkeys(hierarchy / name for name in names):
             group = mount / line[2].lstrip("/")
             yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(mount))
+
+
+def _number(file: Path) -> int | None:
+    """The number in a file; None when there is no file, or it says that there is no limit."""
+    words = _words(file)
+    return int(words[0]) if len(words) == 1 and words[0].isdecimal() else None
 
 
 def _words(file: Path) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxlora_core.errors import ResourceError
+from mlxlora_core.limits import free_memory_bytes
 
 if TYPE_CHECKING:
     from mlxlora_core.data import Examples
@@ -101,7 +101,7 @@ def require_memory(need: int, work: str, fix: str) -> str:
     Raises:
         ResourceError: less is free.
     """
-    free = free_memory()
+    free = free_memory_bytes()
     if free is None:
         return f"{work} needs about {_size(need)} of memory"
     if need > free:
@@ -154,79 +154,9 @@ def training_memory(model: Model, rows: Examples, batch_size: int) -> Iterator[s
         raise ResourceError(f"there is not enough memory although {said}: {fault}", fix=fix) from fault
 
 
-def free_memory(root: Path = Path("/")) -> int | None:
-    """How many bytes this process may take yet: the least of what machine, control groups and limits leave.
-
-    Where the system does not tell what is available, the memory of the machine
-    stands for it; None where it does not tell that either.
-
-    Args:
-        root: the folder that has ``proc`` and ``sys``.
-    """
-    rooms = [room for room in (_available(root), *_groups(root), _address_space(root)) if room is not None]
-    return max(0, min(rooms)) if rooms else None
-
-
 def _size(count: int) -> str:
     """Bytes for a person."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
-
-
-def _available(root: Path) -> int | None:
-    """What the machine has, for all its processes."""
-    for line in _lines(root / "proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None
-
-
-def _groups(root: Path) -> Iterator[int]:
-    """What each control group that this process is in has left, those above it included."""
-    for line in _lines(root / "proc/self/cgroup"):
-        number, names, path = line.split(":", 2)
-        if number == "0":
-            top, limit, used = root / "sys/fs/cgroup", "memory.max", "memory.current"
-        elif "memory" in names.split(","):
-            top, limit, used = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        parts = Path(path.strip("/")).parts
-        for depth in range(len(parts) + 1):
-            folder = top.joinpath(*parts[:depth])
-            allowed, taken = _number(folder / limit), _number(folder / used)
-            if allowed is not None and taken is not None:
-                yield allowed - taken + _reclaimable(folder)
-
-
-def _reclaimable(folder: Path) -> int:
-    """The pages of files, which a group counts as its own and gives away when it needs room."""
-    stated = dict(line.split() for line in _lines(folder / "memory.stat") if len(line.split()) == 2)
-    return int(stated.get("total_inactive_file", stated.get("inactive_file", 0)))
-
-
-def _address_space(root: Path) -> int | None:
-    """What RLIMIT_AS leaves of addresses."""
-    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
-    taken = _lines(root / "proc/self/statm")
-    if allowed == resource.RLIM_INFINITY or not taken:
-        return None
-    return allowed - int(taken[0].split()[0]) * resource.getpagesize()
-
-
-def _number(file: Path) -> int | None:
-    """The number in a file; None when there is no file, or it says that there is no limit."""
-    text = "".join(_lines(file))
-    return int(text) if text.isdecimal() else None
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text().splitlines()
-    except OSError:
-        return []
 
 
 def _layer(path: str) -> int | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 from mlxlora_core.errors import UsageError
 from mlxlora_core.limits import (
     cpu_quota,
+    free_memory_bytes,
     memory_bytes,
     memory_limit_bytes,
     processors,
@@ -18,13 +22,15 @@ from mlxlora_core.limits import (
 )
 
 
-def machine(folder: Path, membership: str, files: Mapping[str, str]) -> tuple[Path, Path]:
-    """/proc/self/cgroup and /sys/fs/cgroup with this content."""
+def machine(folder: Path, membership: str, files: Mapping[str, str]) -> Path:
+    """A root with /proc/self/cgroup and these files below /sys/fs/cgroup."""
+    (folder / "proc/self").mkdir(parents=True)
+    (folder / "proc/self/cgroup").write_text(membership)
     for name, text in files.items():
-        (folder / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "groups" / name).write_text(text + "\n")
-    (folder / "cgroup").write_text(membership)
-    return folder / "cgroup", folder / "groups"
+        path = folder / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -45,7 +51,7 @@ def machine(folder: Path, membership: str, files: Mapping[str, str]) -> tuple[Pa
 def test_the_tightest_quota_of_a_group_and_those_above_it_counts(
     tmp_path: Path, files: dict[str, str], quota: float | None
 ) -> None:
-    assert cpu_quota(*machine(tmp_path, "4:memory:/x\n0::/a/b\n", files)) == quota
+    assert cpu_quota(machine(tmp_path, "4:memory:/x\n0::/a/b\n", files)) == quota
 
 
 @pytest.mark.parametrize(
@@ -66,7 +72,7 @@ def test_the_tightest_quota_of_a_group_and_those_above_it_counts(
 def test_version_1_has_its_quota_in_two_files(
     tmp_path: Path, membership: str, files: dict[str, str], quota: float | None
 ) -> None:
-    assert cpu_quota(*machine(tmp_path, membership, files)) == quota
+    assert cpu_quota(machine(tmp_path, membership, files)) == quota
 
 
 @pytest.mark.parametrize(
@@ -83,19 +89,86 @@ def test_version_1_has_its_quota_in_two_files(
 def test_memory_limits_of_either_version(
     tmp_path: Path, membership: str, files: dict[str, str], limit: int | None
 ) -> None:
-    assert memory_limit_bytes(*machine(tmp_path, membership, files)) == limit
+    assert memory_limit_bytes(machine(tmp_path, membership, files)) == limit
 
 
 def test_without_cgroups_there_is_no_limit(tmp_path: Path) -> None:
-    assert cpu_quota(tmp_path / "none", tmp_path) is None
-    assert memory_limit_bytes(tmp_path / "none", tmp_path) is None
+    assert cpu_quota(tmp_path) is None
+    assert memory_limit_bytes(tmp_path) is None
 
 
 def test_memory_is_what_the_system_says(tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal:  24000 kB\nMemFree: 1 kB\nMemAvailable:  12000 kB\n")
-    assert memory_bytes(tmp_path / "meminfo") == (24000 * 1024, 12000 * 1024)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  24000 kB\nMemFree: 1 kB\nMemAvailable:  12000 kB\n")
+    assert memory_bytes(tmp_path) == (24000 * 1024, 12000 * 1024)
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert memory_bytes(tmp_path / "none") == (pages, None)
+
+
+# --- free memory ---------------------------------------------------------------
+
+
+def fake(root: Path, **files: str) -> Path:
+    """A root with files; the name of one has ``__`` for ``/``."""
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+MEMINFO = "MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 8000 kB\n"
+
+
+def test_what_the_machine_has_is_the_most(tmp_path: Path) -> None:
+    assert free_memory_bytes(fake(tmp_path, proc__meminfo=MEMINFO)) == 8000 * 1024
+
+
+def test_the_tightest_of_all_control_groups_counts(tmp_path: Path) -> None:
+    root = fake(
+        tmp_path,
+        proc__meminfo=MEMINFO,
+        proc__self__cgroup="1:cpu,cpuacct:/x\n0::/job/step\n",
+        sys__fs__cgroup__job__memory="",
+    )
+    top = root / "sys/fs/cgroup/job"
+    shutil.rmtree(top)
+    (top / "step").mkdir(parents=True)
+    (top / "step" / "memory.max").write_text("max\n")
+    (top / "step" / "memory.current").write_text("1000000\n")
+    assert free_memory_bytes(root) == 8000 * 1024, "a group without a limit"
+    (top / "memory.max").write_text("5000000\n")
+    (top / "memory.current").write_text("4000000\n")
+    assert free_memory_bytes(root) == 1000000
+    (top / "memory.stat").write_text("anon 5\ninactive_file 300000\nactive_file 7\n")
+    assert free_memory_bytes(root) == 1300000, "pages of files are given away"
+    (top / "step" / "memory.max").write_text("1000010\n")
+    assert free_memory_bytes(root) == 10
+    (top / "step" / "memory.current").write_text("2000000\n")
+    assert free_memory_bytes(root) == 0
+
+
+def test_groups_of_the_old_kind(tmp_path: Path) -> None:
+    root = fake(tmp_path, proc__meminfo=MEMINFO, proc__self__cgroup="4:memory,hugetlb:/job\n0::/\n")
+    folder = root / "sys/fs/cgroup/memory/job"
+    folder.mkdir(parents=True)
+    (folder / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (folder / "memory.usage_in_bytes").write_text("7\n")
+    assert free_memory_bytes(root) == 8000 * 1024
+    (folder / "memory.limit_in_bytes").write_text("5007\n")
+    assert free_memory_bytes(root) == 5000
+
+
+def test_a_limit_of_addresses_counts() -> None:
+    code = "from mlxlora_core.limits import free_memory_bytes; print(free_memory_bytes())"
+    done = subprocess.run(
+        ["prlimit", f"--as={600 << 20}", sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert 400 << 20 < int(done.stdout) < 600 << 20
+
+
+def test_where_nothing_is_told_it_is_the_memory_of_the_machine(tmp_path: Path) -> None:
+    assert free_memory_bytes(tmp_path) == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # --- threads --------------------------------------------------------------------
@@ -115,7 +188,7 @@ def test_a_quota_is_rounded_down_and_never_to_nothing(
     monkeypatch.delenv("MLXLORA_THREADS", raising=False)
     monkeypatch.setattr("mlxlora_core.limits.processors", lambda: 4)
     files = machine(tmp_path, "0::/a\n", {"a/cpu.max": quota})
-    monkeypatch.setattr("mlxlora_core.limits.cpu_quota", lambda: cpu_quota(*files))
+    monkeypatch.setattr("mlxlora_core.limits.cpu_quota", lambda: cpu_quota(files))
     assert thread_count() == threads
 
 

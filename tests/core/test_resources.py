@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from mlxlora_core.data import Example, Examples
 from mlxlora_core.errors import ExitCode, ResourceError
 from mlxlora_core.model_folder import Quantization
 from mlxlora_core.registry import Registry
-from mlxlora_core.resources import exhausted, free_memory, require_disk, require_memory, training_bytes
+from mlxlora_core.resources import exhausted, require_disk, require_memory, training_bytes
 from mlxlora_core.train import train
 from mlxlora_core.train_config import TrainConfig
 
@@ -82,77 +80,14 @@ def test_a_disk_is_asked_where_the_target_will_be(tmp_path: Path) -> None:
 # --- memory -------------------------------------------------------------------
 
 
-def fake(root: Path, **files: str) -> Path:
-    """A root with files; the name of one has ``__`` for ``/``."""
-    for name, text in files.items():
-        path = root / name.replace("__", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
-MEMINFO = "MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 8000 kB\n"
-
-
-def test_what_the_machine_has_is_the_most(tmp_path: Path) -> None:
-    assert free_memory(fake(tmp_path, proc__meminfo=MEMINFO)) == 8000 * 1024
-
-
-def test_the_tightest_of_all_control_groups_counts(tmp_path: Path) -> None:
-    root = fake(
-        tmp_path,
-        proc__meminfo=MEMINFO,
-        proc__self__cgroup="1:cpu,cpuacct:/x\n0::/job/step\n",
-        sys__fs__cgroup__job__memory="",
-    )
-    top = root / "sys/fs/cgroup/job"
-    shutil.rmtree(top)
-    (top / "step").mkdir(parents=True)
-    (top / "step" / "memory.max").write_text("max\n")
-    (top / "step" / "memory.current").write_text("1000000\n")
-    assert free_memory(root) == 8000 * 1024, "a group without a limit"
-    (top / "memory.max").write_text("5000000\n")
-    (top / "memory.current").write_text("4000000\n")
-    assert free_memory(root) == 1000000
-    (top / "memory.stat").write_text("anon 5\ninactive_file 300000\nactive_file 7\n")
-    assert free_memory(root) == 1300000, "pages of files are given away"
-    (top / "step" / "memory.max").write_text("1000010\n")
-    assert free_memory(root) == 10
-    (top / "step" / "memory.current").write_text("2000000\n")
-    assert free_memory(root) == 0
-
-
-def test_groups_of_the_old_kind(tmp_path: Path) -> None:
-    root = fake(tmp_path, proc__meminfo=MEMINFO, proc__self__cgroup="4:memory,hugetlb:/job\n0::/\n")
-    folder = root / "sys/fs/cgroup/memory/job"
-    folder.mkdir(parents=True)
-    (folder / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    (folder / "memory.usage_in_bytes").write_text("7\n")
-    assert free_memory(root) == 8000 * 1024
-    (folder / "memory.limit_in_bytes").write_text("5007\n")
-    assert free_memory(root) == 5000
-
-
-def test_a_limit_of_addresses_counts() -> None:
-    code = "from mlxlora_core.resources import free_memory; print(free_memory())"
-    done = subprocess.run(
-        ["prlimit", f"--as={600 << 20}", sys.executable, "-c", code], capture_output=True, text=True
-    )
-    assert 400 << 20 < int(done.stdout) < 600 << 20
-
-
-def test_where_nothing_is_told_it_is_the_memory_of_the_machine(tmp_path: Path) -> None:
-    assert free_memory(tmp_path) == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def test_more_than_there_is_is_refused_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "free_memory", lambda: 2_000_000_000)
+    monkeypatch.setattr(resources, "free_memory_bytes", lambda: 2_000_000_000)
     assert require_memory(1_999_999_999, "it", "") == "it needs about 2.00 GB of memory, 2.00 GB are free"
     with pytest.raises(
         ResourceError, match=r"^it needs about 3\.00 GB of memory, 2\.00 GB are free. Fix: rest$"
     ):
         require_memory(3_000_000_000, "it", "rest")
-    monkeypatch.setattr(resources, "free_memory", lambda: None)
+    monkeypatch.setattr(resources, "free_memory_bytes", lambda: None)
     assert require_memory(10**15, "it", "") == "it needs about 1000000.00 GB of memory"
 
 
