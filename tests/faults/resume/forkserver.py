@@ -73,7 +73,7 @@ class ForkServer:
             signals: what to send.
             mutant: what to break first, a key of :data:`MUTANTS`.
             place: where the first of ``signals`` comes instead, a key of :data:`PLACES`.
-            after_seconds: an end by a timer's signal so long after it began; 0 is never.
+            after_seconds: SIGKILL so long after it began; 0 is never.
             limits: resource limits by name, such as ``RLIMIT_FSIZE``.
         """
         job = {
@@ -123,11 +123,20 @@ def _serve() -> None:
         child = os.fork()
         if child == 0:
             _child(job, operations)
+        if job["after_seconds"]:
+            signal.signal(signal.SIGALRM, lambda *_, child=child: _kill(child))
+            signal.setitimer(signal.ITIMER_REAL, job["after_seconds"])
         _, status = os.waitpid(child, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         code = os.waitstatus_to_exitcode(status)
         answer = {"code": code, "operations": int(operations.read_text())}
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()
+
+
+def _kill(child: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+        os.kill(child, signal.SIGKILL)
 
 
 def _child(job: Mapping[str, Any], operations: Path) -> None:
@@ -149,9 +158,6 @@ def _child(job: Mapping[str, Any], operations: Path) -> None:
         counter.install()
         if job["place"]:
             _signalled(job["place"], job["signals"][0])
-        if job["after_seconds"]:
-            signal.setitimer(signal.ITIMER_REAL, job["after_seconds"])
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signals.install()
         code = cli.execute(job["arguments"])
         counter.stop()

@@ -210,7 +210,7 @@ def test_kills_at_random_times_over_chains_of_resumes_change_nothing(
             resume = (folder / "a.checkpoints").is_dir() and any((folder / "a.checkpoints").glob("step-*"))
             command = train(bench, folder, *(["--resume"] if resume else []))
             ended = bench.server.run(command, after_seconds=draw.uniform(0.02, 0.8))
-            assert ended.code in (0, -14), ended.err
+            assert ended.code in (0, -9), ended.err
             kills += ended.code != 0
             assert len(litter(folder)) <= 4, "a lock, and what one process had at hand"
             if ended.code == 0:
