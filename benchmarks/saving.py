@@ -14,10 +14,10 @@ from pathlib import Path
 import click
 
 from mlxlora_core import pipeline
-from mlxlora_core.checkpoint import Saved
 from mlxlora_core.cli.session import start
 from mlxlora_core.recipe import read
 from mlxlora_core.registry import load
+from mlxlora_core.saving import Saved
 from mlxlora_core.train import TrainReport
 
 

@@ -18,20 +18,21 @@ import tomli_w
 
 from mlxlora_core import __version__, adapter_file, model_folder
 from mlxlora_core.answers import Expected, find_expected, judged, summarize
-from mlxlora_core.checkpoint import Checkpoints, Saved, identify
 from mlxlora_core.convert import ConvertReport, convert
 from mlxlora_core.data import Examples, build_dataset, read_examples
 from mlxlora_core.evaluate import evaluate
 from mlxlora_core.generate import generate, whole
+from mlxlora_core.identity import identify
 from mlxlora_core.model_folder import Model, Quantization
 from mlxlora_core.options import plain
 from mlxlora_core.plan import STAGES, fingerprints, needed
 from mlxlora_core.recipe import Recipe
 from mlxlora_core.registry import Registry
 from mlxlora_core.report import length_counts, write_report
-from mlxlora_core.resources import training_memory
 from mlxlora_core.run_folder import ADAPTER, CHECKPOINTS, DATA, METRICS, MODEL, RunFolder
+from mlxlora_core.saving import Checkpoints, Saved
 from mlxlora_core.train import Report, Training
+from mlxlora_core.training_memory import training_memory
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from mlxlora_core.layers import prepare_cpu
+
 VOCAB_SIZE = 320
 _SUBJECTS = ("a layer", "the adapter", "this module", "an optimizer", "the tokenizer", "every plugin")
 _VERBS = ("scales", "returns", "computes", "keeps", "applies", "reads")
@@ -27,6 +29,8 @@ _ENDS = ("in float32", "element by element", "along the last axis", "once a step
 for _ignored in (signal.SIGHUP, signal.SIGTERM):
     signal.signal(_ignored, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+prepare_cpu()  # as every verb does, before MLX computes anything
 
 
 def sentences(count: int = 400, seed: int = 0) -> list[str]:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxlora_core.checkpoint import SettingsChanged
 from mlxlora_core.cli import show
 from mlxlora_core.cli.convert import describe
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.cli.train import again
 from mlxlora_core.errors import UsageError, nearest, one_line, some
+from mlxlora_core.identity import SettingsChanged
 from mlxlora_core.recipe import DEFAULT_RECIPE, Recipe, read
 from mlxlora_core.registry import Registry
 

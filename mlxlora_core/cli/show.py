@@ -12,7 +12,7 @@ import click
 from mlxlora_core.errors import one_line
 
 if TYPE_CHECKING:
-    from mlxlora_core.checkpoint import Saved
+    from mlxlora_core.saving import Saved
     from mlxlora_core.train import Report
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxlora_core import checkpoint, resources
+from mlxlora_core import checkpoint, identity
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.evaluate import measure
 from mlxlora_core.cli.generate import speak
@@ -22,6 +22,7 @@ from mlxlora_core.train_config import EvaluateConfig, GenerateConfig, SaveConfig
 if TYPE_CHECKING:
     from mlxlora_core.data import Examples
     from mlxlora_core.model_folder import Model
+    from mlxlora_core.saving import Checkpoints
 
 DEFAULT_ADAPTER_FILE = Path("adapters.safetensors")
 LONG_ROW_TOKENS = 2048
@@ -112,7 +113,9 @@ def command(
     notes = start(registry)
     from mlxlora_core import adapter_file as files
     from mlxlora_core import durable, model_folder, tensor_file
+    from mlxlora_core.saving import Checkpoints
     from mlxlora_core.train import Training
+    from mlxlora_core.training_memory import training_memory
 
     tensor_file.check_ending(adapter_file)
     durable.check_file(adapter_file)
@@ -127,13 +130,13 @@ def command(
     show.progress(show.adapter_size(files.count(base), len(adapted.paths)))
     training = Training(base.language_model, train_set.examples, valid_set.examples, config, seed)
     splits = {"train": train_set.examples, "valid": valid_set.examples}
-    identity = checkpoint.identify(base, adapted, training, splits, registry, notes)
-    checkpoints = checkpoint.Checkpoints(kept, training, base, adapted, identity)
-    with resources.training_memory(base, train_set, config.batch_size) as said:
+    made_of = identity.identify(base, adapted, training, splits, registry, notes)
+    checkpoints = Checkpoints(kept, training, base, adapted, made_of)
+    with training_memory(base, train_set, config.batch_size) as said:
         show.progress(said)
         try:
             told = checkpoints.resume(found) if resume else checkpoints.begin(found)
-        except checkpoint.SettingsChanged as fault:
+        except identity.SettingsChanged as fault:
             show.changes(fault.rows)
             raise
         for note in told:
@@ -181,17 +184,16 @@ def _read(base: Model, path: Path, config: TrainConfig, split: str) -> Examples:
     return examples
 
 
-def _train(
-    checkpoints: checkpoint.Checkpoints, saving: SaveConfig, metrics_file: Path | None
-) -> dict[str, Any]:
+def _train(checkpoints: Checkpoints, saving: SaveConfig, metrics_file: Path | None) -> dict[str, Any]:
     """Train to the end, showing every report; the last losses."""
+    from mlxlora_core.saving import report_line
     from mlxlora_core.train import TrainReport, ValidReport
 
     last: dict[str, Any] = {}
     with show.training(checkpoints.training.config.iters) as display:
         for event in checkpoints.train(saving, metrics_file, again(resume=True)):
             if isinstance(event, TrainReport | ValidReport):
-                line = checkpoint.report_line(event)
+                line = report_line(event)
                 last[f"{line['kind']}_loss"] = line["loss"]
             display(event)
     return last

@@ -1,3 +1,5 @@
+"""Checkpoints: found, checked, written, and gone on from (checkpoint.py, identity.py, saving.py)."""
+
 from __future__ import annotations
 
 import hashlib
@@ -15,11 +17,13 @@ import numpy as np
 import pytest
 
 from mlxlora_core import adapter_file, checkpoint, model_folder
-from mlxlora_core.checkpoint import Checkpoints, Saved, SettingsChanged, find, find_to_begin, find_to_resume
+from mlxlora_core.checkpoint import find, find_to_begin, find_to_resume
 from mlxlora_core.data import Example
 from mlxlora_core.errors import DivergedError, MlxloraError, ModelError, PluginError, SafetyError
+from mlxlora_core.identity import SettingsChanged, identify
 from mlxlora_core.limits import THREADS
 from mlxlora_core.registry import Registry
+from mlxlora_core.saving import Checkpoints, Saved
 from mlxlora_core.train import SpikeReport, Training, TrainReport, ValidReport
 from mlxlora_core.train_config import SaveConfig, TrainConfig
 
@@ -73,7 +77,7 @@ def start(model_folder: Callable[..., Path], registry: Registry) -> Start:
         config = TrainConfig(**BASIC | settings)
         training = Training(model.language_model, train, valid, config, seed)
         splits = {"train": train, "valid": valid}
-        identity = checkpoint.identify(model, adapted, training, splits, registry, ["one thread"])
+        identity = identify(model, adapted, training, splits, registry, ["one thread"])
         return Checkpoints(folder, training, model, adapted, identity)
 
     return make
@@ -221,7 +225,7 @@ def trained(
         component = registry.find("adapter", "lora")
         adapted = adapter_file.attach(model, component, component.spec.options(**LORA), 0)
         training = Training(model.language_model, TRAIN, VALID, TrainConfig(**BASIC), 0)
-        identity = checkpoint.identify(
+        identity = identify(
             model, adapted, training, {"train": TRAIN, "valid": VALID}, registry, ["one thread"]
         )
         finish(Checkpoints(folder, training, model, adapted, identity))

@@ -5,23 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import mlx.core as mx
-import numpy as np
 import pytest
 
-from mlxlora_core import adapter_file, model_folder, resources
-from mlxlora_core.convert import convert
-from mlxlora_core.data import Example, Examples
+from mlxlora_core import resources
 from mlxlora_core.errors import ExitCode, ResourceError
-from mlxlora_core.model_folder import Quantization
-from mlxlora_core.registry import Registry
-from mlxlora_core.resources import exhausted, require_disk, require_memory, training_bytes
-from mlxlora_core.train import train
-from mlxlora_core.train_config import TrainConfig
+from mlxlora_core.resources import exhausted, require_disk, require_memory
 
 # --- what running out looks like ----------------------------------------------
 
@@ -89,55 +79,3 @@ def test_more_than_there_is_is_refused_with_both_figures(monkeypatch: pytest.Mon
         require_memory(3_000_000_000, "it", "rest")
     monkeypatch.setattr(resources, "free_memory_bytes", lambda: None)
     assert require_memory(10**15, "it", "") == "it needs about 1000000.00 GB of memory"
-
-
-def examples(rows: int, tokens: int) -> Examples:
-    draw = np.random.default_rng(0)
-    mask = np.arange(tokens) > 0
-    return Examples(
-        tuple(Example(draw.integers(3, 300, tokens).astype(np.uint32), mask) for _ in range(rows))
-    )
-
-
-@pytest.mark.parametrize(
-    ("dim", "layers", "adapted", "rows", "tokens", "bits", "targets"),
-    [
-        (64, 2, -1, 4, 64, None, ("all-linear",)),
-        (128, 4, -1, 4, 128, None, ("wq", "wv")),
-        (128, 12, 1, 4, 64, None, ("all-linear",)),
-        (128, 4, -1, 4, 128, 4, ("all-linear",)),
-        (128, 4, -1, 2, 512, None, ("all-linear",)),
-        (128, 2, -1, 24, 32, None, ("all-linear",)),
-        (256, 4, -1, 2, 64, 8, ("all-linear",)),
-    ],
-)
-def test_training_takes_what_was_estimated_within_a_factor_of_two(
-    tmp_path: Path,
-    make_checkpoint: Callable[..., Path],
-    registry: Registry,
-    dim: int,
-    layers: int,
-    adapted: int,
-    rows: int,
-    tokens: int,
-    bits: int | None,
-    targets: tuple[str, ...],
-) -> None:
-    """Measured by MLX's own count of the most that it held."""
-    affine = registry.find("quantizer", "affine")
-    quantization = Quantization(affine, affine.spec.options(group_size=32, bits=bits)) if bits else None
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", dim=dim, n_layers=layers)
-    convert(checkpoint, tmp_path / "model", registry, dtype="float32", quantization=quantization)
-    model = model_folder.load(tmp_path / "model", registry)
-    lora = registry.find("adapter", "lora")
-    adapter_file.attach(model, lora, lora.spec.options(layers=adapted, targets=targets), 0)
-    data = examples(rows, tokens)
-    estimate = training_bytes(model, data, batch_size=rows)
-    mx.clear_cache()
-    held = mx.get_active_memory()
-    mx.reset_peak_memory()
-    config: Any = TrainConfig(iters=2, batch_size=rows)
-    for _ in train(model.language_model, data.examples, (), config, 0):
-        pass
-    taken = mx.get_peak_memory() - held
-    assert estimate / 2 < taken < estimate * 2, f"estimated {estimate}, taken {taken}"

@@ -40,6 +40,7 @@ LIGHT = {
     "mlxlora_core.run_folder",
     "mlxlora_core.plan",
     "mlxlora_core.checkpoint",
+    "mlxlora_core.identity",
     "mlxlora_core.signals",
     "mlxlora_core.lock",
     "mlxlora_core.resources",
