@@ -7,6 +7,7 @@ compute type is float32 and a quantized weight is expanded before it multiplies.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -58,16 +59,66 @@ class QuantizedLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Outputs (..., outputs) of inputs (..., inputs), in the type of the inputs."""
-
-        def product(x: mx.array) -> mx.array:
-            return x @ self.dequantize().astype(compute_dtype(x.dtype)).T
-
-        # Expanded again for the gradient: kept from the forward pass, the
-        # weights of all layers would stand in memory unpacked at once.
-        y: mx.array = mx.checkpoint(product)(x)
+        y = _times_expanded(x, self.dequantize)
         if "bias" in self:
             y = y + self.bias
         return y.astype(x.dtype)
+
+
+class StoredLinear(nn.Linear):
+    """A dense linear whose weight stays as it is stored, and is expanded for each product.
+
+    It computes the same as one that was expanded when it was loaded, in less memory and more time.
+
+    Args:
+        linear: whose parameters it takes over.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.weight = linear.weight
+        if "bias" in linear:
+            self.bias = linear.bias
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Outputs (..., outputs) of inputs (..., inputs), in the type of the inputs."""
+        y = _times_expanded(x, lambda: self.weight)
+        if "bias" in self:
+            y = y + self.bias
+        return y.astype(x.dtype)
+
+
+class StoredEmbedding(nn.Embedding):
+    """An embedding that stays as it is stored; see :class:`StoredLinear`.
+
+    Args:
+        embedding: whose parameters it takes over.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        nn.Module.__init__(self)
+        self.weight = embedding.weight
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Embeddings (..., D) of token ids (...), in the type to compute in."""
+        rows: mx.array = self.weight[tokens]
+        return rows.astype(compute_dtype(rows.dtype))
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Logits (..., V) of hidden states (..., D), where the embedding is the output head too."""
+        return _times_expanded(x, lambda: self.weight).astype(x.dtype)
+
+
+def _times_expanded(x: mx.array, expand: Callable[[], mx.array]) -> mx.array:
+    """``x @ weight.T`` with the weight (outputs, inputs) that ``expand`` gives, in the type to compute in."""
+
+    def product(x: mx.array) -> mx.array:
+        return x @ expand().astype(compute_dtype(x.dtype)).T
+
+    # Expanded again for the gradient: kept from the forward pass, the
+    # weights of all layers would stand in memory unpacked at once.
+    y: mx.array = mx.checkpoint(product)(x)
+    return y
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxlora_core import durable, tensor_file
 from mlxlora_core.errors import ModelError, SafetyError, UsageError, some
 from mlxlora_core.input_file import read_json
-from mlxlora_core.layers import compute_dtype, is_linear, linear_shape
+from mlxlora_core.layers import StoredEmbedding, StoredLinear, compute_dtype, is_linear, linear_shape
+from mlxlora_core.limits import free_memory_bytes
 from mlxlora_core.options import parse
 from mlxlora_core.recipe import DEFAULT_QUANTIZER
 from mlxlora_core.registry import Component, Registry
@@ -29,6 +30,9 @@ CONFIG = "config.json"
 WEIGHTS = {"safetensors": "model.safetensors", "npz": "weights.npz"}
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.model"
+
+#: of the free memory, how much the weights may take when they are expanded to float32 on a CPU
+EXPANDED_SHARE = 0.5
 
 _CONFIG_BYTES, _INDEX_BYTES = 1 << 20, 16 << 20
 # Keys by which other libraries find code to run for a model.
@@ -54,6 +58,7 @@ class Model:
         config: config.json.
         quantization: how linears were quantized, or None.
         fingerprint: of config, tensors and tokenizer, the same for the same base in any format.
+        note: how the weights are held, where that makes it slower; else nothing.
     """
 
     folder: Path
@@ -62,6 +67,7 @@ class Model:
     config: Mapping[str, Any]
     quantization: Quantization | None
     fingerprint: str
+    note: str
 
     @property
     def module(self) -> nn.Module:
@@ -90,14 +96,12 @@ def load(folder: Path, registry: Registry) -> Model:
     language_model: Any = architecture.gave("build", architecture.spec.build(args), nn.Module)
     tensors, fingerprint = read_weights(folder)
     quantization = read_quantization(config, registry, folder / CONFIG)
-    require_memory(
-        sum(t.size * _computed(t.dtype).size for t in tensors.values()),
-        "the model",
-        "use a smaller model, or one that is quantized (mlxlora convert -q)",
-    )
+    note = _too_large_to_expand(tensors)
     module: Any = language_model
     if quantization is not None:
         _restore_quantized(module, tensors, quantization)
+    if note:
+        _keep_stored(module)
     _fill(module, tensors, folder)
     tokenizer = Tokenizer(folder / TOKENIZER)
     check_vocabulary(tokenizer, language_model.vocab_size)
@@ -111,6 +115,7 @@ def load(folder: Path, registry: Registry) -> Model:
         config,
         quantization,
         hashlib.sha256(parts.encode()).hexdigest(),
+        note,
     )
 
 
@@ -341,12 +346,45 @@ def _restore_quantized(
     )
 
 
+def _too_large_to_expand(tensors: Mapping[str, mx.array]) -> str:
+    """Why the weights stay in the type that they are stored in, or nothing when they are expanded once.
+
+    A CPU computes in float32. Expanded weights may take :data:`EXPANDED_SHARE`
+    of the memory that is free; the rest is for the work.
+
+    Raises:
+        ResourceError: not even what is stored fits.
+    """
+    stored = sum(t.nbytes for t in tensors.values())
+    expanded = sum(t.size * _computed(t.dtype).size for t in tensors.values())
+    require_memory(stored, "the model", "use a smaller model, or one that is quantized (mlxlora convert -q)")
+    free = free_memory_bytes()
+    if expanded == stored or free is None or expanded <= EXPANDED_SHARE * free:
+        return ""
+    return (
+        f"the weights are expanded for each product, which is slower: in float32 they take "
+        f"{expanded / 1e9:.2f} GB, more than {EXPANDED_SHARE:.0%} of the {free / 1e9:.2f} GB that are free"
+    )
+
+
+def _keep_stored(module: nn.Module) -> None:
+    """Let dense linears and embeddings keep their weights as they are stored, and expand them on use."""
+    kinds: dict[type, Any] = {nn.Linear: StoredLinear, nn.Embedding: StoredEmbedding}
+    found = module.named_modules()
+    replace(module, {path: kinds[type(child)](child) for path, child in found if type(child) in kinds})
+
+
 def _fill(module: nn.Module, tensors: Mapping[str, mx.array], folder: Path) -> None:
     """Give every parameter its tensor, in the type to compute in, and freeze it."""
     faults = tensor_file.mismatches(tensors, parameters(module))
     if faults:
         raise ModelError("the weights do not fit config.json: " + "; ".join(faults), where=folder)
-    ready = [(name, t.astype(_computed(t.dtype))) for name, t in tensors.items()]
+    stored = {
+        f"{path}.weight"
+        for path, child in module.named_modules()
+        if isinstance(child, (StoredLinear, StoredEmbedding))
+    }
+    ready = [(n, t if n in stored else t.astype(_computed(t.dtype))) for n, t in tensors.items()]
     module.update(tree_unflatten(ready))
     module.freeze()
     module.eval()

@@ -60,8 +60,9 @@ class StageDone:
 
 @dataclass(frozen=True)
 class Note:
-    """Something that the user should know."""
+    """Something that the user should know while ``stage`` is done."""
 
+    stage: str
     text: str
 
 
@@ -106,6 +107,8 @@ def _do_stages(work: _Stages, marks: Mapping[str, str], again: str) -> Iterator[
         if skipped:
             continue
         folder.start(stage, marks[stage])
+        if stage not in ("model", "data"):
+            yield from work.notes_on_model(stage)
         result = (yield from work.train(again)) if stage == "train" else work.do(stage)
         folder.keep(stage, marks[stage], result)
         yield StageDone(stage, result)
@@ -168,9 +171,9 @@ class _Stages:
         identity = identify(model, adapted, training, splits, self.registry, self.notes)
         checkpoints = Checkpoints(self.folder.path / CHECKPOINTS, training, model, adapted, identity)
         with training_memory(model, rows, recipe.train.batch_size) as said:
-            yield Note(said)
+            yield Note("train", said)
             for note in checkpoints.continue_or_begin():
-                yield Note(note)
+                yield Note("train", note)
             yield from checkpoints.train(recipe.checkpoints, self.folder.path / METRICS, again)
         (self.folder.path / ADAPTER).parent.mkdir(exist_ok=True)
         adapter_file.save(self.folder.path / ADAPTER, model, adapted)
@@ -194,6 +197,12 @@ class _Stages:
             adapter_file.load(self.folder.path / ADAPTER, self._model, self.registry)
             self._adapted = True
         return self._measure()
+
+    def notes_on_model(self, stage: str) -> Iterator[Note]:
+        """What there is to tell of the base when it is loaded for a stage."""
+        loaded = "_model" in vars(self)
+        if self._model.note and not loaded:
+            yield Note(stage, self._model.note)
 
     @cached_property
     def _model(self) -> Model:

@@ -62,6 +62,8 @@ def load_adapted(
     from mlxlora_core import model_folder
 
     model = model_folder.load(folder, registry)
+    if model.note:
+        show.progress(model.note)
     if adapter_file is not None:
         files.load(adapter_file, model, registry, (adapter, values))
     return model

@@ -121,7 +121,7 @@ def _show(event: Event, display: Any) -> None:
         for note in event.notes:
             show.progress(note)
     elif isinstance(event, Note):
-        show.progress(f"[train] {event.text}")
+        show.progress(f"[{event.stage}] {event.text}")
     elif isinstance(event, StageStarted):
         show.progress(f"[{event.stage}] {'done already' if event.skipped else '…'}")
     elif isinstance(event, StageDone):

@@ -120,6 +120,8 @@ def command(
     tensor_file.check_ending(adapter_file)
     durable.check_file(adapter_file)
     base = model_folder.load(model, registry)
+    if base.note:
+        show.progress(base.note)
     train_set = _read(base, data / "train.jsonl", config, "train")
     valid_set = _read(base, data / "valid.jsonl", config, "valid")
     if resume_adapter_file is not None:

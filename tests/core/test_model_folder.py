@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
+from mlxlora_core import adapter_file, tensor_file
 from mlxlora_core import model_folder as folders
-from mlxlora_core import tensor_file
-from mlxlora_core.errors import ModelError, PluginError, SafetyError
+from mlxlora_core.errors import ModelError, PluginError, ResourceError, SafetyError
+from mlxlora_core.layers import StoredEmbedding, StoredLinear, on_cpu
 from mlxlora_core.registry import Registry
 
 MakeModel = Callable[..., Path]
@@ -282,3 +284,69 @@ def test_only_what_is_written_by_convert_counts_as_ours(copy: MakeModel) -> None
     (folder / "README.md").unlink()
     (folder / "config.json").unlink()
     assert not folders.holds_only_a_model(folder)
+
+
+# --- weights that stay as they are stored --------------------------------------
+
+
+@pytest.mark.skipif(not on_cpu(), reason="elsewhere weights are computed with as they are stored")
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", None), ("bfloat16", None), ("float16", 4)])
+def test_weights_too_large_to_expand_are_expanded_on_use_and_compute_the_same(
+    model_folder: MakeModel,
+    registry: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    bits: int | None,
+) -> None:
+    """Logits, gradients with respect to an adapter and to what enters, and memory."""
+    folder = model_folder(dtype=dtype, bits=bits)
+    expanded = folders.load(folder, registry)
+    assert expanded.note == ""
+    size = sum(t.nbytes for t in folders.parameters(expanded.module).values())
+    monkeypatch.setattr(folders, "free_memory_bytes", lambda: int(1.5 * size))
+    stored = folders.load(folder, registry)
+    assert "expanded for each product" in stored.note and "50% of" in stored.note
+    assert sum(t.nbytes for t in folders.parameters(stored.module).values()) < 0.7 * size
+    assert stored.fingerprint == expanded.fingerprint
+
+    tokens = mx.array([[5, 9, 300, 7, 7, 41]])
+    lora = registry.find("adapter", "lora")
+    results = []
+    for model in (expanded, stored):
+        adapter_file.attach(model, lora, lora.spec.options(layers=-1, targets=("all-linear",)), 0)
+        model.module.update(tree_map(lambda t: t + 0.01, model.module.trainable_parameters()))
+
+        def loss(parameters: Any, hidden: mx.array, model: Any = model) -> mx.array:
+            model.module.update(parameters)
+            return model.language_model.head(model.language_model.run(hidden)).square().mean()
+
+        entering = model.language_model.embed(tokens)
+        assert entering.dtype == mx.float32
+        gradients = mx.grad(loss, argnums=(0, 1))(model.module.trainable_parameters(), entering)
+        results.append({"logits": model.language_model(tokens), **dict(tree_flatten(gradients))})
+    assert len(results[0]) > 4 and results[0].keys() == results[1].keys()
+    for name, want in results[0].items():
+        scale = float(mx.abs(want).max())
+        assert mx.abs(results[1][name] - want).max() <= 1e-5 * scale, name
+
+
+def test_a_tied_head_is_expanded_on_use_too() -> None:
+    embedding = nn.Embedding(30, 8)
+    embedding.weight = embedding.weight.astype(mx.float16)
+    stored = StoredEmbedding(embedding)
+    x = mx.random.normal((2, 3, 8))
+    assert mx.abs(stored.as_linear(x) - x @ embedding.weight.astype(mx.float32).T).max() < 1e-5
+
+
+def test_a_bias_is_added_to_a_weight_that_is_expanded_on_use() -> None:
+    linear = nn.Linear(8, 5)
+    x = mx.random.normal((2, 8))
+    assert mx.abs(StoredLinear(linear)(x) - linear(x)).max() < 1e-6
+
+
+def test_what_is_stored_must_fit(
+    model_folder: MakeModel, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxlora_core.resources.free_memory_bytes", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"the model needs about .* of memory, .* are free"):
+        folders.load(model_folder(dtype="float16"), registry)
