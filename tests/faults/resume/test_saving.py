@@ -132,7 +132,7 @@ def test_a_limit_on_the_size_of_files_is_told_with_the_file(
 
 INJECTED = [("fsync", "EIO", 9), ("rename", "EXDEV", 6)]
 if ALL:
-    INJECTED += [("fsync", "EIO", when) for when in range(1, 36)]
+    INJECTED += [("fsync", "EIO", when) for when in range(1, 35)]
     INJECTED += [("rename", error, when) for error in ("ENOSPC", "EACCES") for when in range(1, 18)]
 
 
