@@ -17,7 +17,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxlora_core import durable, tensor_file
 from mlxlora_core.errors import ModelError, SafetyError, UsageError, some
 from mlxlora_core.input_file import read_json
-from mlxlora_core.layers import StoredEmbedding, StoredLinear, compute_dtype, is_linear, linear_shape
+from mlxlora_core.layers import (
+    StoredEmbedding,
+    StoredLinear,
+    compute_dtype,
+    is_linear,
+    laid_out,
+    linear_shape,
+)
 from mlxlora_core.limits import free_memory_bytes
 from mlxlora_core.options import parse
 from mlxlora_core.recipe import DEFAULT_QUANTIZER
@@ -374,21 +381,30 @@ def _keep_stored(module: nn.Module) -> None:
     replace(module, {path: kinds[type(child)](child) for path, child in found if type(child) in kinds})
 
 
-def _fill(module: nn.Module, tensors: Mapping[str, mx.array], folder: Path) -> None:
-    """Give every parameter its tensor, in the type to compute in, and freeze it."""
+def _fill(module: nn.Module, tensors: dict[str, mx.array], folder: Path) -> None:
+    """Give every parameter its tensor, as products read it best, and freeze it; ``tensors`` is empty then."""
     faults = tensor_file.mismatches(tensors, parameters(module))
     if faults:
         raise ModelError("the weights do not fit config.json: " + "; ".join(faults), where=folder)
-    stored = {
-        f"{path}.weight"
-        for path, child in module.named_modules()
-        if isinstance(child, (StoredLinear, StoredEmbedding))
-    }
-    ready = [(n, t if n in stored else t.astype(_computed(t.dtype))) for n, t in tensors.items()]
+    owners = dict(module.named_modules())
+    ready = []
+    try:
+        for name in list(tensors):
+            owner, _, part = name.rpartition(".")
+            tensor = _prepared(owners.get(owner), part, tensors.pop(name))
+            # One by one: all at once, the weights as they are stored would stand beside the expanded ones.
+            mx.eval(tensor)
+            ready.append((name, tensor))
+    except RuntimeError as fault:
+        raise ModelError(f"the weights cannot be read: {fault}", where=folder) from fault
     module.update(tree_unflatten(ready))
     module.freeze()
     module.eval()
-    try:
-        mx.eval(module.parameters())
-    except RuntimeError as fault:
-        raise ModelError(f"the weights cannot be read: {fault}", where=folder) from fault
+
+
+def _prepared(owner: nn.Module | None, part: str, tensor: mx.array) -> mx.array:
+    """A parameter of ``owner``, in the type and the layout to compute with."""
+    if part == "weight" and isinstance(owner, (StoredLinear, StoredEmbedding)):
+        return tensor
+    computed = tensor.astype(_computed(tensor.dtype))
+    return laid_out(computed) if part == "weight" and isinstance(owner, nn.Linear) else computed

@@ -311,6 +311,6 @@ def _base_sums(model: Model) -> dict[str, int]:
     words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
     trained = trainable(model.module)
     frozen = {name: t for name, t in parameters(model.module).items() if name not in trained}
-    sums = {name: t.reshape(-1).view(words[t.dtype.size]).sum() for name, t in frozen.items()}
+    sums = {name: t.view(words[t.dtype.size]).sum() for name, t in frozen.items()}
     mx.eval(list(sums.values()))
     return {name: int(total) for name, total in sums.items()}

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlxlora_core import adapter_file, tensor_file
 from mlxlora_core import model_folder as folders
+from mlxlora_core.convert import convert
 from mlxlora_core.errors import ModelError, PluginError, ResourceError, SafetyError
 from mlxlora_core.layers import StoredEmbedding, StoredLinear, on_cpu
 from mlxlora_core.registry import Registry
@@ -66,6 +67,30 @@ def test_parameters_are_those_of_the_file_in_the_type_to_compute_in(
     for name, tensor in want.items():
         assert got[name].dtype == folders.compute_dtype(tensor.dtype)
         assert mx.array_equal(got[name], tensor.astype(got[name].dtype)), name
+
+
+def test_loading_holds_a_tensor_twice_and_not_the_model(
+    make_checkpoint: MakeModel, registry: Registry, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", dim=128, n_layers=12)
+    convert(checkpoint, tmp_path / "model", registry, dtype="float16")
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = folders.load(tmp_path / "model", registry)
+    held = sum(t.nbytes for t in folders.parameters(model.module).values())
+    assert held > 5e6
+    assert mx.get_active_memory() - before < 1.05 * held
+    assert mx.get_peak_memory() - before < 1.2 * held
+
+
+@pytest.mark.skipif(not on_cpu(), reason="elsewhere they lie as they are stored")
+def test_weights_of_linears_lie_column_by_column_on_a_cpu(
+    model_folder: MakeModel, registry: Registry
+) -> None:
+    model = folders.load(model_folder(), registry)
+    for _, linear in folders.linears(model.module):
+        assert memoryview(linear.weight).strides == (4, 4 * linear.weight.shape[0])
 
 
 def test_a_loaded_model_is_frozen_and_ready_to_answer(model_folder: MakeModel, registry: Registry) -> None:
