@@ -40,6 +40,7 @@ TOKENIZER = "tokenizer.model"
 
 #: of the free memory, how much the weights may take when they are expanded to float32 on a CPU
 EXPANDED_SHARE = 0.5
+SMALLER = "use a smaller model, or one that is quantized (mlxlora convert -q)"
 
 _CONFIG_BYTES, _INDEX_BYTES = 1 << 20, 16 << 20
 # Keys by which other libraries find code to run for a model.
@@ -364,7 +365,7 @@ def _too_large_to_expand(tensors: Mapping[str, mx.array]) -> str:
     """
     stored = sum(t.nbytes for t in tensors.values())
     expanded = sum(t.size * _computed(t.dtype).size for t in tensors.values())
-    require_memory(stored, "the model", "use a smaller model, or one that is quantized (mlxlora convert -q)")
+    require_memory(stored, "the model", SMALLER)
     free = free_memory_bytes()
     if expanded == stored or free is None or expanded <= EXPANDED_SHARE * free:
         return ""
@@ -391,11 +392,14 @@ def _fill(module: nn.Module, tensors: dict[str, mx.array], folder: Path) -> None
     try:
         for name in list(tensors):
             owner, _, part = name.rpartition(".")
-            tensor = _prepared(owners.get(owner), part, tensors.pop(name))
+            tensor = _prepared(owners.get(owner), part, tensors[name])
             # One by one: all at once, the weights as they are stored would stand beside the expanded ones.
             mx.eval(tensor)
             ready.append((name, tensor))
+            del tensors[name]
     except RuntimeError as fault:
+        # Where MLX gets no memory to read into, all it says is that it could not read.
+        require_memory(sum(t.nbytes for t in tensors.values()), "the rest of the model", SMALLER)
         raise ModelError(f"the weights cannot be read: {fault}", where=folder) from fault
     module.update(tree_unflatten(ready))
     module.freeze()

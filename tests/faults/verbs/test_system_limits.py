@@ -101,8 +101,13 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(
         assert "Read-only file system. Fix: name a place that can be written" in err[0]
 
 
-def test_a_model_that_does_not_fit_into_memory_is_refused_before_it_is_loaded(
-    tmp_path: Path, make_checkpoint: Callable[..., Path]
+@pytest.mark.parametrize(
+    ("free_mb", "told"),
+    [(24, "the model needs about 38."), (40, "the rest of the model needs about")],
+    ids=["before it is loaded", "when others took what was free"],
+)
+def test_a_model_that_does_not_fit_into_memory_is_refused(
+    tmp_path: Path, make_checkpoint: Callable[..., Path], free_mb: int, told: str
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", dim=512, n_layers=8)
     model = tmp_path / "model"
@@ -112,16 +117,16 @@ import os, resource, sys
 import mlxlora_core.pipeline
 from mlxlora_core import cli
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (held + (48 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (held + (int(sys.argv.pop(1)) << 20),) * 2)
 sys.exit(cli.execute(sys.argv[1:]))
 """
     arguments = ["generate", "-P", "no:openblas", "--model", str(model), "-p", "A layer"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, str(free_mb), *arguments], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 6, done.stderr
     (line,) = done.stderr.splitlines()
-    assert "the model needs about 76." in line and "MB are free. Fix: use a smaller model" in line
+    assert told in line and "MB are free. Fix: use a smaller model" in line
 
 
 #: a verb in a process that has the file numbers below sys.argv[1] alone
