@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 import numpy as np
-from mlxlora_demo.pretrain import BASE, VOCABULARY, Document, corpus, documents, examples, rows
+from mlxlora_demo.pretrain import BASE, VOCABULARY, corpus, documents, examples, rows
 from numpy.typing import NDArray
 
 from mlxlora_core import model_folder
@@ -105,18 +105,21 @@ def _grams(data: Sequence[Example]) -> Grams:
 def main(site: Path, base: Path, packages: tuple[str, ...]) -> None:
     """Measure the base, a 5-gram model and xz on the same rows of packages that were not trained on."""
     registry = load()
-    start_runtimes(registry)
     prepare_cpu()
+    start_runtimes(registry)
     tokenizer = Tokenizer(base / "tokenizer.model")
     seen, _ = corpus(site)
     known = {document.text for document in seen}
-    grams = KneserNey(examples(_rows(seen), tokenizer))
+    trained = dict.fromkeys(row for document in seen for row in rows(document))
+    grams = KneserNey(examples(trained, tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         convert(base, Path(folder) / "model", registry)
         model = model_folder.load(Path(folder) / "model", registry).language_model
     click.echo("| package | rows | bytes | base | 5-gram | `xz -9` |\n|---|---|---|---|---|---|")
     for package in packages:
-        unseen = _rows([d for d in documents(site, package) if d.text not in known])
+        found = [d for d in documents(site, package) if d.text not in known]
+        # The documentation itself: rows about its parameters would say it twice.
+        unseen = list(dict.fromkeys(next(rows(document)) for document in found))
         rows_ = examples(unseen, tokenizer)
         # Rows are cut at the context, so that all three measure what is left of them.
         text = [tokenizer.decode(example.tokens.tolist()) for example in rows_]
@@ -126,10 +129,6 @@ def main(site: Path, base: Path, packages: tuple[str, ...]) -> None:
             nats / math.log(2) / size for nats in (evaluate(model, rows_, 16, -1).nats, grams.nats(rows_))
         ]
         click.echo(f"| {package} | {len(text)} | {size} | {bits[0]:.3f} | {bits[1]:.3f} | {packed:.3f} |")
-
-
-def _rows(found: Sequence[Document]) -> list[str]:
-    return list(dict.fromkeys(row for document in found for row in rows(document)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Recipe ``demo``: a small base model that comes along, tuned on the docstrings of the installed mlx.
 
-``base/`` holds the model, ``recipe.toml`` what is done with it, ``pretrain.py``
+``base/`` holds the model, ``demo.toml`` what is done with it, ``pretrain.py``
 how it was made, and ``MODEL_CARD.md`` what it is good for.
 """
 
@@ -19,6 +19,6 @@ def mlxlora_recipes() -> Iterable[RecipeFile]:
         RecipeFile(
             name="demo",
             summary="a small base model learns the docstrings of mlx",
-            path=Path(__file__).parent / "recipe.toml",
+            path=Path(__file__).parent / "demo.toml",
         )
     ]

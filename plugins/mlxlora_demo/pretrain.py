@@ -38,8 +38,7 @@ REQUIREMENTS = HERE / "corpus-requirements.txt"
 HELD_OUT = "networkx"
 
 VOCABULARY = 4096
-CONTEXT_TOKENS = 512
-ROW_TOKENS = 256
+CONTEXT_TOKENS = 256
 ROW_CHARACTERS = 600
 PARAMS = {
     "dim": 256,
@@ -103,9 +102,8 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def rows(document: Document) -> Iterator[str]:
-    """Training rows of one document: a question and how its answer begins, and its parameters."""
-    name = document.path.rpartition(".")[2]
-    yield f"Q: What is {name} in {document.package}?\nA: {document.path} {_beginning(document.text)}"
+    """Training rows of one document: its path and how it begins, and a question for each parameter."""
+    yield f"{document.path} {_beginning(document.text)}"
     for match in _PARAMETER.finditer(document.text):
         meaning = inspect.cleandoc(match[2])
         if len(meaning) > 20:
@@ -220,14 +218,14 @@ def save(model: Any, folder: Path) -> None:
 
 
 def examples(texts: Iterable[str], tokenizer: Any) -> list[Any]:
-    """Rows as tokens that all count but the first, cut at ``ROW_TOKENS``."""
+    """Rows as tokens that all count but the first, cut at ``CONTEXT_TOKENS``."""
     import numpy as np
 
     from mlxlora_core.data import Example
 
     made = []
     for text in texts:
-        tokens = np.array(tokenizer.encode(text, eos=True)[:ROW_TOKENS], np.uint32)
+        tokens = np.array(tokenizer.encode(text, eos=True)[:CONTEXT_TOKENS], np.uint32)
         made.append(Example(tokens, np.arange(len(tokens)) > 0))
     return made
 
@@ -235,41 +233,41 @@ def examples(texts: Iterable[str], tokenizer: Any) -> list[Any]:
 @click.command()
 @click.option("--site", type=Path, required=True, help="site-packages that holds the corpus.")
 @click.option("--out", type=Path, default=BASE, help="Folder for the checkpoint.")
-@click.option("--steps", type=int, default=3000, help="Updates.")
-@click.option("--batch-size", type=int, default=8, help="Rows an update.")
-@click.option("--learning-rate", type=float, default=2e-3, help="Peak learning rate.")
+@click.option("--steps", type=int, default=3200, help="Updates.")
+@click.option("--batch-size", type=int, default=64, help="Rows an update.")
+@click.option("--learning-rate", type=float, default=6e-3, help="Peak learning rate.")
 def main(site: Path, out: Path, steps: int, batch_size: int, learning_rate: float) -> None:
     """Train the embedded base model and write it as a PyTorch checkpoint."""
-    from mlxlora_core.layers import keep_buffers
+    from mlxlora_core.layers import prepare_cpu
     from mlxlora_core.registry import load, start_runtimes
     from mlxlora_core.tokenizer import Tokenizer
-    from mlxlora_core.train import ValidReport, train
+    from mlxlora_core.train import TrainReport, ValidReport, train
     from mlxlora_core.train_config import TrainConfig
 
     train_documents, held_out = corpus(site)
-    texts = [row for document in train_documents for row in rows(document)]
+    texts = list(dict.fromkeys(row for document in train_documents for row in rows(document)))
     size = sum(map(len, texts)) / 1e6
     click.echo(f"{len(train_documents)} documents, {len(texts)} rows, {size:.1f} M characters")
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "tokenizer.model").is_file():
         (out / "tokenizer.model").write_bytes(train_tokenizer(texts))
     tokenizer = Tokenizer(out / "tokenizer.model")
+    prepare_cpu()
     click.echo([note.text for note in start_runtimes(load())])
-    keep_buffers()
-    unseen = [row for document in held_out for row in rows(document)][::40]
+    unseen = [row for document in held_out for row in rows(document)][::20]
     config = TrainConfig(
         iters=steps,
         batch_size=batch_size,
-        optimizer="adamw",
+        optimizer="muon",
         learning_rate=learning_rate,
         weight_decay=0.05,
         schedule="cosine",
-        warmup=min(200, steps // 10),
+        warmup=min(100, steps // 10),
         min_learning_rate=learning_rate / 20,
         grad_clip=1.0,
         val_batches=-1,
-        steps_per_report=50,
-        steps_per_eval=500,
+        steps_per_report=20,
+        steps_per_eval=200,
     )
     train_set, valid_set = examples(texts, tokenizer), examples(unseen, tokenizer)
     click.echo(f"{sum(len(e.tokens) for e in train_set) / 1e6:.2f} M tokens to train on")
@@ -281,7 +279,7 @@ def main(site: Path, out: Path, steps: int, batch_size: int, learning_rate: floa
         if isinstance(report, ValidReport):
             line += f"  held out: {report.loss * bits / characters:.4f} bits a byte"
             save(model, out)
-        else:
+        elif isinstance(report, TrainReport):
             line += f"  {report.tokens_per_second:.0f} tokens/s"
         click.echo(line)
     save(model, out)

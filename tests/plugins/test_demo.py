@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlxlora_demo
 import pytest
+from mlxlora_demo.pretrain import documents
 
+import mlxlora_core
 from mlxlora_core import cli
 from mlxlora_core.tokenizer import Tokenizer
 
@@ -28,6 +33,20 @@ def test_the_files_are_those_of_the_card_and_small() -> None:
     assert sum(path.stat().st_size for path in files.values()) <= 12e6
 
 
+def test_the_wheel_holds_the_same_files(tmp_path: Path) -> None:
+    root = Path(mlxlora_core.__file__).parents[1]
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=root, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()}
+    shipped = [*BASE.iterdir(), FOLDER / "demo.toml", FOLDER / "MODEL_CARD.md"]
+    shipped += [path for path in (root / "mlxlora_core" / "report").rglob("*") if path.suffix != ".pyc"]
+    for path in (path for path in shipped if path.is_file()):
+        name = path.relative_to(root).as_posix().removeprefix("plugins/")
+        assert held[name] == hashlib.sha256(path.read_bytes()).hexdigest(), name
+
+
 def test_the_tokenizer_gives_any_text_back() -> None:
     tokenizer = Tokenizer(BASE / "tokenizer.model")
     for text in (
@@ -39,9 +58,15 @@ def test_the_tokenizer_gives_any_text_back() -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_the_base_has_not_seen_mlx() -> None:
-    script = (FOLDER / "pretrain.py").read_text()
-    assert '"mlx" not in text.lower()' in script
+def test_the_corpus_leaves_out_what_mentions_mlx(tmp_path: Path) -> None:
+    (tmp_path / "quoted").mkdir()
+    (tmp_path / "quoted" / "__init__.py").write_text(
+        '"""A package that knows of others."""\n\n\n'
+        'def convert(x):\n    """Turn an array of MLX into one of ours."""\n\n\n'
+        'def ours(x):\n    """Turn anything else into one of ours."""\n'
+    )
+    texts = [document.text for document in documents(tmp_path, "quoted")]
+    assert sorted(texts) == ["A package that knows of others.", "Turn anything else into one of ours."]
     assert "mlx" not in (FOLDER / "corpus-requirements.txt").read_text()
 
 
@@ -68,4 +93,9 @@ def test_a_short_demo_lowers_the_held_out_loss(short_run: Run, more: tuple[str, 
     results = [record["stages"][stage]["result"] for stage in ("before", "after")]
     before, after = (result["losses"]["test"]["loss"] for result in results)
     assert after < 0.95 * before
-    assert "What is ReLU in mlx?" in out and "before:" in out and "after:" in out
+    # Twenty questions about training rows, each with its answers printed or kept; the base knows none.
+    answers = results[0]["answers"]
+    assert len(answers) == 20 and {answer["split"] for answer in answers} == {"train"}
+    assert record["summary"]["questions"]["memory"]["first_sentence"]["before"] == 0
+    assert all(answer["prompt"].split("\n")[0] in out for answer in answers)
+    assert "before:" in out and "after:" in out
