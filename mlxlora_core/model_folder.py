@@ -22,7 +22,6 @@ from mlxlora_core.layers import (
     StoredLinear,
     compute_dtype,
     is_linear,
-    laid_out,
     linear_shape,
 )
 from mlxlora_core.limits import free_memory_bytes
@@ -383,7 +382,7 @@ def _keep_stored(module: nn.Module) -> None:
 
 
 def _fill(module: nn.Module, tensors: dict[str, mx.array], folder: Path) -> None:
-    """Give every parameter its tensor, as products read it best, and freeze it; ``tensors`` is empty then."""
+    """Give every parameter its tensor, in the type to compute with, and freeze it; empties ``tensors``."""
     faults = tensor_file.mismatches(tensors, parameters(module))
     if faults:
         raise ModelError("the weights do not fit config.json: " + "; ".join(faults), where=folder)
@@ -407,8 +406,7 @@ def _fill(module: nn.Module, tensors: dict[str, mx.array], folder: Path) -> None
 
 
 def _prepared(owner: nn.Module | None, part: str, tensor: mx.array) -> mx.array:
-    """A parameter of ``owner``, in the type and the layout to compute with."""
+    """A parameter of ``owner``, in the type to compute with."""
     if part == "weight" and isinstance(owner, (StoredLinear, StoredEmbedding)):
         return tensor
-    computed = tensor.astype(_computed(tensor.dtype))
-    return laid_out(computed) if part == "weight" and isinstance(owner, nn.Linear) else computed
+    return tensor.astype(_computed(tensor.dtype))

@@ -14,8 +14,8 @@ from mlxlora_core.api import ResourceError
 #: environment variable that names the library to use
 LIBRARY = "MLXLORA_BLAS"
 
-#: the CBLAS functions that MLX calls; a library must have the first
-FUNCTIONS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
+#: the CBLAS functions that MLX calls and one that takes vectors; a library must have the first
+FUNCTIONS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm", "cblas_sgemv")
 
 #: scipy-openblas32 puts a prefix before every name, so that it never clashes with another BLAS
 _PREFIXES = ("", "scipy_")

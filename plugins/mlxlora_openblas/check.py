@@ -72,6 +72,12 @@ def _other() -> Iterator[tuple[str, mx.array, Exact]]:
     yield "cut out", cut, _exact(a[::2, 3:], b[3:, 1:8])
     cut = mx.array(b)[3:, ::2].T @ mx.array(a)[1:14, 3:].T
     yield "cut out and transposed", cut, _exact(b[3:, ::2].T, a[1:14, 3:].T)
+    cut = mx.array(a)[:, 3:4].T @ mx.array(c)[:, 1:8]
+    yield "a column cut out as the row", cut, _exact(a[:, 3:4].T, c[:, 1:8])
+    cut = mx.array(b)[3:, 1:8].T @ mx.array(b)[3:, 8:]
+    yield "a column cut out as the column", cut, _exact(b[3:, 1:8].T, b[3:, 8:])
+    added = mx.addmm(mx.array(c[:1]), mx.array(a[:1]), mx.array(b), alpha=0.5, beta=-2.0)
+    yield "0.5 row @ b - 2 c", added, _exact(a[:1], b, c[:1], alpha=0.5, beta=-2.0)
     p, q = _numbers(3, 2, 19, 23), _numbers(3, 2, 11, 23)
     yield "batch", mx.array(p) @ mx.array(q).swapaxes(-1, -2), _exact(p, q.swapaxes(-1, -2))
     p = p.swapaxes(0, 2)

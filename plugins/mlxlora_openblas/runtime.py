@@ -46,17 +46,19 @@ def _start() -> RuntimeNote | None:
     """
     from mlxlora_openblas.blas import open_blas
     from mlxlora_openblas.check import faults
+    from mlxlora_openblas.gemv import forwarding
     from mlxlora_openblas.slots import mlx_slots
 
     slots = mlx_slots()
     if not slots:
         return None
     blas = open_blas(thread_count())
-    before = {slot: slot.target for slot in slots if slot.function in blas.functions}
+    functions = forwarding(blas.functions)
+    before = {slot: slot.target for slot in slots if slot.function in functions}
     wrong = ["everything, until the check has ended"]
     try:
         for slot in before:
-            slot.point_at(blas.functions[slot.function])
+            slot.point_at(functions[slot.function])
         wrong = faults()
     finally:
         if wrong:

@@ -84,15 +84,6 @@ def test_loading_holds_a_tensor_twice_and_not_the_model(
     assert mx.get_peak_memory() - before < 1.2 * held
 
 
-@pytest.mark.skipif(not on_cpu(), reason="elsewhere they lie as they are stored")
-def test_weights_of_linears_lie_column_by_column_on_a_cpu(
-    model_folder: MakeModel, registry: Registry
-) -> None:
-    model = folders.load(model_folder(), registry)
-    for _, linear in folders.linears(model.module):
-        assert memoryview(linear.weight).strides == (4, 4 * linear.weight.shape[0])
-
-
 def test_a_loaded_model_is_frozen_and_ready_to_answer(model_folder: MakeModel, registry: Registry) -> None:
     model = folders.load(model_folder(), registry)
     assert tree_flatten(model.module.trainable_parameters()) == []

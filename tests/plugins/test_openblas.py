@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import mmap
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy_openblas32
+from mlxlora_openblas.blas import load
 from mlxlora_openblas.elf import imports
+from mlxlora_openblas.gemv import forwarding
 from mlxlora_openblas.slots import Slot
 
 from mlxlora_core import registry
@@ -30,7 +35,8 @@ import numpy as np
 from mlxlora_openblas.runtime import start
 from mlxlora_openblas.slots import mlx_slots
 
-before = [slot.target for slot in mlx_slots()]
+slots = mlx_slots()
+before = [slot.target for slot in slots]
 {prepare}
 rng = np.random.default_rng(7)
 digest, worst = hashlib.sha256(), 0.0
@@ -43,7 +49,7 @@ for m, k, n in ((1, 300, 70), (64, 256, 512), (203, 310, 199), (5, 1, 4)):
         worst = max(worst, float(np.abs(np.array(got) - want).max() / np.sqrt(k)))
 print(json.dumps(dict(
     text=note.text if note else None, warning=note.warning if note else None, worst=worst,
-    kept=before == [slot.target for slot in mlx_slots()], digest=digest.hexdigest(),
+    kept=before == [slot.target for slot in slots], digest=digest.hexdigest(),
 )))
 """
 START = "note = start()"
@@ -88,9 +94,9 @@ def test_openblas_is_put_under_mlx_with_the_same_bytes_in_every_process() -> Non
 def test_a_second_start_changes_nothing() -> None:
     found = probe("""
 note = start()
-once = [slot.target for slot in mlx_slots()]
+once = [slot.target for slot in slots]
 assert start() is note
-assert [slot.target for slot in mlx_slots()] == once
+assert [slot.target for slot in slots] == once
 """)
     assert not found["kept"]
 
@@ -154,6 +160,78 @@ def test_a_named_library_that_cannot_be_used_leaves_mlx_as_it_was(
     assert_stays(probe(MLXLORA_BLAS=path), reason)
 
 
+# --- one row or one column ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def products() -> tuple[Any, Any]:
+    """``cblas_sgemm`` of scipy-openblas32, as it is and passing vectors on."""
+    if platform.machine() != "x86_64":
+        pytest.skip("elsewhere OpenBLAS passes vectors on itself")
+    path = next(iter((Path(scipy_openblas32.__file__).parent / "lib").glob("libscipy_openblas*.so*")))
+    functions = load(str(path), 2).functions
+    passing = forwarding(functions)
+    assert passing["cblas_sgemm"] != functions["cblas_sgemm"]
+    i, f, p = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+    kind = ctypes.CFUNCTYPE(None, i, i, i, i, i, i, f, p, i, p, i, f, p, i)
+    return kind(functions["cblas_sgemm"]), kind(passing["cblas_sgemm"])
+
+
+@pytest.mark.parametrize("order", [101, 102])
+@pytest.mark.parametrize("trans_a", [111, 112])
+@pytest.mark.parametrize("trans_b", [111, 112, 113])
+def test_vectors_give_what_gemm_gives_and_touch_nothing_else(
+    products: tuple[Any, Any], order: int, trans_a: int, trans_b: int
+) -> None:
+    """Every side of length 1, 2 and more, with steps wider than the rows, against gemm and numpy."""
+    rng = np.random.default_rng(order + trans_a + trans_b)
+    for m, n, k, alpha, beta, more in itertools.product(
+        (1, 2, 150), (1, 2, 150), (0, 1, 70), (1.0, -0.5), (0.0, 2.0), (0, 3)
+    ):
+        rows = [(m, k), (k, n), (m, n)]  # as stored, row-major
+        rows = [
+            (b, a) if t != 111 else (a, b) for (a, b), t in zip(rows, (trans_a, trans_b, 111), strict=True)
+        ]
+        if order == 102:
+            rows = [(b, a) for a, b in rows]
+        a, b, c = (rng.standard_normal((r + 2, max(w, 1) + more)).astype(np.float32) for r, w in rows)
+        results = []
+        for product in products:
+            got = c.copy()
+            product(
+                *(order, trans_a, trans_b, m, n, k, alpha, a.ctypes.data, a.shape[1]),
+                *(b.ctypes.data, b.shape[1], beta, got.ctypes.data, got.shape[1]),
+            )
+            results.append(got)
+        x, y, z = (s[:r, :w].astype(np.float64) for s, (r, w) in zip((a, b, c), rows, strict=True))
+        if order == 102:
+            x, y, z = x.T, y.T, z.T
+        exact = alpha * ((x if trans_a == 111 else x.T) @ (y if trans_b == 111 else y.T)) + beta * z
+        for got in results:
+            r, w = rows[2]
+            inside = got[:r, :w].T if order == 102 else got[:r, :w]
+            np.testing.assert_allclose(inside, exact, atol=1e-4)
+            got[:r, :w] = c[:r, :w]
+            np.testing.assert_array_equal(got, c)
+
+
+def test_where_nobody_may_make_code_all_products_stay_with_gemm() -> None:
+    """PR_SET_MDWE, prctl(2): what was writable never becomes executable."""
+    found = probe("""
+import ctypes
+allowed = ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) == 0
+note = start()
+from mlxlora_openblas.blas import open_blas
+import platform
+if allowed:
+    gemm = open_blas(2).functions["cblas_sgemm"]
+    assert gemm in [slot.target for slot in slots]
+elif platform.release() >= "6.3":
+    raise SystemExit("the kernel should have it")
+""")
+    assert not found["warning"]
+
+
 # --- the check ------------------------------------------------------------------
 
 #: a plain BLAS, and what may be wrong with one
@@ -200,6 +278,13 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, co
 #endif
     }
 }
+#ifdef VECTOR
+void cblas_sgemv(int order, int ta, int m, int n, float alpha, const float *a, int lda,
+                 const float *x, int incx, float beta, float *y, int incy) {
+  cblas_sgemm(order, ta, 111, ta == 112 ? n : m, 1, (ta == 112 ? m : n) - (VECTOR == 1), alpha, a, lda,
+              x, incx, VECTOR == 2 ? 0 : beta, y, incy);
+}
+#endif
 """
 
 
@@ -217,7 +302,10 @@ def compiled(folder: Path, define: str) -> str:
 
 @pytest.mark.parametrize(
     "define",
-    ["GARBAGE", "NOT_A_NUMBER", "NO_TRANSPOSE_A", "NO_TRANSPOSE_B", "NO_LAST_ROW", "NO_BETA", "ROUGH"],
+    [
+        *("GARBAGE", "NOT_A_NUMBER", "NO_TRANSPOSE_A", "NO_TRANSPOSE_B", "NO_LAST_ROW", "NO_BETA", "ROUGH"),
+        *("VECTOR=1", "VECTOR=2"),
+    ],
 )
 def test_a_wrong_library_is_found_out_and_taken_back(tmp_path: Path, define: str) -> None:
     assert_stays(probe(MLXLORA_BLAS=compiled(tmp_path, define)), "products wrong, such as ")
@@ -226,6 +314,10 @@ def test_a_wrong_library_is_found_out_and_taken_back(tmp_path: Path, define: str
 def test_a_right_library_of_any_make_is_kept(tmp_path: Path) -> None:
     found = probe(MLXLORA_BLAS=compiled(tmp_path, "RIGHT"))
     assert found["text"] == "openblas: libwrong.so under MLX's CPU backend" and not found["kept"]
+
+
+def test_a_library_with_vectors_of_its_own_is_kept(tmp_path: Path) -> None:
+    assert not probe(MLXLORA_BLAS=compiled(tmp_path, "VECTOR=0"))["warning"]
 
 
 def test_a_library_with_wide_integers_is_refused(tmp_path: Path) -> None:
@@ -251,10 +343,11 @@ def test_elsewhere_it_keeps_silent_and_touches_nothing(elsewhere: str) -> None:
 import mlx.core as mx
 from mlxlora_openblas.runtime import start
 from mlxlora_openblas.slots import mlx_slots
-before = [slot.target for slot in mlx_slots()]
+slots = mlx_slots()
+before = [slot.target for slot in slots]
 {elsewhere}
 assert start() is None
-assert before == [slot.target for slot in mlx_slots()]
+assert before == [slot.target for slot in slots]
 with open("/proc/self/maps") as maps:
     assert "openblas" not in maps.read().replace("libscipy_openblas64_", "")  # numpy has its own
 """)
