@@ -11,7 +11,8 @@ One set of random weights is written as a Meta checkpoint and as a Hugging Face
 folder. For each kind of work every tool runs in a process of its own; before
 anything is timed they must agree on the loss of the same tokens. Then they
 take turns, a sample each, so that what else the machine does falls on all. The
-first sample of each, which compiles and warms up, is not counted.
+first sample of each, which compiles and warms up, is not counted, unless it
+takes so long that there is no other.
 """
 
 from __future__ import annotations

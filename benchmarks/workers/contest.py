@@ -317,13 +317,16 @@ class Run:
     def _take_turns(
         self, entries: Sequence[Entry], workers: Sequence[Worker | Failed]
     ) -> list[list[dict[str, Any]]]:
-        """Samples of each worker; the first is not counted, and all end with their peak memory."""
+        """Samples of each worker, all with its peak memory at the end.
+
+        The first is not counted, unless it took the worker's whole time: warming up is little of it then.
+        """
         found: list[list[dict[str, Any]]] = [[] for _ in workers]
         spent = [0.0] * len(workers)
         gone = {i for i, worker in enumerate(workers) if isinstance(worker, Failed)}
-        for turn in range(1 + self.pace.samples):
+        for _ in range(1 + self.pace.samples):
             for i, worker in enumerate(workers):
-                enough = turn > 1 and spent[i] > self.pace.budget_seconds
+                enough = spent[i] > self.pace.budget_seconds
                 if i in gone or enough or isinstance(worker, Failed):
                     continue
                 began = time.perf_counter()
@@ -338,7 +341,9 @@ class Run:
                 peak = worker.close()
                 for sample in samples:
                     sample |= {"peak_rss_bytes": peak, "first_seconds": samples[0]["seconds"]}
-        return [samples[1:] for samples in found]
+        return [
+            samples if len(samples) == 1 and i not in gone else samples[1:] for i, samples in enumerate(found)
+        ]
 
     def _add(self, row: dict[str, Any]) -> None:
         """Keep a row, and show it as it comes."""

@@ -225,10 +225,11 @@ def test_a_tool_that_goes_away_is_a_row_with_its_last_word(run: Run) -> None:
     assert run.result["rows"][1]["error"] == "it has gone"
 
 
-def test_a_slow_tool_gives_one_sample(run: Run) -> None:
+def test_a_slow_tool_gives_one_sample_which_counts(run: Run) -> None:
     run.pace = Pace(3, 0.0, batch=1, prompt_tokens=4, new_tokens=8)
     run.contest(TINY, "decode", Group("", [contestant("float32")]), Path())
-    assert run.result["rows"][0]["samples"] == 1
+    (row,) = run.result["rows"]
+    assert (row["samples"], row["median"]) == (1, 8 / 1)
 
 
 def test_a_worker_says_why_it_ends(run: Run) -> None:
