@@ -39,6 +39,8 @@ TOKENIZER = "tokenizer.model"
 
 #: of the free memory, how much the weights may take when they are expanded to float32 on a CPU
 EXPANDED_SHARE = 0.5
+#: stacks of the four threads that MLX reads files with; where one cannot start, it waits forever
+READERS_BYTES = 4 * 2**23
 SMALLER = "use a smaller model, or one that is quantized (mlxlora convert -q)"
 
 _CONFIG_BYTES, _INDEX_BYTES = 1 << 20, 16 << 20
@@ -364,7 +366,7 @@ def _too_large_to_expand(tensors: Mapping[str, mx.array]) -> str:
     """
     stored = sum(t.nbytes for t in tensors.values())
     expanded = sum(t.size * _computed(t.dtype).size for t in tensors.values())
-    require_memory(stored, "the model", SMALLER)
+    require_memory(stored + READERS_BYTES, "the model", SMALLER)
     free = free_memory_bytes()
     if expanded == stored or free is None or expanded <= EXPANDED_SHARE * free:
         return ""

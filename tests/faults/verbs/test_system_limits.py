@@ -101,28 +101,35 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(
         assert "Read-only file system. Fix: name a place that can be written" in err[0]
 
 
+#: a verb in a process that has 40 MB of addresses left once the function named by sys.argv[1] is called
+LITTLE = """
+import resource, sys
+from mlxlora_core import cli, model_folder, pipeline
+name = sys.argv.pop(1)
+function = getattr(model_folder, name)
+def limited(*arguments):
+    held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + (40 << 20),) * 2)
+    return function(*arguments)
+setattr(model_folder, name, limited)
+raise SystemExit(cli.execute(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize(
-    ("free_mb", "told"),
-    [(24, "the model needs about 38."), (40, "the rest of the model needs about")],
-    ids=["before it is loaded", "when others took what was free"],
+    ("function", "told"),
+    [("load", "the model needs about 71.9"), ("_fill", "the rest of the model needs about ")],
+    ids=["before it is read", "when others took meanwhile what was free"],
 )
 def test_a_model_that_does_not_fit_into_memory_is_refused(
-    tmp_path: Path, make_checkpoint: Callable[..., Path], free_mb: int, told: str
+    tmp_path: Path, make_checkpoint: Callable[..., Path], function: str, told: str
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", dim=512, n_layers=8)
     model = tmp_path / "model"
     assert cli.execute(["convert", "--torch-path", str(checkpoint), "--mlx-path", str(model)]) == 0
-    code = """
-import os, resource, sys
-import mlxlora_core.pipeline
-from mlxlora_core import cli
-held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (held + (int(sys.argv.pop(1)) << 20),) * 2)
-sys.exit(cli.execute(sys.argv[1:]))
-"""
     arguments = ["generate", "-P", "no:openblas", "--model", str(model), "-p", "A layer"]
     done = subprocess.run(
-        [sys.executable, "-c", code, str(free_mb), *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", LITTLE, function, *arguments], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 6, done.stderr
     (line,) = done.stderr.splitlines()
