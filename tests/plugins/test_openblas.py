@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy_openblas32
 from mlxlora_openblas.blas import load
 from mlxlora_openblas.elf import imports
 from mlxlora_openblas.gemv import forwarding
@@ -168,7 +167,9 @@ def products() -> tuple[Any, Any]:
     """``cblas_sgemm`` of scipy-openblas32, as it is and passing vectors on."""
     if platform.machine() != "x86_64":
         pytest.skip("elsewhere OpenBLAS passes vectors on itself")
-    path = next(iter((Path(scipy_openblas32.__file__).parent / "lib").glob("libscipy_openblas*.so*")))
+    import scipy_openblas32
+
+    path = next(Path(scipy_openblas32.get_lib_dir()).glob("libscipy_openblas*.so"))
     functions = load(str(path), 2).functions
     passing = forwarding(functions)
     assert passing["cblas_sgemm"] != functions["cblas_sgemm"]
