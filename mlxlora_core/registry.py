@@ -283,6 +283,10 @@ def start_runtimes(registry: Registry) -> list[specs.RuntimeNote]:
         if note is not None:
             if note.set_threads is not None:
                 use_for_products(note.set_threads)
+            if note.exp is not None:
+                from mlxlora_core.fast import use_exponential  # inside: it needs MLX, which listing does not
+
+                use_exponential(note.exp)
             notes.append(replace(note, text=one_line(note.text)))
     return notes
 

@@ -327,11 +327,14 @@ class RuntimeNote:
         warning: whether the user should be told unasked.
         set_threads: sets how many threads each matrix product takes from now
             on, where the runtime can; mlxlora calls it between computations.
+        exp: the exponential of a float32 array of any shape on the CPU, where the
+            runtime has a faster one than MLX's; mlxlora never differentiates it.
     """
 
     text: str
     warning: bool = False
     set_threads: Callable[[int], None] | None = None
+    exp: Callable[[mx.array], mx.array] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

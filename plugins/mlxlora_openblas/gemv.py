@@ -10,11 +10,10 @@ products on themselves.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import os
 import platform
 from collections.abc import Mapping
+
+from mlxlora_openblas.machine_code import executable
 
 _GEMM, _GEMV = "cblas_sgemm", "cblas_sgemv"
 
@@ -83,33 +82,7 @@ def forwarding(functions: Mapping[str, int]) -> dict[str, int]:
     """
     if platform.machine() != "x86_64" or not {_GEMM, _GEMV} <= functions.keys():
         return dict(functions)
-    code = bytearray()
-    for line in _LISTING.strip().splitlines():
-        for word in line.partition("  ")[0].split():
-            named = word.strip("<>")
-            code += functions[named].to_bytes(8, "little") if named in functions else bytes.fromhex(word)
     try:
-        return {**functions, _GEMM: _executable(bytes(code))}
+        return {**functions, _GEMM: executable(_LISTING, functions)}
     except OSError:  # such as SELinux without execmem, or PR_SET_MDWE
         return dict(functions)
-
-
-def _executable(code: bytes) -> int:
-    """The address of ``code`` in memory that is executable and no longer writable, for as long as we run.
-
-    Raises:
-        OSError: the system does not allow it.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    # Not the mmap module: it would give the memory back while MLX's threads still call into it.
-    libc.mmap.restype = ctypes.c_void_p
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    writable, executable = mmap.PROT_READ | mmap.PROT_WRITE, mmap.PROT_READ | mmap.PROT_EXEC
-    size = ctypes.c_size_t(mmap.PAGESIZE)
-    address = libc.mmap(None, size, writable, flags, -1, ctypes.c_long(0))
-    if address == ctypes.c_void_p(-1).value:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    ctypes.memmove(address, code, len(code))
-    if libc.mprotect(ctypes.c_void_p(address), size, executable):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return int(address)

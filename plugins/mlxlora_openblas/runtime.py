@@ -46,6 +46,7 @@ def _start() -> RuntimeNote | None:
     """
     from mlxlora_openblas.blas import open_blas
     from mlxlora_openblas.check import faults
+    from mlxlora_openblas.exponential import exp, exponential_works, with_exponential
     from mlxlora_openblas.gemv import forwarding
     from mlxlora_openblas.slots import mlx_slots
 
@@ -53,7 +54,7 @@ def _start() -> RuntimeNote | None:
     if not slots:
         return None
     blas = open_blas(thread_count())
-    functions = forwarding(blas.functions)
+    functions = with_exponential(forwarding(blas.functions))
     before = {slot: slot.target for slot in slots if slot.function in functions}
     wrong = ["everything, until the check has ended"]
     try:
@@ -68,4 +69,8 @@ def _start() -> RuntimeNote | None:
         raise ResourceError(
             f"{blas.title} gets {len(wrong)} products wrong, such as {wrong[0]}", where=blas.path
         )
-    return RuntimeNote(f"openblas: {blas.title} under MLX's CPU backend", set_threads=blas.set_threads)
+    return RuntimeNote(
+        f"openblas: {blas.title} under MLX's CPU backend",
+        set_threads=blas.set_threads,
+        exp=exp if exponential_works() else None,
+    )

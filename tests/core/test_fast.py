@@ -17,6 +17,20 @@ from mlxlora_core.layers import on_cpu
 pytestmark = pytest.mark.skipif(not on_cpu(), reason="elsewhere these are MLX's own operations")
 
 
+@pytest.fixture(autouse=True, params=["MLX's power", "a runtime's"])
+def exponential(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Each test with and without an exponential of a runtime; numpy's tells how often it was called."""
+    calls: list[int] = []
+
+    def exp(x: mx.array) -> mx.array:
+        calls.append(x.size)
+        with np.errstate(over="ignore", under="ignore"):
+            return mx.array(np.exp(np.array(x)))
+
+    monkeypatch.setattr(fast, "_exponentials", [exp] if request.param == "a runtime's" else [])
+    return calls
+
+
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Any:
     return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
 
@@ -159,3 +173,11 @@ def test_small_and_half_precision_arrays_take_mlx_own_way() -> None:
     assert mx.allclose(fast.silu_times(gate, gate), nn.silu(gate) * gate, atol=1e-6)
     half = mx.array(normal(80, 80)).astype(mx.float16)
     assert fast.silu_times(half, half).dtype == mx.float16
+
+
+def test_the_exponential_of_a_runtime_is_taken_for_large_arrays_alone(exponential: list[int]) -> None:
+    large, small = mx.array(normal(70, 80)), mx.array(normal(3, 5))
+    mx.eval(fast.silu_times(small, small))
+    assert exponential == []
+    mx.eval(fast.silu_times(large, large))
+    assert exponential == ([large.size] if fast._exponentials else [])

@@ -547,6 +547,14 @@ def test_what_a_runtime_sets_threads_with_is_kept(monkeypatch: pytest.MonkeyPatc
     assert told == [3, cores.thread_count()]
 
 
+def test_the_exponential_of_a_runtime_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxlora_core import fast
+
+    monkeypatch.setattr(fast, "_exponentials", [])
+    start_runtimes(runtimes(lambda: specs.RuntimeNote("fast", exp=abs), lambda: specs.RuntimeNote("none")))
+    assert fast._exponentials == [abs]
+
+
 def test_every_kind_has_a_hook_and_a_spec() -> None:
     import mlxlora_core.hookspecs as hookspecs
 

@@ -225,12 +225,133 @@ note = start()
 from mlxlora_openblas.blas import open_blas
 import platform
 if allowed:
+    assert note.exp is None
     gemm = open_blas(2).functions["cblas_sgemm"]
     assert gemm in [slot.target for slot in slots]
 elif platform.release() >= "6.3":
     raise SystemExit("the kernel should have it")
 """)
     assert not found["warning"]
+
+
+# --- the exponential ---------------------------------------------------------------
+
+EXPONENTIAL = """
+import math
+import mlx.core as mx
+import numpy as np
+import numpy
+from mlxlora_openblas.runtime import start
+{prepare}
+note = start()
+assert not note.warning
+a, b = (mx.array(np.random.default_rng(i).standard_normal((65, 33)).astype(np.float32)) for i in (0, 1))
+assert np.allclose(np.array(a @ b.T), np.array(a, dtype=float) @ np.array(b, dtype=float).T, atol=1e-4)
+{then}
+"""
+
+x86_64 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the code is for x86-64")
+
+
+@x86_64
+def test_the_exponential_is_that_of_the_c_library_for_every_size_and_layout() -> None:
+    child(
+        EXPONENTIAL.format(
+            prepare="",
+            then="""
+def check(x):
+    got = np.array(note.exp(x))
+    numbers = np.array(x, dtype=float)
+    assert got.shape == numbers.shape
+    exact = np.array([math.exp(v) if v < 88.7228 else math.inf for v in numbers.ravel()]).reshape(got.shape)
+    # Below the smallest normal number of float32 its steps are coarser than any bound.
+    assert np.allclose(got, exact, rtol=2.5e-7, atol=1e-38)
+
+rng = np.random.default_rng(3)
+for size in [*range(1, 40), 255, 256, 257, 100_001]:
+    for low, high in ((-5, 5), (-110, 0), (-1e5, 1e5)):
+        check(mx.array(rng.uniform(low, high, size).astype(np.float32)))
+whole = mx.array(rng.uniform(-9, 9, (6, 20, 30)).astype(np.float32))
+for view in (whole.swapaxes(0, 2), whole[:, 3:7], whole[::2, :, 1::3], whole[0, 0, :1]):
+    check(view)
+check(mx.array([math.inf, -math.inf, 0.0, -0.0]))
+assert np.isnan(np.array(note.exp(mx.array([math.nan])))).all()
+ones = mx.ones((50, 1)) @ mx.ones((1, 1))  # not the one array that stands for it
+assert np.array_equal(np.array(ones), np.ones((50, 1)))
+""",
+        )
+    )
+
+
+@x86_64
+def test_the_exponential_on_two_streams_at_once_is_that_of_one() -> None:
+    child(
+        EXPONENTIAL.format(
+            prepare="",
+            then="""
+arrays = [mx.random.normal((40, 500 + i)) for i in range(40)]
+alone = [np.array(note.exp(x)) for x in arrays]
+both = []
+for stream in [mx.new_stream(mx.cpu) for _ in range(2)]:
+    with mx.stream(stream):
+        both.append([note.exp(x) for x in arrays])
+mx.eval(both)
+for results in both:
+    for got, want in zip(results, alone, strict=True):
+        assert np.array_equal(np.array(got), want)
+""",
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "numpy_has",
+    [
+        "numpy.frompyfunc(math.exp, 1, 1)",  # no loop for float32
+        "numpy.add",  # a loop of two inputs
+        "numpy.exp2",  # another function
+    ],
+)
+def test_where_numpy_has_another_exponential_products_are_kept_without_it(numpy_has: str) -> None:
+    child(EXPONENTIAL.format(prepare=f"numpy.exp = {numpy_has}", then="assert note.exp is None"))
+
+
+@x86_64
+def test_training_takes_the_exponential_of_the_runtime() -> None:
+    """The attention, the activation and the loss of a step, against torch in double precision."""
+    child("""
+import mlx.core as mx
+import numpy as np
+import torch
+from mlxlora_core import fast
+from mlxlora_core.registry import load, start_runtimes
+start_runtimes(load(environ={"MLXLORA_PLUGINS": ""}))
+(exp,) = fast._exponentials
+calls = []
+fast._exponentials[:] = [lambda x: calls.append(x.size) or exp(x)]
+rng = np.random.default_rng(0)
+q, k, v, up = (rng.standard_normal((2, 4, 90, 24)).astype(np.float32) for _ in range(4))
+targets = rng.integers(0, 24, 720)
+
+def ours(q, k, v, up):
+    out = fast.silu_times(fast.attention(q, k, v, 0.2, "causal"), up)
+    return fast.cross_entropy(out.reshape(-1, 24), mx.array(targets))
+
+def theirs(q, k, v, up):
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2)
+    out = torch.nn.functional.silu(out) * up
+    return torch.nn.functional.cross_entropy(out.reshape(-1, 24), torch.tensor(targets), reduction="sum")
+
+value, gradients = mx.value_and_grad(ours, argnums=(0, 1, 2, 3))(*map(mx.array, (q, k, v, up)))
+tensors = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (q, k, v, up)]
+want = theirs(*tensors)
+want.backward()
+assert calls
+assert abs(value.item() - want.item()) < 1e-5 * want.item()
+for got, tensor in zip(gradients, tensors):
+    exact = tensor.grad.numpy()
+    assert np.abs(np.array(got) - exact).max() < 1e-5 * np.abs(exact).max()
+""")
 
 
 # --- the check ------------------------------------------------------------------
