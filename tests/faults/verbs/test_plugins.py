@@ -85,11 +85,11 @@ def test_a_plugin_that_hangs_can_be_left_out(tmp_path: Path) -> None:
     (site / "hangs.py").write_text(
         f"import pathlib, time\npathlib.Path({str(tmp_path / 'mark')!r}).touch()\ntime.sleep(600)\n"
     )
-    command = ["env", f"PYTHONPATH={site}", sys.executable, "-m", "mlxlora_core"]
+    command = ["env", "-u", "MLXLORA_PLUGINS", f"PYTHONPATH={site}", sys.executable, "-m", "mlxlora_core"]
 
     def run(*arguments: str, env: str = "A=") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [command[0], env, *command[1:], *arguments], capture_output=True, text=True, timeout=30
+            [*command[:3], env, *command[3:], *arguments], capture_output=True, text=True, timeout=30
         )
 
     assert run("--help").returncode == 0
@@ -100,6 +100,7 @@ def test_a_plugin_that_hangs_can_be_left_out(tmp_path: Path) -> None:
     assert not (tmp_path / "mark").exists()
     with subprocess.Popen([*command, "components"], stderr=subprocess.PIPE, text=True) as process:
         while not (tmp_path / "mark").exists():
+            assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
