@@ -73,17 +73,11 @@ def with_exponential(functions: Mapping[str, int]) -> dict[str, int]:
 
     Where that cannot be, they stay as they are.
     """
-    ufunc, kinds = _UFunc.from_address(id(np.exp)), np.exp.types
-    known = "f->f" in kinds and (ufunc.inputs, ufunc.outputs, ufunc.types) == (1, 1, len(kinds))
-    if platform.machine() != "x86_64" or _GEMM not in functions or not known:
+    loop = _loop()
+    if platform.machine() != "x86_64" or _GEMM not in functions or loop is None:
         return dict(functions)
-    place = kinds.index("f->f")
-    addresses = {
-        "token": np.array(_token(), copy=False).ctypes.data,
-        "data": ufunc.data[place] or 0,
-        "loop": ufunc.loops[place] or 0,
-        _GEMM: functions[_GEMM],
-    }
+    token = np.array(_token(), copy=False).ctypes.data
+    addresses = {"token": token, **loop, _GEMM: functions[_GEMM]}
     try:
         return {**functions, _GEMM: executable(_LISTING, addresses)}
     except OSError:  # such as SELinux without execmem, or PR_SET_MDWE
@@ -106,6 +100,16 @@ def exponential_works() -> bool:
         if not np.allclose(got, exact[-count:], rtol=4e-7, atol=1e-38):
             return False
     return True
+
+
+def _loop() -> dict[str, int] | None:
+    """Addresses of the loop that ``numpy.exp`` has for float32, and of its data; None where it has none."""
+    if not isinstance(np.exp, np.ufunc) or "f->f" not in np.exp.types:
+        return None
+    ufunc, place = _UFunc.from_address(id(np.exp)), np.exp.types.index("f->f")
+    if (ufunc.inputs, ufunc.outputs, ufunc.types) != (1, 1, len(np.exp.types)):
+        return None
+    return {"loop": ufunc.loops[place] or 0, "data": ufunc.data[place] or 0}
 
 
 @cache

@@ -307,6 +307,7 @@ for results in both:
 @pytest.mark.parametrize(
     "numpy_has",
     [
+        "lambda x: x",  # no ufunc
         "numpy.frompyfunc(math.exp, 1, 1)",  # no loop for float32
         "numpy.add",  # a loop of two inputs
         "numpy.exp2",  # another function
