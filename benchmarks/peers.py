@@ -35,7 +35,7 @@ from workers.contest import TASKS, Entry, Group, Pace
 from workers.shapes import SHAPES, Shape
 from workers.weights import HUGGING_FACE, META, ROWS
 
-from mlxlora_core import machine
+from mlxlora_core.machine import doctor
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -60,7 +60,7 @@ def main(
 ) -> None:
     """Measure, print, and keep the results."""
     _check_environment(peers)
-    device = machine.device()
+    device = doctor.device()
     chosen = [s for s in SHAPES if s.name in shapes or not (shapes or (s.needs_gpu and device.kind == "cpu"))]
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -68,8 +68,8 @@ def main(
         "machine": {
             "system": platform.platform(),
             "device": asdict(device),
-            "threads": machine.threads().count,
-            "memory_bytes": machine.memory().total_bytes,
+            "threads": doctor.threads().count,
+            "memory_bytes": doctor.memory().total_bytes,
         },
         "versions": {},
         "rates": {},

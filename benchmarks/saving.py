@@ -13,12 +13,12 @@ from pathlib import Path
 
 import click
 
-from mlxlora_core import pipeline
 from mlxlora_core.cli.session import start
-from mlxlora_core.recipe import read
 from mlxlora_core.registry import load
-from mlxlora_core.saving import Saved
-from mlxlora_core.train import TrainReport
+from mlxlora_core.run import pipeline
+from mlxlora_core.run.recipe import read
+from mlxlora_core.training.loop import TrainReport
+from mlxlora_core.training.session import CheckpointSaved
 
 
 @click.command()
@@ -34,7 +34,7 @@ def main(iters: int | None, out: Path | None) -> None:
         saves: list[float] = []
         training, steps, began = 0.0, 0, time.perf_counter()
         for event in pipeline.run(recipe, registry):
-            if isinstance(event, Saved):
+            if isinstance(event, CheckpointSaved):
                 saves.append(event.seconds)
             elif isinstance(event, TrainReport):
                 training += (event.step - steps) / event.steps_per_second

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from mlxlora_core.errors import UsageError, nearest, some
+from mlxlora_core.errors import UsageError, listing, nearest
 
 T = TypeVar("T")
 
@@ -181,7 +181,9 @@ def parse(
     parsed: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            faults.append(f"{owner} has no option '{name}' ({nearest(name, known)}it has {some(known, 20)})")
+            faults.append(
+                f"{owner} has no option '{name}' ({nearest(name, known)}it has {listing(known, 20)})"
+            )
             continue
         try:
             parsed[name] = convert(value, known[name].type)

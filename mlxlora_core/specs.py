@@ -56,7 +56,7 @@ class LazyTensor:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ForeignModel:
     """What a weight loader opened.
 
     Attributes:
@@ -82,7 +82,7 @@ class WeightLoader(Spec):
     """
 
     detect: Callable[[Path], bool]
-    open: Callable[[Path, Any], Checkpoint]
+    open: Callable[[Path, Any], ForeignModel]
 
 
 # --- architectures ------------------------------------------------------------
@@ -216,7 +216,7 @@ class Quantizer(Spec):
     """Stores the weight of a linear in fewer bits.
 
     Attributes:
-        quantize: a :class:`mlxlora_core.api.QuantizedLinear` made from a dense
+        quantize: a :class:`mlxlora_core.ops.QuantizedLinear` made from a dense
             linear, or None to leave this one as it is.
         restore: an empty one for a linear of shape (outputs, inputs), bias or
             not, with the options that it was quantized with; its parameters are

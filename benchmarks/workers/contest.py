@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from mlxlora_core.limits import thread_count
+from mlxlora_core.machine.processors import thread_count
 from workers.channel import Job
 from workers.commands import Command, run_command
 from workers.shapes import Shape, decode_flop, prefill_flop, train_flop

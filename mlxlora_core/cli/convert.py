@@ -10,9 +10,10 @@ import click
 
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
-from mlxlora_core.errors import UsageError, some
-from mlxlora_core.recipe import DEFAULT_QUANTIZER, check_sections, choose, overrides
+from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.registry import Registry
+from mlxlora_core.registry.defaults import DEFAULT_QUANTIZER
+from mlxlora_core.run.recipe import check_sections, choose, overrides
 
 
 @verb(
@@ -71,14 +72,14 @@ def command(
     bits = {"group_size": q_group_size, "bits": q_bits}
     values = given.get("quantize", {}) | {key: value for key, value in bits.items() if value is not None}
     if values and not quantize:
-        raise UsageError(f"{some(values)} given without -q", fix="add -q")
+        raise UsageError(f"{listing(values)} given without -q", fix="add -q")
     chosen = choose("quantizer", quantizer, values, registry) if quantize else None
     read = choose("loader", loader, given.get("loader", {}), registry) if loader else None
     hold(mlx_path)
     start(registry)
-    from mlxlora_core.convert import convert
-    from mlxlora_core.model_folder import Quantization
-    from mlxlora_core.pipeline import convert_result
+    from mlxlora_core.model.convert import convert
+    from mlxlora_core.model.folder import Quantization
+    from mlxlora_core.run.pipeline import convert_result
 
     started = time.perf_counter()
     report = convert(
@@ -115,5 +116,5 @@ def describe(result: dict[str, Any]) -> list[str]:
             f"{result['quantized']} linears quantized, relative error {result['relative_error']:.2%}"
         )
     if result["left_dense"]:
-        lines.append(f"left dense, inputs do not divide by the group: {some(result['left_dense'])}")
+        lines.append(f"left dense, inputs do not divide by the group: {listing(result['left_dense'])}")
     return lines

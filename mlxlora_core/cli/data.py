@@ -10,8 +10,8 @@ from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
-from mlxlora_core.recipe import choose, overrides
 from mlxlora_core.registry import Registry
+from mlxlora_core.run.recipe import choose, overrides
 
 SHOWN_SKIPPED = 10
 
@@ -52,7 +52,7 @@ def command(
     assert chosen.component is not None
     hold(out)
     start(registry)
-    from mlxlora_core.data import build_dataset
+    from mlxlora_core.training.dataset import build_dataset
 
     record = build_dataset(chosen.component, chosen.options, out, overwrite=overwrite)
     if as_json:

@@ -28,7 +28,7 @@ def flags(config: type[Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-def take(config: type[T], arguments: Mapping[str, Any]) -> T:
+def config_from(config: type[T], arguments: Mapping[str, Any]) -> T:
     """The value of ``config`` from parsed arguments, checked.
 
     Raises:

@@ -9,12 +9,12 @@ import click
 
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
-from mlxlora_core.recipe import check_sections, overrides
 from mlxlora_core.registry import Registry
-from mlxlora_core.train_config import BatchConfig, EvaluateConfig
+from mlxlora_core.run.recipe import check_sections, overrides
+from mlxlora_core.training.settings import BatchConfig, EvaluateConfig
 
 if TYPE_CHECKING:
-    from mlxlora_core.model_folder import Model
+    from mlxlora_core.model.folder import Model
 
 
 @verb(
@@ -44,7 +44,10 @@ def command(
     The loss is the sum of nats over the sum of counted tokens, whatever the
     batch size.
     """
-    batches, config = declare.take(BatchConfig, arguments), declare.take(EvaluateConfig, arguments)
+    batches, config = (
+        declare.config_from(BatchConfig, arguments),
+        declare.config_from(EvaluateConfig, arguments),
+    )
     given = overrides(sets)
     check_sections(given, ("adapter",))
     start(registry)
@@ -58,8 +61,8 @@ def load_adapted(
     registry: Registry, folder: Path, adapter_file: Path | None, adapter: str | None, values: dict[str, Any]
 ) -> Model:
     """A model with, if a file is named, the adapter in it."""
-    from mlxlora_core import adapter_file as files
-    from mlxlora_core import model_folder
+    from mlxlora_core.model import adapters as files
+    from mlxlora_core.model import folder as model_folder
 
     model = model_folder.load(folder, registry)
     if model.note:
@@ -73,8 +76,8 @@ def measure(
     model: Model, data: Path, batches: BatchConfig, config: EvaluateConfig, quiet: bool
 ) -> dict[str, Any]:
     """Loss on ``test.jsonl``; printed unless ``quiet``."""
-    from mlxlora_core.data import read_examples
-    from mlxlora_core.evaluate import evaluate
+    from mlxlora_core.training.evaluation import evaluate
+    from mlxlora_core.training.examples import read_examples
 
     rows = read_examples(
         data / "test.jsonl",

@@ -9,8 +9,8 @@ import click
 
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
-from mlxlora_core.recipe import check_sections, overrides
 from mlxlora_core.registry import Registry
+from mlxlora_core.run.recipe import check_sections, overrides
 
 #: Above this share of what the adapter changes, the fused model is not the tuned one any more.
 ROUNDED_AWAY = 0.5
@@ -47,7 +47,7 @@ def command(
     check_sections(given, ("adapter",))
     hold(save_path)
     start(registry)
-    from mlxlora_core.fuse import fuse
+    from mlxlora_core.model.fuse import fuse
 
     wanted = (adapter, given.get("adapter", {}))
     report = fuse(model, adapter_file, save_path, registry, wanted, overwrite, show.progress)

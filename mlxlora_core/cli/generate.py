@@ -14,12 +14,13 @@ from mlxlora_core.cli.evaluate import load_adapted
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
-from mlxlora_core.recipe import DEFAULT_SAMPLER, Choice, check_sections, choose, overrides
 from mlxlora_core.registry import Registry
-from mlxlora_core.train_config import GenerateConfig
+from mlxlora_core.registry.defaults import DEFAULT_SAMPLER
+from mlxlora_core.run.recipe import Choice, check_sections, choose, overrides
+from mlxlora_core.training.settings import GenerateConfig
 
 if TYPE_CHECKING:
-    from mlxlora_core.model_folder import Model
+    from mlxlora_core.model.folder import Model
 
 PROMPT_BYTES = 16 << 20
 
@@ -56,14 +57,14 @@ def command(
     Only the continuation goes to stdout. It ends at an end token, after
     --num-tokens tokens, or where the model's context is full.
     """
-    config = declare.take(GenerateConfig, arguments)
+    config = declare.config_from(GenerateConfig, arguments)
     given = overrides(sets)
     check_sections(given, ("adapter", "sampler"))
     chosen = choose_sampler(registry, sampler, temp, given.get("sampler", {}))
     start(registry)
     base = load_adapted(registry, model, adapter_file, adapter, given.get("adapter", {}))
     text = _stdin() if prompt == "-" else prompt
-    result = speak(base, text, chosen, config, seed, as_json)
+    result = continue_prompt(base, text, chosen, config, seed, as_json)
     if as_json:
         show.as_json({"prompt": text, "text": result})
 
@@ -92,9 +93,11 @@ def choose_sampler(registry: Registry, name: str, temp: str | None, values: dict
     return choose("sampler", name, values, registry)
 
 
-def speak(model: Model, prompt: str, sampler: Choice, config: GenerateConfig, seed: int, quiet: bool) -> str:
+def continue_prompt(
+    model: Model, prompt: str, sampler: Choice, config: GenerateConfig, seed: int, quiet: bool
+) -> str:
     """Continue a prompt; segments are printed as they come unless ``quiet``."""
-    from mlxlora_core.generate import generate
+    from mlxlora_core.model.generate import generate
 
     assert sampler.component is not None
     sample = sampler.component.spec.build(sampler.options)

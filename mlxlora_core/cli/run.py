@@ -14,14 +14,14 @@ import click
 from mlxlora_core.cli import show
 from mlxlora_core.cli.convert import describe
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
-from mlxlora_core.cli.train import again
-from mlxlora_core.errors import UsageError, nearest, one_line, some
-from mlxlora_core.identity import SettingsChanged
-from mlxlora_core.recipe import DEFAULT_RECIPE, Recipe, read
+from mlxlora_core.cli.train import resume_command
+from mlxlora_core.errors import SettingsChanged, UsageError, listing, nearest, one_line
 from mlxlora_core.registry import Registry
+from mlxlora_core.registry.defaults import DEFAULT_RECIPE
+from mlxlora_core.run.recipe import Recipe, read
 
 if TYPE_CHECKING:
-    from mlxlora_core.pipeline import Event
+    from mlxlora_core.run.pipeline import Event
 
 
 @verb(
@@ -47,13 +47,13 @@ def command(
         return
     hold(resolved.folder)
     notes = start(registry)
-    from mlxlora_core import pipeline
-    from mlxlora_core.run_folder import REPORT, RunFolder
+    from mlxlora_core.run import pipeline
+    from mlxlora_core.run.folder import REPORT, RunFolder
 
     started = time.perf_counter()
     with ExitStack() as bar:
         display: Any = None
-        for event in _events(pipeline.run(resolved, registry, notes, again(resume=False))):
+        for event in _events(pipeline.run(resolved, registry, notes, resume_command(resume=False))):
             if event == pipeline.StageStarted("train", skipped=False):
                 display = bar.enter_context(show.training(resolved.train.iters))
             elif isinstance(event, pipeline.StageDone):
@@ -86,12 +86,12 @@ def find_recipe(name: str, registry: Registry) -> Path:
         shipped: Path = registry.find("recipe", name).spec.path
         return shipped
     raise UsageError(
-        f"no recipe '{name}' ({nearest(name, known)}there is {some(known)}, or name a .toml file)"
+        f"no recipe '{name}' ({nearest(name, known)}there is {listing(known)}, or name a .toml file)"
     )
 
 
 def _dry_run(recipe: Recipe, as_json: bool) -> None:
-    from mlxlora_core.plan import plan
+    from mlxlora_core.run.plan import plan
 
     values, todo = recipe.values(), plan(recipe)
     if as_json:
@@ -115,7 +115,7 @@ def _value(values: dict[str, Any], name: str) -> str:
 
 def _show(event: Event, display: Any) -> None:
     """One event of a run on stderr."""
-    from mlxlora_core.pipeline import Note, RunStarted, StageDone, StageStarted
+    from mlxlora_core.run.pipeline import Note, RunStarted, StageDone, StageStarted
 
     if isinstance(event, RunStarted):
         for note in event.notes:

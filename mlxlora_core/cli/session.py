@@ -12,10 +12,10 @@ from typing import Any
 
 import click
 
-from mlxlora_core import lock
 from mlxlora_core.errors import MlxloraError, PluginError, UsageError, one_line
+from mlxlora_core.files import lock
+from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.registry import Plugin, Registry, load, start_runtimes
-from mlxlora_core.resources import exhausted
 
 PLUGIN_OPTION = click.option(
     "-P",
@@ -96,7 +96,7 @@ def hold(target: Path) -> None:
     Raises:
         LockedError: another one has it.
     """
-    click.get_current_context().with_resource(lock.held(target))
+    click.get_current_context().with_resource(lock.hold(target))
 
 
 def start(registry: Registry) -> list[str]:
@@ -106,7 +106,7 @@ def start(registry: Registry) -> list[str]:
         UsageError: MLX has no backend here.
     """
     try:
-        from mlxlora_core.layers import prepare_cpu
+        from mlxlora_core.machine.device import prepare_cpu
     except ImportError as fault:
         raise UsageError(
             f"MLX cannot be used: {fault}",

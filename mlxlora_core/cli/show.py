@@ -12,8 +12,8 @@ import click
 from mlxlora_core.errors import one_line
 
 if TYPE_CHECKING:
-    from mlxlora_core.saving import Saved
-    from mlxlora_core.train import Report
+    from mlxlora_core.training.loop import Report
+    from mlxlora_core.training.session import CheckpointSaved
 
 
 def as_json(value: Any) -> None:
@@ -43,7 +43,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def report(line: Report | Saved, steps: int) -> str:
+def report(line: Report | CheckpointSaved, steps: int) -> str:
     """One report of training as a line."""
     values: Any = line
     place = f"step {values.step:>{len(str(steps))}}/{steps}"
@@ -60,7 +60,7 @@ def report(line: Report | Saved, steps: int) -> str:
         return (
             f"{place}  warning: loss {values.loss:.4f}, the median of the steps before is {values.median:.4f}"
         )
-    if kind == "Saved":
+    if kind == "CheckpointSaved":
         return f"{place}  saved in {values.seconds:.2f} s"
     return f"{place}  valid loss {values.loss:.4f}  ({values.tokens} tokens in {values.seconds:.1f} s)"
 
@@ -76,7 +76,7 @@ def converting(names: Collection[str]) -> Iterable[str]:
 
 
 @contextmanager
-def training(steps: int) -> Iterator[Callable[[Report | Saved], None]]:
+def training(steps: int) -> Iterator[Callable[[Report | CheckpointSaved], None]]:
     """A function that shows each report it is given, over a bar where stderr is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -90,7 +90,7 @@ def training(steps: int) -> Iterator[Callable[[Report | Saved], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("training", total=steps)
 
-        def show(line: Report | Saved) -> None:
+        def show(line: Report | CheckpointSaved) -> None:
             with suppress(BrokenPipeError):
                 console.print(report(line, steps), markup=False)
             bar.update(task, completed=line.step)

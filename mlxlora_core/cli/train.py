@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxlora_core import checkpoint, identity
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.evaluate import measure
-from mlxlora_core.cli.generate import speak
+from mlxlora_core.cli.generate import continue_prompt
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
-from mlxlora_core.errors import DataError, UsageError
-from mlxlora_core.recipe import DEFAULT_ADAPTER, DEFAULT_SAMPLER, Choice, check_sections, choose, overrides
+from mlxlora_core.errors import DataError, SettingsChanged, UsageError
 from mlxlora_core.registry import Registry
-from mlxlora_core.train_config import EvaluateConfig, GenerateConfig, SaveConfig, TrainConfig
+from mlxlora_core.registry.defaults import DEFAULT_ADAPTER, DEFAULT_SAMPLER
+from mlxlora_core.run.recipe import Choice, check_sections, choose, overrides
+from mlxlora_core.training import checkpoints, identity
+from mlxlora_core.training.settings import EvaluateConfig, GenerateConfig, SaveConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from mlxlora_core.data import Examples
-    from mlxlora_core.model_folder import Model
-    from mlxlora_core.saving import Checkpoints
+    from mlxlora_core.model.folder import Model
+    from mlxlora_core.training.examples import Examples
+    from mlxlora_core.training.session import TrainingSession
 
 DEFAULT_ADAPTER_FILE = Path("adapters.safetensors")
 LONG_ROW_TOKENS = 2048
@@ -98,24 +99,27 @@ def command(
         raise UsageError("--resume goes on and --overwrite begins anew; give one of them")
     kept = adapter_file.with_name(f"{adapter_file.stem}.checkpoints")
     if resume:
-        checkpoint.check_plugins(checkpoint.find(kept), registry)
-    config = declare.take(TrainConfig, arguments)
+        checkpoints.check_plugins(checkpoints.find(kept), registry)
+    config = declare.config_from(TrainConfig, arguments)
     given = overrides(sets)
     check_sections(given, ("adapter", "sampler"))
     values = given.get("adapter", {}) | ({"layers": lora_layers} if lora_layers is not None else {})
     chosen = choose("adapter", adapter or DEFAULT_ADAPTER, values, registry)
     speaking = _sampler(registry, sampler, temp, given.get("sampler", {})) if prompt is not None else None
-    measuring = declare.take(EvaluateConfig, arguments)
-    writing = declare.take(GenerateConfig, arguments)
-    saving = declare.take(SaveConfig, arguments)
+    measuring = declare.config_from(EvaluateConfig, arguments)
+    writing = declare.config_from(GenerateConfig, arguments)
+    saving = declare.config_from(SaveConfig, arguments)
     hold(adapter_file)
-    found = checkpoint.find_to_resume(kept) if resume else checkpoint.find_to_begin(kept, overwrite=overwrite)
+    found = (
+        checkpoints.find_to_resume(kept) if resume else checkpoints.find_to_begin(kept, overwrite=overwrite)
+    )
     notes = start(registry)
-    from mlxlora_core import adapter_file as files
-    from mlxlora_core import durable, model_folder, tensor_file
-    from mlxlora_core.saving import Checkpoints
-    from mlxlora_core.train import Training
-    from mlxlora_core.training_memory import training_memory
+    from mlxlora_core.files import durable, tensor_file
+    from mlxlora_core.model import adapters as files
+    from mlxlora_core.model import folder as model_folder
+    from mlxlora_core.training.loop import Training
+    from mlxlora_core.training.memory import training_memory
+    from mlxlora_core.training.session import TrainingSession
 
     tensor_file.check_ending(adapter_file)
     durable.check_file(adapter_file)
@@ -133,26 +137,26 @@ def command(
     training = Training(base.language_model, train_set.examples, valid_set.examples, config, seed)
     splits = {"train": train_set.examples, "valid": valid_set.examples}
     made_of = identity.identify(base, adapted, training, splits, registry, notes)
-    checkpoints = Checkpoints(kept, training, base, adapted, made_of)
+    session = TrainingSession(kept, training, base, adapted, made_of)
     with training_memory(base, train_set, config.batch_size) as said:
         show.progress(said)
         try:
-            told = checkpoints.resume(found) if resume else checkpoints.begin(found)
-        except identity.SettingsChanged as fault:
+            told = session.resume(found) if resume else session.begin(found)
+        except SettingsChanged as fault:
             show.changes(fault.rows)
             raise
         for note in told:
             show.progress(note)
-        last = _train(checkpoints, saving, metrics_file)
+        last = _train(session, saving, metrics_file)
     files.save(adapter_file, base, adapted)
-    done = {"steps": training.progress.step, "adapter_step": checkpoints.adapter_step}
+    done = {"steps": training.progress.step, "adapter_step": session.adapter_step}
     result: dict[str, Any] = {"adapter_file": str(adapter_file), **files.count(base), **done, **last}
-    of_best = f", of step {checkpoints.adapter_step}, the best" if config.patience is not None else ""
+    of_best = f", of step {session.adapter_step}, the best" if config.patience is not None else ""
     show.progress(f"{adapter_file} written{of_best}")
     if test:
         result["test"] = measure(base, data, config, measuring, as_json)
     if speaking is not None and prompt is not None:
-        result["text"] = speak(base, prompt, speaking, writing, seed, as_json)
+        result["text"] = continue_prompt(base, prompt, speaking, writing, seed, as_json)
     if as_json:
         show.as_json(result)
 
@@ -165,7 +169,7 @@ def _sampler(registry: Registry, name: str, temp: str | None, values: dict[str, 
 
 def _read(base: Model, path: Path, config: TrainConfig, split: str) -> Examples:
     """The rows of one split, with a word on those that are long."""
-    from mlxlora_core.data import read_examples
+    from mlxlora_core.training.examples import read_examples
 
     if not path.is_file():
         raise DataError(f"training needs {split}.jsonl", where=path, fix="make the folder with: mlxlora data")
@@ -186,14 +190,14 @@ def _read(base: Model, path: Path, config: TrainConfig, split: str) -> Examples:
     return examples
 
 
-def _train(checkpoints: Checkpoints, saving: SaveConfig, metrics_file: Path | None) -> dict[str, Any]:
+def _train(checkpoints: TrainingSession, saving: SaveConfig, metrics_file: Path | None) -> dict[str, Any]:
     """Train to the end, showing every report; the last losses."""
-    from mlxlora_core.saving import report_line
-    from mlxlora_core.train import TrainReport, ValidReport
+    from mlxlora_core.training.loop import TrainReport, ValidReport
+    from mlxlora_core.training.session import report_line
 
     last: dict[str, Any] = {}
     with show.training(checkpoints.training.config.iters) as display:
-        for event in checkpoints.train(saving, metrics_file, again(resume=True)):
+        for event in checkpoints.train(saving, metrics_file, resume_command(resume=True)):
             if isinstance(event, TrainReport | ValidReport):
                 line = report_line(event)
                 last[f"{line['kind']}_loss"] = line["loss"]
@@ -201,7 +205,7 @@ def _train(checkpoints: Checkpoints, saving: SaveConfig, metrics_file: Path | No
     return last
 
 
-def again(*, resume: bool) -> str:
+def resume_command(*, resume: bool) -> str:
     """The command line that was given, ready to be given again to go on."""
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
     return shlex.join(["mlxlora", *arguments, *(["--resume"] if resume else [])])

@@ -18,7 +18,7 @@ import mlx.optimizers as optimizers
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mlxlora_core.layers import QuantizedLinear, dense_weight
+from mlxlora_core.model.linears import QuantizedLinear, dense_weight
 from mlxlora_core.options import parse, plain
 from mlxlora_core.specs import Adapter, AdapterOptions
 

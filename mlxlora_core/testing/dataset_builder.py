@@ -23,11 +23,11 @@ from typing import Any
 
 import pytest
 
-from mlxlora_core.data import SPLITS, write_dataset
 from mlxlora_core.errors import DataError, one_line
-from mlxlora_core.jsonl import check_content
+from mlxlora_core.files.jsonl import check_content
 from mlxlora_core.options import explain, parse
 from mlxlora_core.specs import DatasetBuilder, DatasetOptions, Rows
+from mlxlora_core.training.dataset import SPLITS, write_dataset
 
 # Builds in a process of its own and prints what came out.
 _BUILD = """

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxlora_core.layers import QuantizedLinear, dense_weight, linear_shape
+from mlxlora_core.model.linears import QuantizedLinear, dense_weight, linear_shape
 from mlxlora_core.options import parse, plain
 from mlxlora_core.specs import Quantizer, QuantizerOptions
 

@@ -6,7 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora_affine.unpack import unpack
-from mlxlora_core.api import ModelError, QuantizedLinear, on_cpu
+from mlxlora_core.api import ModelError
+from mlxlora_core.ops import QuantizedLinear, on_cpu
 
 
 class AffineLinear(QuantizedLinear):

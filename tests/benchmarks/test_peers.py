@@ -58,7 +58,7 @@ def test_parameters_are_those_of_the_model_that_mlxlora_builds(shape: Shape) -> 
     from mlxlora_llama.config import ModelArgs
     from mlxlora_llama.model import Model
 
-    from mlxlora_core.model_folder import linears
+    from mlxlora_core.model.linears import linears
 
     args = ModelArgs(
         "llama",

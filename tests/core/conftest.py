@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from mlxlora_core import registry as registry_module
-from mlxlora_core.data import Example
+from mlxlora_core.model.tokenizer import Tokenizer
 from mlxlora_core.registry import Registry
-from mlxlora_core.tokenizer import Tokenizer
+from mlxlora_core.training.examples import Example
 
 VOCAB = 50
 
@@ -128,8 +128,8 @@ def model_folder(
     ``seed`` is that of the weights, ``bits`` quantizes by groups of 32, and
     ``head`` quantizes the head too.
     """
-    from mlxlora_core.convert import convert
-    from mlxlora_core.model_folder import Quantization
+    from mlxlora_core.model.convert import convert
+    from mlxlora_core.model.folder import Quantization
 
     made: dict[Any, Path] = {}
 

@@ -14,7 +14,7 @@ from mlxlora_lora import LoRAOptions, wrap
 from mlxlora_lora.linear import LoRALinear
 
 from mlxlora_core.errors import UsageError
-from mlxlora_core.layers import dense_weight
+from mlxlora_core.model.linears import dense_weight
 from mlxlora_core.options import parse
 
 WIDTHS = (64, 96, 32)

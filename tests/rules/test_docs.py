@@ -13,11 +13,11 @@ from typing import Any
 import click
 import pytest
 
-import mlxlora_core.api as api
-from mlxlora_core import errors, hookspecs, recipe, registry
+from mlxlora_core import api, errors, files, hookspecs, ops, registry, specs
 from mlxlora_core.cli.verbs import VERBS, group
 from mlxlora_core.errors import ExitCode
 from mlxlora_core.options import Option, explain
+from mlxlora_core.run import recipe
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
@@ -30,6 +30,7 @@ PAGES = {
     "runtime": "runtimes.md",
     "recipe": "recipes.md",
 }
+DOORS = {module.__name__: module for module in (api, ops, files)}
 BUILT_IN = registry.load(environ={registry.ALLOW_LIST: ""}).components
 HOOKS = [name for name in vars(hookspecs) if name.startswith("mlxlora_")]
 
@@ -67,7 +68,7 @@ def test_no_heading_of_a_hook_that_is_gone() -> None:
 def test_every_field_of_a_spec_stands_below_its_name(kind: str) -> None:
     spec: Any = registry.KINDS[kind][1]
     text = part(page("plugins.md"), f"### {spec.__name__}")
-    common = {field.name: field.type for field in dataclasses.fields(registry.specs.Spec)}
+    common = {field.name: field.type for field in dataclasses.fields(specs.Spec)}
     for field in dataclasses.fields(spec):
         if common.get(field.name) != field.type:
             assert f"| `{field.name}: {field.type}` |" in text
@@ -75,11 +76,11 @@ def test_every_field_of_a_spec_stands_below_its_name(kind: str) -> None:
 
 def test_the_fields_that_all_specs_have() -> None:
     text = part(page("plugins.md"), "## Specs")
-    for field in dataclasses.fields(registry.specs.Spec):
+    for field in dataclasses.fields(specs.Spec):
         assert f"| `{field.name}: {field.type}` |" in text
 
 
-@pytest.mark.parametrize("name", ["Checkpoint", "LazyTensor", "Row", "Rows", "Skipped", "RuntimeNote"])
+@pytest.mark.parametrize("name", ["ForeignModel", "LazyTensor", "Row", "Rows", "Skipped", "RuntimeNote"])
 def test_every_field_of_what_functions_hand_over(name: str) -> None:
     for field in dataclasses.fields(getattr(api, name)):
         assert f"| `{field.name}: {field.type}` |" in page("plugins.md"), f"{name}.{field.name}"
@@ -224,8 +225,8 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_python_on_a_page_parses_and_takes_public_names_only(path: Path) -> None:
     for block in re.findall(r"^```python\n(.*?)^```$", path.read_text("utf-8"), re.MULTILINE | re.DOTALL):
         for node in ast.walk(_parsed(block)):
-            if isinstance(node, ast.ImportFrom) and node.module == "mlxlora_core.api":
-                assert {alias.name for alias in node.names} <= set(api.__all__)
+            if isinstance(node, ast.ImportFrom) and node.module in DOORS:
+                assert {alias.name for alias in node.names} <= set(DOORS[node.module].__all__)
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlxlora_core"):
                 assert node.module is not None and node.module.startswith("mlxlora_core.testing.")
 

@@ -16,7 +16,7 @@ import pytest
 from bench import Bench
 from forkserver import PLACES
 
-from mlxlora_core.checkpoint import find
+from mlxlora_core.training.checkpoints import find
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs user namespaces and strace")
 ALL = os.environ.get("MLXLORA_TEST_ALL", "") not in ("", "0")

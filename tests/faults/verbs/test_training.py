@@ -115,7 +115,9 @@ def test_a_training_that_does_not_fit_is_refused_before_anything_is_written(
         (rows / f"{name}.jsonl").write_text(line * 64)
     code = """
 import resource, sys
-from mlxlora_core import checkpoint, cli, pipeline
+from mlxlora_core import cli
+from mlxlora_core.run import pipeline
+from mlxlora_core.training import checkpoints
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + (600 << 20),) * 2)
 sys.exit(cli.execute(sys.argv[1:]))

@@ -1,0 +1,263 @@
+"""``loader.open -> architecture.rename -> cast -> quantizer -> model folder``, a tensor at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxlora_core.errors import ModelError, UsageError, listing
+from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.machine.disk import require_disk
+from mlxlora_core.model import folder as model_folder
+from mlxlora_core.model.folder import CONFIG, TOKENIZER, Quantization
+from mlxlora_core.model.linears import dense_weight, linears, parameters
+from mlxlora_core.model.tokenizer import Tokenizer
+from mlxlora_core.model.weights import WEIGHTS
+from mlxlora_core.options import plain
+from mlxlora_core.registry import Component, Registry
+from mlxlora_core.specs import ForeignModel, LanguageModel, LazyTensor, QuantizerOptions
+
+_PARTS = 4  # tensors that a quantized weight becomes at most
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+@dataclass
+class ConvertReport:
+    """What a conversion did.
+
+    Attributes:
+        folder: the model folder.
+        loader: who read the checkpoint.
+        architecture: who builds the model.
+        parameters: how many the model has.
+        bytes: size of the tensors written.
+        quantized: how many linears were quantized.
+        left_dense: linears that the quantizer left as they are.
+        squared_error: sum over the quantized weights of (w - ŵ)².
+        squared_weight: sum over them of w².
+    """
+
+    folder: str
+    loader: str
+    architecture: str
+    parameters: int = 0
+    bytes: int = 0
+    quantized: int = 0
+    left_dense: list[str] = field(default_factory=list)
+    squared_error: float = 0.0
+    squared_weight: float = 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a parameter takes on average, scales and dense layers included."""
+        return self.bytes * 8 / self.parameters
+
+    @property
+    def relative_error(self) -> float:
+        """‖w - ŵ‖ / ‖w‖ over all quantized weights."""
+        return (self.squared_error / self.squared_weight) ** 0.5 if self.squared_weight else 0.0
+
+
+def convert(
+    source: Path,
+    target: Path,
+    registry: Registry,
+    *,
+    loader: str | None = None,
+    loader_options: Any = None,
+    dtype: str = "float16",
+    file_format: str = "safetensors",
+    quantization: Quantization | None = None,
+    overwrite: bool = False,
+    track: Callable[[Collection[str]], Iterable[str]] = iter,
+    tell: Callable[[str], object] = lambda _: None,
+) -> ConvertReport:
+    """Turn a foreign checkpoint into a model folder, in memory that does not grow with the model.
+
+    Args:
+        source: folder of the checkpoint.
+        target: model folder to make.
+        registry: where loaders and architectures are looked up.
+        loader: which weight loader; None asks each whether it knows the folder.
+        loader_options: of the loader; None for its defaults.
+        dtype: ``float16``, ``bfloat16`` or ``float32``.
+        file_format: ``safetensors`` or ``npz``.
+        quantization: how to quantize the linears, or None.
+        overwrite: whether a model folder that is there may be replaced.
+        track: given the names of the tensors, gives them back as they are taken,
+            so that the caller can show how far it is.
+        tell: given, before any work, what the model needs of the disk and what is free.
+
+    Raises:
+        ModelError: a part is absent or damaged, or tensors do not fit (all listed).
+        SafetyError: the target holds something else, or a file wants to run code.
+        ResourceError: the disk is too small.
+    """
+    if file_format == "npz" and dtype == "bfloat16":
+        raise UsageError("npz cannot hold bfloat16", fix="use --dtype float16, or --format safetensors")
+    ours = model_folder.holds_only_a_model
+    durable.check_target(target, overwrite=overwrite, ours=ours)
+    reader = find_loader(source, registry, loader)
+    opened = reader.spec.open(source, loader_options or reader.spec.options())
+    checkpoint = reader.checked("open", opened, ForeignModel)
+    architecture = model_folder.find_architecture(checkpoint.config, registry, source)
+    tensors = _rename(checkpoint.tensors, architecture, source)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    args = model_folder.model_args(architecture, checkpoint.config, shapes, source)
+    model: Any = architecture.checked("build", architecture.spec.build(args), nn.Module)
+    faults = tensor_file.mismatches(tensors, parameters(model))
+    if faults:
+        raise ModelError("the tensors do not fit the config: " + "; ".join(faults), where=source)
+    model_folder.check_vocabulary(Tokenizer(checkpoint.tokenizer_file), model.vocab_size)
+    packed = _to_quantize(model, quantization) if quantization else set()
+    tell(_need(tensors, packed, DTYPES[dtype], target))
+    report = ConvertReport(str(target), reader.id, architecture.id)
+    with durable.new_folder(target, overwrite=overwrite, ours=ours) as folder:
+        durable.copy_file(checkpoint.tokenizer_file, folder / TOKENIZER)
+        ordered = ((name, tensors[name]) for name in track(tensors.keys()))
+        stream = _stored(ordered, packed, DTYPES[dtype], quantization, report, source)
+        path = folder / WEIGHTS[file_format]
+        report.bytes = tensor_file.save(path, stream, {}, most=_PARTS * len(tensors)).bytes
+        durable.write_json(folder / CONFIG, _config(args, architecture, checkpoint.config, quantization))
+    return report
+
+
+def find_loader(source: Path, registry: Registry, name: str | None) -> Component:
+    """The loader asked for, or the only one that knows the folder.
+
+    Raises:
+        ModelError: the folder is absent, or no loader or several know it.
+    """
+    if not source.is_dir():
+        raise ModelError("there is no such folder", where=source, fix="name the checkpoint's folder")
+    if name is not None:
+        return registry.find("loader", name)
+    loaders = registry.of("loader")
+    found = [component for component in loaders if component.spec.detect(source)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        ids = [component.id for component in found]
+        raise ModelError(f"{listing(ids)} can read this folder", where=source, fix=f"add --loader {ids[0]}")
+    failed = "".join(f"; plugin {p} failed to load: {p.reason}" for p in registry.failed)
+    raise ModelError(
+        f"no weight loader knows this folder (there is {listing(c.spec.name for c in loaders)}{failed})",
+        where=source,
+    )
+
+
+def quantize_linear(
+    path: str, weight: mx.array, quantization: Quantization
+) -> tuple[nn.Module | None, dict[str, mx.array]]:
+    """Quantize one dense weight; the module, or None if it was left alone, and its tensors by full name."""
+    outputs, inputs = weight.shape
+    linear = nn.Linear(inputs, outputs, bias=False)
+    linear.weight = weight
+    packed = quantization.quantizer.spec.quantize(linear, quantization.options)
+    parts = parameters(packed if packed is not None else linear)
+    return packed, {f"{path}.{name}": tensor for name, tensor in parts.items()}
+
+
+def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:
+    """``tensor`` in another type.
+
+    Raises:
+        ModelError: a value that the type cannot hold, or that is not finite to begin with.
+    """
+    result = tensor.astype(dtype)
+    if not tensor_file.is_finite(result):
+        raise ModelError(
+            f"{name} has values that are not finite as {tensor_file.type_name(dtype)}",
+            where=where,
+            fix="use --dtype bfloat16 or float32, if the weights themselves are sound",
+        )
+    return result
+
+
+def _rename(
+    tensors: Mapping[str, LazyTensor], architecture: Component, source: Path
+) -> dict[str, LazyTensor]:
+    """The tensors by their names in the model, without those it does not need."""
+    renamed: dict[str, LazyTensor] = {}
+    twice = []
+    for old, tensor in tensors.items():
+        name = architecture.spec.rename(old)
+        if name in renamed:
+            twice.append(name)
+        elif name is not None:
+            renamed[name] = tensor
+    if twice:
+        raise ModelError(f"several tensors are to be {listing(twice)}", where=source)
+    return renamed
+
+
+def _to_quantize(model: LanguageModel, quantization: Quantization) -> set[str]:
+    """The names of the weights that the quantizer is asked about."""
+    module: Any = model
+    paths = {path for path, _ in linears(module)}
+    return {f"{path}.weight" for path in paths if quantization.options.head or path != model.head_path}
+
+
+def _need(tensors: Mapping[str, LazyTensor], packed: Collection[str], dtype: mx.Dtype, target: Path) -> str:
+    """What the model will need of the disk, in words; of what is quantized only that it is not counted."""
+    dense = sum(math.prod(tensor.shape) for name, tensor in tensors.items() if name not in packed)
+    said = require_disk(dense * dtype.size, target)
+    return f"{said}, not counting what is quantized" if packed else said
+
+
+def _stored(
+    tensors: Iterable[tuple[str, LazyTensor]],
+    packed: Collection[str],
+    dtype: mx.Dtype,
+    quantization: Quantization | None,
+    report: ConvertReport,
+    source: Path,
+) -> Iterator[tuple[str, mx.array]]:
+    """(name, tensor) as the weight file will hold them, one at a time."""
+    for name, lazy in tensors:
+        try:
+            tensor = cast(name, lazy.read(), dtype, source)
+        except OSError as fault:  # else it would pass for a fault of the disk that is written to
+            raise ModelError(f"{name} cannot be read: {fault}", where=source) from fault
+        report.parameters += tensor.size
+        if quantization is not None and name in packed:
+            yield from _quantized(name.removesuffix(".weight"), tensor, quantization, report)
+        else:
+            yield name, tensor
+        del tensor
+        mx.clear_cache()
+
+
+def _quantized(
+    path: str, weight: mx.array, quantization: Quantization, report: ConvertReport
+) -> Iterator[tuple[str, mx.array]]:
+    """The tensors of one linear after the quantizer has had its say; the report counts the error."""
+    packed, parts = quantize_linear(path, weight, quantization)
+    if packed is None:
+        report.left_dense.append(path)
+    else:
+        exact = weight.astype(mx.float32)
+        error = dense_weight(packed).astype(mx.float32) - exact
+        report.quantized += 1
+        report.squared_error += float(error.square().sum())
+        report.squared_weight += float(exact.square().sum())
+    yield from parts.items()
+
+
+def _config(
+    args: Any, architecture: Component, raw: Mapping[str, Any], quantization: Quantization | None
+) -> dict[str, Any]:
+    """What config.json holds."""
+    config = {key: value for key, value in plain(args).items() if value is not None}
+    config.setdefault("model_type", raw.get("model_type") or architecture.spec.detect(raw))
+    if quantization is not None:
+        config["quantizer"] = quantization.quantizer.id
+        stated = plain(quantization.options)
+        config["quantization"] = {k: v for k, v in stated.items() if k not in plain(QuantizerOptions())}
+    return config

@@ -1,0 +1,21 @@
+"""The maths that plugins may use: MLX's own operations where they are fast, ours where they are not.
+
+Heavy: take it inside the function that uses it, or in a module that only such functions import.
+"""
+
+from mlxlora_core.machine.device import on_cpu
+from mlxlora_core.model.cache import KVCache
+from mlxlora_core.model.linears import QuantizedLinear, dense_weight, linear_shape
+from mlxlora_core.model.ops import attention, rms_norm, rotate, silu_times
+
+__all__ = [
+    "KVCache",
+    "QuantizedLinear",
+    "attention",
+    "dense_weight",
+    "linear_shape",
+    "on_cpu",
+    "rms_norm",
+    "rotate",
+    "silu_times",
+]
