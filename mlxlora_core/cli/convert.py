@@ -77,12 +77,12 @@ def command(
     read = choose("loader", loader, given.get("loader", {}), registry) if loader else None
     hold(mlx_path)
     start(registry)
-    from mlxlora_core.model.convert import convert
+    from mlxlora_core.model.convert import ConvertReport, convert
+    from mlxlora_core.model.events import SpaceNeeded
     from mlxlora_core.model.folder import Quantization
-    from mlxlora_core.run.pipeline import convert_result
 
     started = time.perf_counter()
-    report = convert(
+    events = convert(
         torch_path,
         mlx_path,
         registry,
@@ -92,16 +92,22 @@ def command(
         file_format=file_format,
         quantization=Quantization(chosen.component, chosen.options) if chosen and chosen.component else None,
         overwrite=overwrite,
-        track=show.converting,
-        tell=show.progress,
     )
-    result = convert_result(report)
+    result: dict[str, Any] = {}
+    with show.converting() as progress:
+        for event in events:
+            if isinstance(event, SpaceNeeded):
+                show.progress(event.text)
+            elif isinstance(event, ConvertReport):
+                result = event.values()
+            else:
+                progress(event.done, event.count)
     if as_json:
         show.as_json(result)
-    else:
-        for line in describe(result):
-            click.echo(line)
-        click.echo(f"{mlx_path} written in {time.perf_counter() - started:.1f} s")
+        return
+    for line in describe(result):
+        click.echo(line)
+    click.echo(f"{mlx_path} written in {time.perf_counter() - started:.1f} s")
 
 
 def describe(result: dict[str, Any]) -> list[str]:

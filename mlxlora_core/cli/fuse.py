@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.registry import Registry
+
+if TYPE_CHECKING:
+    from mlxlora_core.model.fuse import FuseReport
 from mlxlora_core.run.recipe import check_sections, overrides
 
 #: Above this share of what the adapter changes, the fused model is not the tuned one any more.
@@ -47,10 +51,17 @@ def command(
     check_sections(given, ("adapter",))
     hold(save_path)
     start(registry)
-    from mlxlora_core.model.fuse import fuse
+    from mlxlora_core.model.fuse import FuseReport, fuse
 
     wanted = (adapter, given.get("adapter", {}))
-    report = fuse(model, adapter_file, save_path, registry, wanted, overwrite, show.progress)
+    for event in fuse(model, adapter_file, save_path, registry, wanted, overwrite):
+        if isinstance(event, FuseReport):
+            _show(event, save_path, as_json)
+        else:
+            show.progress(event.text)
+
+
+def _show(report: FuseReport, save_path: Path, as_json: bool) -> None:
     if as_json:
         show.as_json(asdict(report))
         return

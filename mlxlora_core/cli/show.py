@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -65,14 +65,16 @@ def report(line: Report | CheckpointSaved, steps: int) -> str:
     return f"{place}  valid loss {values.loss:.4f}  ({values.tokens} tokens in {values.seconds:.1f} s)"
 
 
-def converting(names: Collection[str]) -> Iterable[str]:
-    """``names`` one by one, with a bar that counts them where stderr is a terminal."""
+@contextmanager
+def converting() -> Iterator[Callable[[int, int], None]]:
+    """A function of (done, all), which moves a bar where stderr is a terminal."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
     console = Console(stderr=True)
-    hidden = not console.is_terminal
-    return track(names, "converting", console=console, transient=True, disable=hidden)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("converting", total=None)
+        yield lambda done, count: bar.update(task, completed=done, total=count)
 
 
 @contextmanager

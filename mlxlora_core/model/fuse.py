@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.convert import cast, quantize_linear
+from mlxlora_core.model.events import SpaceNeeded
 from mlxlora_core.model.folder import CONFIG, TOKENIZER, Model
 from mlxlora_core.model.linears import dense_weight, parameters
 from mlxlora_core.model.weights import WEIGHTS, read_weights
@@ -52,8 +53,7 @@ def fuse(
     registry: Registry,
     wanted: tuple[str | None, Mapping[str, Any]] = (None, {}),
     overwrite: bool = False,
-    tell: Callable[[str], object] = lambda _: None,
-) -> FuseReport:
+) -> Iterator[SpaceNeeded | FuseReport]:
     """Write a model folder whose linears do what base and adapter do together.
 
     Tensors that the adapter does not touch are copied byte for byte. A
@@ -67,7 +67,9 @@ def fuse(
         registry: where plugins are looked up.
         wanted: as for :func:`mlxlora_core.model.adapters.load`.
         overwrite: whether a model folder that is there may be replaced.
-        tell: given, before any work, what the fused model needs of the disk and what is free.
+
+    Yields:
+        What the disk must hold, and the report.
 
     Raises:
         UsageError: the target is the base.
@@ -81,7 +83,7 @@ def fuse(
         )
     ours = model_folder.holds_only_a_model
     durable.check_target(target, overwrite=overwrite, ours=ours)
-    tell(require_disk(sum(path.stat().st_size for path in model_folder.files(folder)), target))
+    yield SpaceNeeded(require_disk(sum(path.stat().st_size for path in model_folder.files(folder)), target))
     model = model_folder.load(folder, registry)
     probe = _probe(model)
     base = _logits(model, probe)
@@ -95,7 +97,7 @@ def fuse(
         tensor_file.save(new / weights, sorted(tensors.items()), {}, len(tensors))
         durable.copy_file(folder / CONFIG, new / CONFIG)
         fused = _logits(model_folder.load(new, registry), probe)
-    return _report(target, len(adapted.paths), base, tuned, fused)
+    yield _report(target, len(adapted.paths), base, tuned, fused)
 
 
 def _fused(

@@ -19,10 +19,10 @@ import tomli_w
 from mlxlora_core import __version__
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
-from mlxlora_core.model.convert import ConvertReport, convert
+from mlxlora_core.model.convert import convert
+from mlxlora_core.model.events import result_of
 from mlxlora_core.model.folder import Model, Quantization
 from mlxlora_core.model.generate import generate, whole
-from mlxlora_core.options import plain
 from mlxlora_core.registry import Registry
 from mlxlora_core.run.folder import ADAPTER, CHECKPOINTS, DATA, METRICS, MODEL, RunFolder
 from mlxlora_core.run.grading import Expected, find_expected, grade, summarize
@@ -135,7 +135,7 @@ class _Stages:
         if source.torch_path is None:
             return {"folder": str(source.mlx_path)}
         loader, quantize = self.recipe.loader, self.recipe.quantize
-        report = convert(
+        events = convert(
             source.torch_path,
             self.folder.path / MODEL,
             self.registry,
@@ -146,7 +146,7 @@ class _Stages:
             quantization=Quantization(quantize.component, quantize.options) if quantize.component else None,
             overwrite=True,
         )
-        return convert_result(report)
+        return result_of(events).values()
 
     def data(self) -> dict[str, Any]:
         """Build the rows."""
@@ -260,15 +260,6 @@ class _Stages:
                 mask_prompt=config.mask_prompt,
             )
         return self._tokenized[split]
-
-
-def convert_result(report: ConvertReport) -> dict[str, Any]:
-    """A conversion in plain values, without the sums that its rates are made of."""
-    values = plain(report) | {
-        "bits_per_weight": report.bits_per_weight,
-        "relative_error": report.relative_error,
-    }
-    return {key: value for key, value in values.items() if not key.startswith("squared_")}
 
 
 def _facts(recipe: Recipe, registry: Registry, notes: Sequence[str]) -> dict[str, Any]:

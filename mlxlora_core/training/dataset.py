@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -84,7 +83,8 @@ def write_dataset(
     if not by_split["train"]:
         raise DataError(f"none of {len(kept)} rows is in the train split")
     for name in SPLITS:
-        durable.write_file(folder / f"{name}.jsonl", partial(_write_rows, by_split[name], options))
+        with durable.new_file(folder / f"{name}.jsonl") as file:
+            _write_rows(by_split[name], options, file)
     record = {
         "rows": {name: len(by_split[name]) for name in SPLITS},
         "groups": len(set(groups.values())),

@@ -129,6 +129,7 @@ def model_folder(
     ``head`` quantizes the head too.
     """
     from mlxlora_core.model.convert import convert
+    from mlxlora_core.model.events import result_of
     from mlxlora_core.model.folder import Quantization
 
     made: dict[Any, Path] = {}
@@ -148,13 +149,15 @@ def model_folder(
             if bits is not None:
                 affine = registry.find("quantizer", "affine")
                 quantization = Quantization(affine, affine.spec.options(group_size=32, bits=bits, head=head))
-            convert(
-                make_checkpoint(folder / "checkpoint", seed=seed),
-                folder / "model",
-                registry,
-                dtype=dtype,
-                file_format=file_format,
-                quantization=quantization,
+            result_of(
+                convert(
+                    make_checkpoint(folder / "checkpoint", seed=seed),
+                    folder / "model",
+                    registry,
+                    dtype=dtype,
+                    file_format=file_format,
+                    quantization=quantization,
+                )
             )
             made[key] = folder / "model"
         return made[key]

@@ -50,6 +50,7 @@ def prepare(folder: Path) -> None:
     from mlxlora_core.model import adapters
     from mlxlora_core.model import folder as model_folder
     from mlxlora_core.model.convert import convert
+    from mlxlora_core.model.events import result_of
 
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
@@ -68,7 +69,7 @@ def prepare(folder: Path) -> None:
     params = {"dim": width, "n_layers": layers, "n_heads": 2, "n_kv_heads": 2, "norm_eps": 1e-5}
     (checkpoint / "params.json").write_text(json.dumps({**params, "vocab_size": -1, "multiple_of": 16}))
     registry = _registry()
-    convert(checkpoint, folder / "model", registry, dtype="float32")
+    result_of(convert(checkpoint, folder / "model", registry, dtype="float32"))
     model = model_folder.load(folder / "model", registry)
     lora = registry.find("adapter", "lora")
     adapted = adapters.attach(model, lora, lora.spec.options(rank=2), seed=1)

@@ -18,6 +18,7 @@ from mlxlora_core.machine.device import on_cpu
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as folders
 from mlxlora_core.model.convert import convert
+from mlxlora_core.model.events import result_of
 from mlxlora_core.model.linears import StoredEmbedding, StoredLinear, linears, parameters
 from mlxlora_core.registry import Registry
 
@@ -75,7 +76,7 @@ def test_loading_holds_a_tensor_twice_and_not_the_model(
     make_checkpoint: MakeModel, registry: Registry, tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", dim=128, n_layers=12)
-    convert(checkpoint, tmp_path / "model", registry, dtype="float16")
+    result_of(convert(checkpoint, tmp_path / "model", registry, dtype="float16"))
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()

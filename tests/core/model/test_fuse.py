@@ -13,6 +13,7 @@ from mlxlora_core.errors import ModelError, SafetyError, UsageError
 from mlxlora_core.files import tensor_file
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as folders
+from mlxlora_core.model.events import result_of
 from mlxlora_core.model.fuse import fuse
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.registry import Registry
@@ -65,7 +66,7 @@ def test_a_dense_fused_model_is_the_adapted_one(
 ) -> None:
     base = model_folder(file_format=file_format)
     adapter = make_adapter(base, targets=("wq", "wo", "w2"))
-    report = fuse(base, adapter, tmp_path / "fused", registry)
+    report = result_of(fuse(base, adapter, tmp_path / "fused", registry))
     want, got = logits(base, registry, adapter), logits(tmp_path / "fused", registry)
     assert mx.allclose(got, want, atol=1e-4)
     assert not mx.allclose(logits(base, registry), want, atol=1e-2)
@@ -90,7 +91,7 @@ def test_what_the_adapter_does_not_touch_is_the_same_byte_for_byte(
     dtype: str,
 ) -> None:
     base = model_folder(bits=bits, dtype=dtype)
-    fuse(base, make_adapter(base, layers=1), tmp_path / "fused", registry)
+    result_of(fuse(base, make_adapter(base, layers=1), tmp_path / "fused", registry))
     before, after = weights(base), weights(tmp_path / "fused")
     assert before.keys() == after.keys()
     changed = {name for name in before if not same_bits(before[name], after[name])}
@@ -115,7 +116,7 @@ def test_a_quantized_fused_model_is_as_far_as_the_report_says(
 ) -> None:
     base = model_folder(bits=bits, dtype="float16")
     adapter = make_adapter(base)
-    report = fuse(base, adapter, tmp_path / "fused", registry)
+    report = result_of(fuse(base, adapter, tmp_path / "fused", registry))
     fused = folders.load(tmp_path / "fused", registry)
     assert type(fused.language_model.layers[0].attention.wq).__name__ == "AffineLinear"
     want = logits(base, registry, adapter)
@@ -131,7 +132,7 @@ def test_the_report_is_measured_on_the_model_that_was_written(
 ) -> None:
     base = model_folder()
     adapter = make_adapter(base)
-    report = fuse(base, adapter, tmp_path / "fused", registry)
+    report = result_of(fuse(base, adapter, tmp_path / "fused", registry))
     probe = mx.random.randint(0, 320, (1, 64), key=mx.random.key(0))
     adapted = folders.load(base, registry)
     adapters.load(adapter, adapted, registry)
@@ -150,7 +151,7 @@ def test_an_adapter_that_does_nothing_fuses_to_the_base(
     model_folder: MakeModel, make_adapter: Callable[..., Path], registry: Registry, tmp_path: Path
 ) -> None:
     base = model_folder(dtype="float16")
-    report = fuse(base, make_adapter(base, size=0.0), tmp_path / "fused", registry)
+    report = result_of(fuse(base, make_adapter(base, size=0.0), tmp_path / "fused", registry))
     before, after = weights(base), weights(tmp_path / "fused")
     assert all(same_bits(before[name], after[name]) for name in before)
     assert report.distance == report.base_distance == 0.0
@@ -168,7 +169,7 @@ def test_the_base_is_never_its_own_target(
     (tmp_path / "link").symlink_to(base)
     for target in (base, tmp_path / "link", base / ".." / "base"):
         with pytest.raises(UsageError, match="cannot replace its own base"):
-            fuse(base, adapter, target, registry, overwrite=True)
+            result_of(fuse(base, adapter, target, registry, overwrite=True))
     assert (base / "model.safetensors").read_bytes() == content
 
 
@@ -179,13 +180,13 @@ def test_other_targets_follow_the_rules_of_a_folder(
     adapter = make_adapter(base)
     target = tmp_path / "fused"
     target.mkdir()
-    fuse(base, adapter, target, registry)
+    result_of(fuse(base, adapter, target, registry))
     with pytest.raises(SafetyError, match="there already"):
-        fuse(base, adapter, target, registry)
-    fuse(base, adapter, target, registry, overwrite=True)
+        result_of(fuse(base, adapter, target, registry))
+    result_of(fuse(base, adapter, target, registry, overwrite=True))
     (target / "notes").write_text("")
     with pytest.raises(SafetyError, match="something else"):
-        fuse(base, adapter, target, registry, overwrite=True)
+        result_of(fuse(base, adapter, target, registry, overwrite=True))
 
 
 def test_an_adapter_of_another_base_makes_no_model(
@@ -193,9 +194,9 @@ def test_an_adapter_of_another_base_makes_no_model(
 ) -> None:
     adapter = make_adapter(model_folder())
     with pytest.raises(ModelError, match="made for another base"):
-        fuse(model_folder(seed=1), adapter, tmp_path / "fused", registry)
+        result_of(fuse(model_folder(seed=1), adapter, tmp_path / "fused", registry))
     with pytest.raises(ModelError, match="rank is 4, wanted 8"):
-        fuse(model_folder(), adapter, tmp_path / "fused", registry, wanted=(None, {"rank": 8}))
+        result_of(fuse(model_folder(), adapter, tmp_path / "fused", registry, wanted=(None, {"rank": 8})))
     assert not (tmp_path / "fused").exists()
 
 
@@ -204,7 +205,7 @@ def test_weights_that_the_type_of_the_base_cannot_hold_make_no_model(
 ) -> None:
     base = model_folder(dtype="float16")
     with pytest.raises(ModelError, match=r"wq\.weight, with the adapter in it, has values .* as float16"):
-        fuse(base, make_adapter(base, size=500.0), tmp_path / "fused", registry)
+        result_of(fuse(base, make_adapter(base, size=500.0), tmp_path / "fused", registry))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors"]
 
 
@@ -224,8 +225,8 @@ def test_shards_become_one_file(
         tensor_file.save(base / name, part, {}, most=len(part))
         index |= {key: name for key, _ in part}
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    fuse(base, adapter, tmp_path / "fused", registry)
-    fuse(model_folder(), adapter, tmp_path / "other", registry)
+    result_of(fuse(base, adapter, tmp_path / "fused", registry))
+    result_of(fuse(model_folder(), adapter, tmp_path / "other", registry))
     assert (tmp_path / "fused" / "model.safetensors").read_bytes() == (
         tmp_path / "other" / "model.safetensors"
     ).read_bytes()
