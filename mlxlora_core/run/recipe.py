@@ -28,6 +28,7 @@ from mlxlora_core.files.input_file import read_whole
 from mlxlora_core.options import convert, explain, option, parse, plain
 from mlxlora_core.registry import Component, Registry
 from mlxlora_core.registry.defaults import DEFAULT_ADAPTER
+from mlxlora_core.run.requirements import PluginsConfig, check_requirements
 from mlxlora_core.training.settings import EvaluateConfig, SaveConfig, TrainConfig
 
 COMMAND_LINE = "command line"
@@ -101,6 +102,7 @@ class Recipe:
     evaluate: EvaluateConfig
     sampler: Choice
     generate: AskConfig
+    plugins: PluginsConfig
     origins: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -128,6 +130,7 @@ _PLAIN = {
     "checkpoints": SaveConfig,
     "evaluate": EvaluateConfig,
     "generate": AskConfig,
+    "plugins": PluginsConfig,
 }
 #: section -> (kind of component, the component when nothing is said, whether a run needs one)
 _CHOICES: dict[str, tuple[str, str, bool]] = {
@@ -151,10 +154,11 @@ def read(path: Path, sets: Iterable[str], registry: Registry) -> Recipe:
     Raises:
         UsageError: no such file, broken TOML, an unknown section or key (the
             nearest one is suggested), a value of a wrong type or range.
-        PluginError: a component that is not there.
+        PluginError: a plugin that the recipe requires, or a component, that is not there.
     """
     source = _Source(path, overrides(sets))
     source.check_layout(registry)
+    source.check_requirements(registry)
     sections = source.values(source.components(registry))
     name = path.stem if path.stem != "recipe" else path.absolute().parent.name
     return Recipe(name=name or "recipe", **sections, origins=source.origins)
@@ -266,6 +270,10 @@ class _Source:
         orphans = [*written, *(key for key in sets if key != "use")]
         if orphans and not required:
             yield f"[{section}] has {listing(orphans)} but names no component; add use ="
+
+    def check_requirements(self, registry: Registry) -> None:
+        """Refuse plugins that are not there, before a component of theirs is missed."""
+        check_requirements(self._value("plugins", None).require, registry, self._where("plugins"))
 
     # --- the components ---
 
