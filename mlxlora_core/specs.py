@@ -315,6 +315,101 @@ class Sampler(Spec):
     build: Callable[[Any], Sample]
 
 
+# --- exporters ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExportAdapter:
+    """The adapter of a model that is exported, beside the weights that it is fused into.
+
+    Attributes:
+        name: full id of the adapter.
+        options: its options, as plain values.
+        paths: module paths of the linears that it changes.
+        tensors: name -> parameter that was trained, as an adapter file holds it.
+        metadata: what its file says of itself, to be kept where there is a place for it.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    paths: tuple[str, ...]
+    tensors: Mapping[str, LazyTensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """A model to export.
+
+    Attributes:
+        config: config.json of a dense model: it says nothing of quantization.
+        tokenizer: file name -> file that the tokenizer is opened from.
+        tensors: parameter name -> tensor, dense, the adapter's change in it, in the
+            type that the base stores (a quantized weight: the type of its scales).
+        adapter: what was fused into the tensors, or None.
+    """
+
+    config: Mapping[str, Any]
+    tokenizer: Mapping[str, Path]
+    tensors: Mapping[str, LazyTensor]
+    adapter: ExportAdapter | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporter(Spec):
+    """Writes a model in the form that another tool reads.
+
+    Attributes:
+        export: write the files of a model into an empty folder, which becomes
+            the target when all is written. Memory in use must not grow with the
+            model: tensors are read one after another and let go.
+    """
+
+    export: Callable[[ExportSource, Path, Any], None]
+
+
+# --- observers ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A training that begins.
+
+    Attributes:
+        folder: where a file of the observer's own goes.
+        name: of the recipe, or of the adapter file.
+        config: every setting, section by section, as plain values.
+        stem: what a file of the observer's own is called, without an ending.
+    """
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+    stem: str = "metrics"
+
+
+class Watcher(Protocol):
+    """What an observer starts: it is told of one run."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Something has happened: a mapping of plain values with ``kind``."""
+
+    def end(self, how: str) -> None:
+        """The run has ended: ``done``, ``interrupted`` or ``failed: ...``. Called once, at last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observer(Spec):
+    """Watches a training.
+
+    Attributes:
+        start: called when the training begins. What it, or the watcher, raises
+            is told once as a warning; the training goes on without it.
+    """
+
+    start: Callable[[RunInfo, Any], Watcher]
+
+
 # --- runtimes and recipes -----------------------------------------------------
 
 

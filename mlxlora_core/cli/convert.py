@@ -94,7 +94,7 @@ def command(
         overwrite=overwrite,
     )
     result: dict[str, Any] = {}
-    with show.converting() as progress:
+    with show.tensors("converting") as progress:
         for event in events:
             if isinstance(event, SpaceNeeded):
                 show.progress(event.text)

@@ -66,14 +66,14 @@ def report(line: Report | CheckpointSaved, steps: int) -> str:
 
 
 @contextmanager
-def converting() -> Iterator[Callable[[int, int], None]]:
+def tensors(what: str) -> Iterator[Callable[[int, int], None]]:
     """A function of (done, all), which moves a bar where stderr is a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("converting", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, count: bar.update(task, completed=done, total=count)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,11 +27,11 @@ from mlxlora_core.model.linears import (
     replace,
 )
 from mlxlora_core.model.tokenizer import Tokenizer
-from mlxlora_core.model.weights import WEIGHTS, read_weights, weight_files
+from mlxlora_core.model.weights import WEIGHTS, lazy_weights, read_weights, weight_files
 from mlxlora_core.options import parse
 from mlxlora_core.registry import Component, Registry
 from mlxlora_core.registry.defaults import DEFAULT_QUANTIZER
-from mlxlora_core.specs import LanguageModel
+from mlxlora_core.specs import LanguageModel, LazyTensor
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
@@ -99,32 +99,53 @@ def load(folder: Path, registry: Registry) -> Model:
     """
     before = durable.version(folder)
     config = read_config(folder)
+    tensors, fingerprint = read_weights(folder)
+    note = _too_large_to_expand(tensors)
+    model = _assembled(folder, registry, config, tensors, fingerprint, note)
+    if note:
+        _keep_stored(model.module)
+    _fill(model.module, tensors, folder)
+    if durable.version(folder) != before:
+        raise ModelError("the folder was replaced while it was read", where=folder, fix="try again")
+    return model
+
+
+def outline(folder: Path, registry: Registry) -> tuple[Model, dict[str, LazyTensor]]:
+    """A model whose parameters hold nothing yet, and the tensors of its folder, none of which is read.
+
+    Raises:
+        ModelError: as :func:`load`.
+        PluginError: as :func:`load`.
+    """
+    config = read_config(folder)
+    tensors, fingerprint = lazy_weights(folder)
+    model = _assembled(folder, registry, config, tensors, fingerprint, "")
+    _check_fit(model.module, tensors, folder)
+    model.module.freeze()
+    model.module.eval()
+    return model, tensors
+
+
+def _assembled(
+    folder: Path,
+    registry: Registry,
+    config: Mapping[str, Any],
+    tensors: Collection[str],
+    fingerprint: str,
+    note: str,
+) -> Model:
+    """The parts of a model, with a place for each of the ``tensors``."""
     architecture = find_architecture(config, registry, folder / CONFIG)
     args = model_args(architecture, config, {}, folder / CONFIG)
     language_model: Any = architecture.checked("build", architecture.spec.build(args), nn.Module)
-    tensors, fingerprint = read_weights(folder)
     quantization = read_quantization(config, registry, folder / CONFIG)
-    note = _too_large_to_expand(tensors)
-    module: Any = language_model
     if quantization is not None:
-        _restore_quantized(module, tensors, quantization)
-    if note:
-        _keep_stored(module)
-    _fill(module, tensors, folder)
+        _restore_quantized(language_model, tensors, quantization)
     tokenizer = Tokenizer(folder / TOKENIZER)
     check_vocabulary(tokenizer, language_model.vocab_size)
-    if durable.version(folder) != before:
-        raise ModelError("the folder was replaced while it was read", where=folder, fix="try again")
     parts = json.dumps([config, fingerprint, tokenizer.fingerprint], sort_keys=True)
-    return Model(
-        folder,
-        language_model,
-        tokenizer,
-        config,
-        quantization,
-        hashlib.sha256(parts.encode()).hexdigest(),
-        note,
-    )
+    identity = hashlib.sha256(parts.encode()).hexdigest()
+    return Model(folder, language_model, tokenizer, config, quantization, identity, note)
 
 
 def holds_only_a_model(folder: Path) -> bool:
@@ -260,9 +281,7 @@ def _computed(stored: mx.Dtype) -> mx.Dtype:
     return compute_dtype(stored) if mx.issubdtype(stored, mx.floating) else stored
 
 
-def _restore_quantized(
-    module: nn.Module, tensors: Mapping[str, mx.array], quantization: Quantization
-) -> None:
+def _restore_quantized(module: nn.Module, tensors: Iterable[str], quantization: Quantization) -> None:
     """Make an empty quantized linear wherever the file has more than a weight and a bias."""
     packed = {
         name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] not in ("weight", "bias")
@@ -306,11 +325,15 @@ def _keep_stored(module: nn.Module) -> None:
     replace(module, {path: kinds[type(child)](child) for path, child in found if type(child) in kinds})
 
 
-def _fill(module: nn.Module, tensors: dict[str, mx.array], folder: Path) -> None:
-    """Give every parameter its tensor, in the type to compute with, and freeze it; empties ``tensors``."""
+def _check_fit(module: nn.Module, tensors: Mapping[str, Any], folder: Path) -> None:
     faults = tensor_file.mismatches(tensors, parameters(module))
     if faults:
         raise ModelError("the weights do not fit config.json: " + "; ".join(faults), where=folder)
+
+
+def _fill(module: nn.Module, tensors: dict[str, mx.array], folder: Path) -> None:
+    """Give every parameter its tensor, in the type to compute with, and freeze it; empties ``tensors``."""
+    _check_fit(module, tensors, folder)
     owners = dict(module.named_modules())
     ready = []
     try:

@@ -19,6 +19,8 @@ KINDS: dict[str, tuple[str, type[specs.Spec]]] = {
     "quantizer": ("mlxlora_quantizers", specs.Quantizer),
     "builder": ("mlxlora_dataset_builders", specs.DatasetBuilder),
     "sampler": ("mlxlora_samplers", specs.Sampler),
+    "exporter": ("mlxlora_exporters", specs.Exporter),
+    "observer": ("mlxlora_observers", specs.Observer),
     "runtime": ("mlxlora_runtimes", specs.Runtime),
     "recipe": ("mlxlora_recipes", specs.RecipeFile),
 }

@@ -1,0 +1,92 @@
+"""``mlxlora export``."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlxlora_core.cli import show
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
+from mlxlora_core.errors import UsageError
+from mlxlora_core.registry import Registry
+from mlxlora_core.run.recipe import check_sections, choose, overrides
+
+if TYPE_CHECKING:
+    from mlxlora_core.model.export import ExportReport
+
+
+@verb(
+    click.option(
+        "--to", required=True, metavar="EXPORTER", help="Exporter (see: mlxlora components exporter)."
+    ),
+    click.option("--model", type=Path, default=Path("mlx_model"), show_default=True, help="Model folder."),
+    click.option("--adapter-file", type=Path, help="Adapter file to put into the weights."),
+    click.option("--adapter", help="Insist on this adapter. [default: what the file says]"),
+    click.option("--out", type=Path, required=True, help="Folder to write."),
+    click.option("--overwrite", is_flag=True, help="Replace an export that is there."),
+    SETS_OPTION,
+    JSON_OPTION,
+)
+def command(
+    registry: Registry,
+    to: str,
+    model: Path,
+    adapter_file: Path | None,
+    adapter: str | None,
+    out: Path,
+    overwrite: bool,
+    sets: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Write a model, with or without an adapter, in the form of another tool.
+
+    The weights are dense, whatever the model folder holds, and the adapter's
+    change is in them. Tensors are read and written one after another.
+    `--set export.KEY=VALUE` sets an option of the exporter.
+    """
+    given = overrides(sets)
+    check_sections(given, ("export", "adapter"))
+    if adapter_file is None and (adapter is not None or "adapter" in given):
+        raise UsageError("an adapter is described, but no file is named", fix="add --adapter-file")
+    chosen = choose("exporter", to, given.get("export", {}), registry)
+    assert chosen.component is not None
+    hold(out)
+    start(registry)
+    from mlxlora_core.model.export import ExportReport, Fused, export
+
+    started = time.perf_counter()
+    fused = Fused(adapter_file, (adapter, given.get("adapter", {}))) if adapter_file else None
+    with show.tensors("exporting") as progress:
+        for event in export(
+            model,
+            out,
+            chosen.component,
+            chosen.options,
+            registry,
+            fused=fused,
+            overwrite=overwrite,
+            told=progress,
+        ):
+            if isinstance(event, ExportReport):
+                report = event
+            else:
+                show.progress(event.text)
+    if as_json:
+        show.as_json(asdict(report))
+    else:
+        click.echo(f"{describe(report)}; {time.perf_counter() - started:.1f} s")
+
+
+def describe(report: ExportReport) -> str:
+    """An export in a line for a person."""
+    size = sum(report.files.values())
+    fused = f", with {report.adapter} fused in" if report.adapter else ""
+    count = len(report.files)
+    return (
+        f"{report.folder}: {report.parameters / 1e6:.3f} M parameters{fused}, by {report.exporter} "
+        f"in {count} file{'s'[: count - 1]} of {size / 1e6:.1f} MB"
+    )
