@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from mlxlora_core.errors import MlxloraError, PluginError, UsageError, one_line
+from mlxlora_core.cli import show
+from mlxlora_core.errors import MlxloraError, PluginError, SettingsChanged, UsageError, one_line
 from mlxlora_core.files import lock
 from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.registry import Plugin, Registry, load, start_runtimes
@@ -47,6 +48,9 @@ def verb(*decorators: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], cl
             registry = open_registry(plugins)
             try:
                 return function(registry, **arguments)
+            except SettingsChanged as fault:
+                show.changes(fault.rows)
+                raise
             except MlxloraError:
                 raise
             except Exception as fault:

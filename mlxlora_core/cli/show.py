@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mlxlora_core.errors import one_line
-
-if TYPE_CHECKING:
-    from mlxlora_core.training.loop import Report
-    from mlxlora_core.training.session import CheckpointSaved
+from mlxlora_core.training.events import CheckpointSaved, Report, SpikeReport, TrainReport
 
 
 def as_json(value: Any) -> None:
@@ -45,24 +42,20 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 def report(line: Report | CheckpointSaved, steps: int) -> str:
     """One report of training as a line."""
-    values: Any = line
-    place = f"step {values.step:>{len(str(steps))}}/{steps}"
-    kind = type(line).__name__
-    if kind == "TrainReport":
-        clipped = f"  {values.clipped} clipped" if values.clipped else ""
-        skipped = f"  {values.skipped} skipped, not finite" if values.skipped else ""
+    place = f"step {line.step:>{len(str(steps))}}/{steps}"
+    if isinstance(line, TrainReport):
+        clipped = f"  {line.clipped} clipped" if line.clipped else ""
+        skipped = f"  {line.skipped} skipped, not finite" if line.skipped else ""
         return (
-            f"{place}  loss {values.loss:.4f}  lr {values.learning_rate:.2e}  "
-            f"{values.steps_per_second:.2f} steps/s  {values.tokens_per_second:.0f} tokens/s  "
-            f"peak {values.peak_memory_bytes / 1e9:.2f} GB{clipped}{skipped}"
+            f"{place}  loss {line.loss:.4f}  lr {line.learning_rate:.2e}  "
+            f"{line.steps_per_second:.2f} steps/s  {line.tokens_per_second:.0f} tokens/s  "
+            f"peak {line.peak_memory_bytes / 1e9:.2f} GB{clipped}{skipped}"
         )
-    if kind == "SpikeReport":
-        return (
-            f"{place}  warning: loss {values.loss:.4f}, the median of the steps before is {values.median:.4f}"
-        )
-    if kind == "CheckpointSaved":
-        return f"{place}  saved in {values.seconds:.2f} s"
-    return f"{place}  valid loss {values.loss:.4f}  ({values.tokens} tokens in {values.seconds:.1f} s)"
+    if isinstance(line, SpikeReport):
+        return f"{place}  warning: loss {line.loss:.4f}, the median of the steps before is {line.median:.4f}"
+    if isinstance(line, CheckpointSaved):
+        return f"{place}  saved in {line.seconds:.2f} s"
+    return f"{place}  valid loss {line.loss:.4f}  ({line.tokens} tokens in {line.seconds:.1f} s)"
 
 
 @contextmanager

@@ -13,11 +13,12 @@ from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.evaluate import measure
 from mlxlora_core.cli.generate import continue_prompt
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
-from mlxlora_core.errors import DataError, SettingsChanged, UsageError
+from mlxlora_core.errors import DataError, UsageError
 from mlxlora_core.registry import Registry
 from mlxlora_core.registry.defaults import DEFAULT_ADAPTER, DEFAULT_SAMPLER
 from mlxlora_core.run.recipe import Choice, check_sections, choose, overrides
 from mlxlora_core.training import checkpoints, identity
+from mlxlora_core.training.events import TrainReport, ValidReport, report_line
 from mlxlora_core.training.settings import EvaluateConfig, GenerateConfig, SaveConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -140,12 +141,7 @@ def command(
     session = TrainingSession(kept, training, base, adapted, made_of)
     with training_memory(base, train_set, config.batch_size) as said:
         show.progress(said)
-        try:
-            told = session.resume(found) if resume else session.begin(found)
-        except SettingsChanged as fault:
-            show.changes(fault.rows)
-            raise
-        for note in told:
+        for note in session.resume(found) if resume else session.begin(found):
             show.progress(note)
         last = _train(session, saving, metrics_file)
     files.save(adapter_file, base, adapted)
@@ -192,9 +188,6 @@ def _read(base: Model, path: Path, config: TrainConfig, split: str) -> Examples:
 
 def _train(checkpoints: TrainingSession, saving: SaveConfig, metrics_file: Path | None) -> dict[str, Any]:
     """Train to the end, showing every report; the last losses."""
-    from mlxlora_core.training.loop import TrainReport, ValidReport
-    from mlxlora_core.training.session import report_line
-
     last: dict[str, Any] = {}
     with show.training(checkpoints.training.config.iters) as display:
         for event in checkpoints.train(saving, metrics_file, resume_command(resume=True)):

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +33,10 @@ from mlxlora_core.training.checkpoints import (
     find,
     sha256,
 )
+from mlxlora_core.training.events import CheckpointSaved, Report, report_line
 from mlxlora_core.training.identity import Identity
-from mlxlora_core.training.loop import Progress, Report, Training, Window
+from mlxlora_core.training.loop import Progress, Training, Window
 from mlxlora_core.training.settings import SaveConfig
-
-
-@dataclass(frozen=True)
-class CheckpointSaved:
-    """A checkpoint was written.
-
-    Attributes:
-        step: steps made before it.
-        seconds: how long it took.
-    """
-
-    step: int
-    seconds: float
 
 
 class TrainingSession:
@@ -263,14 +251,6 @@ class TrainingSession:
         if self.training.config.patience is not None and progress.best_step in self._valid:
             adapters.fill(self.folder / f"step-{progress.best_step:07}" / ADAPTER, self._model)
             self.adapter_step = progress.best_step
-
-
-def report_line(report: Report) -> dict[str, Any]:
-    """One line of metrics.jsonl; a number that is not finite, which JSON cannot hold, is null."""
-    values = asdict(report)
-    kind = type(report).__name__.removesuffix("Report").lower()
-    odd = {k: None for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
-    return {"kind": kind, **values, **odd}
 
 
 def _trim(metrics: Path, step: int) -> None:

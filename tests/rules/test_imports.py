@@ -23,16 +23,18 @@ DOORS = {"mlxlora_core.api", "mlxlora_core.ops", "mlxlora_core.files"}
 #: the rooms of core that every verb may import; the empty one is the door
 LIGHT_ROOMS = {"", "registry", "files", "machine", "run", "cli"}
 #: what reads or computes with tensors in them
-HEAVY_IN_LIGHT_ROOMS = {"mlxlora_core.ops", "mlxlora_core.files.tensor_file", "mlxlora_core.run.pipeline"}
-#: what other rooms have that light ones need: settings, the record of a dataset, checkpoints as files
+HEAVY_IN_LIGHT_ROOMS = {"mlxlora_core.ops", "mlxlora_core.files.tensor_file"}
+#: what other rooms have that light ones need: settings, events, the record of a dataset, checkpoints as files
 LIGHT_IN_HEAVY_ROOMS = {
+    "mlxlora_core.model.events",
     "mlxlora_core.training.chat",
     "mlxlora_core.training.settings",
     "mlxlora_core.training.dataset",
+    "mlxlora_core.training.events",
     "mlxlora_core.training.checkpoints",
     "mlxlora_core.training.identity",
 }
-LIGHT_LIBRARIES = {"click", "pluggy", "rich"}
+LIGHT_LIBRARIES = {"click", "pluggy", "rich", "tomli_w"}
 
 #: plugin -> the library that it is about
 OWN = {

@@ -30,10 +30,11 @@ from mlxlora_core.model import folder as model_folder
 from mlxlora_core.registry import Registry
 from mlxlora_core.training import checkpoints
 from mlxlora_core.training.checkpoints import find, find_to_begin, find_to_resume
+from mlxlora_core.training.events import CheckpointSaved, SpikeReport, TrainReport, ValidReport
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.identity import identify
-from mlxlora_core.training.loop import SpikeReport, Training, TrainReport, ValidReport
-from mlxlora_core.training.session import CheckpointSaved, TrainingSession
+from mlxlora_core.training.loop import Training
+from mlxlora_core.training.session import TrainingSession
 from mlxlora_core.training.settings import SaveConfig, TrainConfig
 
 EVERY = SaveConfig(save_every=1, save_minutes=1e9, keep=1000)
