@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from mlxlora_core.errors import MlxloraError, UsageError, one_line
+from mlxlora_core.cli import show
+from mlxlora_core.errors import MlxloraError, SettingsChanged, UsageError, one_line
 from mlxlora_core.files import lock
 from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.registry import Registry, load, start_runtimes
@@ -53,6 +54,9 @@ def verb(
             registry = open_registry(plugins, tolerant)
             try:
                 return function(registry, **arguments)
+            except SettingsChanged as fault:
+                show.changes(fault.rows)
+                raise
             except MlxloraError:
                 raise
             except (Exception, SystemExit) as fault:
