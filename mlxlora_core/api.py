@@ -40,9 +40,9 @@ from mlxlora_core.specs import (
     Rows,
     Runtime,
     RuntimeNote,
-    Sample,
     Sampler,
     Skipped,
+    Transform,
     WeightLoader,
 )
 
@@ -70,9 +70,9 @@ __all__ = [
     "Runtime",
     "RuntimeNote",
     "SafetyError",
-    "Sample",
     "Sampler",
     "Skipped",
+    "Transform",
     "UsageError",
     "WeightLoader",
     "hookimpl",

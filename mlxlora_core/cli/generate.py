@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,14 @@ from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
 from mlxlora_core.registry import Registry
 from mlxlora_core.registry.defaults import DEFAULT_SAMPLER
-from mlxlora_core.run.recipe import Choice, check_sections, choose, overrides
+from mlxlora_core.run import sampling
+from mlxlora_core.run.plan import needed
+from mlxlora_core.run.recipe import Choice, check_sections, choose_samplers, overrides
 from mlxlora_core.training.settings import GenerateConfig
 
 if TYPE_CHECKING:
     from mlxlora_core.model.folder import Model
+    from mlxlora_core.model.generate import Segment
 
 PROMPT_BYTES = 16 << 20
 
@@ -30,7 +34,9 @@ PROMPT_BYTES = 16 << 20
     click.option("-p", "--prompt", required=True, help="Text to continue; - reads it from stdin."),
     click.option("--adapter-file", type=Path, help="Adapter file to put on the model."),
     click.option("--adapter", help="Insist on this adapter. [default: what the file says]"),
-    click.option("--sampler", default=DEFAULT_SAMPLER, show_default=True, help="Chooses each token."),
+    click.option(
+        "--sampler", default=DEFAULT_SAMPLER, show_default=True, help="Samplers, in order: NAME or NAME,NAME."
+    ),
     click.option("--temp", help="Sampling temperature; 0 is argmax. [default: 0.8]"),
     click.option(
         "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed."
@@ -60,13 +66,13 @@ def command(
     config = declare.config_from(GenerateConfig, arguments)
     given = overrides(sets)
     check_sections(given, ("adapter", "sampler"))
-    chosen = choose_sampler(registry, sampler, temp, given.get("sampler", {}))
+    chosen = chosen_samplers(registry, sampler, temp, given.get("sampler", {}))
     start(registry)
     base = load_adapted(registry, model, adapter_file, adapter, given.get("adapter", {}))
     text = _stdin() if prompt == "-" else prompt
     result = continue_prompt(base, text, chosen, config, seed, as_json)
     if as_json:
-        show.as_json({"prompt": text, "text": result})
+        show.as_json({"prompt": text, "text": result.text, "finish": result.finish})
 
 
 def _stdin() -> str:
@@ -79,44 +85,48 @@ def _stdin() -> str:
         raise UsageError(f"stdin is not UTF-8: {fault}") from fault
 
 
-def choose_sampler(registry: Registry, name: str, temp: str | None, values: dict[str, Any]) -> Choice:
-    """A sampler with its options; ``temp`` goes to the one that has it.
+def chosen_samplers(
+    registry: Registry, use: str, temp: str | None, values: dict[str, Any]
+) -> tuple[Choice, ...]:
+    """Samplers with their options; ``temp`` goes to the first that has it.
 
     Raises:
-        UsageError: a temperature for a sampler that has none.
+        UsageError: a temperature for samplers that have none.
     """
     if temp is not None:
-        known = {option.name for option in explain(registry.find("sampler", name).spec.options)}
-        if "temp" not in known:
-            raise UsageError(f"--temp: sampler '{name}' has no temperature", fix="leave --temp out")
-        values = {**values, "temp": temp}
-    return choose("sampler", name, values, registry)
+        found = [registry.find("sampler", name) for name in sampling.names(use)]
+        known = {option.name for component in found for option in explain(component.spec.options)}
+        if sampling.TEMPERATURE not in known:
+            raise UsageError(f"--temp: sampler '{use}' has no temperature", fix="leave --temp out")
+        values = {**values, sampling.TEMPERATURE: temp}
+    return choose_samplers(use, values, registry)
 
 
 def continue_prompt(
-    model: Model, prompt: str, sampler: Choice, config: GenerateConfig, seed: int, quiet: bool
-) -> str:
+    model: Model, prompt: str, samplers: Sequence[Choice], config: GenerateConfig, seed: int, quiet: bool
+) -> Segment:
     """Continue a prompt; segments are printed as they come unless ``quiet``."""
-    from mlxlora_core.model.generate import generate
+    from mlxlora_core.model.generate import generate, whole
 
-    assert sampler.component is not None
-    sample = sampler.component.spec.build(sampler.options)
-    segments = []
+    def shown(segments: Iterable[Segment]) -> Iterator[Segment]:
+        for segment in segments:
+            if not quiet:
+                click.echo(segment.text, nl=False)
+                sys.stdout.flush()
+            yield segment
+
     started = time.perf_counter()
-    for segment in generate(
+    segments = generate(
         model.language_model,
         model.tokenizer,
         prompt,
-        sample,
+        [(needed(sampler), sampler.options) for sampler in samplers],
         num_tokens=config.num_tokens,
         seed=seed,
         write_every=config.write_every,
-    ):
-        segments.append(segment)
-        if not quiet:
-            click.echo(segment, nl=False)
-            sys.stdout.flush()
+    )
+    text = whole(shown(segments))
     if not quiet:
         click.echo()
     show.progress(f"{time.perf_counter() - started:.2f} s")
-    return "".join(segments)
+    return text

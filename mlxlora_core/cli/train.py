@@ -11,12 +11,12 @@ import click
 
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.evaluate import measure
-from mlxlora_core.cli.generate import continue_prompt
+from mlxlora_core.cli.generate import chosen_samplers, continue_prompt
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import DataError, SettingsChanged, UsageError
 from mlxlora_core.registry import Registry
 from mlxlora_core.registry.defaults import DEFAULT_ADAPTER, DEFAULT_SAMPLER
-from mlxlora_core.run.recipe import Choice, check_sections, choose, overrides
+from mlxlora_core.run.recipe import check_sections, choose, overrides
 from mlxlora_core.training import checkpoints, identity
 from mlxlora_core.training.settings import EvaluateConfig, GenerateConfig, SaveConfig, TrainConfig
 
@@ -63,7 +63,7 @@ LONG_ROW_TOKENS = 2048
     click.option("--test", is_flag=True, help="Measure the test set after training."),
     declare.flags(EvaluateConfig),
     click.option("-p", "--prompt", help="Continue this prompt after training."),
-    click.option("--sampler", default=DEFAULT_SAMPLER, show_default=True, help="Sampler for --prompt."),
+    click.option("--sampler", default=DEFAULT_SAMPLER, show_default=True, help="Samplers for --prompt."),
     click.option("--temp", help="Sampling temperature for --prompt; 0 is argmax. [default: 0.8]"),
     declare.flags(GenerateConfig),
     SETS_OPTION,
@@ -105,7 +105,8 @@ def command(
     check_sections(given, ("adapter", "sampler"))
     values = given.get("adapter", {}) | ({"layers": lora_layers} if lora_layers is not None else {})
     chosen = choose("adapter", adapter or DEFAULT_ADAPTER, values, registry)
-    speaking = _sampler(registry, sampler, temp, given.get("sampler", {})) if prompt is not None else None
+    values_of_samplers = given.get("sampler", {})
+    speaking = chosen_samplers(registry, sampler, temp, values_of_samplers) if prompt is not None else None
     measuring = declare.config_from(EvaluateConfig, arguments)
     writing = declare.config_from(GenerateConfig, arguments)
     saving = declare.config_from(SaveConfig, arguments)
@@ -156,15 +157,9 @@ def command(
     if test:
         result["test"] = measure(base, data, config, measuring, as_json)
     if speaking is not None and prompt is not None:
-        result["text"] = continue_prompt(base, prompt, speaking, writing, seed, as_json)
+        result["text"] = continue_prompt(base, prompt, speaking, writing, seed, as_json).text
     if as_json:
         show.as_json(result)
-
-
-def _sampler(registry: Registry, name: str, temp: str | None, values: dict[str, Any]) -> Choice:
-    from mlxlora_core.cli.generate import choose_sampler
-
-    return choose_sampler(registry, name, temp, values)
 
 
 def _read(base: Model, path: Path, config: TrainConfig, split: str) -> Examples:

@@ -22,7 +22,7 @@ from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
 from mlxlora_core.model.folder import Model, Quantization
-from mlxlora_core.model.generate import generate, whole
+from mlxlora_core.model.generate import STOP, generate, whole
 from mlxlora_core.registry import Registry
 from mlxlora_core.run.folder import ADAPTER, CHECKPOINTS, DATA, METRICS, MODEL, RunFolder
 from mlxlora_core.run.grading import Expected, find_expected, grade, summarize
@@ -234,17 +234,16 @@ class _Stages:
         return {"losses": losses, "answers": [self._answer(prompt, wanted.get(prompt)) for prompt in prompts]}
 
     def _answer(self, prompt: str, wanted: Expected | None) -> dict[str, Any]:
-        sampler = self.recipe.sampler
         segments = generate(
             self._model.language_model,
             self._model.tokenizer,
             prompt,
-            needed(sampler).spec.build(sampler.options),
+            [(needed(sampler), sampler.options) for sampler in self.recipe.sampler],
             num_tokens=self.recipe.generate.num_tokens,
             seed=self.recipe.run.seed,
         )
-        text, ended = whole(segments)
-        return grade(prompt, text, ended, wanted)
+        answer = whole(segments)
+        return grade(prompt, answer.text, answer.finish == STOP, wanted)
 
     def _has(self, split: str) -> bool:
         path = self.folder.path / DATA / f"{split}.jsonl"

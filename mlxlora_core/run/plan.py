@@ -37,7 +37,7 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
         "batch_size": config.batch_size,
         "evaluate": plain(recipe.evaluate),
         "generate": plain(recipe.generate),
-        "sampler": _identity(recipe.sampler),
+        "sampler": [_identity(sampler) for sampler in recipe.sampler],
     }
     marks: dict[str, str] = {}
     marks["model"] = fingerprint(
