@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from mlxlora_core.api import Transform
 
+_SORTED = 512  # tokens that top-p sorts where they are enough: sorting 32 000 takes 3 ms
 _COLDEST = 1e-30  # what a smaller temperature counts as: a float32 would make it 0
 
 
@@ -66,10 +67,15 @@ def top_p(temp: float, p: float) -> Transform:
 
     def transform(logits: mx.array, tokens: Sequence[int]) -> mx.array:
         heated = _heated(logits, temp)
-        order = mx.argsort(-heated, axis=-1)
+        order = _most_likely(heated)  # (B, at most _SORTED)
         ranked = mx.take_along_axis(heated, order, axis=-1)
-        before = mx.cumsum(mx.softmax(ranked, axis=-1), axis=-1, inclusive=False)
-        return mx.put_along_axis(heated, order, _only(before < p, ranked), axis=-1)
+        kept = _reaching(p, heated, ranked)
+        if order.shape != heated.shape and (kept & (ranked == ranked[:, -1:])).any():
+            order = mx.argsort(-heated, axis=-1)  # (B, V): others take part too
+            ranked = mx.take_along_axis(heated, order, axis=-1)
+            kept = _reaching(p, heated, ranked)
+        nothing = mx.full(heated.shape, -mx.inf)
+        return mx.put_along_axis(nothing, order, _only(kept, ranked), axis=-1)  # (B, V)
 
     return transform
 
@@ -108,6 +114,21 @@ def repetition_penalty(penalty: float, window: int | None) -> Transform:
         return mx.put_along_axis(logits, ids, less, axis=-1)  # (B, V)
 
     return transform
+
+
+def _most_likely(logits: mx.array) -> mx.array:
+    """Ids (B, at most _SORTED) of the most likely tokens, from the most likely down, lower ids first."""
+    if logits.shape[-1] <= _SORTED:
+        return mx.argsort(-logits, axis=-1)
+    ids = mx.sort(mx.argpartition(-logits, _SORTED - 1, axis=-1)[:, :_SORTED], axis=-1)
+    order = mx.argsort(-mx.take_along_axis(logits, ids, axis=-1), axis=-1)
+    return mx.take_along_axis(ids, order, axis=-1)
+
+
+def _reaching(p: float, logits: mx.array, ranked: mx.array) -> mx.array:
+    """Which of the ``ranked`` logits, of all ``logits``, are needed to reach the probability ``p``."""
+    total = mx.logsumexp(logits, axis=-1, keepdims=True)  # (B, 1)
+    return mx.cumsum(mx.exp(ranked - total), axis=-1, inclusive=False) < p
 
 
 def _heated(logits: mx.array, temp: float) -> mx.array:

@@ -99,6 +99,24 @@ class TestTopP:
         logits = np.random.default_rng(0).normal(0, 8, (200, 50))
         assert drawn("top-p", logits, p=1) == drawn("temperature", logits)
 
+    @pytest.mark.parametrize("scale", [0.3, 3.0])
+    @pytest.mark.parametrize("ties", [True, False])
+    @pytest.mark.parametrize("p", [0.3, 0.9])
+    def test_a_few_sorted_tokens_give_the_set_that_all_of_them_give(
+        self, scale: float, ties: bool, p: float
+    ) -> None:
+        """Of 6000 not all are sorted, where 512 are enough. Sums in float32 may be off by a few tokens."""
+        logits = np.random.default_rng(2).normal(0, scale, (3, 6000)).astype(np.float32)
+        logits = np.round(logits * 4) / 4 if ties else logits
+        for row, got in zip(logits, np.array(changed("top-p", logits, p=p, temp=1)), strict=True):
+            order = np.argsort(-row, kind="stable")
+            chances = np.exp(row[order].astype(np.float64))
+            size = int(np.argmax(np.cumsum(chances) >= p * chances.sum())) + 1
+            assert (size < 512) == (scale == 3.0)
+            kept = np.flatnonzero(got > -np.inf)
+            assert abs(len(kept) - size) <= max(1, size // 1000)
+            assert set(kept.tolist()) == set(order[: len(kept)].tolist())
+
     def test_every_row_has_its_own_set(self) -> None:
         logits = np.log([[0.9, 0.05, 0.05], [0.05, 0.05, 0.9]] * 100)
         assert drawn("top-p", logits, p=0.8, temp=1) == [0, 2] * 100
