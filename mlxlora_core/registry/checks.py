@@ -152,12 +152,12 @@ def check_call(component: Component, function: str, given: Any, *arguments: str)
     Raises:
         PluginError: it is no function, or cannot be called with so many arguments.
     """
-    want = f"a function of ({', '.join(arguments)})"
+    want = f"a function ({', '.join(arguments)})"
     if not callable(given):
         raise component.breach(function, type(given).__name__, want)
     takes = other_arguments(given, arguments)
     if takes:
-        raise component.breach(function, f"a function of {takes}", want)
+        raise component.breach(function, f"a function {takes}", want)
     checked: Callable[..., Any] = given
     return checked
 

@@ -7,7 +7,8 @@ component and its options::
     use = "lora"
     options = { rank = 8 }
 
-``--set adapter.rank=16`` is short for ``--set adapter.options.rank=16``.
+``--set adapter.rank=16`` is short for ``--set adapter.options.rank=16``. The
+section of samplers may name several, see :mod:`mlxlora_core.run.sampling`.
 
 A recipe is read in three passes, each of which tells all that it finds: the
 layout, the components, the values.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from mlxlora_core.files.input_file import read_whole
 from mlxlora_core.options import convert, explain, option, parse, plain
 from mlxlora_core.registry import Component, Registry
 from mlxlora_core.registry.defaults import DEFAULT_ADAPTER
+from mlxlora_core.run import sampling
 from mlxlora_core.run.requirements import PluginsConfig, check_requirements
 from mlxlora_core.training.settings import EvaluateConfig, SaveConfig, TrainConfig
 
@@ -100,7 +102,7 @@ class Recipe:
     train: TrainConfig
     checkpoints: SaveConfig
     evaluate: EvaluateConfig
-    sampler: Choice
+    sampler: tuple[Choice, ...]
     generate: AskConfig
     plugins: PluginsConfig
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -115,6 +117,10 @@ class Recipe:
         out: dict[str, Any] = {}
         for section in (f.name for f in fields(self) if f.name not in ("name", "origins")):
             value = getattr(self, section)
+            if section in _CHAINS and len(value) > 1:
+                out[section] = _chain_values(value)
+                continue
+            value = value[0] if section in _CHAINS else value
             if not isinstance(value, Choice):
                 out[section] = _without_none(plain(value))
             elif value.component is not None:
@@ -141,6 +147,8 @@ _CHOICES: dict[str, tuple[str, str, bool]] = {
     "sampler": ("sampler", "greedy", True),
 }
 _SECTIONS = (*_PLAIN, *_CHOICES)
+#: the sections that may name several components
+_CHAINS = ("sampler",)
 
 
 def read(path: Path, sets: Iterable[str], registry: Registry) -> Recipe:
@@ -175,7 +183,7 @@ def overrides(sets: Iterable[str]) -> dict[str, dict[str, Any]]:
         name, equals, value = text.partition("=")
         section, _, key = (part.strip() for part in name.partition("."))
         key = key.removeprefix("options.") if section in _CHOICES else key
-        if not equals or not key or "." in key:
+        if not equals or not key or ("." in key and section not in _CHAINS):
             raise UsageError(
                 f"--set {text}: wanted section.key=value", fix="for example --set adapter.rank=16"
             )
@@ -195,6 +203,32 @@ def choose(
     component = registry.find(kind, use)
     owner = f"{kind} '{component.spec.name}'"
     return Choice(component, parse(component.spec.options, values, owner=owner, where=str(where)))
+
+
+def choose_samplers(use: str, values: Mapping[str, Any], registry: Registry) -> tuple[Choice, ...]:
+    """The samplers named in ``"a,b"``, with options made of ``values``.
+
+    Raises:
+        PluginError: no such sampler.
+        UsageError: none is named, or one twice; options that are out of range or
+            that none of them, or several, have.
+    """
+    components = registry.find_all([("sampler", name) for name in sampling.names(use)])
+    if not components:
+        raise UsageError(f"wanted a sampler, got {use!r}", fix="see: mlxlora components sampler")
+    rows = sampling.deal(values, components)
+    sampling.cool_others(rows, components)
+    return _parsed(components, rows, "")
+
+
+def _parsed(
+    components: Sequence[Component], rows: Sequence[Mapping[str, Any]], where: str
+) -> tuple[Choice, ...]:
+    """Components with the options that their rows of values make."""
+    return tuple(
+        Choice(c, parse(c.spec.options, values, owner=f"{c.kind} '{c.spec.name}'", where=where))
+        for c, values in zip(components, rows, strict=True)
+    )
 
 
 def check_sections(sets: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -252,11 +286,14 @@ class _Source:
         for key in sorted(table.keys() - {"use", "options"}):
             hint = nearest(key, ("use", "options")) or "options go under options, "
             yield place, f"[{section}] has no key '{key}' ({hint}it has use and options)"
-        if not isinstance(table.get("use", ""), str):
-            yield place, f"[{section}] use: wanted text, got {table['use']!r}"
+        use = table.get("use", "")
+        several = section in _CHAINS and isinstance(use, list) and all(isinstance(item, str) for item in use)
+        if not isinstance(use, str) and not several:
+            wanted = "text or a list of texts" if section in _CHAINS else "text"
+            yield place, f"[{section}] use: wanted {wanted}, got {use!r}"
         elif not isinstance(table.get("options", {}), dict):
             yield place, f"[{section}] options must be a table, got {table['options']!r}"
-        elif self._use(section) == NONE:
+        elif not self._uses(section):
             yield from ((place, fault) for fault in self._absence_faults(section, registry))
 
     def _absence_faults(self, section: str, registry: Registry) -> Iterator[str]:
@@ -273,38 +310,41 @@ class _Source:
 
     def check_requirements(self, registry: Registry) -> None:
         """Refuse plugins that are not there, before a component of theirs is missed."""
-        check_requirements(self._value("plugins", None).require, registry, self._where("plugins"))
+        check_requirements(self._value("plugins", ()).require, registry, self._where("plugins"))
 
     # --- the components ---
 
-    def components(self, registry: Registry) -> dict[str, Component]:
-        """section -> the component that it names, for those that name one.
+    def components(self, registry: Registry) -> dict[str, list[Component]]:
+        """section -> the components that it names, for those that name one.
 
         Raises:
             PluginError: all that are not there.
         """
-        uses = {section: self._use(section) for section in _CHOICES}
-        wanted = {section: (_CHOICES[section][0], use) for section, use in uses.items() if use != NONE}
+        wanted = [(section, _CHOICES[section][0], use) for section in _CHOICES for use in self._uses(section)]
+        named: dict[str, list[Component]] = {section: [] for section, _, _ in wanted}
         try:
-            return dict(zip(wanted, registry.find_all(list(wanted.values())), strict=True))
+            found = registry.find_all([(kind, use) for _, kind, use in wanted])
         except PluginError as fault:
-            away = [s for s, (kind, use) in wanted.items() if not _is_there(registry, kind, use)]
-            where = self._where(away[0]) if len(away) == 1 else str(self.path)
+            away = {section for section, kind, use in wanted if not _is_there(registry, kind, use)}
+            where = self._where(away.pop()) if len(away) == 1 else str(self.path)
             raise PluginError(fault.what, where=where, fix=fault.fix) from fault
+        for (section, _, _), component in zip(wanted, found, strict=True):
+            named[section].append(component)
+        return named
 
-    def _use(self, section: str) -> str:
-        """What a section names, or ``none``."""
-        use = self._sets.get(section, {}).get("use", self._written_use(section))
-        return use.strip() or NONE
+    def _uses(self, section: str) -> list[str]:
+        """What a section names; nothing for ``none``."""
+        return self._names(section, self._sets.get(section, {}).get("use"))
 
-    def _written_use(self, section: str) -> str:
-        """What a section would name without the command line."""
-        use: str = self._document.get(section, {}).get("use", _CHOICES[section][1])
-        return use
+    def _names(self, section: str, use: str | None = None) -> list[str]:
+        """What ``use``, or else the file, names for a section."""
+        use = self._document.get(section, {}).get("use", _CHOICES[section][1]) if use is None else use
+        found = sampling.names(use) if section in _CHAINS else [str(use).strip()]
+        return [name for name in found if name not in ("", NONE)]
 
     # --- the values ---
 
-    def values(self, components: Mapping[str, Component]) -> dict[str, Any]:
+    def values(self, components: Mapping[str, Sequence[Component]]) -> dict[str, Any]:
         """section -> its checked value.
 
         Raises:
@@ -314,7 +354,7 @@ class _Source:
         faults: list[UsageError] = []
         for section in _SECTIONS:
             try:
-                sections[section] = self._value(section, components.get(section))
+                sections[section] = self._value(section, components.get(section, ()))
             except UsageError as fault:
                 faults.append(fault)
         if len(faults) > 1:
@@ -334,33 +374,61 @@ class _Source:
                 fix=f"leave [{idle[0]}] out, or name a torch_path to convert",
             )
 
-    def _value(self, section: str, component: Component | None) -> Any:
+    def _value(self, section: str, components: Sequence[Component]) -> Any:
         if section in _PLAIN:
             kind, table = _PLAIN[section], self._document.get(section, {})
             return parse(
                 kind, self._rows(section, kind, table), owner=f"[{section}]", where=self._where(section)
             )
-        self.origins[f"{section}.use"] = self._origin(section, "use", self._document.get(section, {}))
-        if component is None:
+        sets = self._sets.get(section, {})
+        self.origins[f"{section}.use"] = self._origin("use", self._document.get(section, {}), sets)
+        if not components:
             return Choice(None)
         options = self._document.get(section, {}).get("options", {})
-        if not component.answers_to(self._written_use(section)):
-            options = {}  # they belong to the component that the command line replaced
+        written = self._names(section)
+        if len(written) != len(components) or not all(map(Component.answers_to, components, written)):
+            options = {}  # they belong to what the command line replaced
+        if section in _CHAINS:
+            return self._chain(section, components, options)
+        (component,) = components
         rows = self._rows(section, component.spec.options, options)
-        owner = f"{component.kind} '{component.spec.name}'"
-        return Choice(component, parse(component.spec.options, rows, owner=owner, where=self._where(section)))
+        return _parsed(components, [rows], self._where(section))[0]
 
-    def _rows(self, section: str, kind: type[Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    def _chain(
+        self, section: str, components: Sequence[Component], table: Mapping[str, Any]
+    ) -> tuple[Choice, ...]:
+        """The components of a section that may name several."""
+        where = self._where(section)
+        sets = {key: value for key, value in self._sets.get(section, {}).items() if key != "use"}
+        tables = sampling.deal(sampling.flat(table), components, where)
+        over = sampling.deal(sets, components, where)
+        prefixes = [f"{label}." if len(components) > 1 else "" for label in sampling.labels(components)]
+        rows = [
+            self._rows(section, component.spec.options, written, said, prefix)
+            for component, written, said, prefix in zip(components, tables, over, prefixes, strict=True)
+        ]
+        sampling.cool_others(rows, components)
+        return _parsed(components, rows, where)
+
+    def _rows(
+        self,
+        section: str,
+        kind: type[Any],
+        table: Mapping[str, Any],
+        sets: Mapping[str, Any] | None = None,
+        prefix: str = "",
+    ) -> dict[str, Any]:
         """The file's values with the command line's over them; notes where each came from."""
         known = {option.name: option.type for option in explain(kind)}
+        sets = self._sets.get(section, {}) if sets is None else sets
         for name in known:
-            self.origins[f"{section}.{name}"] = self._origin(section, name, table)
-        sets = {name: value for name, value in self._sets.get(section, {}).items() if name != "use"}
+            self.origins[f"{section}.{prefix}{name}"] = self._origin(name, table, sets)
+        sets = {name: value for name, value in sets.items() if name != "use"}
         rooted = {name: _rooted(value, known.get(name), self.path.parent) for name, value in table.items()}
         return rooted | {name: _rooted(value, known.get(name), Path()) for name, value in sets.items()}
 
-    def _origin(self, section: str, name: str, table: Mapping[str, Any]) -> str:
-        if name in self._sets.get(section, {}):
+    def _origin(self, name: str, table: Mapping[str, Any], sets: Mapping[str, Any]) -> str:
+        if name in sets:
             return COMMAND_LINE
         return self.path.name if name in table else DEFAULT
 
@@ -417,6 +485,17 @@ def _rooted(value: Any, kind: Any, root: Path) -> Any:
     if isinstance(path, tuple) and any(isinstance(item, Path) for item in path):
         return tuple(Path(os.path.abspath(root / item)) for item in path)
     return value
+
+
+def _chain_values(choices: Sequence[Choice]) -> dict[str, Any]:
+    """Several components as a section holds them: each option is written COMPONENT.OPTION."""
+    components = [choice.component for choice in choices if choice.component is not None]
+    options = {
+        f"{label}.{name}": value
+        for label, choice in zip(sampling.labels(components), choices, strict=True)
+        for name, value in _without_none(plain(choice.options)).items()
+    }
+    return {"use": [component.id for component in components], "options": options}
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class MeasureStage(Stage):
             "batch_size": train.batch_size,
             "evaluate": plain(recipe.evaluate),
             "generate": plain(recipe.generate),
-            "sampler": identity_of(recipe.sampler),
+            "sampler": [identity_of(sampler) for sampler in recipe.sampler],
             "seed": recipe.run.seed,
         }
 
@@ -68,16 +68,16 @@ def _loss(model: Model, split: str, context: Context) -> dict[str, Any]:
 
 def _answer(model: Model, prompt: str, recipe: Recipe) -> tuple[str, bool]:
     """What the model says to a prompt, and whether it ended there by itself."""
-    from mlxlora_core.model.generate import generate, whole
+    from mlxlora_core.model.generate import STOP, generate, whole
 
-    sampler = recipe.sampler
-    return whole(
+    answer = whole(
         generate(
             model.language_model,
             model.tokenizer,
             prompt,
-            component_of(sampler).spec.build(sampler.options),
+            [(component_of(sampler), sampler.options) for sampler in recipe.sampler],
             num_tokens=recipe.generate.num_tokens,
             seed=recipe.run.seed,
         )
     )
+    return answer.text, answer.finish == STOP

@@ -386,15 +386,15 @@ def test_a_defect_of_a_built_in_plugin_is_not_blamed_on_a_plugin() -> None:
     [
         (None, "NoneType"),
         (3, "int"),
-        (lambda: None, "a function of ()"),
-        (lambda logits, tokens, key: None, "a function of (logits, tokens, key)"),
+        (lambda: None, "a function ()"),
+        (lambda logits, tokens, key: None, "a function (logits, tokens, key)"),
     ],
 )
 def test_a_function_that_a_function_gives_is_checked(given: object, got: str) -> None:
     component = load(environ={ALLOW_LIST: ""}).find("sampler", "greedy")
     with pytest.raises(PluginError) as caught:
         registry.check_call(component, "build", given, "logits", "tokens")
-    want = f"sampler samplers:greedy: build gives {got}, wanted a function of (logits, tokens)"
+    want = f"sampler samplers:greedy: build gives {got}, wanted a function (logits, tokens)"
     assert str(caught.value) == want
 
 

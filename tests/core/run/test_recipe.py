@@ -120,7 +120,7 @@ def test_a_small_recipe_is_filled_in(recipe: Callable[..., Recipe], tmp_path: Pa
     assert got.model.torch_path == tmp_path / "checkpoint"
     assert got.data.options == FileOptions(path=tmp_path / "rows")
     assert got.adapter.component is not None and got.adapter.component.spec.name == "lora"
-    assert got.sampler.component is not None and got.sampler.component.spec.name == "greedy"
+    assert [choice.component and choice.component.spec.name for choice in got.sampler] == ["greedy"]
     assert got.loader.component is None and got.quantize.component is None
     assert got.train.iters == 1000
 
