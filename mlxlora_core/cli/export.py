@@ -5,27 +5,24 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from mlxlora_core.cli import show
+from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.registry import Registry
 from mlxlora_core.run.recipe import check_sections, choose, overrides
-
-if TYPE_CHECKING:
-    from mlxlora_core.model.export import ExportReport
+from mlxlora_core.run.stages.export import describe_export
 
 
 @verb(
     click.option(
         "--to", required=True, metavar="EXPORTER", help="Exporter (see: mlxlora components exporter)."
     ),
-    click.option("--model", type=Path, default=Path("mlx_model"), show_default=True, help="Model folder."),
+    declare.MODEL,
     click.option("--adapter-file", type=Path, help="Adapter file to put into the weights."),
-    click.option("--adapter", help="Insist on this adapter. [default: what the file says]"),
+    declare.ADAPTER,
     click.option("--out", type=Path, required=True, help="Folder to write."),
     click.option("--overwrite", is_flag=True, help="Replace an export that is there."),
     SETS_OPTION,
@@ -78,15 +75,4 @@ def command(
     if as_json:
         show.as_json(asdict(report))
     else:
-        click.echo(f"{describe(report)}; {time.perf_counter() - started:.1f} s")
-
-
-def describe(report: ExportReport) -> str:
-    """An export in a line for a person."""
-    size = sum(report.files.values())
-    fused = f", with {report.adapter} fused in" if report.adapter else ""
-    count = len(report.files)
-    return (
-        f"{report.folder}: {report.parameters / 1e6:.3f} M parameters{fused}, by {report.exporter} "
-        f"in {count} file{'s'[: count - 1]} of {size / 1e6:.1f} MB"
-    )
+        click.echo(f"{describe_export(asdict(report))}; {time.perf_counter() - started:.1f} s")

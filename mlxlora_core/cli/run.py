@@ -18,6 +18,7 @@ from mlxlora_core.registry.defaults import DEFAULT_RECIPE
 from mlxlora_core.run import pipeline
 from mlxlora_core.run.events import Event, RunStarted, StageDone, StageStarted
 from mlxlora_core.run.folder import REPORT, RunFolder
+from mlxlora_core.run.observing import ObserverFailed
 from mlxlora_core.run.plan import plan
 from mlxlora_core.run.recipe import Recipe, read
 from mlxlora_core.run.stages import STAGES
@@ -74,6 +75,8 @@ def _follow(events: Iterator[Event]) -> None:
                     show.progress(f"{place} {line}")
             elif isinstance(event, Note):
                 show.progress(f"{place} {event.text}")
+            elif isinstance(event, ObserverFailed):
+                show.warning(event.text)
             else:
                 display(event)
 

@@ -76,7 +76,7 @@ def open_registry(plugins: Sequence[str], tolerant: bool = False) -> Registry:
     """Load the plugins; one that fails is one line on stderr."""
     registry = load(plugins, tolerant=tolerant)
     for warning in registry.warnings:
-        click.echo(f"mlxlora: warning: {one_line(warning)}", err=True)
+        show.warning(warning)
     for plugin in registry.failed:
         click.echo(
             f"mlxlora: plugin {one_line(plugin)} failed to load: {plugin.reason} "

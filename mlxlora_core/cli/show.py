@@ -42,6 +42,11 @@ def progress(line: str) -> None:
         click.echo(line, err=True)
 
 
+def warning(text: str) -> None:
+    """Print a warning on stderr, on one line."""
+    progress(f"mlxlora: warning: {one_line(text)}")
+
+
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a plain table on stdout, columns as wide as their longest cell."""
     cells = [list(headings), *([one_line(cell) for cell in row] for row in rows)]

@@ -7,6 +7,7 @@ code: it is told of once, as an event of its own.
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -15,9 +16,11 @@ from typing import Any, TypeVar
 
 from mlxlora_core.errors import MlxloraError
 from mlxlora_core.machine.signals import Interrupted
+from mlxlora_core.options import plain
 from mlxlora_core.registry import Component
 from mlxlora_core.registry.checks import other_arguments, reason_of
 from mlxlora_core.specs import RunInfo, Watcher
+from mlxlora_core.training.events import SpikeReport, TrainReport, ValidReport, report_line
 
 T = TypeVar("T")
 
@@ -63,6 +66,14 @@ def observed(
         yield from watchers.end(_how(fault))
         raise
     yield from watchers.end(DONE)
+
+
+def event_values(event: object) -> dict[str, Any]:
+    """An event of a run or of a training in plain values; ``kind`` is its name, in snake case."""
+    if isinstance(event, TrainReport | ValidReport | SpikeReport):
+        return report_line(event)
+    kind = re.sub("(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    return {"kind": kind, **plain(event)}
 
 
 class _Watchers:

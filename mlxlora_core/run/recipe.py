@@ -104,6 +104,8 @@ class Recipe:
     evaluate: EvaluateConfig
     sampler: tuple[Choice, ...]
     generate: AskConfig
+    export: Choice
+    observe: tuple[Choice, ...]
     plugins: PluginsConfig
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -120,7 +122,8 @@ class Recipe:
             if section in _CHAINS and len(value) > 1:
                 out[section] = _chain_values(value)
                 continue
-            value = value[0] if section in _CHAINS else value
+            if section in _CHAINS:
+                value = value[0] if value else Choice(None)
             if not isinstance(value, Choice):
                 out[section] = _without_none(plain(value))
             elif value.component is not None:
@@ -145,10 +148,12 @@ _CHOICES: dict[str, tuple[str, str, bool]] = {
     "data": ("builder", NONE, True),
     "adapter": ("adapter", DEFAULT_ADAPTER, True),
     "sampler": ("sampler", "greedy", True),
+    "export": ("exporter", NONE, False),
+    "observe": ("observer", NONE, False),
 }
 _SECTIONS = (*_PLAIN, *_CHOICES)
 #: the sections that may name several components
-_CHAINS = ("sampler",)
+_CHAINS = ("sampler", "observe")
 
 
 def read(path: Path, sets: Iterable[str], registry: Registry) -> Recipe:
@@ -219,6 +224,21 @@ def choose_samplers(use: str, values: Mapping[str, Any], registry: Registry) -> 
     rows = sampling.deal(values, components)
     sampling.cool_others(rows, components)
     return _parsed(components, rows, "")
+
+
+def choose_observers(
+    names: Sequence[str], values: Mapping[str, Any], registry: Registry
+) -> tuple[Choice, ...]:
+    """The observers of these names, with options made of ``values``.
+
+    Raises:
+        PluginError: no such observer.
+        UsageError: one is named twice; options without an observer, or as :func:`choose_samplers`.
+    """
+    components = registry.find_all([("observer", name) for name in names])
+    if values and not components:
+        raise UsageError(f"options of an observer ({listing(values)}), but none is named", fix="name it")
+    return _parsed(components, sampling.deal(values, components), "")
 
 
 def _parsed(
@@ -383,7 +403,7 @@ class _Source:
         sets = self._sets.get(section, {})
         self.origins[f"{section}.use"] = self._origin("use", self._document.get(section, {}), sets)
         if not components:
-            return Choice(None)
+            return () if section in _CHAINS else Choice(None)
         options = self._document.get(section, {}).get("options", {})
         written = self._names(section)
         if len(written) != len(components) or not all(map(Component.answers_to, components, written)):
@@ -407,7 +427,8 @@ class _Source:
             self._rows(section, component.spec.options, written, said, prefix)
             for component, written, said, prefix in zip(components, tables, over, prefixes, strict=True)
         ]
-        sampling.cool_others(rows, components)
+        if section == "sampler":
+            sampling.cool_others(rows, components)
         return _parsed(components, rows, where)
 
     def _rows(

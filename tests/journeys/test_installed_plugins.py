@@ -41,7 +41,8 @@ def test_a_separate_distribution_from_install_to_uninstall(
     mine = {("builder", "example:markdown"), ("adapter", "example:scaling"), ("sampler", "example:typical")}
     assert mine <= components
 
-    done = environment.mlxlora("run", recipe, "--set", model, *SMALL, "--json", cwd=tmp_path)
+    need = ("--set", "plugins.require=mlxlora-example>=0.1")
+    done = environment.mlxlora("run", recipe, "--set", model, *SMALL, *need, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     check_run(json.loads(done.stdout), tmp_path / "out")
 
@@ -57,6 +58,10 @@ def test_a_separate_distribution_from_install_to_uninstall(
         for missing in ("no builder 'markdown'", "no adapter 'scaling'", "no sampler 'typical'"):
             assert missing in line
         assert gone.stdout == ""
+    needed = environment.mlxlora("run", recipe, "--set", model, *need, "--dry-run", cwd=tmp_path)
+    assert needed.returncode == 8 and len(needed.stderr.splitlines()) == 1
+    assert "'mlxlora-example>=0.1' is not installed" in needed.stderr
+    assert "Fix: pip install 'mlxlora-example>=0.1'" in needed.stderr
 
 
 def check_run(record: dict[str, Any], folder: Path) -> None:

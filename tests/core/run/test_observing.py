@@ -12,8 +12,10 @@ import pytest
 from mlxlora_core.errors import DivergedError, UsageError
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.registry import Component, Plugin
-from mlxlora_core.run.observing import ObserverFailed, observed
+from mlxlora_core.run.events import StageDone, StageStarted
+from mlxlora_core.run.observing import ObserverFailed, event_values, observed
 from mlxlora_core.specs import NoOptions, Observer, RunInfo
+from mlxlora_core.training.events import CheckpointSaved, Note, SpikeReport, TrainingStarted
 
 OWNER = Plugin("seen", "seen", "1", "installed", "seen")
 
@@ -69,6 +71,21 @@ def test_each_is_told_in_order_and_the_events_pass_through() -> None:
     want = [{"kind": "number", "of": [1]}, {"kind": "number", "of": [3]}, "done"]
     assert one.told == want
     assert two.told == want, "what one does to an event, another does not see"
+
+
+def test_an_event_in_plain_values() -> None:
+    assert event_values(StageStarted("train", skipped=True)) == {
+        "kind": "stage_started",
+        "stage": "train",
+        "skipped": True,
+    }
+    assert event_values(TrainingStarted(3, 9)) == {"kind": "training_started", "step": 3, "steps": 9}
+    assert event_values(CheckpointSaved(3, 0.5)) == {"kind": "checkpoint_saved", "step": 3, "seconds": 0.5}
+    spike = SpikeReport(3, float("inf"), 2.0)
+    assert event_values(spike) == {"kind": "spike", "step": 3, "loss": None, "median": 2.0}
+    assert event_values(Note("memory")) == {"kind": "note", "text": "memory"}
+    done = event_values(StageDone("model", {"folder": Path("x"), "adapted": ("wq",)}))
+    assert done == {"kind": "stage_done", "stage": "model", "result": {"folder": "x", "adapted": ["wq"]}}
 
 
 def test_nobody_need_watch() -> None:
