@@ -17,9 +17,9 @@ from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
 from mlxlora_core.registry import Registry
 from mlxlora_core.registry.defaults import DEFAULT_SAMPLER
-from mlxlora_core.run import sampling
 from mlxlora_core.run.plan import needed
 from mlxlora_core.run.recipe import Choice, check_sections, choose_samplers, overrides
+from mlxlora_core.run.samplers import TEMPERATURE, names
 from mlxlora_core.training.settings import GenerateConfig
 
 if TYPE_CHECKING:
@@ -94,11 +94,11 @@ def chosen_samplers(
         UsageError: a temperature for samplers that have none.
     """
     if temp is not None:
-        found = [registry.find("sampler", name) for name in sampling.names(use)]
+        found = [registry.find("sampler", name) for name in names(use)]
         known = {option.name for component in found for option in explain(component.spec.options)}
-        if sampling.TEMPERATURE not in known:
+        if TEMPERATURE not in known:
             raise UsageError(f"--temp: sampler '{use}' has no temperature", fix="leave --temp out")
-        values = {**values, sampling.TEMPERATURE: temp}
+        values = {**values, TEMPERATURE: temp}
     return choose_samplers(use, values, registry)
 
 

@@ -8,7 +8,7 @@ component and its options::
     options = { rank = 8 }
 
 ``--set adapter.rank=16`` is short for ``--set adapter.options.rank=16``. The
-section of samplers may name several, see :mod:`mlxlora_core.run.sampling`.
+section of samplers may name several, see :mod:`mlxlora_core.run.samplers`.
 
 A recipe is read in three passes, each of which tells all that it finds: the
 layout, the components, the values.
@@ -29,7 +29,7 @@ from mlxlora_core.files.input_file import read_whole
 from mlxlora_core.options import convert, explain, option, parse, plain
 from mlxlora_core.registry import Component, Registry
 from mlxlora_core.registry.defaults import DEFAULT_ADAPTER
-from mlxlora_core.run import sampling
+from mlxlora_core.run import samplers
 from mlxlora_core.training.settings import EvaluateConfig, SaveConfig, TrainConfig
 
 COMMAND_LINE = "command line"
@@ -209,11 +209,11 @@ def choose_samplers(use: str, values: Mapping[str, Any], registry: Registry) -> 
         UsageError: none is named, or one twice; options that are out of range or
             that none of them, or several, have.
     """
-    components = registry.find_all([("sampler", name) for name in sampling.names(use)])
+    components = registry.find_all([("sampler", name) for name in samplers.names(use)])
     if not components:
         raise UsageError(f"wanted a sampler, got {use!r}", fix="see: mlxlora components sampler")
-    rows = sampling.deal(values, components)
-    sampling.cool_others(rows, components)
+    rows = samplers.deal(values, components)
+    samplers.cool_others(rows, components)
     return _parsed(components, rows, "")
 
 
@@ -331,7 +331,7 @@ class _Source:
     def _names(self, section: str, use: str | None = None) -> list[str]:
         """What ``use``, or else the file, names for a section."""
         use = self._document.get(section, {}).get("use", _CHOICES[section][1]) if use is None else use
-        found = sampling.names(use) if section in _CHAINS else [str(use).strip()]
+        found = samplers.names(use) if section in _CHAINS else [str(use).strip()]
         return [name for name in found if name not in ("", NONE)]
 
     # --- the values ---
@@ -392,14 +392,14 @@ class _Source:
         """The components of a section that may name several."""
         where = self._where(section)
         sets = {key: value for key, value in self._sets.get(section, {}).items() if key != "use"}
-        tables = sampling.deal(sampling.flat(table), components, where)
-        over = sampling.deal(sets, components, where)
-        prefixes = [f"{label}." if len(components) > 1 else "" for label in sampling.labels(components)]
+        tables = samplers.deal(samplers.flat(table), components, where)
+        over = samplers.deal(sets, components, where)
+        prefixes = [f"{label}." if len(components) > 1 else "" for label in samplers.labels(components)]
         rows = [
             self._rows(section, component.spec.options, written, said, prefix)
             for component, written, said, prefix in zip(components, tables, over, prefixes, strict=True)
         ]
-        sampling.cool_others(rows, components)
+        samplers.cool_others(rows, components)
         return _parsed(components, rows, where)
 
     def _rows(
@@ -484,7 +484,7 @@ def _chain_values(choices: Sequence[Choice]) -> dict[str, Any]:
     components = [choice.component for choice in choices if choice.component is not None]
     options = {
         f"{label}.{name}": value
-        for label, choice in zip(sampling.labels(components), choices, strict=True)
+        for label, choice in zip(samplers.labels(components), choices, strict=True)
         for name, value in _without_none(plain(choice.options)).items()
     }
     return {"use": [component.id for component in components], "options": options}
