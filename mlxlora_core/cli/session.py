@@ -15,6 +15,7 @@ import click
 from mlxlora_core.cli import show
 from mlxlora_core.errors import MlxloraError, PluginError, SettingsChanged, UsageError, one_line
 from mlxlora_core.files import lock
+from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.registry import Plugin, Registry, load, start_runtimes
 
@@ -110,13 +111,12 @@ def start(registry: Registry) -> list[str]:
         UsageError: MLX has no backend here.
     """
     try:
-        from mlxlora_core.machine.device import prepare_cpu
+        prepare_cpu()
     except ImportError as fault:
         raise UsageError(
             f"MLX cannot be used: {fault}",
             fix="pip install 'mlxlora[cpu]', or 'mlxlora[cuda13]' for an NVIDIA GPU",
         ) from fault
-    prepare_cpu()
     notes = start_runtimes(registry)
     for note in notes:
         if note.warning:
