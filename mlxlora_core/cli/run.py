@@ -5,16 +5,14 @@ from __future__ import annotations
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import click
 
 from mlxlora_core.cli import show
+from mlxlora_core.cli.command_line import find_recipe, resume_command
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
-from mlxlora_core.cli.train import resume_command
-from mlxlora_core.errors import UsageError, listing, nearest, one_line
+from mlxlora_core.errors import one_line
 from mlxlora_core.registry import Registry
 from mlxlora_core.registry.defaults import DEFAULT_RECIPE
 from mlxlora_core.run import pipeline
@@ -50,7 +48,7 @@ def command(
     hold(resolved.folder)
     runtimes = start(registry)
     started = time.perf_counter()
-    _follow(pipeline.run(resolved, registry, runtimes, resume_command(resume=False)), resolved.train.iters)
+    _follow(pipeline.run(resolved, registry, runtimes, resume_command(resume=False)))
     record = RunFolder(resolved.folder).record
     if as_json:
         show.as_json(record)
@@ -59,12 +57,11 @@ def command(
         click.echo(f"{resolved.folder / REPORT} shows the run; {time.perf_counter() - started:.1f} s")
 
 
-def _follow(events: Iterator[Event], steps: int) -> None:
-    """Show the events of a run on stderr; ``steps`` is how long its training is."""
+def _follow(events: Iterator[Event]) -> None:
+    """Show the events of a run on stderr."""
     words = {stage.name: stage.words for stage in STAGES}
     place = ""
-    with ExitStack() as bar:
-        display: Any = None
+    with show.training() as display:
         for event in events:
             if isinstance(event, RunStarted):
                 for note in event.notes:
@@ -72,30 +69,13 @@ def _follow(events: Iterator[Event], steps: int) -> None:
             elif isinstance(event, StageStarted):
                 place = f"[{event.stage}]"
                 show.progress(f"{place} {'done already' if event.skipped else '…'}")
-            elif isinstance(event, Note):
-                show.progress(f"{place} {event.text}")
             elif isinstance(event, StageDone):
-                bar.close()
-                display = None
                 for line in words[event.stage](event.result):
                     show.progress(f"{place} {line}")
+            elif isinstance(event, Note):
+                show.progress(f"{place} {event.text}")
             else:
-                display = display or bar.enter_context(show.training(steps))
                 display(event)
-
-
-def find_recipe(name: str, registry: Registry) -> Path:
-    """The recipe file that a path or a name stands for."""
-    path = Path(name)
-    if path.suffix == ".toml" or len(path.parts) > 1:
-        return path
-    known = [component.spec.name for component in registry.of("recipe")]
-    if name in known or ":" in name:
-        shipped: Path = registry.find("recipe", name).spec.path
-        return shipped
-    raise UsageError(
-        f"no recipe '{name}' ({nearest(name, known)}there is {listing(known)}, or name a .toml file)"
-    )
 
 
 def _dry_run(recipe: Recipe, as_json: bool) -> None:

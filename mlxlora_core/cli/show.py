@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import click
 
 from mlxlora_core.errors import one_line
-from mlxlora_core.training.events import CheckpointSaved, Report, SpikeReport, TrainReport
+from mlxlora_core.registry import Plugin
+from mlxlora_core.training.events import (
+    CheckpointSaved,
+    Note,
+    Report,
+    SpikeReport,
+    TrainEvent,
+    TrainingStarted,
+    TrainReport,
+    TrainResult,
+)
 
 
 def as_json(value: Any) -> None:
@@ -38,6 +48,20 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
     for row in cells:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def plugin(found: Plugin) -> dict[str, object]:
+    """One plugin as --json shows it."""
+    return {
+        "name": found.name,
+        "distribution": found.distribution,
+        "version": found.version,
+        "origin": found.origin,
+        "value": found.value,
+        "status": found.status,
+        "reason": found.reason,
+        "components": [{"kind": kind, "name": name} for kind, name in found.components],
+    }
 
 
 def report(line: Report | CheckpointSaved, steps: int) -> str:
@@ -71,7 +95,27 @@ def converting() -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def training(steps: int) -> Iterator[Callable[[Report | CheckpointSaved], None]]:
+def training() -> Iterator[Callable[[TrainEvent], None]]:
+    """A function that shows each event of a training, over a bar where stderr is a terminal."""
+    with ExitStack() as bar:
+        display: Callable[[Report | CheckpointSaved], None] | None = None
+
+        def show(event: TrainEvent) -> None:
+            nonlocal display
+            if isinstance(event, Note):
+                progress(event.text)
+            elif isinstance(event, TrainingStarted):
+                display = bar.enter_context(_bar(event))
+            elif isinstance(event, TrainResult):
+                bar.close()
+            elif display is not None:
+                display(event)
+
+        yield show
+
+
+@contextmanager
+def _bar(begin: TrainingStarted) -> Iterator[Callable[[Report | CheckpointSaved], None]]:
     """A function that shows each report it is given, over a bar where stderr is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -83,21 +127,11 @@ def training(steps: int) -> Iterator[Callable[[Report | CheckpointSaved], None]]
     console = Screen(stderr=True, highlight=False, soft_wrap=True)
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("training", total=steps)
+        task = bar.add_task("training", total=begin.steps, completed=begin.step)
 
         def show(line: Report | CheckpointSaved) -> None:
             with suppress(BrokenPipeError):
-                console.print(report(line, steps), markup=False)
+                console.print(report(line, begin.steps), markup=False)
             bar.update(task, completed=line.step)
 
         yield show
-
-
-def adapter_size(counts: Mapping[str, int], linears: int) -> str:
-    """How much of a model trains, in words."""
-    trained, everything = counts["trainable_parameters"], counts["parameters"]
-    share = 100 * trained / everything
-    return (
-        f"{everything / 1e6:.3f} M parameters, {trained / 1e6:.3f} M trainable "
-        f"({share:.3f} %) on {linears} linears"
-    )

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on; a training's own reports are told as they are."""
+"""What a run tells while it goes on; what its training tells is told as it is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlxlora_core.training.events import CheckpointSaved, Note, Report
+from mlxlora_core.training.events import TrainEvent
 
 
 @dataclass(frozen=True)
@@ -32,4 +32,4 @@ class StageDone:
     result: Mapping[str, Any]
 
 
-Event = RunStarted | StageStarted | StageDone | Note | Report | CheckpointSaved
+Event = RunStarted | StageStarted | StageDone | TrainEvent

@@ -20,9 +20,9 @@ def plan(recipe: Recipe) -> dict[str, bool]:
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """stage -> fingerprint of all that its output depends on."""
+    """stage -> fingerprint of all that its output depends on, of the stages that the recipe asks for."""
     marks: dict[str, str] = {}
-    for stage in STAGES:
+    for stage in (stage for stage in STAGES if stage.wanted(recipe)):
         on = [marks[name] for name in stage.builds_on]
         inputs = dict(stage.inputs(recipe))
         marks[stage.name] = fingerprint({"mlxlora": __version__, "on": on, "inputs": inputs})

@@ -1,4 +1,7 @@
-"""What a training tells while it goes on. Light, so that whoever shows or keeps it needs no MLX."""
+"""What a training tells while it goes on, and what it has come to at its end.
+
+Light, so that whoever shows or keeps it needs no MLX.
+"""
 
 from __future__ import annotations
 
@@ -89,6 +92,58 @@ class Note:
     """Something that the user should know, in a line."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class TrainingStarted:
+    """Steps begin.
+
+    Attributes:
+        step: steps made before.
+        steps: how many there will be at most.
+    """
+
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training has come to; the last event.
+
+    Attributes:
+        parameters: of the base, packed ones counted as weights, and the adapter.
+        trainable_parameters: of the adapter.
+        adapted: paths of the linears that it wraps.
+        rows: rows trained on.
+        rows_cut: how many of them were cut at the longest length.
+        tokens_cut: tokens lost by cutting.
+        rows_empty: rows left out, since no token of theirs counts.
+        max_seq_length: the longest length, in tokens.
+        steps: steps made.
+        steps_skipped: how many of them made no update, being not finite.
+        adapter_step: the step whose adapter the model holds now: the one of the best
+            validation when the training has patience, and else the last one.
+        train_loss: nats per counted token, as last reported; None where it was not, or is not finite.
+        valid_loss: the same of the last validation.
+    """
+
+    parameters: int
+    trainable_parameters: int
+    adapted: tuple[str, ...]
+    rows: int
+    rows_cut: int
+    tokens_cut: int
+    rows_empty: int
+    max_seq_length: int
+    steps: int
+    steps_skipped: int
+    adapter_step: int
+    train_loss: float | None
+    valid_loss: float | None
+
+
+TrainEvent = Note | TrainingStarted | Report | CheckpointSaved | TrainResult
 
 
 def report_line(report: Report) -> dict[str, Any]:

@@ -29,6 +29,10 @@ class Stage(ABC):
     name: ClassVar[str]
     builds_on: ClassVar[tuple[str, ...]] = ()
 
+    def wanted(self, recipe: Recipe) -> bool:
+        """Whether a recipe asks for it."""
+        return True
+
     @abstractmethod
     def inputs(self, recipe: Recipe) -> Mapping[str, Any]:
         """Plain values of all that the result depends on, beside the stages that it builds on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from mlxlora_core.run.folder import ADAPTER, CHECKPOINTS, METRICS
 from mlxlora_core.run.recipe import Recipe
 from mlxlora_core.run.report import length_counts
 from mlxlora_core.run.stages.stage import Stage, component_of, identity_of
-from mlxlora_core.training.events import Note
+from mlxlora_core.training.checkpoints import Start
+from mlxlora_core.training.events import TrainResult
 
 if TYPE_CHECKING:
     from mlxlora_core.run.context import Context
@@ -38,50 +40,34 @@ class TrainStage(Stage):
 
     def work(self, context: Context) -> Iterator[Event]:
         """Train to the end, saving on the way."""
-        from mlxlora_core.model import adapters
-        from mlxlora_core.training.identity import identify
-        from mlxlora_core.training.loop import Training
-        from mlxlora_core.training.memory import training_memory
-        from mlxlora_core.training.session import TrainingSession
+        from mlxlora_core.training.session import NewAdapter, Outputs, open_training
 
-        recipe = context.recipe
+        recipe, path = context.recipe, context.path
         model = yield from context.load_base()
-        adapted = adapters.attach(
-            model, component_of(recipe.adapter), recipe.adapter.options, recipe.run.seed
+        session = open_training(
+            model,
+            NewAdapter(component_of(recipe.adapter), recipe.adapter.options),
+            {split: context.rows(split, model) for split in ("train", "valid") if context.has_rows(split)},
+            recipe.train,
+            context.registry,
+            seed=recipe.run.seed,
+            outputs=Outputs(
+                adapter_file=path / ADAPTER,
+                checkpoints=path / CHECKPOINTS,
+                metrics=path / METRICS,
+                saving=recipe.checkpoints,
+                resume_command=context.resume_command,
+            ),
+            runtimes=context.runtimes,
         )
-        context.adapted = adapted
-        rows = context.rows("train", model)
-        splits = {"train": rows.examples}
-        if context.has_rows("valid"):
-            splits["valid"] = context.rows("valid", model).examples
-        training = Training(
-            model.language_model, rows.examples, splits.get("valid", ()), recipe.train, recipe.run.seed
-        )
-        identity = identify(model, adapted, training, splits, context.registry, context.runtimes)
-        session = TrainingSession(context.path / CHECKPOINTS, training, model, adapted, identity)
-        with training_memory(model, rows, recipe.train.batch_size) as said:
-            yield Note(said)
-            for note in session.continue_or_begin():
-                yield Note(note)
-            yield from session.train(recipe.checkpoints, context.path / METRICS, context.resume_command)
-        (context.path / ADAPTER).parent.mkdir(exist_ok=True)
-        adapters.save(context.path / ADAPTER, model, adapted)
-        result = {
-            **adapters.count(model),
-            "adapted": list(adapted.paths),
-            "rows": len(rows),
-            "rows_cut": rows.cut,
-            "tokens_cut": rows.cut_tokens,
-            "steps": training.progress.step,
-            "steps_skipped": training.progress.skipped,
-            "adapter_step": session.adapter_step,
-            "rows_empty": rows.empty,
-            "max_seq_length": model.sequence_limit(recipe.train.max_seq_length),
-            "lengths": length_counts(rows.lengths),
-        }
-        yield StageDone(self.name, result)
+        context.adapted = session.adapted
+        for event in session.start(Start.CONTINUE):
+            yield event
+            if isinstance(event, TrainResult):
+                lengths = length_counts(session.rows["train"].lengths)
+                yield StageDone(self.name, asdict(event) | {"lengths": lengths})
 
     def words(self, result: Mapping[str, Any]) -> list[str]:
-        """How much of the model was trained."""
-        cut = f"; {result['rows_cut']} rows were cut" if result["rows_cut"] else ""
-        return [f"{result['trainable_parameters']} parameters trained in {result['steps']} steps{cut}"]
+        """How far the training came, and which of its adapters it was for."""
+        best = f"; the adapter is that of step {result['adapter_step']}, the best"
+        return [f"{result['steps']} steps" + (best if result["adapter_step"] != result["steps"] else "")]
