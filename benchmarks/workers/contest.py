@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -50,6 +51,7 @@ class Pace:
         batch: rows a training step.
         prompt_tokens: that prefill reads.
         new_tokens: that decode generates.
+        patience_seconds: after which a contestant that says nothing is ended.
     """
 
     samples: int
@@ -57,6 +59,7 @@ class Pace:
     batch: int
     prompt_tokens: int
     new_tokens: int
+    patience_seconds: float = 3600.0
 
     def tokens(self, task: str, shape: Shape) -> int:
         """Tokens that one sample works on."""
@@ -104,10 +107,13 @@ class Failed(Exception):
 
 
 class Worker:
-    """A process that answers each line with one sample."""
+    """A process that answers each line with one sample, and is ended when it is silent for ``patience`` s."""
 
-    def __init__(self, python: str, module: str, job: Job, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, python: str, module: str, job: Job, environment: Mapping[str, str], patience: float = 3600.0
+    ) -> None:
         self.ready: dict[str, Any] = {}
+        self.patience = patience
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self.process = subprocess.Popen(
             [python, "-m", f"workers.{module}", json.dumps(asdict(job))],
@@ -125,13 +131,19 @@ class Worker:
             Failed: it says nothing more.
         """
         assert self.process.stdout is not None
+        watch = threading.Timer(self.patience, self.process.kill)
+        watch.start()
         line = self.process.stdout.readline()
         if line:
+            watch.cancel()
             said: dict[str, Any] = json.loads(line)
             return said
+        late = not watch.is_alive()
+        watch.cancel()
         self.errors.seek(0)
         lines = self.errors.read().strip().splitlines()
-        raise Failed(lines[-1] if lines else "it ended without a word")
+        last = lines[-1] if lines else "it ended without a word"
+        raise Failed(f"it said nothing for {self.patience:g} s; {last}" if late else last)
 
     def sample(self) -> dict[str, Any]:
         """One measured sample.
@@ -202,10 +214,8 @@ class Run:
             *([Entry("torch + peft", "with_torch", Path(), "bfloat16", "bfloat16")] if self.on_cpu else []),
             *([Entry("mlx-lm", "with_mlx_lm", Path(), self.base, self.base)] if self.on_cpu else []),
         ]
-        workers = [
-            self._start(entry, Job("matmul", dtype=entry.dtype, threads=self.threads, side=side))
-            for entry in entries
-        ]
+        jobs = [Job("matmul", dtype=entry.dtype, threads=self.threads, side=side) for entry in entries]
+        workers = self._start(entries, jobs)
         for entry, samples in zip(entries, self._take_turns(entries, workers), strict=True):
             rate = 2e-9 * side**3 / statistics.median(s["seconds"] for s in samples)
             self.result["products"][f"{entry.tool}, {entry.dtype}"] = rate
@@ -230,8 +240,14 @@ class Run:
             )
             for entry in group.entries
         ]
-        workers = [self._start(entry, job) for entry, job in zip(group.entries, jobs, strict=True)]
-        self._check(shape, task, group, workers)
+        workers = self._start(group.entries, jobs)
+        try:
+            self._check(shape, task, group, workers)
+        except click.ClickException:
+            for worker in workers:
+                if isinstance(worker, Worker):
+                    worker.close()
+            raise
         tokens = self.pace.tokens(task, shape)
         flop = _FLOP[task](shape, tokens)
         measured = self._take_turns(group.entries, workers)
@@ -249,6 +265,7 @@ class Run:
             else:
                 row |= summary([tokens / s["seconds"] for s in samples])
                 row |= {key: samples[-1][key] for key in ("peak_rss_bytes", "first_seconds")}
+                row["device"] = worker.ready.get("device", "")
                 row["device_bytes"] = max(s.get("device_bytes", 0) for s in samples)
                 against = "bfloat16" if entry.dtype == "bfloat16" else self.base
                 row["mfu_of"] = against
@@ -267,10 +284,23 @@ class Run:
             row |= {"tool": command.tool, "unit": "seconds"} | summary([seconds for seconds, _ in counted])
             self._add({**row, "peak_rss_bytes": max(peak for _, peak in counted)})
 
-    def _start(self, entry: Entry, job: Job) -> Worker | Failed:
-        """A worker that has said that it is ready, one after the other, so that none disturbs another."""
-        python = sys.executable if entry.tool == "mlxlora" else self.peers
-        worker = Worker(python, entry.module, job, self.environment(entry.tool))
+    def _start(self, entries: Sequence[Entry], jobs: Sequence[Job]) -> list[Worker | Failed]:
+        """Workers that have said that they are ready.
+
+        On a CPU one after the other, so that they do not wait for each other's
+        threads; on a GPU all at once, for most of it is imports and reading.
+        """
+        opened, started = [], []
+        for entry, job in zip(entries, jobs, strict=True):
+            python = sys.executable if entry.tool == "mlxlora" else self.peers
+            environment = self.environment(entry.tool)
+            opened.append(Worker(python, entry.module, job, environment, self.pace.patience_seconds))
+            if self.on_cpu:
+                started.append(self._ready(opened[-1]))
+        return started if self.on_cpu else [self._ready(worker) for worker in opened]
+
+    def _ready(self, worker: Worker) -> Worker | Failed:
+        """The worker once it is ready, or what it said last."""
         try:
             worker.ready = worker.read()
         except Failed as fault:
@@ -292,7 +322,8 @@ class Run:
         for entry, worker in zip(group.entries, workers, strict=True):
             if isinstance(worker, Failed):
                 continue
-            loss, tolerance = worker.ready["loss"], TOLERANCE.get(entry.dtype, EXACT)
+            computes_in = self.base if entry.dtype == "4bit" else entry.dtype
+            loss, tolerance = worker.ready["loss"], TOLERANCE.get(computes_in, EXACT)
             off = abs(loss - want) / want
             self.result["checks"].append(
                 {
@@ -306,9 +337,6 @@ class Run:
                 }
             )
             if not off <= tolerance:
-                for other in workers:
-                    if isinstance(other, Worker):
-                        other.close()
                 raise click.ClickException(
                     f"{shape.name}, {task}: {entry.tool} ({entry.kind}) has a loss of {loss:.6f}, mlxlora "
                     f"{want:.6f}; they differ by {off:.1e}, allowed is {tolerance:g}"

@@ -119,10 +119,12 @@ def test_ratios_say_how_many_times_as_fast_mlxlora_is() -> None:
 
 def test_a_table_takes_the_place_of_the_one_before_it() -> None:
     page = (BENCHMARKS.parent / "docs" / "performance.md").read_text("utf-8")
-    once = table.replaced(page, "| new |")
-    assert "| new |" in once and table.replaced(once, "| newer |") == once.replace("| new |", "| newer |")
-    assert once.startswith(page.partition(table.BEGIN)[0])
-    assert once.endswith(page.partition(table.END)[2])
+    for begin, end in (table.PEERS, table.GPU):
+        once = table.replaced(page, "| new |", (begin, end))
+        assert "| new |" in once and begin in page
+        assert table.replaced(once, "| newer |", (begin, end)) == once.replace("| new |", "| newer |")
+        assert once.startswith(page.partition(begin)[0])
+        assert once.endswith(page.partition(end)[2])
 
 
 # --- weights --------------------------------------------------------------------
