@@ -23,8 +23,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,41 +39,13 @@ from workers.weights import HUGGING_FACE, META, ROWS
 from mlxlora_core import machine
 from mlxlora_core.errors import one_line
 
-#: 80 GB hold three tools at once with what training keeps for the gradient: 4 and 2 rows of 512 tokens
+#: 80 GB hold three tools at once with what training keeps for the gradient: 4 rows of 512 tokens and 1
 PACES = {
-    "1b": Pace(7, 15.0, batch=4, prompt_tokens=1024, new_tokens=64, patience_seconds=90.0),
-    "7b": Pace(5, 20.0, batch=2, prompt_tokens=1024, new_tokens=64, patience_seconds=120.0),
+    "1b": Pace(25, 4.0, batch=4, prompt_tokens=1024, new_tokens=64, patience_seconds=200.0),
+    "7b": Pace(15, 5.0, batch=1, prompt_tokens=1024, new_tokens=64, patience_seconds=200.0),
     "embedded": Pace(2, 10.0, batch=1, prompt_tokens=64, new_tokens=8),
 }
 TINY = "embedded"
-
-
-@dataclass
-class Clock:
-    """How much of the time is left, and whether more of the same still fits in.
-
-    Attributes:
-        seconds: that the run may take.
-        longest: that any kind of work took so far.
-    """
-
-    seconds: float
-    began: float = field(default_factory=time.monotonic)
-    longest: float = 0.0
-
-    def fits(self) -> bool:
-        """Whether another one would end in time."""
-        return time.monotonic() - self.began + self.longest <= self.seconds
-
-    def timed(self, work: Callable[[], None]) -> float:
-        """Do some work; the seconds that it took."""
-        began = time.monotonic()
-        try:
-            work()
-        finally:
-            took = time.monotonic() - began
-            self.longest = max(self.longest, took)
-        return took
 
 
 @click.command(help=(__doc__ or "").split("\n\n")[0])
@@ -104,71 +77,109 @@ def main(
     name = "-".join(device.name.lower().split()) or platform.machine()
     target = target or HERE / "results" / f"gpu-{name}.json"
     names = [TINY] if tiny else shapes or [s for s in PACES if s != TINY]
-    result = _measure_all(peers, device, names, Clock(60 * minutes), target)
+    record = Record(device, names, 60 * minutes, target)
+    result = record.result
+    run = contest.Run(peers, PACES[names[0]], device.kind == "cpu", result)
+    with tempfile.TemporaryDirectory(prefix="mlxlora-gpu-") as folder:
+        _measure_all(run, record, [shape for shape in SHAPES if shape.name in names], Path(folder))
     click.echo(json.dumps(result, indent=2) if as_json else table.text(result))
     for fault in result["faults"]:
         click.echo(f"left out: {fault}", err=True)
     click.echo(f"kept in {os.path.relpath(target)}", err=True)
 
 
-def _measure_all(
-    peers: str, device: machine.Device, names: Sequence[str], clock: Clock, target: Path
-) -> dict[str, Any]:
-    """The result, which ``target`` holds too after each kind of work."""
-    result: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "quick": names == [TINY],
-        "machine": {
-            "system": platform.platform(),
-            "device": asdict(device),
-            "threads": machine.threads().count,
-            "memory_bytes": machine.memory().total_bytes,
-        },
-        "versions": {},
-        "rates": {},
-        "checks": [],
-        "rows": [],
-        "faults": [],
-        "seconds": {},
-    }
-    run = contest.Run(peers, PACES[names[0]], device.kind == "cpu", result)
+class Record:
+    """What is known so far, in a file as well, and the time that is left.
 
-    def attempt(what: str, work: Callable[[], None]) -> bool:
-        """Do one thing, and keep what there is then; whether it went well."""
-        if not clock.fits():
-            result["faults"].append(f"{what}: no time left")
+    Attributes:
+        result: of the benchmark.
+    """
+
+    def __init__(self, device: machine.Device, names: Sequence[str], seconds: float, target: Path) -> None:
+        self.result: dict[str, Any] = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "quick": TINY in names,
+            "machine": {
+                "system": platform.platform(),
+                "device": asdict(device),
+                "threads": machine.threads().count,
+                "memory_bytes": machine.memory().total_bytes,
+            },
+            **{name: {} for name in ("versions", "rates", "seconds")},
+            **{name: [] for name in ("checks", "rows", "faults", "first_samples")},
+        }
+        self._target, self._end, self._longest = target, time.monotonic() + seconds, 0.0
+
+    def attempt(self, what: str, work: Callable[[], None], timed: bool = False) -> bool:
+        """Do some work, note how long it took or what was wrong, and write the file.
+
+        Args:
+            what: it is.
+            work: to do.
+            timed: whether it is left out where one as long as the longest so far would not end in time.
+
+        Returns:
+            Whether it was done.
+        """
+        began = time.monotonic()
+        if began + (self._longest if timed else 0.0) > self._end:
+            self.result["faults"].append(f"{what}: no time left")
             return False
-        sound = True
+        faults = len(self.result["faults"])
         try:
-            result["seconds"][what] = clock.timed(work)
+            work()
         except (click.ClickException, contest.Failed, OSError) as fault:
             said = fault.message if isinstance(fault, click.ClickException) else str(fault)
-            result["faults"].append(f"{what}: {one_line(said)}")
+            self.result["faults"].append(f"{what}: {one_line(said)}")
             click.echo(f"{what} failed: {said}", err=True)
-            sound = False
-        table.compare(result["rows"])
-        target.write_text(json.dumps(result, indent=2) + "\n")
-        return sound
+        took = self.result["seconds"][what] = round(time.monotonic() - began, 1)
+        self._longest = max(self._longest, took if timed else 0.0)
+        table.compare(self.result["rows"])
+        self._target.write_text(json.dumps(self.result, indent=2) + "\n")
+        return len(self.result["faults"]) == faults
 
-    if not attempt("matrix products", lambda: result["rates"].update(run.rates())):
-        return result
-    with tempfile.TemporaryDirectory(prefix="mlxlora-gpu-") as parent:
-        for shape in (shape for shape in SHAPES if shape.name in names):
+
+def _measure_all(run: contest.Run, record: Record, shapes: Sequence[Shape], parent: Path) -> None:
+    """First all that is not timed, the models of later shapes while the kernels for the first are built."""
+    run.pace = replace(PACES[shapes[0].name], samples=3)
+    if not record.attempt("matrix products", lambda: record.result["rates"].update(run.rates())):
+        return
+    run.pace = PACES[shapes[0].name]
+    with ThreadPoolExecutor(1) as aside:
+        made = [_models(run, record, shapes[0], parent, 3)]
+        later = [aside.submit(_models, run, record, shape, parent, 1) for shape in shapes[1:]]
+        if made[0] and not run.on_cpu:
+            record.attempt("first samples", lambda: _warm_up(run, record, parent / shapes[0].name))
+        made += [future.result() for future in later]
+    for shape, sound in zip(shapes, made, strict=True):
+        if sound:
             run.pace = PACES[shape.name]
-            folder = Path(parent) / shape.name
-            if attempt(f"{shape.name}: models", lambda s=shape, f=folder: _write_models(run, s, f)):
-                for task in TASKS:
-                    for group in _groups(run, task, folder):
-                        what = f"{shape.name}: {task} {group.name or run.base}"
-                        attempt(
-                            what, lambda s=shape, t=task, g=group, f=folder: run.contest(s, t, g, f / ROWS)
-                        )
-            shutil.rmtree(folder, ignore_errors=True)
-    return result
+            _contests(run, record, shape, parent / shape.name)
+            shutil.rmtree(parent / shape.name)
 
 
-def _write_models(run: contest.Run, shape: Shape, folder: Path) -> None:
-    """The folders that the tools start from, made from one set of random weights."""
+def _contests(run: contest.Run, record: Record, shape: Shape, folder: Path) -> None:
+    """All that is timed of one shape."""
+    for task in TASKS:
+        for group in _groups(run, folder):
+            what = f"{shape.name}: {task} {group.name or run.base}"
+            record.attempt(what, partial(run.contest, shape, task, group, folder / ROWS), timed=True)
+
+
+def _warm_up(run: contest.Run, record: Record, folder: Path) -> None:
+    """Let MLX build its kernels, with all work at the same time."""
+    tools = [entry for group in _groups(run, folder) for entry in group.entries if "mlx" in entry.tool]
+    record.result["first_samples"] += run.warm_up([(task, tools) for task in TASKS], folder / ROWS)
+
+
+def _models(run: contest.Run, record: Record, shape: Shape, parent: Path, at_once: int) -> bool:
+    """The folders that the tools start from; whether they were made."""
+    work = partial(_write_models, run, shape, parent / shape.name, at_once)
+    return record.attempt(f"{shape.name}: models", work)
+
+
+def _write_models(run: contest.Run, shape: Shape, folder: Path, at_once: int) -> None:
+    """All from one set of random weights, so many conversions at once."""
     folder.mkdir()
     asked = {"shape": shape.name, "folder": str(folder), "dtype": run.base}
     run.worker_once(run.peers, "workers.weights", asked)
@@ -178,7 +189,7 @@ def _write_models(run: contest.Run, shape: Shape, folder: Path) -> None:
     def ours(name: str, *flags: str) -> None:
         commands.check(commands.convert(folder / META, folder / name, run.base, flags))
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         made = [
             pool.submit(ours, "mlxlora"),
             pool.submit(ours, "mlxlora-4bit", "-q"),
@@ -189,7 +200,7 @@ def _write_models(run: contest.Run, shape: Shape, folder: Path) -> None:
     shutil.rmtree(folder / META)
 
 
-def _groups(run: contest.Run, task: str, folder: Path) -> list[Group]:
+def _groups(run: contest.Run, folder: Path) -> list[Group]:
     """Who takes part; the dense weights of mlx-lm and PyTorch are the Hugging Face folder itself."""
     base = run.base
     name = "mlx-lm, same BLAS" if run.on_cpu else "mlx-lm"

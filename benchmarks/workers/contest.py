@@ -145,16 +145,20 @@ class Worker:
         last = lines[-1] if lines else "it ended without a word"
         raise Failed(f"it said nothing for {self.patience:g} s; {last}" if late else last)
 
+    def ask(self) -> None:
+        """Ask for one sample, which is read then."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # reading tells why
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+
     def sample(self) -> dict[str, Any]:
         """One measured sample.
 
         Raises:
             Failed: the worker went away.
         """
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # reading tells why
-            self.process.stdin.write("go\n")
-            self.process.stdin.flush()
+        self.ask()
         return self.read()
 
     def close(self) -> int:
@@ -225,22 +229,7 @@ class Run:
 
     def contest(self, shape: Shape, task: str, group: Group, rows: Path) -> None:
         """Check that a group agrees, then measure it; a row of results each."""
-        jobs = [
-            Job(
-                task,
-                folder=str(entry.folder),
-                dtype=entry.dtype,
-                adapter=entry.adapter,
-                fast_blas=entry.fast_blas,
-                rows=str(rows),
-                batch=self.pace.batch,
-                prompt_tokens=self.pace.prompt_tokens if task == "prefill" else DECODE_PROMPT_TOKENS,
-                new_tokens=self.pace.new_tokens,
-                threads=self.threads,
-            )
-            for entry in group.entries
-        ]
-        workers = self._start(group.entries, jobs)
+        workers = self._start(group.entries, self._jobs(task, group.entries, rows))
         try:
             self._check(shape, task, group, workers)
         except click.ClickException:
@@ -271,6 +260,55 @@ class Run:
                 row["mfu_of"] = against
                 row["mfu"] = mfu(flop / tokens, row["median"], self.result["rates"][against])
             self._add(row)
+
+    def warm_up(self, work: Sequence[tuple[str, Sequence[Entry]]], rows: Path) -> list[dict[str, Any]]:
+        """One sample of every entry of every task, all at the same time, and how long each waited for it.
+
+        On a GPU that is mostly MLX building kernels, minutes for some, which it then keeps on the disk.
+        """
+        entries = [(task, entry) for task, several in work for entry in several]
+        jobs = [job for task, several in work for job in self._jobs(task, several, rows)]
+        workers = self._start([entry for _, entry in entries], jobs)
+        found = []
+        for (task, entry), samples in zip(entries, self._first_samples(workers), strict=True):
+            seconds = samples[0]["seconds"] if samples else None
+            found.append({"kind": task, "tool": entry.tool, "weights": entry.kind, "seconds": seconds})
+        for worker in workers:
+            if isinstance(worker, Worker):
+                worker.close()
+        return found
+
+    def _jobs(self, task: str, entries: Sequence[Entry], rows: Path) -> list[Job]:
+        """What each entry is asked to do."""
+        return [
+            Job(
+                task,
+                folder=str(entry.folder),
+                dtype=entry.dtype,
+                adapter=entry.adapter,
+                fast_blas=entry.fast_blas,
+                rows=str(rows),
+                batch=self.pace.batch,
+                prompt_tokens=self.pace.prompt_tokens if task == "prefill" else DECODE_PROMPT_TOKENS,
+                new_tokens=self.pace.new_tokens,
+                threads=self.threads,
+            )
+            for entry in entries
+        ]
+
+    def _first_samples(self, workers: Sequence[Worker | Failed]) -> list[list[dict[str, Any]]]:
+        """A sample of each worker, all at the same time; none of one that went away."""
+        asked = [worker for worker in workers if isinstance(worker, Worker)]
+        for worker in asked:
+            worker.ask()
+        found: list[list[dict[str, Any]]] = []
+        for worker in workers:
+            try:
+                found.append([worker.read()] if isinstance(worker, Worker) else [])
+            except Failed as fault:
+                _say(f"a worker went away: {fault}")
+                found.append([])
+        return found
 
     def commands(self, shape: Shape, kind: str, wanted: Sequence[Command]) -> None:
         """Measure commands that take turns; seconds and peak memory of each."""
@@ -347,12 +385,16 @@ class Run:
     ) -> list[list[dict[str, Any]]]:
         """Samples of each worker, all with its peak memory at the end.
 
-        The first is not counted, unless it took the worker's whole time: warming up is little of it then.
+        The first is not counted, unless it took the worker's whole time: warming up is little of it
+        then. On a GPU, where it can be all of it, the first ones are made at the same time and never count.
         """
         found: list[list[dict[str, Any]]] = [[] for _ in workers]
+        if not self.on_cpu:
+            found = self._first_samples(workers)
         spent = [0.0] * len(workers)
         gone = {i for i, worker in enumerate(workers) if isinstance(worker, Failed)}
-        for _ in range(1 + self.pace.samples):
+        gone |= set() if self.on_cpu else {i for i, samples in enumerate(found) if not samples}
+        for _ in range(self.pace.samples + self.on_cpu):
             for i, worker in enumerate(workers):
                 enough = spent[i] > self.pace.budget_seconds
                 if i in gone or enough or isinstance(worker, Failed):
@@ -370,7 +412,8 @@ class Run:
                 for sample in samples:
                     sample |= {"peak_rss_bytes": peak, "first_seconds": samples[0]["seconds"]}
         return [
-            samples if len(samples) == 1 and i not in gone else samples[1:] for i, samples in enumerate(found)
+            samples if len(samples) == 1 and self.on_cpu and i not in gone else samples[1:]
+            for i, samples in enumerate(found)
         ]
 
     def _add(self, row: dict[str, Any]) -> None:
