@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ import click
 from mlxlora_core.limits import thread_count
 from workers.channel import Job
 from workers.commands import Command, run_command
+from workers.process import Failed, Worker
 from workers.shapes import Shape, decode_flop, prefill_flop, train_flop
 
 BENCHMARKS = Path(__file__).parents[1]
@@ -100,77 +98,6 @@ class Group:
 
     name: str
     entries: Sequence[Entry]
-
-
-class Failed(Exception):
-    """A worker went away; the text is what it said last."""
-
-
-class Worker:
-    """A process that answers each line with one sample, and is ended when it is silent for ``patience`` s."""
-
-    def __init__(
-        self, python: str, module: str, job: Job, environment: Mapping[str, str], patience: float = 3600.0
-    ) -> None:
-        self.ready: dict[str, Any] = {}
-        self.patience = patience
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
-        self.process = subprocess.Popen(
-            [python, "-m", f"workers.{module}", json.dumps(asdict(job))],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-        )
-
-    def read(self) -> dict[str, Any]:
-        """What it says next.
-
-        Raises:
-            Failed: it says nothing more.
-        """
-        assert self.process.stdout is not None
-        watch = threading.Timer(self.patience, self.process.kill)
-        watch.start()
-        line = self.process.stdout.readline()
-        if line:
-            watch.cancel()
-            said: dict[str, Any] = json.loads(line)
-            return said
-        late = not watch.is_alive()
-        watch.cancel()
-        self.errors.seek(0)
-        lines = self.errors.read().strip().splitlines()
-        last = lines[-1] if lines else "it ended without a word"
-        raise Failed(f"it said nothing for {self.patience:g} s; {last}" if late else last)
-
-    def ask(self) -> None:
-        """Ask for one sample, which is read then."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # reading tells why
-            self.process.stdin.write("go\n")
-            self.process.stdin.flush()
-
-    def sample(self) -> dict[str, Any]:
-        """One measured sample.
-
-        Raises:
-            Failed: the worker went away.
-        """
-        self.ask()
-        return self.read()
-
-    def close(self) -> int:
-        """End it; its peak resident memory in bytes."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        _, status, usage = os.wait4(self.process.pid, 0)
-        self.process.returncode = os.waitstatus_to_exitcode(status)
-        self.process.stdout.close()
-        self.errors.close()
-        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Run:
@@ -297,14 +224,17 @@ class Run:
         ]
 
     def _first_samples(self, workers: Sequence[Worker | Failed]) -> list[list[dict[str, Any]]]:
-        """A sample of each worker, all at the same time; none of one that went away."""
+        """The first of two samples of each worker, all at the same time; none of one that went away.
+
+        Two, for a compiled step is compiled again for the second, when the optimizer has a state.
+        """
         asked = [worker for worker in workers if isinstance(worker, Worker)]
-        for worker in asked:
+        for worker in asked * 2:
             worker.ask()
         found: list[list[dict[str, Any]]] = []
         for worker in workers:
             try:
-                found.append([worker.read()] if isinstance(worker, Worker) else [])
+                found.append([worker.read(), worker.read()][:1] if isinstance(worker, Worker) else [])
             except Failed as fault:
                 _say(f"a worker went away: {fault}")
                 found.append([])
