@@ -75,7 +75,8 @@ def main(
     if device.kind == "cpu" and not tiny:
         raise click.UsageError("MLX has no GPU here; --tiny runs a small model on the CPU")
     name = "-".join(device.name.lower().split()) or platform.machine()
-    target = target or HERE / "results" / f"gpu-{name}.json"
+    kept = Path(os.devnull) if tiny else HERE / "results" / f"gpu-{name}.json"
+    target = target or kept
     names = [TINY] if tiny else shapes or [s for s in PACES if s != TINY]
     record = Record(device, names, 60 * minutes, target)
     result = record.result

@@ -54,7 +54,7 @@ from mlxlora_core.zip_layout import ZipLayout, ZipMember, read_zip_layout
 if TYPE_CHECKING:
     from mlxlora_core.cache import KVCache
     from mlxlora_core.fast import attention, rms_norm, rotate, silu_times
-    from mlxlora_core.layers import QuantizedLinear, dense_weight, linear_shape, on_cpu
+    from mlxlora_core.layers import QuantizedLinear, dense_weight, linear_shape, on_cpu, on_cuda
 
 _HEAVY = {
     "attention": "mlxlora_core.fast",
@@ -66,6 +66,7 @@ _HEAVY = {
     "dense_weight": "mlxlora_core.layers",
     "linear_shape": "mlxlora_core.layers",
     "on_cpu": "mlxlora_core.layers",
+    "on_cuda": "mlxlora_core.layers",
 }
 
 __all__ = [
@@ -109,6 +110,7 @@ __all__ = [
     "hookimpl",
     "linear_shape",
     "on_cpu",
+    "on_cuda",
     "open_regular",
     "option",
     "read_exactly",

@@ -22,6 +22,11 @@ def on_cpu() -> bool:
     return mx.default_device().type == mx.DeviceType.cpu
 
 
+def on_cuda() -> bool:
+    """Whether MLX computes on an NVIDIA GPU."""
+    return not on_cpu() and mx.cuda.is_available()
+
+
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     """The type to compute in for weights of type ``stored``: float32 on a CPU, else the same."""
     return mx.float32 if on_cpu() else stored
