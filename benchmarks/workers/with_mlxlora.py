@@ -13,8 +13,8 @@ import numpy as np
 from mlxlora_core.cli.session import start
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
+from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.generate import decode
-from mlxlora_core.model.sampling import Drawing
 from mlxlora_core.options import parse
 from mlxlora_core.registry import Registry, load
 from mlxlora_core.training.evaluation import evaluate

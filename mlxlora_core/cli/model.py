@@ -14,8 +14,9 @@ from mlxlora_core.cli import show
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
 from mlxlora_core.registry import Registry
-from mlxlora_core.run import recipe, sampling
-from mlxlora_core.run.recipe import Choice
+from mlxlora_core.run.recipe import Choice, choose_samplers
+from mlxlora_core.run.samplers import TEMPERATURE, names
+from mlxlora_core.run.stages.stage import component_of
 from mlxlora_core.training.settings import BatchConfig, EvaluateConfig, GenerateConfig
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ def measure(
     return {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens, "rows": len(rows)}
 
 
-def choose_samplers(
-    registry: Registry, use: str, temp: str | None, values: Mapping[str, Any]
+def chosen_samplers(
+    registry: Registry, use: str, temp: str | None, values: dict[str, Any]
 ) -> tuple[Choice, ...]:
     """Samplers with their options; ``temp`` goes to the first that has it.
 
@@ -77,12 +78,12 @@ def choose_samplers(
         UsageError: a temperature for samplers that have none.
     """
     if temp is not None:
-        found = [registry.find("sampler", name) for name in sampling.names(use)]
+        found = [registry.find("sampler", name) for name in names(use)]
         known = {option.name for component in found for option in explain(component.spec.options)}
-        if sampling.TEMPERATURE not in known:
+        if TEMPERATURE not in known:
             raise UsageError(f"--temp: sampler '{use}' has no temperature", fix="leave --temp out")
-        values = {**values, sampling.TEMPERATURE: temp}
-    return recipe.choose_samplers(use, values, registry)
+        values = {**values, TEMPERATURE: temp}
+    return choose_samplers(use, values, registry)
 
 
 def continue_prompt(
@@ -91,25 +92,24 @@ def continue_prompt(
     """Continue a prompt; segments are printed as they come unless ``quiet``."""
     from mlxlora_core.model.generate import generate, whole
 
-    def shown(segments: Iterable[Segment]) -> Iterator[Segment]:
-        for segment in segments:
-            if not quiet:
-                click.echo(segment.text, nl=False)
-                sys.stdout.flush()
-            yield segment
-
     started = time.perf_counter()
     segments = generate(
         model.language_model,
         model.tokenizer,
         prompt,
-        [(sampler.component, sampler.options) for sampler in samplers if sampler.component is not None],
+        [(component_of(sampler), sampler.options) for sampler in samplers],
         num_tokens=config.num_tokens,
         seed=seed,
         write_every=config.write_every,
     )
-    text = whole(shown(segments))
-    if not quiet:
-        click.echo()
+    text = whole(segments if quiet else _shown(segments))
     show.progress(f"{time.perf_counter() - started:.2f} s")
     return text
+
+
+def _shown(segments: Iterable[Segment]) -> Iterator[Segment]:
+    """The segments, each printed as it comes; the last ends the line."""
+    for segment in segments:
+        click.echo(segment.text, nl=segment.finish is not None)
+        sys.stdout.flush()
+        yield segment

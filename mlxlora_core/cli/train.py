@@ -11,7 +11,7 @@ import click
 
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.command_line import resume_command
-from mlxlora_core.cli.model import choose_samplers, continue_prompt, load_base, measure
+from mlxlora_core.cli.model import chosen_samplers, continue_prompt, load_base, measure
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import plain
@@ -118,7 +118,7 @@ def command(
         result["test"] = measure(base, data, asked.train, asked.evaluate, quiet=as_json)
     if prompt is not None:
         said = continue_prompt(base, prompt, asked.samplers, asked.generate, seed, quiet=as_json)
-        result["text"] = said.text
+        result |= {"text": said.text, "finish": said.finish}
     if as_json:
         show.as_json(result)
 
@@ -160,7 +160,7 @@ def _check(registry: Registry, checkpoints: Path, given: dict[str, Any], *, spea
         adapter=choose("adapter", given["adapter"] or DEFAULT_ADAPTER, values, registry),
         name=given["adapter"],
         values=values,
-        samplers=choose_samplers(registry, given["sampler"], given["temp"], sets.get("sampler", {}))
+        samplers=chosen_samplers(registry, given["sampler"], given["temp"], sets.get("sampler", {}))
         if speaks
         else (),
         observers=choose_observers(given["observers"], sets.get("observe", {}), registry),

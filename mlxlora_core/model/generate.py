@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora_core.errors import DataError, UsageError
-from mlxlora_core.model.sampling import Drawing
+from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.tokenizer import Tokenizer
 from mlxlora_core.registry import Component
 from mlxlora_core.specs import Cache, LanguageModel

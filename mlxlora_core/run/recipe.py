@@ -8,7 +8,7 @@ component and its options::
     options = { rank = 8 }
 
 ``--set adapter.rank=16`` is short for ``--set adapter.options.rank=16``. The
-section of samplers may name several, see :mod:`mlxlora_core.run.sampling`.
+section of samplers may name several, see :mod:`mlxlora_core.run.samplers`.
 
 A recipe is read in three passes, each of which tells all that it finds: the
 layout, the components, the values.
@@ -29,7 +29,7 @@ from mlxlora_core.files.input_file import read_whole
 from mlxlora_core.options import convert, explain, option, parse, plain
 from mlxlora_core.registry import Component, Registry
 from mlxlora_core.registry.defaults import DEFAULT_ADAPTER
-from mlxlora_core.run import sampling
+from mlxlora_core.run import samplers
 from mlxlora_core.run.requirements import PluginsConfig, check_requirements
 from mlxlora_core.training.settings import EvaluateConfig, SaveConfig, TrainConfig
 
@@ -218,11 +218,11 @@ def choose_samplers(use: str, values: Mapping[str, Any], registry: Registry) -> 
         UsageError: none is named, or one twice; options that are out of range or
             that none of them, or several, have.
     """
-    components = registry.find_all([("sampler", name) for name in sampling.names(use)])
+    components = registry.find_all([("sampler", name) for name in samplers.names(use)])
     if not components:
         raise UsageError(f"wanted a sampler, got {use!r}", fix="see: mlxlora components sampler")
-    rows = sampling.deal(values, components)
-    sampling.cool_others(rows, components)
+    rows = samplers.deal(values, components)
+    samplers.cool_others(rows, components)
     return _parsed(components, rows, "")
 
 
@@ -238,7 +238,7 @@ def choose_observers(
     components = registry.find_all([("observer", name) for name in names])
     if values and not components:
         raise UsageError(f"options of an observer ({listing(values)}), but none is named", fix="name it")
-    return _parsed(components, sampling.deal(values, components), "")
+    return _parsed(components, samplers.deal(values, components), "")
 
 
 def _parsed(
@@ -359,7 +359,7 @@ class _Source:
     def _names(self, section: str, use: str | None = None) -> list[str]:
         """What ``use``, or else the file, names for a section."""
         use = self._document.get(section, {}).get("use", _CHOICES[section][1]) if use is None else use
-        found = sampling.names(use) if section in _CHAINS else [str(use).strip()]
+        found = samplers.names(use) if section in _CHAINS else [str(use).strip()]
         return [name for name in found if name not in ("", NONE)]
 
     # --- the values ---
@@ -420,15 +420,15 @@ class _Source:
         """The components of a section that may name several."""
         where = self._where(section)
         sets = {key: value for key, value in self._sets.get(section, {}).items() if key != "use"}
-        tables = sampling.deal(sampling.flat(table), components, where)
-        over = sampling.deal(sets, components, where)
-        prefixes = [f"{label}." if len(components) > 1 else "" for label in sampling.labels(components)]
+        tables = samplers.deal(samplers.flat(table), components, where)
+        over = samplers.deal(sets, components, where)
+        prefixes = [f"{label}." if len(components) > 1 else "" for label in samplers.labels(components)]
         rows = [
             self._rows(section, component.spec.options, written, said, prefix)
             for component, written, said, prefix in zip(components, tables, over, prefixes, strict=True)
         ]
         if section == "sampler":
-            sampling.cool_others(rows, components)
+            samplers.cool_others(rows, components)
         return _parsed(components, rows, where)
 
     def _rows(
@@ -513,7 +513,7 @@ def _chain_values(choices: Sequence[Choice]) -> dict[str, Any]:
     components = [choice.component for choice in choices if choice.component is not None]
     options = {
         f"{label}.{name}": value
-        for label, choice in zip(sampling.labels(components), choices, strict=True)
+        for label, choice in zip(samplers.labels(components), choices, strict=True)
         for name, value in _without_none(plain(choice.options)).items()
     }
     return {"use": [component.id for component in components], "options": options}

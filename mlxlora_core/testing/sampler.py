@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from mlxlora_core.errors import UsageError
-from mlxlora_core.model.sampling import Drawing
+from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.options import parse
 from mlxlora_core.registry import Component, Plugin
 from mlxlora_core.specs import Sampler, Transform

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlxlora_affine import AffineOptions
-from mlxlora_affine.linear import AffineLinear
+from mlxlora_affine.linear import CUDA_ROWS, AffineLinear
 from mlxlora_affine.unpack import unpack
 
 from mlxlora_core.errors import ModelError, UsageError
@@ -25,10 +26,12 @@ def seed() -> None:
     mx.random.seed(0)
 
 
-@pytest.fixture(params=["expanded", "packed"])
+@pytest.fixture(params=["expanded", "packed", "on CUDA"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Multiply as on a CPU, and as everywhere else."""
+    """Multiply as on a CPU, as everywhere else, and as on CUDA with 2 rows or more."""
     monkeypatch.setattr(mlxlora_affine.linear, "on_cpu", lambda: request.param == "expanded")
+    monkeypatch.setattr(mlxlora_affine.linear, "on_cuda", lambda: request.param == "on CUDA")
+    monkeypatch.setattr(mlxlora_affine.linear, "CUDA_ROWS", 2)
     return str(request.param)
 
 
@@ -164,20 +167,31 @@ class TestForward:
         np.testing.assert_allclose(np.array(slope), np.array(towards) @ weight, atol=1e-5)
 
     @pytest.mark.parametrize(
-        ("cpu", "rows", "expands"), [(True, 1, False), (True, 2, True), (False, 2, False)]
+        ("device", "rows", "expands"),
+        [
+            ("cpu", 1, False),
+            ("cpu", 2, True),
+            ("cuda", CUDA_ROWS - 1, False),
+            ("cuda", CUDA_ROWS, True),
+            ("metal", CUDA_ROWS, False),
+        ],
     )
     def test_expands_only_where_that_is_faster(
-        self, cpu: bool, rows: int, expands: bool, monkeypatch: pytest.MonkeyPatch
+        self, device: str, rows: int, expands: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         packed = quantized(mx.random.normal((OUTPUTS, INPUTS)))
-        expanded: list[AffineLinear] = []
-        dequantize = AffineLinear.dequantize
-        monkeypatch.setattr(mlxlora_affine.linear, "on_cpu", lambda: cpu)
-        monkeypatch.setattr(
-            AffineLinear, "dequantize", lambda self: expanded.append(self) or dequantize(self)
-        )
+        multiplied: list[int] = []
+        product = mx.quantized_matmul
+
+        def counted(*arguments: Any, **options: Any) -> mx.array:
+            multiplied.append(1)
+            return product(*arguments, **options)
+
+        monkeypatch.setattr(mlxlora_affine.linear, "on_cpu", lambda: device == "cpu")
+        monkeypatch.setattr(mlxlora_affine.linear, "on_cuda", lambda: device == "cuda")
+        monkeypatch.setattr(mx, "quantized_matmul", counted)
         packed(mx.ones((1, rows, INPUTS)))
-        assert bool(expanded) == expands
+        assert bool(multiplied) != expands
 
     def test_outputs_have_the_type_of_the_inputs(self, path: str) -> None:
         packed = quantized(

@@ -7,14 +7,13 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxlora_core.errors import DivergedError, PluginError, UsageError
+from mlxlora_core.errors import UsageError
 from mlxlora_core.model import folder as folders
 from mlxlora_core.model import generate as generate_module
+from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.folder import Model
 from mlxlora_core.model.generate import Segment, decode, generate, whole
-from mlxlora_core.model.sampling import Drawing
 from mlxlora_core.model.tokenizer import Tokenizer
-from mlxlora_core.options import parse
 from mlxlora_core.registry import Component, Plugin, Registry
 from mlxlora_core.specs import Sampler
 
@@ -97,16 +96,6 @@ def test_a_text_that_is_cut_and_continued_is_the_same_text(model: Model) -> None
     assert go_on(go_on(ids, 5), 7) == whole_text
 
 
-def test_a_key_is_the_seed_and_the_position(model: Model) -> None:
-    """The token at each place is MLX's own draw with that key."""
-    logits = mx.random.normal((1, 320), key=mx.random.key(1))
-    for seed in (0, 7, 2**32 - 1):
-        for count in (1, 2, 500):
-            key = mx.random.key(seed * 2**32 + count)
-            want = int(mx.random.categorical(logits, key=key))
-            assert Drawing([], seed)(logits, [1] * count) == want
-
-
 def test_greedy_tokens_are_those_of_the_whole_sequence_run_again_each_time(model: Model) -> None:
     prompt = model.tokenizer.encode(PROMPT)
     ids = list(decode(model.language_model, prompt, greedy, num_tokens=40, stops=()))
@@ -172,13 +161,6 @@ def test_samplers_change_the_logits_one_after_the_other(model: Model) -> None:
     assert set(ids) == {98, 99} and set(told) == {100}
 
 
-def test_one_token_that_may_come_is_the_draw(model: Model) -> None:
-    """Nothing is drawn among one; MLX would give the same token."""
-    for token in (0, 44, 319):
-        logits = mx.where(mx.arange(320)[None] == token, -3.0, -mx.inf)
-        assert Drawing([], 0)(logits, [1]) == token == int(mx.random.categorical(logits))
-
-
 def test_nothing_is_computed_that_nobody_asked_for(stand_in: Callable[..., Any]) -> None:
     model = stand_in()
     runs = []
@@ -186,89 +168,6 @@ def test_nothing_is_computed_that_nobody_asked_for(stand_in: Callable[..., Any])
     model.run = lambda hidden, **cache: runs.append(hidden.shape[1]) or inner(hidden, **cache)
     assert len(list(decode(model, [1, 5, 9], greedy, num_tokens=4, stops=()))) == 4
     assert runs == [3, 1, 1, 1]
-
-
-# --- what a sampler should not give -------------------------------------------
-
-FAULTS: dict[str, tuple[Any, str]] = {
-    "no function": (3, "sampler box:mine: build gives int, wanted a function (logits, tokens)"),
-    "nothing": (None, "sampler box:mine: build gives NoneType, wanted a function (logits, tokens)"),
-    "a key too": (
-        lambda logits, tokens, key: logits,
-        "sampler box:mine: build gives a function (logits, tokens, key), wanted a function (logits, tokens)",
-    ),
-    "logits alone": (
-        lambda logits: logits,
-        "build gives a function (logits), wanted a function (logits",
-    ),
-    "no array": (lambda *_: None, "sampler box:mine: transform gives NoneType, wanted array"),
-    "an id": (
-        lambda logits, tokens: logits.argmax(axis=-1),
-        "transform gives uint32 (1,), wanted float32 (1, 320)",
-    ),
-    "another type": (
-        lambda logits, tokens: logits.astype(mx.float16),
-        "transform gives float16 (1, 320), wanted float32 (1, 320)",
-    ),
-    "not a number": (lambda logits, tokens: logits * mx.nan, "transform gives nan, wanted numbers"),
-    "one that is none": (
-        lambda logits, tokens: mx.where(mx.arange(320) == 300, mx.nan, logits),
-        "transform gives nan, wanted numbers",
-    ),
-    "infinity": (
-        lambda logits, tokens: mx.where(mx.arange(320) == 300, mx.inf, logits),
-        "transform gives inf, wanted numbers",
-    ),
-    "no token": (
-        lambda logits, tokens: mx.full(logits.shape, -mx.inf),
-        "transform gives no token that may come (all logits are -inf), wanted numbers",
-    ),
-}
-
-
-@pytest.mark.parametrize(("transform", "words"), FAULTS.values(), ids=FAULTS)
-def test_what_a_sampler_should_not_give_is_told(model: Model, transform: Any, words: str) -> None:
-    with pytest.raises(PluginError) as caught:
-        segments(model, transform)
-    assert words in str(caught.value)
-
-
-def test_of_several_samplers_the_one_that_broke_the_logits_is_named(model: Model) -> None:
-    def writes_into_its_logits(logits: mx.array, tokens: Sequence[int]) -> mx.array:
-        logits[:, 3:] = mx.nan
-        return logits
-
-    chain = [
-        sampler(as_it_is, "first"),
-        sampler(writes_into_its_logits, "second"),
-        sampler(lambda logits, tokens: logits + 1, "third"),
-    ]
-    with pytest.raises(PluginError, match="sampler box:second: transform gives nan"):
-        Drawing(chain, 0)(mx.zeros((1, 320)), [1])
-
-
-def test_ids_cannot_be_changed_by_a_sampler(model: Model) -> None:
-    def transform(logits: mx.array, tokens: Any) -> mx.array:
-        tokens.append(7)
-        return logits
-
-    with pytest.raises(AttributeError, match="append"):
-        segments(model, transform)
-
-
-@pytest.mark.parametrize("name", ["greedy", "temperature", "top-k", "top-p", "min-p", "repetition-penalty"])
-@pytest.mark.parametrize("value", [mx.nan, mx.inf, -mx.inf])
-def test_a_model_whose_logits_are_not_finite_gives_no_text(
-    stand_in: Callable[..., Any], tokenizer: Tokenizer, registry: Registry, name: str, value: float
-) -> None:
-    model = stand_in(vocab_size=320, context_tokens=None)
-    model.output.bias = mx.where(mx.arange(320) == 7, value, mx.zeros(320))
-    if value == -mx.inf:
-        model.output.bias = mx.full((320,), value)
-    component = registry.find("sampler", name)
-    chain = [(component, parse(component.spec.options, {}, owner=name))]
-    with pytest.raises(DivergedError, match=r"the logits of the model at token \d+ are not finite"):
-        list(generate(model, tokenizer, PROMPT, chain, num_tokens=3, seed=0))
 
 
 # --- where it ends ------------------------------------------------------------

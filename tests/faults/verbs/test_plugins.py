@@ -41,12 +41,12 @@ CASES = {
     "too many arguments": (
         GENERATE,
         "lambda a, b, c: a",
-        "build gives a function (a, b, c), wanted a f",
+        "build gives a function (a, b, c), wanted a function (logits, tokens)",
     ),
     "too few arguments": (
         GENERATE,
         "lambda a: a",
-        "build gives a function (a), wanted a function",
+        "build gives a function (a), wanted a function (logits, tokens)",
     ),
     "no logits": (GENERATE, "lambda *_: None", "sampler odd:odd: transform gives NoneType, wanted array"),
     "a word": (GENERATE, "lambda *_: 'x'", "sampler odd:odd: transform gives str, wanted array"),

@@ -1,4 +1,4 @@
-"""Samplers in a row: how they are named, and to whom an option goes.
+"""Samplers in a row, and observers side by side: how they are named, and to whom an option goes.
 
 An option goes to the sampler that has it. Where several have it, it is written
 ``SAMPLER.OPTION``, but for ``temp``: logits are heated once, by the first sampler
