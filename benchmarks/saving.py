@@ -16,7 +16,7 @@ import click
 from mlxlora_core.cli.session import start
 from mlxlora_core.registry import load
 from mlxlora_core.run import pipeline
-from mlxlora_core.run.recipe import read
+from mlxlora_core.run.recipe_source import read
 from mlxlora_core.training.loop import TrainReport
 from mlxlora_core.training.session import CheckpointSaved
 

@@ -68,7 +68,7 @@ def load_adapted(
     if model.note:
         show.progress(model.note)
     if adapter_file is not None:
-        files.load(adapter_file, model, registry, (adapter, values))
+        files.load(adapter_file, model, registry, adapter, values)
     return model
 
 

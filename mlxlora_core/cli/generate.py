@@ -14,9 +14,9 @@ from mlxlora_core.cli.evaluate import load_adapted
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
-from mlxlora_core.registry import Registry
+from mlxlora_core.registry import Choice, Registry
 from mlxlora_core.registry.defaults import DEFAULT_SAMPLER
-from mlxlora_core.run.recipe import Choice, check_sections, choose, overrides
+from mlxlora_core.run.recipe import check_sections, choose, overrides
 from mlxlora_core.training.settings import GenerateConfig
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def choose_sampler(registry: Registry, name: str, temp: str | None, values: dict
         if "temp" not in known:
             raise UsageError(f"--temp: sampler '{name}' has no temperature", fix="leave --temp out")
         values = {**values, "temp": temp}
-    return choose("sampler", name, values, registry)
+    return choose("sampler", name, values, registry)[0]
 
 
 def continue_prompt(
@@ -99,7 +99,6 @@ def continue_prompt(
     """Continue a prompt; segments are printed as they come unless ``quiet``."""
     from mlxlora_core.model.generate import generate
 
-    assert sampler.component is not None
     sample = sampler.component.spec.build(sampler.options)
     segments = []
     started = time.perf_counter()

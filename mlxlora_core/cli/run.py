@@ -18,7 +18,8 @@ from mlxlora_core.cli.train import resume_command
 from mlxlora_core.errors import SettingsChanged, UsageError, listing, nearest, one_line
 from mlxlora_core.registry import Registry
 from mlxlora_core.registry.defaults import DEFAULT_RECIPE
-from mlxlora_core.run.recipe import Recipe, read
+from mlxlora_core.run.recipe import Recipe
+from mlxlora_core.run.recipe_source import read
 
 if TYPE_CHECKING:
     from mlxlora_core.run.pipeline import Event

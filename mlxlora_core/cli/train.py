@@ -14,9 +14,9 @@ from mlxlora_core.cli.evaluate import measure
 from mlxlora_core.cli.generate import continue_prompt
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import DataError, SettingsChanged, UsageError
-from mlxlora_core.registry import Registry
+from mlxlora_core.registry import Choice, Registry
 from mlxlora_core.registry.defaults import DEFAULT_ADAPTER, DEFAULT_SAMPLER
-from mlxlora_core.run.recipe import Choice, check_sections, choose, overrides
+from mlxlora_core.run.recipe import check_sections, choose, overrides
 from mlxlora_core.training import checkpoints, identity
 from mlxlora_core.training.settings import EvaluateConfig, GenerateConfig, SaveConfig, TrainConfig
 
@@ -104,7 +104,7 @@ def command(
     given = overrides(sets)
     check_sections(given, ("adapter", "sampler"))
     values = given.get("adapter", {}) | ({"layers": lora_layers} if lora_layers is not None else {})
-    chosen = choose("adapter", adapter or DEFAULT_ADAPTER, values, registry)
+    chosen, placing = choose("adapter", adapter or DEFAULT_ADAPTER, values, registry)
     speaking = _sampler(registry, sampler, temp, given.get("sampler", {})) if prompt is not None else None
     measuring = declare.config_from(EvaluateConfig, arguments)
     writing = declare.config_from(GenerateConfig, arguments)
@@ -129,10 +129,9 @@ def command(
     train_set = _read(base, data / "train.jsonl", config, "train")
     valid_set = _read(base, data / "valid.jsonl", config, "valid")
     if resume_adapter_file is not None:
-        adapted = files.load(resume_adapter_file, base, registry, (adapter, values))
+        adapted = files.load(resume_adapter_file, base, registry, adapter, values)
     else:
-        assert chosen.component is not None
-        adapted = files.attach(base, chosen.component, chosen.options, seed)
+        adapted = files.attach(base, chosen, placing, seed)
     show.progress(show.adapter_size(files.count(base), len(adapted.paths)))
     training = Training(base.language_model, train_set.examples, valid_set.examples, config, seed)
     splits = {"train": train_set.examples, "valid": valid_set.examples}

@@ -21,12 +21,12 @@ from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
-from mlxlora_core.model.folder import Model, Quantization
+from mlxlora_core.model.folder import Model
 from mlxlora_core.model.generate import generate, whole
 from mlxlora_core.registry import Registry
 from mlxlora_core.run.folder import ADAPTER, CHECKPOINTS, DATA, METRICS, MODEL, RunFolder
 from mlxlora_core.run.grading import Expected, find_expected, grade, summarize
-from mlxlora_core.run.plan import STAGES, fingerprints, needed
+from mlxlora_core.run.plan import STAGES, fingerprints
 from mlxlora_core.run.recipe import Recipe
 from mlxlora_core.run.report import length_counts, write_report
 from mlxlora_core.training.dataset import build_dataset
@@ -134,24 +134,25 @@ class _Stages:
         source = self.recipe.model
         if source.torch_path is None:
             return {"folder": str(source.mlx_path)}
-        loader, quantize = self.recipe.loader, self.recipe.quantize
+        loader = self.recipe.loader
         events = convert(
             source.torch_path,
             self.folder.path / MODEL,
             self.registry,
-            loader=loader.component.id if loader.component else None,
-            loader_options=loader.options,
+            loader=loader.component.id if loader else None,
+            loader_options=loader.options if loader else None,
             dtype=source.dtype,
             file_format=source.format,
-            quantization=Quantization(quantize.component, quantize.options) if quantize.component else None,
+            quantization=self.recipe.quantize,
+            quantize_config=self.recipe.quantize_config,
             overwrite=True,
         )
         return result_of(events).values()
 
     def data(self) -> dict[str, Any]:
         """Build the rows."""
-        builder, options = needed(self.recipe.data), self.recipe.data.options
-        record = build_dataset(builder, options, self.folder.path / DATA, overwrite=True)
+        folder = self.folder.path / DATA
+        record = build_dataset(self.recipe.data, self.recipe.data_config, folder, overwrite=True)
         told = ("rows", "groups", "repeated_rows", "rows_in_two_splits", "versions", "skipped")
         return {key: record[key] for key in told}
 
@@ -162,7 +163,7 @@ class _Stages:
     def train(self, again: str) -> Generator[Note | Report | CheckpointSaved, None, dict[str, Any]]:
         """Train an adapter, from the newest checkpoint on; its value as a generator is the stage's result."""
         recipe, model = self.recipe, self._model
-        adapted = adapters.attach(model, needed(recipe.adapter), recipe.adapter.options, recipe.run.seed)
+        adapted = adapters.attach(model, recipe.adapter, recipe.adapter_config, recipe.run.seed)
         self._adapted = True
         rows = self._examples("train")
         splits = {"train": rows.examples}
@@ -239,7 +240,7 @@ class _Stages:
             self._model.language_model,
             self._model.tokenizer,
             prompt,
-            needed(sampler).spec.build(sampler.options),
+            sampler.component.spec.build(sampler.options),
             num_tokens=self.recipe.generate.num_tokens,
             seed=self.recipe.run.seed,
         )

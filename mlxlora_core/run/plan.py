@@ -13,9 +13,9 @@ from typing import Any
 
 from mlxlora_core import __version__
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Component
+from mlxlora_core.registry import Choice
 from mlxlora_core.run.folder import RunFolder, files, fingerprint, stats
-from mlxlora_core.run.recipe import Choice, Recipe
+from mlxlora_core.run.recipe import Recipe
 
 STAGES = ("model", "data", "before", "train", "after")
 
@@ -30,7 +30,6 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     """stage -> fingerprint of all that its output depends on."""
     config = recipe.train
     source = recipe.model.torch_path or recipe.model.mlx_path or Path()
-    builder = needed(recipe.data)
     reading = {"max_seq_length": config.max_seq_length, "mask_prompt": config.mask_prompt}
     asking = {
         "reading": reading,
@@ -45,31 +44,27 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
             "mlxlora": __version__,
             "model": plain(recipe.model),
             "files": stats(source, files(source)),
-            "parts": [_identity(recipe.loader), _identity(recipe.quantize)],
+            "parts": [_identity(recipe.loader), _identity(recipe.quantize, recipe.quantize_config)],
         }
     )
     marks["data"] = fingerprint(
         {
             "mlxlora": __version__,
-            "builder": _identity(recipe.data),
-            "sources": dict(builder.spec.inputs(recipe.data.options)),
+            "builder": _identity(recipe.data, recipe.data_config),
+            "sources": dict(recipe.data.component.spec.inputs(recipe.data.options)),
         }
     )
     base = {"mlxlora": __version__, "on": [marks["model"], marks["data"]], "seed": recipe.run.seed}
     marks["before"] = fingerprint({**base, **asking})
-    marks["train"] = fingerprint({**base, "train": plain(config), "adapter": _identity(recipe.adapter)})
+    adapter = _identity(recipe.adapter, recipe.adapter_config)
+    marks["train"] = fingerprint({**base, "train": plain(config), "adapter": adapter})
     marks["after"] = fingerprint({**base, **asking, "adapter": marks["train"]})
     return marks
 
 
-def needed(choice: Choice) -> Component:
-    """The component of a part that a run cannot do without."""
-    assert choice.component is not None, "the recipe reader fills this part in"
-    return choice.component
-
-
-def _identity(choice: Choice) -> list[Any] | None:
-    """A component, the version of its plugin, and its options."""
-    if choice.component is None:
+def _identity(choice: Choice | None, config: Any = None) -> list[Any] | None:
+    """A component, the version of its plugin, its options, and what its section holds beside them."""
+    if choice is None:
         return None
-    return [choice.component.id, choice.component.plugin.version, plain(choice.options)]
+    component = choice.component
+    return [component.id, component.plugin.version, plain(choice.options), plain(config)]

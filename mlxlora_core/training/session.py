@@ -217,7 +217,7 @@ class TrainingSession:
         if changed:
             raise PluginError(
                 f"the base has changed in training, which an adapter must not do: {listing(changed)}",
-                where=f"plugin {self._adapted.component.plugin}",
+                where=f"plugin {self._adapted.choice.component.plugin}",
             )
         tensors = self.training.optimizer_tensors()
         floating = {n: t for n, t in tensors.items() if mx.issubdtype(t.dtype, mx.floating)}

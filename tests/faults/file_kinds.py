@@ -438,14 +438,14 @@ class Recipe(Subject):
         self.good = [_RECIPE.encode()]
 
     def parse(self) -> Any:
-        from mlxlora_core.run.recipe import read
+        from mlxlora_core.run.recipe_source import read
 
         return repr(read(self.path, [], self.registry).values())
 
     def reference(self) -> Any:
         import tomli_w
 
-        from mlxlora_core.run.recipe import read
+        from mlxlora_core.run.recipe_source import read
 
         again = self.folder / "again.toml"
         again.write_text(tomli_w.dumps(read(self.path, [], self.registry).values()), encoding="utf-8")
