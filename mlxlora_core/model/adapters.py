@@ -245,9 +245,9 @@ def _record(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
         if "config" not in record:  # written when targets and layers stood among the options
             record["config"], record["options"] = divide(record["options"], AdapterConfig)
         kinds = {"adapter": str, "options": dict, "config": dict, "base": str, "paths": list}
-        if all(isinstance(record[key], kind) for key, kind in kinds.items()):
-            if all(isinstance(place, str) for place in record["paths"]):
-                return record
+        fields = [isinstance(record[key], kind) for key, kind in kinds.items()]
+        if all(fields) and all(isinstance(place, str) for place in record["paths"]):
+            return record
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     raise ModelError("what the file says of itself cannot be read", where=path)

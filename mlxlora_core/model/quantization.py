@@ -45,7 +45,9 @@ def pack(weight: mx.array, quantization: Choice) -> Packed | None:
     given = component.spec.quantize(weight, options)
     if given is None:
         return None
-    parts = dict(component.checked("quantize", given, Mapping))
+    if not isinstance(given, Mapping):
+        raise component.breach("quantize", type(given).__name__, "a mapping of its parts, or None")
+    parts = dict(given)
     if parts.keys() != set(component.spec.parts):
         raise component.breach("quantize", f"parts {listing(map(str, parts))}", listing(component.spec.parts))
     for name, part in parts.items():
@@ -95,12 +97,23 @@ def restore(
     """
     dense = dict(linears(module))
     packed: dict[str, nn.Module] = {}
+    faults: dict[str, str] = {}
     for path, differing in _packed(dense, tensors, config, where).items():
         if path not in dense:
             raise ModelError(f"{QUANTIZED} names {path}, which is no linear of this model", where=where)
         stated = {**config[QUANTIZATION], **differing}
         own = Choice(quantization.component, _options(quantization.component, stated, where))
-        packed[path] = _empty(path, dense[path], tensors, own if differing else quantization, where)
+        try:
+            packed[path] = _empty(path, dense[path], tensors, own if differing else quantization)
+        except (ModelError, PluginError, ValueError) as fault:
+            faults[path] = str(fault)
+    if faults:
+        first = next(iter(faults.values()))
+        raise ModelError(
+            f"the weights do not fit config.json: {len(faults)} quantized linears, "
+            f"{listing(faults)}, have other parts: {first}",
+            where=where.parent,
+        )
     replace(module, packed)
 
 
@@ -118,20 +131,17 @@ def _packed(
 
 
 def _empty(
-    path: str, linear: nn.Module, tensors: Mapping[str, mx.array], quantization: Choice, where: Path
+    path: str, linear: nn.Module, tensors: Mapping[str, mx.array], quantization: Choice
 ) -> QuantizedLinear:
     """A quantized linear in place of a dense one, with parts of the shapes that the file has."""
     names = quantization.component.spec.parts
     absent = [f"{path}.{name}" for name in names if f"{path}.{name}" not in tensors]
     if absent:
-        raise ModelError(f"{path} is quantized, and there is no {listing(absent)}", where=where)
+        raise ModelError(f"there is no {listing(absent)}")
     found = {name: tensors[f"{path}.{name}"] for name in names}
     parts = {name: mx.zeros(part.shape, part.dtype) for name, part in found.items()}
     shape = linear_shape(linear)
-    try:  # only the shape is asked for: nothing is computed
-        _expanded(parts, quantization, shape)
-    except (PluginError, ModelError, ValueError) as fault:
-        raise ModelError(f"the parts of {path} do not fit config.json: {fault}", where=where) from fault
+    _expanded(parts, quantization, shape)  # only the shape is asked for: nothing is computed
     return QuantizedLinear(quantization, parts, shape, linear.bias if "bias" in linear else None)
 
 

@@ -99,6 +99,8 @@ class _Source:
             yield place, f"[{section}] use: wanted text, got {table['use']!r}"
         elif not isinstance(table.get("options", {}), dict):
             yield place, f"[{section}] options must be a table, got {table['options']!r}"
+        elif twice := [key for key in _own_keys(section) if key in table.get("options", {})]:
+            yield place, f"[{section}] has {listing(twice)} twice, beside use and under options"
         elif self._use(section) == NONE:
             yield from ((place, fault) for fault in self._absence_faults(section, registry))
 

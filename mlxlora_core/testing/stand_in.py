@@ -1,4 +1,4 @@
-"""What the suites put where a plugin would stand: a component that no registry has found, a small quantizer."""
+"""What the suites put where a plugin would stand: a component without a registry, a quantizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlxlora_core.specs import Quantizer, Spec
 
 
 def choice(kind: str, spec: Spec, options: Any) -> Choice:
-    """A spec with its options, as core holds it after it has found the plugin."""
+    """A spec with its options, as it is held after it has found the plugin."""
     plugin = Plugin("tested", "tested", "0", "file", "tested", components=((kind, spec.name),))
     return Choice(Component(kind, spec, plugin), options)
 

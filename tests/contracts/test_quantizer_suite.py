@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlxlora_core import registry
@@ -27,14 +27,14 @@ class TestAffine(QuantizerSuite):
         {"bits": 3, "group_size": 64},
         {"bits": 5, "group_size": 128},
         {"bits": 6, "group_size": 32},
-        {"bits": 8, "group_size": 128, "head": True},
+        {"bits": 8, "group_size": 128},
     )
     left_alone = ((8, 16), (8, 144))
 
-    def error_bound(self, weight: np.ndarray, packed: nn.Module, options: Any) -> np.ndarray:
-        relative, least = ROUNDING[packed.scales.dtype]
+    def error_bound(self, weight: np.ndarray, parts: Mapping[str, mx.array], options: Any) -> np.ndarray:
+        relative, least = ROUNDING[parts["scales"].dtype]
         levels = 2**options.bits - 1
-        step = np.abs(np.array(packed.scales.astype(mx.float32), dtype=np.float64))
+        step = np.abs(np.array(parts["scales"].astype(mx.float32), dtype=np.float64))
         largest = np.abs(weight).reshape(*step.shape, options.group_size).max(axis=-1)
         bound = step + (levels + 2) * np.maximum(step * relative, least)
         bound += 2**-22 * (largest + levels * step)  # float32 arithmetic on the way back

@@ -51,6 +51,7 @@ def prepare(folder: Path) -> None:
     from mlxlora_core.model import folder as model_folder
     from mlxlora_core.model.convert import convert
     from mlxlora_core.model.events import result_of
+    from mlxlora_core.registry.sections import configure
 
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
@@ -72,7 +73,7 @@ def prepare(folder: Path) -> None:
     result_of(convert(checkpoint, folder / "model", registry, dtype="float32"))
     model = model_folder.load(folder / "model", registry)
     lora = registry.find("adapter", "lora")
-    adapted = adapters.attach(model, lora, lora.spec.options(rank=2), seed=1)
+    adapted = adapters.attach(model, *configure(lora, {"rank": 2}), seed=1)
     adapters.save(folder / "adapter.safetensors", model, adapted)
     adapters.save(folder / "adapter.npz", model, adapted)
 

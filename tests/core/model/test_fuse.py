@@ -17,6 +17,7 @@ from mlxlora_core.model.events import result_of
 from mlxlora_core.model.fuse import fuse
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.registry import Registry
+from mlxlora_core.registry.sections import configure
 
 MakeModel = Callable[..., Path]
 TOKENS = mx.array([[1, 5, 7, 9, 300, 17, 44, 45]])
@@ -29,7 +30,7 @@ def make_adapter(registry: Registry, tmp_path: Path) -> Callable[..., Path]:
     def make(base: Path, size: float = 0.1, **options: Any) -> Path:
         model = folders.load(base, registry)
         lora = registry.find("adapter", "lora")
-        adapted = adapters.attach(model, lora, lora.spec.options(**{"rank": 4, **options}), 0)
+        adapted = adapters.attach(model, *configure(lora, {"rank": 4, **options}), 0)
         names = adapters.trainable(model.module).items()
         values = [(name, mx.random.normal(t.shape, key=mx.random.key(7)) * size) for name, t in names]
         model.module.load_weights(values, strict=False)
@@ -118,7 +119,7 @@ def test_a_quantized_fused_model_is_as_far_as_the_report_says(
     adapter = make_adapter(base)
     report = result_of(fuse(base, adapter, tmp_path / "fused", registry))
     fused = folders.load(tmp_path / "fused", registry)
-    assert type(fused.language_model.layers[0].attention.wq).__name__ == "AffineLinear"
+    assert type(fused.language_model.layers[0].attention.wq).__name__ == "QuantizedLinear"
     want = logits(base, registry, adapter)
     got = fused.language_model(TOKENS)
     distance = float(mx.linalg.norm((got - want).reshape(-1)) / mx.linalg.norm(want.reshape(-1)))
@@ -196,7 +197,7 @@ def test_an_adapter_of_another_base_makes_no_model(
     with pytest.raises(ModelError, match="made for another base"):
         result_of(fuse(model_folder(seed=1), adapter, tmp_path / "fused", registry))
     with pytest.raises(ModelError, match="rank is 4, wanted 8"):
-        result_of(fuse(model_folder(), adapter, tmp_path / "fused", registry, wanted=(None, {"rank": 8})))
+        result_of(fuse(model_folder(), adapter, tmp_path / "fused", registry, values={"rank": 8}))
     assert not (tmp_path / "fused").exists()
 
 

@@ -28,6 +28,7 @@ from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.registry import Registry
+from mlxlora_core.registry.sections import configure
 from mlxlora_core.training import checkpoints
 from mlxlora_core.training.checkpoints import find, find_to_begin, find_to_resume
 from mlxlora_core.training.examples import Example
@@ -81,8 +82,7 @@ def start(model_folder: Callable[..., Path], registry: Registry) -> Start:
     ) -> TrainingSession:
         model = load(model_folder(**(base or {})), registry)
         component = registry.find("adapter", "lora")
-        options = component.spec.options(**LORA | (lora or {}))
-        adapted = adapters.attach(model, component, options, seed)
+        adapted = adapters.attach(model, *configure(component, LORA | (lora or {})), seed)
         config = TrainConfig(**BASIC | settings)
         training = Training(model.language_model, train, valid, config, seed)
         splits = {"train": train, "valid": valid}
@@ -232,7 +232,7 @@ def trained(
         folder = tmp_path_factory.mktemp("trained")
         model = load(model_folder(), registry)
         component = registry.find("adapter", "lora")
-        adapted = adapters.attach(model, component, component.spec.options(**LORA), 0)
+        adapted = adapters.attach(model, *configure(component, LORA), 0)
         training = Training(model.language_model, TRAIN, VALID, TrainConfig(**BASIC), 0)
         identity = identify(
             model, adapted, training, {"train": TRAIN, "valid": VALID}, registry, ["one thread"]

@@ -14,7 +14,7 @@ import pytest
 from mlxlora_core import cli
 
 PLUGIN = """
-from mlxlora_core.api import Adapter, AdapterOptions, DatasetBuilder, DatasetOptions, Rows, Sampler, hookimpl
+from mlxlora_core.api import Adapter, DatasetBuilder, Rows, Sampler, hookimpl
 
 @hookimpl
 def mlxlora_samplers():
@@ -23,14 +23,12 @@ def mlxlora_samplers():
 @hookimpl
 def mlxlora_dataset_builders():
     build = lambda options: {value}
-    return [
-        DatasetBuilder(name="odd", summary="odd", build=build, inputs=lambda o: {{}}, options=DatasetOptions)
-    ]
+    return [DatasetBuilder(name="odd", summary="odd", build=build, inputs=lambda o: {{}})]
 
 @hookimpl
 def mlxlora_adapters():
-    wrap = lambda linear, options: {value}
-    return [Adapter(name="odd", summary="odd", wrap=wrap, fuse=lambda m, w: w, options=AdapterOptions)]
+    wrap = lambda linear, place, options: {value}
+    return [Adapter(name="odd", summary="odd", wrap=wrap, fuse=lambda m, w: w)]
 """
 
 GENERATE = "generate --model MODEL -p A -n 2 --sampler odd"
@@ -46,8 +44,8 @@ CASES = {
     "no rows": (DATA, "None", "builder odd:odd: build gives NoneType, wanted Rows"),
     "a list of rows": (DATA, "[1]", "builder odd:odd: build gives list, wanted Rows"),
     "rows of numbers": (DATA, "Rows([1])", "builder odd:odd: build gives int, wanted Row"),
-    "no module": (TRAIN, "None", "adapter odd:odd: wrap gives NoneType, wanted Module"),
-    "the same module": (TRAIN, "linear", "adapter odd:odd: wrap gives modules without a parameter that"),
+    "no module": (TRAIN, "None", "adapter odd:odd: wrap gives None for layers.0"),
+    "the same module": (TRAIN, "linear", "adapter odd:odd: wrap gives a Linear without the linear"),
     "an exception": (DATA, "1 / 0", "plugin odd (file) failed: ZeroDivisionError"),
 }
 
