@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,10 @@ def registry() -> Registry:
         "gone", "gone-dist", "1", "installed", "gone", status="error", reason="ImportError: no gone"
     )
     adapter: Callable[..., Any] = specs.Adapter
+    quantizer = partial(specs.Quantizer, parts=("q",))
     kinds: list[tuple[str, Any, Plugin]] = [
         ("loader", specs.WeightLoader(name="pth", summary="s", detect=never, open=never), box),
-        (
-            "quantizer",
-            specs.Quantizer(name="affine", summary="s", parts=("q",), quantize=never, dequantize=never),
-            box,
-        ),
+        ("quantizer", quantizer(name="affine", summary="s", quantize=never, dequantize=never), box),
         (
             "builder",
             specs.DatasetBuilder(name="files", summary="s", options=FileOptions, build=never, inputs=never),
@@ -283,7 +281,7 @@ def test_unknown_sections_are_all_told_with_their_nearest(fault: Callable[..., s
         ("[adapter]\noptions = { rnak = 2 }\n", "no option 'rnak' (did you mean 'rank'?"),
         (
             "[adapter]\nrank = 2\n",
-            "[adapter] has no key 'rank' (options go under options, it has use, targets, layers",
+            "[adapter] has no key 'rank' (options go under options, it has use, targ",
         ),
         ("[adapter]\nues = 'lora'\n", "[adapter] has no key 'ues' (did you mean 'use'?"),
         ("[adapter]\nuse = 3\n", "[adapter] use: wanted text, got 3"),
@@ -298,11 +296,11 @@ def test_unknown_sections_are_all_told_with_their_nearest(fault: Callable[..., s
         ("[adapter]\nlayers = 2\noptions = { layers = 3 }\n", "[adapter] has layers twice, beside use and"),
         (
             "[adapter]\noptions = { layres = 2 }\n",
-            "no option 'layres' (did you mean 'layers'? it has rank, t",
+            "no option 'layres' (did you mean 'layers'? it has ran",
         ),
         (
             "[sampler]\nlayers = 2\n",
-            "[sampler] has no key 'layers' (options go under options, it has use, opt",
+            "[sampler] has no key 'layers' (options go under options, it has use",
         ),
         ("[quantize]\noptions = { head = true }\n", "[quantize] has head but names no component"),
         ("[quantize]\nhead = true\n", "[quantize] has head but names no component"),
