@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxlora_core.errors import ModelError, SafetyError, UsageError
+from mlxlora_core.errors import ModelError, PluginError, SafetyError, UsageError
 from mlxlora_core.files import tensor_file
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as folders
@@ -231,3 +232,49 @@ def test_shards_become_one_file(
     assert (tmp_path / "fused" / "model.safetensors").read_bytes() == (
         tmp_path / "other" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (lambda module, weight: weight.T[:3], r"fuse gives \(3, 32\) float32, wanted \(32, 32\) float32"),
+        (lambda module, weight: weight.astype(mx.float16), r"fuse gives \(32, 32\) float16, wanted"),
+        (lambda module, weight: weight * mx.nan, "fuse gives values that are not finite, wanted finite ones"),
+        (lambda module, weight: None, "fuse gives NoneType, wanted array"),
+    ],
+)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_weight_that_an_adapter_should_not_give_names_it_and_makes_no_model(
+    model_folder: MakeModel,
+    make_adapter: Callable[..., Path],
+    registry: Registry,
+    tmp_path: Path,
+    bits: int | None,
+    broken: Any,
+    says: str,
+) -> None:
+    base = model_folder(bits=bits)
+    adapter = make_adapter(base)
+    components = [
+        dataclasses.replace(c, spec=dataclasses.replace(c.spec, fuse=broken)) if c.kind == "adapter" else c
+        for c in registry.components
+    ]
+    with pytest.raises(PluginError, match=rf"adapter lora:lora: {says}"):
+        result_of(fuse(base, adapter, tmp_path / "fused", Registry(registry.plugins, components)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors"]
+
+
+def test_a_quantizer_that_does_not_take_the_weight_again_names_itself(
+    model_folder: MakeModel, make_adapter: Callable[..., Path], registry: Registry, tmp_path: Path
+) -> None:
+    base = model_folder(bits=4)
+    adapter = make_adapter(base)
+    components = [
+        dataclasses.replace(c, spec=dataclasses.replace(c.spec, quantize=lambda weight, options: None))
+        if c.kind == "quantizer"
+        else c
+        for c in registry.components
+    ]
+    with pytest.raises(PluginError, match=r"affine:affine: quantize gives None for layers\.0\.attention\.wq"):
+        result_of(fuse(base, adapter, tmp_path / "fused", Registry(registry.plugins, components)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors"]
