@@ -11,6 +11,7 @@ import click
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError, listing
+from mlxlora_core.model.events import SpaceNeeded, describe_conversion
 from mlxlora_core.registry import Registry
 from mlxlora_core.registry.defaults import DEFAULT_QUANTIZER
 from mlxlora_core.registry.sections import QuantizeConfig
@@ -80,7 +81,6 @@ def command(
     hold(mlx_path)
     start(registry)
     from mlxlora_core.model.convert import ConvertReport, convert
-    from mlxlora_core.model.events import SpaceNeeded
 
     started = time.perf_counter()
     events = convert(
@@ -107,22 +107,6 @@ def command(
     if as_json:
         show.as_json(result)
         return
-    for line in describe(result):
+    for line in describe_conversion(result):
         click.echo(line)
     click.echo(f"{mlx_path} written in {time.perf_counter() - started:.1f} s")
-
-
-def describe(result: dict[str, Any]) -> list[str]:
-    """A conversion in lines for a person."""
-    size = f"{result['parameters'] / 1e6:.3f} M parameters, {result['bytes'] / 1e6:.1f} MB"
-    lines = [
-        f"{result['loader']} -> {result['architecture']}: {size}, "
-        f"{result['bits_per_weight']:.2f} bits a weight"
-    ]
-    if result["quantized"] or result["left_dense"]:
-        lines.append(
-            f"{result['quantized']} linears quantized, relative error {result['relative_error']:.2%}"
-        )
-    if result["left_dense"]:
-        lines.append(f"left dense, inputs do not divide by the group: {listing(result['left_dense'])}")
-    return lines

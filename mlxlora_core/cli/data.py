@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from mlxlora_core.cli import show
-from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
 from mlxlora_core.registry import Registry
 from mlxlora_core.run.recipe import choose, overrides
+from mlxlora_core.training.dataset import build_dataset
 
 SHOWN_SKIPPED = 10
 
@@ -50,9 +51,6 @@ def command(
         values["packages"] = packages
     chosen, config = choose("builder", builder, values, registry)
     hold(out)
-    start(registry)
-    from mlxlora_core.training.dataset import build_dataset
-
     record = build_dataset(chosen, config, out, overwrite=overwrite)
     if as_json:
         show.as_json(record)

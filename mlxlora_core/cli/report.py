@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlxlora_core.cli.run import find_recipe
+from mlxlora_core.cli.command_line import find_recipe
 from mlxlora_core.cli.session import verb
 from mlxlora_core.registry import Registry
 from mlxlora_core.registry.defaults import DEFAULT_RECIPE
