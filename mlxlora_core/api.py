@@ -38,9 +38,9 @@ from mlxlora_core.specs import (
     Rows,
     Runtime,
     RuntimeNote,
-    Sample,
     Sampler,
     Skipped,
+    Transform,
     WeightLoader,
 )
 
@@ -66,9 +66,9 @@ __all__ = [
     "Runtime",
     "RuntimeNote",
     "SafetyError",
-    "Sample",
     "Sampler",
     "Skipped",
+    "Transform",
     "UsageError",
     "WeightLoader",
     "hookimpl",

@@ -284,20 +284,21 @@ class DatasetBuilder(Spec):
 
 # --- samplers -----------------------------------------------------------------
 
-Sample = Callable[["mx.array", Sequence[int], "mx.array"], "mx.array"]
+Transform = Callable[["mx.array", Sequence[int]], "mx.array"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(Spec):
-    """Chooses the next token.
+    """Says how likely each next token is; mlxlora draws it.
 
     Attributes:
-        build: a function ``sample(logits, tokens, key)`` from logits (B, V) in
-            float32, the ids so far and a random key to token ids (B,). The same
-            key gives the same token.
+        build: a function ``transform(logits, tokens)`` from logits (B, V) in
+            float32 and the ids so far to logits (B, V) in float32, of which -inf
+            forbids a token. It is called once a text, so that what it gives may
+            keep state; it draws nothing at random itself.
     """
 
-    build: Callable[[Any], Sample]
+    build: Callable[[Any], Transform]
 
 
 # --- runtimes and recipes -----------------------------------------------------

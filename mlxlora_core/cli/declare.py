@@ -18,7 +18,9 @@ T = TypeVar("T")
 MODEL = click.option("--model", type=Path, default=Path("mlx_model"), show_default=True, help="Model folder.")
 ADAPTER_FILE = click.option("--adapter-file", type=Path, help="Adapter file to put on the model.")
 ADAPTER = click.option("--adapter", help="Insist on this adapter. [default: what the file says]")
-SAMPLER = click.option("--sampler", default=DEFAULT_SAMPLER, show_default=True, help="Chooses each token.")
+SAMPLER = click.option(
+    "--sampler", default=DEFAULT_SAMPLER, show_default=True, help="Samplers, in order: NAME or NAME,NAME."
+)
 TEMP = click.option("--temp", help="Sampling temperature; 0 is argmax. [default: 0.8]")
 SEED = click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed."

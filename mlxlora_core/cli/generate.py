@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mlxlora_core.cli import declare, show
-from mlxlora_core.cli.model import choose_sampler, continue_prompt, load_adapted
+from mlxlora_core.cli.model import chosen_samplers, continue_prompt, load_adapted
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.registry import Registry
@@ -52,13 +52,13 @@ def command(
     config = declare.config_from(GenerateConfig, arguments)
     given = overrides(sets)
     check_sections(given, ("adapter", "sampler"))
-    chosen = choose_sampler(registry, sampler, temp, given.get("sampler", {}))
+    chosen = chosen_samplers(registry, sampler, temp, given.get("sampler", {}))
     start(registry)
     base = load_adapted(model, adapter_file, adapter, given.get("adapter", {}), registry)
     text = _stdin() if prompt == "-" else prompt
     result = continue_prompt(base, text, chosen, config, seed, quiet=as_json)
     if as_json:
-        show.as_json({"prompt": text, "text": result})
+        show.as_json({"prompt": text, "text": result.text, "finish": result.finish})
 
 
 def _stdin() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,13 @@ from mlxlora_core.cli import show
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
 from mlxlora_core.registry import Choice, Registry
-from mlxlora_core.run.recipe import choose
+from mlxlora_core.run.recipe import choose_samplers
+from mlxlora_core.run.samplers import TEMPERATURE, names
 from mlxlora_core.training.settings import BatchConfig, EvaluateConfig, GenerateConfig
 
 if TYPE_CHECKING:
     from mlxlora_core.model.folder import Model
+    from mlxlora_core.model.generate import Segment
 
 
 def load_base(folder: Path, registry: Registry) -> Model:
@@ -66,43 +68,47 @@ def measure(
     return {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens, "rows": len(rows)}
 
 
-def choose_sampler(registry: Registry, name: str, temp: str | None, values: dict[str, Any]) -> Choice:
-    """A sampler with its options; ``temp`` goes to the one that has it.
+def chosen_samplers(
+    registry: Registry, use: str, temp: str | None, values: dict[str, Any]
+) -> tuple[Choice, ...]:
+    """Samplers with their options; ``temp`` goes to the first that has it.
 
     Raises:
-        UsageError: a temperature for a sampler that has none.
+        UsageError: a temperature for samplers that have none.
     """
     if temp is not None:
-        known = {option.name for option in explain(registry.find("sampler", name).spec.options)}
-        if "temp" not in known:
-            raise UsageError(f"--temp: sampler '{name}' has no temperature", fix="leave --temp out")
-        values = {**values, "temp": temp}
-    return choose("sampler", name, values, registry)[0]
+        found = [registry.find("sampler", name) for name in names(use)]
+        known = {option.name for component in found for option in explain(component.spec.options)}
+        if TEMPERATURE not in known:
+            raise UsageError(f"--temp: sampler '{use}' has no temperature", fix="leave --temp out")
+        values = {**values, TEMPERATURE: temp}
+    return choose_samplers(use, values, registry)
 
 
 def continue_prompt(
-    model: Model, prompt: str, sampler: Choice, config: GenerateConfig, seed: int, *, quiet: bool
-) -> str:
+    model: Model, prompt: str, samplers: Sequence[Choice], config: GenerateConfig, seed: int, *, quiet: bool
+) -> Segment:
     """Continue a prompt; segments are printed as they come unless ``quiet``."""
-    from mlxlora_core.model.generate import generate
+    from mlxlora_core.model.generate import generate, whole
 
-    sample = sampler.component.spec.build(sampler.options)
-    segments = []
     started = time.perf_counter()
-    for segment in generate(
+    segments = generate(
         model.language_model,
         model.tokenizer,
         prompt,
-        sample,
+        [(sampler.component, sampler.options) for sampler in samplers],
         num_tokens=config.num_tokens,
         seed=seed,
         write_every=config.write_every,
-    ):
-        segments.append(segment)
-        if not quiet:
-            click.echo(segment, nl=False)
-            sys.stdout.flush()
-    if not quiet:
-        click.echo()
+    )
+    text = whole(segments if quiet else _shown(segments))
     show.progress(f"{time.perf_counter() - started:.2f} s")
-    return "".join(segments)
+    return text
+
+
+def _shown(segments: Iterable[Segment]) -> Iterator[Segment]:
+    """The segments, each printed as it comes; the last ends the line."""
+    for segment in segments:
+        click.echo(segment.text, nl=segment.finish is not None)
+        sys.stdout.flush()
+        yield segment

@@ -11,7 +11,7 @@ import click
 
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.command_line import resume_command
-from mlxlora_core.cli.model import choose_sampler, continue_prompt, load_base, measure
+from mlxlora_core.cli.model import chosen_samplers, continue_prompt, load_base, measure
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.registry import Choice, Registry
@@ -104,8 +104,9 @@ def command(
     result: dict[str, Any] = {"adapter_file": str(adapter_file), **asdict(trained)}
     if test:
         result["test"] = measure(base, data, asked.train, asked.evaluate, quiet=as_json)
-    if prompt is not None and asked.sampler is not None:
-        result["text"] = continue_prompt(base, prompt, asked.sampler, asked.generate, seed, quiet=as_json)
+    if prompt is not None:
+        said = continue_prompt(base, prompt, asked.samplers, asked.generate, seed, quiet=as_json)
+        result |= {"text": said.text, "finish": said.finish}
     if as_json:
         show.as_json(result)
 
@@ -124,7 +125,7 @@ class _Asked:
     adapter: tuple[Choice, AdapterConfig]
     name: str | None
     values: dict[str, Any]
-    sampler: Choice | None
+    samplers: tuple[Choice, ...]
     train: TrainConfig
     save: SaveConfig
     evaluate: EvaluateConfig
@@ -146,9 +147,9 @@ def _check(registry: Registry, checkpoints: Path, given: dict[str, Any], *, spea
         adapter=choose("adapter", given["adapter"] or DEFAULT_ADAPTER, values, registry),
         name=given["adapter"],
         values=values,
-        sampler=choose_sampler(registry, given["sampler"], given["temp"], sets.get("sampler", {}))
+        samplers=chosen_samplers(registry, given["sampler"], given["temp"], sets.get("sampler", {}))
         if speaks
-        else None,
+        else (),
         train=declare.config_from(TrainConfig, given),
         save=declare.config_from(SaveConfig, given),
         evaluate=declare.config_from(EvaluateConfig, given),

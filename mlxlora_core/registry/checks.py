@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,13 @@ def _call_fault(annotation: str, function: Any) -> str:
     if not callable(function):
         return f"must be a function, got {function!r}"
     call: Any = ast.parse(annotation.removesuffix(" | None"), mode="eval").body
-    arguments = call.slice.elts[0].elts
+    arguments = [ast.unparse(argument) for argument in call.slice.elts[0].elts]
+    takes = other_arguments(function, arguments)
+    return f"takes {takes}, wanted ({', '.join(arguments)})" if takes else ""
+
+
+def other_arguments(function: Callable[..., Any], arguments: Sequence[str]) -> str:
+    """What ``function`` takes, where it cannot be called with so many arguments; else nothing."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-in functions tell nothing
@@ -137,8 +143,7 @@ def _call_fault(annotation: str, function: Any) -> str:
     try:
         signature.bind(*arguments)
     except TypeError:
-        wanted = ", ".join(ast.unparse(argument) for argument in arguments)
-        return f"takes {signature}, wanted ({wanted})"
+        return str(signature)
     return ""
 
 

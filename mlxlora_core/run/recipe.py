@@ -8,12 +8,13 @@ component, its options, and what core decides beside it::
     layers = 16
     options = { rank = 8 }
 
-``--set adapter.rank=16`` is short for ``--set adapter.options.rank=16``.
+``--set adapter.rank=16`` is short for ``--set adapter.options.rank=16``. The
+section of samplers may name several, see :mod:`mlxlora_core.run.samplers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mlxlora_core.options import NoOptions, option, plain
 from mlxlora_core.registry import Choice, Registry
 from mlxlora_core.registry.defaults import DEFAULT_ADAPTER
 from mlxlora_core.registry.sections import AdapterConfig, QuantizeConfig, SplitConfig, configure
+from mlxlora_core.run import samplers
 from mlxlora_core.training.settings import EvaluateConfig, SaveConfig, TrainConfig
 
 COMMAND_LINE = "command line"
@@ -82,7 +84,7 @@ class Recipe:
     train: TrainConfig
     checkpoints: SaveConfig
     evaluate: EvaluateConfig
-    sampler: Choice
+    sampler: tuple[Choice, ...]
     generate: AskConfig
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -96,6 +98,10 @@ class Recipe:
         out: dict[str, Any] = {}
         for section in (f.name for f in fields(self) if f.name in SECTIONS):
             value = getattr(self, section)
+            if section in CHAINS and len(value) > 1:
+                out[section] = _chain_values(value)
+                continue
+            value = value[0] if section in CHAINS else value
             if isinstance(value, Choice):
                 config = getattr(self, f"{section}_config", NoOptions())
                 options = {"options": _without_none(plain(value.options))}
@@ -123,6 +129,8 @@ CHOICES: dict[str, tuple[str, str, bool]] = {
     "sampler": ("sampler", "greedy", True),
 }
 SECTIONS = (*PLAIN, *CHOICES)
+#: the sections that may name several components
+CHAINS = ("sampler",)
 
 
 def overrides(sets: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -136,7 +144,7 @@ def overrides(sets: Iterable[str]) -> dict[str, dict[str, Any]]:
         name, equals, value = text.partition("=")
         section, _, key = (part.strip() for part in name.partition("."))
         key = key.removeprefix("options.") if section in CHOICES else key
-        if not equals or not key or "." in key:
+        if not equals or not key or ("." in key and section not in CHAINS):
             raise UsageError(
                 f"--set {text}: wanted section.key=value", fix="for example --set adapter.rank=16"
             )
@@ -154,6 +162,22 @@ def choose(kind: str, use: str, values: Mapping[str, Any], registry: Registry) -
     return configure(registry.find(kind, use), values)
 
 
+def choose_samplers(use: str, values: Mapping[str, Any], registry: Registry) -> tuple[Choice, ...]:
+    """The samplers named in ``"a,b"``, with options made of ``values``.
+
+    Raises:
+        PluginError: no such sampler.
+        UsageError: none is named, or one twice; options that are out of range or
+            that none of them, or several, have.
+    """
+    components = registry.find_all([("sampler", name) for name in samplers.names(use)])
+    if not components:
+        raise UsageError(f"wanted a sampler, got {use!r}", fix="see: mlxlora components sampler")
+    rows = samplers.deal(values, components)
+    samplers.cool_others(rows, components)
+    return tuple(configure(c, row)[0] for c, row in zip(components, rows, strict=True))
+
+
 def check_sections(sets: Mapping[str, Any], known: Iterable[str]) -> None:
     """Refuse ``--set`` for a section that a verb does not have.
 
@@ -166,6 +190,17 @@ def check_sections(sets: Mapping[str, Any], known: Iterable[str]) -> None:
             raise UsageError(
                 f"--set {section}: no such section ({nearest(section, known)}there is {listing(known)})"
             )
+
+
+def _chain_values(choices: Sequence[Choice]) -> dict[str, Any]:
+    """Several components as a section holds them: each option is written COMPONENT.OPTION."""
+    components = [choice.component for choice in choices]
+    options = {
+        f"{label}.{name}": value
+        for label, choice in zip(samplers.labels(components), choices, strict=True)
+        for name, value in _without_none(plain(choice.options)).items()
+    }
+    return {"use": [component.id for component in components], "options": options}
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:

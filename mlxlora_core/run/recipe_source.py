@@ -16,9 +16,11 @@ from typing import Any
 from mlxlora_core.errors import PluginError, UsageError, listing, nearest
 from mlxlora_core.files.input_file import read_whole
 from mlxlora_core.options import convert, explain, parse
-from mlxlora_core.registry import Component, Registry
+from mlxlora_core.registry import Choice, Component, Registry
 from mlxlora_core.registry.sections import config_of, configure
+from mlxlora_core.run import samplers
 from mlxlora_core.run.recipe import (
+    CHAINS,
     CHOICES,
     COMMAND_LINE,
     DEFAULT,
@@ -95,13 +97,16 @@ class _Source:
         for key in sorted(table.keys() - set(keys)):
             hint = nearest(key, keys) or "options go under options, "
             yield place, f"[{section}] has no key '{key}' ({hint}it has {listing(keys)})"
-        if not isinstance(table.get("use", ""), str):
-            yield place, f"[{section}] use: wanted text, got {table['use']!r}"
+        use = table.get("use", "")
+        several = section in CHAINS and isinstance(use, list) and all(isinstance(item, str) for item in use)
+        if not isinstance(use, str) and not several:
+            wanted = "text or a list of texts" if section in CHAINS else "text"
+            yield place, f"[{section}] use: wanted {wanted}, got {use!r}"
         elif not isinstance(table.get("options", {}), dict):
             yield place, f"[{section}] options must be a table, got {table['options']!r}"
         elif twice := [key for key in _own_keys(section) if key in table.get("options", {})]:
             yield place, f"[{section}] has {listing(twice)} twice, beside use and under options"
-        elif self._use(section) == NONE:
+        elif not self._uses(section):
             yield from ((place, fault) for fault in self._absence_faults(section, registry))
 
     def _absence_faults(self, section: str, registry: Registry) -> Iterator[str]:
@@ -119,34 +124,37 @@ class _Source:
 
     # --- the components ---
 
-    def components(self, registry: Registry) -> dict[str, Component]:
-        """section -> the component that it names, for those that name one.
+    def components(self, registry: Registry) -> dict[str, list[Component]]:
+        """section -> the components that it names, for those that name one.
 
         Raises:
             PluginError: all that are not there.
         """
-        uses = {section: self._use(section) for section in CHOICES}
-        wanted = {section: (CHOICES[section][0], use) for section, use in uses.items() if use != NONE}
+        wanted = [(section, CHOICES[section][0], use) for section in CHOICES for use in self._uses(section)]
+        named: dict[str, list[Component]] = {section: [] for section, _, _ in wanted}
         try:
-            return dict(zip(wanted, registry.find_all(list(wanted.values())), strict=True))
+            found = registry.find_all([(kind, use) for _, kind, use in wanted])
         except PluginError as fault:
-            away = [s for s, (kind, use) in wanted.items() if not _is_there(registry, kind, use)]
-            where = self._where(away[0]) if len(away) == 1 else str(self.path)
+            away = {section for section, kind, use in wanted if not _is_there(registry, kind, use)}
+            where = self._where(away.pop()) if len(away) == 1 else str(self.path)
             raise PluginError(fault.what, where=where, fix=fault.fix) from fault
+        for (section, _, _), component in zip(wanted, found, strict=True):
+            named[section].append(component)
+        return named
 
-    def _use(self, section: str) -> str:
-        """What a section names, or ``none``."""
-        use = self._sets.get(section, {}).get("use", self._written_use(section))
-        return use.strip() or NONE
+    def _uses(self, section: str) -> list[str]:
+        """What a section names; nothing for ``none``."""
+        return self._names(section, self._sets.get(section, {}).get("use"))
 
-    def _written_use(self, section: str) -> str:
-        """What a section would name without the command line."""
-        use: str = self._document.get(section, {}).get("use", CHOICES[section][1])
-        return use
+    def _names(self, section: str, use: str | None = None) -> list[str]:
+        """What ``use``, or else the file, names for a section."""
+        use = self._document.get(section, {}).get("use", CHOICES[section][1]) if use is None else use
+        found = samplers.names(use) if section in CHAINS else [str(use).strip()]
+        return [name for name in found if name not in ("", NONE)]
 
     # --- the values ---
 
-    def values(self, components: Mapping[str, Component]) -> dict[str, Any]:
+    def values(self, components: Mapping[str, Sequence[Component]]) -> dict[str, Any]:
         """section -> its checked value.
 
         Raises:
@@ -159,7 +167,7 @@ class _Source:
                 if section in PLAIN:
                     sections[section] = self._plain(section)
                 else:
-                    sections |= self._choice(section, components.get(section))
+                    sections |= self._choice(section, components.get(section, ()))
             except UsageError as fault:
                 faults.append(fault)
         if len(faults) > 1:
@@ -181,36 +189,62 @@ class _Source:
 
     def _plain(self, section: str) -> Any:
         """The value of a section that names no component."""
-        rows = self._rows(section, [PLAIN[section]], self._document.get(section, {}))
+        table, sets = self._document.get(section, {}), self._sets.get(section, {})
+        rows = self._rows(section, [PLAIN[section]], table, sets)
         return parse(PLAIN[section], rows, owner=f"[{section}]", where=self._where(section))
 
-    def _choice(self, section: str, component: Component | None) -> dict[str, Any]:
-        """What a section that may name a component gives to the recipe."""
-        table = self._document.get(section, {})
-        self.origins[f"{section}.use"] = self._origin(section, "use", table)
+    def _choice(self, section: str, components: Sequence[Component]) -> dict[str, Any]:
+        """What a section that may name components gives to the recipe."""
+        table, sets = self._document.get(section, {}), self._sets.get(section, {})
+        self.origins[f"{section}.use"] = self._origin("use", table, sets)
         config = config_of(CHOICES[section][0])
-        if component is None:
-            made: tuple[Any, Any] = None, config()
-        else:
-            written = {key: value for key, value in table.items() if key in _own_keys(section)}
-            if component.answers_to(self._written_use(section)):
-                # Else the options belong to the component that the command line replaced.
-                written |= table.get("options", {})
-            rows = self._rows(section, [config, component.spec.options], written)
+        written = {key: value for key, value in table.items() if key in _own_keys(section)}
+        named = self._names(section)
+        if len(named) == len(components) and all(map(Component.answers_to, components, named)):
+            # Else the options belong to what the command line replaced.
+            written |= table.get("options", {})
+        if section in CHAINS:
+            return {section: self._chain(section, components, written)}
+        made: tuple[Any, Any] = None, config()
+        for component in components:
+            rows = self._rows(section, [config, component.spec.options], written, sets)
             made = configure(component, rows, self._where(section))
         return {section: made[0]} | ({f"{section}_config": made[1]} if _own_keys(section) else {})
 
-    def _rows(self, section: str, kinds: Sequence[type[Any]], table: Mapping[str, Any]) -> dict[str, Any]:
+    def _chain(
+        self, section: str, components: Sequence[Component], table: Mapping[str, Any]
+    ) -> tuple[Choice, ...]:
+        """The components of a section that may name several."""
+        where = self._where(section)
+        sets = {key: value for key, value in self._sets.get(section, {}).items() if key != "use"}
+        tables = samplers.deal(samplers.flat(table), components, where)
+        over = samplers.deal(sets, components, where)
+        prefixes = [f"{label}." if len(components) > 1 else "" for label in samplers.labels(components)]
+        rows = [
+            self._rows(section, [component.spec.options], written, said, prefix)
+            for component, written, said, prefix in zip(components, tables, over, prefixes, strict=True)
+        ]
+        samplers.cool_others(rows, components)
+        return tuple(configure(c, row, where)[0] for c, row in zip(components, rows, strict=True))
+
+    def _rows(
+        self,
+        section: str,
+        kinds: Sequence[type[Any]],
+        table: Mapping[str, Any],
+        sets: Mapping[str, Any],
+        prefix: str = "",
+    ) -> dict[str, Any]:
         """The file's values with the command line's over them; notes where each came from."""
         known = {option.name: option.type for kind in kinds for option in explain(kind)}
         for name in known:
-            self.origins[f"{section}.{name}"] = self._origin(section, name, table)
-        sets = {name: value for name, value in self._sets.get(section, {}).items() if name != "use"}
+            self.origins[f"{section}.{prefix}{name}"] = self._origin(name, table, sets)
+        said = {name: value for name, value in sets.items() if name != "use"}
         rooted = {name: _rooted(value, known.get(name), self.path.parent) for name, value in table.items()}
-        return rooted | {name: _rooted(value, known.get(name), Path()) for name, value in sets.items()}
+        return rooted | {name: _rooted(value, known.get(name), Path()) for name, value in said.items()}
 
-    def _origin(self, section: str, name: str, table: Mapping[str, Any]) -> str:
-        if name in self._sets.get(section, {}):
+    def _origin(self, name: str, table: Mapping[str, Any], sets: Mapping[str, Any]) -> str:
+        if name in sets:
             return COMMAND_LINE
         return self.path.name if name in table else DEFAULT
 

@@ -9,9 +9,13 @@ import mlx.core as mx
 from mlxlora_affine import AffineOptions
 from mlxlora_affine.unpack import unpack
 from mlxlora_core.api import ModelError
-from mlxlora_core.ops import on_cpu
+from mlxlora_core.ops import on_cpu, on_cuda
 
 Parts = Mapping[str, mx.array]
+
+#: rows from which CUDA multiplies by the expanded weight faster. An H100, 11008 x 4096 in 4 bits, bfloat16:
+#: 64 rows take 0.17 ms packed and 0.21 ms expanded, 512 rows 0.51 and 0.24, 2048 rows 1.7 and 0.46.
+CUDA_ROWS = 128
 
 
 def pack(weight: mx.array, options: AffineOptions) -> dict[str, mx.array] | None:
@@ -55,7 +59,14 @@ def expand(parts: Parts, options: AffineOptions) -> mx.array:
 
 
 def multiply(x: mx.array, parts: Parts, options: AffineOptions) -> mx.array:
-    """Outputs (..., outputs) of inputs (..., inputs), straight from the packed bits of one linear."""
+    """Outputs (..., outputs) of inputs (..., inputs) of one linear, packed where that is faster."""
+    if x.size // x.shape[-1] >= CUDA_ROWS and on_cuda():
+
+        def product(x: mx.array) -> mx.array:
+            return x @ _expanded_as(x.dtype, parts, options).T
+
+        y: mx.array = mx.checkpoint(product)(x)  # expanded again for the gradient
+        return y
     return mx.quantized_matmul(
         x,
         parts["weight"],
@@ -64,6 +75,18 @@ def multiply(x: mx.array, parts: Parts, options: AffineOptions) -> mx.array:
         transpose=True,
         group_size=options.group_size,
         bits=options.bits,
+    )
+
+
+def _expanded_as(dtype: mx.Dtype, parts: Parts, options: AffineOptions) -> mx.array:
+    """The weight of one linear in another type, with no float32 of it in memory."""
+    return mx.dequantize(
+        parts["weight"],
+        parts["scales"],
+        parts["biases"],
+        group_size=options.group_size,
+        bits=options.bits,
+        dtype=dtype,
     )
 
 

@@ -319,6 +319,35 @@ def test_a_prompt_comes_from_stdin(model: Path) -> None:
     assert done.stdout.endswith("\n")
 
 
+def test_samplers_in_a_row_give_the_same_text_at_any_length(mlxlora: Command, model: Path) -> None:
+    samplers = ("--sampler", "repetition-penalty,top-p", "--temp", 1, "--set", "sampler.penalty=1.3")
+
+    def said(count: int) -> dict[str, Any]:
+        done = mlxlora("generate", "--model", model, "-p", "A layer", *samplers, "-n", count, "--json")
+        assert done.code == 0, done.err
+        result: dict[str, Any] = json.loads(done.out)
+        return result
+
+    long = said(30)
+    for count in (1, 2, 9):
+        short = said(count)
+        assert long["text"].startswith(short["text"])
+        assert short["finish"] == ("stop" if short["text"] == long["text"] else "length")
+
+
+def test_a_recipe_with_samplers_in_a_row_runs_and_reads_back(
+    mlxlora: Command, recipe: Path, tmp_path: Path
+) -> None:
+    recipe.write_text(recipe.read_text() + '[sampler]\nuse = ["repetition-penalty", "min-p"]\n')
+    done = mlxlora("run", recipe, "--set", "sampler.min-p.p=0.2", "--set", "sampler.penalty=1.1")
+    assert done.code == 0, done.err
+    written = tmp_path / "run" / "recipe.toml"
+    assert not any(plan(mlxlora, written).values())
+    rows = mlxlora("run", written, "--dry-run").out.splitlines()
+    assert any(row.split()[:2] == ["sampler.min-p.p", "0.2"] for row in rows)
+    assert "0.2" in (tmp_path / "run" / "report.html").read_text("utf-8")
+
+
 def test_a_stage_whose_output_is_gone_is_done_again(mlxlora: Command, recipe: Path, tmp_path: Path) -> None:
     mlxlora("run", recipe)
     shutil.rmtree(tmp_path / "run" / "model")

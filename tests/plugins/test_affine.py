@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlxlora_affine import AffineOptions, mlxlora_quantizers
-from mlxlora_affine.packing import expand, pack
+from mlxlora_affine.packing import CUDA_ROWS, expand, pack
 from mlxlora_affine.unpack import unpack
 
 from mlxlora_core.errors import ModelError, UsageError
@@ -28,11 +28,13 @@ def seed() -> None:
     mx.random.seed(0)
 
 
-@pytest.fixture(params=["expanded", "packed"])
+@pytest.fixture(params=["expanded", "packed", "on CUDA"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Multiply as on a CPU, and as everywhere else."""
+    """Multiply as on a CPU, as everywhere else, and as on CUDA with 2 rows or more."""
     for module in (mlxlora_affine.packing, linears):
         monkeypatch.setattr(module, "on_cpu", lambda: request.param == "expanded")
+    monkeypatch.setattr(mlxlora_affine.packing, "on_cuda", lambda: request.param == "on CUDA")
+    monkeypatch.setattr(mlxlora_affine.packing, "CUDA_ROWS", 2)
     return str(request.param)
 
 
@@ -165,6 +167,34 @@ class TestForward:
         want = np.array(x) @ weight.T + (np.array(added) if added is not None else 0)
         np.testing.assert_allclose(np.array(got), want, atol=1e-5)
         np.testing.assert_allclose(np.array(slope), np.array(towards) @ weight, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("device", "rows", "expands"),
+        [
+            ("cpu", 1, False),
+            ("cpu", 2, True),
+            ("cuda", CUDA_ROWS - 1, False),
+            ("cuda", CUDA_ROWS, True),
+            ("metal", CUDA_ROWS, False),
+        ],
+    )
+    def test_expands_only_where_that_is_faster(
+        self, device: str, rows: int, expands: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        packed = quantized(mx.random.normal((OUTPUTS, INPUTS)))
+        multiplied: list[int] = []
+        product = mx.quantized_matmul
+
+        def counted(*arguments: Any, **options: Any) -> mx.array:
+            multiplied.append(1)
+            return product(*arguments, **options)
+
+        for module in (mlxlora_affine.packing, linears):
+            monkeypatch.setattr(module, "on_cpu", lambda: device == "cpu")
+        monkeypatch.setattr(mlxlora_affine.packing, "on_cuda", lambda: device == "cuda")
+        monkeypatch.setattr(mx, "quantized_matmul", counted)
+        packed(mx.ones((1, rows, INPUTS)))
+        assert bool(multiplied) != expands
 
     def test_outputs_have_the_type_of_the_inputs(self, path: str) -> None:
         packed = quantized(

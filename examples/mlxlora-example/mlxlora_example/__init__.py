@@ -18,8 +18,8 @@ from mlxlora_core.api import (
     NoOptions,
     Place,
     Rows,
-    Sample,
     Sampler,
+    Transform,
     hookimpl,
     option,
 )
@@ -77,7 +77,7 @@ def fuse(module: nn.Module, weight: mx.array) -> mx.array:
     return module.fuse(weight)
 
 
-def typical(options: TypicalOptions) -> Sample:
+def typical(options: TypicalOptions) -> Transform:
     """See :func:`mlxlora_example.typical.sampler`."""
     from mlxlora_example.typical import sampler
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlxlora_core.options import plain
 from mlxlora_core.run.events import Event, StageDone
 from mlxlora_core.run.folder import DATA
-from mlxlora_core.run.grading import find_expected, grade
+from mlxlora_core.run.grading import Expected, find_expected, grade
 from mlxlora_core.run.recipe import Recipe
 from mlxlora_core.run.stages.stage import Stage, identity_of
 
@@ -35,7 +35,7 @@ class MeasureStage(Stage):
             "batch_size": train.batch_size,
             "evaluate": plain(recipe.evaluate),
             "generate": plain(recipe.generate),
-            "sampler": identity_of(recipe.sampler),
+            "sampler": [identity_of(sampler) for sampler in recipe.sampler],
             "seed": recipe.run.seed,
         }
 
@@ -45,9 +45,7 @@ class MeasureStage(Stage):
         prompts = context.recipe.generate.prompts
         expected = find_expected(context.path / DATA, prompts)
         losses = {split: _loss(model, split, context) for split in HELD_OUT if context.has_rows(split)}
-        answers = [
-            grade(prompt, *_answer(model, prompt, context.recipe), expected.get(prompt)) for prompt in prompts
-        ]
+        answers = [_graded(model, prompt, context.recipe, expected.get(prompt)) for prompt in prompts]
         yield StageDone(self.name, {"losses": losses, "answers": answers})
 
     def words(self, result: Mapping[str, Any]) -> list[str]:
@@ -66,18 +64,18 @@ def _loss(model: Model, split: str, context: Context) -> dict[str, Any]:
     return {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens}
 
 
-def _answer(model: Model, prompt: str, recipe: Recipe) -> tuple[str, bool]:
-    """What the model says to a prompt, and whether it ended there by itself."""
-    from mlxlora_core.model.generate import generate, whole
+def _graded(model: Model, prompt: str, recipe: Recipe, expected: Expected | None) -> dict[str, Any]:
+    """What the model says to a prompt, held against what the rows say."""
+    from mlxlora_core.model.generate import STOP, generate, whole
 
-    sampler = recipe.sampler
-    return whole(
+    answer = whole(
         generate(
             model.language_model,
             model.tokenizer,
             prompt,
-            sampler.component.spec.build(sampler.options),
+            [(sampler.component, sampler.options) for sampler in recipe.sampler],
             num_tokens=recipe.generate.num_tokens,
             seed=recipe.run.seed,
         )
     )
+    return grade(prompt, answer.text, answer.finish == STOP, expected)

@@ -124,7 +124,7 @@ def test_a_small_recipe_is_filled_in(recipe: Callable[..., Recipe], tmp_path: Pa
     assert got.model.torch_path == tmp_path / "checkpoint"
     assert got.data.options == FileOptions(path=tmp_path / "rows")
     assert (got.adapter.component.spec.name, got.adapter_config) == ("lora", AdapterConfig())
-    assert got.sampler.component.spec.name == "greedy"
+    assert [choice.component.spec.name for choice in got.sampler] == ["greedy"]
     assert got.data_config == SplitConfig(0.1, 0, 1000)
     assert got.loader is None and (got.quantize, got.quantize_config) == (None, QuantizeConfig(head=False))
     assert got.train.iters == 1000

@@ -44,12 +44,16 @@ DATA = "data --builder odd --out OUT"
 TRAIN = "train --model MODEL --data ROWS --adapter odd --iters 1 --adapter-file OUT/a.npz"
 CONVERT = "convert --torch-path CHECKPOINT --mlx-path OUT -q --quantizer odd"
 CASES = {
-    "a sampler of nothing": (GENERATE, "None", "the sampler is built as NoneType, wanted a function"),
-    "no token": (GENERATE, "lambda *_: None", "the sampler gives NoneType, wanted a token id"),
-    "a word": (GENERATE, "lambda *_: 'x'", "the sampler gives str, wanted a token id"),
-    "a token too far": (GENERATE, "lambda *_: 320", "the sampler gives 320, wanted a token id from 0 to 319"),
-    "a token below": (GENERATE, "lambda *_: -1", "the sampler gives -1, wanted a token id from 0 to 319"),
-    "not a number": (GENERATE, "lambda *_: float('nan')", "the sampler gives float, wanted a token id"),
+    "a sampler of nothing": (GENERATE, "None", "sampler odd:odd: build gives NoneType, wanted a function"),
+    "too many arguments": (GENERATE, "lambda a, b, c: a", "build gives a function (a, b, c), wanted (logits"),
+    "too few arguments": (GENERATE, "lambda a: a", "build gives a function (a), wanted (logits, tokens)"),
+    "no logits": (GENERATE, "lambda *_: None", "sampler odd:odd: transform gives NoneType, wanted array"),
+    "a word": (GENERATE, "lambda *_: 'x'", "sampler odd:odd: transform gives str, wanted array"),
+    "a token": (GENERATE, "lambda x, _: x.argmax()", "transform gives uint32 (), wanted float32 (1, 320)"),
+    "another shape": (GENERATE, "lambda x, _: x[0]", "transform gives float32 (320,), wanted float32 (1, 32"),
+    "not a number": (GENERATE, "lambda x, _: x * float('nan')", "sampler odd:odd: transform gives nan"),
+    "infinity": (GENERATE, "lambda x, _: x + float('inf')", "sampler odd:odd: transform gives inf"),
+    "no token left": (GENERATE, "lambda x, _: x - float('inf')", "gives no token that may come (all logits"),
     "no rows": (DATA, "None", "builder odd:odd: build gives NoneType, wanted Rows"),
     "a list of rows": (DATA, "[1]", "builder odd:odd: build gives list, wanted Rows"),
     "rows of numbers": (DATA, "Rows([1])", "builder odd:odd: build gives int, wanted Row"),
