@@ -35,6 +35,25 @@ from mlxlora_core.run.recipe import (
 _RECIPE_BYTES = 1 << 20
 
 
+def find_recipe(name: str, registry: Registry) -> Path:
+    """The recipe file that a path or a name stands for.
+
+    Raises:
+        UsageError: no plugin brings a recipe of that name.
+        PluginError: two plugins do.
+    """
+    path = Path(name)
+    if path.suffix == ".toml" or len(path.parts) > 1:
+        return path
+    known = [component.spec.name for component in registry.of("recipe")]
+    if name in known or ":" in name:
+        shipped: Path = registry.find("recipe", name).spec.path
+        return shipped
+    raise UsageError(
+        f"no recipe '{name}' ({nearest(name, known)}there is {listing(known)}, or name a .toml file)"
+    )
+
+
 def read(path: Path, sets: Iterable[str], registry: Registry) -> Recipe:
     """Read a recipe and put the command line's values over it.
 
