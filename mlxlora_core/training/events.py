@@ -43,10 +43,9 @@ class TrainReport:
         """It in a line, without the step."""
         clipped = f"  {self.clipped} clipped" if self.clipped else ""
         skipped = f"  {self.skipped} skipped, not finite" if self.skipped else ""
-        return (
-            f"loss {self.loss:.4f}  lr {self.learning_rate:.2e}  {self.steps_per_second:.2f} steps/s  "
-            f"{self.tokens_per_second:.0f} tokens/s  peak {self.peak_memory_bytes / 1e9:.2f} GB{clipped}{skipped}"
-        )
+        speed = f"{self.steps_per_second:.2f} steps/s  {self.tokens_per_second:.0f} tokens/s"
+        peak = f"peak {self.peak_memory_bytes / 1e9:.2f} GB"
+        return f"loss {self.loss:.4f}  lr {self.learning_rate:.2e}  {speed}  {peak}{clipped}{skipped}"
 
     def __str__(self) -> str:
         return f"step {self.step}  {self.words}"
