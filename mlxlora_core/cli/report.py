@@ -10,7 +10,7 @@ from mlxlora_core.cli.command_line import find_recipe
 from mlxlora_core.cli.session import verb
 from mlxlora_core.registry import Registry
 from mlxlora_core.registry.defaults import DEFAULT_RECIPE
-from mlxlora_core.run.recipe import read
+from mlxlora_core.run.recipe_source import read
 from mlxlora_core.run.report import write_report
 
 

@@ -19,7 +19,8 @@ from mlxlora_core.run import pipeline
 from mlxlora_core.run.events import Event, RunStarted, StageDone, StageStarted
 from mlxlora_core.run.folder import REPORT, RunFolder
 from mlxlora_core.run.plan import plan
-from mlxlora_core.run.recipe import Recipe, read
+from mlxlora_core.run.recipe import Recipe
+from mlxlora_core.run.recipe_source import read
 from mlxlora_core.run.stages import STAGES
 from mlxlora_core.training.events import Note
 

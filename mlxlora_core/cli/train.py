@@ -14,9 +14,10 @@ from mlxlora_core.cli.command_line import resume_command
 from mlxlora_core.cli.model import chosen_samplers, continue_prompt, load_base, measure
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError
-from mlxlora_core.registry import Registry
+from mlxlora_core.registry import Choice, Registry
 from mlxlora_core.registry.defaults import DEFAULT_ADAPTER
-from mlxlora_core.run.recipe import Choice, check_sections, choose, overrides
+from mlxlora_core.registry.sections import AdapterConfig
+from mlxlora_core.run.recipe import check_sections, choose, overrides
 from mlxlora_core.training.checkpoints import Start, check_plugins, find, find_for
 from mlxlora_core.training.events import TrainEvent, TrainResult
 from mlxlora_core.training.settings import EvaluateConfig, GenerateConfig, SaveConfig, TrainConfig
@@ -115,13 +116,13 @@ class _Asked:
     """What the command line asks for, checked.
 
     Attributes:
-        adapter: the adapter to begin with, with its options.
+        adapter: the adapter to begin with, and where it goes.
         name: the adapter that the user insists on, or None.
         values: the options of it that the user insists on.
     """
 
     how: Start
-    adapter: Choice
+    adapter: tuple[Choice, AdapterConfig]
     name: str | None
     values: dict[str, Any]
     samplers: tuple[Choice, ...]
@@ -162,8 +163,7 @@ def _adapter(asked: _Asked, path: Path | None) -> NewAdapter | AdapterFile:
 
     if path is not None:
         return AdapterFile(path, asked.name, asked.values)
-    assert asked.adapter.component is not None
-    return NewAdapter(asked.adapter.component, asked.adapter.options)
+    return NewAdapter(*asked.adapter)
 
 
 def _follow(events: Iterator[TrainEvent]) -> TrainResult:

@@ -20,7 +20,8 @@ from mlxlora_core.machine import signals
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapters import Adapted
 from mlxlora_core.model.folder import Model
-from mlxlora_core.registry import Component, Registry
+from mlxlora_core.registry import Choice, Registry
+from mlxlora_core.registry.sections import AdapterConfig
 from mlxlora_core.training.checkpoints import Found, Start
 from mlxlora_core.training.events import (
     CheckpointSaved,
@@ -51,12 +52,12 @@ class NewAdapter:
     """Train an adapter from its initial values.
 
     Attributes:
-        component: which adapter.
-        options: with which options.
+        choice: which adapter, with which options.
+        config: where it goes.
     """
 
-    component: Component
-    options: Any
+    choice: Choice
+    config: AdapterConfig = field(default_factory=AdapterConfig)
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,12 @@ class AdapterFile:
     Attributes:
         path: an adapter file.
         name: the adapter that the caller insists on, or None.
-        options: the values that the caller insists on.
+        values: options, and keys of :class:`AdapterConfig`, that the caller insists on.
     """
 
     path: Path
     name: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -311,8 +312,8 @@ class TrainingSession:
 def _put_on(model: Model, adapter: NewAdapter | AdapterFile, registry: Registry, seed: int) -> Adapted:
     """Put the adapter on the base."""
     if isinstance(adapter, AdapterFile):
-        return adapters.load(adapter.path, model, registry, (adapter.name, adapter.options))
-    return adapters.attach(model, adapter.component, adapter.options, seed)
+        return adapters.load(adapter.path, model, registry, adapter.name, adapter.values)
+    return adapters.attach(model, adapter.choice, adapter.config, seed)
 
 
 def _read(split: str, source: Source, model: Model, config: TrainConfig) -> Examples:
