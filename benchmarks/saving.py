@@ -17,7 +17,7 @@ from mlxlora_core.cli.session import start
 from mlxlora_core.registry import load
 from mlxlora_core.run import pipeline
 from mlxlora_core.run.events import StageDone
-from mlxlora_core.run.recipe import read
+from mlxlora_core.run.recipe_source import read
 from mlxlora_core.training.events import CheckpointSaved, TrainReport
 
 

@@ -15,8 +15,8 @@ from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.generate import decode
-from mlxlora_core.options import parse
 from mlxlora_core.registry import Registry, load
+from mlxlora_core.registry.sections import configure
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loop import train
@@ -57,7 +57,7 @@ def _products(work: Job) -> Iterator[float]:
 def _attach(model: Any, registry: Registry) -> None:
     lora = registry.find("adapter", "lora")
     values = {"rank": RANK, "targets": ["wq", "wv"], "layers": -1}
-    adapters.attach(model, lora, parse(lora.spec.options, values, owner="the benchmark"), seed=0)
+    adapters.attach(model, *configure(lora, values), seed=0)
 
 
 def _example(row: list[int]) -> Example:

@@ -14,6 +14,7 @@ from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.model.events import SpaceNeeded, describe_conversion
 from mlxlora_core.registry import Registry
 from mlxlora_core.registry.defaults import DEFAULT_QUANTIZER
+from mlxlora_core.registry.sections import QuantizeConfig
 from mlxlora_core.run.recipe import check_sections, choose, overrides
 
 
@@ -74,12 +75,12 @@ def command(
     values = given.get("quantize", {}) | {key: value for key, value in bits.items() if value is not None}
     if values and not quantize:
         raise UsageError(f"{listing(values)} given without -q", fix="add -q")
-    chosen = choose("quantizer", quantizer, values, registry) if quantize else None
-    read = choose("loader", loader, given.get("loader", {}), registry) if loader else None
+    none = (None, QuantizeConfig())
+    chosen, which = choose("quantizer", quantizer, values, registry) if quantize else none
+    read = choose("loader", loader, given.get("loader", {}), registry)[0] if loader else None
     hold(mlx_path)
     start(registry)
     from mlxlora_core.model.convert import ConvertReport, convert
-    from mlxlora_core.model.folder import Quantization
 
     started = time.perf_counter()
     events = convert(
@@ -90,7 +91,8 @@ def command(
         loader_options=read.options if read else None,
         dtype=dtype,
         file_format=file_format,
-        quantization=Quantization(chosen.component, chosen.options) if chosen and chosen.component else None,
+        quantization=chosen,
+        quantize_config=which,
         overwrite=overwrite,
     )
     result: dict[str, Any] = {}

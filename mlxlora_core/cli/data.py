@@ -43,16 +43,15 @@ def command(
 
     It gets train.jsonl, valid.jsonl, test.jsonl, and dataset.json, which tells
     what was read, what was skipped and why. `--set KEY=VALUE` sets an option of
-    the builder.
+    the builder, or how rows are split.
     """
     values = _values(sets)
     if packages:
         _check_packages(registry, builder)
         values["packages"] = packages
-    chosen = choose("builder", builder, values, registry)
-    assert chosen.component is not None
+    chosen, config = choose("builder", builder, values, registry)
     hold(out)
-    record = build_dataset(chosen.component, chosen.options, out, overwrite=overwrite)
+    record = build_dataset(chosen, config, out, overwrite=overwrite)
     if as_json:
         show.as_json(record)
         return

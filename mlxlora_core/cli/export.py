@@ -49,20 +49,18 @@ def command(
     check_sections(given, ("export", "adapter"))
     if adapter_file is None and (adapter is not None or "adapter" in given):
         raise UsageError("an adapter is described, but no file is named", fix="add --adapter-file")
-    chosen = choose("exporter", to, given.get("export", {}), registry)
-    assert chosen.component is not None
+    exporter, _ = choose("exporter", to, given.get("export", {}), registry)
     hold(out)
     start(registry)
     from mlxlora_core.model.export import ExportReport, Fused, export
 
     started = time.perf_counter()
-    fused = Fused(adapter_file, (adapter, given.get("adapter", {}))) if adapter_file else None
+    fused = Fused(adapter_file, adapter, given.get("adapter", {})) if adapter_file else None
     with show.tensors("exporting") as progress:
         for event in export(
             model,
             out,
-            chosen.component,
-            chosen.options,
+            exporter,
             registry,
             fused=fused,
             overwrite=overwrite,

@@ -51,8 +51,8 @@ def command(
     start(registry)
     from mlxlora_core.model.fuse import FuseReport, fuse
 
-    wanted = (adapter, given.get("adapter", {}))
-    for event in fuse(model, adapter_file, save_path, registry, wanted, overwrite):
+    values = given.get("adapter", {})
+    for event in fuse(model, adapter_file, save_path, registry, adapter, values, overwrite):
         if isinstance(event, FuseReport):
             _show(event, save_path, as_json)
         else:

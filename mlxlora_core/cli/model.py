@@ -13,10 +13,9 @@ import click
 from mlxlora_core.cli import show
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
-from mlxlora_core.registry import Registry
-from mlxlora_core.run.recipe import Choice, choose_samplers
+from mlxlora_core.registry import Choice, Registry
+from mlxlora_core.run.recipe import choose_samplers
 from mlxlora_core.run.samplers import TEMPERATURE, names
-from mlxlora_core.run.stages.stage import component_of
 from mlxlora_core.training.settings import BatchConfig, EvaluateConfig, GenerateConfig
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def load_adapted(
 
     model = load_base(folder, registry)
     if adapter_file is not None:
-        adapters.load(adapter_file, model, registry, (adapter, values))
+        adapters.load(adapter_file, model, registry, adapter, values)
     return model
 
 
@@ -97,7 +96,7 @@ def continue_prompt(
         model.language_model,
         model.tokenizer,
         prompt,
-        [(component_of(sampler), sampler.options) for sampler in samplers],
+        [(sampler.component, sampler.options) for sampler in samplers],
         num_tokens=config.num_tokens,
         seed=seed,
         write_every=config.write_every,

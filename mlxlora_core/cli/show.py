@@ -15,10 +15,8 @@ from mlxlora_core.training.events import (
     CheckpointSaved,
     Note,
     Report,
-    SpikeReport,
     TrainEvent,
     TrainingStarted,
-    TrainReport,
     TrainResult,
 )
 
@@ -71,20 +69,7 @@ def plugin(found: Plugin) -> dict[str, object]:
 
 def report(line: Report | CheckpointSaved, steps: int) -> str:
     """One report of training as a line."""
-    place = f"step {line.step:>{len(str(steps))}}/{steps}"
-    if isinstance(line, TrainReport):
-        clipped = f"  {line.clipped} clipped" if line.clipped else ""
-        skipped = f"  {line.skipped} skipped, not finite" if line.skipped else ""
-        return (
-            f"{place}  loss {line.loss:.4f}  lr {line.learning_rate:.2e}  "
-            f"{line.steps_per_second:.2f} steps/s  {line.tokens_per_second:.0f} tokens/s  "
-            f"peak {line.peak_memory_bytes / 1e9:.2f} GB{clipped}{skipped}"
-        )
-    if isinstance(line, SpikeReport):
-        return f"{place}  warning: loss {line.loss:.4f}, the median of the steps before is {line.median:.4f}"
-    if isinstance(line, CheckpointSaved):
-        return f"{place}  saved in {line.seconds:.2f} s"
-    return f"{place}  valid loss {line.loss:.4f}  ({line.tokens} tokens in {line.seconds:.1f} s)"
+    return f"step {line.step:>{len(str(steps))}}/{steps}  {line.words}"
 
 
 @contextmanager

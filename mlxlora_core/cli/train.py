@@ -15,10 +15,11 @@ from mlxlora_core.cli.model import chosen_samplers, continue_prompt, load_base, 
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Component, Registry
+from mlxlora_core.registry import Choice, Registry
 from mlxlora_core.registry.defaults import DEFAULT_ADAPTER
+from mlxlora_core.registry.sections import AdapterConfig
 from mlxlora_core.run.observing import ObserverFailed, event_values, observed
-from mlxlora_core.run.recipe import Choice, check_sections, choose, choose_observers, overrides
+from mlxlora_core.run.recipe import check_sections, choose, choose_observers, overrides
 from mlxlora_core.specs import RunInfo
 from mlxlora_core.training.checkpoints import Start, check_plugins, find, find_for
 from mlxlora_core.training.events import TrainEvent, TrainResult
@@ -109,7 +110,7 @@ def command(
     )
     events = session.start(asked.how, found)
     trained = _follow(
-        observed(events, _observers(asked), _info(adapter_file, model, data, asked), event_values)
+        observed(events, asked.observers, _info(adapter_file, model, data, asked), event_values)
     )
     of_best = f", of step {trained.adapter_step}, the best" if asked.train.patience is not None else ""
     show.progress(f"{adapter_file} written{of_best}")
@@ -128,13 +129,13 @@ class _Asked:
     """What the command line asks for, checked.
 
     Attributes:
-        adapter: the adapter to begin with, with its options.
+        adapter: the adapter to begin with, and where it goes.
         name: the adapter that the user insists on, or None.
         values: the options of it that the user insists on.
     """
 
     how: Start
-    adapter: Choice
+    adapter: tuple[Choice, AdapterConfig]
     name: str | None
     values: dict[str, Any]
     samplers: tuple[Choice, ...]
@@ -177,12 +178,7 @@ def _adapter(asked: _Asked, path: Path | None) -> NewAdapter | AdapterFile:
 
     if path is not None:
         return AdapterFile(path, asked.name, asked.values)
-    assert asked.adapter.component is not None
-    return NewAdapter(asked.adapter.component, asked.adapter.options)
-
-
-def _observers(asked: _Asked) -> list[tuple[Component, Any]]:
-    return [(choice.component, choice.options) for choice in asked.observers if choice.component is not None]
+    return NewAdapter(*asked.adapter)
 
 
 def _info(adapter_file: Path, model: Path, data: Path, asked: _Asked) -> RunInfo:
@@ -190,7 +186,7 @@ def _info(adapter_file: Path, model: Path, data: Path, asked: _Asked) -> RunInfo
     settings = {
         "model": str(model),
         "data": str(data),
-        "adapter": plain(asked.adapter.options),
+        "adapter": {**plain(asked.adapter[0].options), **plain(asked.adapter[1])},
         "train": plain(asked.train),
         "checkpoints": plain(asked.save),
     }

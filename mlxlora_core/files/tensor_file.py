@@ -34,7 +34,8 @@ from mlxlora_core.specs import LazyTensor
 
 FINGERPRINT = "fingerprint"  # the metadata that tells what the tensors of a file are
 
-_TYPES = {
+#: the types that a file can hold, as safetensors calls them
+TYPES = {
     mx.float32: "F32",
     mx.float16: "F16",
     mx.bfloat16: "BF16",
@@ -340,12 +341,12 @@ def _write_safetensors(
     offset = 0
     file.seek(8 + room)
     for name, tensor, data in tensors:
-        if tensor.dtype not in _TYPES:
+        if tensor.dtype not in TYPES:
             raise ModelError(f"{name} is {type_name(tensor.dtype)}, which .safetensors cannot hold")
         file.write(data)
         end = offset + data.nbytes
         entries[name] = {
-            "dtype": _TYPES[tensor.dtype],
+            "dtype": TYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }

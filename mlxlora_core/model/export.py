@@ -6,14 +6,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
 from mlxlora_core import __version__
 from mlxlora_core.errors import UsageError, listing
@@ -23,16 +22,17 @@ from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.convert import DTYPES, cast
 from mlxlora_core.model.events import SpaceNeeded
-from mlxlora_core.model.folder import TOKENIZER, Model, Quantization
-from mlxlora_core.model.linears import dense_weight, linear_shape, linears
+from mlxlora_core.model.folder import TOKENIZER, Model
+from mlxlora_core.model.linears import QuantizedLinear, linear_shape, linears
+from mlxlora_core.model.quantization import QUANTIZATION, QUANTIZED, QUANTIZER, expanded
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Component, Registry
+from mlxlora_core.registry import Choice, Component, Registry
 from mlxlora_core.specs import ExportAdapter, ExportSource, LazyTensor
 
 RECORD = "export.json"
 
 #: what config.json says of quantization, which the tensors of an export are free of
-_QUANTIZED = {"quantizer", "quantization", "quantized"}
+_QUANTIZED = {QUANTIZER, QUANTIZATION, QUANTIZED}
 _UNFINISHED = (".tmp", ".part", ".partial", "~")
 
 
@@ -62,14 +62,14 @@ class Fused:
     """An adapter file to fuse into the model, and what the caller insists on (see ``adapters.load``)."""
 
     path: Path
-    wanted: tuple[str | None, Mapping[str, Any]] = (None, {})
+    name: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 def export(
     folder: Path,
     target: Path,
-    exporter: Component,
-    options: Any,
+    exporter: Choice,
     registry: Registry,
     *,
     fused: Fused | None = None,
@@ -81,8 +81,7 @@ def export(
     Args:
         folder: the base.
         target: folder to make.
-        exporter: who writes it.
-        options: of the exporter.
+        exporter: who writes it, with which options.
         registry: where plugins are looked up.
         fused: the adapter to put into the weights.
         overwrite: whether an export that is there may be replaced.
@@ -103,19 +102,20 @@ def export(
         raise UsageError("the export cannot replace the model", where=target, fix="name another folder")
     durable.check_target(target, overwrite=overwrite, ours=holds_only_an_export)
     model, stored = model_folder.outline(folder, registry)
-    adapted = adapters.load(fused.path, model, registry, fused.wanted) if fused else None
+    adapted = adapters.load(fused.path, model, registry, fused.name, fused.values) if fused else None
     source = _source(model, stored, adapted, fused, told)
     sizes = {name: math.prod(tensor.shape) for name, tensor in source.tensors.items()}
     need = sum(size * getattr(mx, source.tensors[name].dtype).size for name, size in sizes.items())
     yield SpaceNeeded(require_disk(need, target))
     with durable.new_folder(target, overwrite=overwrite, ours=holds_only_an_export) as new:
-        given = exporter.spec.export(source, new, options)
+        component = exporter.component
+        given = component.spec.export(source, new, exporter.options)
         if given is not None:
-            raise exporter.breach("export", type(given).__name__, "None")
-        files = _left(new, exporter)
-        durable.write_json(new / RECORD, _record(exporter, options, model, adapted, files))
-    name = adapted.component.id if adapted else ""
-    yield ExportReport(str(target), exporter.id, len(sizes), sum(sizes.values()), name, files)
+            raise component.breach("export", type(given).__name__, "None")
+        files = _left(new, component)
+        durable.write_json(new / RECORD, _record(exporter, model, adapted, files))
+    name = adapted.choice.component.id if adapted else ""
+    yield ExportReport(str(target), component.id, len(sizes), sum(sizes.values()), name, files)
 
 
 def holds_only_an_export(folder: Path) -> bool:
@@ -171,8 +171,8 @@ def _adapter(model: Model, adapted: adapters.Adapted, path: Path) -> ExportAdapt
         for name, tensor in adapters.trainable(model.module).items()
     }
     return ExportAdapter(
-        name=adapted.component.id,
-        options=plain(adapted.options),
+        name=adapted.choice.component.id,
+        options=plain(adapted.choice.options),
         paths=adapted.paths,
         tensors=tensors,
         metadata={key: value for key, value in metadata.items() if key == adapters.METADATA},
@@ -201,7 +201,7 @@ def _dense(
         if weight in tensors:
             continue
         parts = {n: stored[f"{path}.{n}"] for n in linear if n != "bias" and f"{path}.{n}" in stored}
-        tensors[weight] = _weight(weight, linear, parts, model, adapted, wrapped.get(path))
+        tensors[weight] = _weight(weight, linear, parts, model.folder, adapted, wrapped.get(path))
     return tensors
 
 
@@ -209,45 +209,30 @@ def _weight(
     name: str,
     linear: nn.Module,
     parts: Mapping[str, LazyTensor],
-    model: Model,
+    folder: Path,
     adapted: adapters.Adapted | None,
     wrapped: nn.Module | None,
 ) -> LazyTensor:
     """The dense weight of one linear, the adapter in it if it is ``wrapped``, in the type that is stored."""
     if parts.keys() == {"weight"} and wrapped is None:
         return parts["weight"]
-    dtype = next(part.dtype for part in parts.values() if part.dtype in DTYPES)
+    dtype = next((part.dtype for part in parts.values() if part.dtype in DTYPES), "float32")
 
     def read() -> mx.array:
-        weight = _expanded(linear, parts, model.quantization)
+        weight = _expanded(linear, parts)
         if adapted is not None and wrapped is not None:
-            weight = fused_weight(adapted.component, wrapped, weight.astype(mx.float32))
-        return cast(name, weight, DTYPES[dtype], model.folder)
+            weight = adapters.fused_weight(adapted.choice.component, wrapped, weight.astype(mx.float32))
+        return cast(name, weight, DTYPES[dtype], folder)
 
     return LazyTensor(tuple(linear_shape(linear)), dtype, read)
 
 
-def fused_weight(component: Component, wrapped: nn.Module, weight: mx.array) -> mx.array:
-    """The weight (outputs, inputs), float32, of a linear with an adapter in it.
-
-    Raises:
-        PluginError: the adapter gives something else.
-    """
-    given = component.checked("fuse", component.spec.fuse(wrapped, weight), mx.array)
-    if given.shape != weight.shape:
-        raise component.breach("fuse", f"shape {given.shape}", f"{weight.shape}")
-    return given
-
-
-def _expanded(
-    linear: nn.Module, parts: Mapping[str, LazyTensor], quantization: Quantization | None
-) -> mx.array:
-    """The dense weight (outputs, inputs) that is stored in parts."""
-    if parts.keys() == {"weight"} or quantization is None:
-        return parts["weight"].read()
-    packed = quantization.quantizer.spec.restore(linear_shape(linear), False, quantization.options)
-    packed.update(tree_unflatten([(name, part.read()) for name, part in parts.items()]))
-    return dense_weight(packed)
+def _expanded(linear: nn.Module, parts: Mapping[str, LazyTensor]) -> mx.array:
+    """The dense weight that is stored in parts, in the shape of ``linear_shape``."""
+    read = {name: part.read() for name, part in parts.items()}
+    if isinstance(linear, QuantizedLinear):
+        return expanded(read, linear.quantization, linear.shape)
+    return read["weight"]
 
 
 # --- what the exporter leaves -------------------------------------------------
@@ -290,19 +275,15 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _record(
-    exporter: Component,
-    options: Any,
-    model: Model,
-    adapted: adapters.Adapted | None,
-    files: Mapping[str, int],
+    exporter: Choice, model: Model, adapted: adapters.Adapted | None, files: Mapping[str, int]
 ) -> dict[str, Any]:
     """What export.json says: what was exported, by whom, and which files are its own."""
-    plugin = exporter.plugin
+    plugin = exporter.component.plugin
     return {
-        "exporter": exporter.id,
-        "options": plain(options),
+        "exporter": exporter.component.id,
+        "options": plain(exporter.options),
         "model": model.fingerprint,
-        "adapter": adapted.component.id if adapted else None,
+        "adapter": adapted.choice.component.id if adapted else None,
         "versions": {"mlxlora": __version__, plugin.distribution: plugin.version},
         "files": dict(files),
     }

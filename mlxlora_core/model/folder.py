@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,24 +13,23 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlxlora_core.errors import ModelError, SafetyError, UsageError, listing
+from mlxlora_core.errors import ModelError, SafetyError, listing
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.files.input_file import read_json
 from mlxlora_core.machine.device import compute_dtype
 from mlxlora_core.machine.memory import free_memory_bytes, require_memory
 from mlxlora_core.model.linears import (
+    StackedLinear,
     StoredEmbedding,
     StoredLinear,
-    linear_shape,
-    linears,
+    StoredStackedLinear,
     parameters,
     replace,
 )
+from mlxlora_core.model.quantization import read_quantization, restore
 from mlxlora_core.model.tokenizer import Tokenizer
 from mlxlora_core.model.weights import WEIGHTS, lazy_weights, read_weights, weight_files
-from mlxlora_core.options import parse
-from mlxlora_core.registry import Component, Registry
-from mlxlora_core.registry.defaults import DEFAULT_QUANTIZER
+from mlxlora_core.registry import Choice, Component, Registry
 from mlxlora_core.specs import LanguageModel, LazyTensor
 
 CONFIG = "config.json"
@@ -48,14 +47,6 @@ _CODE_KEYS = ("auto_map", "model_file")
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """How the linears of a model were quantized."""
-
-    quantizer: Component
-    options: Any
-
-
-@dataclass(frozen=True)
 class Model:
     """A model read from its folder.
 
@@ -65,6 +56,7 @@ class Model:
         tokenizer: of the model.
         config: config.json.
         quantization: how linears were quantized, or None.
+        architecture: who built it.
         fingerprint: of config, tensors and tokenizer, the same for the same base in any format.
         note: how the weights are held, where that makes it slower; else nothing.
     """
@@ -73,7 +65,8 @@ class Model:
     language_model: LanguageModel
     tokenizer: Tokenizer
     config: Mapping[str, Any]
-    quantization: Quantization | None
+    quantization: Choice | None
+    architecture: Component
     fingerprint: str
     note: str
 
@@ -119,7 +112,8 @@ def outline(folder: Path, registry: Registry) -> tuple[Model, dict[str, LazyTens
     """
     config = read_config(folder)
     tensors, fingerprint = lazy_weights(folder)
-    model = _assembled(folder, registry, config, tensors, fingerprint, "")
+    empty = {name: mx.zeros(t.shape, getattr(mx, t.dtype)) for name, t in tensors.items()}  # never computed
+    model = _assembled(folder, registry, config, empty, fingerprint, "")
     _check_fit(model.module, tensors, folder)
     model.module.freeze()
     model.module.eval()
@@ -130,7 +124,7 @@ def _assembled(
     folder: Path,
     registry: Registry,
     config: Mapping[str, Any],
-    tensors: Collection[str],
+    tensors: Mapping[str, mx.array],
     fingerprint: str,
     note: str,
 ) -> Model:
@@ -140,12 +134,20 @@ def _assembled(
     language_model: Any = architecture.checked("build", architecture.spec.build(args), nn.Module)
     quantization = read_quantization(config, registry, folder / CONFIG)
     if quantization is not None:
-        _restore_quantized(language_model, tensors, quantization)
+        restore(language_model, tensors, config, quantization, folder / CONFIG)
     tokenizer = Tokenizer(folder / TOKENIZER)
     check_vocabulary(tokenizer, language_model.vocab_size)
     parts = json.dumps([config, fingerprint, tokenizer.fingerprint], sort_keys=True)
-    identity = hashlib.sha256(parts.encode()).hexdigest()
-    return Model(folder, language_model, tokenizer, config, quantization, identity, note)
+    return Model(
+        folder,
+        language_model,
+        tokenizer,
+        config,
+        quantization,
+        architecture,
+        hashlib.sha256(parts.encode()).hexdigest(),
+        note,
+    )
 
 
 def holds_only_a_model(folder: Path) -> bool:
@@ -241,27 +243,6 @@ def _refuse_code(config: Mapping[str, Any], architecture: Component, where: Path
         )
 
 
-def read_quantization(config: Mapping[str, Any], registry: Registry, where: Path) -> Quantization | None:
-    """How a config says that linears are quantized, or None.
-
-    Raises:
-        PluginError: no such quantizer.
-        ModelError: options that it does not have.
-    """
-    stated = config.get("quantization")
-    if stated is None:
-        return None
-    name = config.get("quantizer", DEFAULT_QUANTIZER)
-    if not isinstance(stated, dict) or not isinstance(name, str):
-        raise ModelError(f"quantization is {stated!r} by {name!r}, wanted a table and a name", where=where)
-    quantizer = registry.find("quantizer", name)
-    owner = f"quantizer '{quantizer.spec.name}'"
-    try:
-        return Quantization(quantizer, parse(quantizer.spec.options, stated, owner=owner))
-    except UsageError as fault:
-        raise ModelError(fault.what, where=where) from fault
-
-
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Refuse a tokenizer of another vocabulary.
 
@@ -279,22 +260,6 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 def _computed(stored: mx.Dtype) -> mx.Dtype:
     """The type in which a stored tensor is held in memory."""
     return compute_dtype(stored) if mx.issubdtype(stored, mx.floating) else stored
-
-
-def _restore_quantized(module: nn.Module, tensors: Iterable[str], quantization: Quantization) -> None:
-    """Make an empty quantized linear wherever the file has more than a weight and a bias."""
-    packed = {
-        name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] not in ("weight", "bias")
-    }
-    restore = quantization.quantizer.spec.restore
-    replace(
-        module,
-        {
-            path: restore(linear_shape(linear), "bias" in linear, quantization.options)
-            for path, linear in linears(module)
-            if path in packed
-        },
-    )
 
 
 def _too_large_to_expand(tensors: Mapping[str, mx.array]) -> str:
@@ -320,7 +285,11 @@ def _too_large_to_expand(tensors: Mapping[str, mx.array]) -> str:
 
 def _keep_stored(module: nn.Module) -> None:
     """Let dense linears and embeddings keep their weights as they are stored, and expand them on use."""
-    kinds: dict[type, Any] = {nn.Linear: StoredLinear, nn.Embedding: StoredEmbedding}
+    kinds: dict[type, Any] = {
+        nn.Linear: StoredLinear,
+        nn.Embedding: StoredEmbedding,
+        StackedLinear: StoredStackedLinear,
+    }
     found = module.named_modules()
     replace(module, {path: kinds[type(child)](child) for path, child in found if type(child) in kinds})
 
@@ -355,6 +324,6 @@ def _fill(module: nn.Module, tensors: dict[str, mx.array], folder: Path) -> None
 
 def _prepared(owner: nn.Module | None, part: str, tensor: mx.array) -> mx.array:
     """A parameter of ``owner``, in the type to compute with."""
-    if part == "weight" and isinstance(owner, (StoredLinear, StoredEmbedding)):
+    if part == "weight" and isinstance(owner, (StoredLinear, StoredStackedLinear, StoredEmbedding)):
         return tensor
     return tensor.astype(_computed(tensor.dtype))

@@ -13,10 +13,12 @@ import pluggy
 
 from mlxlora_core import hookspecs, specs
 from mlxlora_core.errors import PluginError, listing, nearest, one_line
-from mlxlora_core.options import NoOptions, check_declaration, explain
+from mlxlora_core.options import check_declaration, explain
 from mlxlora_core.registry.plugin import KINDS, Component
+from mlxlora_core.registry.sections import config_of
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+_PART = re.compile(r"(?!bias$)[A-Za-z][A-Za-z0-9_]*")
 
 #: what a recipe writes beside the options of a component
 _RESERVED = {"use", "options"}
@@ -30,8 +32,12 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "rename": ("name",),
         "build": ("args",),
     },
-    "adapter": {"wrap": ("linear", "options"), "fuse": ("module", "weight")},
-    "quantizer": {"quantize": ("linear", "options"), "restore": ("shape", "bias", "options")},
+    "adapter": {"wrap": ("linear", "place", "options"), "fuse": ("module", "weight")},
+    "quantizer": {
+        "quantize": ("weight", "options"),
+        "dequantize": ("parts", "options"),
+        "matmul": ("x", "parts", "options"),
+    },
     "builder": {"build": ("options",), "inputs": ("options",)},
     "sampler": {"build": ("options",)},
     "exporter": {"export": ("source", "target", "options")},
@@ -111,12 +117,20 @@ def _check(kind: str, spec: Any) -> None:
         fault = _field_fault(str(member.type), arguments, getattr(spec, member.name))
         if fault:
             raise PluginError(f"{hook}: {member.name} of '{spec.name}' {fault}")
-    base: Any = wanted.options
-    if base is not NoOptions and not issubclass(spec.options, base):
-        raise PluginError(f"{hook}: options of '{spec.name}' must inherit {base.__name__}")
-    taken = sorted(_RESERVED & {option.name for option in explain(spec.options)})
+    reserved = _RESERVED | {option.name for option in explain(config_of(kind))}
+    taken = sorted(reserved & {option.name for option in explain(spec.options)})
     if taken:
         raise PluginError(f"{hook}: '{spec.name}' cannot have an option '{taken[0]}', recipes use that word")
+    if isinstance(spec, specs.Quantizer) and not _are_parts(spec.parts):
+        raise PluginError(
+            f"{hook}: parts of '{spec.name}' are {spec.parts}, wanted different names without a dot, "
+            "and none of them 'bias'"
+        )
+
+
+def _are_parts(names: tuple[str, ...]) -> bool:
+    """Whether names can be those of tensors beside the bias of a linear."""
+    return bool(names) and len(set(names)) == len(names) and all(map(_PART.fullmatch, names))
 
 
 def _field_fault(annotation: str, arguments: Sequence[str] | None, value: Any) -> str:

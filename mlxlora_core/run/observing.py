@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from mlxlora_core.errors import MlxloraError
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Component
+from mlxlora_core.registry import Choice, Component
 from mlxlora_core.registry.checks import other_arguments, reason_of
 from mlxlora_core.specs import RunInfo, Watcher
 from mlxlora_core.training.events import SpikeReport, TrainReport, ValidReport, report_line
@@ -36,7 +36,7 @@ class ObserverFailed:
 
 def observed(
     events: Iterable[T],
-    observers: Sequence[tuple[Component, Any]],
+    observers: Sequence[Choice],
     info: RunInfo,
     values: Callable[[T], Mapping[str, Any] | None],
 ) -> Iterator[T | ObserverFailed]:
@@ -44,7 +44,7 @@ def observed(
 
     Args:
         events: of a run, or of a training.
-        observers: (component, its options) of each.
+        observers: each with its options.
         info: what each is started with.
         values: an event in plain values with a ``kind``, or None for one that is not told.
 
@@ -82,11 +82,12 @@ class _Watchers:
     def __init__(self) -> None:
         self._active: dict[str, Watcher] = {}
 
-    def start(self, observers: Iterable[tuple[Component, Any]], info: RunInfo) -> Iterator[ObserverFailed]:
-        for component, options in observers:
+    def start(self, observers: Iterable[Choice], info: RunInfo) -> Iterator[ObserverFailed]:
+        for choice in observers:
+            component = choice.component
             try:
                 with redirect_stdout(sys.stderr):
-                    watcher = component.spec.start(copy.deepcopy(info), options)
+                    watcher = component.spec.start(copy.deepcopy(info), choice.options)
                 self._active[component.id] = _checked(component, watcher)
             except (KeyboardInterrupt, Interrupted):
                 raise

@@ -25,7 +25,6 @@ from mlxlora_core.run.plan import fingerprints
 from mlxlora_core.run.recipe import Recipe
 from mlxlora_core.run.report import write_report
 from mlxlora_core.run.stages import STAGES
-from mlxlora_core.run.stages.stage import component_of
 from mlxlora_core.specs import RunInfo
 
 
@@ -49,9 +48,8 @@ def run(
     folder.begin(_facts(recipe, registry, runtimes) | {"inputs": marks}, tomli_w.dumps(recipe.values()))
     yield RunStarted(tuple(runtimes))
     context = Context(recipe, registry, folder, runtimes, resume_command)
-    observers = [(component_of(choice), choice.options) for choice in recipe.observe]
     info = RunInfo(folder.path, recipe.name, recipe.values())
-    yield from observed(_do_all(context, marks), observers, info, event_values)
+    yield from observed(_do_all(context, marks), recipe.observe, info, event_values)
 
 
 def _do_all(context: Context, marks: Mapping[str, str]) -> Iterator[Event]:

@@ -154,7 +154,7 @@ class CheckpointFolder:
         if changed:
             raise PluginError(
                 f"the base has changed in training, which an adapter must not do: {listing(changed)}",
-                where=f"plugin {self._adapted.component.plugin}",
+                where=f"plugin {self._adapted.choice.component.plugin}",
             )
         tensors = self._training.optimizer_tensors()
         floating = {n: t for n, t in tensors.items() if mx.issubdtype(t.dtype, mx.floating)}

@@ -20,7 +20,8 @@ from mlxlora_core.machine import signals
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapters import Adapted
 from mlxlora_core.model.folder import Model
-from mlxlora_core.registry import Component, Registry
+from mlxlora_core.registry import Choice, Registry
+from mlxlora_core.registry.sections import AdapterConfig
 from mlxlora_core.training.checkpoints import Found, Start
 from mlxlora_core.training.events import (
     CheckpointSaved,
@@ -38,7 +39,7 @@ from mlxlora_core.training.identity import identify
 from mlxlora_core.training.loop import Training
 from mlxlora_core.training.memory import training_memory
 from mlxlora_core.training.saving import CheckpointFolder
-from mlxlora_core.training.settings import SaveConfig, TrainConfig
+from mlxlora_core.training.settings import BatchConfig, SaveConfig, TrainConfig
 
 LONG_ROW_TOKENS = 2048  # a row longer than that is told
 
@@ -51,12 +52,12 @@ class NewAdapter:
     """Train an adapter from its initial values.
 
     Attributes:
-        component: which adapter.
-        options: with which options.
+        choice: which adapter, with which options.
+        config: where it goes.
     """
 
-    component: Component
-    options: Any
+    choice: Choice
+    config: AdapterConfig = field(default_factory=AdapterConfig)
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,12 @@ class AdapterFile:
     Attributes:
         path: an adapter file.
         name: the adapter that the caller insists on, or None.
-        options: the values that the caller insists on.
+        values: options, and keys of :class:`AdapterConfig`, that the caller insists on.
     """
 
     path: Path
     name: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Outputs:
 
 def open_training(
     model: Model,
-    adapter: NewAdapter | AdapterFile,
+    adapter: NewAdapter | AdapterFile | Adapted,
     rows: Mapping[str, Source],
     config: TrainConfig,
     registry: Registry,
@@ -108,7 +109,7 @@ def open_training(
 
     Args:
         model: the base; it is changed in place.
-        adapter: to train.
+        adapter: to train; one that is on the model already goes on from its values.
         rows: ``train`` and, where there is something to validate on, ``valid``.
         config: how to train.
         registry: where plugins are looked up.
@@ -125,7 +126,7 @@ def open_training(
     outputs = outputs or Outputs()
     if outputs.adapter_file is not None:
         check_adapter_file(outputs.adapter_file)
-    splits = {name: _read(name, source, model, config) for name, source in rows.items()}
+    splits = {name: examples_of(name, source, model, config) for name, source in rows.items()}
     adapted = _put_on(model, adapter, registry, seed)
     valid = splits["valid"].examples if "valid" in splits else ()
     training = Training(model.language_model, splits["train"].examples, valid, config, seed)
@@ -135,6 +136,32 @@ def open_training(
         identity = identify(model, adapted, training, examples, registry, runtimes)
         folder = CheckpointFolder(outputs.checkpoints, training, model, adapted, identity)
     return TrainingSession(model, adapted, splits, training, outputs, folder)
+
+
+def examples_of(split: str, source: Source, model: Model, config: BatchConfig) -> Examples:
+    """The examples of a split.
+
+    Args:
+        split: its name.
+        source: where its rows come from.
+        model: whose tokenizer and context they are for.
+        config: how they are read.
+
+    Raises:
+        DataError: rows that are not there, or that cannot be used.
+    """
+    if isinstance(source, Examples):
+        return source
+    limit = model.sequence_limit(config.max_seq_length)
+    if not isinstance(source, Path):
+        return examples_in_memory(
+            source, split, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt
+        )
+    if not source.is_file():
+        raise DataError(
+            f"training needs {source.name}", where=source, fix="make the folder with: mlxlora data"
+        )
+    return read_examples(source, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt)
 
 
 def check_adapter_file(path: Path) -> None:
@@ -308,27 +335,15 @@ class TrainingSession:
         )
 
 
-def _put_on(model: Model, adapter: NewAdapter | AdapterFile, registry: Registry, seed: int) -> Adapted:
+def _put_on(
+    model: Model, adapter: NewAdapter | AdapterFile | Adapted, registry: Registry, seed: int
+) -> Adapted:
     """Put the adapter on the base."""
+    if isinstance(adapter, Adapted):
+        return adapter
     if isinstance(adapter, AdapterFile):
-        return adapters.load(adapter.path, model, registry, (adapter.name, adapter.options))
-    return adapters.attach(model, adapter.component, adapter.options, seed)
-
-
-def _read(split: str, source: Source, model: Model, config: TrainConfig) -> Examples:
-    """The examples of a split."""
-    if isinstance(source, Examples):
-        return source
-    limit = model.sequence_limit(config.max_seq_length)
-    if not isinstance(source, Path):
-        return examples_in_memory(
-            source, split, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt
-        )
-    if not source.is_file():
-        raise DataError(
-            f"training needs {source.name}", where=source, fix="make the folder with: mlxlora data"
-        )
-    return read_examples(source, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt)
+        return adapters.load(adapter.path, model, registry, adapter.name, adapter.values)
+    return adapters.attach(model, adapter.choice, adapter.config, seed)
 
 
 def _words_on_rows(split: str, rows: Examples) -> Iterator[Note]:

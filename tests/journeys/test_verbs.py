@@ -357,6 +357,44 @@ def test_a_stage_whose_output_is_gone_is_done_again(mlxlora: Command, recipe: Pa
     assert mlxlora("run", recipe).code == 0
 
 
+def test_what_core_decides_is_set_and_explained_as_an_option_is(
+    mlxlora: Command, tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    shown = mlxlora("options", "adapter", "lora").out
+    assert [
+        line.split()[0] for line in shown.splitlines() if line.startswith(("rank", "targets", "layers"))
+    ] == [
+        "rank",
+        "targets",
+        "layers",
+    ]
+    assert "In the section of every adapter, beside use:" in shown
+    records = json.loads(mlxlora("options", "builder", "jsonl", "--json").out)
+    assert {r["name"]: r["section"] for r in records} == {
+        "path": False,
+        "files": False,
+        "test_set_size": True,
+        "split_seed": True,
+        "write_batch_size": True,
+    }
+    assert "beside use" not in mlxlora("options", "sampler", "top-k").out
+
+    sets = ("--set", "test_set_size=0.5", "--set", "data.split_seed=3")
+    path = ("--set", f"path={tiny_data / 'train.jsonl'}")
+    done = mlxlora("data", "--builder", "jsonl", "--out", tmp_path / "rows", *path, *sets, "--json")
+    record = json.loads(done.out)
+    assert record["split"] == {"test_set_size": 0.5, "split_seed": 3, "write_batch_size": 1000}
+    assert sum(record["rows"].values()) == pytest.approx(2 * record["rows"]["train"], abs=1)
+
+    flags = ("-q", "--q-group-size", 32, "--set", "quantize.head=true")
+    done = mlxlora("convert", "--torch-path", tiny_checkpoint, "--mlx-path", tmp_path / "model", *flags)
+    assert done.code == 0, done.err
+    assert "output" in json.loads((tmp_path / "model" / "config.json").read_text())["quantized"]
+    refused = mlxlora("convert", "--torch-path", tiny_checkpoint, "-q", "--set", "quantize.haed=true")
+    assert refused.code == 2
+    assert "no option 'haed' (did you mean 'head'? it has group_size, bits, head)" in refused.error
+
+
 # --- export and observers -----------------------------------------------------
 
 BROKEN = """

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import mlxlora_example
 import numpy as np
 
+from mlxlora_core.api import NoOptions, Place
 from mlxlora_core.testing.adapter import AdapterSuite
 from mlxlora_core.testing.dataset_builder import DatasetBuilderSuite
 from mlxlora_core.testing.sampler import SamplerSuite
@@ -52,7 +53,7 @@ class TestScaling(AdapterSuite):
 
     def test_one_factor_for_each_input(self) -> None:
         """As many parameters as inputs, and each scales its own input."""
-        module = self.spec.wrap(nn.Linear(3, 2, bias=False), mlxlora_example.ScalingOptions())
+        module = self.spec.wrap(nn.Linear(3, 2, bias=False), Place("layers.0.w", 0, (2, 3)), NoOptions())
         assert module.scale.shape == (3,)
         module.scale = mx.array([0.0, 1.0, -1.0])
         x = mx.array([[1.0, 1.0, 1.0]])

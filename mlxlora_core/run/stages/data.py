@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlxlora_core.run.events import Event, StageDone
 from mlxlora_core.run.folder import DATA, files
 from mlxlora_core.run.recipe import Recipe
-from mlxlora_core.run.stages.stage import Stage, component_of, identity_of
+from mlxlora_core.run.stages.stage import Stage, identity_of
 from mlxlora_core.training.dataset import build_dataset
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class DataStage(Stage):
 
     def inputs(self, recipe: Recipe) -> Mapping[str, Any]:
         """The builder, and what it says that it reads."""
-        sources = component_of(recipe.data).spec.inputs(recipe.data.options)
-        return {"builder": identity_of(recipe.data), "sources": dict(sources)}
+        sources = recipe.data.component.spec.inputs(recipe.data.options)
+        return {"builder": identity_of(recipe.data, recipe.data_config), "sources": dict(sources)}
 
     def outputs(self, folder: Path) -> list[str]:
         """The dataset folder."""
@@ -35,8 +35,8 @@ class DataStage(Stage):
 
     def work(self, context: Context) -> Iterator[Event]:
         """Build the dataset folder."""
-        data = context.recipe.data
-        record = build_dataset(component_of(data), data.options, context.path / DATA, overwrite=True)
+        recipe = context.recipe
+        record = build_dataset(recipe.data, recipe.data_config, context.path / DATA, overwrite=True)
         yield StageDone(self.name, {key: record[key] for key in _KEPT})
 
     def words(self, result: Mapping[str, Any]) -> list[str]:

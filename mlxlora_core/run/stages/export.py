@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlxlora_core.run.events import Event, StageDone
 from mlxlora_core.run.folder import ADAPTER, EXPORT, MODEL
 from mlxlora_core.run.recipe import Recipe
-from mlxlora_core.run.stages.stage import Stage, component_of, identity_of
+from mlxlora_core.run.stages.stage import Stage, identity_of
 from mlxlora_core.training.events import Note
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class ExportStage(Stage):
 
     def wanted(self, recipe: Recipe) -> bool:
         """Whether a recipe names an exporter."""
-        return recipe.export.component is not None
+        return recipe.export is not None
 
     def inputs(self, recipe: Recipe) -> Mapping[str, Any]:
         """The exporter."""
@@ -41,11 +41,11 @@ class ExportStage(Stage):
         from mlxlora_core.model.export import ExportReport, Fused, export
 
         recipe, path = context.recipe, context.path
+        assert recipe.export is not None, "else this stage is not wanted"
         events = export(
             recipe.model.mlx_path or path / MODEL,
             path / EXPORT,
-            component_of(recipe.export),
-            recipe.export.options,
+            recipe.export,
             context.registry,
             fused=Fused(path / ADAPTER),
             overwrite=True,

@@ -11,7 +11,7 @@ from mlxlora_core.run.events import Event, StageDone
 from mlxlora_core.run.folder import DATA
 from mlxlora_core.run.grading import Expected, find_expected, grade
 from mlxlora_core.run.recipe import Recipe
-from mlxlora_core.run.stages.stage import Stage, component_of, identity_of
+from mlxlora_core.run.stages.stage import Stage, identity_of
 
 if TYPE_CHECKING:
     from mlxlora_core.model.folder import Model
@@ -73,7 +73,7 @@ def _graded(model: Model, prompt: str, recipe: Recipe, expected: Expected | None
             model.language_model,
             model.tokenizer,
             prompt,
-            [(component_of(sampler), sampler.options) for sampler in recipe.sampler],
+            [(sampler.component, sampler.options) for sampler in recipe.sampler],
             num_tokens=recipe.generate.num_tokens,
             seed=recipe.run.seed,
         )

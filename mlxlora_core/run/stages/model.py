@@ -28,7 +28,7 @@ class ModelStage(Stage):
         return {
             "model": plain(recipe.model),
             "files": stats(source, files(source)),
-            "parts": [identity_of(recipe.loader), identity_of(recipe.quantize)],
+            "parts": [identity_of(recipe.loader), identity_of(recipe.quantize, recipe.quantize_config)],
         }
 
     def outputs(self, folder: Path) -> list[str]:
@@ -52,19 +52,19 @@ def _convert(source: Path, context: Context) -> dict[str, Any]:
     """Convert a foreign model into the run folder; what there is to say of it."""
     from mlxlora_core.model.convert import convert
     from mlxlora_core.model.events import result_of
-    from mlxlora_core.model.folder import Quantization
 
     recipe = context.recipe
-    loader, quantize = recipe.loader, recipe.quantize
+    loader = recipe.loader
     events = convert(
         source,
         context.path / MODEL,
         context.registry,
-        loader=loader.component.id if loader.component else None,
-        loader_options=loader.options,
+        loader=loader.component.id if loader else None,
+        loader_options=loader.options if loader else None,
         dtype=recipe.model.dtype,
         file_format=recipe.model.format,
-        quantization=Quantization(quantize.component, quantize.options) if quantize.component else None,
+        quantization=recipe.quantize,
+        quantize_config=recipe.quantize_config,
         overwrite=True,
     )
     return result_of(events).values()

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Component
+from mlxlora_core.registry import Choice
 from mlxlora_core.run.events import Event
-from mlxlora_core.run.recipe import Choice, Recipe
+from mlxlora_core.run.recipe import Recipe
 
 if TYPE_CHECKING:
     from mlxlora_core.run.context import Context
@@ -54,14 +54,12 @@ class Stage(ABC):
         return []
 
 
-def component_of(choice: Choice) -> Component:
-    """The component of a part that a run cannot do without."""
-    assert choice.component is not None, "the recipe reader fills this part in"
-    return choice.component
+def identity_of(choice: Choice | None, config: Any = None) -> list[Any] | None:
+    """A component, the version of its plugin, its options, and what its section holds beside them.
 
-
-def identity_of(choice: Choice) -> list[Any] | None:
-    """A component, the version of its plugin, and its options; None for a part that is left out."""
-    if choice.component is None:
+    None for a part that is left out.
+    """
+    if choice is None:
         return None
-    return [choice.component.id, choice.component.plugin.version, plain(choice.options)]
+    component = choice.component
+    return [component.id, component.plugin.version, plain(choice.options), plain(config)]

@@ -12,7 +12,7 @@ from mlxlora_core.run.events import Event, StageDone
 from mlxlora_core.run.folder import ADAPTER, CHECKPOINTS, METRICS
 from mlxlora_core.run.recipe import Recipe
 from mlxlora_core.run.report import length_counts
-from mlxlora_core.run.stages.stage import Stage, component_of, identity_of
+from mlxlora_core.run.stages.stage import Stage, identity_of
 from mlxlora_core.training.checkpoints import Start
 from mlxlora_core.training.events import TrainResult
 
@@ -30,7 +30,7 @@ class TrainStage(Stage):
         """The adapter, and how it is trained; when it is saved does not matter."""
         return {
             "train": plain(recipe.train),
-            "adapter": identity_of(recipe.adapter),
+            "adapter": identity_of(recipe.adapter, recipe.adapter_config),
             "seed": recipe.run.seed,
         }
 
@@ -46,7 +46,7 @@ class TrainStage(Stage):
         model = yield from context.load_base()
         session = open_training(
             model,
-            NewAdapter(component_of(recipe.adapter), recipe.adapter.options),
+            NewAdapter(recipe.adapter, recipe.adapter_config),
             {split: context.rows(split, model) for split in ("train", "valid") if context.has_rows(split)},
             recipe.train,
             context.registry,

@@ -18,10 +18,9 @@ from mlxlora_core.files import tensor_file
 from mlxlora_core.model import folder as folders
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
-from mlxlora_core.model.folder import Quantization
 from mlxlora_core.model.linears import dense_weight, linears
 from mlxlora_core.model.weights import WEIGHTS
-from mlxlora_core.registry import Component, Registry
+from mlxlora_core.registry import Choice, Component, Registry
 from mlxlora_core.specs import ForeignModel, LazyTensor, WeightLoader
 
 MakeCheckpoint = Callable[..., Path]
@@ -41,9 +40,9 @@ def change(checkpoint: Path, **tensors: torch.Tensor | None) -> Path:
     return checkpoint
 
 
-def affine(registry: Registry, **options: Any) -> Quantization:
+def affine(registry: Registry, **options: Any) -> Choice:
     component = registry.find("quantizer", "affine")
-    return Quantization(component, component.spec.options(**options))
+    return Choice(component, component.spec.options(**options))
 
 
 def weights(folder: Path) -> dict[str, mx.array]:
@@ -129,6 +128,9 @@ def test_config_holds_what_the_model_is_and_nothing_else(
     packed = json.loads((model_folder(bits=4) / "config.json").read_text())
     assert packed.pop("quantization") == {"group_size": 32, "bits": 4}
     assert packed.pop("quantizer") == "affine:affine"
+    assert packed.pop("quantized") == {
+        path.removesuffix(".scales"): {} for path in weights(model_folder(bits=4)) if path.endswith(".scales")
+    }
     assert packed == config
 
 

@@ -15,6 +15,7 @@ from mlxlora_core.model.folder import Model
 from mlxlora_core.model.generate import Segment, decode, generate, whole
 from mlxlora_core.model.tokenizer import Tokenizer
 from mlxlora_core.registry import Component, Plugin, Registry
+from mlxlora_core.registry.sections import configure
 from mlxlora_core.specs import Sampler
 
 PROMPT = "Q: what scales the weights?\nA:"
@@ -273,7 +274,7 @@ def test_dropout_is_off_in_a_model_that_is_being_trained(model: Model, registry:
 
     other = folders.load(model.folder, registry)
     lora = registry.find("adapter", "lora")
-    adapters.attach(other, lora, lora.spec.options(rank=4, dropout=0.9), 0)
+    adapters.attach(other, *configure(lora, {"rank": 4, "dropout": 0.9}), 0)
     other.module.load_weights(
         [(n, mx.ones(t.shape)) for n, t in adapters.trainable(other.module).items()], strict=False
     )

@@ -11,7 +11,7 @@ import pytest
 
 from mlxlora_core.errors import DivergedError, UsageError
 from mlxlora_core.machine.signals import Interrupted
-from mlxlora_core.registry import Component, Plugin
+from mlxlora_core.registry import Choice, Component, Plugin
 from mlxlora_core.run.events import StageDone, StageStarted
 from mlxlora_core.run.observing import ObserverFailed, event_values, observed
 from mlxlora_core.specs import NoOptions, Observer, RunInfo
@@ -41,11 +41,11 @@ class Recorder:
             raise fault
 
 
-def observer(name: str, start: Any) -> tuple[Component, Any]:
-    return Component("observer", Observer(name=name, summary="s", start=start), OWNER), NoOptions()
+def observer(name: str, start: Any) -> Choice:
+    return Choice(Component("observer", Observer(name=name, summary="s", start=start), OWNER), NoOptions())
 
 
-def watching(name: str, watcher: Any) -> tuple[Component, Any]:
+def watching(name: str, watcher: Any) -> Choice:
     return observer(name, lambda run, options: watcher)
 
 
@@ -54,9 +54,7 @@ def values(event: int) -> Mapping[str, Any] | None:
     return {"kind": "number", "of": [event]} if event % 2 else None
 
 
-def run(
-    *observers: tuple[Component, Any], fault: BaseException | None = None, count: int = 5
-) -> Iterator[Any]:
+def run(*observers: Choice, fault: BaseException | None = None, count: int = 5) -> Iterator[Any]:
     def events() -> Iterator[int]:
         yield from range(count)
         if fault is not None:

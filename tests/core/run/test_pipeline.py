@@ -17,7 +17,8 @@ from mlxlora_core.run.context import Context
 from mlxlora_core.run.events import Event, RunStarted, StageDone, StageStarted
 from mlxlora_core.run.folder import RunFolder
 from mlxlora_core.run.plan import fingerprints, plan
-from mlxlora_core.run.recipe import Recipe, read
+from mlxlora_core.run.recipe import Recipe
+from mlxlora_core.run.recipe_source import read
 from mlxlora_core.run.report import write_report
 from mlxlora_core.run.stages import STAGES
 from mlxlora_core.run.stages.stage import Stage

@@ -10,7 +10,7 @@ import pytest
 
 from mlxlora_core.errors import PluginError, UsageError
 from mlxlora_core.registry import Plugin, Registry
-from mlxlora_core.run import recipe
+from mlxlora_core.run.recipe_source import read as read_recipe
 from mlxlora_core.run.requirements import check_requirements
 
 THERE = Registry(
@@ -102,12 +102,12 @@ def test_a_recipe_is_refused_before_its_components_are_missed(tmp_path: Path, re
     parts = ['[model]\nmlx_path = "model"\n[data]\nuse = "scrolls"\n[plugins]', "require = ["]
     path.write_text(f'{parts[0]}\n{parts[1]}"scrolls>=1", "mlxlora>=99"]\n')
     with pytest.raises(PluginError) as caught:
-        recipe.read(path, [], registry)
+        read_recipe(path, [], registry)
     assert caught.value.where == f"{path}:5"
     assert "'scrolls>=1' is not installed" in caught.value.what
     assert "'mlxlora>=99' is asked for, there is mlxlora " in caught.value.what
     with pytest.raises(PluginError, match="no builder 'scrolls'"):
-        recipe.read(path, ["plugins.require="], registry)
+        read_recipe(path, ["plugins.require="], registry)
 
 
 def test_what_is_required_is_written_down_with_the_run(tmp_path: Path, registry: Registry) -> None:
@@ -116,5 +116,5 @@ def test_what_is_required_is_written_down_with_the_run(tmp_path: Path, registry:
         '[model]\nmlx_path = "model"\n[data]\nuse = "jsonl"\noptions = { path = "rows" }\n'
         f"[plugins]\nrequire = {json.dumps(['mlxlora>=0.1,<99', 'lora'])}\n"
     )
-    read = recipe.read(path, [], registry)
+    read = read_recipe(path, [], registry)
     assert read.values()["plugins"] == {"require": ["mlxlora>=0.1,<99", "lora"]}

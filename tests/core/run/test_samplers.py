@@ -13,9 +13,10 @@ import tomli_w
 from mlxlora_core import registry as registries
 from mlxlora_core.errors import PluginError, UsageError
 from mlxlora_core.options import option, plain
-from mlxlora_core.registry import Component, Plugin, Registry
+from mlxlora_core.registry import Choice, Component, Plugin, Registry
 from mlxlora_core.run.plan import fingerprints
-from mlxlora_core.run.recipe import COMMAND_LINE, DEFAULT, Choice, Recipe, choose_samplers, read
+from mlxlora_core.run.recipe import COMMAND_LINE, DEFAULT, Recipe, choose_samplers
+from mlxlora_core.run.recipe_source import read
 from mlxlora_core.specs import Sampler
 
 

@@ -29,6 +29,7 @@ from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.registry import Registry
+from mlxlora_core.registry.sections import configure
 from mlxlora_core.training import checkpoints
 from mlxlora_core.training.checkpoints import Start, find, find_to_begin, find_to_resume
 from mlxlora_core.training.events import (
@@ -128,10 +129,9 @@ def start(model_folder: Callable[..., Path], registry: Registry) -> MakeWork:
     ) -> Work:
         model = load(model_folder(**(base or {})), registry)
         component = registry.find("adapter", "lora")
-        options = component.spec.options(**LORA | (lora or {}))
         config = TrainConfig(**BASIC | settings)
         rows = {"train": Examples(tuple(train))} | ({"valid": Examples(tuple(valid))} if valid else {})
-        adapter = NewAdapter(component, options)
+        adapter = NewAdapter(*configure(component, LORA | (lora or {})))
         outputs = Outputs(checkpoints=folder)
         return Work(
             open_training(
@@ -280,7 +280,7 @@ def trained(
         folder = tmp_path_factory.mktemp("trained")
         model = load(model_folder(), registry)
         component = registry.find("adapter", "lora")
-        adapter = NewAdapter(component, component.spec.options(**LORA))
+        adapter = NewAdapter(*configure(component, LORA))
         rows = {"train": Examples(TRAIN), "valid": Examples(VALID)}
         outputs = Outputs(checkpoints=folder)
         config = TrainConfig(**BASIC)

@@ -19,6 +19,7 @@ from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder_module
 from mlxlora_core.registry import Registry
+from mlxlora_core.registry.sections import configure
 from mlxlora_core.training.checkpoints import Start
 from mlxlora_core.training.events import (
     CheckpointSaved,
@@ -52,7 +53,7 @@ def session(model_folder: Callable[..., Path], registry: Registry) -> Open:
         rows: Any = ROWS, outputs: Outputs | None = None, adapter: AdapterFile | None = None, **settings: Any
     ) -> TrainingSession:
         lora = registry.find("adapter", "lora")
-        new = NewAdapter(lora, lora.spec.options(rank=2, layers=1))
+        new = NewAdapter(*configure(lora, {"rank": 2, "layers": 1}))
         model = model_folder_module.load(model_folder(), registry)
         config = TrainConfig(**BASIC | settings)
         return open_training(model, adapter or new, rows, config, registry, outputs=outputs)

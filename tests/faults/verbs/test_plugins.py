@@ -14,7 +14,7 @@ import pytest
 from mlxlora_core import cli
 
 PLUGIN = """
-from mlxlora_core.api import Adapter, AdapterOptions, DatasetBuilder, DatasetOptions, Rows, Sampler, hookimpl
+from mlxlora_core.api import Adapter, DatasetBuilder, Quantizer, Rows, Sampler, hookimpl
 
 @hookimpl
 def mlxlora_samplers():
@@ -23,19 +23,26 @@ def mlxlora_samplers():
 @hookimpl
 def mlxlora_dataset_builders():
     build = lambda options: {value}
-    return [
-        DatasetBuilder(name="odd", summary="odd", build=build, inputs=lambda o: {{}}, options=DatasetOptions)
-    ]
+    return [DatasetBuilder(name="odd", summary="odd", build=build, inputs=lambda o: {{}})]
 
 @hookimpl
 def mlxlora_adapters():
-    wrap = lambda linear, options: {value}
-    return [Adapter(name="odd", summary="odd", wrap=wrap, fuse=lambda m, w: w, options=AdapterOptions)]
+    wrap = lambda linear, place, options: {value}
+    return [Adapter(name="odd", summary="odd", wrap=wrap, fuse=lambda m, w: w)]
+
+@hookimpl
+def mlxlora_quantizers():
+    quantize = lambda weight, options: {value}
+    dequantize = lambda parts, options: parts["weight"]
+    return [
+        Quantizer(name="odd", summary="odd", parts=("weight",), quantize=quantize, dequantize=dequantize)
+    ]
 """
 
 GENERATE = "generate --model MODEL -p A -n 2 --sampler odd"
 DATA = "data --builder odd --out OUT"
 TRAIN = "train --model MODEL --data ROWS --adapter odd --iters 1 --adapter-file OUT/a.npz"
+CONVERT = "convert --torch-path CHECKPOINT --mlx-path OUT -q --quantizer odd"
 CASES = {
     "a sampler of nothing": (GENERATE, "None", "sampler odd:odd: build gives NoneType, wanted a function"),
     "too many arguments": (
@@ -58,8 +65,15 @@ CASES = {
     "no rows": (DATA, "None", "builder odd:odd: build gives NoneType, wanted Rows"),
     "a list of rows": (DATA, "[1]", "builder odd:odd: build gives list, wanted Rows"),
     "rows of numbers": (DATA, "Rows([1])", "builder odd:odd: build gives int, wanted Row"),
-    "no module": (TRAIN, "None", "adapter odd:odd: wrap gives NoneType, wanted Module"),
-    "the same module": (TRAIN, "linear", "adapter odd:odd: wrap gives modules without a parameter that"),
+    "no module": (TRAIN, "None", "adapter odd:odd: wrap gives None for layers.0"),
+    "the same module": (TRAIN, "linear", "adapter odd:odd: wrap gives a Linear without the linear"),
+    "the weight as it is": (
+        CONVERT,
+        "{'weight': weight}",
+        "quantizer odd:odd: dequantize gives (32, 32) float16, wanted (32, 32) float32",
+    ),
+    "no parts": (CONVERT, "weight", "quantizer odd:odd: quantize gives array, wanted a mapping of its parts"),
+    "other parts": (CONVERT, "{'q': weight}", "quantizer odd:odd: quantize gives parts q, wanted weight"),
     "an exception": (DATA, "1 / 0", "plugin odd (file) failed in build of builder 'odd': ZeroDivisionError"),
     "an exit": (DATA, "exit(0)", "plugin odd (file) failed in build of builder 'odd': it called sys.exit(0)"),
     "an exit later": (GENERATE, "lambda *_: exit(0)", "plugin odd (file) failed: it called sys.exit(0)"),
@@ -71,6 +85,7 @@ CASES = {
 def test_what_a_function_should_not_give_is_8_and_names_it(
     tmp_path: Path,
     tiny_model: Path,
+    tiny_checkpoint: Path,
     tiny_rows: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -80,7 +95,7 @@ def test_what_a_function_should_not_give_is_8_and_names_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd.py").write_text(PLUGIN.format(value=value))
-    places = {"MODEL": tiny_model, "ROWS": tiny_rows, "OUT": tmp_path / "out"}
+    places = {"MODEL": tiny_model, "CHECKPOINT": tiny_checkpoint, "ROWS": tiny_rows, "OUT": tmp_path / "out"}
     for name, place in places.items():
         line = line.replace(name, str(place))
     verb, *rest = line.split()

@@ -10,7 +10,8 @@ import pytest
 import tomli_w
 
 from mlxlora_core.registry import Registry
-from mlxlora_core.run.recipe import Recipe, read
+from mlxlora_core.run.recipe import Recipe
+from mlxlora_core.run.recipe_source import read
 from mlxlora_core.run.stages import STAGES
 from mlxlora_core.run.stages.after import AfterStage
 from mlxlora_core.run.stages.before import BeforeStage
