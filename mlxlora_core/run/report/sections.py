@@ -109,8 +109,10 @@ def dataset(facts: Facts) -> Html | None:
 
 
 def _narrowed(facts: Facts, result: Mapping[str, Any]) -> list[str]:
-    options = facts.recipe["data"].get("options", {})
-    chosen = {key: options[key] for key in options if facts.record["origins"].get(f"data.{key}") != DEFAULT}
+    section = facts.recipe["data"]
+    given = {key: value for key, value in section.items() if key not in ("use", "options")}
+    given |= section.get("options", {})
+    chosen = {key: given[key] for key in given if facts.record["origins"].get(f"data.{key}") != DEFAULT}
     lines = [f"Asked for: {listing(f'{key} = {shown(value)}' for key, value in chosen.items())}."]
     lines.append(
         f"{counted(result['groups'], 'group')} of rows that belong together; each is in one split, "
