@@ -22,7 +22,7 @@ from mlxlora_core.errors import (
 )
 from mlxlora_core.hookspecs import hookimpl
 from mlxlora_core.machine.processors import thread_count
-from mlxlora_core.options import NoOptions, option
+from mlxlora_core.options import NoOptions, option, parse
 from mlxlora_core.specs import (
     Adapter,
     AdapterOptions,
@@ -31,8 +31,8 @@ from mlxlora_core.specs import (
     DatasetBuilder,
     DatasetOptions,
     ForeignModel,
-    LanguageModel,
     LazyTensor,
+    Piece,
     Quantizer,
     QuantizerOptions,
     RecipeFile,
@@ -43,6 +43,8 @@ from mlxlora_core.specs import (
     Sample,
     Sampler,
     Skipped,
+    Tokenizer,
+    TokenizerLoader,
     WeightLoader,
 )
 
@@ -55,11 +57,11 @@ __all__ = [
     "DatasetBuilder",
     "DatasetOptions",
     "ForeignModel",
-    "LanguageModel",
     "LazyTensor",
     "MlxloraError",
     "ModelError",
     "NoOptions",
+    "Piece",
     "PluginError",
     "Quantizer",
     "QuantizerOptions",
@@ -73,10 +75,13 @@ __all__ = [
     "Sample",
     "Sampler",
     "Skipped",
+    "Tokenizer",
+    "TokenizerLoader",
     "UsageError",
     "WeightLoader",
     "hookimpl",
     "listing",
     "option",
+    "parse",
     "thread_count",
 ]

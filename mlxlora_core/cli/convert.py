@@ -17,7 +17,7 @@ from mlxlora_core.run.recipe import check_sections, choose, overrides
 
 
 @verb(
-    click.option("--torch-path", type=Path, required=True, help="Folder of the checkpoint."),
+    click.option("--torch-path", type=Path, required=True, help="Folder or file of the checkpoint."),
     click.option(
         "--mlx-path", type=Path, default=Path("mlx_model"), show_default=True, help="Folder to write."
     ),
@@ -120,6 +120,12 @@ def describe(result: dict[str, Any]) -> list[str]:
     if result["quantized"] or result["left_dense"]:
         lines.append(
             f"{result['quantized']} linears quantized, relative error {result['relative_error']:.2%}"
+        )
+    if result["left_out"]:
+        lines.append(f"left out, the model has no use for it: {listing(result['left_out'])}")
+    if result["padding"]:
+        lines.append(
+            f"the vocabulary has {result['padding']} more ids than the tokenizer; they stand for no text"
         )
     if result["left_dense"]:
         lines.append(f"left dense, inputs do not divide by the group: {listing(result['left_dense'])}")

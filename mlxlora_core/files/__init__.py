@@ -4,7 +4,7 @@ What is named here is for plugins: reading files of strangers without waiting
 for a pipe, following a stand-in or trusting a size.
 """
 
-from mlxlora_core.files.input_file import open_regular, read_exactly, read_json, refuse_stand_in
+from mlxlora_core.files.input_file import open_regular, read_exactly, read_json, read_some, refuse_stand_in
 from mlxlora_core.files.jsonl import JsonLines, refuse_faults, scan_jsonl
 from mlxlora_core.files.zip_layout import ZipMember, read_zip_layout
 
@@ -14,6 +14,7 @@ __all__ = [
     "open_regular",
     "read_exactly",
     "read_json",
+    "read_some",
     "read_zip_layout",
     "refuse_faults",
     "refuse_stand_in",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from mlxlora_core.errors import DataError, PluginError, UsageError
-from mlxlora_core.model.tokenizer import Tokenizer
-from mlxlora_core.specs import Cache, LanguageModel, Sample
+from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.specs import Cache, Sample, Tokenizer
 
 PREFILL_TOKENS = 512
 
@@ -51,7 +51,7 @@ def generate(
         )
     if limit is not None:
         num_tokens = min(num_tokens, limit - len(ids))
-    tokens = decode(model, ids, sample, num_tokens=num_tokens, seed=seed, stop=tokenizer.eos)
+    tokens = decode(model, ids, sample, num_tokens=num_tokens, seed=seed, stops=tokenizer.stops)
     return _segments(tokenizer, tokens, num_tokens, write_every)
 
 
@@ -81,19 +81,24 @@ def whole(segments: Generator[str, None, bool]) -> tuple[str, bool]:
 
 
 def decode(
-    model: LanguageModel, prompt: Sequence[int], sample: Sample, *, num_tokens: int, seed: int, stop: int
+    model: LanguageModel,
+    prompt: Sequence[int],
+    sample: Sample,
+    *,
+    num_tokens: int,
+    seed: int,
+    stops: Collection[int],
 ) -> Iterator[int]:
-    """Token ids that follow the ids ``prompt``, up to ``num_tokens`` or the id ``stop``."""
+    """Token ids that follow the ids ``prompt``, up to ``num_tokens`` or one of ``stops``."""
     if not callable(sample):
         raise PluginError(f"the sampler is built as {type(sample).__name__}, wanted a function")
-    module: Any = model
-    module.eval()
+    model.eval()
     cache = model.make_cache()
     tokens = list(prompt)
     unseen = tokens[:]
     for key in mx.random.split(mx.random.key(seed), num_tokens):
         token = _token(sample(forward(model, unseen, cache), tokens, key), model.vocab_size)
-        if token == stop:
+        if token in stops:
             return
         yield token
         tokens.append(token)

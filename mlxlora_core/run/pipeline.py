@@ -230,7 +230,7 @@ class _Stages:
                 )
                 losses[split] = {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens}
         prompts = config.generate.prompts
-        wanted = find_expected(self.folder.path / DATA, prompts)
+        wanted = find_expected(self.folder.path / DATA, prompts, self._model.tokenizer)
         return {"losses": losses, "answers": [self._answer(prompt, wanted.get(prompt)) for prompt in prompts]}
 
     def _answer(self, prompt: str, wanted: Expected | None) -> dict[str, Any]:

@@ -110,9 +110,9 @@ def identify(
         registry: where the plugins of the base are looked up.
         runtimes: what the runtimes said of themselves.
     """
-    from mlxlora_core.model.folder import CONFIG, find_architecture
+    from mlxlora_core.model.architectures import find_architecture
 
-    components = [adapted.component, find_architecture(model.config, registry, model.folder / CONFIG)]
+    components = [adapted.component, find_architecture(model.config, registry, model.folder)]
     if model.quantization is not None:
         components.append(model.quantization.quantizer)
     settings = plain(training.config) | {

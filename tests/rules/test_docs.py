@@ -22,6 +22,7 @@ from mlxlora_core.run import recipe
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
     "loader": "weight-loaders.md",
+    "tokenizer": "tokenizers.md",
     "architecture": "architectures.md",
     "adapter": "adapters.md",
     "quantizer": "quantizers.md",
@@ -80,7 +81,9 @@ def test_the_fields_that_all_specs_have() -> None:
         assert f"| `{field.name}: {field.type}` |" in text
 
 
-@pytest.mark.parametrize("name", ["ForeignModel", "LazyTensor", "Row", "Rows", "Skipped", "RuntimeNote"])
+@pytest.mark.parametrize(
+    "name", ["ForeignModel", "LazyTensor", "Piece", "Row", "Rows", "Skipped", "RuntimeNote"]
+)
 def test_every_field_of_what_functions_hand_over(name: str) -> None:
     for field in dataclasses.fields(getattr(api, name)):
         assert f"| `{field.name}: {field.type}` |" in page("plugins.md"), f"{name}.{field.name}"

@@ -26,7 +26,6 @@ LIGHT_ROOMS = {"", "registry", "files", "machine", "run", "cli"}
 HEAVY_IN_LIGHT_ROOMS = {"mlxlora_core.ops", "mlxlora_core.files.tensor_file", "mlxlora_core.run.pipeline"}
 #: what other rooms have that light ones need: settings, the record of a dataset, checkpoints as files
 LIGHT_IN_HEAVY_ROOMS = {
-    "mlxlora_core.training.chat",
     "mlxlora_core.training.settings",
     "mlxlora_core.training.dataset",
     "mlxlora_core.training.checkpoints",
@@ -37,6 +36,7 @@ LIGHT_LIBRARIES = {"click", "pluggy", "rich"}
 #: plugin -> the library that it is about
 OWN = {
     "mlxlora_torch": {"torch"},
+    "mlxlora_sentencepiece": {"sentencepiece"},
     "mlxlora_docstrings": {"griffe"},
     "mlxlora_openblas": {"scipy_openblas32", "elftools"},
 }

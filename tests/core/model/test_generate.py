@@ -12,7 +12,7 @@ from mlxlora_core.model import folder as folders
 from mlxlora_core.model import generate as generate_module
 from mlxlora_core.model.folder import Model
 from mlxlora_core.model.generate import decode, generate, whole
-from mlxlora_core.model.tokenizer import Tokenizer
+from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.registry import Registry
 
 PROMPT = "Q: what scales the weights?\nA:"
@@ -55,7 +55,7 @@ def test_the_same_seed_gives_the_same_text_whatever_was_drawn_before(model: Mode
 
 def test_greedy_tokens_are_those_of_the_whole_sequence_run_again_each_time(model: Model) -> None:
     prompt = model.tokenizer.encode(PROMPT)
-    ids = list(decode(model.language_model, prompt, greedy, num_tokens=40, seed=0, stop=-1))
+    ids = list(decode(model.language_model, prompt, greedy, num_tokens=40, seed=0, stops=()))
     for i, id in enumerate(ids):
         logits = model.language_model(mx.array([prompt + ids[:i]]))
         assert int(mx.argmax(logits[0, -1])) == id
@@ -67,7 +67,7 @@ def test_a_prompt_is_read_in_parts_as_well_as_whole(
 ) -> None:
     def ids(language_model: Any) -> list[int]:
         prompt = [1, 5, 9, 30, 2, 7, 7, 8, 11, 40]
-        return list(decode(language_model, prompt, greedy, num_tokens=20, seed=0, stop=-1))
+        return list(decode(language_model, prompt, greedy, num_tokens=20, seed=0, stops=()))
 
     for language_model in (model.language_model, stand_in()):
         whole = ids(language_model)
@@ -85,7 +85,7 @@ def test_the_sampler_gets_the_ids_so_far_a_key_of_its_own_and_float32(model: Mod
         assert (logits.shape, logits.dtype) == ((1, 320), mx.float32)
         return mx.array([10 + len(seen)])
 
-    decoded = list(decode(model.language_model, prompt, sample, num_tokens=4, seed=3, stop=-1))
+    decoded = list(decode(model.language_model, prompt, sample, num_tokens=4, seed=3, stops=()))
     assert decoded == [11, 12, 13, 14]
     assert [tokens for tokens, _ in seen] == [prompt + decoded[:i] for i in range(4)]
     assert len({key for _, key in seen}) == 4
@@ -96,7 +96,7 @@ def test_nothing_is_computed_that_nobody_asked_for(stand_in: Callable[..., Any])
     runs = []
     inner = model.run
     model.run = lambda hidden, **cache: runs.append(hidden.shape[1]) or inner(hidden, **cache)
-    assert len(list(decode(model, [1, 5, 9], greedy, num_tokens=4, seed=0, stop=-1))) == 4
+    assert len(list(decode(model, [1, 5, 9], greedy, num_tokens=4, seed=0, stops=()))) == 4
     assert runs == [3, 1, 1, 1]
 
 
@@ -105,10 +105,10 @@ def test_nothing_is_computed_that_nobody_asked_for(stand_in: Callable[..., Any])
 
 def test_it_ends_at_an_end_token_which_is_not_shown(model: Model) -> None:
     ids = model.tokenizer.encode("the weights", bos=False)
-    sample = scripted([*ids, model.tokenizer.eos, 50, 51])
+    sample = scripted([*ids, 2, 50, 51])
     assert text(model, sample) == " the weights"
-    rest = scripted([40, 41, model.tokenizer.eos, 42])
-    decoded = decode(model.language_model, [1], rest, num_tokens=9, seed=0, stop=model.tokenizer.eos)
+    rest = scripted([40, 41, 2, 42])
+    decoded = decode(model.language_model, [1], rest, num_tokens=9, seed=0, stops={2, 7})
     assert list(decoded) == [40, 41]
 
 
@@ -120,7 +120,7 @@ def test_it_ends_after_as_many_tokens_as_were_asked_for(model: Model) -> None:
         assert "".join(segments) == model.tokenizer.decode([40] * count)
 
 
-def test_it_ends_where_the_context_is_full(stand_in: Callable[..., Any], tokenizer: Tokenizer) -> None:
+def test_it_ends_where_the_context_is_full(stand_in: Callable[..., Any], tokenizer: CheckedTokenizer) -> None:
     length = len(tokenizer.encode(PROMPT))
     for room in (1, 5):
         model = stand_in(vocab_size=320, context_tokens=length + room)
@@ -137,7 +137,7 @@ def test_it_ends_where_the_context_is_full(stand_in: Callable[..., Any], tokeniz
 def test_it_tells_whether_an_end_token_ended_it(
     model: Model, ids: tuple[int, ...], num_tokens: int, ended: bool
 ) -> None:
-    assert model.tokenizer.eos == 2
+    assert model.tokenizer.stops == {2}
     segments = generate(
         model.language_model, model.tokenizer, PROMPT, scripted(ids), num_tokens=num_tokens, seed=0
     )
@@ -145,7 +145,7 @@ def test_it_tells_whether_an_end_token_ended_it(
     assert whole(segments) == (said, ended)
 
 
-def test_a_full_context_is_no_end(stand_in: Callable[..., Any], tokenizer: Tokenizer) -> None:
+def test_a_full_context_is_no_end(stand_in: Callable[..., Any], tokenizer: CheckedTokenizer) -> None:
     model = stand_in(vocab_size=320, context_tokens=len(tokenizer.encode(PROMPT)) + 3)
     segments = generate(model, tokenizer, PROMPT, scripted([40] * 9), num_tokens=50, seed=0)
     assert whole(segments) == (tokenizer.decode([40] * 3), False)
@@ -153,7 +153,7 @@ def test_a_full_context_is_no_end(stand_in: Callable[..., Any], tokenizer: Token
 
 @pytest.mark.parametrize("too_long_by", [0, 1, 10])
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_shown(
-    stand_in: Callable[..., Any], tokenizer: Tokenizer, too_long_by: int
+    stand_in: Callable[..., Any], tokenizer: CheckedTokenizer, too_long_by: int
 ) -> None:
     length = len(tokenizer.encode(PROMPT))
     model = stand_in(vocab_size=320, context_tokens=length - too_long_by)
