@@ -160,6 +160,7 @@ def parse(
     where: str = "",
     spell: Callable[[str], str] | None = None,
     strict: bool = False,
+    beside: Sequence[str] = (),
 ) -> T:
     """Make an options value from recipe or command-line values, or from a config.
 
@@ -173,6 +174,7 @@ def parse(
         where: the file that the values came from.
         spell: an option as the user wrote it, for messages; ``OWNER option 'NAME'`` by default.
         strict: take values as they are: a text is then no number, nor a list.
+        beside: names that could have been written in the same place, for messages.
 
     Raises:
         UsageError: unknown names, wrong types, values out of range, missing values.
@@ -184,8 +186,9 @@ def parse(
     parsed: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
+            there_is = listing([*known, *beside], 20)
             faults.append(
-                f"{owner} has no option '{name}' ({nearest(name, known)}it has {listing(known, 20)})"
+                f"{owner} has no option '{name}' ({nearest(name, [*known, *beside])}it has {there_is})"
             )
             continue
         try:
@@ -229,6 +232,13 @@ def _refuse_text(value: Any, wanted: Option) -> None:
     """Raise ValueError for a text that only :func:`convert` would make something else of."""
     if isinstance(value, str) and wanted.type_name.removesuffix(" or none") not in ("text", "path"):
         raise ValueError(f"wanted {wanted.type_name}, got {_shown(value)}")
+
+
+def divide(values: Mapping[str, T], options: type[Any]) -> tuple[dict[str, T], dict[str, T]]:
+    """The values that ``options`` declares, and the others."""
+    known = {option.name for option in explain(options)}
+    ours = {name: value for name, value in values.items() if name in known}
+    return ours, {name: value for name, value in values.items() if name not in known}
 
 
 def plain(value: Any) -> Any:

@@ -8,24 +8,22 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlxlora_core.cli import show
+from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.registry import Registry
+from mlxlora_core.run.recipe import check_sections, overrides
 
 if TYPE_CHECKING:
     from mlxlora_core.model.fuse import FuseReport
-from mlxlora_core.run.recipe import check_sections, overrides
 
 #: Above this share of what the adapter changes, the fused model is not the tuned one any more.
 ROUNDED_AWAY = 0.5
 
 
 @verb(
-    click.option(
-        "--model", type=Path, default=Path("mlx_model"), show_default=True, help="Model folder of the base."
-    ),
+    declare.MODEL,
     click.option("--adapter-file", type=Path, required=True, help="Adapter file made for it."),
-    click.option("--adapter", help="Insist on this adapter. [default: what the file says]"),
+    declare.ADAPTER,
     click.option("--save-path", type=Path, required=True, help="Model folder to write."),
     click.option("--overwrite", is_flag=True, help="Replace a model folder that is there."),
     SETS_OPTION,
@@ -53,8 +51,8 @@ def command(
     start(registry)
     from mlxlora_core.model.fuse import FuseReport, fuse
 
-    wanted = (adapter, given.get("adapter", {}))
-    for event in fuse(model, adapter_file, save_path, registry, wanted, overwrite):
+    values = given.get("adapter", {})
+    for event in fuse(model, adapter_file, save_path, registry, adapter, values, overwrite):
         if isinstance(event, FuseReport):
             _show(event, save_path, as_json)
         else:

@@ -33,7 +33,8 @@ from mlxlora_core.files.input_file import open_regular, refuse_stand_in
 
 FINGERPRINT = "fingerprint"  # the metadata that tells what the tensors of a file are
 
-_TYPES = {
+#: the types that a file can hold, as safetensors calls them
+TYPES = {
     mx.float32: "F32",
     mx.float16: "F16",
     mx.bfloat16: "BF16",
@@ -245,9 +246,10 @@ def _interchangeable(got: mx.Dtype | str, want: mx.Dtype | str) -> bool:
 
 def _bytes(tensor: mx.array) -> memoryview:
     """The bytes of a tensor, row by row; no copy where they lie so already."""
-    flat = mx.contiguous(tensor).reshape(-1)
+    if not tensor.size:  # on CUDA it lies at address 0, and the CRC-32 of nothing there is a wrong one
+        return memoryview(b"")
     # The buffer protocol has a type of its own only since Python 3.12.
-    view: Any = flat.view(mx.uint8) if flat.size else flat.astype(mx.uint8)
+    view: Any = mx.contiguous(tensor).reshape(-1).view(mx.uint8)
     return memoryview(view)
 
 
@@ -289,12 +291,12 @@ def _write_safetensors(
     offset = 0
     file.seek(8 + room)
     for name, tensor, data in tensors:
-        if tensor.dtype not in _TYPES:
+        if tensor.dtype not in TYPES:
             raise ModelError(f"{name} is {type_name(tensor.dtype)}, which .safetensors cannot hold")
         file.write(data)
         end = offset + data.nbytes
         entries[name] = {
-            "dtype": _TYPES[tensor.dtype],
+            "dtype": TYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }

@@ -9,23 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlxlora_core.errors import ModelError, UsageError
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.events import SpaceNeeded, TensorConverted
-from mlxlora_core.model.folder import CONFIG, Quantization
+from mlxlora_core.model.folder import CONFIG
 from mlxlora_core.model.foreign import OpenedModel, open_foreign
 from mlxlora_core.model.language_model import LanguageModel
-from mlxlora_core.model.linears import dense_weight, linears, parameters
+from mlxlora_core.model.linears import linears
+from mlxlora_core.model.quantization import QUANTIZATION, QUANTIZED, QUANTIZER, pack
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Registry
-from mlxlora_core.specs import LazyTensor, QuantizerOptions
+from mlxlora_core.registry import Choice, Registry
+from mlxlora_core.registry.sections import QuantizeConfig
+from mlxlora_core.specs import LazyTensor
 
-_PARTS = 4  # tensors that a quantized weight becomes at most
+_NOT_THE_HEAD = QuantizeConfig()
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -35,7 +36,7 @@ class _Tally:
 
     tensors: int = 0
     parameters: int = 0
-    quantized: int = 0
+    quantized: list[str] = field(default_factory=list)
     left_dense: list[str] = field(default_factory=list)
     squared_error: float = 0.0
     squared_weight: float = 0.0
@@ -89,7 +90,8 @@ def convert(
     loader_options: Any = None,
     dtype: str = "float16",
     file_format: str = "safetensors",
-    quantization: Quantization | None = None,
+    quantization: Choice | None = None,
+    quantize_config: QuantizeConfig = _NOT_THE_HEAD,
     overwrite: bool = False,
 ) -> Iterator[SpaceNeeded | TensorConverted | ConvertReport]:
     """Turn a foreign model into a model folder, in memory that does not grow with the model.
@@ -103,6 +105,7 @@ def convert(
         dtype: ``float16``, ``bfloat16`` or ``float32``.
         file_format: ``safetensors`` or ``npz``.
         quantization: how to quantize the linears, or None.
+        quantize_config: which of them.
         overwrite: whether a model folder that is there may be replaced.
 
     Yields:
@@ -119,35 +122,25 @@ def convert(
     durable.check_target(target, overwrite=overwrite, ours=ours)
     opened = open_foreign(source, registry, loader, loader_options)
     tensors, model = opened.tensors, opened.model
-    packed = _to_quantize(model, quantization) if quantization else set()
+    packed = _to_quantize(model, quantize_config) if quantization else set()
     yield SpaceNeeded(_need(tensors, packed, DTYPES[dtype], target))
     tally = _Tally()
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as folder:
         stream = _stored(tensors, packed, DTYPES[dtype], quantization, tally, source)
         size = 0
-        for written in tensor_file.saving(
-            folder / WEIGHTS[file_format], stream, {}, most=_PARTS * len(tensors)
-        ):
+        most = len(tensors) * (len(quantization.component.spec.parts) if quantization else 1)
+        for written in tensor_file.saving(folder / WEIGHTS[file_format], stream, {}, most=most):
             if isinstance(written, str):
                 yield TensorConverted(written, tally.tensors, len(tensors))
             else:
                 size = written.bytes
         for name, path in opened.tokenizer.files.items():
             durable.copy_file(path, folder / name)
-        durable.write_json(folder / CONFIG, opened.config | _config(quantization))
+        config = dict(opened.config)
+        if quantization is not None:
+            config |= _quantized_config(quantization, tally.quantized)
+        durable.write_json(folder / CONFIG, config)
     yield _report(target, opened, size, tally)
-
-
-def quantize_linear(
-    path: str, weight: mx.array, quantization: Quantization
-) -> tuple[nn.Module | None, dict[str, mx.array]]:
-    """Quantize one dense weight; the module, or None if it was left alone, and its tensors by full name."""
-    outputs, inputs = weight.shape
-    linear = nn.Linear(inputs, outputs, bias=False)
-    linear.weight = weight
-    packed = quantization.quantizer.spec.quantize(linear, quantization.options)
-    parts = parameters(packed if packed is not None else linear)
-    return packed, {f"{path}.{name}": tensor for name, tensor in parts.items()}
 
 
 def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:
@@ -166,10 +159,10 @@ def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:
     return result
 
 
-def _to_quantize(model: LanguageModel, quantization: Quantization) -> set[str]:
+def _to_quantize(model: LanguageModel, config: QuantizeConfig) -> set[str]:
     """The names of the weights that the quantizer is asked about."""
     paths = {path for path, _ in linears(model)}
-    return {f"{path}.weight" for path in paths if quantization.options.head or path != model.head_path}
+    return {f"{path}.weight" for path in paths if config.head or path != model.head_path}
 
 
 def _need(tensors: Mapping[str, LazyTensor], packed: Collection[str], dtype: mx.Dtype, target: Path) -> str:
@@ -183,7 +176,7 @@ def _stored(
     tensors: Mapping[str, LazyTensor],
     packed: Collection[str],
     dtype: mx.Dtype,
-    quantization: Quantization | None,
+    quantization: Choice | None,
     tally: _Tally,
     source: Path,
 ) -> Iterator[tuple[str, mx.array]]:
@@ -204,29 +197,27 @@ def _stored(
 
 
 def _quantized(
-    path: str, weight: mx.array, quantization: Quantization, tally: _Tally
+    path: str, weight: mx.array, quantization: Choice, tally: _Tally
 ) -> Iterator[tuple[str, mx.array]]:
     """The tensors of one linear after the quantizer has had its say; the tally counts the error."""
-    packed, parts = quantize_linear(path, weight, quantization)
+    packed = pack(weight, quantization)
     if packed is None:
         tally.left_dense.append(path)
-    else:
-        exact = weight.astype(mx.float32)
-        error = dense_weight(packed).astype(mx.float32) - exact
-        tally.quantized += 1
-        tally.squared_error += float(error.square().sum())
-        tally.squared_weight += float(exact.square().sum())
-    yield from parts.items()
+        yield f"{path}.weight", weight
+        return
+    exact = weight.astype(mx.float32)
+    tally.quantized.append(path)
+    tally.squared_error += float((packed.weight - exact).square().sum())
+    tally.squared_weight += float(exact.square().sum())
+    yield from ((f"{path}.{name}", part) for name, part in packed.parts.items())
 
 
-def _config(quantization: Quantization | None) -> dict[str, Any]:
-    """What config.json says of the quantization."""
-    if quantization is None:
-        return {}
-    stated = plain(quantization.options)
+def _quantized_config(quantization: Choice, paths: Collection[str]) -> dict[str, Any]:
+    """What config.json holds of a quantizer, and of what it packed."""
     return {
-        "quantizer": quantization.quantizer.id,
-        "quantization": {k: v for k, v in stated.items() if k not in plain(QuantizerOptions())},
+        QUANTIZER: quantization.component.id,
+        QUANTIZATION: plain(quantization.options),
+        QUANTIZED: {path: {} for path in paths},
     }
 
 
@@ -237,7 +228,7 @@ def _report(target: Path, opened: OpenedModel, size: int, tally: _Tally) -> Conv
         architecture=opened.architecture.id,
         parameters=tally.parameters,
         bytes=size,
-        quantized=tally.quantized,
+        quantized=len(tally.quantized),
         left_dense=tuple(tally.left_dense),
         relative_error=(tally.squared_error / tally.squared_weight) ** 0.5 if tally.squared_weight else 0.0,
         left_out=tuple(opened.unread),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from mlxlora_core.errors import listing
 
 T = TypeVar("T")
 
@@ -37,3 +39,25 @@ def result_of(events: Iterable[SpaceNeeded | TensorConverted | T]) -> T:
     (result,) = deque(events, maxlen=1)
     assert not isinstance(result, SpaceNeeded | TensorConverted), "the result comes last"
     return result
+
+
+def describe_conversion(result: Mapping[str, Any]) -> list[str]:
+    """A conversion in lines for a person, from the values of its report."""
+    size = f"{result['parameters'] / 1e6:.3f} M parameters, {result['bytes'] / 1e6:.1f} MB"
+    lines = [
+        f"{result['loader']} -> {result['architecture']}: {size}, "
+        f"{result['bits_per_weight']:.2f} bits a weight"
+    ]
+    if result["quantized"] or result["left_dense"]:
+        lines.append(
+            f"{result['quantized']} linears quantized, relative error {result['relative_error']:.2%}"
+        )
+    if result["left_out"]:
+        lines.append(f"left out, the model has no use for it: {listing(result['left_out'])}")
+    if result["padding"]:
+        lines.append(
+            f"the vocabulary has {result['padding']} more ids than the tokenizer; they stand for no text"
+        )
+    if result["left_dense"]:
+        lines.append(f"left dense, inputs do not divide by the group: {listing(result['left_dense'])}")
+    return lines

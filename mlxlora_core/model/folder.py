@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlxlora_core.errors import ModelError, UsageError, listing
+from mlxlora_core.errors import ModelError, listing
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.files.input_file import read_json
 from mlxlora_core.machine.device import compute_dtype
@@ -21,13 +21,14 @@ from mlxlora_core.machine.memory import free_memory_bytes, require_memory
 from mlxlora_core.model.architectures import build, find_architecture, folder_args, placed
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import (
+    StackedLinear,
     StoredEmbedding,
     StoredLinear,
-    linear_shape,
-    linears,
+    StoredStackedLinear,
     parameters,
     replace,
 )
+from mlxlora_core.model.quantization import QUANTIZED, read_quantization, restore
 from mlxlora_core.model.tokenizers import (
     FILES,
     CheckedTokenizer,
@@ -36,9 +37,7 @@ from mlxlora_core.model.tokenizers import (
     tokenizer_files,
 )
 from mlxlora_core.model.weights import WEIGHTS, read_weights, weight_files
-from mlxlora_core.options import parse
-from mlxlora_core.registry import Component, Registry
-from mlxlora_core.registry.defaults import DEFAULT_QUANTIZER
+from mlxlora_core.registry import Choice, Component, Registry
 
 CONFIG = "config.json"
 
@@ -51,14 +50,6 @@ SMALLER = "use a smaller model, or one that is quantized (mlxlora convert -q)"
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """How the linears of a model were quantized."""
-
-    quantizer: Component
-    options: Any
-
-
-@dataclass(frozen=True)
 class Model:
     """A model read from its folder.
 
@@ -68,6 +59,7 @@ class Model:
         tokenizer: of the model.
         config: config.json.
         quantization: how linears were quantized, or None.
+        architecture: who built it.
         fingerprint: of config, tensors and tokenizer, the same for the same base in any format.
         note: how the weights are held, where that makes it slower; else nothing.
     """
@@ -76,7 +68,8 @@ class Model:
     language_model: LanguageModel
     tokenizer: CheckedTokenizer
     config: Mapping[str, Any]
-    quantization: Quantization | None
+    quantization: Choice | None
+    architecture: Component
     fingerprint: str
     note: str
 
@@ -109,7 +102,7 @@ def load(folder: Path, registry: Registry) -> Model:
     quantization = read_quantization(config, registry, folder / CONFIG)
     note = _too_large_to_expand(tensors)
     if quantization is not None:
-        _restore_quantized(language_model, tensors, quantization)
+        restore(language_model, tensors, config, quantization, folder / CONFIG)
     if note:
         _keep_stored(language_model)
     _fill(language_model, tensors, folder)
@@ -117,18 +110,28 @@ def load(folder: Path, registry: Registry) -> Model:
     check_vocabulary(tokenizer, language_model.vocab_size, folder)
     if durable.version(folder) != before:
         raise ModelError("the folder was replaced while it was read", where=folder, fix="try again")
-    # What the tokenizer's files are called says nothing about the base; their contents do.
-    described = {key: value for key, value in config.items() if key != FILES}
-    parts = json.dumps([described, fingerprint, tokenizer.fingerprint], sort_keys=True)
+    parts = json.dumps([_telling(config), fingerprint, tokenizer.fingerprint], sort_keys=True)
     return Model(
         folder,
         language_model,
         tokenizer,
         config,
         quantization,
+        architecture,
         hashlib.sha256(parts.encode()).hexdigest(),
         note,
     )
+
+
+def _telling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config tells of the base that its tensors and its tokenizer do not tell themselves.
+
+    So a checkpoint that is converted again fits the adapters that were made for
+    it when config.json did not list files and packed linears yet.
+    """
+    table = config.get(QUANTIZED)
+    silent = {FILES} if not isinstance(table, dict) or any(table.values()) else {FILES, QUANTIZED}
+    return {key: value for key, value in config.items() if key not in silent}
 
 
 def holds_only_a_model(folder: Path) -> bool:
@@ -176,48 +179,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_quantization(config: Mapping[str, Any], registry: Registry, where: Path) -> Quantization | None:
-    """How a config says that linears are quantized, or None.
-
-    Raises:
-        PluginError: no such quantizer.
-        ModelError: options that it does not have.
-    """
-    stated = config.get("quantization")
-    if stated is None:
-        return None
-    name = config.get("quantizer", DEFAULT_QUANTIZER)
-    if not isinstance(stated, dict) or not isinstance(name, str):
-        raise ModelError(f"quantization is {stated!r} by {name!r}, wanted a table and a name", where=where)
-    quantizer = registry.find("quantizer", name)
-    owner = f"quantizer '{quantizer.spec.name}'"
-    try:
-        return Quantization(quantizer, parse(quantizer.spec.options, stated, owner=owner))
-    except UsageError as fault:
-        raise ModelError(fault.what, where=where) from fault
-
-
 def _computed(stored: mx.Dtype) -> mx.Dtype:
     """The type in which a stored tensor is held in memory."""
     return compute_dtype(stored) if mx.issubdtype(stored, mx.floating) else stored
-
-
-def _restore_quantized(
-    module: nn.Module, tensors: Mapping[str, mx.array], quantization: Quantization
-) -> None:
-    """Make an empty quantized linear wherever the file has more than a weight and a bias."""
-    packed = {
-        name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] not in ("weight", "bias")
-    }
-    restore = quantization.quantizer.spec.restore
-    replace(
-        module,
-        {
-            path: restore(linear_shape(linear), "bias" in linear, quantization.options)
-            for path, linear in linears(module)
-            if path in packed
-        },
-    )
 
 
 def _too_large_to_expand(tensors: Mapping[str, mx.array]) -> str:
@@ -243,7 +207,11 @@ def _too_large_to_expand(tensors: Mapping[str, mx.array]) -> str:
 
 def _keep_stored(module: nn.Module) -> None:
     """Let dense linears and embeddings keep their weights as they are stored, and expand them on use."""
-    kinds: dict[type, Any] = {nn.Linear: StoredLinear, nn.Embedding: StoredEmbedding}
+    kinds: dict[type, Any] = {
+        nn.Linear: StoredLinear,
+        nn.Embedding: StoredEmbedding,
+        StackedLinear: StoredStackedLinear,
+    }
     found = module.named_modules()
     replace(module, {path: kinds[type(child)](child) for path, child in found if type(child) in kinds})
 
@@ -274,6 +242,6 @@ def _fill(module: nn.Module, tensors: dict[str, mx.array], folder: Path) -> None
 
 def _prepared(owner: nn.Module | None, part: str, tensor: mx.array) -> mx.array:
     """A parameter of ``owner``, in the type to compute with."""
-    if part == "weight" and isinstance(owner, (StoredLinear, StoredEmbedding)):
+    if part == "weight" and isinstance(owner, (StoredLinear, StoredStackedLinear, StoredEmbedding)):
         return tensor
     return tensor.astype(_computed(tensor.dtype))

@@ -36,5 +36,6 @@ def mlxlora_architectures() -> Iterable[Architecture]:
             read=read,
             tensors=tensors,
             build=build,
+            default_targets=("wq", "wv"),
         )
     ]

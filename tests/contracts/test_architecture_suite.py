@@ -17,7 +17,6 @@ import mlxlora_llama.model
 import numpy as np
 import pytest
 import torch
-from mlxlora_llama.model import attention_mask
 
 from mlxlora_core import registry
 from mlxlora_core.api import LazyTensor, option
@@ -139,13 +138,15 @@ def test_every_architecture_is_covered() -> None:
 # --- the suite fails what is broken ---------------------------------------------
 
 
-def additive(tokens: int, held: int, window: int | None) -> Any:
-    """A mask of the right meaning in the wrong form: MLX's own attention takes it, core's takes booleans."""
-    mask = attention_mask(tokens, held, window)
+def careless(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any) -> mx.array:
+    """Attention that takes a mask of numbers to add for one of booleans once its inputs are large."""
+    length, seen = queries.shape[2], keys.shape[2]
     if mask == "causal":
-        key = mx.arange(held + tokens)
-        mask = key <= key[-tokens:, None]
-    return mask if mask is None else mx.where(mask, 0.0, -math.inf)
+        key = mx.arange(seen)
+        mask = mx.where(key <= key[-length:, None], 0.0, -math.inf)
+    if mask is not None and queries.size >= LARGE:
+        mask = mx.where(mask != 0, 0.0, -math.inf)
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
 def broken(**changes: Any) -> ArchitectureSuite:
@@ -155,8 +156,8 @@ def broken(**changes: Any) -> ArchitectureSuite:
     return suite
 
 
-def test_a_mask_that_only_small_sizes_forgive_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlxlora_llama.model, "attention_mask", additive)
+def test_attention_that_is_right_at_small_sizes_alone_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlxlora_llama.model, "attention", careless)
     suite = TestLlama()
     suite.test_agrees_with_the_reference(large=False)
     suite.test_is_causal()

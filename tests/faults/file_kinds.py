@@ -51,6 +51,7 @@ def prepare(folder: Path) -> None:
     from mlxlora_core.model import folder as model_folder
     from mlxlora_core.model.convert import convert
     from mlxlora_core.model.events import result_of
+    from mlxlora_core.registry.sections import configure
 
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
@@ -72,7 +73,7 @@ def prepare(folder: Path) -> None:
     result_of(convert(checkpoint, folder / "model", registry, dtype="float32"))
     model = model_folder.load(folder / "model", registry)
     lora = registry.find("adapter", "lora")
-    adapted = adapters.attach(model, lora, lora.spec.options(rank=2), seed=1)
+    adapted = adapters.attach(model, *configure(lora, {"rank": 2}), seed=1)
     adapters.save(folder / "adapter.safetensors", model, adapted)
     adapters.save(folder / "adapter.npz", model, adapted)
 
@@ -440,14 +441,14 @@ class Recipe(Subject):
         self.good = [_RECIPE.encode()]
 
     def parse(self) -> Any:
-        from mlxlora_core.run.recipe import read
+        from mlxlora_core.run.recipe_source import read
 
         return repr(read(self.path, [], self.registry).values())
 
     def reference(self) -> Any:
         import tomli_w
 
-        from mlxlora_core.run.recipe import read
+        from mlxlora_core.run.recipe_source import read
 
         again = self.folder / "again.toml"
         again.write_text(tomli_w.dumps(read(self.path, [], self.registry).values()), encoding="utf-8")

@@ -18,11 +18,10 @@ from mlxlora_core.files import tensor_file
 from mlxlora_core.model import folder as folders
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
-from mlxlora_core.model.folder import Quantization
-from mlxlora_core.model.generate import generate
+from mlxlora_core.model.generate import decode
 from mlxlora_core.model.linears import dense_weight, linears
 from mlxlora_core.model.weights import WEIGHTS
-from mlxlora_core.registry import Component, Registry
+from mlxlora_core.registry import Choice, Component, Registry
 from mlxlora_core.specs import ForeignModel, LazyTensor, TokenizerLoader, WeightLoader
 
 MakeCheckpoint = Callable[..., Path]
@@ -42,9 +41,9 @@ def change(checkpoint: Path, **tensors: torch.Tensor | None) -> Path:
     return checkpoint
 
 
-def affine(registry: Registry, **options: Any) -> Quantization:
+def affine(registry: Registry, **options: Any) -> Choice:
     component = registry.find("quantizer", "affine")
-    return Quantization(component, component.spec.options(**options))
+    return Choice(component, component.spec.options(**options))
 
 
 def weights(folder: Path) -> dict[str, mx.array]:
@@ -130,6 +129,9 @@ def test_config_holds_what_the_model_is_and_nothing_else(
     packed = json.loads((model_folder(bits=4) / "config.json").read_text())
     assert packed.pop("quantization") == {"group_size": 32, "bits": 4}
     assert packed.pop("quantizer") == "affine:affine"
+    assert packed.pop("quantized") == {
+        path.removesuffix(".scales"): {} for path in weights(model_folder(bits=4)) if path.endswith(".scales")
+    }
     assert packed == config
 
 
@@ -329,11 +331,9 @@ def test_a_vocabulary_may_be_padded(
     assert result_of(convert(checkpoint, tmp_path / "model", registry)).padding == 4
     model = folders.load(tmp_path / "model", registry)
     assert (model.language_model.vocab_size, model.tokenizer.vocab_size) == (324, 320)
-    ids = iter([40, 323, 41])
-    segments = generate(
-        model.language_model, model.tokenizer, "A", lambda *_: mx.array([next(ids)]), num_tokens=3, seed=0
-    )
-    assert "".join(segments) == model.tokenizer.decode([40, 41])
+    drawn = iter([40, 323, 41])
+    ids = decode(model.language_model, [1, 5], lambda logits, tokens: next(drawn), num_tokens=3, stops={2})
+    assert "".join(model.tokenizer.stream(ids)) == model.tokenizer.decode([40, 41])
 
 
 def test_a_folder_that_no_loader_knows_is_refused(registry: Registry, tmp_path: Path) -> None:

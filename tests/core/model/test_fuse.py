@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxlora_core.errors import ModelError, SafetyError, UsageError
+from mlxlora_core.errors import ModelError, PluginError, SafetyError, UsageError
 from mlxlora_core.files import tensor_file
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as folders
@@ -17,6 +18,7 @@ from mlxlora_core.model.events import result_of
 from mlxlora_core.model.fuse import fuse
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.registry import Registry
+from mlxlora_core.registry.sections import configure
 
 MakeModel = Callable[..., Path]
 TOKENS = mx.array([[1, 5, 7, 9, 300, 17, 44, 45]])
@@ -29,7 +31,7 @@ def make_adapter(registry: Registry, tmp_path: Path) -> Callable[..., Path]:
     def make(base: Path, size: float = 0.1, **options: Any) -> Path:
         model = folders.load(base, registry)
         lora = registry.find("adapter", "lora")
-        adapted = adapters.attach(model, lora, lora.spec.options(**{"rank": 4, **options}), 0)
+        adapted = adapters.attach(model, *configure(lora, {"rank": 4, **options}), 0)
         names = adapters.trainable(model.module).items()
         values = [(name, mx.random.normal(t.shape, key=mx.random.key(7)) * size) for name, t in names]
         model.module.load_weights(values, strict=False)
@@ -118,7 +120,7 @@ def test_a_quantized_fused_model_is_as_far_as_the_report_says(
     adapter = make_adapter(base)
     report = result_of(fuse(base, adapter, tmp_path / "fused", registry))
     fused = folders.load(tmp_path / "fused", registry)
-    assert type(fused.language_model.layers[0].attention.wq).__name__ == "AffineLinear"
+    assert type(fused.language_model.layers[0].attention.wq).__name__ == "QuantizedLinear"
     want = logits(base, registry, adapter)
     got = fused.language_model(TOKENS)
     distance = float(mx.linalg.norm((got - want).reshape(-1)) / mx.linalg.norm(want.reshape(-1)))
@@ -196,7 +198,7 @@ def test_an_adapter_of_another_base_makes_no_model(
     with pytest.raises(ModelError, match="made for another base"):
         result_of(fuse(model_folder(seed=1), adapter, tmp_path / "fused", registry))
     with pytest.raises(ModelError, match="rank is 4, wanted 8"):
-        result_of(fuse(model_folder(), adapter, tmp_path / "fused", registry, wanted=(None, {"rank": 8})))
+        result_of(fuse(model_folder(), adapter, tmp_path / "fused", registry, values={"rank": 8}))
     assert not (tmp_path / "fused").exists()
 
 
@@ -230,3 +232,49 @@ def test_shards_become_one_file(
     assert (tmp_path / "fused" / "model.safetensors").read_bytes() == (
         tmp_path / "other" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (lambda module, weight: weight.T[:3], r"fuse gives \(3, 32\) float32, wanted \(32, 32\) float32"),
+        (lambda module, weight: weight.astype(mx.float16), r"fuse gives \(32, 32\) float16, wanted"),
+        (lambda module, weight: weight * mx.nan, "fuse gives values that are not finite, wanted finite ones"),
+        (lambda module, weight: None, "fuse gives NoneType, wanted array"),
+    ],
+)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_weight_that_an_adapter_should_not_give_names_it_and_makes_no_model(
+    model_folder: MakeModel,
+    make_adapter: Callable[..., Path],
+    registry: Registry,
+    tmp_path: Path,
+    bits: int | None,
+    broken: Any,
+    says: str,
+) -> None:
+    base = model_folder(bits=bits)
+    adapter = make_adapter(base)
+    components = [
+        dataclasses.replace(c, spec=dataclasses.replace(c.spec, fuse=broken)) if c.kind == "adapter" else c
+        for c in registry.components
+    ]
+    with pytest.raises(PluginError, match=rf"adapter lora:lora: {says}"):
+        result_of(fuse(base, adapter, tmp_path / "fused", Registry(registry.plugins, components)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors"]
+
+
+def test_a_quantizer_that_does_not_take_the_weight_again_names_itself(
+    model_folder: MakeModel, make_adapter: Callable[..., Path], registry: Registry, tmp_path: Path
+) -> None:
+    base = model_folder(bits=4)
+    adapter = make_adapter(base)
+    components = [
+        dataclasses.replace(c, spec=dataclasses.replace(c.spec, quantize=lambda weight, options: None))
+        if c.kind == "quantizer"
+        else c
+        for c in registry.components
+    ]
+    with pytest.raises(PluginError, match=r"affine:affine: quantize gives None for layers\.0\.attention\.wq"):
+        result_of(fuse(base, adapter, tmp_path / "fused", Registry(registry.plugins, components)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors"]
