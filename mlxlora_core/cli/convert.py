@@ -19,7 +19,7 @@ from mlxlora_core.run.recipe import check_sections, choose, overrides
 
 
 @verb(
-    click.option("--torch-path", type=Path, required=True, help="Folder of the checkpoint."),
+    click.option("--torch-path", type=Path, required=True, help="Folder or file of the checkpoint."),
     click.option(
         "--mlx-path", type=Path, default=Path("mlx_model"), show_default=True, help="Folder to write."
     ),

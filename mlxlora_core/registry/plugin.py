@@ -14,6 +14,7 @@ DISTRIBUTION = "mlxlora"
 #: kind -> (the hook that gives it, the class of its specs)
 KINDS: dict[str, tuple[str, type[specs.Spec]]] = {
     "loader": ("mlxlora_weight_loaders", specs.WeightLoader),
+    "tokenizer": ("mlxlora_tokenizers", specs.TokenizerLoader),
     "architecture": ("mlxlora_architectures", specs.Architecture),
     "adapter": ("mlxlora_adapters", specs.Adapter),
     "quantizer": ("mlxlora_quantizers", specs.Quantizer),

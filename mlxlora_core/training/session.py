@@ -133,7 +133,7 @@ def open_training(
     folder = None
     if outputs.checkpoints is not None:
         examples = {name: split.examples for name, split in splits.items()}
-        identity = identify(model, adapted, training, examples, registry, runtimes)
+        identity = identify(model, adapted, training, examples, runtimes)
         folder = CheckpointFolder(outputs.checkpoints, training, model, adapted, identity)
     return TrainingSession(model, adapted, splits, training, outputs, folder)
 

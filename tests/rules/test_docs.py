@@ -23,6 +23,7 @@ from mlxlora_core.run import recipe, recipe_source
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
     "loader": "weight-loaders.md",
+    "tokenizer": "tokenizers.md",
     "architecture": "architectures.md",
     "adapter": "adapters.md",
     "quantizer": "quantizers.md",
@@ -83,7 +84,7 @@ def test_the_fields_that_all_specs_have() -> None:
         assert f"| `{field.name}: {field.type}` |" in text
 
 
-HANDED_OVER = ("ForeignModel", "LazyTensor", "Row", "Rows", "Skipped", "RuntimeNote", "Place")
+HANDED_OVER = ("ForeignModel", "LazyTensor", "Piece", "Row", "Rows", "Skipped", "RuntimeNote", "Place")
 GIVEN = ("ExportSource", "ExportAdapter", "RunInfo")
 
 
