@@ -26,12 +26,8 @@ _RESERVED = {"use", "options"}
 #: kind -> its functions, and what each is called with
 FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "loader": {"detect": ("path",), "open": ("path", "options")},
-    "architecture": {
-        "detect": ("config",),
-        "config": ("config", "shapes"),
-        "rename": ("name",),
-        "build": ("args",),
-    },
+    "tokenizer": {"detect": ("files",), "open": ("files", "options")},
+    "architecture": {"read": ("config", "shapes"), "tensors": ("found", "args"), "build": ("args",)},
     "adapter": {"wrap": ("linear", "place", "options"), "fuse": ("module", "weight")},
     "quantizer": {
         "quantize": ("weight", "options"),
