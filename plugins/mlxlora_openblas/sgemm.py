@@ -35,7 +35,7 @@ def open_library() -> ctypes.CDLL:
         ResourceError: there is none, it is for another machine, or it was built from another sgemm.c.
     """
     if not LIBRARY.exists():
-        raise ResourceError("there was no C compiler when mlxlora was installed")
+        raise ResourceError("there was no working C compiler when mlxlora was installed")
     try:
         library = ctypes.CDLL(str(LIBRARY))
         built_from = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, "mlxlora_source")))
