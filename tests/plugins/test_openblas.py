@@ -113,13 +113,17 @@ def test_without_a_library_of_sgemm_c_openblas_is_put_under_mlx_all_the_same() -
     assert found["advice"].endswith("install a C compiler (gcc or clang), then mlxlora again")
 
 
-def test_a_second_start_changes_nothing() -> None:
-    found = probe("""
+def test_a_second_start_changes_nothing(built: Path) -> None:
+    found = probe(
+        """
 note = start()
 once = [slot.target for slot in slots]
 assert start() is note
 assert [slot.target for slot in slots] == once
-""")
+assert mlx_slots() == slots
+""",
+        sgemm=built,
+    )
     assert not found["kept"]
 
 
