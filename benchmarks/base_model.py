@@ -4,7 +4,7 @@ Beside it stand two measures that need no network: a 5-gram model of the same
 training tokens (interpolated Kneser-Ney: Chen and Goodman 1999, section 2.7)
 and ``xz -9`` over the same text in one piece::
 
-    python benchmarks/base_model.py --site corpus/lib/python3.11/site-packages
+    PYTHONPATH=tools python benchmarks/base_model.py --site corpus/lib/python3.11/site-packages
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from pathlib import Path
 
 import click
 import numpy as np
-from mlxlora_demo.pretrain import BASE, VOCABULARY, corpus, documents, examples, rows
 from numpy.typing import NDArray
+from pretrain import BASE, VOCABULARY, corpus, documents, examples, rows
 
-from mlxlora_core import model_folder
-from mlxlora_core.convert import convert
-from mlxlora_core.data import Example
-from mlxlora_core.evaluate import evaluate
-from mlxlora_core.layers import prepare_cpu
+from mlxlora_core.machine.device import prepare_cpu
+from mlxlora_core.model import folder as model_folder
+from mlxlora_core.model.convert import convert
+from mlxlora_core.model.events import result_of
+from mlxlora_core.model.tokenizer import Tokenizer
 from mlxlora_core.registry import load, start_runtimes
-from mlxlora_core.tokenizer import Tokenizer
+from mlxlora_core.training.evaluation import evaluate
+from mlxlora_core.training.examples import Example
 
 BITS = (VOCABULARY - 1).bit_length()
 ORDER = 5
@@ -113,7 +114,7 @@ def main(site: Path, base: Path, packages: tuple[str, ...]) -> None:
     trained = dict.fromkeys(row for document in seen for row in rows(document))
     grams = KneserNey(examples(trained, tokenizer))
     with tempfile.TemporaryDirectory() as folder:
-        convert(base, Path(folder) / "model", registry)
+        result_of(convert(base, Path(folder) / "model", registry))
         model = model_folder.load(Path(folder) / "model", registry).language_model
     click.echo("| package | rows | bytes | base | 5-gram | `xz -9` |\n|---|---|---|---|---|---|")
     for package in packages:

@@ -35,7 +35,7 @@ from workers.contest import TASKS, Entry, Group, Pace
 from workers.shapes import SHAPES, Shape
 from workers.weights import HUGGING_FACE, META, ROWS
 
-from mlxlora_core import machine
+from mlxlora_core.machine import doctor
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -59,8 +59,8 @@ def main(
     peers: str, quick: bool, as_json: bool, shapes: Sequence[str], kinds: Sequence[str], keep: bool
 ) -> None:
     """Measure, print, and keep the results."""
-    _check_environment(peers)
-    device = machine.device()
+    check_environment(peers)
+    device = doctor.device()
     chosen = [s for s in SHAPES if s.name in shapes or not (shapes or (s.needs_gpu and device.kind == "cpu"))]
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -68,8 +68,8 @@ def main(
         "machine": {
             "system": platform.platform(),
             "device": asdict(device),
-            "threads": machine.threads().count,
-            "memory_bytes": machine.memory().total_bytes,
+            "threads": doctor.threads().count,
+            "memory_bytes": doctor.memory().total_bytes,
         },
         "versions": {},
         "rates": {},
@@ -92,7 +92,7 @@ def main(
         _keep(result)
 
 
-def _check_environment(peers: str) -> None:
+def check_environment(peers: str) -> None:
     """Refuse a Python that has no peers, with the commands that make one."""
     if shutil.which(peers) is None or not commands.has_modules(peers, ("mlx_lm", "transformers", "peft")):
         raise click.UsageError(
@@ -131,7 +131,8 @@ def _folders(run: contest.Run, folder: Path) -> dict[str, Path]:
             "task": "prepare",
             "folder": str(folder / HUGGING_FACE),
             "target": str(theirs),
-            "dtype": kind,
+            "dtype": run.base,
+            "bits": 4 if kind == "4bit" else 0,
         }
         run.worker_once(run.peers, "workers.with_mlx_lm", asked)
         made |= {f"mlxlora {kind}": ours, f"mlx-lm {kind}": theirs}

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import click
 
-from mlxlora_core import pipeline
 from mlxlora_core.cli.session import start
-from mlxlora_core.recipe import read
 from mlxlora_core.registry import load
-from mlxlora_core.saving import Saved
-from mlxlora_core.train import TrainReport
+from mlxlora_core.run import pipeline
+from mlxlora_core.run.events import StageDone
+from mlxlora_core.run.recipe_source import read
+from mlxlora_core.training.events import CheckpointSaved, TrainReport
 
 
 @click.command()
@@ -34,12 +34,12 @@ def main(iters: int | None, out: Path | None) -> None:
         saves: list[float] = []
         training, steps, began = 0.0, 0, time.perf_counter()
         for event in pipeline.run(recipe, registry):
-            if isinstance(event, Saved):
+            if isinstance(event, CheckpointSaved):
                 saves.append(event.seconds)
             elif isinstance(event, TrainReport):
                 training += (event.step - steps) / event.steps_per_second
                 steps = event.step
-            elif event == pipeline.StageDone("train", getattr(event, "result", {})):
+            elif isinstance(event, StageDone) and event.stage == "train":
                 break
         checkpoint = next(Path(folder).glob("run/checkpoints/step-*"))
         size = sum(path.stat().st_size for path in checkpoint.iterdir())

@@ -8,7 +8,7 @@
     ├── ModelError      4  model, adapter and tokenizer
     ├── SafetyError     5  refused for safety
     ├── ResourceError   6  disk, memory and limits
-    ├── DivergedError   7  a loss or a gradient that is not finite
+    ├── DivergedError   7  a loss, a gradient or logits that are not finite
     ├── PluginError     8  a plugin is missing, broken or incompatible
     └── LockedError     9  another run holds the folder
 
@@ -19,7 +19,7 @@ signal n ends a run with 128 + n.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
 
@@ -91,7 +91,7 @@ class ResourceError(MlxloraError):
 
 
 class DivergedError(MlxloraError):
-    """A loss or a gradient that is not finite."""
+    """A loss, a gradient or logits that are not finite."""
 
     exit_code = ExitCode.DIVERGED
 
@@ -117,7 +117,7 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def some(items: Iterable[object], limit: int = 10) -> str:
+def listing(items: Iterable[object], limit: int = 10) -> str:
     """``a, b, c and 7 more``: at most ``limit`` items of a list, and the count of the rest."""
     shown = [str(item) for item in items]
     if not shown:
@@ -130,3 +130,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``did you mean 'rank'? `` for a misspelt name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean '{close[0]}'? " if close else ""
+
+
+class SettingsChanged(UsageError):
+    """A training that was begun with other settings.
+
+    Attributes:
+        rows: (name, old value, new value) of each that differs.
+    """
+
+    def __init__(self, rows: Sequence[tuple[str, str, str]], where: Path, fix: str) -> None:
+        self.rows = rows
+        changes = listing((f"{name} {old} -> {new}" for name, old, new in rows), 20)
+        super().__init__(f"the training was begun with other settings: {changes}", where=where, fix=fix)

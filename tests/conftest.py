@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mlxlora_core.layers import prepare_cpu
+from mlxlora_core.machine.device import prepare_cpu
 
 VOCAB_SIZE = 320
 _SUBJECTS = ("a layer", "the adapter", "this module", "an optimizer", "the tokenizer", "every plugin")

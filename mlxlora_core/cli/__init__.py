@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from mlxlora_core import signals
+from mlxlora_core.machine import signals
 
 
 def main() -> None:

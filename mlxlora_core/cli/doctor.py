@@ -9,12 +9,11 @@ from typing import Any
 
 import click
 
-from mlxlora_core import machine
 from mlxlora_core.cli import show
-from mlxlora_core.cli.plugins import record
 from mlxlora_core.cli.session import JSON_OPTION, verb
 from mlxlora_core.errors import one_line
-from mlxlora_core.limits import THREADS
+from mlxlora_core.machine import doctor
+from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.options import plain
 from mlxlora_core.registry import Registry, start_runtimes
 
@@ -39,17 +38,17 @@ def command(registry: Registry, as_json: bool) -> None:
     """
     found, error = _device()
     products, warnings = _products(registry, found) if found else (None, [])
-    spread = machine.threads()
+    spread = doctor.threads()
     facts: dict[str, Any] = {
         "system": platform.platform(),
         "device": plain(found) if found else {"error": error},
         "products": plain(products),
         "threads": plain(spread),
-        "memory": plain(machine.memory()),
-        "disk": plain(machine.disk(Path.cwd())),
-        "versions": machine.versions(),
-        "plugins": [record(plugin) for plugin in registry.plugins],
-        "advice": machine.advice(found, warnings, spread),
+        "memory": plain(doctor.memory()),
+        "disk": plain(doctor.disk(Path.cwd())),
+        "versions": doctor.versions(),
+        "plugins": [show.plugin(plugin) for plugin in registry.plugins],
+        "advice": doctor.advice(found, warnings, spread),
     }
     if as_json:
         show.as_json(facts)
@@ -57,21 +56,21 @@ def command(registry: Registry, as_json: bool) -> None:
         _print(facts)
 
 
-def _device() -> tuple[machine.Device | None, str]:
+def _device() -> tuple[doctor.Device | None, str]:
     """The device, or why there is none."""
     try:
-        return machine.device(), ""
+        return doctor.device(), ""
     except ImportError as fault:
         return None, one_line(fault)
 
 
-def _products(registry: Registry, device: machine.Device) -> tuple[_Products, list[str]]:
+def _products(registry: Registry, device: doctor.Device) -> tuple[_Products, list[str]]:
     """Matrix products here, and what the runtimes warn of or advise."""
-    stock = machine.stock_matmul_gflops() if device.backend == "cpu" else None
+    stock = doctor.stock_matmul_gflops() if device.backend == "cpu" else None
     notes = start_runtimes(registry)
     by = "; ".join(note.text for note in notes if not note.warning) or _NO_RUNTIME
     advice = [line for note in notes for line in (note.text if note.warning else "", note.advice) if line]
-    return _Products(by, machine.matmul_gflops(), stock), advice
+    return _Products(by, doctor.matmul_gflops(), stock), advice
 
 
 def _print(facts: dict[str, Any]) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
-from mlxlora_core.cli.run import find_recipe
+from mlxlora_core.cli.command_line import find_recipe
 from mlxlora_core.cli.session import verb
-from mlxlora_core.recipe import DEFAULT_RECIPE, read
 from mlxlora_core.registry import Registry
-from mlxlora_core.report import write_report
+from mlxlora_core.registry.defaults import DEFAULT_RECIPE
+from mlxlora_core.run.recipe_source import read
+from mlxlora_core.run.report import write_report
 
 
 @verb(click.argument("run", required=False, type=Path))

@@ -12,10 +12,12 @@ from typing import Any
 
 import click
 
-from mlxlora_core import lock
-from mlxlora_core.errors import MlxloraError, PluginError, UsageError, one_line
+from mlxlora_core.cli import show
+from mlxlora_core.errors import MlxloraError, PluginError, SettingsChanged, UsageError, one_line
+from mlxlora_core.files import lock
+from mlxlora_core.machine.device import prepare_cpu
+from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.registry import Plugin, Registry, load, start_runtimes
-from mlxlora_core.resources import exhausted
 
 PLUGIN_OPTION = click.option(
     "-P",
@@ -47,6 +49,9 @@ def verb(*decorators: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], cl
             registry = open_registry(plugins)
             try:
                 return function(registry, **arguments)
+            except SettingsChanged as fault:
+                show.changes(fault.rows)
+                raise
             except MlxloraError:
                 raise
             except Exception as fault:
@@ -96,7 +101,7 @@ def hold(target: Path) -> None:
     Raises:
         LockedError: another one has it.
     """
-    click.get_current_context().with_resource(lock.held(target))
+    click.get_current_context().with_resource(lock.hold(target))
 
 
 def start(registry: Registry) -> list[str]:
@@ -106,13 +111,12 @@ def start(registry: Registry) -> list[str]:
         UsageError: MLX has no backend here.
     """
     try:
-        from mlxlora_core.layers import prepare_cpu
+        prepare_cpu()
     except ImportError as fault:
         raise UsageError(
             f"MLX cannot be used: {fault}",
             fix="pip install 'mlxlora[cpu]', or 'mlxlora[cuda13]' for an NVIDIA GPU",
         ) from fault
-    prepare_cpu()
     notes = start_runtimes(registry)
     for note in notes:
         if note.warning:

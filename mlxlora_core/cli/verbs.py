@@ -11,8 +11,8 @@ import click
 
 from mlxlora_core import __version__
 from mlxlora_core.errors import ExitCode, MlxloraError, one_line
-from mlxlora_core.resources import exhausted
-from mlxlora_core.signals import Interrupted
+from mlxlora_core.machine.limits import exhausted
+from mlxlora_core.machine.signals import Interrupted
 
 #: verb -> what ``mlxlora --help`` says of it, so that help imports no verb
 VERBS = {

@@ -25,8 +25,7 @@ import pytest
 from mlx.utils import tree_unflatten
 
 from mlxlora_core.errors import ModelError
-from mlxlora_core.layers import linear_shape
-from mlxlora_core.model_folder import linears, parameters
+from mlxlora_core.model.linears import linear_shape, linears, parameters
 from mlxlora_core.options import plain
 from mlxlora_core.specs import Architecture, Cache, LanguageModel
 

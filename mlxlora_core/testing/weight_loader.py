@@ -24,7 +24,7 @@ import mlx.core as mx
 import pytest
 
 from mlxlora_core.errors import MlxloraError
-from mlxlora_core.specs import Checkpoint, WeightLoader
+from mlxlora_core.specs import ForeignModel, WeightLoader
 
 # Opens and reads a checkpoint in a process of its own and prints how far the
 # memory in use rose after the first tensor, in bytes.
@@ -187,7 +187,7 @@ class WeightLoaderSuite:
 
     # --- what the tests share ---
 
-    def _open(self, folder: Path) -> Checkpoint:
+    def _open(self, folder: Path) -> ForeignModel:
         return self.spec.open(folder, self.spec.options())
 
     def _read_all(self, folder: Path) -> None:

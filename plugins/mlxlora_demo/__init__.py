@@ -1,7 +1,7 @@
 """Recipe ``demo``: a small base model that comes along, tuned on the docstrings of the installed mlx.
 
-``base/`` holds the model, ``demo.toml`` what is done with it, ``pretrain.py``
-how it was made, and ``MODEL_CARD.md`` what it is good for.
+``base/`` holds the model, ``demo.toml`` what is done with it, and
+``MODEL_CARD.md`` what it is good for and how it was made.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mlxlora_core.api import DatasetBuilder, DatasetOptions, Rows, hookimpl, option
+from mlxlora_core.api import DatasetBuilder, Rows, hookimpl, option
 
 
 @dataclass(frozen=True)
-class DocstringOptions(DatasetOptions):
+class DocstringOptions:
     """Which packages are read, and how."""
 
     packages: tuple[str, ...] = option(("mlx",), help="packages to read, by the name that import takes")

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxlora_core.api import DataError, JsonLines, Row, Rows, Skipped, refuse_faults, scan_jsonl
+from mlxlora_core.api import DataError, Row, Rows, Skipped
+from mlxlora_core.files import JsonLines, refuse_faults, scan_jsonl
 from mlxlora_jsonl import JsonlOptions
 
 SPLITS = ("train", "valid", "test")

@@ -13,7 +13,8 @@ from typing import TypeAlias
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxlora_core.api import Cache, KVCache, attention, rms_norm, rotate, silu_times
+from mlxlora_core.api import Cache
+from mlxlora_core.ops import KVCache, attention, rms_norm, rotate, silu_times
 from mlxlora_llama.config import ModelArgs
 
 # What the attention of core takes: nothing, "causal", or booleans (T, S).

@@ -7,7 +7,8 @@ from typing import Self
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxlora_core.api import UsageError, linear_shape
+from mlxlora_core.api import UsageError
+from mlxlora_core.ops import linear_shape
 
 
 class LoRALinear(nn.Module):

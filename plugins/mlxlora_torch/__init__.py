@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from mlxlora_core.api import Checkpoint, NoOptions, WeightLoader, hookimpl
+from mlxlora_core.api import ForeignModel, NoOptions, WeightLoader, hookimpl
 
 
 def detect(folder: Path) -> bool:
@@ -20,7 +20,7 @@ def detect(folder: Path) -> bool:
         return False
 
 
-def open_folder(folder: Path, options: NoOptions) -> Checkpoint:
+def open_folder(folder: Path, options: NoOptions) -> ForeignModel:
     """The checkpoint in ``folder``; see :func:`mlxlora_torch.checkpoint.open_checkpoint`."""
     from mlxlora_torch.checkpoint import open_checkpoint
 

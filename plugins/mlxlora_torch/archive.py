@@ -19,16 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mlxlora_core.api import (
-    ModelError,
-    SafetyError,
-    ZipMember,
-    open_regular,
-    read_exactly,
-    read_zip_layout,
-    refuse_stand_in,
-    some,
-)
+from mlxlora_core.api import ModelError, SafetyError, listing
+from mlxlora_core.files import ZipMember, open_regular, read_exactly, read_zip_layout, refuse_stand_in
 from mlxlora_torch.program import StoredTensor, read_program
 
 #: the dtypes that are read -> bytes an element
@@ -101,7 +93,7 @@ class Archive:
         if crc != member.crc:
             names = [name for name, tensor in self.tensors.items() if tensor.storage.key == key]
             raise ModelError(
-                f"the bytes of {some(names)} do not match their checksum", where=self.path, fix=_AGAIN
+                f"the bytes of {listing(names)} do not match their checksum", where=self.path, fix=_AGAIN
             )
 
 
@@ -160,11 +152,13 @@ def _check_members(members: Sequence[ZipMember], path: Path) -> None:
     known = ("data.pkl", "version", "byteorder")
     strange = [name for name in inner if name not in known and not name.startswith(("data/", "."))]
     if strange:
-        raise SafetyError(f"holds {some(strange)}, which torch.save does not write", where=path, fix=_UNSAFE)
+        raise SafetyError(
+            f"holds {listing(strange)}, which torch.save does not write", where=path, fix=_UNSAFE
+        )
     packed = [member.name for member in members if member.deflated]
     if packed:
         raise SafetyError(
-            f"{some(packed)} compressed, which torch.save never does: it could unpack to any size",
+            f"{listing(packed)} compressed, which torch.save never does: it could unpack to any size",
             where=path,
             fix=_UNSAFE,
         )
@@ -202,11 +196,11 @@ def _check_tensors(
     foreign = [f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in ITEM_BYTES]
     if foreign:
         raise ModelError(
-            f"{some(foreign)}; wanted {', '.join(ITEM_BYTES)}", where=path, fix="cast them and save again"
+            f"{listing(foreign)}; wanted {', '.join(ITEM_BYTES)}", where=path, fix="cast them and save again"
         )
     faults = [f"{name} {fault}" for name, t in tensors.items() if (fault := _misfit(t, storages))]
     if faults:
-        raise ModelError(some(faults), where=path, fix=_AGAIN)
+        raise ModelError(listing(faults), where=path, fix=_AGAIN)
 
 
 def _misfit(tensor: StoredTensor, storages: Mapping[str, ZipMember]) -> str:

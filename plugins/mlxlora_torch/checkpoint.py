@@ -5,14 +5,15 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from mlxlora_core.api import Checkpoint, LazyTensor, open_regular, refuse_stand_in
+from mlxlora_core.api import ForeignModel, LazyTensor
+from mlxlora_core.files import open_regular, refuse_stand_in
 from mlxlora_torch.archive import open_archive
 from mlxlora_torch.folder import find_parts, read_params
 from mlxlora_torch.reader import Reader, need_torch
 from mlxlora_torch.shards import join
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path) -> ForeignModel:
     """The checkpoint in ``folder``.
 
     The shards are joined: a tensor that they split has its whole shape. Tensors
@@ -32,7 +33,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     need_torch()
     reader = Reader(shards)
     reader.check_shards(tensors)
-    return Checkpoint(
+    return ForeignModel(
         config=params,
         tokenizer_file=parts.tokenizer,
         tensors={t.name: LazyTensor(t.shape, t.dtype, partial(reader.read, t)) for t in tensors},

@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.api import ModelError, read_json, some
+from mlxlora_core.api import ModelError, listing
+from mlxlora_core.files import read_json
 
 PARAMS = "params.json"
 TOKENIZER = "tokenizer.model"
@@ -56,7 +57,7 @@ def find_parts(folder: Path) -> Parts:
     faults += [f"{name} is missing" for name in (PARAMS, TOKENIZER) if name not in names]
     if faults:
         raise ModelError(
-            some(faults),
+            listing(faults),
             where=folder,
             fix=f"put all consolidated.NN.pth of one model there, from 00 on, with {PARAMS} and {TOKENIZER}",
         )
@@ -90,7 +91,7 @@ def _number_faults(numbered: Mapping[int, list[str]]) -> list[str]:
     if gaps:
         # A stray number may be huge: only the first gaps are spelt out.
         absent = (shard_name(n) for n in range(max(numbered)) if n not in numbered)
-        there = some(names[0] for _, names in sorted(numbered.items()))
+        there = listing(names[0] for _, names in sorted(numbered.items()))
         rest = f" and {gaps - 10} more" if gaps > 10 else ""
         faults.append(f"{', '.join(islice(absent, 10))}{rest} missing beside {there}")
     return faults

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.api import ModelError, SafetyError, some
+from mlxlora_core.api import ModelError, SafetyError, listing
 
 #: torch's name for the elements of a storage -> dtype
 _STORAGES = {
@@ -126,7 +126,7 @@ def read_program(program: bytes, where: Path) -> dict[str, StoredTensor]:
         if not (isinstance(name, str) and isinstance(value, StoredTensor))
     ]
     if other:
-        raise ModelError(f"holds more than named tensors: {some(other)}", where=where, fix=_RESAVE)
+        raise ModelError(f"holds more than named tensors: {listing(other)}", where=where, fix=_RESAVE)
     if not table:
         raise ModelError("holds no tensor", where=where)
     return table

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlxlora_core.api import ModelError, PluginError, SafetyError, some
+from mlxlora_core.api import ModelError, PluginError, SafetyError, listing
 from mlxlora_torch.archive import ITEM_BYTES, Archive
 from mlxlora_torch.shards import Joined
 
@@ -93,7 +93,8 @@ class Reader:
         differing = [name for name in whole if any(not self._equal(name, 0, other) for other in others)]
         if differing:
             raise ModelError(
-                f"{some(differing)} should be the same in all shards and is not: shards of different models",
+                f"{listing(differing)} should be the same in all shards and is not: "
+                "shards of different models",
                 where=folder,
                 fix="put all shards of one download there, and nothing else",
             )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.api import ModelError, some
+from mlxlora_core.api import ModelError, listing
 from mlxlora_torch.archive import Archive
 from mlxlora_torch.folder import shard_name
 
@@ -64,7 +64,7 @@ def join(shards: Sequence[Archive], params: Mapping[str, Any]) -> list[Joined]:
     ]
     if faults:
         raise ModelError(
-            "the shards are not of one model: " + some(faults),
+            "the shards are not of one model: " + listing(faults),
             where=first.path.parent,
             fix="put all shards of one download there, and nothing else",
         )
@@ -93,7 +93,7 @@ def _differences(first: Archive, other: Archive) -> list[str]:
         (other, first.tensors.keys() - other.tensors.keys()),
     ):
         if names:
-            faults.append(f"{archive.path.name} lacks {some(sorted(names))}")
+            faults.append(f"{archive.path.name} lacks {listing(sorted(names))}")
     for name, tensor in first.tensors.items():
         twin = other.tensors.get(name, tensor)
         if (twin.shape, twin.dtype) != (tensor.shape, tensor.dtype):
@@ -123,14 +123,14 @@ def _check_count(first: Archive, count: int, params: Mapping[str, Any]) -> None:
         )
     folder: Path = first.path.parent
     if count < wanted:
-        missing = some(shard_name(number) for number in range(count, min(wanted, count + 100)))
+        missing = listing(shard_name(number) for number in range(count, min(wanted, count + 100)))
         raise ModelError(
             f"found {count} of {wanted} shards: {missing} missing",
             where=folder,
             fix="download the rest of the model",
         )
     if count > wanted:
-        extra = some(shard_name(number) for number in range(wanted, count))
+        extra = listing(shard_name(number) for number in range(wanted, count))
         raise ModelError(
             f"found {count} shards, the model has {wanted}: {extra} too many",
             where=folder,

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from mlxlora_core import registry as registry_module
-from mlxlora_core.data import Example
+from mlxlora_core.model.tokenizer import Tokenizer
 from mlxlora_core.registry import Registry
-from mlxlora_core.tokenizer import Tokenizer
+from mlxlora_core.training.examples import Example
 
 VOCAB = 50
 
@@ -128,8 +128,10 @@ def model_folder(
     ``seed`` is that of the weights, ``bits`` quantizes by groups of 32, and
     ``head`` quantizes the head too.
     """
-    from mlxlora_core.convert import convert
-    from mlxlora_core.model_folder import Quantization
+    from mlxlora_core.model.convert import convert
+    from mlxlora_core.model.events import result_of
+    from mlxlora_core.registry import Choice
+    from mlxlora_core.registry.sections import QuantizeConfig
 
     made: dict[Any, Path] = {}
 
@@ -147,14 +149,17 @@ def model_folder(
             quantization = None
             if bits is not None:
                 affine = registry.find("quantizer", "affine")
-                quantization = Quantization(affine, affine.spec.options(group_size=32, bits=bits, head=head))
-            convert(
-                make_checkpoint(folder / "checkpoint", seed=seed),
-                folder / "model",
-                registry,
-                dtype=dtype,
-                file_format=file_format,
-                quantization=quantization,
+                quantization = Choice(affine, affine.spec.options(group_size=32, bits=bits))
+            result_of(
+                convert(
+                    make_checkpoint(folder / "checkpoint", seed=seed),
+                    folder / "model",
+                    registry,
+                    dtype=dtype,
+                    file_format=file_format,
+                    quantization=quantization,
+                    quantize_config=QuantizeConfig(head=head),
+                )
             )
             made[key] = folder / "model"
         return made[key]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mlxlora_core.model.linears import linears, replace
 from mlxlora_core.registry import Registry
 from mlxlora_core.registry import load as load_registry
 
@@ -46,8 +47,11 @@ def prepare(folder: Path) -> None:
     """Write the good files of every kind into ``folder``."""
     import torch
 
-    from mlxlora_core import adapter_file, model_folder
-    from mlxlora_core.convert import convert
+    from mlxlora_core.model import adapters
+    from mlxlora_core.model import folder as model_folder
+    from mlxlora_core.model.convert import convert
+    from mlxlora_core.model.events import result_of
+    from mlxlora_core.registry.sections import configure
 
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
@@ -66,12 +70,12 @@ def prepare(folder: Path) -> None:
     params = {"dim": width, "n_layers": layers, "n_heads": 2, "n_kv_heads": 2, "norm_eps": 1e-5}
     (checkpoint / "params.json").write_text(json.dumps({**params, "vocab_size": -1, "multiple_of": 16}))
     registry = _registry()
-    convert(checkpoint, folder / "model", registry, dtype="float32")
+    result_of(convert(checkpoint, folder / "model", registry, dtype="float32"))
     model = model_folder.load(folder / "model", registry)
     lora = registry.find("adapter", "lora")
-    adapted = adapter_file.attach(model, lora, lora.spec.options(rank=2), seed=1)
-    adapter_file.save(folder / "adapter.safetensors", model, adapted)
-    adapter_file.save(folder / "adapter.npz", model, adapted)
+    adapted = adapters.attach(model, *configure(lora, {"rank": 2}), seed=1)
+    adapters.save(folder / "adapter.safetensors", model, adapted)
+    adapters.save(folder / "adapter.npz", model, adapted)
 
 
 def _train_tokenizers(folder: Path) -> None:
@@ -141,7 +145,7 @@ def _digest(data: bytes | memoryview) -> str:
 
 def _tensors(tensors: Any) -> dict[str, Any]:
     """name -> type, shape and bytes of MLX arrays."""
-    from mlxlora_core import tensor_file
+    from mlxlora_core.files import tensor_file
 
     return {
         name: (tensor_file._TYPES[tensor.dtype], tuple(tensor.shape), _digest(tensor_file._bytes(tensor)))
@@ -167,7 +171,7 @@ class Safetensors(Subject):
         import numpy as np
         from safetensors.numpy import save
 
-        from mlxlora_core import tensor_file
+        from mlxlora_core.files import tensor_file
 
         self.path = self.folder / "model.safetensors"
         arrays = {"a.weight": np.ones((3, 2), np.float32), "b": np.arange(5, dtype=np.int8)}
@@ -180,7 +184,7 @@ class Safetensors(Subject):
         self.header_bytes = 400
 
     def parse(self) -> Any:
-        from mlxlora_core import tensor_file
+        from mlxlora_core.files import tensor_file
 
         tensors, metadata = tensor_file.load(self.path)
         return _tensors(tensors), metadata
@@ -212,7 +216,7 @@ class Npz(Subject):
         self.good.append(self.path.read_bytes())
 
     def parse(self) -> Any:
-        from mlxlora_core import tensor_file
+        from mlxlora_core.files import tensor_file
 
         return _tensors(tensor_file.load(self.path)[0])
 
@@ -285,7 +289,7 @@ class SentencePiece(Subject):
         self.good = [(self.material / f"{name}.model").read_bytes() for name in ("bpe", "unigram")]
 
     def parse(self) -> Any:
-        from mlxlora_core.tokenizer import Tokenizer
+        from mlxlora_core.model.tokenizer import Tokenizer
 
         tokenizer = Tokenizer(self.path)
         model = tokenizer._model
@@ -365,7 +369,7 @@ class Config(Subject):
         self.good = [(self.material / "model" / "config.json").read_bytes()]
 
     def parse(self) -> Any:
-        from mlxlora_core import model_folder
+        from mlxlora_core.model import folder as model_folder
 
         config = model_folder.read_config(self.folder)
         architecture = model_folder.find_architecture(config, self.registry, self.path)
@@ -388,9 +392,9 @@ class Index(Subject):
         self.good = [json.dumps(index, indent=1).encode()]
 
     def parse(self) -> Any:
-        from mlxlora_core import model_folder
+        from mlxlora_core.model.weights import weight_files
 
-        shards = model_folder._weight_files(self.folder)
+        shards = weight_files(self.folder)
         assert all(shard.resolve().parent == self.folder.resolve() for shard in shards)
         return [shard.name for shard in shards]
 
@@ -407,7 +411,7 @@ class Jsonl(Subject):
         self.good = [lines.encode(), b"\xef\xbb\xbf" + lines.replace("\n", "\r\n\n").encode()]
 
     def parse(self) -> Any:
-        from mlxlora_core.jsonl import read_jsonl
+        from mlxlora_core.files.jsonl import read_jsonl
 
         return read_jsonl(self.path)
 
@@ -435,14 +439,14 @@ class Recipe(Subject):
         self.good = [_RECIPE.encode()]
 
     def parse(self) -> Any:
-        from mlxlora_core.recipe import read
+        from mlxlora_core.run.recipe_source import read
 
         return repr(read(self.path, [], self.registry).values())
 
     def reference(self) -> Any:
         import tomli_w
 
-        from mlxlora_core.recipe import read
+        from mlxlora_core.run.recipe_source import read
 
         again = self.folder / "again.toml"
         again.write_text(tomli_w.dumps(read(self.path, [], self.registry).values()), encoding="utf-8")
@@ -453,31 +457,32 @@ class Adapter(Subject):
     """Adapter files, put on the model that they were made for."""
 
     def prepare(self) -> None:
-        from mlxlora_core import adapter_file, model_folder
+        from mlxlora_core.model import adapters
+        from mlxlora_core.model import folder as model_folder
 
         self.model = model_folder.load(self.material / "model", self.registry)
-        self.linears = dict(model_folder.linears(self.model.module))
+        self.linears = dict(linears(self.model.module))
         self.path = self.folder / "adapter.safetensors"
         whole = (self.material / "adapter.safetensors").read_bytes()
         import mlx.core as mx
 
-        from mlxlora_core import tensor_file
+        from mlxlora_core.files import tensor_file
 
         shutil.copy(self.material / "adapter.safetensors", self.path)
         tensors, metadata = tensor_file.load(self.path)
-        record = {adapter_file.METADATA: metadata[adapter_file.METADATA]}
+        record = {adapters.METADATA: metadata[adapters.METADATA]}
         mx.save_safetensors(str(self.path), tensors, record)  # without a fingerprint
         self.good = [whole, self.path.read_bytes()]
         self.header_bytes = 1500
 
     def parse(self) -> Any:
-        from mlxlora_core import adapter_file, model_folder
+        from mlxlora_core.model import adapters
 
-        adapted = adapter_file.load(self.path, self.model, self.registry)
+        adapted = adapters.load(self.path, self.model, self.registry)
         try:
-            return _tensors(adapter_file.trainable(self.model.module))
+            return _tensors(adapters.trainable(self.model.module))
         finally:
-            model_folder.replace(self.model.module, {path: self.linears[path] for path in adapted.paths})
+            replace(self.model.module, {path: self.linears[path] for path in adapted.paths})
 
     def reference(self) -> Any:
         return _safetensors(self.path)

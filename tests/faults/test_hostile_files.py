@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlxlora_core import tensor_file
+from mlxlora_core.files import tensor_file
 
 Command = Callable[..., Any]
 

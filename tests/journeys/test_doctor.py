@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from mlxlora_core import __version__, machine
-from mlxlora_core.machine import Device, Threads, advice
+from mlxlora_core import __version__
+from mlxlora_core.machine import doctor as doctor_module
+from mlxlora_core.machine.doctor import Device, Threads, advice
 
 Command = Callable[..., Any]
 
@@ -68,8 +69,8 @@ def test_threads_memory_and_disk_are_what_the_system_says(facts: Any) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="a GPU multiplies larger matrices")
 def test_a_rate_is_operations_by_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = itertools.count(0.0, 0.25)
-    monkeypatch.setattr("mlxlora_core.machine.time.perf_counter", lambda: next(readings))
-    assert machine.matmul_gflops() == pytest.approx(2 * 512**3 / 0.25 / 1e9)
+    monkeypatch.setattr("mlxlora_core.machine.doctor.time.perf_counter", lambda: next(readings))
+    assert doctor_module.matmul_gflops() == pytest.approx(2 * 512**3 / 0.25 / 1e9)
 
 
 def test_a_person_gets_a_line_each(mlxlora: Command) -> None:
@@ -140,7 +141,7 @@ def test_more_threads_than_processors_is_said(spread: Threads, complains: bool) 
 
 def test_an_unused_nvidia_gpu_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     spread = Threads(2, 2, None, "", 2)
-    monkeypatch.setattr(machine, "nvidia_present", lambda: True)
+    monkeypatch.setattr(doctor_module, "nvidia_present", lambda: True)
     assert "pip install 'mlxlora[cuda13]'" in advice(CPU, ["a warning"], spread)[0]
     assert "pip install 'mlxlora[cuda13]'" in advice(None, [], spread)[0]
     assert not any("NVIDIA" in line for line in advice(Device("gpu", "cuda", "H"), [], spread))

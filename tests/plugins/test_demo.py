@@ -14,11 +14,11 @@ from typing import Any
 
 import mlxlora_demo
 import pytest
-from mlxlora_demo.pretrain import documents
+from pretrain import REQUIREMENTS, documents
 
 import mlxlora_core
 from mlxlora_core import cli
-from mlxlora_core.tokenizer import Tokenizer
+from mlxlora_core.model.tokenizer import Tokenizer
 
 FOLDER = Path(mlxlora_demo.__file__).parent
 BASE = FOLDER / "base"
@@ -41,7 +41,9 @@ def test_the_wheel_holds_the_same_files(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()}
     shipped = [*BASE.iterdir(), FOLDER / "demo.toml", FOLDER / "MODEL_CARD.md"]
-    shipped += [path for path in (root / "mlxlora_core" / "report").rglob("*") if path.suffix != ".pyc"]
+    shipped += [
+        path for path in (root / "mlxlora_core" / "run" / "report").rglob("*") if path.suffix != ".pyc"
+    ]
     for path in (path for path in shipped if path.is_file()):
         name = path.relative_to(root).as_posix().removeprefix("plugins/")
         assert held[name] == hashlib.sha256(path.read_bytes()).hexdigest(), name
@@ -67,7 +69,7 @@ def test_the_corpus_leaves_out_what_mentions_mlx(tmp_path: Path) -> None:
     )
     texts = [document.text for document in documents(tmp_path, "quoted")]
     assert sorted(texts) == ["A package that knows of others.", "Turn anything else into one of ours."]
-    assert "mlx" not in (FOLDER / "corpus-requirements.txt").read_text()
+    assert "mlx" not in REQUIREMENTS.read_text()
 
 
 Run = Callable[..., tuple[str, dict[str, Any]]]

@@ -15,7 +15,7 @@ import torch
 from mlx.utils import tree_flatten, tree_unflatten
 from mlxlora_llama.model import RMSNorm, attention_mask
 
-from mlxlora_core.api import rotate
+from mlxlora_core.ops import rotate
 
 BASE = {
     "dim": 32,

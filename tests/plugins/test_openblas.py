@@ -292,19 +292,20 @@ def test_training_takes_the_exponential_of_the_runtime(built: Path) -> None:
 import mlx.core as mx
 import numpy as np
 import torch
-from mlxlora_core import fast
+from mlxlora_core.machine import device
+from mlxlora_core.model import ops
 from mlxlora_core.registry import load, start_runtimes
 start_runtimes(load(environ={{"MLXLORA_PLUGINS": ""}}))
-(exp,) = fast._exponentials
+(exp,) = device._exponentials
 calls = []
-fast._exponentials[:] = [lambda x: calls.append(x.size) or exp(x)]
+device._exponentials[:] = [lambda x: calls.append(x.size) or exp(x)]
 rng = np.random.default_rng(0)
 q, k, v, up = (rng.standard_normal((2, 4, 90, 24)).astype(np.float32) for _ in range(4))
 targets = rng.integers(0, 24, 720)
 
 def ours(q, k, v, up):
-    out = fast.silu_times(fast.attention(q, k, v, 0.2, "causal"), up)
-    return fast.cross_entropy(out.reshape(-1, 24), mx.array(targets))
+    out = ops.silu_times(ops.attention(q, k, v, 0.2, "causal"), up)
+    return ops.cross_entropy(out.reshape(-1, 24), mx.array(targets))
 
 def theirs(q, k, v, up):
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from mlxlora_torch import detect, open_folder, reader
 
-from mlxlora_core.api import Checkpoint, ModelError, NoOptions, PluginError
+from mlxlora_core.api import ForeignModel, ModelError, NoOptions, PluginError
 
 D, F, V = 8, 24, 40
 AXES = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1, "tok_embeddings": 1}
@@ -65,7 +65,7 @@ def save(folder: Path, *tables: dict[str, Any], params: Any = None) -> Path:
     return folder
 
 
-def open_(folder: Path) -> Checkpoint:
+def open_(folder: Path) -> ForeignModel:
     return open_folder(folder, NoOptions())
 
 

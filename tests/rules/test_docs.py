@@ -13,11 +13,12 @@ from typing import Any
 import click
 import pytest
 
-import mlxlora_core.api as api
-from mlxlora_core import errors, hookspecs, recipe, registry
+from mlxlora_core import api, errors, files, hookspecs, ops, registry, specs
 from mlxlora_core.cli.verbs import VERBS, group
 from mlxlora_core.errors import ExitCode
 from mlxlora_core.options import Option, explain
+from mlxlora_core.registry.sections import CONFIGS, config_of
+from mlxlora_core.run import recipe, recipe_source
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
@@ -30,6 +31,7 @@ PAGES = {
     "runtime": "runtimes.md",
     "recipe": "recipes.md",
 }
+DOORS = {module.__name__: module for module in (api, ops, files)}
 BUILT_IN = registry.load(environ={registry.ALLOW_LIST: ""}).components
 HOOKS = [name for name in vars(hookspecs) if name.startswith("mlxlora_")]
 
@@ -67,7 +69,7 @@ def test_no_heading_of_a_hook_that_is_gone() -> None:
 def test_every_field_of_a_spec_stands_below_its_name(kind: str) -> None:
     spec: Any = registry.KINDS[kind][1]
     text = part(page("plugins.md"), f"### {spec.__name__}")
-    common = {field.name: field.type for field in dataclasses.fields(registry.specs.Spec)}
+    common = {field.name: field.type for field in dataclasses.fields(specs.Spec)}
     for field in dataclasses.fields(spec):
         if common.get(field.name) != field.type:
             assert f"| `{field.name}: {field.type}` |" in text
@@ -75,11 +77,13 @@ def test_every_field_of_a_spec_stands_below_its_name(kind: str) -> None:
 
 def test_the_fields_that_all_specs_have() -> None:
     text = part(page("plugins.md"), "## Specs")
-    for field in dataclasses.fields(registry.specs.Spec):
+    for field in dataclasses.fields(specs.Spec):
         assert f"| `{field.name}: {field.type}` |" in text
 
 
-@pytest.mark.parametrize("name", ["Checkpoint", "LazyTensor", "Row", "Rows", "Skipped", "RuntimeNote"])
+@pytest.mark.parametrize(
+    "name", ["ForeignModel", "LazyTensor", "Row", "Rows", "Skipped", "RuntimeNote", "Place"]
+)
 def test_every_field_of_what_functions_hand_over(name: str) -> None:
     for field in dataclasses.fields(getattr(api, name)):
         assert f"| `{field.name}: {field.type}` |" in page("plugins.md"), f"{name}.{field.name}"
@@ -123,14 +127,26 @@ def test_every_option_explains_itself(component: Any) -> None:
 # --- recipes ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("section", recipe._PLAIN)
+@pytest.mark.parametrize("section", recipe.PLAIN)
 def test_every_key_of_a_recipe_is_a_row_with_its_type_and_default(section: str) -> None:
     text = part(page("kinds/recipes.md"), f"## [{section}]")
-    known = explain(recipe._PLAIN[section])
+    known = explain(recipe.PLAIN[section])
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.MULTILINE))
     assert list(rows) == [o.name for o in known]
     for option in known:
         assert f"| `{option.name}` | {option.type_name} | {_default(option)} | " in text
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_key_beside_use_is_a_row_with_its_default(kind: str) -> None:
+    """On the page of its kind, and in the table of sections."""
+    text = part(page("kinds/recipes.md"), "## Sections that name a component")
+    (row,) = [line for line in text.splitlines() if f"]` | {kind} |" in line]
+    for option in explain(config_of(kind)):
+        assert f"`{option.name}`" in row
+        below = part(page(f"kinds/{PAGES[kind]}"), "## What the section holds beside the options")
+        assert f"| `{option.name}` | " in below
+        assert f"| {_default(option)} |" in below
 
 
 def _default(option: Option) -> str:
@@ -143,7 +159,7 @@ def _default(option: Option) -> str:
 
 def test_every_section_that_names_a_component_is_a_row_with_its_default() -> None:
     text = part(page("kinds/recipes.md"), "## Sections that name a component")
-    for section, (kind, default, required) in recipe._CHOICES.items():
+    for section, (kind, default, required) in recipe.CHOICES.items():
         (row,) = [line for line in text.splitlines() if line.startswith(f"| `[{section}]` | {kind} |")]
         assert f"`{default}`" in row or (required and row.endswith("| an error |"))
 
@@ -152,7 +168,7 @@ def test_the_recipe_on_the_page_is_a_recipe(tmp_path: Path) -> None:
     block = re.search(r"```toml\n(.*?)```", page("kinds/recipes.md"), re.DOTALL)
     assert block is not None
     (tmp_path / "page.toml").write_text(block[1])
-    read = recipe.read(tmp_path / "page.toml", [], registry.load(environ={registry.ALLOW_LIST: ""}))
+    read = recipe_source.read(tmp_path / "page.toml", [], registry.load(environ={registry.ALLOW_LIST: ""}))
     assert read.adapter.options.rank == 8
 
 
@@ -224,8 +240,8 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_python_on_a_page_parses_and_takes_public_names_only(path: Path) -> None:
     for block in re.findall(r"^```python\n(.*?)^```$", path.read_text("utf-8"), re.MULTILINE | re.DOTALL):
         for node in ast.walk(_parsed(block)):
-            if isinstance(node, ast.ImportFrom) and node.module == "mlxlora_core.api":
-                assert {alias.name for alias in node.names} <= set(api.__all__)
+            if isinstance(node, ast.ImportFrom) and node.module in DOORS:
+                assert {alias.name for alias in node.names} <= set(DOORS[node.module].__all__)
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlxlora_core"):
                 assert node.module is not None and node.module.startswith("mlxlora_core.testing.")
 

@@ -13,10 +13,9 @@ SOURCES = sorted([*(ROOT / "mlxlora_core").rglob("*.py"), *(ROOT / "plugins").rg
 
 #: what may write by itself, and why
 EXCEPT = {
-    "mlxlora_core/durable.py": "is the writer",
-    "mlxlora_core/lock.py": "a lock is no product; it is taken and left in place",
-    "mlxlora_core/input_file.py": "opens to read; its flags stand in a variable",
-    "plugins/mlxlora_demo/pretrain.py": "a program of the developers, which no verb calls",
+    "mlxlora_core/files/durable.py": "is the writer",
+    "mlxlora_core/files/lock.py": "a lock is no product; it is taken and left in place",
+    "mlxlora_core/files/input_file.py": "opens to read; its flags stand in a variable",
     "plugins/mlxlora_docstrings/packages.py": "a request in a temporary folder, for a child",
     "plugins/mlxlora_docstrings/child.py": "its answer there, and a setting of the kernel's",
 }

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.api import DataError, Row, Rows, Skipped, some
+from mlxlora_core.api import DataError, Row, Rows, Skipped, listing
 
 # CommonMark 0.31.2, sections 2.1, 4.2 and 4.5: up to three spaces, then the marks.
 _LINE_END = re.compile(r"\r\n|\r|\n")
@@ -48,7 +48,7 @@ def rows(path: Path, form: str, limit: int) -> Rows:
                 # One text under two headings must not stand in two splits.
                 made.append(Row(_content(heading, section, form), group=section))
     if not made:
-        reasons = some(f"{part.source}: {part.reason}" for part in skipped)
+        reasons = listing(f"{part.source}: {part.reason}" for part in skipped)
         raise DataError(f"no heading with a text below it ({reasons})", where=path)
     return Rows(made, skipped, versions)
 

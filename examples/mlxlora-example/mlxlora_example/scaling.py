@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxlora_core.api import linear_shape
+from mlxlora_core.ops import linear_shape
 
 
 class ScaledLinear(nn.Module):

@@ -105,7 +105,8 @@ def _serve() -> None:
     from mlxlora_core import registry
     from mlxlora_core.cli import verbs
 
-    for module in ("train", "pipeline", "checkpoint", "convert", "data", "fuse", "generate", "evaluate"):
+    # What the verbs and the stages import when they work, and what that needs.
+    for module in ("model.convert", "model.fuse", "model.generate", "training.session"):
         __import__(f"mlxlora_core.{module}")
     for verb in verbs.VERBS:
         __import__(f"mlxlora_core.cli.{verb}")
@@ -143,7 +144,7 @@ def _child(job: Mapping[str, Any], operations: Path) -> None:
     import resource
 
     import mlxlora_core.cli as cli
-    from mlxlora_core import signals
+    from mlxlora_core.machine import signals
 
     code = 99
     try:
@@ -181,7 +182,7 @@ class Counter:
 
     def install(self) -> None:
         """Stand in front of the operating system's functions, and of files that the durable writer opens."""
-        from mlxlora_core import durable
+        from mlxlora_core.files import durable
 
         for name in ("fsync", "replace", "rename", "unlink", "remove", "rmdir", "mkdir"):
             setattr(os, name, self._counted(getattr(os, name)))
@@ -239,7 +240,7 @@ class Writing:
 
 
 def _keep_the_fresh_optimizer() -> None:
-    from mlxlora_core.train import Training
+    from mlxlora_core.training.loop import Training
 
     def restore(self: Training, progress: Any, optimizer: Any) -> None:
         self.progress = progress
@@ -250,7 +251,7 @@ def _keep_the_fresh_optimizer() -> None:
 def _draw_from_where_the_process_is() -> None:
     import mlx.core as mx
 
-    from mlxlora_core import train
+    from mlxlora_core.training import loop
 
     class Unseeded:
         def __getattr__(self, name: str) -> Any:
@@ -262,29 +263,27 @@ def _draw_from_where_the_process_is() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(mx, name)
 
-    train.mx = Mlx()  # type: ignore[assignment]
+    loop.mx = Mlx()  # type: ignore[assignment]
 
 
 def _begin_the_rows_again() -> None:
-    from mlxlora_core import train
+    from mlxlora_core.training import loop
 
-    real = train.steps_from
-    train.steps_from = lambda examples, rows, seed, cursor=0: real(examples, rows, seed)
+    real = loop.steps_from
+    loop.steps_from = lambda examples, rows, seed, cursor=0: real(examples, rows, seed)
 
 
 def _be_off_by_one_row() -> None:
-    from mlxlora_core import train
+    from mlxlora_core.training import loop
 
-    real = train.steps_from
-    train.steps_from = lambda examples, rows, seed, cursor=0: real(
-        examples, rows, seed, cursor + (cursor > 0)
-    )
+    real = loop.steps_from
+    loop.steps_from = lambda examples, rows, seed, cursor=0: real(examples, rows, seed, cursor + (cursor > 0))
 
 
 def _forget_the_adapter() -> None:
-    from mlxlora_core import adapter_file
+    from mlxlora_core.model import adapters
 
-    adapter_file.fill = lambda path, model: None
+    adapters.fill = lambda path, model: None
 
 
 MUTANTS: dict[str, Mutant] = {
@@ -295,7 +294,7 @@ MUTANTS: dict[str, Mutant] = {
     "adapter": _forget_the_adapter,
 }
 #: places in a training where a signal comes: the function that it comes in, and at which call
-PLACES = {"mid step": ("train", "_gradient", 7), "mid validation": ("train", "evaluate", 2)}
+PLACES = {"mid step": ("training.loop", "_gradient", 7), "mid validation": ("training.loop", "evaluate", 2)}
 
 
 def _signalled(place: str, signum: int) -> None:

@@ -88,7 +88,7 @@ def test_children_that_read_packages_end_with_it(program: Program) -> None:
 #: sends itself a signal at the n-th import after main() has begun
 IMPORTS = """
 import os, signal, sys
-from mlxlora_core import signals
+from mlxlora_core.machine import signals
 from mlxlora_core.cli import main
 
 left = [int(sys.argv.pop(1))]
@@ -120,5 +120,5 @@ def test_almost_nothing_is_imported_before_signals_are_seen_to() -> None:
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60,
                           cwd=Path(__file__).parents[3])  # fmt: skip
     loaded: set[Any] = set(done.stdout.split())
-    assert {"mlxlora_core.cli", "mlxlora_core.signals"} <= loaded
+    assert {"mlxlora_core.cli", "mlxlora_core.machine.signals"} <= loaded
     assert loaded & {"click", "pathlib", "typing", "re", "json", "mlxlora_core.errors"} == set()

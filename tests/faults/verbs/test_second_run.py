@@ -12,8 +12,10 @@ import mlx.core as mx
 import pytest
 from processes import Program, ended
 
-from mlxlora_core import cli, durable, model_folder, registry, tensor_file
+from mlxlora_core import cli, registry
 from mlxlora_core.errors import ModelError
+from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.model import folder as model_folder
 
 RECIPE = """
 [run]
@@ -76,10 +78,10 @@ def test_two_conversions_to_one_target(
 def test_every_verb_that_writes_looks_for_another_first(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], verb: str, target: str, arguments: str
 ) -> None:
-    from mlxlora_core import lock
+    from mlxlora_core.files import lock
 
     flag = {"data": "--out", "fuse": "--save-path", "train": "--adapter-file"}[verb]
-    with lock.held(tmp_path / target):
+    with lock.hold(tmp_path / target):
         line = second(capfd, verb, *arguments.split(), flag, tmp_path / target)
     assert f"is in use by process {os.getpid()} on " in line
 

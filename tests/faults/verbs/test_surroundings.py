@@ -77,7 +77,7 @@ def test_an_adapter_that_changes_nothing_is_told(
 ) -> None:
     import mlx.core as mx
 
-    from mlxlora_core import tensor_file
+    from mlxlora_core.files import tensor_file
 
     tensors, metadata = tensor_file.load(tiny_adapter)
     zero = [(n, mx.zeros_like(t) if n.endswith("lora_b") else t) for n, t in sorted(tensors.items())]

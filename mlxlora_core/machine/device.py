@@ -1,0 +1,97 @@
+"""The device that MLX computes on, and what runtimes have lent it.
+
+Half precision and packed weights are slow on a CPU, which is told apart here
+and nowhere else. MLX is imported only where it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from mlxlora_core.machine.processors import thread_count
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+LARGEST_CACHE_BYTES = 4 * 2**30
+
+#: environment variable of MLX: how wide a graph may be and still be ordered breadth first
+ORDER_WIDTH = "MLX_BFS_MAX_WIDTH"
+
+# Each sets how many threads a matrix product takes, as the runtimes gave them.
+_setters: list[Callable[[int], None]] = []
+
+# The exponential of a float32 array on the CPU, of each runtime that has one; the last is used.
+_exponentials: list[Callable[[mx.array], mx.array]] = []
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU, where half precision and packed weights are slow."""
+    import mlx.core as mx
+
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def on_cuda() -> bool:
+    """Whether MLX computes on an NVIDIA GPU."""
+    import mlx.core as mx
+
+    return not on_cpu() and mx.cuda.is_available()
+
+
+def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
+    """The type to compute in for weights of type ``stored``: float32 on a CPU, else the same."""
+    import mlx.core as mx
+
+    return mx.float32 if on_cpu() else stored
+
+
+def prepare_cpu() -> None:
+    """Set what the defaults of MLX's CPU backend have too low; before anything is computed.
+
+    It keeps 32 MB of freed memory, and pages fresh from the system cost more
+    than the arithmetic on them: adding two arrays of 33 MB takes 5 times as
+    long. And it orders the operations of streams fairly only in graphs at most 20
+    wide: in a wider one, as a training step is, the second stream waits for the first.
+    """
+    import mlx.core as mx
+
+    if on_cpu():
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        mx.set_cache_limit(min(total // 8, LARGEST_CACHE_BYTES))
+        os.environ.setdefault(ORDER_WIDTH, str(2**20))
+
+
+def use_for_products(set_threads: Callable[[int], None]) -> None:
+    """Let ``set_threads`` say how many threads a matrix product takes, from now on."""
+    _setters.append(set_threads)
+
+
+def products_have_threads() -> bool:
+    """Whether a matrix product can use several threads, as a runtime has said."""
+    return bool(_setters)
+
+
+@contextmanager
+def product_threads(count: int) -> Iterator[None]:
+    """Inside, a matrix product takes ``count`` threads, where a runtime can set that; then all cores."""
+    for set_threads in _setters:
+        set_threads(count)
+    try:
+        yield
+    finally:
+        for set_threads in _setters:
+            set_threads(thread_count())
+
+
+def use_exponential(exp: Callable[[mx.array], mx.array]) -> None:
+    """Let ``exp`` compute the exponential of large arrays on the CPU from now on; it needs no gradient."""
+    _exponentials.append(exp)
+
+
+def exponential() -> Callable[[mx.array], mx.array] | None:
+    """The exponential that the last runtime has lent, or None."""
+    return _exponentials[-1] if _exponentials else None

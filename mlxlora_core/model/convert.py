@@ -1,0 +1,284 @@
+"""``loader.open -> architecture.rename -> cast -> quantizer -> model folder``, a tensor at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxlora_core.errors import ModelError, UsageError, listing
+from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.machine.disk import require_disk
+from mlxlora_core.model import folder as model_folder
+from mlxlora_core.model.events import SpaceNeeded, TensorConverted
+from mlxlora_core.model.folder import CONFIG, TOKENIZER
+from mlxlora_core.model.linears import linears, parameters
+from mlxlora_core.model.quantization import QUANTIZATION, QUANTIZED, QUANTIZER, pack
+from mlxlora_core.model.tokenizer import Tokenizer
+from mlxlora_core.model.weights import WEIGHTS
+from mlxlora_core.options import plain
+from mlxlora_core.registry import Choice, Component, Registry
+from mlxlora_core.registry.sections import QuantizeConfig
+from mlxlora_core.specs import ForeignModel, LanguageModel, LazyTensor
+
+_NOT_THE_HEAD = QuantizeConfig()
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+@dataclass
+class _Tally:
+    """What has been converted so far."""
+
+    tensors: int = 0
+    parameters: int = 0
+    quantized: list[str] = field(default_factory=list)
+    left_dense: list[str] = field(default_factory=list)
+    squared_error: float = 0.0
+    squared_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did.
+
+    Attributes:
+        folder: the model folder.
+        loader: who read the foreign model.
+        architecture: who builds the model.
+        parameters: how many the model has.
+        bytes: size of the tensors written.
+        quantized: how many linears were quantized.
+        left_dense: linears that the quantizer left as they are.
+        relative_error: ‖w - ŵ‖ / ‖w‖ over all quantized weights.
+    """
+
+    folder: str
+    loader: str
+    architecture: str
+    parameters: int
+    bytes: int
+    quantized: int
+    left_dense: tuple[str, ...]
+    relative_error: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a parameter takes on average, scales and dense layers included."""
+        return self.bytes * 8 / self.parameters
+
+    def values(self) -> dict[str, Any]:
+        """The report in plain values."""
+        values: dict[str, Any] = plain(self)
+        return values | {"bits_per_weight": self.bits_per_weight}
+
+
+def convert(
+    source: Path,
+    target: Path,
+    registry: Registry,
+    *,
+    loader: str | None = None,
+    loader_options: Any = None,
+    dtype: str = "float16",
+    file_format: str = "safetensors",
+    quantization: Choice | None = None,
+    quantize_config: QuantizeConfig = _NOT_THE_HEAD,
+    overwrite: bool = False,
+) -> Iterator[SpaceNeeded | TensorConverted | ConvertReport]:
+    """Turn a foreign model into a model folder, in memory that does not grow with the model.
+
+    Args:
+        source: folder of the checkpoint.
+        target: model folder to make.
+        registry: where loaders and architectures are looked up.
+        loader: which weight loader; None asks each whether it knows the folder.
+        loader_options: of the loader; None for its defaults.
+        dtype: ``float16``, ``bfloat16`` or ``float32``.
+        file_format: ``safetensors`` or ``npz``.
+        quantization: how to quantize the linears, or None.
+        quantize_config: which of them.
+        overwrite: whether a model folder that is there may be replaced.
+
+    Yields:
+        What the disk must hold, each tensor as it is written, and the report.
+
+    Raises:
+        ModelError: a part is absent or damaged, or tensors do not fit (all listed).
+        SafetyError: the target holds something else, or a file wants to run code.
+        ResourceError: the disk is too small.
+    """
+    if file_format == "npz" and dtype == "bfloat16":
+        raise UsageError("npz cannot hold bfloat16", fix="use --dtype float16, or --format safetensors")
+    ours = model_folder.holds_only_a_model
+    durable.check_target(target, overwrite=overwrite, ours=ours)
+    reader = find_loader(source, registry, loader)
+    opened = reader.spec.open(source, loader_options or reader.spec.options())
+    checkpoint = reader.checked("open", opened, ForeignModel)
+    architecture = model_folder.find_architecture(checkpoint.config, registry, source)
+    tensors = _rename(checkpoint.tensors, architecture, source)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    args = model_folder.model_args(architecture, checkpoint.config, shapes, source)
+    model: Any = architecture.checked("build", architecture.spec.build(args), nn.Module)
+    faults = tensor_file.mismatches(tensors, parameters(model))
+    if faults:
+        raise ModelError("the tensors do not fit the config: " + "; ".join(faults), where=source)
+    model_folder.check_vocabulary(Tokenizer(checkpoint.tokenizer_file), model.vocab_size)
+    packed = _to_quantize(model, quantize_config) if quantization else set()
+    yield SpaceNeeded(_need(tensors, packed, DTYPES[dtype], target))
+    tally = _Tally()
+    with durable.new_folder(target, overwrite=overwrite, ours=ours) as folder:
+        durable.copy_file(checkpoint.tokenizer_file, folder / TOKENIZER)
+        stream = _stored(tensors, packed, DTYPES[dtype], quantization, tally, source)
+        size = 0
+        most = len(tensors) * (len(quantization.component.spec.parts) if quantization else 1)
+        for written in tensor_file.saving(folder / WEIGHTS[file_format], stream, {}, most=most):
+            if isinstance(written, str):
+                yield TensorConverted(written, tally.tensors, len(tensors))
+            else:
+                size = written.bytes
+        config = _config(args, architecture, checkpoint.config)
+        if quantization is not None:
+            config |= _quantized_config(quantization, tally.quantized)
+        durable.write_json(folder / CONFIG, config)
+    yield ConvertReport(
+        folder=str(target),
+        loader=reader.id,
+        architecture=architecture.id,
+        parameters=tally.parameters,
+        bytes=size,
+        quantized=len(tally.quantized),
+        left_dense=tuple(tally.left_dense),
+        relative_error=(tally.squared_error / tally.squared_weight) ** 0.5 if tally.squared_weight else 0.0,
+    )
+
+
+def find_loader(source: Path, registry: Registry, name: str | None) -> Component:
+    """The loader asked for, or the only one that knows the folder.
+
+    Raises:
+        ModelError: the folder is absent, or no loader or several know it.
+    """
+    if not source.is_dir():
+        raise ModelError("there is no such folder", where=source, fix="name the checkpoint's folder")
+    if name is not None:
+        return registry.find("loader", name)
+    loaders = registry.of("loader")
+    found = [component for component in loaders if component.spec.detect(source)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        ids = [component.id for component in found]
+        raise ModelError(f"{listing(ids)} can read this folder", where=source, fix=f"add --loader {ids[0]}")
+    failed = "".join(f"; plugin {p} failed to load: {p.reason}" for p in registry.failed)
+    raise ModelError(
+        f"no weight loader knows this folder (there is {listing(c.spec.name for c in loaders)}{failed})",
+        where=source,
+    )
+
+
+def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:
+    """``tensor`` in another type.
+
+    Raises:
+        ModelError: a value that the type cannot hold, or that is not finite to begin with.
+    """
+    result = tensor.astype(dtype)
+    if not tensor_file.is_finite(result):
+        raise ModelError(
+            f"{name} has values that are not finite as {tensor_file.type_name(dtype)}",
+            where=where,
+            fix="use --dtype bfloat16 or float32, if the weights themselves are sound",
+        )
+    return result
+
+
+def _rename(
+    tensors: Mapping[str, LazyTensor], architecture: Component, source: Path
+) -> dict[str, LazyTensor]:
+    """The tensors by their names in the model, without those it does not need."""
+    renamed: dict[str, LazyTensor] = {}
+    twice = []
+    for old, tensor in tensors.items():
+        name = architecture.spec.rename(old)
+        if name in renamed:
+            twice.append(name)
+        elif name is not None:
+            renamed[name] = tensor
+    if twice:
+        raise ModelError(f"several tensors are to be {listing(twice)}", where=source)
+    return renamed
+
+
+def _to_quantize(model: LanguageModel, config: QuantizeConfig) -> set[str]:
+    """The names of the weights that the quantizer is asked about."""
+    module: Any = model
+    paths = {path for path, _ in linears(module)}
+    return {f"{path}.weight" for path in paths if config.head or path != model.head_path}
+
+
+def _need(tensors: Mapping[str, LazyTensor], packed: Collection[str], dtype: mx.Dtype, target: Path) -> str:
+    """What the model will need of the disk, in words; of what is quantized only that it is not counted."""
+    dense = sum(math.prod(tensor.shape) for name, tensor in tensors.items() if name not in packed)
+    said = require_disk(dense * dtype.size, target)
+    return f"{said}, not counting what is quantized" if packed else said
+
+
+def _stored(
+    tensors: Mapping[str, LazyTensor],
+    packed: Collection[str],
+    dtype: mx.Dtype,
+    quantization: Choice | None,
+    tally: _Tally,
+    source: Path,
+) -> Iterator[tuple[str, mx.array]]:
+    """(name, tensor) as the weight file will hold them, one at a time."""
+    for name, lazy in tensors.items():
+        try:
+            tensor = cast(name, lazy.read(), dtype, source)
+        except OSError as fault:  # else it would pass for a fault of the disk that is written to
+            raise ModelError(f"{name} cannot be read: {fault}", where=source) from fault
+        tally.tensors += 1
+        tally.parameters += tensor.size
+        if quantization is not None and name in packed:
+            yield from _quantized(name.removesuffix(".weight"), tensor, quantization, tally)
+        else:
+            yield name, tensor
+        del tensor
+        mx.clear_cache()
+
+
+def _quantized(
+    path: str, weight: mx.array, quantization: Choice, tally: _Tally
+) -> Iterator[tuple[str, mx.array]]:
+    """The tensors of one linear after the quantizer has had its say; the tally counts the error."""
+    packed = pack(weight, quantization)
+    if packed is None:
+        tally.left_dense.append(path)
+        yield f"{path}.weight", weight
+        return
+    exact = weight.astype(mx.float32)
+    tally.quantized.append(path)
+    tally.squared_error += float((packed.weight - exact).square().sum())
+    tally.squared_weight += float(exact.square().sum())
+    yield from ((f"{path}.{name}", part) for name, part in packed.parts.items())
+
+
+def _config(args: Any, architecture: Component, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json holds of the model itself."""
+    config = {key: value for key, value in plain(args).items() if value is not None}
+    config.setdefault("model_type", raw.get("model_type") or architecture.spec.detect(raw))
+    return config
+
+
+def _quantized_config(quantization: Choice, paths: Collection[str]) -> dict[str, Any]:
+    """What config.json holds of a quantizer, and of what it packed."""
+    return {
+        QUANTIZER: quantization.component.id,
+        QUANTIZATION: plain(quantization.options),
+        QUANTIZED: {path: {} for path in paths},
+    }

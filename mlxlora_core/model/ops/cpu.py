@@ -1,0 +1,298 @@
+"""The operations of a CPU, written out in as few passes through memory as they take.
+
+MLX's CPU backend takes one pass through memory for each operation of a formula,
+12 ns an element for ``exp``, 4.6 ns for ``power`` and 0.6 ns for a sum along
+rows. So here the exponential is that of a runtime which has a faster one, or a
+power of ``e``, the sum is a product with a vector of ones, and each gradient is
+written out. All arrays are in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeAlias, cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlxlora_core.machine.device import exponential
+
+_Pair: TypeAlias = tuple[mx.array, mx.array]
+
+# e to less than this is far below the last bit of any sum with a 1 in it, and slow to compute.
+_LOWEST = -80.0
+
+# Causal attention takes so many queries at a time, or an eighth of them where that is more.
+_TILE = 64
+
+# What a score becomes where a query does not see a key: a row of nothing else has a mean, not NaN.
+_UNSEEN = float(np.finfo(np.float32).min)
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """See :func:`mlxlora_core.model.ops.rms_norm`."""
+    return cast(_Pair, _rms_norm(eps)(x, weight))[0]
+
+
+def rotate(x: mx.array, offset: int, theta: float) -> mx.array:
+    """See :func:`mlxlora_core.model.ops.rotate`."""
+    length, width = x.shape[-2:]
+    if length == 1:  # one product takes 6 us, the dozens of operations behind mx.fast.rope 125
+        return x @ _turn(offset, width, theta)
+    return cast(mx.array, _rotate(x, *_angles(offset, length, width, theta)))
+
+
+def silu_times(gate: mx.array, up: mx.array) -> mx.array:
+    """See :func:`mlxlora_core.model.ops.silu_times`."""
+    return cast(_Pair, _silu_times(gate, up))[0]
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """See :func:`mlxlora_core.model.ops.cross_entropy`."""
+    return cast(_Pair, _cross_entropy(logits, targets))[0]
+
+
+def attention_of_one(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    """Attention (B, H, 1, E) of one query a head that sees all keys; of any type."""
+    group, seen = queries.shape[1] // keys.shape[1], keys.shape[2]
+    rows = _rows(queries * scale, group, _Tile(0, 1, seen, None))  # (B, K, H / K, E)
+    weights = mx.softmax(rows @ keys.swapaxes(-1, -2), axis=-1, precise=True)  # (B, K, H / K, S)
+    return (weights @ values).reshape(queries.shape)  # (B, H, 1, E)
+
+
+def attention(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
+) -> mx.array:
+    """See :func:`mlxlora_core.model.ops.attention`; the mask is one that fits."""
+    heads, length = queries.shape[1:3]
+    kv_heads, seen = keys.shape[1:3]
+    if isinstance(mask, mx.array):
+        added = mx.where(mask, 0.0, _UNSEEN) if mask.dtype == mx.bool_ else mask.astype(mx.float32)
+        bias = _grouped(added, heads, kv_heads, length)  # (·, ·, H / K · T, S)
+        whole = [_Tile(0, length, seen, None)]
+        return cast(mx.array, _attention(whole, scale)(queries, keys, values, bias)[0])
+    if mask is None:
+        tiles = [_Tile(0, length, seen, None)]
+    else:
+        # No work on the keys that none of a tile's queries sees: nearly half of all.
+        tiles = _causal_tiles(length, seen, max(_TILE, -(-length // 8)))
+    return cast(mx.array, _attention(tiles, scale)(queries, keys, values)[0])
+
+
+def _exp(x: mx.array) -> mx.array:
+    """``exp(x)``, but ``exp(-80)`` below that, where nothing faster is at hand."""
+    lent = exponential()
+    if lent is not None:
+        return lent(x)
+    return mx.power(math.e, mx.maximum(x, _LOWEST))
+
+
+def _normalised(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Softmax over the last axis, and the maximum and the sum of exponentials it is made from."""
+    highest = x.max(axis=-1, keepdims=True)
+    e = _exp(x - highest)
+    total = _row_sums(e)
+    return e * (1.0 / total), highest, total
+
+
+def _row_sums(x: mx.array) -> mx.array:
+    """Sums over the last axis, which stays with length 1."""
+    return x @ mx.ones((x.shape[-1], 1))
+
+
+def _rms_norm(eps: float) -> Callable[..., Any]:
+    """The function of (x, weight): the normalised, and the factor (..., 1) that its gradient is made of."""
+
+    @mx.custom_function
+    def norm(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
+        factor = mx.rsqrt(_row_sums(x * x) * (1.0 / x.shape[-1]) + eps)
+        return x * factor * weight, factor
+
+    @norm.vjp
+    def norm_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        (x, weight), factor, dy = primals, outputs[1], cotangents[0]
+        along = dy * x
+        pull = (along @ weight[:, None]) * (factor * factor * (1.0 / x.shape[-1]))  # (..., 1)
+        rows = along.reshape(-1, x.shape[-1])  # (·, D)
+        return (dy * weight - x * pull) * factor, (factor.reshape(1, -1) @ rows).reshape(-1)  # (..., D), (D,)
+
+    return cast(Callable[..., Any], norm)
+
+
+@lru_cache(maxsize=8)
+def _angles(offset: int, length: int, width: int, theta: float) -> tuple[mx.array, mx.array]:
+    """Cosine and sine (T, E) of each feature's angle, the sine with the sign of what it multiplies."""
+    rates = theta ** (-np.arange(0, width, 2) / width)
+    angles = np.repeat(np.arange(offset, offset + length)[:, None] * rates, 2, axis=1)
+    signs = np.tile([-1.0, 1.0], width // 2)
+    return mx.array(np.cos(angles).astype(np.float32)), mx.array((np.sin(angles) * signs).astype(np.float32))
+
+
+@lru_cache(maxsize=8)
+def _turn(offset: int, width: int, theta: float) -> mx.array:
+    """The matrix (E, E) that turns the features of a row at one position."""
+    cosine, sine = (np.array(table)[0] for table in _angles(offset, 1, width, theta))
+    partner = np.arange(width) ^ 1
+    matrix = np.diag(cosine)
+    matrix[partner, np.arange(width)] = sine
+    return mx.array(matrix)
+
+
+def _rotated(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
+    x = mx.contiguous(x)
+    pairs, half = x.view(mx.uint64), mx.array(32, mx.uint64)  # (B, ·, T, E / 2)
+    swapped = ((pairs << half) | (pairs >> half)).view(mx.float32)  # (B, ·, T, E)
+    return x * cosine + swapped * sine
+
+
+@mx.custom_function
+def _rotate(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
+    return _rotated(x, cosine, sine)
+
+
+@_rotate.vjp
+def _rotate_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+    _, cosine, sine = primals
+    return _rotated(cotangents, cosine, -sine), mx.zeros_like(cosine), mx.zeros_like(sine)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Queries ``start`` to ``stop``, and how many of the first keys they see.
+
+    ``bias`` (stop - start, keys) is added to their scores, where it is given.
+    """
+
+    start: int
+    stop: int
+    keys: int
+    bias: mx.array | None
+
+
+def _causal_tiles(length: int, seen: int, size: int) -> list[_Tile]:
+    """Tiles of at most ``size`` queries, the last of which stands at the last key."""
+    tiles = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        keys = seen - length + stop
+        query = mx.arange(keys - (stop - start), keys)[:, None]  # (t, 1)
+        bias = mx.where(query >= mx.arange(keys), 0.0, -mx.inf)  # (t, keys)
+        tiles.append(_Tile(start, stop, keys, bias))
+    return tiles
+
+
+def _grouped(bias: mx.array, heads: int, kv_heads: int, length: int) -> mx.array:
+    """What broadcasts to (B, H, T, S), as what does to (B, K, H / K · T, S)."""
+    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    batch, own_heads, rows, keys = bias.shape
+    group = heads // kv_heads
+    if own_heads == 1:
+        return mx.concatenate([bias] * group, axis=2) if rows > 1 and group > 1 else bias
+    each = mx.broadcast_to(bias, (batch, heads, length, keys))
+    return each.reshape(batch, kv_heads, group * length, keys)
+
+
+def _attention(tiles: list[_Tile], scale: float) -> Callable[..., Any]:
+    """The function of (queries, keys, values): the result, and what its gradient is made of.
+
+    That is, for each tile, the exponentials (B, K, H / K · t, S) and one over
+    their sums. Queries that share a kv head stand under each other: one
+    product, and no copy of the keys. A fourth argument, which broadcasts to
+    (B, K, H / K · T, S), is added to the scores of the only tile.
+    """
+
+    @mx.custom_function
+    def attend(queries: mx.array, keys: mx.array, values: mx.array, *bias: mx.array) -> tuple[mx.array, ...]:
+        group = queries.shape[1] // keys.shape[1]
+        queries, keys, values = queries * scale, mx.contiguous(keys), mx.contiguous(values)
+        parts, kept = [], []
+        for tile in tiles:
+            rows = _rows(queries, group, tile)  # (B, K, H / K · t, E)
+            scores = rows @ keys[:, :, : tile.keys].swapaxes(-1, -2)  # (B, K, H / K · t, S)
+            if tile.bias is not None:
+                scores = scores + mx.concatenate([tile.bias] * group)
+            for added in bias:
+                scores = scores + added
+            e = _exp(scores - scores.max(axis=-1, keepdims=True))
+            inverse = 1.0 / _row_sums(e)  # (B, K, H / K · t, 1)
+            parts.append((e @ values[:, :, : tile.keys]) * inverse)  # (B, K, H / K · t, E)
+            kept += [e, inverse]
+        return _join(parts, group), *kept
+
+    @attend.vjp
+    def attend_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        queries, keys, values, *bias = primals
+        dy, kept = cotangents[0], outputs[1:]  # (B, H, T, E)
+        group = queries.shape[1] // keys.shape[1]
+        keys, values = mx.contiguous(keys), mx.contiguous(values)
+        along = _row_sums(dy * outputs[0])  # (B, H, T, 1)
+        parts: list[mx.array] = []
+        dk = dv = mx.zeros((*keys.shape[:2], 0, keys.shape[3]))
+        for tile, e, inverse in zip(tiles, kept[::2], kept[1::2], strict=True):
+            dout = _rows(dy, group, tile) * inverse  # (B, K, H / K · t, E)
+            de = dout @ values[:, :, : tile.keys].swapaxes(-1, -2)  # (B, K, H / K · t, S)
+            dscores = e * (de - _rows(along, group, tile) * inverse)
+            parts.append(dscores @ keys[:, :, : tile.keys])  # (B, K, H / K · t, E)
+            dk = _add_longer(dk, dscores.swapaxes(-1, -2) @ _rows(queries, group, tile))  # (B, K, S, E)
+            dv = _add_longer(dv, e.swapaxes(-1, -2) @ dout)  # (B, K, S, E)
+        return _join(parts, group) * scale, dk * scale, dv, *(_summed_to(added, dscores) for added in bias)
+
+    return cast(Callable[..., Any], attend)
+
+
+def _summed_to(target: mx.array, x: mx.array) -> mx.array:
+    """``x`` summed over the axes along which ``target`` was broadcast to it."""
+    axes = [axis for axis, size in enumerate(target.shape) if size != x.shape[axis]]
+    return x.sum(axis=axes, keepdims=True) if axes else x
+
+
+def _rows(x: mx.array, group: int, tile: _Tile) -> mx.array:
+    """The tile's rows of (B, H, T, E), heads of a group under each other: (B, K, H / K · t, E)."""
+    batch, heads, _, width = x.shape
+    return x[:, :, tile.start : tile.stop].reshape(batch, heads // group, -1, width)
+
+
+def _join(parts: list[mx.array], group: int) -> mx.array:
+    """The tiles (B, K, H / K · t, E), one after the other, as (B, H, T, E)."""
+    batch, kv_heads, _, width = parts[0].shape
+    split = [part.reshape(batch, kv_heads * group, -1, width) for part in parts]  # (B, H, t, E) each
+    return split[0] if len(split) == 1 else mx.concatenate(split, axis=2)
+
+
+def _add_longer(total: mx.array, part: mx.array) -> mx.array:
+    """The sum of (B, K, s, E) and (B, K, S, E), with s at most S; the rest of ``part`` stays as it is."""
+    held = total.shape[2]
+    return mx.concatenate([total + part[:, :, :held], part[:, :, held:]], axis=2)
+
+
+@mx.custom_function
+def _silu_times(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
+    """The product, and the sigmoid that its gradient is made of."""
+    sigmoid = 1.0 / (1.0 + _exp(-gate))
+    return sigmoid * gate * up, sigmoid
+
+
+@_silu_times.vjp
+def _silu_times_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+    (gate, up), sigmoid = primals, outputs[1]
+    dy = cotangents[0] * sigmoid
+    return dy * up * (1.0 + gate * (1.0 - sigmoid)), dy * gate
+
+
+@mx.custom_function
+def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """The sum, and the probabilities (N, V) that its gradient is made of."""
+    probabilities, highest, total = _normalised(logits)
+    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
+    return (mx.log(total) + highest - chosen).sum(), probabilities
+
+
+@_cross_entropy.vjp
+def _cross_entropy_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+    targets, probabilities = primals[1][:, None], outputs[1]
+    at_target = mx.take_along_axis(probabilities, targets, axis=-1) - 1.0
+    gradient = mx.put_along_axis(probabilities, targets, at_target, axis=-1)
+    return gradient * cotangents[0], mx.zeros_like(primals[1])

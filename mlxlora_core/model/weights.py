@@ -1,0 +1,78 @@
+"""The weight files of a model folder, read whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlxlora_core.errors import ModelError, SafetyError, listing
+from mlxlora_core.files import tensor_file
+from mlxlora_core.files.input_file import read_json
+
+WEIGHTS = {"safetensors": "model.safetensors", "npz": "weights.npz"}
+
+INDEX = "model.safetensors.index.json"
+
+_INDEX_BYTES = 16 << 20
+
+
+def read_weights(folder: Path) -> tuple[dict[str, mx.array], str]:
+    """The tensors of a model folder and the fingerprint of their contents.
+
+    Raises:
+        ModelError: no weights, a damaged file, or a shard that is absent.
+        SafetyError: the index names a file outside the folder.
+    """
+    files = weight_files(folder)
+    tensors: dict[str, mx.array] = {}
+    stated = ""
+    for path in files:
+        part, metadata = tensor_file.load(path)
+        twice = tensors.keys() & part.keys()
+        if twice:
+            raise ModelError(f"another shard holds {listing(sorted(twice))} too", where=path)
+        tensors |= part
+        stated = metadata.get(tensor_file.FINGERPRINT, "")
+    return tensors, stated if stated and len(files) == 1 else tensor_file.fingerprint(tensors)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight file, or the shards that the index names."""
+    present = [path for name in WEIGHTS.values() if (path := folder / name).exists() or path.is_symlink()]
+    if len(present) > 1:
+        raise ModelError(f"there are both {listing(p.name for p in present)}", where=folder, fix="remove one")
+    if present:
+        return present
+    index = folder / INDEX
+    if not index.exists():
+        raise ModelError(f"there are no weights ({listing(WEIGHTS.values())})", where=folder)
+    try:
+        names = set(read_json(index, _INDEX_BYTES)["weight_map"].values())
+    except (KeyError, AttributeError, TypeError) as fault:
+        raise ModelError("is no index of shards", where=index) from fault
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ModelError("is no index of shards: it names no files", where=index)
+    shards = [folder / name for name in sorted(names)]
+    outside = [name for name in sorted(names) if not _is_inside(folder, name)]
+    if outside:
+        raise SafetyError(f"names shards outside its folder: {listing(outside)}", where=index)
+    return shards
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether a name is that of a file in ``folder``, wherever links lead to.
+
+    A download cache keeps the files of a model in ``blobs`` beside ``snapshots``
+    and links to them, so that a link to there is none to the outside.
+    """
+    if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or not name.isprintable():
+        return False
+    try:
+        root, target = folder.resolve(), (folder / name).resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return False
+    if root.parent.name == "snapshots":
+        return target.parent in (root, root.parent.parent / "blobs")
+    return target.parent == root

@@ -1,0 +1,11 @@
+"""The components that are meant where none is named."""
+
+from __future__ import annotations
+
+DEFAULT_ADAPTER = "lora"
+
+DEFAULT_QUANTIZER = "affine"
+
+DEFAULT_SAMPLER = "temperature"
+
+DEFAULT_RECIPE = "demo"

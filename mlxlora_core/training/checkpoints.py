@@ -1,0 +1,251 @@
+"""Checkpoints: a training that was killed goes on from the newest one and ends bit for bit the same.
+
+A checkpoint is a folder ``step-0000120`` that appears whole::
+
+    adapter.safetensors    the adapter file of that step
+    optimizer.safetensors  the state of the optimizer
+    state.json             step, counters, losses, seed
+    MANIFEST.json          size and SHA-256 of these, and what the training is made of
+
+It counts only when its manifest verifies. What a step draws at random is a
+function of (seed, step), and the rows of a step are one of (seed, step) and the
+data, so that seed and step are the random state and the place in the data.
+
+Here they are found and checked, without MLX; :mod:`mlxlora_core.training.saving` writes
+them and goes on from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from mlxlora_core.errors import ModelError, PluginError, ResourceError, SafetyError, listing
+from mlxlora_core.files import durable
+from mlxlora_core.registry import Registry
+
+SCHEMA = 1
+MANIFEST = "MANIFEST.json"
+ADAPTER, OPTIMIZER, STATE = PARTS = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+
+_NAME = re.compile(r"step-([0-9]{7,})")
+_MANIFEST_BYTES = 16 * 2**20  # far more than any manifest has
+
+
+class Start(Enum):
+    """How a training starts where an earlier one may have left checkpoints."""
+
+    BEGIN = "begin"  # refused where a training has not ended
+    OVERWRITE = "overwrite"  # begin, whatever is there
+    RESUME = "resume"  # go on; refused where there is nothing to go on from
+    CONTINUE = "continue"  # go on where a training has not ended, else begin
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are what its manifest says.
+
+    Attributes:
+        folder: where it is.
+        manifest: what ``MANIFEST.json`` holds.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps made before it."""
+        return int(self.manifest["step"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether the training was at its end."""
+        return bool(self.manifest["finished"])
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds.
+
+    Attributes:
+        valid: checkpoints that verify, newest first.
+        damaged: folder -> why it does not verify, newest first.
+    """
+
+    valid: tuple[Checkpoint, ...]
+    damaged: Mapping[Path, str]
+
+    @property
+    def notes(self) -> list[str]:
+        """A line on each that is passed over."""
+        return [f"warning: {folder} was skipped: {reason}" for folder, reason in self.damaged.items()]
+
+
+def find(folder: Path) -> Found:
+    """The checkpoints in a folder, which may be absent; nothing is changed.
+
+    Raises:
+        ModelError: it is no folder, or a checkpoint was made by a newer mlxlora.
+        ResourceError: the folder cannot be read.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ModelError("is no folder of checkpoints", where=folder, fix="move it away")
+    try:
+        names = [path.name for path in folder.iterdir() if _step(path.name)] if folder.is_dir() else []
+    except OSError as fault:
+        raise ResourceError(f"cannot be read: {fault.strerror}", where=folder) from fault
+    valid, damaged = [], {}
+    for name in sorted(names, key=_step, reverse=True):
+        try:
+            valid.append(Checkpoint(folder / name, _verified(folder / name)))
+        except _Damaged as fault:
+            damaged[folder / name] = str(fault)
+    return Found(tuple(valid), damaged)
+
+
+def find_for(how: Start, folder: Path) -> Found:
+    """The checkpoints in a folder, which a training may start with so.
+
+    Raises:
+        ModelError: there is none to resume.
+        SafetyError: a training that has not ended would be lost.
+        MlxloraError: as :func:`find`.
+    """
+    if how is Start.RESUME:
+        return find_to_resume(folder)
+    if how is Start.CONTINUE:
+        durable.clear_leftovers(folder, "step-*")
+        return find(folder)
+    return find_to_begin(folder, overwrite=how is Start.OVERWRITE)
+
+
+def find_to_resume(folder: Path) -> Found:
+    """The checkpoints in a folder, of which there is one that verifies.
+
+    Raises:
+        ModelError: there is none.
+        MlxloraError: as :func:`find`.
+    """
+    durable.clear_leftovers(folder, "step-*")
+    found = find(folder)
+    if found.valid:
+        return found
+    damaged = "".join(f"; {path.name}: {reason}" for path, reason in found.damaged.items())
+    raise ModelError(
+        f"there is no checkpoint that verifies: looked for step-*/{MANIFEST}{damaged}",
+        where=folder,
+        fix="leave --resume out to begin, or name the --adapter-file that was trained",
+    )
+
+
+def find_to_begin(folder: Path, *, overwrite: bool) -> Found:
+    """The checkpoints in a folder, none of which is of a training that can go on unless ``overwrite``.
+
+    Raises:
+        SafetyError: they are.
+        MlxloraError: as :func:`find`.
+    """
+    durable.clear_leftovers(folder, "step-*")
+    found = find(folder)
+    there = found.valid or found.damaged
+    if there and not overwrite and not (found.valid and found.valid[0].finished):
+        where = f"step {found.valid[0].step}" if found.valid else "none of them verifies"
+        raise SafetyError(
+            f"holds checkpoints of a training that has not ended ({where})",
+            where=folder,
+            fix="go on with --resume, or begin anew with --overwrite",
+        )
+    return found
+
+
+def check_plugins(found: Found, registry: Registry) -> None:
+    """Refuse to go on without the plugins that the newest checkpoint was made with.
+
+    Raises:
+        PluginError: with how to install them.
+    """
+    if not found.valid:
+        return
+    newest = found.valid[0]
+    active = {plugin.name for plugin in registry.plugins if plugin.status == "active"}
+    gone = {n: p for n, p in newest.manifest["plugins"].items() if n not in active}
+    if gone:
+        wanted = sorted({f"{p['distribution']}=={p['version']}" for p in gone.values() if p["version"]})
+        raise PluginError(
+            f"the checkpoint was made with plugins that are not active: {listing(gone)}",
+            where=newest.folder,
+            fix=f"pip install {' '.join(wanted)}" if wanted else "name the plugin's file with -P",
+        )
+
+
+class _Damaged(Exception):
+    """Why a folder is no checkpoint."""
+
+
+def _step(name: str) -> int:
+    """The step in the name of a checkpoint, or 0."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else 0
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are what it says."""
+    path = folder / MANIFEST
+    try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > _MANIFEST_BYTES:
+            raise _Damaged(f"there is no {MANIFEST}")
+        manifest = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as fault:
+        raise _Damaged(f"{MANIFEST} cannot be read: {fault}") from fault
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if not isinstance(schema, int):
+        raise _Damaged(f"{MANIFEST} is not one of mlxlora")
+    if schema > SCHEMA:
+        raise ModelError(
+            f"was made by a newer mlxlora (format {schema}, this one knows {SCHEMA})",
+            where=folder,
+            fix="upgrade with: pip install --upgrade mlxlora",
+        )
+    kinds = {"step": int, "finished": bool, "files": dict, "base": str, "data": dict, "settings": dict}
+    kinds |= {"plugins": dict, "versions": dict}
+    odd = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
+    if odd:
+        raise _Damaged(f"{MANIFEST} lacks {listing(odd)}")
+    if manifest.pop("sha256", None) != digest(manifest):
+        raise _Damaged(f"{MANIFEST} is not what was written")
+    if manifest["step"] != _step(folder.name) or manifest["files"].keys() != set(PARTS):
+        raise _Damaged(f"{MANIFEST} is that of another checkpoint")
+    for name, stated in manifest["files"].items():
+        _check_part(folder / name, stated)
+    return dict(manifest)
+
+
+def _check_part(path: Path, stated: Mapping[str, Any]) -> None:
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise _Damaged(f"there is no {path.name}")
+        size = path.stat().st_size
+        if size != stated["bytes"]:
+            raise _Damaged(f"{path.name} has {size} bytes, {stated['bytes']} were written")
+        if sha256(path) != stated["sha256"]:
+            raise _Damaged(f"{path.name} is not what was written")
+    except (OSError, KeyError, TypeError) as fault:
+        raise _Damaged(f"{path.name} cannot be read: {fault}") from fault
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of what a manifest says, without this."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256, in hex, of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,45 @@
+"""``model [+ adapter] -> batches -> sum of nats / sum of tokens``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from mlxlora_core.errors import DivergedError
+from mlxlora_core.specs import LanguageModel
+from mlxlora_core.training.batches import fixed_rows
+from mlxlora_core.training.examples import Example
+from mlxlora_core.training.loss import Loss, nats
+from mlxlora_core.training.parallel import side_by_side
+
+
+def evaluate(model: LanguageModel, examples: Sequence[Example], batch_size: int, batches: int = -1) -> Loss:
+    """The loss of a model on examples.
+
+    Args:
+        model: in whatever state; it is put in evaluation mode and back.
+        examples: tokenized rows, one at least.
+        batch_size: rows a batch; it does not change the loss of the rows.
+        batches: how many batches, from rows all over ``examples``; -1 is all of them.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
+    module: Any = model
+    was_training = module.training
+    module.eval()
+    total = Loss(0.0, 0)
+    try:
+        for rows in fixed_rows(examples, batch_size, batches):
+            for part, value in side_by_side(partial(nats, model), examples, rows):
+                total += Loss(float(value), part.counted_tokens)
+    finally:
+        module.train(was_training)
+    if not math.isfinite(total.nats):
+        raise DivergedError(
+            "the loss of the model is not finite",
+            fix="check the weights, or train with a lower --learning-rate",
+        )
+    return total

@@ -1,0 +1,161 @@
+"""What a training is made of, and whether another one may go on from where it stands."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from mlxlora_core import __version__
+from mlxlora_core.errors import ModelError, SettingsChanged
+from mlxlora_core.options import plain
+from mlxlora_core.registry import Registry
+from mlxlora_core.training.checkpoints import Checkpoint
+
+if TYPE_CHECKING:
+    from mlxlora_core.model.adapters import Adapted
+    from mlxlora_core.model.folder import Model
+    from mlxlora_core.training.examples import Example
+    from mlxlora_core.training.loop import Training
+
+_ABSENT = "none"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What decides the result of a training.
+
+    Attributes:
+        base: fingerprint of the base with its tokenizer.
+        tokenizer: fingerprint of the tokenizer alone.
+        data: split -> fingerprint of its tokens and masks.
+        settings: name -> value of all that can be set.
+        plugins: name -> distribution and version of those it needs.
+        versions: what computes it; other ones may round otherwise.
+    """
+
+    base: str
+    tokenizer: str
+    data: Mapping[str, str]
+    settings: Mapping[str, Any]
+    plugins: Mapping[str, Mapping[str, str]]
+    versions: Mapping[str, str]
+
+    def matches(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is of this very training, computed by the same versions."""
+        return all(checkpoint.manifest.get(key) == value for key, value in asdict(self).items())
+
+    def compare(self, checkpoint: Checkpoint, fix: str) -> list[str]:
+        """Refuse a checkpoint of another training; warnings for what may round otherwise.
+
+        Args:
+            checkpoint: to go on from.
+            fix: what to do about other settings.
+
+        Raises:
+            SettingsChanged: it was begun with other settings.
+            ModelError: it is of another base or of other data.
+        """
+        held = checkpoint.manifest
+        if held["base"] != self.base:
+            raise ModelError(
+                f"was made with another base ({held['base'][:12]}, this one is {self.base[:12]}; tokenizer "
+                f"{str(held.get('tokenizer'))[:12]}, this one {self.tokenizer[:12]})",
+                where=checkpoint.folder,
+                fix="use the model folder that it was begun with",
+            )
+        old, new = held["settings"], self.settings
+        names = sorted(old.keys() | new.keys())
+        changed = [name for name in names if old.get(name, _ABSENT) != new.get(name, _ABSENT)]
+        fixed = [name for name in changed if name not in _free(old, new, checkpoint.step)]
+        if fixed:
+            rows = [(name, str(old.get(name, _ABSENT)), str(new.get(name, _ABSENT))) for name in fixed]
+            raise SettingsChanged(rows, checkpoint.folder, fix)
+        splits = ("train", "valid") if new["patience"] is not None else ("train",)
+        for split in splits:
+            was, now = held["data"].get(split, _ABSENT), self.data.get(split, _ABSENT)
+            if was != now:
+                raise ModelError(
+                    f"the {split} rows have changed since ({was[:12]}, now {now[:12]})",
+                    where=checkpoint.folder,
+                    fix="put the rows back that it was begun with",
+                )
+        versions = held["versions"]
+        return [
+            f"warning: the result may not be bit-exact across {name} {versions.get(name)} -> {now}"
+            for name, now in self.versions.items()
+            if versions.get(name) != now
+        ]
+
+
+def identify(
+    model: Model,
+    adapted: Adapted,
+    training: Training,
+    splits: Mapping[str, Sequence[Example]],
+    registry: Registry,
+    runtimes: Sequence[str] = (),
+) -> Identity:
+    """The identity of a training.
+
+    Args:
+        model: the base with the adapter on it.
+        adapted: the adapter.
+        training: settings and seed.
+        splits: ``train`` and, where there is one, ``valid``.
+        registry: where the plugins of the base are looked up.
+        runtimes: what the runtimes said of themselves.
+    """
+    from mlxlora_core.model.folder import CONFIG, find_architecture
+
+    adapter = adapted.choice
+    components = [adapter.component, find_architecture(model.config, registry, model.folder / CONFIG)]
+    if model.quantization is not None:
+        components.append(model.quantization.component)
+    settings = plain(training.config) | {
+        "seed": training.seed,
+        "adapter": adapter.component.id,
+        **{f"adapter.{name}": value for name, value in plain(adapter.options).items()},
+        **{f"adapter.{name}": value for name, value in plain(adapted.config).items()},
+        "adapted": list(adapted.paths),
+    }
+    plugins = {c.plugin.name: c.plugin for c in components}
+    return Identity(
+        base=model.fingerprint,
+        tokenizer=model.tokenizer.fingerprint,
+        data={name: _data_fingerprint(examples) for name, examples in splits.items()},
+        settings=json.loads(json.dumps(settings)),
+        plugins={n: {"distribution": p.distribution, "version": p.version} for n, p in plugins.items()},
+        versions={
+            "mlxlora": __version__,
+            **{f"plugin {p.name}": p.version for p in plugins.values() if p.distribution != "mlxlora"},
+            "mlx": version("mlx"),
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "runtimes": "; ".join(runtimes),
+        },
+    )
+
+
+def _data_fingerprint(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example.tokens).to_bytes(8, "little"))
+        digest.update(example.tokens.tobytes())
+        digest.update(example.mask.tobytes())
+    return digest.hexdigest()
+
+
+def _free(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> set[str]:
+    """The settings that cannot change what comes after ``step``."""
+    free = {"steps_per_report", "on_nonfinite"}  # a training that ends ends the same with either policy
+    if old["patience"] is None and new["patience"] is None:
+        free |= {"steps_per_eval", "val_batches"}
+        if old["schedule"] == new["schedule"] == "constant" and new["iters"] >= step:
+            free.add("iters")
+    return free

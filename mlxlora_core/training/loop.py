@@ -1,0 +1,306 @@
+"""``rows -> batches -> (nats, tokens) -> update``: an iterator over steps.
+
+The caller prints, saves and stops; between two steps the training is in a
+consistent state, which :attr:`Training.progress` and two sets of tensors tell
+whole. Randomness in a step is a function of (seed, step) alone.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+
+from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing
+from mlxlora_core.files import tensor_file
+from mlxlora_core.specs import LanguageModel
+from mlxlora_core.training.batches import steps_from
+from mlxlora_core.training.evaluation import evaluate
+from mlxlora_core.training.events import Report, SpikeReport, TrainReport, ValidReport
+from mlxlora_core.training.examples import Example
+from mlxlora_core.training.loss import Loss, nats
+from mlxlora_core.training.optimizer import make as make_optimizer
+from mlxlora_core.training.parallel import side_by_side
+from mlxlora_core.training.settings import TrainConfig
+
+SPIKE_FACTOR = 10  # a loss that many times the median of the last ones is told
+SPIKE_STEPS = 20  # how many last ones
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sums over the steps since the last report."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    clipped: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training stands: all of its state that is no tensor.
+
+    Attributes:
+        step: steps made, which is the place in the order of rows too.
+        trained_tokens: counted tokens of all updates.
+        skipped: steps that made no update, being not finite.
+        recent: the last finite losses, at most :data:`SPIKE_STEPS`.
+        best_loss: the lowest loss of a validation after a step, or None.
+        best_step: the step of that validation.
+        worse: validations since then.
+        window: what the next report will be made of.
+    """
+
+    step: int = 0
+    trained_tokens: int = 0
+    skipped: int = 0
+    recent: tuple[float, ...] = ()
+    best_loss: float | None = None
+    best_step: int | None = None
+    worse: int = 0
+    window: Window = field(default_factory=Window)
+
+
+class Training:
+    """A training, step by step: iterating makes steps and gives the reports due after each.
+
+    Validates before the first step, every ``steps_per_eval`` steps and after
+    the last one, always on the same rows. The first item of a training from
+    the start is its first validation, where there is something to validate on.
+
+    Args:
+        model: updated in place.
+        train_set: rows to train on; a step that finds fewer than a batch left
+            in the epoch uses those.
+        valid_set: rows to validate on; empty for no validation.
+        config: how.
+        seed: of the order of rows and of dropout.
+
+    Attributes:
+        progress: where it stands; what a step has changed is in it when the
+            step's reports are given.
+
+    Raises:
+        UsageError: patience without rows to validate on.
+        DivergedError: while iterating: a loss or a gradient is not finite; the
+            update was not made and the state is that before the step.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        train_set: Sequence[Example],
+        valid_set: Sequence[Example],
+        config: TrainConfig,
+        seed: int,
+    ) -> None:
+        if config.patience is not None and not valid_set:
+            raise UsageError("patience needs rows to validate on", fix="leave it out, or add valid.jsonl")
+        self.config, self.seed, self.progress = config, seed, Progress()
+        self._model, self._train_set, self._valid_set = model, train_set, valid_set
+        module: Any = model
+        self._module = module
+        self._optimizer = make_optimizer(config, model)
+        self._optimizer.init(self._module.trainable_parameters())
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left, or patience is at its end."""
+        return self.progress.step >= self.config.iters or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether patience is at its end."""
+        return self.config.patience is not None and self.progress.worse >= self.config.patience
+
+    def optimizer_tensors(self) -> dict[str, mx.array]:
+        """The state of the optimizer, by name."""
+        return dict(tree_flatten(self._optimizer.state))
+
+    def restore(self, progress: Progress, optimizer: Mapping[str, mx.array]) -> None:
+        """Go on from a state; the trainable parameters are the caller's to restore.
+
+        Raises:
+            ModelError: the tensors are not those of this optimizer.
+        """
+        faults = tensor_file.mismatches(optimizer, self.optimizer_tensors())
+        if faults:
+            raise ModelError("the state of the optimizer does not fit: " + "; ".join(faults))
+        self._optimizer.state = tree_map_with_path(lambda name, _: optimizer[name], self._optimizer.state)
+        self._optimizer.init(self._module.trainable_parameters())
+        mx.eval(self._optimizer.state)
+        self.progress = progress
+
+    def __iter__(self) -> Iterator[tuple[Report, ...]]:
+        rows = steps_from(self._train_set, self.config.rows_a_step, self.seed, self.progress.step)
+        try:
+            if self._valid_set and self.progress.step == 0:
+                yield (self._validate(0),)
+            while not self.finished:
+                yield tuple(self._step(next(rows)))
+        finally:
+            self._module.eval()
+
+    def _step(self, rows: list[int]) -> Iterator[Report]:
+        """Make one step; its reports."""
+        started = time.perf_counter()
+        step, config = self.progress.step + 1, self.config
+        self._module.train()
+        mx.random.seed(self.seed * 2**32 + step)
+        loss, norm, gradient = _gradient(self._model, self._train_set, rows, config.batch_size)
+        sound = math.isfinite(loss.nats) and math.isfinite(norm)
+        if not sound and config.on_nonfinite == "stop":
+            raise _diverged(loss, step, rows, self.progress.recent)
+        rate = learning_rate(config, step)
+        limit = config.grad_clip if config.grad_clip is not None else math.inf
+        clipped = sound and norm > limit
+        if clipped:
+            gradient = _clip(gradient, norm, limit)
+        if sound:
+            self._optimizer.learning_rate = rate
+            self._optimizer.update(self._module, gradient)
+            mx.eval(self._module.trainable_parameters(), self._optimizer.state)
+        before = self.progress.recent
+        self._count(step, loss, sound, clipped, time.perf_counter() - started)
+        if sound and len(before) == SPIKE_STEPS and loss.mean > SPIKE_FACTOR * statistics.median(before):
+            yield SpikeReport(step, loss.mean, statistics.median(before))
+        valid = None
+        if self._valid_set and (step % config.steps_per_eval == 0 or step == config.iters):
+            valid = self._validate(step)
+            self._compare(valid)
+        if step % config.steps_per_report == 0 or self.finished:
+            yield self._report(rate, norm)
+        if valid is not None:
+            yield valid
+
+    def _count(self, step: int, loss: Loss, sound: bool, clipped: bool, seconds: float) -> None:
+        """Note one step."""
+        old, window = self.progress, self.progress.window
+        if sound:
+            window = replace(window, nats=window.nats + loss.nats, tokens=window.tokens + loss.tokens)
+        window = replace(
+            window,
+            steps=window.steps + 1,
+            seconds=window.seconds + seconds,
+            clipped=window.clipped + clipped,
+            skipped=window.skipped + (not sound),
+        )
+        self.progress = replace(
+            old,
+            step=step,
+            trained_tokens=old.trained_tokens + (loss.tokens if sound else 0),
+            skipped=old.skipped + (not sound),
+            recent=(*old.recent, loss.mean)[-SPIKE_STEPS:] if sound else old.recent,
+            window=window,
+        )
+
+    def _report(self, rate: float, norm: float) -> TrainReport:
+        """The steps since the last report; counting starts again."""
+        window = self.progress.window
+        self.progress = replace(self.progress, window=Window())
+        return TrainReport(
+            step=self.progress.step,
+            loss=window.nats / window.tokens if window.tokens else math.nan,
+            learning_rate=rate,
+            grad_norm=norm,
+            steps_per_second=window.steps / window.seconds,
+            tokens_per_second=window.tokens / window.seconds,
+            trained_tokens=self.progress.trained_tokens,
+            peak_memory_bytes=mx.get_peak_memory(),
+            clipped=window.clipped,
+            skipped=window.skipped,
+        )
+
+    def _validate(self, step: int) -> ValidReport:
+        started = time.perf_counter()
+        try:
+            loss = evaluate(self._model, self._valid_set, self.config.batch_size, self.config.val_batches)
+        except DivergedError:  # the update before it was sound, so that the next step has the last word
+            return ValidReport(step, math.nan, 0, time.perf_counter() - started)
+        return ValidReport(step, loss.mean, loss.tokens, time.perf_counter() - started)
+
+    def _compare(self, valid: ValidReport) -> None:
+        """Note whether a validation is the best; NaN never is."""
+        best = self.progress.best_loss
+        if math.isfinite(valid.loss) and (best is None or valid.loss < best):
+            self.progress = replace(self.progress, best_loss=valid.loss, best_step=valid.step, worse=0)
+        else:
+            self.progress = replace(self.progress, worse=self.progress.worse + 1)
+
+
+def train(
+    model: LanguageModel,
+    train_set: Sequence[Example],
+    valid_set: Sequence[Example],
+    config: TrainConfig,
+    seed: int,
+) -> Iterator[Report]:
+    """The reports of a :class:`Training` from its start to its end, which nobody wants to save."""
+    for reports in Training(model, train_set, valid_set, config, seed):
+        yield from reports
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of the update ``step``, counted from 1.
+
+    Linear over the warm-up, up to the peak at its last step; then constant, or a
+    half cosine that would reach ``min_learning_rate`` one step after the last
+    (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5), so that every step moves.
+    """
+    if step < config.warmup:
+        return config.learning_rate * step / config.warmup
+    if config.schedule == "constant":
+        return config.learning_rate
+    peak = max(config.warmup, 1)
+    done = (step - peak) / (config.iters + 1 - peak)
+    span = config.learning_rate - config.min_learning_rate
+    return config.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _gradient(
+    model: LanguageModel, examples: Sequence[Example], rows: Sequence[int], batch_size: int
+) -> tuple[Loss, float, Any]:
+    """Loss, norm and mean gradient over the counted tokens of ``rows``.
+
+    Micro-batches add nats, and gradients of nats; the one division by the
+    number of tokens comes after the last of them.
+    """
+    module: Any = model
+    value_and_grad = nn.value_and_grad(module, lambda batch: nats(model, batch))
+    total: Any = None
+    loss = Loss(0.0, 0)
+    for start in range(0, len(rows), batch_size):
+        for batch, (value, gradient) in side_by_side(
+            value_and_grad, examples, rows[start : start + batch_size]
+        ):
+            total = gradient if total is None else tree_map(mx.add, total, gradient)
+            loss += Loss(float(value), batch.counted_tokens)
+        mx.eval(total)
+    total = tree_map(lambda g: g / loss.tokens, total)
+    squares = [leaf.astype(mx.float32).square().sum() for leaf in dict(tree_flatten(total)).values()]
+    return loss, math.sqrt(float(mx.stack(squares).sum())), total
+
+
+def _diverged(loss: Loss, step: int, rows: Sequence[int], recent: Sequence[float]) -> DivergedError:
+    what = "gradient" if math.isfinite(loss.nats) else "loss"
+    last = f"{recent[-1]:.4g}" if recent else "none"
+    return DivergedError(
+        f"the {what} of step {step} is not finite (rows {listing(rows)}; last finite loss {last}); "
+        "the update was not made",
+        fix="lower --learning-rate, set --grad-clip 1, or go on without such steps: --on-nonfinite skip",
+    )
+
+
+def _clip(gradient: Any, norm: float, limit: float) -> Any:
+    """``gradient`` shrunk to the norm ``limit``."""
+    return tree_map(lambda g: g * (limit / norm), gradient)

@@ -1,0 +1,76 @@
+"""A batch in parts, each on a core of its own.
+
+MLX's CPU backend runs the operations of a stream on one thread; of those, only
+a matrix product can use more, and only under a BLAS that has threads. So rows
+of a batch are computed side by side where there are enough of them, each part
+on a stream and a core of its own; where there are not, products get all cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TypeVar
+
+import mlx.core as mx
+
+from mlxlora_core.machine.device import on_cpu, product_threads, products_have_threads
+from mlxlora_core.machine.processors import thread_count
+from mlxlora_core.training.batches import Batch, make_batch
+from mlxlora_core.training.examples import Example
+
+T = TypeVar("T")
+
+
+def side_by_side(
+    compute: Callable[[Batch], T], examples: Sequence[Example], rows: Sequence[int]
+) -> list[tuple[Batch, T]]:
+    """``compute`` of each part that some rows are dealt into, evaluated, with the part.
+
+    On a CPU the parts are computed at the same time; the number of cores alone
+    decides what they are, so that sums over them are the same in every run. On
+    a GPU there is one part.
+
+    Args:
+        compute: gives arrays, or a tree of them, that add up over the rows of a batch.
+        examples: of which these are rows.
+        rows: one at least.
+    """
+    parts = split_rows(rows) if on_cpu() else [rows]
+    if len(parts) == 1:
+        batch = make_batch(examples, rows)
+        result = compute(batch)
+        mx.eval(result)
+        return [(batch, result)]
+    results = []
+    for part, stream in zip(parts, _streams(len(parts)), strict=True):
+        batch = make_batch(examples, part)
+        with mx.stream(stream):
+            results.append((batch, compute(batch)))
+    with product_threads(1):
+        mx.eval([result for _, result in results])
+    return results
+
+
+@cache
+def _streams(count: int) -> list[mx.Stream]:
+    """Streams of the CPU; each has a thread that never ends."""
+    return [mx.new_stream(mx.Device(mx.cpu)) for _ in range(count)]
+
+
+# Share of a training step outside matrix products, on one core (docs/performance.md).
+_ELEMENTWISE = 0.25
+
+
+def split_rows(rows: Sequence[int]) -> list[Sequence[int]]:
+    """``rows`` of a batch in parts to compute side by side; all of them in one where that is faster.
+
+    A part takes every n-th row, so that rows in order of length make parts of like work.
+    """
+    cores = thread_count()
+    count = min(cores, len(rows))
+    if count < 2:
+        return [rows]
+    apart = -(-len(rows) // count) / len(rows)
+    together = (1 - _ELEMENTWISE) / cores + _ELEMENTWISE if products_have_threads() else 1.0
+    return [rows[i::count] for i in range(count)] if apart < together else [rows]

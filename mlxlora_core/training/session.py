@@ -1,0 +1,359 @@
+"""A training from its parts to its adapter file: one assembly for the verb, the recipe and Python."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_unflatten
+
+from mlxlora_core.errors import DataError, DivergedError, UsageError
+from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.machine import signals
+from mlxlora_core.model import adapters
+from mlxlora_core.model.adapters import Adapted
+from mlxlora_core.model.folder import Model
+from mlxlora_core.registry import Choice, Registry
+from mlxlora_core.registry.sections import AdapterConfig
+from mlxlora_core.training.checkpoints import Found, Start
+from mlxlora_core.training.events import (
+    CheckpointSaved,
+    Note,
+    Report,
+    TrainEvent,
+    TrainingStarted,
+    TrainReport,
+    TrainResult,
+    ValidReport,
+    report_line,
+)
+from mlxlora_core.training.examples import Examples, examples_in_memory, read_examples
+from mlxlora_core.training.identity import identify
+from mlxlora_core.training.loop import Training
+from mlxlora_core.training.memory import training_memory
+from mlxlora_core.training.saving import CheckpointFolder
+from mlxlora_core.training.settings import SaveConfig, TrainConfig
+
+LONG_ROW_TOKENS = 2048  # a row longer than that is told
+
+#: where rows come from: a ``.jsonl`` file, rows in memory, or rows that are tokenized already
+Source = Path | Sequence[Mapping[str, Any]] | Examples
+
+
+@dataclass(frozen=True)
+class NewAdapter:
+    """Train an adapter from its initial values.
+
+    Attributes:
+        choice: which adapter, with which options.
+        config: where it goes.
+    """
+
+    choice: Choice
+    config: AdapterConfig = field(default_factory=AdapterConfig)
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """Train the adapter in a file on.
+
+    Attributes:
+        path: an adapter file.
+        name: the adapter that the caller insists on, or None.
+        values: options, and keys of :class:`AdapterConfig`, that the caller insists on.
+    """
+
+    path: Path
+    name: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a training leaves on the disk; what is None is not written.
+
+    Attributes:
+        adapter_file: the adapter, at the end.
+        checkpoints: the folder of checkpoints; without one a training cannot be gone on with.
+        metrics: each report as a line of JSON.
+        saving: when checkpoints are written.
+        resume_command: the command that goes on with this training, told when it is interrupted.
+    """
+
+    adapter_file: Path | None = None
+    checkpoints: Path | None = None
+    metrics: Path | None = None
+    saving: SaveConfig = field(default_factory=SaveConfig)
+    resume_command: str = ""
+
+
+def open_training(
+    model: Model,
+    adapter: NewAdapter | AdapterFile,
+    rows: Mapping[str, Source],
+    config: TrainConfig,
+    registry: Registry,
+    *,
+    seed: int = 0,
+    outputs: Outputs | None = None,
+    runtimes: Sequence[str] = (),
+) -> TrainingSession:
+    """Put an adapter on a base and make ready to train it; :meth:`TrainingSession.start` trains.
+
+    Args:
+        model: the base; it is changed in place.
+        adapter: to train.
+        rows: ``train`` and, where there is something to validate on, ``valid``.
+        config: how to train.
+        registry: where plugins are looked up.
+        seed: of the adapter's initial values, of the order of rows and of dropout.
+        outputs: what to write; nothing when left out.
+        runtimes: what the runtimes said, for the record.
+
+    Raises:
+        DataError: rows that are not there, or that cannot be used.
+        UsageError: settings that do not fit the rows or the model.
+        ModelError: an adapter file that does not fit, or an output whose name says no format.
+        ResourceError: an output that could not be written.
+    """
+    outputs = outputs or Outputs()
+    if outputs.adapter_file is not None:
+        check_adapter_file(outputs.adapter_file)
+    splits = {name: _read(name, source, model, config) for name, source in rows.items()}
+    adapted = _put_on(model, adapter, registry, seed)
+    valid = splits["valid"].examples if "valid" in splits else ()
+    training = Training(model.language_model, splits["train"].examples, valid, config, seed)
+    folder = None
+    if outputs.checkpoints is not None:
+        examples = {name: split.examples for name, split in splits.items()}
+        identity = identify(model, adapted, training, examples, registry, runtimes)
+        folder = CheckpointFolder(outputs.checkpoints, training, model, adapted, identity)
+    return TrainingSession(model, adapted, splits, training, outputs, folder)
+
+
+def check_adapter_file(path: Path) -> None:
+    """Refuse an adapter file that could not be written at the end.
+
+    Raises:
+        ModelError: a name that says no format.
+        ResourceError: its folder cannot be written.
+    """
+    tensor_file.check_ending(path)
+    durable.check_file(path)
+
+
+class TrainingSession:
+    """A training with all that belongs to it; :func:`open_training` makes one.
+
+    Attributes:
+        model: the base with the adapter on it.
+        adapted: the adapter.
+        rows: split -> its examples.
+        training: where it stands.
+        checkpoints: where it is saved, or None.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        adapted: Adapted,
+        rows: Mapping[str, Examples],
+        training: Training,
+        outputs: Outputs,
+        checkpoints: CheckpointFolder | None,
+    ) -> None:
+        self.model, self.adapted, self.rows, self.training = model, adapted, rows, training
+        self.checkpoints, self._outputs = checkpoints, outputs
+        self._best: dict[str, mx.array] = {}  # the adapter of the best validation, where no folder keeps it
+        self._losses: dict[type[Report], float | None] = {}  # as last reported
+
+    def start(self, how: Start = Start.BEGIN, found: Found | None = None) -> Iterator[TrainEvent]:
+        """Train to the end, saving on the way; the last event is the :class:`TrainResult`.
+
+        Args:
+            how: to start where an earlier training may have left checkpoints.
+            found: what :func:`~mlxlora_core.training.checkpoints.find_for` gave for the same, where
+                that was asked already.
+
+        Raises:
+            SettingsChanged: the training to go on with was begun with other settings.
+            ModelError: it is of another base or of other data, or there is none.
+            SafetyError: one that has not ended would be lost.
+            Interrupted: a signal came; the step it came in is done and saved.
+            DivergedError: a loss or a gradient is not finite; the state before it is saved.
+            PluginError: the base has changed.
+            ResourceError: too little memory, or a file cannot be written; checkpoints before are as
+                they were.
+        """
+        for split, rows in self.rows.items():
+            yield from _words_on_rows(split, rows)
+        yield Note(self._size())
+        with training_memory(self.model, self.rows["train"], self.training.config.batch_size) as said:
+            yield Note(said)
+            for text in self._take_up(how, found):
+                yield Note(text)
+            yield TrainingStarted(self.training.progress.step, self.training.config.iters)
+            yield from self._train()
+        adapter_step = self._take_best()
+        if self._outputs.adapter_file is not None:
+            adapters.save(self._outputs.adapter_file, self.model, self.adapted)
+        yield self._result(adapter_step)
+
+    def _take_up(self, how: Start, found: Found | None) -> list[str]:
+        """Put the training where it begins or goes on; what there is to tell."""
+        if self.checkpoints is not None:
+            return self.checkpoints.start(how, found)
+        if how is Start.RESUME:
+            raise UsageError("there is no folder of checkpoints to go on from", fix="name the one to resume")
+        return []
+
+    def _train(self) -> Iterator[Report | CheckpointSaved]:
+        """Make the steps that are left."""
+        saving, metrics = self._outputs.saving, self._outputs.metrics
+        if metrics is not None:
+            _trim(metrics, self.training.progress.step)
+        with signals.deferred() as pending:
+            saved_at = time.monotonic()
+            try:
+                for reports in self.training:
+                    for report in reports:
+                        self._note(report)
+                        yield report
+                    waited = time.monotonic() - saved_at
+                    if pending.signum is not None or self._due(saving, waited):
+                        yield from self._save()
+                        saved_at = time.monotonic()
+                    if pending.signum is not None:
+                        raise signals.Interrupted(pending.signum, self._farewell())
+            except DivergedError:
+                with suppress(DivergedError):  # of a state that is not sound itself
+                    yield from self._save()
+                raise
+
+    def _note(self, report: Report) -> None:
+        """Keep a report: in the log, and the last losses for the result."""
+        if isinstance(report, TrainReport | ValidReport):
+            self._losses[type(report)] = report.loss if math.isfinite(report.loss) else None
+        if self._outputs.metrics is not None:
+            durable.append_line(self._outputs.metrics, json.dumps(report_line(report)))
+
+    def _due(self, config: SaveConfig, seconds: float) -> bool:
+        progress = self.training.progress
+        if progress.step == 0:
+            return False
+        return (
+            progress.step % config.save_every == 0
+            or progress.step == progress.best_step
+            or seconds >= 60 * config.save_minutes
+            or self.training.finished
+        )
+
+    def _save(self) -> Iterator[CheckpointSaved]:
+        """Write a checkpoint; without a folder, hold on to the best adapter alone."""
+        progress = self.training.progress
+        if self.checkpoints is not None:
+            yield from self.checkpoints.save(self._outputs.saving.keep)
+        elif progress.best_step == progress.step:
+            self._best = adapters.trainable(self.model.module)
+
+    def _farewell(self) -> str:
+        step = self.training.progress.step
+        if step == 0:
+            return "interrupted before the first step; nothing was saved"
+        if self.checkpoints is None:
+            return f"interrupted at step {step}; nothing was saved"
+        return f"interrupted; step {step} is saved. Go on with: {self._outputs.resume_command}"
+
+    def _take_best(self) -> int:
+        """Put the adapter of the best validation on the model where patience asks for it; its step."""
+        progress = self.training.progress
+        best = progress.best_step
+        if self.training.config.patience is None or best is None:
+            return progress.step
+        if self.checkpoints is not None:
+            return best if self.checkpoints.put_back(best) else progress.step
+        self.model.module.update(tree_unflatten(list(self._best.items())))
+        return best
+
+    def _size(self) -> str:
+        """How much of the model trains, in words."""
+        counts = adapters.count(self.model)
+        trained, everything = counts["trainable_parameters"], counts["parameters"]
+        return (
+            f"{everything / 1e6:.3f} M parameters, {trained / 1e6:.3f} M trainable "
+            f"({100 * trained / everything:.3f} %) on {len(self.adapted.paths)} linears"
+        )
+
+    def _result(self, adapter_step: int) -> TrainResult:
+        rows, progress = self.rows["train"], self.training.progress
+        return TrainResult(
+            **adapters.count(self.model),
+            adapted=self.adapted.paths,
+            rows=len(rows),
+            rows_cut=rows.cut,
+            tokens_cut=rows.cut_tokens,
+            rows_empty=rows.empty,
+            max_seq_length=self.model.sequence_limit(self.training.config.max_seq_length),
+            steps=progress.step,
+            steps_skipped=progress.skipped,
+            adapter_step=adapter_step,
+            train_loss=self._losses.get(TrainReport),
+            valid_loss=self._losses.get(ValidReport),
+        )
+
+
+def _put_on(model: Model, adapter: NewAdapter | AdapterFile, registry: Registry, seed: int) -> Adapted:
+    """Put the adapter on the base."""
+    if isinstance(adapter, AdapterFile):
+        return adapters.load(adapter.path, model, registry, adapter.name, adapter.values)
+    return adapters.attach(model, adapter.choice, adapter.config, seed)
+
+
+def _read(split: str, source: Source, model: Model, config: TrainConfig) -> Examples:
+    """The examples of a split."""
+    if isinstance(source, Examples):
+        return source
+    limit = model.sequence_limit(config.max_seq_length)
+    if not isinstance(source, Path):
+        return examples_in_memory(
+            source, split, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt
+        )
+    if not source.is_file():
+        raise DataError(
+            f"training needs {source.name}", where=source, fix="make the folder with: mlxlora data"
+        )
+    return read_examples(source, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt)
+
+
+def _words_on_rows(split: str, rows: Examples) -> Iterator[Note]:
+    """A word on rows that are long, that were cut, and that were left out."""
+    longest = max(len(example.tokens) for example in rows.examples)
+    if longest > LONG_ROW_TOKENS:
+        yield Note(f"warning: {split} has rows of up to {longest} tokens; long rows take much memory")
+    if rows.cut:
+        share = rows.cut_tokens / (rows.tokens + rows.cut_tokens)
+        yield Note(f"warning: {rows.cut} {split} rows were cut, {share:.1%} of all tokens are lost")
+    if rows.empty:
+        yield Note(f"warning: {rows.empty} {split} rows have no token that counts and were left out")
+
+
+def _trim(metrics: Path, step: int) -> None:
+    """Leave only the whole lines of a log up to ``step``; none of them at the start."""
+    lines = metrics.read_bytes().split(b"\n") if step and metrics.is_file() else []
+    kept = [line.decode() + "\n" for line in lines if _step_of(line) <= step]
+    durable.write_text(metrics, "".join(kept))
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of a log; infinite for one that is torn."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf

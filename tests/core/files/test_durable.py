@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlxlora_core.errors import ResourceError, SafetyError
+from mlxlora_core.files import durable
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def ours(folder: Path) -> bool:
+    return (folder / "mark").is_file()
+
+
+def run(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run Python of its own, so that it can be killed."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+# --- files --------------------------------------------------------------------
+
+
+def test_a_file_is_written_whole_in_a_folder_that_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file"
+    durable.write_text(path, "é\n")
+    assert path.read_bytes() == "é\n".encode()
+    assert names(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_exception_in_the_middle_leaves_the_old_file_and_no_other(
+    tmp_path: Path, fault: type[BaseException]
+) -> None:
+    path = tmp_path / "file"
+    durable.write_text(path, "old")
+
+    with pytest.raises(fault), durable.new_file(path) as file:
+        file.write(b"half of the n")
+        raise fault
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+    words = r"file: cannot be written: No space left.*free some space"
+    with pytest.raises(ResourceError, match=words), durable.new_file(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert names(tmp_path) == []
+
+
+def test_a_file_over_the_limit_of_the_process_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    durable.write_text(path, "old")
+    code = """
+import resource, sys
+from pathlib import Path
+from mlxlora_core.files import durable
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    durable.write_text(Path(sys.argv[1]), "x" * 100_000)
+except durable.ResourceError as fault:
+    print(fault)
+"""
+    assert "File too large. Fix: free some space" in run(code, path).stdout
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_symbolic_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "elsewhere" / "file")
+    durable.write_text(link, "new")
+    assert link.is_symlink()
+    assert (tmp_path / "elsewhere" / "file").read_text() == "new"
+
+
+def test_what_is_no_regular_file_is_left_alone(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path):
+        with pytest.raises(SafetyError, match="no regular file"):
+            durable.write_text(path, "new")
+    assert pipe.is_fifo()
+
+
+def test_half_a_surrogate_pair_becomes_its_json_escape(tmp_path: Path) -> None:
+    durable.write_json(tmp_path / "file", {"a": "\ud800é\u2028"})
+    assert json.loads((tmp_path / "file").read_text("utf-8")) == {"a": "\ud800é\u2028"}
+    durable.append_line(tmp_path / "log", "\udfff")
+    assert (tmp_path / "log").read_bytes() == b"\\udfff\n"
+
+
+def test_json_that_is_none_is_refused_before_the_old_file_goes(tmp_path: Path) -> None:
+    durable.write_json(tmp_path / "file", 1)
+    with pytest.raises(ValueError):
+        durable.write_json(tmp_path / "file", float("nan"))
+    assert (tmp_path / "file").read_text() == "1\n"
+
+
+def test_a_copy_has_the_bytes_and_tells_which_end_failed(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"\0\xff")
+    durable.copy_file(tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == b"\0\xff"
+    with pytest.raises(ResourceError, match="absent: cannot be read: No such file"):
+        durable.copy_file(tmp_path / "absent", tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == b"\0\xff"
+
+
+# --- folders ------------------------------------------------------------------
+
+
+def build(target: Path, content: str, **arguments: object) -> None:
+    with durable.new_folder(target, ours=ours, **arguments) as folder:  # type: ignore[arg-type]
+        durable.write_text(folder / "mark", content)
+        durable.write_text(folder / "more", content)
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "made" / "target"
+    with durable.new_folder(target) as folder:
+        durable.write_text(folder / "mark", "1")
+        assert not target.exists()
+        assert folder.parent == target.parent
+    assert names(target) == ["mark"]
+    assert names(target.parent) == ["target"]
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt, FileNotFoundError])
+def test_an_exception_leaves_no_folder_and_is_not_disguised(
+    tmp_path: Path, fault: type[BaseException]
+) -> None:
+    with pytest.raises(fault), durable.new_folder(tmp_path / "target") as folder:
+        durable.write_text(folder / "mark", "half")
+        raise fault
+    assert names(tmp_path) == []
+
+
+def test_an_empty_folder_is_filled_and_one_with_content_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    build(target, "1")
+    with pytest.raises(SafetyError, match=r"there already.*--overwrite"):
+        build(target, "2")
+    assert (target / "more").read_text() == "1"
+    build(target, "2", overwrite=True)
+    assert (target / "more").read_text() == "2"
+    (target / "mark").unlink()
+    with pytest.raises(SafetyError, match="something else"):
+        build(target, "3", overwrite=True)
+    assert names(target) == ["more"]
+    assert names(tmp_path) == ["target"]
+
+
+def test_a_file_or_a_dangling_link_is_no_target(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("1")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(SafetyError, match="no folder"):
+            build(tmp_path / name, "2", overwrite=True)
+    assert (tmp_path / "file").read_text() == "1"
+
+
+def test_the_folder_one_stands_in_and_a_link_to_a_folder_can_be_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    build(Path("."), "1")
+    assert names(tmp_path / "here") == ["mark", "more"]
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    build(tmp_path / "link", "2", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "here" / "more").read_text() == "2"
+    assert names(tmp_path) == ["here", "link"]
+
+
+# --- kills --------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mlxlora_core.files import durable
+
+target, at = Path(sys.argv[1]), int(sys.argv[2])
+seen = 0
+
+def count(event, arguments):
+    global seen
+    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+        seen += 1
+        if seen == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(count)
+with durable.new_folder(target, overwrite=True, ours=lambda folder: True) as folder:
+    durable.write_text(folder / "mark", "new")
+    durable.write_text(folder / "more", "new")
+"""
+
+
+def test_killed_anywhere_a_folder_is_whole_and_the_next_run_clears_up(tmp_path: Path) -> None:
+    survived = []
+    for at in range(1, 40):
+        target = tmp_path / str(at) / "target"
+        build(target, "old")
+        done = run(KILLED, target, str(at))
+        if done.returncode == 0:
+            break
+        assert done.returncode == -9
+        if target.exists():  # else it had just been moved away, and is put back below
+            survived.append({path.read_text() for path in target.iterdir()})
+            assert names(target) == ["mark", "more"]
+        with pytest.raises(SafetyError, match="there already"):
+            build(target, "refused")
+        assert {path.read_text() for path in target.iterdir()} in ({"old"}, {"new"})
+        build(target, "newer", overwrite=True)
+        assert names(target.parent) == ["target"]
+        assert (target / "more").read_text() == "newer"
+    else:
+        pytest.fail("it never came to its end")
+    assert len(survived) > 5 and {"old"} in survived and {"new"} in survived
+
+
+def test_a_file_of_a_killed_process_is_cleared_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "[a]*.txt"
+    code = """
+import os, signal, sys
+from pathlib import Path
+from mlxlora_core.files import durable
+with durable.new_file(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert run(code, path).returncode == -9
+    assert len(names(tmp_path)) == 1 and not path.exists()
+    living = tmp_path / f".{path.name}.{os.getppid()}.tmp"
+    living.write_text("still at work")
+    durable.write_text(path, "new")
+    assert names(tmp_path) == sorted([path.name, living.name])
+
+
+def test_the_mode_of_an_older_file_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    path.chmod(0o640)
+    durable.write_text(path, "new")
+    assert path.stat().st_mode & 0o777 == 0o640 and path.read_text() == "new"
+
+
+def test_a_temporary_name_that_is_taken_is_not_written_through(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "file", tmp_path / "elsewhere"
+    elsewhere.write_text("precious")
+    (tmp_path / f".file.{os.getpid()}.tmp").symlink_to(elsewhere)
+    durable.write_text(path, "new")
+    assert elsewhere.read_text() == "precious" and path.read_text() == "new"
+
+
+def test_a_folder_goes_at_once_and_one_can_be_put_aside(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    durable.remove_folder(tmp_path / "one")
+    assert names(tmp_path) == ["two"]
+    durable.put_aside(tmp_path / "two", "damaged")
+    (tmp_path / "two").mkdir()
+    durable.put_aside(tmp_path / "two", "damaged")
+    durable.put_aside(tmp_path / "two", "damaged")
+    assert names(tmp_path) == ["damaged-two-1", "damaged-two-2"]
+    assert (tmp_path / "damaged-two-1" / "file").read_text() == "two"
+
+
+def test_what_dead_processes_left_is_cleared_by_name(tmp_path: Path) -> None:
+    dead, alive = 2**22 + 1, os.getppid()
+    mine = [f".step-1.{dead}.tmp", f".step-2.{dead}.gone"]
+    kept = [f".step-1.{alive}.tmp", f".other-1.{dead}.tmp", f".step-1.{dead}.txt", ".step-1.x.tmp"]
+    for name in (*mine, *kept):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".step-3.{dead}.old").mkdir()
+    assert durable.clear_leftovers(tmp_path, "step-*") == 3
+    assert names(tmp_path) == sorted([*kept, "step-3"])
+    assert durable.clear_leftovers(tmp_path / "nowhere", "*") == 0

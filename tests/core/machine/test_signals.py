@@ -1,0 +1,111 @@
+"""Signals in processes of their own, since it is the process that they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from mlxlora_core.machine import signals
+
+ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+#: raises a signal at each line that comes in, and tells what came of it
+RAISES = """
+import os, signal, sys
+from mlxlora_core.machine import signals
+signals.install()
+try:
+    os.kill(os.getpid(), int(sys.argv[1]))
+    print("went on")
+except signals.Interrupted as fault:
+    print(fault, fault.signum, fault.exit_code)
+"""
+
+
+def run(program: str, *arguments: object, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [*prefix, sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_the_first_signal_raises(number: int) -> None:
+    assert run(RAISES, int(number)).stdout == f"interrupted {int(number)} {128 + number}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_one_that_was_ignored_from_the_start_stays_ignored(number: int) -> None:
+    name = signal.Signals(number).name.removeprefix("SIG")
+    done = run(RAISES, int(number), prefix=("bash", "-c", f"trap '' {name}; exec \"$@\"", "bash"))
+    assert done.stdout == "went on\n"
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_a_second_one_ends_the_process_although_the_first_is_being_dealt_with(number: int) -> None:
+    program = RAISES + f"    os.kill(os.getpid(), {int(number)})\n    print('still here', flush=True)\n"
+    done = run(program, int(signal.SIGTERM))
+    assert done.returncode == -number
+    assert "still here" not in done.stdout
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_deferred_notes_the_first_and_dies_of_the_second(number: int) -> None:
+    program = """
+import os, signal, sys
+from mlxlora_core.machine import signals
+signals.install()
+with signals.deferred() as pending:
+    assert pending.signum is None
+    os.kill(os.getpid(), int(sys.argv[1]))
+    print(pending.signum, flush=True)
+    os.kill(os.getpid(), int(sys.argv[1]))
+    print("still here", flush=True)
+"""
+    done = run(program, int(number))
+    assert done.stdout == f"{int(number)}\n"
+    assert done.returncode == -number
+
+
+def test_handlers_are_put_back_even_when_a_signal_came() -> None:
+    before = {number: signal.getsignal(number) for number in ALL}
+    for send in (False, True):
+        with signals.deferred() as pending:
+            assert all(signal.getsignal(number) != before[number] for number in ALL)
+            if send:
+                os.kill(os.getpid(), signal.SIGHUP)
+        assert pending.signum == (signal.SIGHUP if send else None)
+        assert {number: signal.getsignal(number) for number in ALL} == before
+
+
+def test_an_exception_in_the_block_puts_them_back_too() -> None:
+    before = {number: signal.getsignal(number) for number in ALL}
+    with pytest.raises(ZeroDivisionError), signals.deferred():
+        raise ZeroDivisionError
+    assert {number: signal.getsignal(number) for number in ALL} == before
+
+
+def test_another_thread_changes_nothing() -> None:
+    before = {number: signal.getsignal(number) for number in ALL}
+    found = []
+
+    def work() -> None:
+        with signals.deferred() as pending:
+            found.append((pending.signum, {number: signal.getsignal(number) for number in ALL}))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(None, before)]
+
+
+def test_no_handler_of_faults_takes_it_for_one(tmp_path: Path) -> None:
+    """A plugin that is being imported does not become a plugin that failed to load."""
+    (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    command = [sys.executable, "-m", "mlxlora_core", "components", "-P", str(tmp_path / "slow.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (143, "mlxlora: interrupted\n")
