@@ -458,12 +458,14 @@ class RuntimeNote:
             on, where the runtime can; mlxlora calls it between computations.
         exp: the exponential of a float32 array of any shape on the CPU, where the
             runtime has a faster one than MLX's; mlxlora never differentiates it.
+        advice: what would make it faster, in one line of ``mlxlora doctor``.
     """
 
     text: str
     warning: bool = False
     set_threads: Callable[[int], None] | None = None
     exp: Callable[[mx.array], mx.array] | None = None
+    advice: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,11 +65,12 @@ def _device() -> tuple[doctor.Device | None, str]:
 
 
 def _products(registry: Registry, device: doctor.Device) -> tuple[_Products, list[str]]:
-    """Matrix products here, and what the runtimes warn of."""
+    """Matrix products here, and what the runtimes warn of or advise."""
     stock = doctor.stock_matmul_gflops() if device.backend == "cpu" else None
     notes = start_runtimes(registry)
     by = "; ".join(note.text for note in notes if not note.warning) or _NO_RUNTIME
-    return _Products(by, doctor.matmul_gflops(), stock), [note.text for note in notes if note.warning]
+    advice = [line for note in notes for line in (note.text if note.warning else "", note.advice) if line]
+    return _Products(by, doctor.matmul_gflops(), stock), advice
 
 
 def _print(facts: dict[str, Any]) -> None:
