@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlxlora_core.errors import MlxloraError, ModelError, ResourceError, listing
 from mlxlora_core.files import durable, tensor_header, zip_layout
-from mlxlora_core.files.input_file import open_regular, refuse_stand_in
+from mlxlora_core.files.input_file import name_of_open, open_regular, refuse_stand_in
 
 FINGERPRINT = "fingerprint"  # the metadata that tells what the tensors of a file are
 
@@ -141,7 +140,7 @@ def load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     with open_regular(path) as file:
         try:
             return _load_npz(file, path) if path.suffix == ".npz" else _load_safetensors(file, path)
-        except MlxloraError:
+        except (MlxloraError, MemoryError):
             raise
         except Exception as fault:  # whatever MLX makes of bytes that anyone may have written
             raise ModelError(f"is damaged or no {path.suffix} file: {fault}", where=path) from fault
@@ -284,8 +283,7 @@ def _load_safetensors(file: BinaryIO, path: Path) -> tuple[dict[str, mx.array], 
     metadata = tensor_header.read_safetensors(file, path)
     file.seek(0)
     # MLX reads a tensor of a named file when that is first used, but all of an open one at once.
-    names = (f"{folder}/{file.fileno()}" for folder in ("/proc/self/fd", "/dev/fd"))
-    opened: Any = next((name for name in names if os.path.exists(name)), file)
+    opened: Any = name_of_open(file) or file
     # A dictionary for this format; the stub covers every format that MLX reads.
     tensors: dict[str, mx.array] = mx.load(opened, format="safetensors")  # type: ignore[assignment]
     return tensors, metadata
@@ -337,9 +335,7 @@ def _load_npz(file: BinaryIO, path: Path) -> tuple[dict[str, mx.array], dict[str
     for member in archive.members:
         name = member.name.removesuffix(".npy")
         content = zip_layout.read_zip_member(file, member, path)
-        npy = tensor_header.read_npy(content, name, path)
-        order: Literal["F", "C"] = "F" if npy.column_major else "C"
-        array: Any = np.ndarray(npy.shape, npy.descr, content, npy.start, order=order)
+        array: Any = tensor_header.read_npy(content, name, path)
         tensors[name] = mx.array(array.astype(array.dtype.newbyteorder("=")))
     return tensors, _comment(archive.comment)
 

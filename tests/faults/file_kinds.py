@@ -390,9 +390,9 @@ class Index(Subject):
         self.good = [json.dumps(index, indent=1).encode()]
 
     def parse(self) -> Any:
-        from mlxlora_core.model import folder as model_folder
+        from mlxlora_core.model.weights import weight_files
 
-        shards = model_folder._weight_files(self.folder)
+        shards = weight_files(self.folder)
         assert all(shard.resolve().parent == self.folder.resolve() for shard in shards)
         return [shard.name for shard in shards]
 
