@@ -86,8 +86,8 @@ def read_zip_layout(file: BinaryIO, path: Path, trick: type[MlxloraError] = Mode
     file.seek(max(0, size - _TAIL_BYTES))
     tail = read_exactly(file, min(size, _TAIL_BYTES), path)
     try:
-        start, comment = _check_end(file, tail, size, path)
-        return ZipLayout(_members(file, start, path), comment)
+        start, count, comment = _check_end(file, tail, size)
+        return ZipLayout(_members(file, _records(file, start, count), start, path), comment)
     except _Trick as fault:
         raise trick(f"{fault}, as no writer of tensors makes it", where=path) from None
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as fault:
@@ -117,27 +117,21 @@ def read_zip_member(file: BinaryIO, member: ZipMember, path: Path) -> bytes:
     return data
 
 
-def _check_end(file: BinaryIO, tail: bytes, size: int, path: Path) -> tuple[int, bytes]:
-    """Where the directory begins, and the comment; ``zipfile`` takes any end and believes its numbers."""
+def _check_end(file: BinaryIO, tail: bytes, size: int) -> tuple[int, int, bytes]:
+    """Where the directory begins, how many members it has, and the comment.
+
+    ``zipfile`` takes any end, and leaves out what its numbers do not reach.
+    """
     places = [match.start() for match in re.finditer(b"PK\5\6", tail)]
     ends = [at for at in places if tail[at + 20 : at + 22] == struct.pack("<H", len(tail) - at - 22)]
     if len(ends) != 1:
         raise _Trick("has two ends") if ends else zipfile.BadZipFile("its directory is missing")
     (at,) = ends
-    _, disk, first, *numbers, _ = _END.unpack_from(tail, at)
+    _, disk, first, here, count, length, start, _ = _END.unpack_from(tail, at)
     stop = size - len(tail) + at
     if tail[max(0, at - 20) : at].startswith(b"PK\6\7"):
         stop -= _END_64.size
-        kind, length, _, _, disk, first, *large, _, _, place, disks = _END_64.unpack(
-            tail[max(0, at - _END_64.size) : at]
-        )
-        agree = all(small in (*_FULL, number) for small, number in zip(numbers, large, strict=True))
-        if kind != b"PK\6\6" or length != 44 or disks > 1 or place > stop or not agree:
-            raise zipfile.BadZipFile("its directory has two ends that differ")
-        if place < stop:
-            raise _Trick("holds bytes in front of its first member")
-        numbers = large
-    here, count, length, start = numbers
+        here, count, length, start = _wide_end(tail[max(0, at - 76) : at], stop, here, count, length, start)
     if disk or first or here != count:
         raise _Trick("is one part of several")
     if start + length < stop:
@@ -148,18 +142,34 @@ def _check_end(file: BinaryIO, tail: bytes, size: int, path: Path) -> tuple[int,
     # Counted before any is looked at: each takes memory, and zipfile does not mind the number.
     if count > TENSORS_LIMIT or length > _DIRECTORY_BYTES or count < file.read(length).count(b"PK\1\2"):
         raise _Trick(f"has {count} members in {length} bytes, wanted at most {TENSORS_LIMIT}")
-    return start, tail[at + 22 :]
+    return start, count, tail[at + _END.size :]
 
 
-def _members(file: BinaryIO, start: int, path: Path) -> tuple[ZipMember, ...]:
-    """The members before the directory, which begins at ``start``."""
+def _wide_end(data: bytes, place: int, *numbers: int) -> tuple[int, ...]:
+    """The 64-bit numbers of an end that begins at byte ``place``, which must not differ from the others."""
+    kind, length, _, _, disk, first, *wide, _, _, told, disks = _END_64.unpack(data)
+    agree = all(number in (*_FULL, other) for number, other in zip(numbers, wide, strict=True))
+    if kind != b"PK\6\6" or length != 44 or disk or first or disks > 1 or told > place or not agree:
+        raise zipfile.BadZipFile("its directory has two ends that differ")
+    if told < place:
+        raise _Trick("holds bytes in front of its first member")
+    return tuple(wide)
+
+
+def _records(file: BinaryIO, start: int, count: int) -> list[zipfile.ZipInfo]:
+    """The directory, which begins at ``start``."""
     with zipfile.ZipFile(file) as archive:
-        records, found = archive.infolist(), archive.start_dir
-    if found != start:
-        raise zipfile.BadZipFile("it has two directories")
+        records = archive.infolist()
+        if (archive.start_dir, len(records)) != (start, count):
+            raise zipfile.BadZipFile(f"its directory has {len(records)} members and should have {count}")
     twice = sorted(name for name, n in Counter(r.orig_filename for r in records).items() if n > 1)
     if twice:
         raise _Trick(f"holds two members of one name: {listing(twice)}")
+    return records
+
+
+def _members(file: BinaryIO, records: list[zipfile.ZipInfo], stop: int, path: Path) -> tuple[ZipMember, ...]:
+    """The members before byte ``stop``, at which the directory begins."""
     members: dict[str, ZipMember] = {}
     at = 0
     for record in sorted(records, key=lambda record: record.header_offset):
@@ -170,9 +180,9 @@ def _members(file: BinaryIO, start: int, path: Path) -> tuple[ZipMember, ...]:
             raise _Trick(
                 f"{record.orig_filename} {what}" if at else "holds bytes in front of its first member"
             )
-        members[record.orig_filename], at = _member(file, record, start, path)
-    if at != start:
-        raise _Trick(f"holds {start - at} bytes between its last member and its directory")
+        members[record.orig_filename], at = _member(file, record, stop, path)
+    if at != stop:
+        raise _Trick(f"holds {stop - at} bytes between its last member and its directory")
     return tuple(members[record.orig_filename] for record in records)
 
 

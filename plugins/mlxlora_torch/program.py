@@ -289,11 +289,8 @@ class _Machine:
         if name not in _CALLS:
             raise self.refusal(f"its pickle calls {name}")
         if name in _WITH_ATTRIBUTES:
-            raise ModelError(
-                "has tensors with attributes of their own, which is no attack but is not read",
-                where=self.where,
-                fix=_RESAVE,
-            )
+            what = "has tensors with attributes of their own, which is no attack but is not read"
+            raise ModelError(what, where=self.where, fix=_RESAVE)
         if name == _ORDERED_DICT and not arguments:
             self.stack.append({})
         elif name == _TENSOR and len(arguments) == 6:

@@ -10,7 +10,8 @@ import math
 import mmap
 from collections.abc import Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import mlx.core as mx
 
@@ -39,17 +40,15 @@ def need_torch() -> None:
         import torch
     except (ImportError, OSError, MemoryError) as fault:
         if isinstance(fault, MemoryError) or any(words in str(fault) for words in _NO_ROOM):
-            what = f"reading .pth files needs torch, for which there is no memory ({fault})"
-            raise ResourceError(what, fix="raise the limit (ulimit -v) or free memory") from None
-        raise PluginError(
-            f"reading .pth files needs torch, which cannot be imported ({fault})", fix=fix
-        ) from None
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < OLDEST_TORCH:
-        oldest = ".".join(map(str, OLDEST_TORCH))
-        raise PluginError(
-            f"torch {torch.__version__} is not safe for .pth files, wanted {oldest} or newer", fix=fix
-        )
+            raise ResourceError(
+                f"there is no memory for torch, which .pth files need ({fault})", fix="raise ulimit -v"
+            ) from None
+        what = f"reading .pth files needs torch, which cannot be imported ({fault})"
+        raise PluginError(what, fix=fix) from None
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        wanted = ".".join(map(str, OLDEST_TORCH))
+        what = f"torch {torch.__version__} is not safe for .pth files, wanted {wanted} or newer"
+        raise PluginError(what, fix=fix)
 
 
 class Reader:
@@ -136,18 +135,21 @@ class Reader:
             if not stored.span:
                 return torch.empty(stored.shape, dtype=dtype)
             start, length = archive.position(name), stored.span * ITEM_BYTES[stored.dtype]
-            before = start % mmap.ALLOCATIONGRANULARITY  # a mapping begins with a page
-            try:
-                # Writable, which is all that torch takes, and its own: the file is never written.
-                pages = mmap.mmap(
-                    file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=start - before
-                )
-            except OSError as fault:
-                raise ResourceError(
-                    f"{name} cannot be mapped: {fault.strerror}", where=archive.path
-                ) from None
+            pages, before = _map(file, start, length, archive.path)
         flat = torch.frombuffer(pages, dtype=dtype, count=stored.span, offset=before)
         return flat.as_strided(stored.shape, stored.stride)
+
+
+def _map(file: BinaryIO, start: int, length: int, path: Path) -> tuple[mmap.mmap, int]:
+    """The pages in which some bytes of a file lie, and how many bytes of them lie before."""
+    before = start % mmap.ALLOCATIONGRANULARITY
+    try:
+        # Writable, which is all that torch takes, and its own: the file is never written.
+        access = mmap.ACCESS_COPY
+        return mmap.mmap(file.fileno(), before + length, access=access, offset=start - before), before
+    except OSError as fault:
+        what = f"{length} bytes of it cannot be mapped: {fault.strerror}"
+        raise ResourceError(what, where=path) from None
 
 
 def _count_nonfinite(tensor: torch.Tensor) -> int:
