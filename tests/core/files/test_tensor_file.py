@@ -5,6 +5,7 @@ import json
 import os
 import random
 import struct
+import subprocess
 import sys
 import zipfile
 from collections import Counter
@@ -351,6 +352,48 @@ def test_a_file_of_the_most_tensors_is_read_and_one_more_is_refused(tmp_path: Pa
     path.write_bytes(layers(tensor_header.TENSORS_LIMIT + 1))
     with pytest.raises(ModelError, match="has more than 100000 tensors"):
         tensor_file.load(path)
+
+
+PARTS = {
+    "lists in a list": b'{"a":[' + b"[]," * 700_000 + b"[]]}",
+    "deep lists": b'{"a":[' + (b"[" * 100 + b"]" * 100 + b",") * 10_000 + b"0]}",
+    "a shape": b'{"a":{"dtype":"F32","shape":[' + b"0," * 1_000_000 + b'0],"data_offsets":[0,0]}}',
+    "metadata": b'{"__metadata__":{' + b'"a":"",' * 1_000_000 + b'"b":""}}',
+}
+
+
+@pytest.mark.parametrize("header", PARTS.values(), ids=PARTS.keys())
+def test_a_header_of_many_parts_is_refused_before_it_is_parsed(
+    tmp_path: Path, header: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / SAFETENSORS
+    path.write_bytes(raw(header, b""))
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("it takes twenty times the header"))
+    with pytest.raises(ModelError, match="its header has more than 1000000 parts"):
+        tensor_file.load(path)
+
+
+def test_a_file_that_cannot_be_mapped_is_told_as_short_memory(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / SAFETENSORS
+    path.write_bytes(raw({"a": entry("U8", (2**31 - 1, 2), 0, 2**32 - 2)}, b""))
+    os.truncate(path, path.stat().st_size + 2**32 - 2)  # sparse
+    code = """
+import resource, sys
+from pathlib import Path
+from mlxlora_core.errors import ResourceError
+from mlxlora_core.files import tensor_file
+import numpy
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+try:
+    tensor_file.load(Path(sys.argv[1]))
+except ResourceError as fault:
+    print(fault)
+"""
+    assert resource
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be mapped into memory" in done.stdout
 
 
 def test_what_was_checked_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
