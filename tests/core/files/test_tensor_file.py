@@ -412,6 +412,22 @@ def test_what_was_checked_is_what_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     assert path.read_bytes() == b"other"
 
 
+def test_the_library_checks_the_file_that_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / SAFETENSORS
+    path.write_bytes(BAD_SAFETENSORS["overlap"][0])
+    read = tensor_header._header
+
+    def read_and_swap(*arguments: Any) -> str:
+        text = read(*arguments)
+        (tmp_path / "good").write_bytes(raw({"a": entry()}))
+        os.replace(tmp_path / "good", path)
+        return text
+
+    monkeypatch.setattr(tensor_header, "_header", read_and_swap)
+    with pytest.raises(ModelError, match="overlaps"):
+        tensor_file.load(path)
+
+
 # --- bad .npz -----------------------------------------------------------------
 
 
