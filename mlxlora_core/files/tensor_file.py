@@ -198,7 +198,7 @@ def is_finite(tensor: mx.array) -> bool:
     fast as ``mx.isfinite`` for half precision on a CPU.
     """
     word, exponent = _EXPONENTS[tensor.dtype]
-    return not tensor.size or int((tensor.reshape(-1).view(word) & exponent).max()) < exponent
+    return not tensor.size or int((tensor.view(word) & exponent).max()) < exponent
 
 
 def type_name(dtype: mx.Dtype | str) -> str:
@@ -216,10 +216,12 @@ def _interchangeable(got: mx.Dtype | str, want: mx.Dtype | str) -> bool:
 
 def _bytes(tensor: mx.array) -> memoryview:
     """The bytes of a tensor, row by row; no copy where they lie so already."""
-    flat = mx.contiguous(tensor).reshape(-1)
-    # The buffer protocol has a type of its own only since Python 3.12.
-    view: Any = flat.view(mx.uint8) if flat.size else flat.astype(mx.uint8)
-    return memoryview(view)
+    if not tensor.size:
+        return memoryview(b"")
+    # Words of the same width, for types that the buffer protocol has not, and in the same shape:
+    # MLX has no axis of 2 ** 31 and more. The protocol has a type of its own only since Python 3.12.
+    view: Any = mx.contiguous(tensor).view(getattr(mx, f"uint{8 * tensor.dtype.size}"))
+    return memoryview(view).cast("B")
 
 
 def _digest(name: str, tensor: mx.array, data: memoryview) -> bytes:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from mlxlora_core.errors import ModelError, ResourceError
 from mlxlora_core.files import durable, tensor_file, tensor_header
+from mlxlora_core.machine.memory import free_memory_bytes
 
 SAFETENSORS = "file.safetensors"
 NPZ = "file.npz"
@@ -118,6 +119,15 @@ def test_the_same_tensors_give_the_same_bytes_and_every_format_one_fingerprint(t
     assert tensor_file.fingerprint(dict(reversed(tensors.items()))) == first.fingerprint
     for path in (tmp_path / SAFETENSORS, tmp_path / NPZ):
         assert tensor_file.load(path)[1][tensor_file.FINGERPRINT] == first.fingerprint
+
+
+def test_a_tensor_of_2_31_elements_has_bytes() -> None:
+    if free_memory_bytes() < 8 << 30:
+        pytest.skip("takes 2 GiB")
+    large = mx.zeros((2**16, 2**15), mx.uint8)
+    with pytest.raises(OverflowError):
+        large.reshape(-1)  # MLX cannot make one axis of it
+    assert len(tensor_file._bytes(large)) == 2**31
 
 
 def test_a_name_a_type_a_shape_and_a_bit_each_change_the_fingerprint() -> None:
