@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 import zipfile
 from collections import deque
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -29,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlxlora_core.errors import MlxloraError, ModelError, ResourceError, listing
 from mlxlora_core.files import durable, tensor_header, zip_layout
-from mlxlora_core.files.input_file import open_regular, refuse_stand_in
+from mlxlora_core.files.input_file import name_of_open, open_regular, refuse_stand_in
 from mlxlora_core.specs import LazyTensor
 
 FINGERPRINT = "fingerprint"  # the metadata that tells what the tensors of a file are
@@ -171,7 +170,7 @@ def load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     with open_regular(path) as file:
         try:
             return _load_npz(file, path) if path.suffix == ".npz" else _load_safetensors(file, path)
-        except MlxloraError:
+        except (MlxloraError, MemoryError):
             raise
         except Exception as fault:  # whatever MLX makes of bytes that anyone may have written
             raise ModelError(f"is damaged or no {path.suffix} file: {fault}", where=path) from fault
@@ -278,7 +277,7 @@ def is_finite(tensor: mx.array) -> bool:
     fast as ``mx.isfinite`` for half precision on a CPU.
     """
     word, exponent = _EXPONENTS[tensor.dtype]
-    return not tensor.size or int((tensor.reshape(-1).view(word) & exponent).max()) < exponent
+    return not tensor.size or int((tensor.view(word) & exponent).max()) < exponent
 
 
 def type_name(dtype: mx.Dtype | str) -> str:
@@ -298,9 +297,10 @@ def _bytes(tensor: mx.array) -> memoryview:
     """The bytes of a tensor, row by row; no copy where they lie so already."""
     if not tensor.size:  # on CUDA it lies at address 0, and the CRC-32 of nothing there is a wrong one
         return memoryview(b"")
-    # The buffer protocol has a type of its own only since Python 3.12.
-    view: Any = mx.contiguous(tensor).reshape(-1).view(mx.uint8)
-    return memoryview(view)
+    # Words of the same width, for types that the buffer protocol has not, and in the same shape:
+    # MLX has no axis of 2 ** 31 and more. The protocol has a type of its own only since Python 3.12.
+    view: Any = mx.contiguous(tensor).view(getattr(mx, f"uint{8 * tensor.dtype.size}"))
+    return memoryview(view).cast("B")
 
 
 def _digest(name: str, tensor: mx.array, data: memoryview) -> bytes:
@@ -367,8 +367,7 @@ def _load_safetensors(file: BinaryIO, path: Path) -> tuple[dict[str, mx.array], 
     metadata = tensor_header.read_safetensors(file, path)
     file.seek(0)
     # MLX reads a tensor of a named file when that is first used, but all of an open one at once.
-    names = (f"{folder}/{file.fileno()}" for folder in ("/proc/self/fd", "/dev/fd"))
-    opened: Any = next((name for name in names if os.path.exists(name)), file)
+    opened: Any = name_of_open(file) or file
     # A dictionary for this format; the stub covers every format that MLX reads.
     tensors: dict[str, mx.array] = mx.load(opened, format="safetensors")  # type: ignore[assignment]
     return tensors, metadata
@@ -433,9 +432,7 @@ def _npz_tensors(
     for member in members:
         name = member.name.removesuffix(".npy")
         content = zip_layout.read_zip_member(file, member, path)
-        npy = tensor_header.read_npy(content, name, path)
-        order: Literal["F", "C"] = "F" if npy.column_major else "C"
-        array: Any = np.ndarray(npy.shape, npy.descr, content, npy.start, order=order)
+        array: Any = tensor_header.read_npy(content, name, path)
         yield name, mx.array(array.astype(array.dtype.newbyteorder("=")))
 
 
