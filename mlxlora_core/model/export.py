@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlxlora_core import __version__
 from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
@@ -167,7 +168,7 @@ def _adapter(model: Model, adapted: adapters.Adapted, path: Path) -> ExportAdapt
     """The adapter's own parameters; they are small, and stand in memory already."""
     _, metadata = tensor_file.load(path)
     tensors = {
-        name: LazyTensor(tensor.shape, tensor_file.type_name(tensor.dtype), _giver(tensor))
+        name: LazyTensor(tensor.shape, type_name(tensor.dtype), _giver(tensor))
         for name, tensor in adapters.trainable(model.module).items()
     }
     return ExportAdapter(

@@ -14,8 +14,9 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlxlora_core.errors import ModelError, listing
-from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files import durable
 from mlxlora_core.files.input_file import read_json
+from mlxlora_core.files.tensor_checks import mismatches
 from mlxlora_core.machine.device import compute_dtype
 from mlxlora_core.machine.memory import free_memory_bytes, require_memory
 from mlxlora_core.model.architectures import build, find_architecture, folder_args, placed
@@ -248,7 +249,7 @@ def _keep_stored(module: nn.Module) -> None:
 
 
 def _check_fit(module: nn.Module, tensors: Mapping[str, Any], folder: Path) -> None:
-    faults = tensor_file.mismatches(tensors, parameters(module))
+    faults = mismatches(tensors, parameters(module))
     if faults:
         raise ModelError("the weights do not fit config.json: " + "; ".join(faults), where=folder)
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from mlxlora_core.errors import ModelError, ResourceError
 from mlxlora_core.files import durable, tensor_file, tensor_header
+from mlxlora_core.files.tensor_checks import is_finite, mismatches
 from mlxlora_core.machine.memory import free_memory_bytes
 
 SAFETENSORS = "file.safetensors"
@@ -607,12 +608,12 @@ def test_finite_is_what_numpy_calls_so(dtype: mx.Dtype) -> None:
     largest = {mx.float16: 65504.0, mx.bfloat16: 3.38e38, mx.float32: 3.4e38}[dtype]
     good = mx.array([[0.0, -0.0, 1.0], [largest, -largest, 1e-7]]).astype(dtype)
     for tensor in (good, good.T, good[0, 0], mx.zeros((0, 2), dtype=dtype)):
-        assert tensor_file.is_finite(tensor)
+        assert is_finite(tensor)
         assert np.isfinite(np.array(tensor.astype(mx.float32))).all()
     for value in (float("nan"), float("inf"), -float("inf")):
         bad = mx.concatenate([good, mx.array([[0.0, value, 0.0]]).astype(dtype)])
         for tensor in (bad, bad.T, bad[2, 1]):
-            assert not tensor_file.is_finite(tensor)
+            assert not is_finite(tensor)
             assert not np.isfinite(np.array(tensor.astype(mx.float32))).all()
 
 
@@ -624,13 +625,13 @@ def test_all_mismatches_are_told() -> None:
         "d": mx.ones((2,), dtype=mx.float16),
         "e": mx.ones(1),
     }
-    assert tensor_file.mismatches(got, want) == [
+    assert mismatches(got, want) == [
         "1 missing: a",
         "1 unknown: e",
         "1 of a wrong shape: b is (3,), wanted (2,)",
         "1 of a wrong type: c is int32, wanted float32",
     ]
-    assert tensor_file.mismatches(want, want) == []
+    assert mismatches(want, want) == []
 
 
 @pytest.mark.parametrize("name", [SAFETENSORS, "weights.npz"])
