@@ -7,8 +7,8 @@ import click
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, verb
 from mlxlora_core.options import explain
-from mlxlora_core.registry import KINDS, Registry
-from mlxlora_core.registry.sections import config_of
+from mlxlora_core.plugins import KINDS, Registry
+from mlxlora_core.plugins.sections import config_of
 
 
 @verb(click.argument("kind", required=False, type=click.Choice(list(KINDS))), JSON_OPTION)

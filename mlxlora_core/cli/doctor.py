@@ -15,7 +15,7 @@ from mlxlora_core.errors import one_line
 from mlxlora_core.machine import doctor
 from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Registry, start_runtimes
+from mlxlora_core.plugins import Registry, start_runtimes
 
 _NO_RUNTIME = "MLX's own: no runtime has changed it"
 

@@ -22,9 +22,9 @@ from mlxlora_core.files.tensor_checks import is_finite, mismatches, type_name
 from mlxlora_core.model.folder import Model
 from mlxlora_core.model.linears import is_packed, layers_by_path, linear_shape, linears, parameters, replace
 from mlxlora_core.options import divide, plain
-from mlxlora_core.registry import Choice, Component, Registry
-from mlxlora_core.registry.defaults import DEFAULT_ADAPTER
-from mlxlora_core.registry.sections import AdapterConfig, configure
+from mlxlora_core.plugins import Choice, Component, Registry
+from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
+from mlxlora_core.plugins.sections import AdapterConfig, configure
 from mlxlora_core.specs import Place
 
 ALL_LINEAR = "all-linear"

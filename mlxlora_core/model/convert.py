@@ -23,8 +23,8 @@ from mlxlora_core.model.linears import linears
 from mlxlora_core.model.quantization import QUANTIZATION, QUANTIZED, QUANTIZER, pack
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Choice, Registry
-from mlxlora_core.registry.sections import QuantizeConfig
+from mlxlora_core.plugins import Choice, Registry
+from mlxlora_core.plugins.sections import QuantizeConfig
 from mlxlora_core.specs import LazyTensor
 
 _NOT_THE_HEAD = QuantizeConfig()

@@ -28,7 +28,7 @@ from mlxlora_core.model.linears import QuantizedLinear, linear_shape, linears
 from mlxlora_core.model.quantization import QUANTIZATION, QUANTIZED, QUANTIZER, expanded
 from mlxlora_core.model.tokenizers import tokenizer_files
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Choice, Component, Registry
+from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.specs import ExportAdapter, ExportSource, LazyTensor
 
 RECORD = "export.json"

@@ -38,7 +38,7 @@ from mlxlora_core.model.tokenizers import (
     tokenizer_files,
 )
 from mlxlora_core.model.weights import WEIGHTS, lazy_weights, read_weights, weight_files
-from mlxlora_core.registry import Choice, Component, Registry
+from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.specs import LazyTensor
 
 CONFIG = "config.json"

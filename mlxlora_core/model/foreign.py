@@ -24,7 +24,7 @@ from mlxlora_core.model.tokenizers import (
     open_tokenizer,
 )
 from mlxlora_core.model.weights import WEIGHTS
-from mlxlora_core.registry import Component, Registry
+from mlxlora_core.plugins import Component, Registry
 from mlxlora_core.specs import ForeignModel, LazyTensor
 
 

@@ -21,7 +21,7 @@ from mlxlora_core.model.folder import CONFIG, Model
 from mlxlora_core.model.linears import QuantizedLinear, dense_weight, parameters
 from mlxlora_core.model.quantization import pack
 from mlxlora_core.model.weights import WEIGHTS, read_weights
-from mlxlora_core.registry import Registry
+from mlxlora_core.plugins import Registry
 
 PROBE_TOKENS = 64
 

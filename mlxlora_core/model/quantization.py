@@ -15,8 +15,8 @@ from mlxlora_core.files import tensor_file
 from mlxlora_core.files.tensor_checks import is_finite, type_name
 from mlxlora_core.model.linears import QuantizedLinear, linear_shape, linears, replace
 from mlxlora_core.options import parse
-from mlxlora_core.registry import Choice, Component, Registry
-from mlxlora_core.registry.defaults import DEFAULT_QUANTIZER
+from mlxlora_core.plugins import Choice, Component, Registry
+from mlxlora_core.plugins.defaults import DEFAULT_QUANTIZER
 
 #: keys of config.json: which quantizer, its options, and path -> options that differ of what it packed
 QUANTIZER, QUANTIZATION, QUANTIZED = "quantizer", "quantization", "quantized"

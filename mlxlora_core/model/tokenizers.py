@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
 
 from mlxlora_core.errors import ModelError, listing
-from mlxlora_core.registry import Component, Registry
+from mlxlora_core.plugins import Component, Registry
 from mlxlora_core.specs import Piece
 
 FILES = "tokenizer_files"  # the key of config.json that names them

@@ -33,7 +33,7 @@ _MEASURE = """
 import resource, sys
 from pathlib import Path
 import mlx.core as mx
-from mlxlora_core.registry import load
+from mlxlora_core.plugins import load
 
 def peak_bytes():
     if sys.platform == "darwin":

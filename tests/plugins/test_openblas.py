@@ -18,7 +18,7 @@ import pytest
 from mlxlora_openblas.elf import imports
 from mlxlora_openblas.slots import Slot
 
-from mlxlora_core import registry
+from mlxlora_core import plugins as registry
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the runtime is for Linux")
 
@@ -294,7 +294,7 @@ import numpy as np
 import torch
 from mlxlora_core.machine import device
 from mlxlora_core.model import ops
-from mlxlora_core.registry import load, start_runtimes
+from mlxlora_core.plugins import load, start_runtimes
 start_runtimes(load(environ={{"MLXLORA_PLUGINS": ""}}))
 (exp,) = device._exponentials
 calls = []

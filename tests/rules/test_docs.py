@@ -13,12 +13,13 @@ from typing import Any
 import click
 import pytest
 
-from mlxlora_core import api, errors, files, hookspecs, ops, registry, specs
+from mlxlora_core import api, errors, files, hookspecs, ops, specs
+from mlxlora_core import plugins as registry
 from mlxlora_core.cli.verbs import VERBS, group
 from mlxlora_core.errors import ExitCode
 from mlxlora_core.options import Option, explain
-from mlxlora_core.registry.sections import CONFIGS, config_of
-from mlxlora_core.run import recipe, recipe_source
+from mlxlora_core.plugins.sections import CONFIGS, config_of
+from mlxlora_core.runs import recipe, recipe_source
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {

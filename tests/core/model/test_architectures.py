@@ -13,7 +13,7 @@ import pytest
 from mlxlora_core.errors import ModelError, PluginError, SafetyError, UsageError
 from mlxlora_core.model import architectures
 from mlxlora_core.options import option
-from mlxlora_core.registry import Component, Registry
+from mlxlora_core.plugins import Component, Registry
 from mlxlora_core.specs import Architecture, LazyTensor
 
 HERE = Path("model")
