@@ -12,29 +12,39 @@ Plugins import ``mlxlora_core.api``, ``.ops`` and ``.files``.
 
 from __future__ import annotations
 
+__version__ = "0.1.0"
+__all__ = [
+    "Model",
+    "TrainReport",
+    "TrainResult",
+    "ValidReport",
+    "errors",
+    "evaluate",
+    "fuse",
+    "generate",
+    "load",
+    "registry",
+    "run",
+    "stream",
+    "train",
+]
+
 TYPE_CHECKING = False  # typing itself takes longer to import than all the rest
 if TYPE_CHECKING:
-    from typing import Any
+    from mlxlora_core import errors
+    from mlxlora_core.python import evaluate, fuse, generate, run, stream, train
+    from mlxlora_core.python_model import Model, load, registry
+    from mlxlora_core.training.events import TrainReport, TrainResult, ValidReport
+else:  # a type checker would take any name for one that is here
 
-    from mlxlora_core.python import (
-        Model,
-        evaluate,
-        fuse,
-        generate,
-        load,
-        registry,
-        run,
-        stream,
-        train,
-    )
+    def __getattr__(name):
+        from importlib import import_module
 
-__version__ = "0.1.0"
-__all__ = ["Model", "evaluate", "fuse", "generate", "load", "registry", "run", "stream", "train"]
+        if name == "errors":
+            return import_module("mlxlora_core.errors")
+        if name in __all__:
+            return getattr(import_module("mlxlora_core.python"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        import importlib
-
-        return getattr(importlib.import_module("mlxlora_core.python"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __dir__():
+        return sorted({*globals(), *__all__})

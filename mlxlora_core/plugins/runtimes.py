@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 from mlxlora_core import specs
 from mlxlora_core.errors import PluginError, one_line
@@ -10,6 +11,7 @@ from mlxlora_core.machine.device import use_exponential, use_for_products
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.plugins.checks import reason_of
 from mlxlora_core.plugins.lookup import Registry
+from mlxlora_core.plugins.plugin import Component
 
 
 def start_runtimes(registry: Registry) -> list[specs.RuntimeNote]:
@@ -17,20 +19,25 @@ def start_runtimes(registry: Registry) -> list[specs.RuntimeNote]:
 
     A runtime that raises is a warning and leaves the others alone.
     """
-    notes = []
-    for component in registry.of("runtime"):
-        try:
-            note = component.spec.start()
-            if note is not None and not isinstance(note, specs.RuntimeNote):
-                raise PluginError(f"start gives {type(note).__name__}, wanted RuntimeNote or None")
-        except (KeyboardInterrupt, Interrupted):
-            raise
-        except BaseException as fault:
-            note = specs.RuntimeNote(f"runtime {component.id} failed: {reason_of(fault)}", warning=True)
-        if note is not None:
-            if note.set_threads is not None:
-                use_for_products(note.set_threads)
-            if note.exp is not None:
-                use_exponential(note.exp)
-            notes.append(replace(note, text=one_line(note.text)))
-    return notes
+    notes = [_start(component) for component in registry.of("runtime")]
+    return [note for note in notes if note is not None]
+
+
+@cache
+def _start(component: Component) -> specs.RuntimeNote | None:
+    """Start one, unless it is started already; what it has to say."""
+    try:
+        note: specs.RuntimeNote | None = component.spec.start()
+        if note is not None and not isinstance(note, specs.RuntimeNote):
+            raise PluginError(f"start gives {type(note).__name__}, wanted RuntimeNote or None")
+    except (KeyboardInterrupt, Interrupted):
+        raise
+    except BaseException as fault:
+        note = specs.RuntimeNote(f"runtime {component.id} failed: {reason_of(fault)}", warning=True)
+    if note is None:
+        return None
+    if note.set_threads is not None:
+        use_for_products(note.set_threads)
+    if note.exp is not None:
+        use_exponential(note.exp)
+    return replace(note, text=one_line(note.text))
