@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -441,6 +442,9 @@ def checked(tmp_path: Path, source: str) -> str:
 
 def test_a_users_script_passes_the_type_checker(tmp_path: Path) -> None:
     assert checked(tmp_path, SCRIPT) == "Success: no issues found in 1 source file\n"
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert checked(tmp_path, "\n".join(blocks)) == "Success: no issues found in 1 source file\n"
     lines = checked(tmp_path, WRONG).splitlines()
     assert [line.split(":")[1] for line in lines if ": error: " in line] == ["4", "5", "6", "7"]
 
