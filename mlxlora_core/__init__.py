@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlxlora_core.python import (
         Model,
         evaluate,
+        export,
         fuse,
         generate,
         load,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     )
 
 __version__ = "0.1.0"
-__all__ = ["Model", "evaluate", "fuse", "generate", "load", "registry", "run", "stream", "train"]
+__all__ = ["Model", "evaluate", "export", "fuse", "generate", "load", "registry", "run", "stream", "train"]
 
 
 def __getattr__(name: str) -> Any:
