@@ -22,7 +22,7 @@ from mlxlora_core.errors import (
 )
 from mlxlora_core.hookspecs import hookimpl
 from mlxlora_core.machine.processors import thread_count
-from mlxlora_core.options import NoOptions, option
+from mlxlora_core.options import NoOptions, option, parse
 from mlxlora_core.specs import (
     Adapter,
     Architecture,
@@ -32,9 +32,9 @@ from mlxlora_core.specs import (
     Exporter,
     ExportSource,
     ForeignModel,
-    LanguageModel,
     LazyTensor,
     Observer,
+    Piece,
     Place,
     Quantizer,
     RecipeFile,
@@ -45,6 +45,8 @@ from mlxlora_core.specs import (
     RuntimeNote,
     Sampler,
     Skipped,
+    Tokenizer,
+    TokenizerLoader,
     Transform,
     Watcher,
     WeightLoader,
@@ -60,12 +62,12 @@ __all__ = [
     "ExportSource",
     "Exporter",
     "ForeignModel",
-    "LanguageModel",
     "LazyTensor",
     "MlxloraError",
     "ModelError",
     "NoOptions",
     "Observer",
+    "Piece",
     "Place",
     "PluginError",
     "Quantizer",
@@ -79,6 +81,8 @@ __all__ = [
     "SafetyError",
     "Sampler",
     "Skipped",
+    "Tokenizer",
+    "TokenizerLoader",
     "Transform",
     "UsageError",
     "Watcher",
@@ -86,5 +90,6 @@ __all__ = [
     "hookimpl",
     "listing",
     "option",
+    "parse",
     "thread_count",
 ]

@@ -21,11 +21,12 @@ from mlxlora_core.specs import (
     RecipeFile,
     Runtime,
     Sampler,
+    TokenizerLoader,
     WeightLoader,
 )
 
 PROJECT = "mlxlora"
-API_VERSION = 1
+API_VERSION = 2
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -33,7 +34,12 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def mlxlora_weight_loaders() -> Iterable[WeightLoader]:  # type: ignore[empty-body]
-    """Readers of foreign checkpoints: a folder -> config, tokenizer, tensors one at a time."""
+    """Readers of foreign checkpoints: a path -> config, tokenizer files, tensors one at a time."""
+
+
+@hookspec
+def mlxlora_tokenizers() -> Iterable[TokenizerLoader]:  # type: ignore[empty-body]
+    """Tokenizers: files -> text to ids and back, and conversations in a model's own form."""
 
 
 @hookspec

@@ -22,10 +22,10 @@ from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.options import divide, parse
-from mlxlora_core.registry import Registry, start_runtimes
-from mlxlora_core.registry import load as load_plugins
-from mlxlora_core.registry.defaults import DEFAULT_ADAPTER, DEFAULT_RECIPE, DEFAULT_SAMPLER
-from mlxlora_core.registry.sections import configure
+from mlxlora_core.plugins import Registry, start_runtimes
+from mlxlora_core.plugins import load as load_plugins
+from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER, DEFAULT_RECIPE, DEFAULT_SAMPLER
+from mlxlora_core.plugins.sections import configure
 from mlxlora_core.training.checkpoints import Start
 from mlxlora_core.training.dataset import SPLITS
 from mlxlora_core.training.settings import (
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from mlxlora_core.model.folder import Model as Base
     from mlxlora_core.model.fuse import FuseReport
     from mlxlora_core.model.generate import Segment
-    from mlxlora_core.run.events import Event
+    from mlxlora_core.runs.events import Event
     from mlxlora_core.training.events import TrainEvent
     from mlxlora_core.training.loss import Loss
 
@@ -347,7 +347,7 @@ def stream(
     """
     config = _parse(GenerateConfig, {"num_tokens": num_tokens, "write_every": write_every})
     from mlxlora_core.model.generate import generate as segments
-    from mlxlora_core.run.recipe import choose_samplers
+    from mlxlora_core.runs.recipe import choose_samplers
 
     chosen = choose_samplers(sampler, options, model.registry)
     return segments(
@@ -466,12 +466,12 @@ def run(
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
     found = registry(plugins)
-    from mlxlora_core.run.recipe_source import find_recipe, read
+    from mlxlora_core.runs.recipe_source import find_recipe, read
 
     resolved = read(find_recipe(os.fspath(recipe), found), sets, found)
     with lock.hold(resolved.folder):
         notes = _prepare(found)
-        from mlxlora_core.run import pipeline
+        from mlxlora_core.runs import pipeline
 
         yield from _followed(pipeline.run(resolved, found, notes, "run(…)"))
 

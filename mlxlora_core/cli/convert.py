@@ -12,14 +12,14 @@ from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.model.events import SpaceNeeded, describe_conversion
-from mlxlora_core.registry import Registry
-from mlxlora_core.registry.defaults import DEFAULT_QUANTIZER
-from mlxlora_core.registry.sections import QuantizeConfig
-from mlxlora_core.run.recipe import check_sections, choose, overrides
+from mlxlora_core.plugins import Registry
+from mlxlora_core.plugins.defaults import DEFAULT_QUANTIZER
+from mlxlora_core.plugins.sections import QuantizeConfig
+from mlxlora_core.runs.recipe import check_sections, choose, overrides
 
 
 @verb(
-    click.option("--torch-path", type=Path, required=True, help="Folder of the checkpoint."),
+    click.option("--torch-path", type=Path, required=True, help="Folder or file of the checkpoint."),
     click.option(
         "--mlx-path", type=Path, default=Path("mlx_model"), show_default=True, help="Folder to write."
     ),

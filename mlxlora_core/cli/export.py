@@ -11,9 +11,9 @@ import click
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError
-from mlxlora_core.registry import Registry
-from mlxlora_core.run.recipe import check_sections, choose, overrides
-from mlxlora_core.run.stages.export import describe_export
+from mlxlora_core.plugins import Registry
+from mlxlora_core.runs.recipe import check_sections, choose, overrides
+from mlxlora_core.runs.stages.export import describe_export
 
 
 @verb(

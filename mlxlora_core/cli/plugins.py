@@ -7,7 +7,7 @@ import click
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, verb
 from mlxlora_core.errors import one_line
-from mlxlora_core.registry import Registry
+from mlxlora_core.plugins import Registry
 
 
 @verb(JSON_OPTION, tolerant=True)

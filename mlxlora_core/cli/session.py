@@ -14,8 +14,8 @@ from mlxlora_core.errors import MlxloraError, SettingsChanged, UsageError, one_l
 from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.machine.limits import exhausted
-from mlxlora_core.registry import Registry, load, start_runtimes
-from mlxlora_core.registry.blame import blamed
+from mlxlora_core.plugins import Registry, load, start_runtimes
+from mlxlora_core.plugins.blame import blamed
 
 PLUGIN_OPTION = click.option(
     "-P",

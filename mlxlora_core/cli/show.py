@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mlxlora_core.errors import one_line
-from mlxlora_core.registry import Plugin
+from mlxlora_core.plugins import Plugin
 from mlxlora_core.training.events import (
     CheckpointSaved,
     Note,

@@ -15,11 +15,11 @@ from mlxlora_core.cli.model import chosen_samplers, continue_prompt, load_base, 
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Choice, Registry
-from mlxlora_core.registry.defaults import DEFAULT_ADAPTER
-from mlxlora_core.registry.sections import AdapterConfig
-from mlxlora_core.run.observing import ObserverFailed, event_values, observed
-from mlxlora_core.run.recipe import check_sections, choose, choose_observers, overrides
+from mlxlora_core.plugins import Choice, Registry
+from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
+from mlxlora_core.plugins.sections import AdapterConfig
+from mlxlora_core.runs.observing import ObserverFailed, event_values, observed
+from mlxlora_core.runs.recipe import check_sections, choose, choose_observers, overrides
 from mlxlora_core.specs import RunInfo
 from mlxlora_core.training.checkpoints import Start, check_plugins, find, find_for
 from mlxlora_core.training.events import TrainEvent, TrainResult

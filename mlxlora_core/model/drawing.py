@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlora_core.errors import DivergedError
-from mlxlora_core.registry import Component, check_call
+from mlxlora_core.plugins import Component, check_call
 
 
 class Drawing:

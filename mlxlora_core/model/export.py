@@ -17,16 +17,18 @@ import mlx.nn as nn
 from mlxlora_core import __version__
 from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.convert import DTYPES, cast
 from mlxlora_core.model.events import SpaceNeeded
-from mlxlora_core.model.folder import TOKENIZER, Model
+from mlxlora_core.model.folder import Model
 from mlxlora_core.model.linears import QuantizedLinear, linear_shape, linears
 from mlxlora_core.model.quantization import QUANTIZATION, QUANTIZED, QUANTIZER, expanded
+from mlxlora_core.model.tokenizers import tokenizer_files
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Choice, Component, Registry
+from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.specs import ExportAdapter, ExportSource, LazyTensor
 
 RECORD = "export.json"
@@ -141,7 +143,6 @@ def _source(
 ) -> ExportSource:
     """What the exporter gets."""
     tensors = _dense(model, stored, adapted)
-    names = model.config.get("tokenizer_files", [TOKENIZER])
     begun: set[str] = set()
 
     def read(name: str, tensor: LazyTensor) -> mx.array:
@@ -154,7 +155,7 @@ def _source(
 
     return ExportSource(
         config={key: value for key, value in model.config.items() if key not in _QUANTIZED},
-        tokenizer={name: model.folder / name for name in names},
+        tokenizer=tokenizer_files(model.folder, model.config),
         tensors={
             name: LazyTensor(tensor.shape, tensor.dtype, partial(read, name, tensor))
             for name, tensor in tensors.items()
@@ -167,7 +168,7 @@ def _adapter(model: Model, adapted: adapters.Adapted, path: Path) -> ExportAdapt
     """The adapter's own parameters; they are small, and stand in memory already."""
     _, metadata = tensor_file.load(path)
     tensors = {
-        name: LazyTensor(tensor.shape, tensor_file.type_name(tensor.dtype), _giver(tensor))
+        name: LazyTensor(tensor.shape, type_name(tensor.dtype), _giver(tensor))
         for name, tensor in adapters.trainable(model.module).items()
     }
     return ExportAdapter(

@@ -17,11 +17,11 @@ from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.convert import cast
 from mlxlora_core.model.events import SpaceNeeded
-from mlxlora_core.model.folder import CONFIG, TOKENIZER, Model
+from mlxlora_core.model.folder import CONFIG, Model
 from mlxlora_core.model.linears import QuantizedLinear, dense_weight, parameters
 from mlxlora_core.model.quantization import pack
 from mlxlora_core.model.weights import WEIGHTS, read_weights
-from mlxlora_core.registry import Registry
+from mlxlora_core.plugins import Registry
 
 PROBE_TOKENS = 64
 
@@ -96,7 +96,8 @@ def fuse(
     tensors |= _fused(model, adapted, tensors, folder)
     weights = WEIGHTS["npz" if (folder / WEIGHTS["npz"]).is_file() else "safetensors"]
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as new:
-        durable.copy_file(folder / TOKENIZER, new / TOKENIZER)
+        for name, path in model.tokenizer.files.items():
+            durable.copy_file(path, new / name)
         tensor_file.save(new / weights, sorted(tensors.items()), {}, len(tensors))
         durable.copy_file(folder / CONFIG, new / CONFIG)
         fused = _logits(model_folder.load(new, registry), probe)

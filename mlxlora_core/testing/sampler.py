@@ -24,7 +24,7 @@ import pytest
 from mlxlora_core.errors import UsageError
 from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.options import parse
-from mlxlora_core.registry import Component, Plugin
+from mlxlora_core.plugins import Component, Plugin
 from mlxlora_core.specs import Sampler, Transform
 
 _INF = math.inf

@@ -19,8 +19,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing
-from mlxlora_core.files import tensor_file
-from mlxlora_core.specs import LanguageModel
+from mlxlora_core.files.tensor_checks import mismatches
+from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.training.batches import steps_from
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.events import Report, SpikeReport, TrainReport, ValidReport
@@ -133,7 +133,7 @@ class Training:
         Raises:
             ModelError: the tensors are not those of this optimizer.
         """
-        faults = tensor_file.mismatches(optimizer, self.optimizer_tensors())
+        faults = mismatches(optimizer, self.optimizer_tensors())
         if faults:
             raise ModelError("the state of the optimizer does not fit: " + "; ".join(faults))
         self._optimizer.state = tree_map_with_path(lambda name, _: optimizer[name], self._optimizer.state)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlxlora_core import registry
+from mlxlora_core import plugins as registry
 from mlxlora_core.specs import Observer, RunInfo
 from mlxlora_core.testing.observer import ObserverSuite
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.model.linears import linears, replace
-from mlxlora_core.registry import Registry
-from mlxlora_core.registry import load as load_registry
+from mlxlora_core.plugins import Registry
+from mlxlora_core.plugins import load as load_registry
 
 _VOCAB = 300
 _TEXTS = ("The quick brown fox.", "é😀日本語 ①ﬁ ½", "", "▁ x  y\n\t", "a" * 200)
@@ -51,7 +51,7 @@ def prepare(folder: Path) -> None:
     from mlxlora_core.model import folder as model_folder
     from mlxlora_core.model.convert import convert
     from mlxlora_core.model.events import result_of
-    from mlxlora_core.registry.sections import configure
+    from mlxlora_core.plugins.sections import configure
 
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
@@ -289,9 +289,9 @@ class SentencePiece(Subject):
         self.good = [(self.material / f"{name}.model").read_bytes() for name in ("bpe", "unigram")]
 
     def parse(self) -> Any:
-        from mlxlora_core.model.tokenizer import Tokenizer
+        from mlxlora_sentencepiece.tokenizer import SentencePieceTokenizer
 
-        tokenizer = Tokenizer(self.path)
+        tokenizer = SentencePieceTokenizer(self.path)
         model = tokenizer._model
         for text in _TEXTS:
             ids = tokenizer.encode(text)
@@ -349,12 +349,12 @@ class Params(Subject):
         self.good = [(self.material / "checkpoint" / "params.json").read_bytes()]
 
     def parse(self) -> Any:
-        from mlxlora_llama.config import model_args
+        from mlxlora_llama.config import read
         from mlxlora_torch.folder import read_params
 
         params = read_params(self.path)
         shapes = {"output.weight": (_VOCAB, 8), "layers.0.feed_forward.w1.weight": (16, 8)}
-        model_args(params, shapes)
+        read(params, shapes)
         return params
 
     def reference(self) -> Any:
@@ -369,11 +369,13 @@ class Config(Subject):
         self.good = [(self.material / "model" / "config.json").read_bytes()]
 
     def parse(self) -> Any:
+        from mlxlora_core.model import architectures
         from mlxlora_core.model import folder as model_folder
 
         config = model_folder.read_config(self.folder)
-        architecture = model_folder.find_architecture(config, self.registry, self.path)
-        model_folder.model_args(architecture, config, {}, self.path)
+        architecture = architectures.find_architecture(config, self.registry, self.path)
+        architectures.folder_args(architecture.spec, config)
+        model_folder.tokenizer_files(self.folder, config)
         model_folder.read_quantization(config, self.registry, self.path)
         return config
 
@@ -439,14 +441,14 @@ class Recipe(Subject):
         self.good = [_RECIPE.encode()]
 
     def parse(self) -> Any:
-        from mlxlora_core.run.recipe_source import read
+        from mlxlora_core.runs.recipe_source import read
 
         return repr(read(self.path, [], self.registry).values())
 
     def reference(self) -> Any:
         import tomli_w
 
-        from mlxlora_core.run.recipe_source import read
+        from mlxlora_core.runs.recipe_source import read
 
         again = self.folder / "again.toml"
         again.write_text(tomli_w.dumps(read(self.path, [], self.registry).values()), encoding="utf-8")

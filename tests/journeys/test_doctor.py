@@ -102,6 +102,19 @@ def test_what_a_runtime_warns_of_is_advice() -> None:
     assert "blas      MLX's own: no runtime has changed it" in out
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the runtime is for Linux")
+def test_what_a_runtime_would_be_faster_with_is_advice() -> None:
+    hide = "import pathlib, mlxlora_openblas.sgemm as sgemm; sgemm.LIBRARY = pathlib.Path('none')"
+    out, err = doctor(before=hide)
+    (blas,) = [line for line in out.splitlines() if line.startswith("blas ")]
+    assert blas.endswith("under MLX's CPU backend, without sgemm.c")
+    (advice,) = [line for line in out.splitlines() if "C compiler" in line]
+    assert advice.startswith(
+        "advice    openblas: there was no working C compiler when mlxlora was installed: a token "
+    )
+    assert err == ""
+
+
 def test_a_senseless_number_of_threads_does_not_stop_it() -> None:
     told = json.loads(doctor("--json", MLXLORA_THREADS="many")[0])
     assert told["threads"]["count"] is None

@@ -110,7 +110,7 @@ BROKEN = {
         HEAD + "@hookimpl\ndef mlxlora_sampler(): return []",
         "unknown hook 'mlxlora_sampler' (did you mean 'mlxlora_samplers'?",
     ),
-    "newer-api": ("mlxlora_api = 99\n" + HOOK + f"return [{SPEC}]", "it needs plugin API 99, this is 1"),
+    "newer-api": ("mlxlora_api = 99\n" + HOOK + f"return [{SPEC}]", "it needs plugin API 99, this is 2"),
     "other-spec": (
         HOOK + "return [Adapter(name='a', summary='s', wrap=lambda a, b: a, fuse=lambda a, b: b)]",
         "mlxlora_samplers gives Adapter, wanted Sampler",

@@ -14,11 +14,11 @@ from typing import Any
 
 import mlxlora_demo
 import pytest
+from mlxlora_sentencepiece.tokenizer import SentencePieceTokenizer
 from pretrain import REQUIREMENTS, documents
 
 import mlxlora_core
 from mlxlora_core import cli
-from mlxlora_core.model.tokenizer import Tokenizer
 
 FOLDER = Path(mlxlora_demo.__file__).parent
 BASE = FOLDER / "base"
@@ -42,7 +42,7 @@ def test_the_wheel_holds_the_same_files(tmp_path: Path) -> None:
         held = {name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()}
     shipped = [*BASE.iterdir(), FOLDER / "demo.toml", FOLDER / "MODEL_CARD.md"]
     shipped += [
-        path for path in (root / "mlxlora_core" / "run" / "report").rglob("*") if path.suffix != ".pyc"
+        path for path in (root / "mlxlora_core" / "runs" / "report").rglob("*") if path.suffix != ".pyc"
     ]
     for path in (path for path in shipped if path.is_file()):
         name = path.relative_to(root).as_posix().removeprefix("plugins/")
@@ -50,7 +50,7 @@ def test_the_wheel_holds_the_same_files(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_gives_any_text_back() -> None:
-    tokenizer = Tokenizer(BASE / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(BASE / "tokenizer.model")
     for text in (
         "Q: What is ReLU in mlx?\nA: mlx.nn.ReLU",
         "    indented\n\n\ttab",

@@ -13,16 +13,18 @@ from typing import Any
 import click
 import pytest
 
-from mlxlora_core import api, errors, files, hookspecs, ops, registry, specs
+from mlxlora_core import api, errors, files, hookspecs, ops, specs
+from mlxlora_core import plugins as registry
 from mlxlora_core.cli.verbs import VERBS, group
 from mlxlora_core.errors import ExitCode
 from mlxlora_core.options import Option, explain
-from mlxlora_core.registry.sections import CONFIGS, config_of
-from mlxlora_core.run import recipe, recipe_source
+from mlxlora_core.plugins.sections import CONFIGS, config_of
+from mlxlora_core.runs import recipe, recipe_source
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
     "loader": "weight-loaders.md",
+    "tokenizer": "tokenizers.md",
     "architecture": "architectures.md",
     "adapter": "adapters.md",
     "quantizer": "quantizers.md",
@@ -83,7 +85,7 @@ def test_the_fields_that_all_specs_have() -> None:
         assert f"| `{field.name}: {field.type}` |" in text
 
 
-HANDED_OVER = ("ForeignModel", "LazyTensor", "Row", "Rows", "Skipped", "RuntimeNote", "Place")
+HANDED_OVER = ("ForeignModel", "LazyTensor", "Piece", "Row", "Rows", "Skipped", "RuntimeNote", "Place")
 GIVEN = ("ExportSource", "ExportAdapter", "RunInfo")
 
 

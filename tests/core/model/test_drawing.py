@@ -11,7 +11,7 @@ import pytest
 from mlxlora_core.errors import DivergedError, PluginError
 from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.options import parse
-from mlxlora_core.registry import Component, Plugin, Registry
+from mlxlora_core.plugins import Component, Plugin, Registry
 from mlxlora_core.specs import Sampler
 
 

@@ -22,7 +22,7 @@ from mlxlora_core.model.events import result_of
 from mlxlora_core.model.export import ExportReport, Fused, export, holds_only_an_export
 from mlxlora_core.model.fuse import fuse
 from mlxlora_core.model.weights import read_weights
-from mlxlora_core.registry import Choice, Component, Plugin, Registry
+from mlxlora_core.plugins import Choice, Component, Plugin, Registry
 from mlxlora_core.specs import Exporter, ExportSource, NoOptions
 
 MakeModel = Callable[..., Path]
