@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlxlora_core.python import (
         Model,
         evaluate,
+        export,
         fuse,
         generate,
         load,
@@ -34,6 +35,7 @@ __all__ = [
     "Model",
     "__version__",
     "evaluate",
+    "export",
     "fuse",
     "generate",
     "load",

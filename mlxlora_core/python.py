@@ -38,6 +38,7 @@ from mlxlora_core.training.settings import (
 
 if TYPE_CHECKING:
     from mlxlora_core.model.adapters import Adapted
+    from mlxlora_core.model.export import ExportReport
     from mlxlora_core.model.folder import Model as Base
     from mlxlora_core.model.fuse import FuseReport
     from mlxlora_core.model.generate import Segment
@@ -398,6 +399,50 @@ def fuse(
 
     with lock.hold(Path(save_path)):
         return result_of(fused(Path(model), Path(adapter_file), Path(save_path), found, overwrite=overwrite))
+
+
+def export(
+    model: str | os.PathLike[str],
+    to: str,
+    out: str | os.PathLike[str],
+    *,
+    adapter_file: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    plugins: Sequence[str] = (),
+    **options: Any,
+) -> ExportReport:
+    """Write a model, with or without an adapter, in the form of another tool.
+
+    Args:
+        model: a model folder.
+        to: the exporter.
+        out: the folder to write.
+        adapter_file: an adapter made for the model, to put into the weights.
+        overwrite: whether an export that is there may be replaced.
+        plugins: as for :func:`registry`.
+        options: of the exporter.
+
+    Returns:
+        Which files were written.
+
+    Raises:
+        UsageError: the target is the model; an option that there is not or that is out of range.
+        ModelError: the model or the adapter is damaged, or they do not fit.
+        SafetyError: the target holds something else.
+        ResourceError: the disk is too small.
+        PluginError: no such exporter, or one that breaks its contract.
+    """
+    found = registry(plugins)
+    exporter, _ = configure(found.find("exporter", to), options)
+    _prepare(found)
+    from mlxlora_core.model.events import result_of
+    from mlxlora_core.model.export import Fused
+    from mlxlora_core.model.export import export as exported
+
+    adapter = Fused(Path(adapter_file)) if adapter_file is not None else None
+    with lock.hold(Path(out)):
+        events = exported(Path(model), Path(out), exporter, found, fused=adapter, overwrite=overwrite)
+        return result_of(events)
 
 
 def run(

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import mlxlora_core
 from mlxlora_core import cli
 from mlxlora_core.errors import MlxloraError, ModelError, PluginError, ResourceError, SafetyError, UsageError
 from mlxlora_core.model import adapters
@@ -191,6 +192,16 @@ def test_bfloat16_is_refused_with_what_to_do_and_cast_when_asked(
     assert all(
         np.array_equal(a, np.array(want[n].astype(mx.float32))) for n, a in numbers(tmp_path / "out").items()
     )
+
+
+def test_python_exports_the_same_bytes(model_folder: MakeModel, registry: Registry, tmp_path: Path) -> None:
+    report = mlxlora_core.export(model_folder(), "npz", tmp_path / "out", dtype="float16")
+    exported(model_folder(), tmp_path / "want", registry, dtype="float16")
+    assert set(report.files) == {"weights.npz", "config.json", "tokenizer.model"}
+    for name in (*report.files, "export.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "want" / name).read_bytes()
+    with pytest.raises(UsageError, match="has no option 'type'"):
+        mlxlora_core.export(model_folder(), "npz", tmp_path / "other", type="float16")
 
 
 # --- memory -------------------------------------------------------------------
