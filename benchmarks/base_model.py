@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+from mlxlora_sentencepiece.tokenizer import SentencePieceTokenizer
 from numpy.typing import NDArray
 from pretrain import BASE, VOCABULARY, corpus, documents, examples, rows
 
@@ -24,7 +25,6 @@ from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
-from mlxlora_core.model.tokenizer import Tokenizer
 from mlxlora_core.registry import load, start_runtimes
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.examples import Example
@@ -108,7 +108,7 @@ def main(site: Path, base: Path, packages: tuple[str, ...]) -> None:
     registry = load()
     prepare_cpu()
     start_runtimes(registry)
-    tokenizer = Tokenizer(base / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(base / "tokenizer.model")
     seen, _ = corpus(site)
     known = {document.text for document in seen}
     trained = dict.fromkeys(row for document in seen for row in rows(document))

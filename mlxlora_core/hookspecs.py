@@ -15,15 +15,18 @@ from mlxlora_core.specs import (
     Adapter,
     Architecture,
     DatasetBuilder,
+    Exporter,
+    Observer,
     Quantizer,
     RecipeFile,
     Runtime,
     Sampler,
+    TokenizerLoader,
     WeightLoader,
 )
 
 PROJECT = "mlxlora"
-API_VERSION = 1
+API_VERSION = 2
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -31,7 +34,12 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def mlxlora_weight_loaders() -> Iterable[WeightLoader]:  # type: ignore[empty-body]
-    """Readers of foreign checkpoints: a folder -> config, tokenizer, tensors one at a time."""
+    """Readers of foreign checkpoints: a path -> config, tokenizer files, tensors one at a time."""
+
+
+@hookspec
+def mlxlora_tokenizers() -> Iterable[TokenizerLoader]:  # type: ignore[empty-body]
+    """Tokenizers: files -> text to ids and back, and conversations in a model's own form."""
 
 
 @hookspec
@@ -57,6 +65,16 @@ def mlxlora_dataset_builders() -> Iterable[DatasetBuilder]:  # type: ignore[empt
 @hookspec
 def mlxlora_samplers() -> Iterable[Sampler]:  # type: ignore[empty-body]
     """Choosers of the next token: options -> a function from logits and the ids so far to logits."""
+
+
+@hookspec
+def mlxlora_exporters() -> Iterable[Exporter]:  # type: ignore[empty-body]
+    """Writers for other tools: a model, with or without an adapter -> a folder that they read."""
+
+
+@hookspec
+def mlxlora_observers() -> Iterable[Observer]:  # type: ignore[empty-body]
+    """Watchers of a training: told of its reports, stages and checkpoints as they happen."""
 
 
 @hookspec

@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 _TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}
+_SHOWN_LETTERS = 80  # so much of a wrong value is told
 
 
 def option(
@@ -158,9 +159,10 @@ def parse(
     owner: str,
     where: str = "",
     spell: Callable[[str], str] | None = None,
+    strict: bool = False,
     beside: Sequence[str] = (),
 ) -> T:
-    """Make an options value from recipe or command-line values.
+    """Make an options value from recipe or command-line values, or from a config.
 
     Strings are converted to the declared type; everything that is wrong is
     collected and told at once.
@@ -171,6 +173,7 @@ def parse(
         owner: whom the options belong to, for messages: ``adapter 'lora'``.
         where: the file that the values came from.
         spell: an option as the user wrote it, for messages; ``OWNER option 'NAME'`` by default.
+        strict: take values as they are: a text is then no number, nor a list.
         beside: names that could have been written in the same place, for messages.
 
     Raises:
@@ -189,6 +192,8 @@ def parse(
             )
             continue
         try:
+            if strict:
+                _refuse_text(value, known[name])
             parsed[name] = convert(value, known[name].type)
             _check_range(parsed[name], rules[name])
         except ValueError as fault:
@@ -223,6 +228,12 @@ def convert(value: Any, wanted: Any) -> Any:
     return _READERS[wanted](value)
 
 
+def _refuse_text(value: Any, wanted: Option) -> None:
+    """Raise ValueError for a text that only :func:`convert` would make something else of."""
+    if isinstance(value, str) and wanted.type_name.removesuffix(" or none") not in ("text", "path"):
+        raise ValueError(f"wanted {wanted.type_name}, got {_shown(value)}")
+
+
 def divide(values: Mapping[str, T], options: type[Any]) -> tuple[dict[str, T], dict[str, T]]:
     """The values that ``options`` declares, and the others."""
     known = {option.name for option in explain(options)}
@@ -245,7 +256,7 @@ def _items(value: Any) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return list(value)
     if not isinstance(value, str):
-        raise ValueError(f"wanted a list, got {value!r}")
+        raise ValueError(f"wanted a list, got {_shown(value)}")
     if value.lstrip().startswith("["):
         try:
             return list(tomllib.loads(f"value = {value}")["value"])
@@ -259,7 +270,7 @@ def _bool(value: Any) -> bool:
         return value
     if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
         return value.lower() in _TRUE
-    raise ValueError(f"wanted true or false, got {value!r}")
+    raise ValueError(f"wanted true or false, got {_shown(value)}")
 
 
 def _int(value: Any) -> int:
@@ -287,7 +298,7 @@ def _float(value: Any) -> float:
 def _str(value: Any) -> str:
     if isinstance(value, str):
         return value
-    raise ValueError(f"wanted text, got {value!r}")
+    raise ValueError(f"wanted text, got {_shown(value)}")
 
 
 def _path(value: Any) -> Path:
@@ -324,11 +335,12 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message; Python refuses to write integers of thousands of digits."""
+    """A value for a message, cut where it is long; Python does not write integers of thousands of digits."""
     too_long = sys.int_info.default_max_str_digits
     if isinstance(value, int) and value.bit_length() > 3 * too_long:
         return f"an integer of {value.bit_length()} bits"
-    return repr(value)
+    text = repr(value)
+    return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}..."
 
 
 def _check_range(value: Any, rules: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ K kv heads, E head width, F mlp width, V vocabulary, L layers, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +20,8 @@ from mlxlora_core.options import NoOptions
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
+
+    from mlxlora_core.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +63,13 @@ class ForeignModel:
 
     Attributes:
         config: the model's own description, as the checkpoint spells it.
-        tokenizer_file: a SentencePiece model.
+        tokenizer: plain file name -> path of each file that the tokenizer is opened
+            from; a model folder keeps copies under these names.
         tensors: name -> tensor, in the order in which reading is cheapest.
     """
 
     config: Mapping[str, Any]
-    tokenizer_file: Path
+    tokenizer: Mapping[str, Path]
     tensors: Mapping[str, LazyTensor]
 
 
@@ -75,14 +78,96 @@ class WeightLoader(Spec):
     """Reads a foreign checkpoint.
 
     Attributes:
-        detect: whether a folder looks like this loader's; must not read tensors.
-        open: the checkpoint in a folder. Memory in use while its tensors are
+        detect: whether a path, of a folder or a file, looks like this loader's;
+            must not read tensors.
+        open: the checkpoint at a path. Memory in use while its tensors are
             read one after another must not grow with the model, no code found
             in a file may run, and a missing or damaged part is an error.
     """
 
     detect: Callable[[Path], bool]
     open: Callable[[Path, Any], ForeignModel]
+
+
+# --- tokenizers ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a conversation in token ids.
+
+    Attributes:
+        ids: token ids, begin and end ids among them.
+        answer: whether it is what the assistant says, its end id included.
+    """
+
+    ids: tuple[int, ...]
+    answer: bool
+
+
+class Tokenizer(Protocol):
+    """Text <-> token ids, and conversations in the form that the model was tuned with."""
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are; they go from 0 up to this."""
+
+    @property
+    def bos(self) -> int | None:
+        """The id that begins a text, or None where texts begin without one."""
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """The ids of which each ends a text; one at least."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides which ids a text has."""
+
+    def encode(self, text: str, *, bos: bool = True, eos: bool = False) -> list[int]:
+        """Ids of a text; the begin id, if there is one, in front, and if asked an end id behind.
+
+        What looks like a special token in a text is text.
+
+        Raises:
+            DataError: half a surrogate pair, which no tokenizer has a token for.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; begin and end ids, and ids beyond the vocabulary, are no text."""
+
+    def stream(self, ids: Iterable[int], every: int = 1) -> Iterator[str]:
+        """The text of ids that follow others, in segments, one after every ``every`` ids.
+
+        The segments joined are the text of all ids. None is empty, and none
+        ends inside a character.
+        """
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Piece]:
+        """A conversation of ``{"role": ..., "content": ...}`` messages, in order.
+
+        After a last message of the user the pieces end where the answer would
+        begin. They are then a prefix of those of the same conversation with an
+        answer, so that generation is told what training was told.
+
+        Raises:
+            DataError: a conversation that this form cannot say.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerLoader(Spec):
+    """Opens a tokenizer.
+
+    Attributes:
+        detect: whether these files, by their names and first bytes, are this kind
+            of tokenizer's; never raises.
+        open: the tokenizer in files named as a checkpoint names them. No code
+            found in a file may run.
+    """
+
+    detect: Callable[[Mapping[str, Path]], bool]
+    open: Callable[[Mapping[str, Path], Any], Tokenizer]
 
 
 # --- architectures ------------------------------------------------------------
@@ -99,68 +184,31 @@ class Cache(Protocol):
         """Append (B, K, T, E) keys and values; return all of them."""
 
 
-class LanguageModel(Protocol):
-    """What an architecture builds: an ``mlx.nn.Module`` with these members.
-
-    ``model(tokens)`` must equal ``model.head(model.run(model.embed(tokens)))``.
-
-    Attributes:
-        layers: the blocks, bottom first; adapters go into the linears inside them.
-        head_path: module path of the output head, or nothing when it is tied
-            to the embedding.
-        vocab_size: V.
-        context_tokens: longest sequence it was made for, or None.
-    """
-
-    layers: list[nn.Module]
-    head_path: str
-    vocab_size: int
-    context_tokens: int | None
-
-    def __call__(self, tokens: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
-        """Logits (B, T, V) of token ids (B, T)."""
-
-    def embed(self, tokens: mx.array) -> mx.array:
-        """Embeddings (B, T, D) of token ids (B, T)."""
-
-    def run(
-        self,
-        hidden: mx.array,
-        first: int = 0,
-        last: int | None = None,
-        cache: Sequence[Cache] | None = None,
-    ) -> mx.array:
-        """Hidden states (B, T, D) after layers ``first`` up to, not including, ``last``."""
-
-    def head(self, hidden: mx.array) -> mx.array:
-        """Logits (..., V) of hidden states (..., D), final norm included."""
-
-    def make_cache(self) -> list[Cache]:
-        """An empty cache, one entry a layer."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Architecture(Spec):
     """A model family.
 
     Attributes:
         model_types: the values of ``model_type`` in config.json that it builds.
-        detect: the model_type of a checkpoint config that states none, or None.
-        config: checked model arguments, as a frozen dataclass whose fields are
-            what config.json holds. ``shapes`` has the shape of each tensor by
-            its name in the model, to derive what the config leaves out; it is
-            empty when the config is one that mlxlora wrote.
-        rename: the name in the model of a tensor of the checkpoint, or None for
-            one that the model does not need. Unknown names pass unchanged.
+        args: the model's arguments, a frozen dataclass made with
+            :func:`mlxlora_core.api.option`: exactly what config.json holds. A
+            number that something is built or allocated by has a ``maximum``.
+        read: the arguments out of a foreign config and the shapes of the foreign
+            tensors by their foreign names, to derive what the config leaves out;
+            None for the config of something else.
+        tensors: the model's tensors, by its parameters' names, made of those of
+            the checkpoint: renamed, permuted, split, stacked. Nothing is read
+            before a result's ``read`` is called. Names that it does not know
+            pass unchanged; what the model does not need is left out.
         build: a model with uninitialised parameters.
         default_targets: names of the linears that adapters take when nobody says
             which; empty for every one in a layer.
     """
 
     model_types: tuple[str, ...]
-    detect: Callable[[Mapping[str, Any]], str | None]
-    config: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Any]
-    rename: Callable[[str], str | None]
+    args: type[Any]
+    read: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Any]
+    tensors: Callable[[Mapping[str, LazyTensor], Any], Mapping[str, LazyTensor]]
     build: Callable[[Any], LanguageModel]
     default_targets: tuple[str, ...] = ()
 
@@ -299,6 +347,101 @@ class Sampler(Spec):
     """
 
     build: Callable[[Any], Transform]
+
+
+# --- exporters ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExportAdapter:
+    """The adapter of a model that is exported, beside the weights that it is fused into.
+
+    Attributes:
+        name: full id of the adapter.
+        options: its options, as plain values.
+        paths: module paths of the linears that it changes.
+        tensors: name -> parameter that was trained, as an adapter file holds it.
+        metadata: what its file says of itself, to be kept where there is a place for it.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    paths: tuple[str, ...]
+    tensors: Mapping[str, LazyTensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """A model to export.
+
+    Attributes:
+        config: config.json of a dense model: it says nothing of quantization.
+        tokenizer: file name -> file that the tokenizer is opened from.
+        tensors: parameter name -> tensor, dense, the adapter's change in it, in the
+            type that the base stores (a quantized weight: the type of its scales).
+        adapter: what was fused into the tensors, or None.
+    """
+
+    config: Mapping[str, Any]
+    tokenizer: Mapping[str, Path]
+    tensors: Mapping[str, LazyTensor]
+    adapter: ExportAdapter | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporter(Spec):
+    """Writes a model in the form that another tool reads.
+
+    Attributes:
+        export: write the files of a model into an empty folder, which becomes
+            the target when all is written. Memory in use must not grow with the
+            model: tensors are read one after another and let go.
+    """
+
+    export: Callable[[ExportSource, Path, Any], None]
+
+
+# --- observers ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A training that begins.
+
+    Attributes:
+        folder: where a file of the observer's own goes.
+        name: of the recipe, or of the adapter file.
+        config: every setting, section by section, as plain values.
+        stem: what a file of the observer's own is called, without an ending.
+    """
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+    stem: str = "metrics"
+
+
+class Watcher(Protocol):
+    """What an observer starts: it is told of one run."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Something has happened: a mapping of plain values with ``kind``."""
+
+    def end(self, how: str) -> None:
+        """The run has ended: ``done``, ``interrupted`` or ``failed: ...``. Called once, at last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observer(Spec):
+    """Watches a training.
+
+    Attributes:
+        start: called when the training begins. What it, or the watcher, raises
+            is told once as a warning; the training goes on without it.
+    """
+
+    start: Callable[[RunInfo, Any], Watcher]
 
 
 # --- runtimes and recipes -----------------------------------------------------

@@ -183,11 +183,12 @@ def new_model(config: dict[str, Any]) -> Any:
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_unflatten
 
+    from mlxlora_core.options import parse
     from mlxlora_core.registry import load
 
     architecture = load().find("architecture", "llama").spec
     stated = {**config, "model_type": "llama", "tie_word_embeddings": True}
-    model = architecture.build(architecture.config(stated, {}))
+    model = architecture.build(parse(architecture.args, stated, owner="llama"))
     mx.random.seed(0)
     residual = 0.02 / math.sqrt(2 * config["n_layers"])
     values = []
@@ -238,8 +239,9 @@ def examples(texts: Iterable[str], tokenizer: Any) -> list[Any]:
 @click.option("--learning-rate", type=float, default=6e-3, help="Peak learning rate.")
 def main(site: Path, out: Path, steps: int, batch_size: int, learning_rate: float) -> None:
     """Train the embedded base model and write it as a PyTorch checkpoint."""
+    from mlxlora_sentencepiece.tokenizer import SentencePieceTokenizer
+
     from mlxlora_core.machine.device import prepare_cpu
-    from mlxlora_core.model.tokenizer import Tokenizer
     from mlxlora_core.registry import load, start_runtimes
     from mlxlora_core.training.events import TrainReport, ValidReport
     from mlxlora_core.training.loop import train
@@ -252,7 +254,7 @@ def main(site: Path, out: Path, steps: int, batch_size: int, learning_rate: floa
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "tokenizer.model").is_file():
         (out / "tokenizer.model").write_bytes(train_tokenizer(texts))
-    tokenizer = Tokenizer(out / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(out / "tokenizer.model")
     prepare_cpu()
     click.echo([note.text for note in start_runtimes(load())])
     unseen = [row for document in held_out for row in rows(document)][::20]

@@ -19,7 +19,7 @@ from mlxlora_core.run.recipe import check_sections, choose, overrides
 
 
 @verb(
-    click.option("--torch-path", type=Path, required=True, help="Folder of the checkpoint."),
+    click.option("--torch-path", type=Path, required=True, help="Folder or file of the checkpoint."),
     click.option(
         "--mlx-path", type=Path, default=Path("mlx_model"), show_default=True, help="Folder to write."
     ),
@@ -96,7 +96,7 @@ def command(
         overwrite=overwrite,
     )
     result: dict[str, Any] = {}
-    with show.converting() as progress:
+    with show.tensors("converting") as progress:
         for event in events:
             if isinstance(event, SpaceNeeded):
                 show.progress(event.text)

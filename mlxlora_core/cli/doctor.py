@@ -29,7 +29,7 @@ class _Products:
     stock_gflops: float | None
 
 
-@verb(JSON_OPTION)
+@verb(JSON_OPTION, tolerant=True)
 def command(registry: Registry, as_json: bool) -> None:
     """Say what mlxlora finds on this machine, and what would make it faster.
 

@@ -15,10 +15,8 @@ from mlxlora_core.training.events import (
     CheckpointSaved,
     Note,
     Report,
-    SpikeReport,
     TrainEvent,
     TrainingStarted,
-    TrainReport,
     TrainResult,
 )
 
@@ -40,6 +38,11 @@ def progress(line: str) -> None:
     """Print one line of progress on stderr; where nobody reads it any more, the work goes on."""
     with suppress(BrokenPipeError):
         click.echo(line, err=True)
+
+
+def warning(text: str) -> None:
+    """Print a warning on stderr, on one line."""
+    progress(f"mlxlora: warning: {one_line(text)}")
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -66,31 +69,18 @@ def plugin(found: Plugin) -> dict[str, object]:
 
 def report(line: Report | CheckpointSaved, steps: int) -> str:
     """One report of training as a line."""
-    place = f"step {line.step:>{len(str(steps))}}/{steps}"
-    if isinstance(line, TrainReport):
-        clipped = f"  {line.clipped} clipped" if line.clipped else ""
-        skipped = f"  {line.skipped} skipped, not finite" if line.skipped else ""
-        return (
-            f"{place}  loss {line.loss:.4f}  lr {line.learning_rate:.2e}  "
-            f"{line.steps_per_second:.2f} steps/s  {line.tokens_per_second:.0f} tokens/s  "
-            f"peak {line.peak_memory_bytes / 1e9:.2f} GB{clipped}{skipped}"
-        )
-    if isinstance(line, SpikeReport):
-        return f"{place}  warning: loss {line.loss:.4f}, the median of the steps before is {line.median:.4f}"
-    if isinstance(line, CheckpointSaved):
-        return f"{place}  saved in {line.seconds:.2f} s"
-    return f"{place}  valid loss {line.loss:.4f}  ({line.tokens} tokens in {line.seconds:.1f} s)"
+    return f"step {line.step:>{len(str(steps))}}/{steps}  {line.words}"
 
 
 @contextmanager
-def converting() -> Iterator[Callable[[int, int], None]]:
+def tensors(what: str) -> Iterator[Callable[[int, int], None]]:
     """A function of (done, all), which moves a bar where stderr is a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("converting", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, count: bar.update(task, completed=done, total=count)
 
 

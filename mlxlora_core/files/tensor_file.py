@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from mlxlora_core.errors import MlxloraError, ModelError, ResourceError, listing
 from mlxlora_core.files import durable, tensor_header, zip_layout
 from mlxlora_core.files.input_file import open_regular, refuse_stand_in
+from mlxlora_core.specs import LazyTensor
 
 FINGERPRINT = "fingerprint"  # the metadata that tells what the tensors of a file are
 
@@ -176,9 +177,58 @@ def load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
             raise ModelError(f"is damaged or no {path.suffix} file: {fault}", where=path) from fault
 
 
+def lazy(path: Path) -> tuple[dict[str, LazyTensor], str]:
+    """The tensors of a file, each read when it is asked for and kept nowhere, and the fingerprint it states.
+
+    Raises:
+        ModelError: as :func:`load`, now or when a tensor is read.
+    """
+    if path.suffix == ".npz":
+        with open_regular(path) as file:
+            layout = _npz_layout(file, path)
+            # Looked at one after another, for what an array is stands in front of its bytes.
+            sizes = {name: (t.shape, t.dtype) for name, t in _npz_tensors(file, layout.members, path)}
+        stated = _comment(layout.comment)
+    else:
+        opened, stated = load(path)
+        sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in opened.items()}
+    tensors = {
+        name: LazyTensor(shape, type_name(dtype), partial(_read_one, path, name))
+        for name, (shape, dtype) in sizes.items()
+    }
+    return tensors, stated.get(FINGERPRINT, "")
+
+
+def _read_one(path: Path, name: str) -> mx.array:
+    """One tensor of a file, and in memory nothing of the others."""
+    if path.suffix != ".npz":
+        tensors, _ = load(path)
+        found = {name: tensors[name]} if name in tensors else {}
+    else:
+        with open_regular(path) as file:
+            members = [m for m in _npz_layout(file, path).members if m.name == f"{name}.npy"]
+            found = dict(_npz_tensors(file, members, path))
+    if name not in found:
+        raise ModelError(f"{name} is gone: the file was replaced while it was read", where=path)
+    try:
+        mx.eval(found[name])
+    except RuntimeError as fault:
+        raise ModelError(f"{name} cannot be read: {fault}", where=path) from fault
+    return found[name]
+
+
 def fingerprint(tensors: Mapping[str, mx.array]) -> str:
     """What :func:`save` calls these tensors: SHA-256 over names, types, shapes and bytes, in hex."""
-    return _combine({name: _digest(name, tensor, _bytes(tensor)) for name, tensor in tensors.items()})
+    return fingerprint_each(tensors.items())
+
+
+def fingerprint_each(tensors: Iterable[tuple[str, mx.array]]) -> str:
+    """:func:`fingerprint` of tensors that come one at a time."""
+    digests = {}
+    for name, tensor in tensors:
+        digests[name] = _digest(name, tensor, _bytes(tensor))
+        del tensor  # the next one is not read beside it
+    return _combine(digests)
 
 
 def check_ending(path: Path) -> None:
@@ -357,6 +407,12 @@ def _write_npz(file: BinaryIO, tensors: Iterator[Packed], described: Described) 
 
 
 def _load_npz(file: BinaryIO, path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    layout = _npz_layout(file, path)
+    return dict(_npz_tensors(file, layout.members, path)), _comment(layout.comment)
+
+
+def _npz_layout(file: BinaryIO, path: Path) -> zip_layout.ZipLayout:
+    """The members of an archive of arrays."""
     # Not read by MLX, whose parser trusts what a header says of sizes.
     refuse_stand_in(file, path)
     archive = zip_layout.read_zip_layout(file, path)
@@ -367,15 +423,20 @@ def _load_npz(file: BinaryIO, path: Path) -> tuple[dict[str, mx.array], dict[str
     unpacked = sum(member.size_bytes for member in archive.members)
     if unpacked > max(_UNPACK_BYTES, _UNPACK_RATIO * packed):
         raise ModelError(f"{packed} bytes would unpack to {unpacked}", where=path)
-    tensors = {}
-    for member in archive.members:
+    return archive
+
+
+def _npz_tensors(
+    file: BinaryIO, members: Iterable[zip_layout.ZipMember], path: Path
+) -> Iterator[tuple[str, mx.array]]:
+    """(name, tensor) of each member, one at a time."""
+    for member in members:
         name = member.name.removesuffix(".npy")
         content = zip_layout.read_zip_member(file, member, path)
         npy = tensor_header.read_npy(content, name, path)
         order: Literal["F", "C"] = "F" if npy.column_major else "C"
         array: Any = np.ndarray(npy.shape, npy.descr, content, npy.start, order=order)
-        tensors[name] = mx.array(array.astype(array.dtype.newbyteorder("=")))
-    return tensors, _comment(archive.comment)
+        yield name, mx.array(array.astype(array.dtype.newbyteorder("=")))
 
 
 def _comment(comment: bytes) -> dict[str, str]:

@@ -185,6 +185,26 @@ def fill(path: Path, model: Model) -> None:
     mx.eval(model.module.trainable_parameters())
 
 
+def fused_weight(component: Component, wrapped: nn.Module, before: mx.array) -> mx.array:
+    """The weight that an adapter says is that of its linear with the adapter in it.
+
+    Args:
+        component: the adapter.
+        wrapped: the linear with the adapter on it.
+        before: the linear's own weight, float32.
+
+    Raises:
+        PluginError: it gives another shape or type, or values that are not finite.
+    """
+    weight = component.checked("fuse", component.spec.fuse(wrapped, before), mx.array)
+    if weight.shape != before.shape or weight.dtype != mx.float32:
+        got = f"{weight.shape} {tensor_file.type_name(weight.dtype)}"
+        raise component.breach("fuse", got, f"{before.shape} float32")
+    if not tensor_file.is_finite(weight):
+        raise component.breach("fuse", "values that are not finite", "finite ones")
+    return weight
+
+
 def trainable(module: nn.Module) -> dict[str, mx.array]:
     """The parameters that train, by path."""
     return dict(tree_flatten(module.trainable_parameters()))

@@ -1,4 +1,4 @@
-"""``loader.open -> architecture.rename -> cast -> quantizer -> model folder``, a tensor at a time."""
+"""``loader.open -> architecture.tensors -> cast -> quantizer -> model folder``, a tensor at a time."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from mlxlora_core.errors import ModelError, UsageError, listing
+from mlxlora_core.errors import ModelError, UsageError
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.events import SpaceNeeded, TensorConverted
-from mlxlora_core.model.folder import CONFIG, TOKENIZER
-from mlxlora_core.model.linears import linears, parameters
+from mlxlora_core.model.folder import CONFIG
+from mlxlora_core.model.foreign import OpenedModel, open_foreign
+from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.linears import linears
 from mlxlora_core.model.quantization import QUANTIZATION, QUANTIZED, QUANTIZER, pack
-from mlxlora_core.model.tokenizer import Tokenizer
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Choice, Component, Registry
+from mlxlora_core.registry import Choice, Registry
 from mlxlora_core.registry.sections import QuantizeConfig
-from mlxlora_core.specs import ForeignModel, LanguageModel, LazyTensor
+from mlxlora_core.specs import LazyTensor
 
 _NOT_THE_HEAD = QuantizeConfig()
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -55,6 +55,8 @@ class ConvertReport:
         quantized: how many linears were quantized.
         left_dense: linears that the quantizer left as they are.
         relative_error: ‖w - ŵ‖ / ‖w‖ over all quantized weights.
+        left_out: tensors of the checkpoint that the model has no use for.
+        padding: ids of the model that stand for no piece of its tokenizer.
     """
 
     folder: str
@@ -65,6 +67,8 @@ class ConvertReport:
     quantized: int
     left_dense: tuple[str, ...]
     relative_error: float
+    left_out: tuple[str, ...]
+    padding: int
 
     @property
     def bits_per_weight(self) -> float:
@@ -93,7 +97,7 @@ def convert(
     """Turn a foreign model into a model folder, in memory that does not grow with the model.
 
     Args:
-        source: folder of the checkpoint.
+        source: folder or file of the checkpoint.
         target: model folder to make.
         registry: where loaders and architectures are looked up.
         loader: which weight loader; None asks each whether it knows the folder.
@@ -116,23 +120,12 @@ def convert(
         raise UsageError("npz cannot hold bfloat16", fix="use --dtype float16, or --format safetensors")
     ours = model_folder.holds_only_a_model
     durable.check_target(target, overwrite=overwrite, ours=ours)
-    reader = find_loader(source, registry, loader)
-    opened = reader.spec.open(source, loader_options or reader.spec.options())
-    checkpoint = reader.checked("open", opened, ForeignModel)
-    architecture = model_folder.find_architecture(checkpoint.config, registry, source)
-    tensors = _rename(checkpoint.tensors, architecture, source)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    args = model_folder.model_args(architecture, checkpoint.config, shapes, source)
-    model: Any = architecture.checked("build", architecture.spec.build(args), nn.Module)
-    faults = tensor_file.mismatches(tensors, parameters(model))
-    if faults:
-        raise ModelError("the tensors do not fit the config: " + "; ".join(faults), where=source)
-    model_folder.check_vocabulary(Tokenizer(checkpoint.tokenizer_file), model.vocab_size)
+    opened = open_foreign(source, registry, loader, loader_options)
+    tensors, model = opened.tensors, opened.model
     packed = _to_quantize(model, quantize_config) if quantization else set()
     yield SpaceNeeded(_need(tensors, packed, DTYPES[dtype], target))
     tally = _Tally()
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as folder:
-        durable.copy_file(checkpoint.tokenizer_file, folder / TOKENIZER)
         stream = _stored(tensors, packed, DTYPES[dtype], quantization, tally, source)
         size = 0
         most = len(tensors) * (len(quantization.component.spec.parts) if quantization else 1)
@@ -141,44 +134,13 @@ def convert(
                 yield TensorConverted(written, tally.tensors, len(tensors))
             else:
                 size = written.bytes
-        config = _config(args, architecture, checkpoint.config)
+        for name, path in opened.tokenizer.files.items():
+            durable.copy_file(path, folder / name)
+        config = dict(opened.config)
         if quantization is not None:
             config |= _quantized_config(quantization, tally.quantized)
         durable.write_json(folder / CONFIG, config)
-    yield ConvertReport(
-        folder=str(target),
-        loader=reader.id,
-        architecture=architecture.id,
-        parameters=tally.parameters,
-        bytes=size,
-        quantized=len(tally.quantized),
-        left_dense=tuple(tally.left_dense),
-        relative_error=(tally.squared_error / tally.squared_weight) ** 0.5 if tally.squared_weight else 0.0,
-    )
-
-
-def find_loader(source: Path, registry: Registry, name: str | None) -> Component:
-    """The loader asked for, or the only one that knows the folder.
-
-    Raises:
-        ModelError: the folder is absent, or no loader or several know it.
-    """
-    if not source.is_dir():
-        raise ModelError("there is no such folder", where=source, fix="name the checkpoint's folder")
-    if name is not None:
-        return registry.find("loader", name)
-    loaders = registry.of("loader")
-    found = [component for component in loaders if component.spec.detect(source)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        ids = [component.id for component in found]
-        raise ModelError(f"{listing(ids)} can read this folder", where=source, fix=f"add --loader {ids[0]}")
-    failed = "".join(f"; plugin {p} failed to load: {p.reason}" for p in registry.failed)
-    raise ModelError(
-        f"no weight loader knows this folder (there is {listing(c.spec.name for c in loaders)}{failed})",
-        where=source,
-    )
+    yield _report(target, opened, size, tally)
 
 
 def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:
@@ -197,27 +159,9 @@ def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:
     return result
 
 
-def _rename(
-    tensors: Mapping[str, LazyTensor], architecture: Component, source: Path
-) -> dict[str, LazyTensor]:
-    """The tensors by their names in the model, without those it does not need."""
-    renamed: dict[str, LazyTensor] = {}
-    twice = []
-    for old, tensor in tensors.items():
-        name = architecture.spec.rename(old)
-        if name in renamed:
-            twice.append(name)
-        elif name is not None:
-            renamed[name] = tensor
-    if twice:
-        raise ModelError(f"several tensors are to be {listing(twice)}", where=source)
-    return renamed
-
-
 def _to_quantize(model: LanguageModel, config: QuantizeConfig) -> set[str]:
     """The names of the weights that the quantizer is asked about."""
-    module: Any = model
-    paths = {path for path, _ in linears(module)}
+    paths = {path for path, _ in linears(model)}
     return {f"{path}.weight" for path in paths if config.head or path != model.head_path}
 
 
@@ -268,13 +212,6 @@ def _quantized(
     yield from ((f"{path}.{name}", part) for name, part in packed.parts.items())
 
 
-def _config(args: Any, architecture: Component, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json holds of the model itself."""
-    config = {key: value for key, value in plain(args).items() if value is not None}
-    config.setdefault("model_type", raw.get("model_type") or architecture.spec.detect(raw))
-    return config
-
-
 def _quantized_config(quantization: Choice, paths: Collection[str]) -> dict[str, Any]:
     """What config.json holds of a quantizer, and of what it packed."""
     return {
@@ -282,3 +219,18 @@ def _quantized_config(quantization: Choice, paths: Collection[str]) -> dict[str,
         QUANTIZATION: plain(quantization.options),
         QUANTIZED: {path: {} for path in paths},
     }
+
+
+def _report(target: Path, opened: OpenedModel, size: int, tally: _Tally) -> ConvertReport:
+    return ConvertReport(
+        folder=str(target),
+        loader=opened.loader.id,
+        architecture=opened.architecture.id,
+        parameters=tally.parameters,
+        bytes=size,
+        quantized=len(tally.quantized),
+        left_dense=tuple(tally.left_dense),
+        relative_error=(tally.squared_error / tally.squared_weight) ** 0.5 if tally.squared_weight else 0.0,
+        left_out=tuple(opened.unread),
+        padding=opened.model.vocab_size - opened.tokenizer.vocab_size,
+    )

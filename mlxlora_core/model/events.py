@@ -52,6 +52,12 @@ def describe_conversion(result: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{result['quantized']} linears quantized, relative error {result['relative_error']:.2%}"
         )
+    if result["left_out"]:
+        lines.append(f"left out, the model has no use for it: {listing(result['left_out'])}")
+    if result["padding"]:
+        lines.append(
+            f"the vocabulary has {result['padding']} more ids than the tokenizer; they stand for no text"
+        )
     if result["left_dense"]:
         lines.append(f"left dense, inputs do not divide by the group: {listing(result['left_dense'])}")
     return lines

@@ -7,17 +7,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlxlora_core.errors import ModelError, SafetyError, listing
+from mlxlora_core.errors import ModelError, listing
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.files.input_file import read_json
 from mlxlora_core.machine.device import compute_dtype
 from mlxlora_core.machine.memory import free_memory_bytes, require_memory
+from mlxlora_core.model.architectures import build, find_architecture, folder_args, placed
+from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import (
     StackedLinear,
     StoredEmbedding,
@@ -26,14 +28,19 @@ from mlxlora_core.model.linears import (
     parameters,
     replace,
 )
-from mlxlora_core.model.quantization import read_quantization, restore
-from mlxlora_core.model.tokenizer import Tokenizer
-from mlxlora_core.model.weights import WEIGHTS, read_weights, weight_files
+from mlxlora_core.model.quantization import QUANTIZED, read_quantization, restore
+from mlxlora_core.model.tokenizers import (
+    FILES,
+    CheckedTokenizer,
+    check_vocabulary,
+    open_tokenizer,
+    tokenizer_files,
+)
+from mlxlora_core.model.weights import WEIGHTS, lazy_weights, read_weights, weight_files
 from mlxlora_core.registry import Choice, Component, Registry
-from mlxlora_core.specs import LanguageModel
+from mlxlora_core.specs import LazyTensor
 
 CONFIG = "config.json"
-TOKENIZER = "tokenizer.model"
 
 #: of the free memory, how much the weights may take when they are expanded to float32 on a CPU
 EXPANDED_SHARE = 0.5
@@ -41,9 +48,6 @@ EXPANDED_SHARE = 0.5
 READERS_BYTES = 4 * 2**23
 _CONFIG_BYTES = 1 << 20
 SMALLER = "use a smaller model, or one that is quantized (mlxlora convert -q)"
-
-# Keys by which other libraries find code to run for a model.
-_CODE_KEYS = ("auto_map", "model_file")
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Model:
 
     folder: Path
     language_model: LanguageModel
-    tokenizer: Tokenizer
+    tokenizer: CheckedTokenizer
     config: Mapping[str, Any]
     quantization: Choice | None
     architecture: Component
@@ -73,7 +77,7 @@ class Model:
     @property
     def module(self) -> nn.Module:
         """The language model as the MLX module that it is."""
-        return cast(nn.Module, self.language_model)
+        return self.language_model
 
     def sequence_limit(self, max_seq_length: int) -> int:
         """The longest row to train on: ``max_seq_length``, or the model's context if that is less."""
@@ -88,27 +92,56 @@ def load(folder: Path, registry: Registry) -> Model:
             tensors that do not fit are listed), or the folder was replaced
             by another one meanwhile.
         ResourceError: it does not fit into memory.
-        PluginError: no plugin builds its model_type or restores its quantization.
+        PluginError: no plugin restores its quantization, or one breaks its contract.
     """
     before = durable.version(folder)
     config = read_config(folder)
-    architecture = find_architecture(config, registry, folder / CONFIG)
-    args = model_args(architecture, config, {}, folder / CONFIG)
-    language_model: Any = architecture.checked("build", architecture.spec.build(args), nn.Module)
     tensors, fingerprint = read_weights(folder)
-    quantization = read_quantization(config, registry, folder / CONFIG)
     note = _too_large_to_expand(tensors)
-    module: Any = language_model
-    if quantization is not None:
-        restore(module, tensors, config, quantization, folder / CONFIG)
+    model = _assembled(folder, registry, config, tensors, fingerprint, note)
     if note:
-        _keep_stored(module)
-    _fill(module, tensors, folder)
-    tokenizer = Tokenizer(folder / TOKENIZER)
-    check_vocabulary(tokenizer, language_model.vocab_size)
+        _keep_stored(model.module)
+    _fill(model.module, tensors, folder)
     if durable.version(folder) != before:
         raise ModelError("the folder was replaced while it was read", where=folder, fix="try again")
-    parts = json.dumps([config, fingerprint, tokenizer.fingerprint], sort_keys=True)
+    return model
+
+
+def outline(folder: Path, registry: Registry) -> tuple[Model, dict[str, LazyTensor]]:
+    """A model whose parameters hold nothing yet, and the tensors of its folder, none of which is read.
+
+    Raises:
+        ModelError: as :func:`load`.
+        PluginError: as :func:`load`.
+    """
+    config = read_config(folder)
+    tensors, fingerprint = lazy_weights(folder)
+    empty = {name: mx.zeros(t.shape, getattr(mx, t.dtype)) for name, t in tensors.items()}  # never computed
+    model = _assembled(folder, registry, config, empty, fingerprint, "")
+    _check_fit(model.module, tensors, folder)
+    model.module.freeze()
+    model.module.eval()
+    return model, tensors
+
+
+def _assembled(
+    folder: Path,
+    registry: Registry,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, mx.array],
+    fingerprint: str,
+    note: str,
+) -> Model:
+    """The parts of a model, with a place for each of the ``tensors``."""
+    architecture = find_architecture(config, registry, folder / CONFIG)
+    args = placed(folder / CONFIG, folder_args, architecture.spec, config)
+    language_model = build(architecture, args)
+    quantization = read_quantization(config, registry, folder / CONFIG)
+    if quantization is not None:
+        restore(language_model, tensors, config, quantization, folder / CONFIG)
+    tokenizer = open_tokenizer(tokenizer_files(folder, config), registry, folder)
+    check_vocabulary(tokenizer, language_model.vocab_size, folder)
+    parts = json.dumps([_telling(config), fingerprint, tokenizer.fingerprint], sort_keys=True)
     return Model(
         folder,
         language_model,
@@ -121,10 +154,27 @@ def load(folder: Path, registry: Registry) -> Model:
     )
 
 
+def _telling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config tells of the base that its tensors and its tokenizer do not tell themselves.
+
+    So a checkpoint that is converted again fits the adapters that were made for
+    it when config.json did not list files and packed linears yet.
+    """
+    table = config.get(QUANTIZED)
+    silent = {FILES} if not isinstance(table, dict) or any(table.values()) else {FILES, QUANTIZED}
+    return {key: value for key, value in config.items() if key not in silent}
+
+
 def holds_only_a_model(folder: Path) -> bool:
     """Whether everything in ``folder`` is what mlxlora writes into a model folder."""
     names = {path.name for path in folder.iterdir()}
-    return CONFIG in names and names <= {CONFIG, TOKENIZER, *WEIGHTS.values()}
+    if CONFIG not in names:
+        return False
+    try:
+        tokenizer = tokenizer_files(folder, read_config(folder))
+    except ModelError:  # damaged: it may be replaced where the rest is ours
+        tokenizer = tokenizer_files(folder, {})
+    return names <= {CONFIG, *tokenizer, *WEIGHTS.values()}
 
 
 def files(folder: Path) -> list[Path]:
@@ -133,8 +183,8 @@ def files(folder: Path) -> list[Path]:
     Raises:
         ModelError: there is no model, or a shard that its index names is absent.
     """
-    read_config(folder)
-    found = [folder / CONFIG, folder / TOKENIZER, *weight_files(folder)]
+    tokenizer = tokenizer_files(folder, read_config(folder))
+    found = [folder / CONFIG, *tokenizer.values(), *weight_files(folder)]
     absent = [path.name for path in found if not path.is_file()]
     if absent:
         raise ModelError(f"lacks {listing(absent)}", where=folder)
@@ -158,74 +208,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"wanted a JSON object, got {type(config).__name__}", where=path)
     return config
-
-
-def model_args(
-    architecture: Component, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path
-) -> Any:
-    """The model arguments that an architecture makes of a config; its errors get their place.
-
-    Raises:
-        ModelError: impossible values.
-    """
-    try:
-        return architecture.spec.config(config, shapes)
-    except ModelError as fault:
-        raise ModelError(fault.what, where=fault.where or where, fix=fault.fix) from fault
-
-
-def find_architecture(config: Mapping[str, Any], registry: Registry, where: Path) -> Component:
-    """The architecture that builds a config's ``model_type``, stated or recognised.
-
-    Raises:
-        ModelError: none does, or several do.
-    """
-    components = registry.of("architecture")
-    stated = config.get("model_type")
-    found = [
-        c
-        for c in components
-        if (stated in c.spec.model_types if stated is not None else c.spec.detect(config) is not None)
-    ]
-    if len(found) == 1:
-        _refuse_code(config, found[0], where)
-        return found[0]
-    known = listing(sorted({name for c in components for name in c.spec.model_types}))
-    if found:
-        raise ModelError(f"several architectures build this: {listing(c.id for c in found)}", where=where)
-    failed = "".join(f"; plugin {p} failed to load: {p.reason}" for p in registry.failed)
-    what = (
-        f"model_type '{stated}' is not known"
-        if stated is not None
-        else "no model_type is stated or recognised"
-    )
-    raise ModelError(f"{what} (there is {known}{failed})", where=where, fix="install a plugin that builds it")
-
-
-def _refuse_code(config: Mapping[str, Any], architecture: Component, where: Path) -> None:
-    """Refuse a config that names code of its own, unless a plugin that was installed builds that model."""
-    asked = [key for key in _CODE_KEYS if config.get(key)]
-    if asked and architecture.plugin.origin == "built-in":
-        raise SafetyError(
-            f"asks for code of its own ({listing(asked)}), which is never run",
-            where=where,
-            fix="install a plugin that builds this model, or take the key out if it is a plain "
-            + str(architecture.spec.name),
-        )
-
-
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse a tokenizer of another vocabulary.
-
-    Raises:
-        ModelError: with both sizes.
-    """
-    if tokenizer.vocab_size != vocab_size:
-        raise ModelError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the model a vocabulary of {vocab_size}",
-            where=tokenizer.path,
-            fix="use the tokenizer that the model was trained with",
-        )
 
 
 def _computed(stored: mx.Dtype) -> mx.Dtype:
@@ -265,11 +247,15 @@ def _keep_stored(module: nn.Module) -> None:
     replace(module, {path: kinds[type(child)](child) for path, child in found if type(child) in kinds})
 
 
-def _fill(module: nn.Module, tensors: dict[str, mx.array], folder: Path) -> None:
-    """Give every parameter its tensor, in the type to compute with, and freeze it; empties ``tensors``."""
+def _check_fit(module: nn.Module, tensors: Mapping[str, Any], folder: Path) -> None:
     faults = tensor_file.mismatches(tensors, parameters(module))
     if faults:
         raise ModelError("the weights do not fit config.json: " + "; ".join(faults), where=folder)
+
+
+def _fill(module: nn.Module, tensors: dict[str, mx.array], folder: Path) -> None:
+    """Give every parameter its tensor, in the type to compute with, and freeze it; empties ``tensors``."""
+    _check_fit(module, tensors, folder)
     owners = dict(module.named_modules())
     ready = []
     try:

@@ -10,9 +10,9 @@ import mlx.core as mx
 
 from mlxlora_core.errors import DataError, UsageError
 from mlxlora_core.model.drawing import Drawing
-from mlxlora_core.model.tokenizer import Tokenizer
+from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.registry import Component
-from mlxlora_core.specs import Cache, LanguageModel
+from mlxlora_core.specs import Cache, Tokenizer
 
 PREFILL_TOKENS = 512
 
@@ -72,7 +72,7 @@ def generate(
         )
     if limit is not None:
         num_tokens = min(num_tokens, limit - len(ids))
-    tokens = decode(model, ids, Drawing(samplers, seed), num_tokens=num_tokens, stops={tokenizer.eos})
+    tokens = decode(model, ids, Drawing(samplers, seed), num_tokens=num_tokens, stops=tokenizer.stops)
     return _segments(tokenizer, tokens, num_tokens, write_every)
 
 
@@ -112,8 +112,7 @@ def decode(
         num_tokens: how many at most.
         stops: ids that end the text, and do not come.
     """
-    module: Any = model
-    module.eval()
+    model.eval()
     cache = model.make_cache()
     tokens = list(prompt)
     unseen = tokens[:]

@@ -53,7 +53,7 @@ def pack(weight: mx.array, quantization: Choice) -> Packed | None:
     for name, part in parts.items():
         if component.checked("quantize", part, mx.array).dtype not in tensor_file.TYPES:
             raise component.breach("quantize", f"{name} of type {part.dtype}", "a type that files hold")
-    restored = _expanded(parts, quantization, weight.shape)
+    restored = expanded(parts, quantization, weight.shape)
     if not tensor_file.is_finite(restored):
         raise component.breach("dequantize", "values that are not finite", "finite ones")
     return Packed(parts, restored)
@@ -141,12 +141,16 @@ def _empty(
     found = {name: tensors[f"{path}.{name}"] for name in names}
     parts = {name: mx.zeros(part.shape, part.dtype) for name, part in found.items()}
     shape = linear_shape(linear)
-    _expanded(parts, quantization, shape)  # only the shape is asked for: nothing is computed
+    expanded(parts, quantization, shape)  # only the shape is asked for: nothing is computed
     return QuantizedLinear(quantization, parts, shape, linear.bias if "bias" in linear else None)
 
 
-def _expanded(parts: Mapping[str, mx.array], quantization: Choice, shape: tuple[int, ...]) -> mx.array:
-    """The weight that the quantizer makes of ``parts``, which must have this shape."""
+def expanded(parts: Mapping[str, mx.array], quantization: Choice, shape: tuple[int, ...]) -> mx.array:
+    """The weight, float32, that the quantizer makes of ``parts``.
+
+    Raises:
+        PluginError: it has another shape or type.
+    """
     component = quantization.component
     given = component.spec.dequantize(parts, quantization.options)
     weight = component.checked("dequantize", given, mx.array)

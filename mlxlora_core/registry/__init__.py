@@ -1,5 +1,6 @@
 """Plugins: found, loaded in isolation, checked, and looked up by kind and name."""
 
+from mlxlora_core.registry.checks import check_call
 from mlxlora_core.registry.discovery import ALLOW_LIST, GROUP, load
 from mlxlora_core.registry.lookup import Registry
 from mlxlora_core.registry.plugin import KINDS, Choice, Component, Plugin
@@ -13,6 +14,7 @@ __all__ = [
     "Component",
     "Plugin",
     "Registry",
+    "check_call",
     "load",
     "start_runtimes",
 ]

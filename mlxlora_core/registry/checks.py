@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pluggy
 from mlxlora_core import hookspecs, specs
 from mlxlora_core.errors import PluginError, listing, nearest, one_line
 from mlxlora_core.options import check_declaration, explain
-from mlxlora_core.registry.plugin import KINDS
+from mlxlora_core.registry.plugin import KINDS, Component
 from mlxlora_core.registry.sections import config_of
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -23,6 +22,25 @@ _PART = re.compile(r"(?!bias$)[A-Za-z][A-Za-z0-9_]*")
 
 #: what a recipe writes beside the options of a component
 _RESERVED = {"use", "options"}
+
+#: kind -> its functions, and what each is called with
+FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "loader": {"detect": ("path",), "open": ("path", "options")},
+    "tokenizer": {"detect": ("files",), "open": ("files", "options")},
+    "architecture": {"read": ("config", "shapes"), "tensors": ("found", "args"), "build": ("args",)},
+    "adapter": {"wrap": ("linear", "place", "options"), "fuse": ("module", "weight")},
+    "quantizer": {
+        "quantize": ("weight", "options"),
+        "dequantize": ("parts", "options"),
+        "matmul": ("x", "parts", "options"),
+    },
+    "builder": {"build": ("options",), "inputs": ("options",)},
+    "sampler": {"build": ("options",)},
+    "exporter": {"export": ("source", "target", "options")},
+    "observer": {"start": ("run", "options")},
+    "runtime": {"start": ()},
+    "recipe": {},
+}
 
 #: annotation of a spec's field -> what its value must be, in words and as a test
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -41,11 +59,11 @@ def collect_specs(module: Any) -> Iterable[tuple[str, specs.Spec]]:
     if version != hookspecs.API_VERSION:
         raise PluginError(f"it needs plugin API {version}, this is {hookspecs.API_VERSION}")
     by_name = _hooks(module)
-    for kind, (hook, wanted) in KINDS.items():
+    for kind, (hook, _) in KINDS.items():
         names: set[str] = set()
         for function in by_name.get(hook, ()):
             for spec in _specs(hook, function()):
-                _check(spec, kind, hook, wanted)
+                _check(kind, spec)
                 if spec.name in names:
                     raise PluginError(f"{hook} gives '{spec.name}' twice")
                 names.add(spec.name)
@@ -83,14 +101,16 @@ def _specs(hook: str, given: Any) -> list[Any]:
     return list(given)
 
 
-def _check(spec: Any, kind: str, hook: str, wanted: type[specs.Spec]) -> None:
+def _check(kind: str, spec: Any) -> None:
     """Refuse a spec that would only fail later, when it is used."""
+    hook, wanted = KINDS[kind]
     if not isinstance(spec, wanted):
         raise PluginError(f"{hook} gives {type(spec).__name__}, wanted {wanted.__name__}")
     if not isinstance(spec.name, str) or not _NAME.fullmatch(spec.name) or spec.name == "none":
         raise PluginError(f"{hook}: name {spec.name!r} does not match {_NAME.pattern}, or is 'none'")
     for member in fields(wanted):
-        fault = _field_fault(str(member.type), getattr(spec, member.name))
+        arguments = FUNCTIONS[kind].get(member.name)
+        fault = _field_fault(str(member.type), arguments, getattr(spec, member.name))
         if fault:
             raise PluginError(f"{hook}: {member.name} of '{spec.name}' {fault}")
     reserved = _RESERVED | {option.name for option in explain(config_of(kind))}
@@ -109,29 +129,47 @@ def _are_parts(names: tuple[str, ...]) -> bool:
     return bool(names) and len(set(names)) == len(names) and all(map(_PART.fullmatch, names))
 
 
-def _field_fault(annotation: str, value: Any) -> str:
-    """What is wrong with the value of a spec's field, or nothing."""
+def _field_fault(annotation: str, arguments: Sequence[str] | None, value: Any) -> str:
+    """What is wrong with the value of a spec's field, or nothing; a function has ``arguments``."""
     if annotation.startswith("type["):
         try:
             return check_declaration(value)
         except Exception as fault:
             return f"cannot be used: {reason_of(fault)}"
-    if annotation.startswith("Callable"):
-        return _call_fault(annotation, value)
+    if arguments is not None:
+        return "" if value is None and annotation.endswith("| None") else _call_fault(value, arguments)
     words, good = _FIELDS[annotation]
     return "" if good(value) else f"must be {words}, got {value!r}"
 
 
-def _call_fault(annotation: str, function: Any) -> str:
-    """Why ``function`` cannot be called as its ``Callable[[...], ...]`` annotation says, or nothing."""
-    if annotation.endswith("] | None") and function is None:
-        return ""
+def _call_fault(function: Any, arguments: Sequence[str]) -> str:
+    """Why ``function`` cannot be called with ``arguments``, or nothing."""
     if not callable(function):
         return f"must be a function, got {function!r}"
-    call: Any = ast.parse(annotation.removesuffix(" | None"), mode="eval").body
-    arguments = [ast.unparse(argument) for argument in call.slice.elts[0].elts]
     takes = other_arguments(function, arguments)
     return f"takes {takes}, wanted ({', '.join(arguments)})" if takes else ""
+
+
+def check_call(component: Component, function: str, given: Any, *arguments: str) -> Callable[..., Any]:
+    """``given``, which ``function`` of a component has returned and which is called later.
+
+    Args:
+        component: whose function it was.
+        function: the field of its spec.
+        given: what it has returned.
+        arguments: the names of what ``given`` will be called with, in order.
+
+    Raises:
+        PluginError: it is no function, or cannot be called with so many arguments.
+    """
+    want = f"a function ({', '.join(arguments)})"
+    if not callable(given):
+        raise component.breach(function, type(given).__name__, want)
+    takes = other_arguments(given, arguments)
+    if takes:
+        raise component.breach(function, f"a function {takes}", want)
+    checked: Callable[..., Any] = given
+    return checked
 
 
 def other_arguments(function: Callable[..., Any], arguments: Sequence[str]) -> str:

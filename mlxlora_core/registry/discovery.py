@@ -23,6 +23,7 @@ from typing import Any
 
 from mlxlora_core.errors import PluginError, UsageError, listing, nearest
 from mlxlora_core.machine.signals import Interrupted
+from mlxlora_core.registry.blame import guarded
 from mlxlora_core.registry.checks import collect_specs, reason_of
 from mlxlora_core.registry.lookup import Registry
 from mlxlora_core.registry.plugin import DISTRIBUTION, Component, Plugin, Status, normal_name
@@ -35,7 +36,9 @@ ALLOW_LIST = "MLXLORA_PLUGINS"
 _Entry = tuple[importlib.metadata.Distribution | None, str, str, Callable[[], Any]]
 
 
-def load(select: Iterable[str] = (), environ: Mapping[str, str] | None = None) -> Registry:
+def load(
+    select: Iterable[str] = (), environ: Mapping[str, str] | None = None, *, tolerant: bool = False
+) -> Registry:
     """Find and import the plugins.
 
     Args:
@@ -43,19 +46,23 @@ def load(select: Iterable[str] = (), environ: Mapping[str, str] | None = None) -
             ``./file.py`` adds a file; as given with ``-P``.
         environ: ``MLXLORA_PLUGINS`` in it is the list of plugins allowed beside
             the built-in ones; unset allows all, empty none. ``os.environ`` by default.
+        tolerant: whether a name in that list that no plugin has is a warning.
 
     Raises:
-        UsageError: a name after ``-P`` that no plugin has, or that is both
-            required and left out.
+        UsageError: a name after ``-P`` or in the list that no plugin has, or
+            one that is both required and left out.
         PluginError: a plugin named with ``-P`` that cannot be loaded.
     """
     environ = os.environ if environ is None else environ
     wanted, banned, files = _selection(select)
     found = sorted(_discover(), key=lambda f: (f[0].origin != "built-in", _order(f[0])))
     _check_selection([plugin for plugin, _ in found], wanted, banned)
+    allowed = _allow_list(environ)
+    fault = _allow_list_fault([plugin for plugin, _ in found], allowed or ())
+    if fault and not tolerant:
+        raise UsageError(fault, fix=f"correct {ALLOW_LIST}, or see: mlxlora plugins")
     plugins: list[Plugin] = []
     components: list[Component] = []
-    allowed = _allow_list(environ)
     for plugin, get in [*found, *map(_file_plugin, files)]:
         status = _chosen(plugin, wanted, banned, allowed)
         if status:
@@ -69,7 +76,7 @@ def load(select: Iterable[str] = (), environ: Mapping[str, str] | None = None) -
         ):
             what = f"plugin {plugin} failed to load: {plugin.reason}"
             raise PluginError(what, where=plugin.value) from plugin.fault
-    return Registry(plugins, components)
+    return Registry(plugins, components, [fault] if fault else [])
 
 
 # --- phase one: metadata ------------------------------------------------------
@@ -150,10 +157,22 @@ def _selection(select: Iterable[str]) -> tuple[list[str], list[str], list[Path]]
     return wanted, banned, files
 
 
-def _allow_list(environ: Mapping[str, str]) -> set[str] | None:
+def _allow_list(environ: Mapping[str, str]) -> list[str] | None:
     if ALLOW_LIST not in environ:
         return None
-    return {normal_name(name) for name in environ[ALLOW_LIST].split(",") if name.strip()}
+    return [name.strip() for name in environ[ALLOW_LIST].split(",") if name.strip()]
+
+
+def _allow_list_fault(found: Sequence[Plugin], allowed: Iterable[str]) -> str:
+    """What is wrong with the names in the allow-list, or nothing."""
+    unknown = [name for name in allowed if not any(plugin.answers_to(name) for plugin in found)]
+    if not unknown:
+        return ""
+    names = [plugin.name for plugin in found]
+    known = {*names, *(plugin.distribution for plugin in found)}
+    hints = "".join(nearest(name, sorted(known)) for name in unknown)
+    quoted = listing(f"'{name}'" for name in unknown)
+    return f"{ALLOW_LIST} names no plugin: {quoted} ({hints}there is {listing(names, 30)})"
 
 
 def _check_selection(found: Sequence[Plugin], wanted: Sequence[str], banned: Sequence[str]) -> None:
@@ -171,7 +190,7 @@ def _check_selection(found: Sequence[Plugin], wanted: Sequence[str], banned: Seq
 
 
 def _chosen(
-    plugin: Plugin, wanted: Sequence[str], banned: Sequence[str], allowed: set[str] | None
+    plugin: Plugin, wanted: Sequence[str], banned: Sequence[str], allowed: Sequence[str] | None
 ) -> tuple[Status, str] | None:
     """Why ``plugin`` is not to be imported, or None when it is."""
     ban = next((name for name in banned if plugin.answers_to(name)), None)
@@ -180,9 +199,7 @@ def _chosen(
         return "disabled", f"-P no:{ban}"
     if plugin.origin != "installed" or allowed is None:
         return None
-    if any(plugin.answers_to(name) for name in wanted):
-        return None
-    if allowed & {normal_name(plugin.name), normal_name(plugin.distribution)}:
+    if any(plugin.answers_to(name) for name in (*wanted, *allowed)):
         return None
     return "not selected", f"{ALLOW_LIST} does not list it"
 
@@ -202,7 +219,7 @@ def _load_one(plugin: Plugin, get: Callable[[], Any]) -> tuple[Plugin, list[Comp
     """
     try:
         with redirect_stdout(sys.stderr):
-            collected = list(collect_specs(get()))
+            collected = [(kind, guarded(kind, spec, plugin)) for kind, spec in collect_specs(get())]
     except (KeyboardInterrupt, Interrupted):
         raise
     except BaseException as fault:

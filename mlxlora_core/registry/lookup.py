@@ -15,10 +15,13 @@ class Registry:
     Attributes:
         plugins: every plugin found, built-in ones first.
         components: of the active plugins, in the order of the plugins.
+        warnings: what is wrong with the choice of plugins and was let pass.
     """
 
-    def __init__(self, plugins: Sequence[Plugin], components: Sequence[Component]) -> None:
-        self.plugins = tuple(plugins)
+    def __init__(
+        self, plugins: Sequence[Plugin], components: Sequence[Component], warnings: Sequence[str] = ()
+    ) -> None:
+        self.plugins, self.warnings = tuple(plugins), tuple(warnings)
         self.components = tuple(replace(c, owner=_owner(c, components)) for c in components)
 
     @property

@@ -14,11 +14,14 @@ DISTRIBUTION = "mlxlora"
 #: kind -> (the hook that gives it, the class of its specs)
 KINDS: dict[str, tuple[str, type[specs.Spec]]] = {
     "loader": ("mlxlora_weight_loaders", specs.WeightLoader),
+    "tokenizer": ("mlxlora_tokenizers", specs.TokenizerLoader),
     "architecture": ("mlxlora_architectures", specs.Architecture),
     "adapter": ("mlxlora_adapters", specs.Adapter),
     "quantizer": ("mlxlora_quantizers", specs.Quantizer),
     "builder": ("mlxlora_dataset_builders", specs.DatasetBuilder),
     "sampler": ("mlxlora_samplers", specs.Sampler),
+    "exporter": ("mlxlora_exporters", specs.Exporter),
+    "observer": ("mlxlora_observers", specs.Observer),
     "runtime": ("mlxlora_runtimes", specs.Runtime),
     "recipe": ("mlxlora_recipes", specs.RecipeFile),
 }

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mlxlora_core.run.observing import ObserverFailed
 from mlxlora_core.training.events import TrainEvent
 
 
@@ -32,4 +33,4 @@ class StageDone:
     result: Mapping[str, Any]
 
 
-Event = RunStarted | StageStarted | StageDone | TrainEvent
+Event = RunStarted | StageStarted | StageDone | ObserverFailed | TrainEvent

@@ -19,6 +19,7 @@ ADAPTER = "adapter/adapter.safetensors"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 DATA = "data"
+EXPORT = "export"
 
 
 class RunFolder:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.files.jsonl import read_jsonl
-from mlxlora_core.training.chat import turns
+from mlxlora_core.specs import Tokenizer
 from mlxlora_core.training.dataset import SPLITS
 
 #: what questions test -> the splits that their rows are in
@@ -39,16 +39,18 @@ class Expected:
     text: str
 
 
-def find_expected(folder: Path, prompts: Sequence[str]) -> dict[str, Expected]:
+def find_expected(folder: Path, prompts: Sequence[str], tokenizer: Tokenizer) -> dict[str, Expected]:
     """prompt -> what the rows of a dataset folder go on with, for the prompts that begin one.
 
     A ``{text}`` row begins with the prompt; of ``{prompt, completion}`` and
-    ``{messages}`` rows the (first) prompt is the prompt. A prompt that rows go on
-    from in different ways has no one answer and is left out.
+    ``{messages}`` rows the (first) prompt is the prompt, which a question asks when
+    it has the ids that the row begins with. A prompt that rows go on from in
+    different ways has no one answer and is left out.
 
     Args:
         folder: dataset folder.
         prompts: what is asked.
+        tokenizer: of the model that is asked.
 
     Raises:
         DataError: a split that cannot be read.
@@ -58,20 +60,36 @@ def find_expected(folder: Path, prompts: Sequence[str]) -> dict[str, Expected]:
         path = folder / f"{split}.jsonl"
         if path.is_file() and path.stat().st_size > 0:
             for _, content in read_jsonl(path):
-                for prompt, text in _continued(content, prompts):
+                for prompt, text in _continued(content, prompts, tokenizer):
                     found[prompt].append(Expected(split, text))
     return {prompt: rows[0] for prompt, rows in found.items() if len({row.text for row in rows}) == 1}
 
 
-def _continued(content: Mapping[str, Any], prompts: Iterable[str]) -> list[tuple[str, str]]:
+def _continued(
+    content: Mapping[str, Any], prompts: Iterable[str], tokenizer: Tokenizer
+) -> list[tuple[str, str]]:
     """(prompt, what follows it) of the prompts that a row goes on from."""
     if "text" in content:
         text: str = content["text"]
         return [(prompt, text[len(prompt) :]) for prompt in prompts if prompt and text.startswith(prompt)]
-    asked, answer = (
-        (content["prompt"], content["completion"]) if "prompt" in content else turns(content["messages"])[0]
-    )
-    return [(prompt, answer) for prompt in prompts if prompt == asked]
+    if "prompt" in content:
+        return [(prompt, content["completion"]) for prompt in prompts if prompt == content["prompt"]]
+    return _answered(content["messages"], prompts, tokenizer)
+
+
+def _answered(
+    messages: Sequence[Mapping[str, Any]], prompts: Iterable[str], tokenizer: Tokenizer
+) -> list[tuple[str, str]]:
+    """(prompt, first answer) of the prompts that are what a conversation begins with."""
+    first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
+    said = messages[first - 1]["content"].strip() if first else ""
+    likely = [prompt for prompt in prompts if first and said in prompt]  # rendering every row takes long
+    if not likely:
+        return []
+    pieces = tokenizer.render(messages[: first + 1])
+    asked = [token for piece in pieces if not piece.answer for token in piece.ids]
+    answer = tokenizer.decode([token for piece in pieces if piece.answer for token in piece.ids])
+    return [(prompt, answer) for prompt in likely if tokenizer.encode(prompt) == asked]
 
 
 def first_sentence(text: str) -> str:

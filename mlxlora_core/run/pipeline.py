@@ -20,10 +20,12 @@ from mlxlora_core.run.context import Context
 from mlxlora_core.run.events import Event, RunStarted, StageDone, StageStarted
 from mlxlora_core.run.folder import METRICS, RunFolder
 from mlxlora_core.run.grading import summarize
+from mlxlora_core.run.observing import event_values, observed
 from mlxlora_core.run.plan import fingerprints
 from mlxlora_core.run.recipe import Recipe
 from mlxlora_core.run.report import write_report
 from mlxlora_core.run.stages import STAGES
+from mlxlora_core.specs import RunInfo
 
 
 def run(
@@ -45,8 +47,16 @@ def run(
     marks = fingerprints(recipe)
     folder.begin(_facts(recipe, registry, runtimes) | {"inputs": marks}, tomli_w.dumps(recipe.values()))
     yield RunStarted(tuple(runtimes))
+    context = Context(recipe, registry, folder, runtimes, resume_command)
+    info = RunInfo(folder.path, recipe.name, recipe.values())
+    yield from observed(_do_all(context, marks), recipe.observe, info, event_values)
+
+
+def _do_all(context: Context, marks: Mapping[str, str]) -> Iterator[Event]:
+    """The stages, and what is written of the run as a whole."""
+    folder = context.folder
     try:
-        yield from _do_stages(Context(recipe, registry, folder, runtimes, resume_command), marks)
+        yield from _do_stages(context, marks)
     except BaseException:
         if (folder.path / METRICS).is_file():
             with suppress(Exception):  # what stopped the run is what there is to tell

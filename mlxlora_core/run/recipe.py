@@ -25,6 +25,7 @@ from mlxlora_core.registry import Choice, Registry
 from mlxlora_core.registry.defaults import DEFAULT_ADAPTER
 from mlxlora_core.registry.sections import AdapterConfig, QuantizeConfig, SplitConfig, configure
 from mlxlora_core.run import samplers
+from mlxlora_core.run.requirements import PluginsConfig
 from mlxlora_core.training.settings import EvaluateConfig, SaveConfig, TrainConfig
 
 COMMAND_LINE = "command line"
@@ -86,6 +87,9 @@ class Recipe:
     evaluate: EvaluateConfig
     sampler: tuple[Choice, ...]
     generate: AskConfig
+    export: Choice | None
+    observe: tuple[Choice, ...]
+    plugins: PluginsConfig
     origins: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -101,7 +105,8 @@ class Recipe:
             if section in CHAINS and len(value) > 1:
                 out[section] = _chain_values(value)
                 continue
-            value = value[0] if section in CHAINS else value
+            if section in CHAINS:
+                value = value[0] if value else None
             if isinstance(value, Choice):
                 config = getattr(self, f"{section}_config", NoOptions())
                 options = {"options": _without_none(plain(value.options))}
@@ -119,6 +124,7 @@ PLAIN = {
     "checkpoints": SaveConfig,
     "evaluate": EvaluateConfig,
     "generate": AskConfig,
+    "plugins": PluginsConfig,
 }
 #: section -> (kind of component, the component when nothing is said, whether a run needs one)
 CHOICES: dict[str, tuple[str, str, bool]] = {
@@ -127,10 +133,12 @@ CHOICES: dict[str, tuple[str, str, bool]] = {
     "data": ("builder", NONE, True),
     "adapter": ("adapter", DEFAULT_ADAPTER, True),
     "sampler": ("sampler", "greedy", True),
+    "export": ("exporter", NONE, False),
+    "observe": ("observer", NONE, False),
 }
 SECTIONS = (*PLAIN, *CHOICES)
 #: the sections that may name several components
-CHAINS = ("sampler",)
+CHAINS = ("sampler", "observe")
 
 
 def overrides(sets: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -175,6 +183,22 @@ def choose_samplers(use: str, values: Mapping[str, Any], registry: Registry) -> 
         raise UsageError(f"wanted a sampler, got {use!r}", fix="see: mlxlora components sampler")
     rows = samplers.deal(values, components)
     samplers.cool_others(rows, components)
+    return tuple(configure(c, row)[0] for c, row in zip(components, rows, strict=True))
+
+
+def choose_observers(
+    names: Sequence[str], values: Mapping[str, Any], registry: Registry
+) -> tuple[Choice, ...]:
+    """The observers of these names, with options made of ``values``.
+
+    Raises:
+        PluginError: no such observer.
+        UsageError: one is named twice; options without an observer, or as :func:`choose_samplers`.
+    """
+    components = registry.find_all([("observer", name) for name in names])
+    if values and not components:
+        raise UsageError(f"options of an observer ({listing(values)}), but none is named", fix="name it")
+    rows = samplers.deal(values, components)
     return tuple(configure(c, row)[0] for c, row in zip(components, rows, strict=True))
 
 

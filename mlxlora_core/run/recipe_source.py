@@ -31,8 +31,28 @@ from mlxlora_core.run.recipe import (
     check_sections,
     overrides,
 )
+from mlxlora_core.run.requirements import check_requirements
 
 _RECIPE_BYTES = 1 << 20
+
+
+def find_recipe(name: str, registry: Registry) -> Path:
+    """The recipe file that a path or a name stands for.
+
+    Raises:
+        UsageError: no plugin brings a recipe of that name.
+        PluginError: two plugins do.
+    """
+    path = Path(name)
+    if path.suffix == ".toml" or len(path.parts) > 1:
+        return path
+    known = [component.spec.name for component in registry.of("recipe")]
+    if name in known or ":" in name:
+        shipped: Path = registry.find("recipe", name).spec.path
+        return shipped
+    raise UsageError(
+        f"no recipe '{name}' ({nearest(name, known)}there is {listing(known)}, or name a .toml file)"
+    )
 
 
 def read(path: Path, sets: Iterable[str], registry: Registry) -> Recipe:
@@ -46,10 +66,11 @@ def read(path: Path, sets: Iterable[str], registry: Registry) -> Recipe:
     Raises:
         UsageError: no such file, broken TOML, an unknown section or key (the
             nearest one is suggested), a value of a wrong type or range.
-        PluginError: a component that is not there.
+        PluginError: a plugin that the recipe requires, or a component, that is not there.
     """
     source = _Source(path, overrides(sets))
     source.check_layout(registry)
+    source.check_requirements(registry)
     sections = source.values(source.components(registry))
     name = path.stem if path.stem != "recipe" else path.absolute().parent.name
     return Recipe(name=name or "recipe", **sections, origins=source.origins)
@@ -121,6 +142,10 @@ class _Source:
         orphans = [*written, *table.get("options", {}), *(key for key in sets if key != "use")]
         if orphans and not required:
             yield f"[{section}] has {listing(orphans)} but names no component; add use ="
+
+    def check_requirements(self, registry: Registry) -> None:
+        """Refuse plugins that are not there, before a component of theirs is missed."""
+        check_requirements(self._plain("plugins").require, registry, self._where("plugins"))
 
     # --- the components ---
 
@@ -224,7 +249,8 @@ class _Source:
             self._rows(section, [component.spec.options], written, said, prefix)
             for component, written, said, prefix in zip(components, tables, over, prefixes, strict=True)
         ]
-        samplers.cool_others(rows, components)
+        if section == "sampler":
+            samplers.cool_others(rows, components)
         return tuple(configure(c, row, where)[0] for c, row in zip(components, rows, strict=True))
 
     def _rows(

@@ -1,4 +1,4 @@
-"""Samplers in a row: how they are named, and to whom an option goes.
+"""Samplers in a row, and observers side by side: how they are named, and to whom an option goes.
 
 An option goes to the sampler that has it. Where several have it, it is written
 ``SAMPLER.OPTION``, but for ``temp``: logits are heated once, by the first sampler
@@ -56,7 +56,7 @@ def deal(values: Mapping[str, Any], components: Sequence[Component], where: str 
     ids = [component.id for component in components]
     for component in components:
         if ids.count(component.id) > 1:
-            raise UsageError(f"sampler '{component.spec.name}' is named twice", where=where)
+            raise UsageError(f"{component.kind} '{component.spec.name}' is named twice", where=where)
     dealt: list[dict[str, Any]] = [{} for _ in components]
     faults = []
     for key, value in values.items():
@@ -98,13 +98,13 @@ def _options(component: Component) -> list[str]:
 
 def _fault(key: str, takers: Sequence[int], components: Sequence[Component]) -> str:
     """Why an option goes to none of the components, or to none of ``takers`` alone."""
-    called = labels(components)
+    called, kind = labels(components), components[0].kind
     label, _, name = key.rpartition(".")
     if takers:
         forms = " or ".join(f"{called[taker]}.{name}" for taker in takers)
-        return f"several samplers have an option '{name}'; write {forms}"
+        return f"several {kind}s have an option '{name}'; write {forms}"
     if label:
-        return f"no sampler '{label}' here ({nearest(label, called)}there is {listing(called)})"
+        return f"no {kind} '{label}' here ({nearest(label, called)}there is {listing(called)})"
     known = sorted({option for component in components for option in _options(component)})
     there_is = f"{nearest(name, known)}they have {listing(known, 20)}"
-    return f"samplers {listing(called)} have no option '{name}' ({there_is})"
+    return f"{kind}s {listing(called)} have no option '{name}' ({there_is})"

@@ -5,7 +5,7 @@ Subclass :class:`ArchitectureSuite` in a test file and run it with pytest::
     class TestMyArchitecture(ArchitectureSuite):
         spec = my_plugin.ARCHITECTURE
         raw = {"dim": 16, "n_layers": 2, ...}
-        tensors = {"tok_embeddings.weight": (11, 16), ...}
+        checkpoint = {"tok_embeddings.weight": (11, 16), ...}
         sizes = ("dim", "n_layers", ...)
 
         def reference(self, weights, tokens): ...
@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -25,22 +26,32 @@ import pytest
 from mlx.utils import tree_unflatten
 
 from mlxlora_core.errors import ModelError
+from mlxlora_core.model.architectures import folder_args, foreign_args
+from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import linear_shape, linears, parameters
-from mlxlora_core.options import plain
-from mlxlora_core.specs import Architecture, Cache, LanguageModel
+from mlxlora_core.model.ops import LARGE
+from mlxlora_core.options import explain, plain
+from mlxlora_core.specs import Architecture, LazyTensor
+from mlxlora_core.testing.forward import OnlyForward, gradients_of, in_parts, loss_of
+
+#: what a whole number in a config may be instead
+IMPOSSIBLE = (10**18, 2.5, "7", True, [3], float("nan"))
 
 
 class ArchitectureSuite:
     """What every architecture must do.
 
-    The model is filled with random float32 weights; keep it tiny.
+    The model is filled with random float32 weights; keep it tiny. Subclass the
+    suite once for each form that the family has: tied or not, with biases or
+    without, with grouped heads, with a window.
 
     Attributes:
         spec: the architecture.
         raw: the config of a tiny model of at least two layers, as a checkpoint
             spells it. A window or another limit of sight should be shorter than
             ``tokens``, so that it is tried.
-        tensors: name -> shape of every tensor in its checkpoint.
+        checkpoint: name -> shape of every tensor in its checkpoint.
+        unused: names of those that the model has no use for.
         sizes: keys of ``raw`` that are whole numbers of at least 1.
         tokens: T of the sequences that are tried.
         tolerance: how far two ways to compute the same logits may lie apart.
@@ -48,7 +59,8 @@ class ArchitectureSuite:
 
     spec: Architecture
     raw: Mapping[str, Any]
-    tensors: Mapping[str, tuple[int, ...]]
+    checkpoint: Mapping[str, tuple[int, ...]]
+    unused: frozenset[str] = frozenset()
     sizes: tuple[str, ...]
     tokens = 13
     tolerance = 1e-4
@@ -57,7 +69,7 @@ class ArchitectureSuite:
         """Logits (B, T, V) by an implementation that is independent of the architecture.
 
         Args:
-            weights: float32, by their names in the model.
+            weights: float32, by their names in the checkpoint and as they stand there.
             tokens: ids (B, T).
         """
         raise NotImplementedError
@@ -65,33 +77,58 @@ class ArchitectureSuite:
     # --- what the tests are made of ---
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name in the model -> shape, without the tensors that it does not need."""
-        renamed = ((self.spec.rename(name), shape) for name, shape in self.tensors.items())
-        return {name: shape for name, shape in renamed if name is not None}
-
-    @property
     def weights(self) -> dict[str, np.ndarray]:
-        """Random weights by their names in the model, the same every time."""
+        """Random tensors of the checkpoint, the same every time."""
         draw = np.random.default_rng(5)
         found = {}
-        for name, shape in sorted(self.shapes.items()):
+        for name, shape in sorted(self.checkpoint.items()):
             noise = draw.standard_normal(shape)
             scaled = 1 + 0.2 * noise if len(shape) == 1 else noise * 1.5 / shape[-1] ** 0.5
             found[name] = scaled.astype(np.float32)
         return found
 
-    def model(self) -> Any:
-        """The model of ``raw`` with those weights: a LanguageModel and an ``mlx.nn.Module``."""
-        model: Any = self.spec.build(self.spec.config(self.raw, self.shapes))
-        model.update(tree_unflatten([(name, mx.array(w)) for name, w in self.weights.items()]))
+    def read(self, raw: Mapping[str, Any]) -> Any:
+        """The arguments that the architecture reads out of a foreign config."""
+        return foreign_args(self.spec, raw, self.checkpoint)
+
+    def lazy(self, read: list[str] | None = None) -> dict[str, LazyTensor]:
+        """The checkpoint as a loader would open it; each name that is read is added to ``read``."""
+
+        def values(name: str, weight: np.ndarray) -> mx.array:
+            if read is not None:
+                read.append(name)
+            return mx.array(weight)
+
+        weights = self.weights.items()
+        return {name: LazyTensor(w.shape, "float32", partial(values, name, w)) for name, w in weights}
+
+    def tensors(self) -> dict[str, mx.array]:
+        """The model's tensors, made of the checkpoint's."""
+        made = self.spec.tensors(self.lazy(), self.read(self.raw))
+        return {name: tensor.read() for name, tensor in made.items()}
+
+    def model(self) -> LanguageModel:
+        """The model of ``raw`` with those weights."""
+        model = self.spec.build(self.read(self.raw))
+        model.update(tree_unflatten(list(self.tensors().items())))
         model.eval()
         return model
 
-    def ids(self, model: LanguageModel, rows: int = 2) -> mx.array:
+    def ids(self, model: LanguageModel, rows: int = 2, tokens: int | None = None) -> mx.array:
         """Random token ids (rows, ``tokens``), the same every time."""
         draw = np.random.default_rng(6)
-        return mx.array(draw.integers(0, model.vocab_size, (rows, self.tokens)))
+        return mx.array(draw.integers(0, model.vocab_size, (rows, tokens or self.tokens)))
+
+    def many_ids(self, model: LanguageModel) -> mx.array:
+        """Token ids (B, T) of which the hidden states are as large as those of a model in use.
+
+        What core computes with takes other, faster ways from
+        :data:`mlxlora_core.model.ops.LARGE` elements on.
+        """
+        width = model.embed(self.ids(model)).shape[-1]
+        tokens = min(model.context_tokens or 150, 150)
+        rows = max(2, -(-2 * LARGE // (width * tokens)))
+        return self.ids(model, rows, tokens)
 
     def same(self, got: mx.array, want: mx.array) -> None:
         """Assert that two results are equal up to ``tolerance``."""
@@ -104,7 +141,7 @@ class ArchitectureSuite:
     def test_members(self) -> None:
         """The model says what it is, and its head is where it says."""
         model = self.model()
-        assert isinstance(model, nn.Module)
+        assert isinstance(model, LanguageModel)
         assert len(model.layers) >= 2
         assert all(isinstance(layer, nn.Module) for layer in model.layers)
         assert len(model.make_cache()) == len(model.layers)
@@ -114,11 +151,42 @@ class ArchitectureSuite:
             assert linear_shape(dict(linears(model))[model.head_path])[0] == model.vocab_size
         assert model(self.ids(model)).shape == (2, self.tokens, model.vocab_size)
 
-    def test_every_name_is_accounted_for(self) -> None:
-        """The checkpoint's tensors are the model's parameters, in name and shape; no other name changes."""
-        model: Any = self.spec.build(self.spec.config(self.raw, self.shapes))
-        assert {name: p.shape for name, p in parameters(model).items()} == self.shapes
-        assert self.spec.rename("no.such.tensor") == "no.such.tensor"
+    def test_tensors_are_the_parameters(self) -> None:
+        """What is made of the checkpoint are the model's parameters, in name, shape and type, told unread."""
+        read: list[str] = []
+        args = self.read(self.raw)
+        made = self.spec.tensors(self.lazy(read), args)
+        assert read == [], "tensors() reads; it must leave that to the tensors it gives"
+        model = self.spec.build(args)
+        assert {n: t.shape for n, t in made.items()} == {n: p.shape for n, p in parameters(model).items()}
+        for name, tensor in made.items():
+            got = tensor.read()
+            assert (got.shape, got.dtype) == (tensor.shape, mx.float32), name
+            assert tensor.dtype == "float32", name
+            assert mx.array_equal(tensor.read(), got).item(), f"{name} is another one when it is read again"
+
+    def test_no_tensor_is_lost(self) -> None:
+        """Every tensor of the checkpoint goes into the model, but for those that the suite calls unused."""
+        read: list[str] = []
+        for tensor in self.spec.tensors(self.lazy(read), self.read(self.raw)).values():
+            mx.eval(tensor.read())
+        assert set(self.checkpoint) - set(read) == self.unused
+
+    def test_unknown_names_pass(self) -> None:
+        """A tensor that the architecture does not know is there under its name, so that core can tell it."""
+        stray = LazyTensor((1,), "float32", lambda: mx.zeros((1,)))
+        found = {**self.lazy(), "no.such.tensor": stray}
+        assert self.spec.tensors(found, self.read(self.raw)).get("no.such.tensor") is stray
+
+    def test_a_tensor_that_is_missing_is_no_crash(self) -> None:
+        """Without any one tensor the rest is made, or a ModelError says what is missing."""
+        for name in self.checkpoint:
+            found = {other: tensor for other, tensor in self.lazy().items() if other != name}
+            try:
+                made = self.spec.tensors(found, self.read(self.raw))
+            except ModelError:
+                continue
+            assert name in self.unused or set(made) != set(parameters(self.model())), name
 
     def test_every_parameter_counts(self) -> None:
         """Another value of any parameter gives other logits."""
@@ -126,22 +194,82 @@ class ArchitectureSuite:
         ids = self.ids(model)
         before = model(ids)
         idle = []
-        for name, weight in self.weights.items():
-            model.update(tree_unflatten([(name, mx.array(weight[::-1] * 1.5))]))
+        for name, weight in self.tensors().items():
+            model.update(tree_unflatten([(name, weight[::-1] * 1.5)]))
             if float(mx.abs(model(ids) - before).max()) < 1e-3:
                 idle.append(name)
-            model.update(tree_unflatten([(name, mx.array(weight))]))
+            model.update(tree_unflatten([(name, weight)]))
         assert idle == []
 
-    def test_agrees_with_the_reference(self) -> None:
+    @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+    def test_agrees_with_the_reference(self, large: bool) -> None:
         """Logits are those of an independent implementation."""
         model = self.model()
-        ids = self.ids(model)
+        ids = self.many_ids(model) if large else self.ids(model)
         try:
             want = self.reference(self.weights, np.array(ids))
         except NotImplementedError:
             pytest.skip("the suite gives no reference")
         self.same(model(ids), mx.array(np.asarray(want, np.float32)))
+
+    # --- at the sizes of a model in use: other ways of computing are taken there ---
+
+    def test_large_logits_and_gradients_are_finite(self) -> None:
+        """No logit and no gradient is infinite or NaN, whatever the number of rows and tokens."""
+        model = self.model()
+        whole = self.many_ids(model)
+        for ids in (whole, whole[:1], whole[:, : whole.shape[1] // 2]):
+            assert mx.isfinite(model(ids)).all().item(), f"logits of {ids.shape}"
+            for name, gradient in gradients_of(model, ids).items():
+                assert mx.isfinite(gradient).all().item(), f"gradient of {name} for {ids.shape}"
+
+    def test_large_gradient_is_the_slope(self) -> None:
+        """Along a random direction the loss changes as the gradient says."""
+        model = self.model()
+        ids = self.many_ids(model)
+        weights, gradients = parameters(model), gradients_of(model, ids)
+        draw = np.random.default_rng(8)
+        way = {n: mx.array(draw.standard_normal(w.shape).astype(np.float32)) for n, w in weights.items()}
+        slope = sum(float((gradients[name] * way[name]).sum()) for name in weights)
+        step = 1e-3
+        ends = []
+        for sign in (1, -1):
+            moved = [(name, w + sign * step * way[name]) for name, w in weights.items()]
+            model.update(tree_unflatten(moved))
+            ends.append(float(loss_of(model, ids)))
+        measured = (ends[0] - ends[1]) / (2 * step)
+        size = sum(float(g.square().sum()) for g in gradients.values()) ** 0.5
+        assert abs(measured - slope) <= 0.05 * size, f"the slope is {measured}, not {slope}"
+
+    def test_large_is_causal(self) -> None:
+        """Other tokens from some position on change no logit before it."""
+        model = self.model()
+        ids = self.many_ids(model)
+        length = ids.shape[1]
+        before = model(ids)
+        for cut in (1, length // 3, length - 1):
+            other = mx.concatenate([ids[:, :cut], (ids[:, cut:] + 1) % model.vocab_size], axis=1)
+            change = mx.abs(before - model(other))
+            assert float(change[:, :cut].max()) <= 1e-5
+            assert float(change[:, cut:].max()) > 1e-3
+
+    def test_large_rows_are_independent(self) -> None:
+        """A row of a large batch has the logits that it has alone."""
+        model = self.model()
+        ids = self.many_ids(model)
+        self.same(mx.concatenate([model(ids[:1]), model(ids[1:])]), model(ids))
+
+    def test_large_decoding_is_the_full_forward(self) -> None:
+        """Prefill in large chunks, then tokens one by one, have the logits of the whole sequence."""
+        model = self.model()
+        ids = self.many_ids(model)
+        length = ids.shape[1]
+        first = length // 2
+        second = length - first - 5
+        for lengths in ([length - 5], [first, second]):
+            self.same(in_parts(model, ids, [*lengths, 1, 1, 1, 1, 1]), model(ids))
+
+    # --- the model's parts ---
 
     def test_is_causal(self) -> None:
         """Other tokens from some position on change the logits from there on, and none before."""
@@ -163,7 +291,7 @@ class ArchitectureSuite:
         """Token by token, every row of a batch has the logits of the whole sequence."""
         model = self.model()
         ids = self.ids(model)
-        self.same(_in_parts(model, ids, [1] * self.tokens), model(ids))
+        self.same(in_parts(model, ids, [1] * self.tokens), model(ids))
 
     @pytest.mark.parametrize("first", [2, 5, 12])
     def test_prefill_in_chunks_is_the_full_forward(self, first: int) -> None:
@@ -172,7 +300,7 @@ class ArchitectureSuite:
         ids = self.ids(model)
         second = min(4, self.tokens - first)
         rest = self.tokens - first - second
-        self.same(_in_parts(model, ids, [first, second] + [1] * rest), model(ids))
+        self.same(in_parts(model, ids, [first, second] + [1] * rest), model(ids))
 
     def test_embed_run_and_head_compose(self) -> None:
         """The three calls are the whole, and the layers can be run in two goes, cached or not."""
@@ -201,7 +329,7 @@ class ArchitectureSuite:
         model = self.model()
         ids = self.ids(model)
         before = model(ids)
-        stand_ins = {path: _StandIn(linear) for path, linear in linears(model)}
+        stand_ins = {path: OnlyForward(linear) for path, linear in linears(model)}
         assert any(path.startswith("layers.") for path in stand_ins)
         model.update_modules(tree_unflatten(list(stand_ins.items())))
         self.same(model(ids), before)
@@ -209,73 +337,55 @@ class ArchitectureSuite:
 
     def test_build_computes_nothing(self) -> None:
         """Parameters that will be loaded anyway are not made first."""
-        args = self.spec.config(self.raw, self.shapes)
+        args = self.read(self.raw)
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        model: Any = self.spec.build(args)
+        model = self.spec.build(args)
         rise = mx.get_peak_memory() - before
         assert rise < sum(p.nbytes for p in parameters(model).values()) / 2
 
-    def test_config_is_read_back(self) -> None:
-        """What config.json holds gives the same arguments without any shapes."""
-        args = self.spec.config(self.raw, self.shapes)
-        assert dataclasses.is_dataclass(args)
+    # --- its arguments ---
+
+    def test_args_are_read_back(self) -> None:
+        """What config.json holds gives the same arguments, and no key that they do not have is let pass."""
+        args = self.read(self.raw)
+        assert isinstance(args, self.spec.args)
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(args, dataclasses.fields(args)[0].name, None)
         written = json.loads(json.dumps(plain(args)))
-        written.setdefault("model_type", self.raw.get("model_type") or self.spec.detect(self.raw))
-        assert written["model_type"] in self.spec.model_types
-        assert self.spec.config(written, {}) == args
+        assert folder_args(self.spec, written) == args
         without_nulls = {key: value for key, value in written.items() if value is not None}
-        assert self.spec.config(without_nulls, {}) == args
-        assert self.spec.config({**written, "no_such_key": 1}, {}) == args
+        assert folder_args(self.spec, without_nulls) == args
+        cores_own = {"model_type": self.spec.model_types[0], "quantization": {}, "tokenizer_files": ["a"]}
+        assert folder_args(self.spec, {**cores_own, **written}) == args
+        with pytest.raises(ModelError, match="no_such_key"):
+            folder_args(self.spec, {**written, "no_such_key": 1})
+
+    def test_every_number_is_bounded(self) -> None:
+        """A whole number in config.json is one, and not so large that building it would never end."""
+        written = plain(self.read(self.raw))
+        for option in explain(self.spec.args):
+            if option.type_name.startswith("integer"):
+                for value in IMPOSSIBLE:
+                    with pytest.raises(ModelError, match=option.name):
+                        folder_args(self.spec, {**written, option.name: value})
 
     def test_impossible_sizes_are_refused(self) -> None:
-        """A size that makes no sense is an error that names it, whatever it is."""
-        written = plain(self.spec.config(self.raw, self.shapes))
+        """A size of a foreign config that makes no sense is an error that names it, whatever it is."""
         for key in self.sizes:
-            for value in (0, 10**18, 2.5, "7", True, [3], float("nan")):
+            for value in (0, *IMPOSSIBLE):
                 with pytest.raises(ModelError, match=key):
-                    self.spec.config({**self.raw, key: value}, self.shapes)
-            with pytest.raises(ModelError, match=key):
-                self.spec.config({**written, key: -1}, {})
+                    self.read({**self.raw, key: value})
 
     def test_all_faults_are_told_at_once(self) -> None:
         """Every impossible size is named in one error."""
         with pytest.raises(ModelError) as fault:
-            self.spec.config({**self.raw, **dict.fromkeys(self.sizes, "x")}, self.shapes)
+            self.read({**self.raw, **dict.fromkeys(self.sizes, "x")})
         assert [key for key in self.sizes if key not in str(fault.value)] == []
 
     def test_knows_its_own_configs_alone(self) -> None:
-        """The config of something else is not taken for its own, and an empty one is an error."""
-        for raw in ({}, {"hidden_size": 64, "architectures": ["Other"]}, {"model_type": "no-such-type"}):
-            assert self.spec.detect(raw) is None
-            with pytest.raises(ModelError):
-                self.spec.config(raw, {})
-        named = self.raw.get("model_type") or self.spec.detect(self.raw)
-        assert named in self.spec.model_types
-
-
-class _StandIn(nn.Module):
-    """A linear's forward and nothing else."""
-
-    def __init__(self, linear: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._linear = [linear]  # in a list: no child module, no parameters
-        self.called = False
-
-    def __call__(self, x: mx.array) -> mx.array:
-        self.called = True
-        out: mx.array = self._linear[0](x)
-        return out
-
-
-def _in_parts(model: LanguageModel, ids: mx.array, lengths: list[int]) -> mx.array:
-    """Logits of ``ids`` given to a cached model in parts of these lengths."""
-    cache: list[Cache] = model.make_cache()
-    parts, start = [], 0
-    for length in lengths:
-        parts.append(model(ids[:, start : start + length], cache=cache))
-        start += length
-        assert [entry.offset for entry in cache] == [start] * len(cache)
-    return mx.concatenate(parts, axis=1)
+        """The config of something else is not taken for its own."""
+        for raw in ({}, {"architectures": ["Other"]}, {"model_type": "no-such-type"}):
+            assert self.spec.read(raw, {}) is None
+            assert self.spec.read(raw, self.checkpoint) is None
+        assert all(self.spec.model_types)

@@ -24,6 +24,7 @@ import mlx.core as mx
 import pytest
 
 from mlxlora_core.errors import MlxloraError
+from mlxlora_core.model.tokenizers import is_plain_name
 from mlxlora_core.specs import ForeignModel, WeightLoader
 
 # Opens and reads a checkpoint in a process of its own and prints how far the
@@ -130,11 +131,14 @@ class WeightLoaderSuite:
         assert one.config == two.config
 
     def test_config_and_tokenizer(self, tmp_path: Path) -> None:
-        """The config is what JSON can hold, and the tokenizer is a file."""
+        """The config is what JSON can hold, and the tokenizer is files with plain names."""
         self.write(tmp_path)
         checkpoint = self._open(tmp_path)
         assert json.loads(json.dumps(checkpoint.config)) == checkpoint.config
-        assert checkpoint.tokenizer_file.is_file()
+        assert checkpoint.tokenizer
+        for name, path in checkpoint.tokenizer.items():
+            assert is_plain_name(name), name
+            assert path.is_file(), path
 
     def test_source_is_left_alone(self, tmp_path: Path) -> None:
         """Reading changes no file and adds none."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from mlxlora_core.errors import DivergedError
-from mlxlora_core.specs import LanguageModel
+from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.training.batches import fixed_rows
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loss import Loss, nats
@@ -27,16 +26,15 @@ def evaluate(model: LanguageModel, examples: Sequence[Example], batch_size: int,
     Raises:
         DivergedError: the loss is not finite.
     """
-    module: Any = model
-    was_training = module.training
-    module.eval()
+    was_training = model.training
+    model.eval()
     total = Loss(0.0, 0)
     try:
         for rows in fixed_rows(examples, batch_size, batches):
             for part, value in side_by_side(partial(nats, model), examples, rows):
                 total += Loss(float(value), part.counted_tokens)
     finally:
-        module.train(was_training)
+        model.train(was_training)
     if not math.isfinite(total.nats):
         raise DivergedError(
             "the loss of the model is not finite",

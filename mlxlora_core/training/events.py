@@ -38,6 +38,18 @@ class TrainReport:
     clipped: int = 0
     skipped: int = 0
 
+    @property
+    def words(self) -> str:
+        """It in a line, without the step."""
+        clipped = f"  {self.clipped} clipped" if self.clipped else ""
+        skipped = f"  {self.skipped} skipped, not finite" if self.skipped else ""
+        speed = f"{self.steps_per_second:.2f} steps/s  {self.tokens_per_second:.0f} tokens/s"
+        peak = f"peak {self.peak_memory_bytes / 1e9:.2f} GB"
+        return f"loss {self.loss:.4f}  lr {self.learning_rate:.2e}  {speed}  {peak}{clipped}{skipped}"
+
+    def __str__(self) -> str:
+        return f"step {self.step}  {self.words}"
+
 
 @dataclass(frozen=True)
 class ValidReport:
@@ -55,6 +67,14 @@ class ValidReport:
     tokens: int
     seconds: float
 
+    @property
+    def words(self) -> str:
+        """It in a line, without the step."""
+        return f"valid loss {self.loss:.4f}  ({self.tokens} tokens in {self.seconds:.1f} s)"
+
+    def __str__(self) -> str:
+        return f"step {self.step}  {self.words}"
+
 
 @dataclass(frozen=True)
 class SpikeReport:
@@ -69,6 +89,14 @@ class SpikeReport:
     step: int
     loss: float
     median: float
+
+    @property
+    def words(self) -> str:
+        """It in a line, without the step."""
+        return f"warning: loss {self.loss:.4f}, the median of the steps before is {self.median:.4f}"
+
+    def __str__(self) -> str:
+        return f"step {self.step}  {self.words}"
 
 
 Report = TrainReport | ValidReport | SpikeReport
@@ -86,12 +114,23 @@ class CheckpointSaved:
     step: int
     seconds: float
 
+    @property
+    def words(self) -> str:
+        """It in a line, without the step."""
+        return f"saved in {self.seconds:.2f} s"
+
+    def __str__(self) -> str:
+        return f"step {self.step}  {self.words}"
+
 
 @dataclass(frozen=True)
 class Note:
     """Something that the user should know, in a line."""
 
     text: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -105,6 +144,9 @@ class TrainingStarted:
 
     step: int
     steps: int
+
+    def __str__(self) -> str:
+        return f"training from step {self.step} to {self.steps}"
 
 
 @dataclass(frozen=True)
@@ -141,6 +183,11 @@ class TrainResult:
     adapter_step: int
     train_loss: float | None
     valid_loss: float | None
+
+    def __str__(self) -> str:
+        losses = {"train": self.train_loss, "valid": self.valid_loss}
+        said = "".join(f", {name} loss {loss:.4f}" for name, loss in losses.items() if loss is not None)
+        return f"{self.steps} steps on {self.rows} rows{said}"
 
 
 TrainEvent = Note | TrainingStarted | Report | CheckpointSaved | TrainResult

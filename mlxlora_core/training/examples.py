@@ -11,10 +11,7 @@ import numpy as np
 
 from mlxlora_core.errors import DataError
 from mlxlora_core.files.jsonl import FAULTS_TOLD, JsonLines, check_content, read_jsonl, refuse_faults
-from mlxlora_core.model.tokenizer import Tokenizer
-from mlxlora_core.training.chat import turns
-
-Piece = tuple[list[int], bool]  # ids of a row, and whether they count in the loss
+from mlxlora_core.model.tokenizers import CheckedTokenizer
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Examples:
 
 
 def read_examples(
-    path: Path, tokenizer: Tokenizer, *, max_seq_length: int, mask_prompt: bool = False
+    path: Path, tokenizer: CheckedTokenizer, *, max_seq_length: int, mask_prompt: bool = False
 ) -> Examples:
     """Read and tokenize one split.
 
@@ -80,7 +77,7 @@ def read_examples(
 def examples_in_memory(
     rows: Sequence[Mapping[str, Any]],
     name: str,
-    tokenizer: Tokenizer,
+    tokenizer: CheckedTokenizer,
     *,
     max_seq_length: int,
     mask_prompt: bool = False,
@@ -112,7 +109,7 @@ def examples_in_memory(
 def make_examples(
     rows: Iterable[tuple[str, Mapping[str, Any]]],
     where: Path | str,
-    tokenizer: Tokenizer,
+    tokenizer: CheckedTokenizer,
     *,
     max_seq_length: int,
     mask_prompt: bool,
@@ -123,6 +120,7 @@ def make_examples(
         DataError: a row that cannot be tokenized, or none that can be used.
     """
     examples, lengths, cut, cut_tokens, empty = [], [], 0, 0, 0
+    specials = list(tokenizer.specials)
     for place, content in rows:
         try:
             whole = _example(_pieces(content, tokenizer, mask_prompt), tokenizer.bos)
@@ -131,7 +129,7 @@ def make_examples(
         example = Example(whole.tokens[:max_seq_length], whole.mask[:max_seq_length])
         if len(whole.tokens) > max_seq_length:
             cut, cut_tokens = cut + 1, cut_tokens + len(whole.tokens) - max_seq_length
-        says_something = ((whole.tokens != tokenizer.bos) & (whole.tokens != tokenizer.eos)).any()
+        says_something = not np.isin(whole.tokens, specials).all()
         if says_something and example.mask.any():
             examples.append(example)
             lengths.append(len(whole.tokens))
@@ -142,16 +140,24 @@ def make_examples(
     return Examples(tuple(examples), cut, cut_tokens, empty, tuple(lengths))
 
 
-def _example(pieces: Iterable[Piece], bos: int) -> Example:
-    """Ids and mask of a row, built together; a begin token never counts, since nothing foretells it."""
+def _example(pieces: Iterable[tuple[Sequence[int], bool]], bos: int | None) -> Example:
+    """Ids and mask of a row, built together out of pieces and whether each counts.
+
+    A begin token never counts, and neither does the first token: nothing foretells them.
+    """
     parts = [(np.array(ids, np.uint32), counts) for ids, counts in pieces]
     tokens = np.concatenate([ids for ids, _ in parts])
-    mask = np.concatenate([(ids != bos) & counts for ids, counts in parts])
+    mask = np.concatenate([np.full(len(ids), counts) for ids, counts in parts])
+    if bos is not None:
+        mask &= tokens != bos
+    mask[:1] = False
     return Example(tokens, mask)
 
 
-def _pieces(content: Mapping[str, Any], tokenizer: Tokenizer, mask_prompt: bool) -> Iterator[Piece]:
-    """The pieces of one row."""
+def _pieces(
+    content: Mapping[str, Any], tokenizer: CheckedTokenizer, mask_prompt: bool
+) -> Iterator[tuple[Sequence[int], bool]]:
+    """The ids of one row in pieces, and whether each counts in the loss."""
     if "text" in content:
         if mask_prompt:
             raise DataError(
@@ -159,17 +165,19 @@ def _pieces(content: Mapping[str, Any], tokenizer: Tokenizer, mask_prompt: bool)
                 fix="leave --mask-prompt out, or use {prompt, completion} or {messages} rows",
             )
         yield tokenizer.encode(content["text"], eos=True), True
-        return
-    pairs = (
-        [(content["prompt"], content["completion"])] if "prompt" in content else turns(content["messages"])
-    )
-    for prompt, answer in pairs:
-        asked, answered = _turn(prompt, answer, tokenizer)
+    elif "prompt" in content:
+        asked, answered = _turn(content["prompt"], content["completion"], tokenizer)
         yield asked, not mask_prompt
         yield answered, True
+    else:
+        pieces = tokenizer.render(content["messages"])
+        if not pieces[-1].answer:
+            raise DataError("messages must end with an answer of the assistant")
+        for piece in pieces:
+            yield piece.ids, piece.answer or not mask_prompt
 
 
-def _turn(prompt: str, answer: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def _turn(prompt: str, answer: str, tokenizer: CheckedTokenizer) -> tuple[list[int], list[int]]:
     """The ids of a prompt, begin token in front, and of what follows it, end token behind.
 
     Both are encoded as one text, as they would be read; the answer begins where

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from mlxlora_core import __version__
 from mlxlora_core.errors import ModelError, SettingsChanged
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Registry
 from mlxlora_core.training.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
@@ -97,7 +96,6 @@ def identify(
     adapted: Adapted,
     training: Training,
     splits: Mapping[str, Sequence[Example]],
-    registry: Registry,
     runtimes: Sequence[str] = (),
 ) -> Identity:
     """The identity of a training.
@@ -107,13 +105,10 @@ def identify(
         adapted: the adapter.
         training: settings and seed.
         splits: ``train`` and, where there is one, ``valid``.
-        registry: where the plugins of the base are looked up.
         runtimes: what the runtimes said of themselves.
     """
-    from mlxlora_core.model.folder import CONFIG, find_architecture
-
     adapter = adapted.choice
-    components = [adapter.component, find_architecture(model.config, registry, model.folder / CONFIG)]
+    components = [adapter.component, model.architecture]
     if model.quantization is not None:
         components.append(model.quantization.component)
     settings = plain(training.config) | {

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing
 from mlxlora_core.files import tensor_file
-from mlxlora_core.specs import LanguageModel
+from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.training.batches import steps_from
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.events import Report, SpikeReport, TrainReport, ValidReport

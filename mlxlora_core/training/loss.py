@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.ops import cross_entropy
-from mlxlora_core.specs import LanguageModel
 from mlxlora_core.training.batches import Batch
 
 

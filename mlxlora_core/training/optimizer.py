@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optimizers
 
-from mlxlora_core.specs import LanguageModel
+from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.training.settings import TrainConfig
 
 

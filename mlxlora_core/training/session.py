@@ -39,7 +39,7 @@ from mlxlora_core.training.identity import identify
 from mlxlora_core.training.loop import Training
 from mlxlora_core.training.memory import training_memory
 from mlxlora_core.training.saving import CheckpointFolder
-from mlxlora_core.training.settings import SaveConfig, TrainConfig
+from mlxlora_core.training.settings import BatchConfig, SaveConfig, TrainConfig
 
 LONG_ROW_TOKENS = 2048  # a row longer than that is told
 
@@ -96,7 +96,7 @@ class Outputs:
 
 def open_training(
     model: Model,
-    adapter: NewAdapter | AdapterFile,
+    adapter: NewAdapter | AdapterFile | Adapted,
     rows: Mapping[str, Source],
     config: TrainConfig,
     registry: Registry,
@@ -109,7 +109,7 @@ def open_training(
 
     Args:
         model: the base; it is changed in place.
-        adapter: to train.
+        adapter: to train; one that is on the model already goes on from its values.
         rows: ``train`` and, where there is something to validate on, ``valid``.
         config: how to train.
         registry: where plugins are looked up.
@@ -126,16 +126,42 @@ def open_training(
     outputs = outputs or Outputs()
     if outputs.adapter_file is not None:
         check_adapter_file(outputs.adapter_file)
-    splits = {name: _read(name, source, model, config) for name, source in rows.items()}
+    splits = {name: examples_of(name, source, model, config) for name, source in rows.items()}
     adapted = _put_on(model, adapter, registry, seed)
     valid = splits["valid"].examples if "valid" in splits else ()
     training = Training(model.language_model, splits["train"].examples, valid, config, seed)
     folder = None
     if outputs.checkpoints is not None:
         examples = {name: split.examples for name, split in splits.items()}
-        identity = identify(model, adapted, training, examples, registry, runtimes)
+        identity = identify(model, adapted, training, examples, runtimes)
         folder = CheckpointFolder(outputs.checkpoints, training, model, adapted, identity)
     return TrainingSession(model, adapted, splits, training, outputs, folder)
+
+
+def examples_of(split: str, source: Source, model: Model, config: BatchConfig) -> Examples:
+    """The examples of a split.
+
+    Args:
+        split: its name.
+        source: where its rows come from.
+        model: whose tokenizer and context they are for.
+        config: how they are read.
+
+    Raises:
+        DataError: rows that are not there, or that cannot be used.
+    """
+    if isinstance(source, Examples):
+        return source
+    limit = model.sequence_limit(config.max_seq_length)
+    if not isinstance(source, Path):
+        return examples_in_memory(
+            source, split, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt
+        )
+    if not source.is_file():
+        raise DataError(
+            f"training needs {source.name}", where=source, fix="make the folder with: mlxlora data"
+        )
+    return read_examples(source, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt)
 
 
 def check_adapter_file(path: Path) -> None:
@@ -309,27 +335,15 @@ class TrainingSession:
         )
 
 
-def _put_on(model: Model, adapter: NewAdapter | AdapterFile, registry: Registry, seed: int) -> Adapted:
+def _put_on(
+    model: Model, adapter: NewAdapter | AdapterFile | Adapted, registry: Registry, seed: int
+) -> Adapted:
     """Put the adapter on the base."""
+    if isinstance(adapter, Adapted):
+        return adapter
     if isinstance(adapter, AdapterFile):
         return adapters.load(adapter.path, model, registry, adapter.name, adapter.values)
     return adapters.attach(model, adapter.choice, adapter.config, seed)
-
-
-def _read(split: str, source: Source, model: Model, config: TrainConfig) -> Examples:
-    """The examples of a split."""
-    if isinstance(source, Examples):
-        return source
-    limit = model.sequence_limit(config.max_seq_length)
-    if not isinstance(source, Path):
-        return examples_in_memory(
-            source, split, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt
-        )
-    if not source.is_file():
-        raise DataError(
-            f"training needs {source.name}", where=source, fix="make the folder with: mlxlora data"
-        )
-    return read_examples(source, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt)
 
 
 def _words_on_rows(split: str, rows: Examples) -> Iterator[Note]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
-from mlxlora_core.api import Architecture, LanguageModel, hookimpl
-from mlxlora_llama.config import MODEL_TYPES, ModelArgs, detect, model_args
+from mlxlora_core.api import Architecture, LazyTensor, hookimpl
+from mlxlora_llama.config import MODEL_TYPES, ModelArgs, read
 
-
-def rename(name: str) -> str | None:
-    """The checkpoint's own name, or None for the rotary frequencies, which are computed here."""
-    return None if name == "rope.freqs" or name.endswith(".rope.freqs") else name
+if TYPE_CHECKING:
+    from mlxlora_core.ops import LanguageModel
 
 
-def config(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelArgs:
-    """Checked arguments out of params.json or config.json; see :func:`mlxlora_llama.config.model_args`."""
-    return model_args(raw, shapes)
+def tensors(found: Mapping[str, LazyTensor], args: ModelArgs) -> Mapping[str, LazyTensor]:
+    """The checkpoint's tensors as they are, without the rotary frequencies, which are computed here."""
+    return {name: tensor for name, tensor in found.items() if not f".{name}".endswith(".rope.freqs")}
 
 
 def build(args: ModelArgs) -> LanguageModel:
@@ -34,9 +32,9 @@ def mlxlora_architectures() -> Iterable[Architecture]:
             name="llama",
             summary="Llama and Mistral: grouped queries, rotary positions, sliding window, tied or own head",
             model_types=MODEL_TYPES,
-            detect=detect,
-            config=config,
-            rename=rename,
+            args=ModelArgs,
+            read=read,
+            tensors=tensors,
             build=build,
             default_targets=("wq", "wv"),
         )

@@ -1,12 +1,12 @@
-"""What a Llama or Mistral is: read from a config, derived from tensor shapes, and checked."""
+"""What a Llama or Mistral is: its arguments, and how they are read from a checkpoint's config and shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from mlxlora_core.api import ModelError
+from mlxlora_core.api import ModelError, UsageError, option, parse
 
 MODEL_TYPES = ("llama", "mistral")
 
@@ -14,79 +14,54 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _HEAD = "output.weight"
 _EMBEDDING = "tok_embeddings.weight"
+_KEYS = "layers.0.attention.wk.weight"
 _MLP = "layers.0.feed_forward.w1.weight"
+
+# Far beyond any model there is, and small enough that nothing overflows or is
+# built at length because a file claims a large number.
 _WIDEST = 1 << 20  # of a matrix in a layer; 64 times that of the largest Llama
+_LONGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The arguments of a model, which are also the fields of its config.json.
+    """The arguments of a model: what its config.json holds."""
 
-    Attributes:
-        model_type: ``llama`` or ``mistral``.
-        dim: D.
-        n_layers: L.
-        head_dim: E, even.
-        hidden_dim: F.
-        n_heads: H, a multiple of K.
-        n_kv_heads: K.
-        norm_eps: what RMSNorm adds to the mean square.
-        vocab_size: V.
-        rope_theta: base of the rotary wavelengths.
-        sliding_window: tokens that a token sees, itself included; None is all before it.
-        max_seq_len: longest sequence it was made for, in tokens, or None.
-        tie_word_embeddings: whether the embedding is the output head too.
-    """
+    model_type: str = option(help="llama or mistral", choices=MODEL_TYPES)
+    dim: int = option(help="width, D", minimum=1, maximum=_WIDEST)
+    n_layers: int = option(help="layers, L", minimum=1, maximum=1024)
+    head_dim: int = option(help="even width of a head, E, or dim / n_heads", minimum=2, maximum=_WIDEST)
+    hidden_dim: int = option(
+        help=f"width of the feed-forward, F, or the rows of {_MLP}", minimum=1, maximum=_WIDEST
+    )
+    n_heads: int = option(help="query heads, H; a multiple of n_kv_heads", minimum=1, maximum=_WIDEST)
+    n_kv_heads: int = option(help="key and value heads, K", minimum=1, maximum=_WIDEST)
+    norm_eps: float = option(help="what RMSNorm adds to the mean square", minimum=1e-12, maximum=0.1)
+    vocab_size: int = option(help=f"vocabulary, V, or the rows of {_HEAD}", minimum=1, maximum=1 << 24)
+    rope_theta: float = option(1e4, help="base of the rotary wavelengths", minimum=1.0, maximum=1e12)
+    sliding_window: int | None = option(
+        None, help="tokens that a token sees, itself included", minimum=1, maximum=_LONGEST
+    )
+    max_seq_len: int | None = option(
+        None, help="longest sequence it was made for", unit="tokens", minimum=1, maximum=_LONGEST
+    )
+    tie_word_embeddings: bool = option(False, help="whether the embedding is the output head too")
 
-    model_type: str
-    dim: int
-    n_layers: int
-    head_dim: int
-    hidden_dim: int
-    n_heads: int
-    n_kv_heads: int
-    norm_eps: float
-    vocab_size: int
-    rope_theta: float = 10000.0
-    sliding_window: int | None = None
-    max_seq_len: int | None = None
-    tie_word_embeddings: bool = False
-
-
-@dataclass(frozen=True)
-class _Range:
-    """Numbers from ``low`` to ``high``: whole ones if both are."""
-
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        kind = "whole number" if isinstance(self.low, int) else "number"
-        return f"a {kind} from {self.low} to {self.high}"
-
-    def holds(self, value: Any) -> bool:
-        """Whether ``value`` is such a number; true and false are none."""
-        kinds = (int,) if isinstance(self.low, int) else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool) and self.low <= value <= self.high
+    def __post_init__(self) -> None:
+        faults = []
+        if self.n_heads % self.n_kv_heads:
+            faults.append(f"n_kv_heads: got {self.n_kv_heads}, wanted a divisor of n_heads {self.n_heads}")
+        if self.head_dim % 2:
+            faults.append(f"head_dim: got {self.head_dim}, wanted an even number")
+        if self.n_heads * self.head_dim > _WIDEST:
+            got = f"n_heads: got {self.n_heads} of head_dim {self.head_dim}"
+            faults.append(f"{got}, wanted a product of at most {_WIDEST}")
+        if faults:
+            raise ValueError("; ".join(faults))
 
 
-# Far beyond any model there is, and small enough that nothing overflows or is
-# built at length because a file claims a large number.
-_RANGES = {
-    "dim": _Range(1, _WIDEST),
-    "n_layers": _Range(1, 1024),
-    "head_dim": _Range(2, _WIDEST),
-    "hidden_dim": _Range(1, _WIDEST),
-    "n_heads": _Range(1, _WIDEST),
-    "n_kv_heads": _Range(1, _WIDEST),
-    "norm_eps": _Range(1e-12, 0.1),
-    "vocab_size": _Range(1, 1 << 24),
-    "rope_theta": _Range(1.0, 1e12),
-    "sliding_window": _Range(1, 2**31 - 1),
-    "max_seq_len": _Range(1, 2**31 - 1),
-}
+# argument -> other names of it in a checkpoint's config
 _ALIASES = {"max_seq_len": "max_position_embeddings"}
-_REQUIRED = ("dim", "n_layers", "n_heads", "norm_eps")
 
 # Keys that change what a model computes in a way that is not built here. All
 # other keys that are not known are about something else and are dropped.
@@ -95,124 +70,92 @@ _UNSUPPORTED = {
     "rope_scaling": "scaled rotary positions",
     "yarn": "scaled rotary positions",
     "moe": "a mixture of experts",
+    "_sliding_window": "a sliding window under this name",
 }
 
 
-def detect(raw: Mapping[str, Any]) -> str | None:
-    """The model_type of a params.json, which states none: ``mistral``, ``llama`` or None for another's."""
-    if raw.get("model_type") is not None or not {"dim", "n_layers", "n_heads"} <= raw.keys():
-        return None
-    return "llama" if raw.get("sliding_window") is None else "mistral"
+def read(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs | None:
+    """The arguments out of a params.json, or None for a config of something else.
 
-
-def model_args(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs:
-    """Checked arguments of a model.
-
-    What ``raw`` leaves out is derived: ``n_kv_heads`` is ``n_heads``, ``head_dim``
-    is ``dim / n_heads``, ``hidden_dim`` the rows of the first ``w1``,
-    ``vocab_size``, absent or negative, the rows of the head, and the head is tied
-    to the embedding when there is no ``output.weight`` among ``shapes`` and
-    ``tie_word_embeddings`` is not false.
+    What it leaves out, null among it, is derived: ``n_kv_heads`` from the rows of
+    the first ``wk``, ``head_dim`` as ``dim / n_heads``, ``hidden_dim`` from the
+    rows of the first ``w1``, ``vocab_size``, absent or negative, from the rows of
+    the head, and the head is the embedding when there is no ``output.weight``
+    and ``tie_word_embeddings`` is not false.
 
     Args:
-        raw: params.json of a checkpoint, or a config.json that mlxlora wrote.
-        shapes: of the tensors by name; empty for a config.json.
+        raw: params.json of a checkpoint.
+        shapes: of its tensors by name.
 
     Raises:
-        ModelError: values that are missing or impossible, all of them told at once.
+        ModelError: values that are missing or impossible, and keys that change what the
+            model computes in a way that is not supported; all told at once.
     """
-    faults: dict[str, str] = {
-        key: f"got {_show(raw[key])}, but {what} is not supported"
+    if not _is_mine(raw):
+        return None
+    faults = [
+        f"{key}: got {_show(raw[key])}, but {what} is not supported"
         for key, what in _UNSUPPORTED.items()
         if raw.get(key)
-    }
-    values = _stated(raw, faults)
-    values["model_type"] = _model_type(raw, faults)
-    values["tie_word_embeddings"] = _tied(raw, shapes, faults)
-    for key in _REQUIRED:
-        if key not in values:
-            faults.setdefault(key, f"is missing, wanted {_RANGES[key]}")
-    _derive(values, shapes, faults)
-    _relate(values, faults)
+    ]
+    stated = {key: value for key, value in raw.items() if value is not None}
+    names = {field.name: field.name for field in fields(ModelArgs)}
+    names |= {argument: alias for argument, alias in _ALIASES.items() if argument not in stated}
+    values = {argument: stated[name] for argument, name in names.items() if name in stated}
+    if _negative(values.get("vocab_size")):
+        del values["vocab_size"]
+    values["tie_word_embeddings"] = _tied(values, shapes)
+    values = _derived(values, shapes) | values
+    try:
+        args = parse(ModelArgs, values, owner="llama", spell=names.__getitem__, strict=True)
+    except UsageError as fault:
+        faults.append(fault.what)
     if faults:
-        raise ModelError("; ".join(f"{key}: {fault}" for key, fault in faults.items()))
-    return ModelArgs(**values)
+        raise ModelError("; ".join(faults))
+    return args
 
 
-def _stated(raw: Mapping[str, Any], faults: dict[str, str]) -> dict[str, Any]:
-    """The numbers that ``raw`` gives and that are possible; null counts as left out."""
-    values: dict[str, Any] = {}
-    for key, range_ in _RANGES.items():
-        name = key if raw.get(key) is not None else _ALIASES.get(key, key)
-        value = raw.get(name)
-        if value is None or (key == "vocab_size" and _negative(value)):
-            continue
-        if range_.holds(value):
-            values[key] = value if isinstance(range_.low, int) else float(value)
-        else:
-            faults[name] = f"got {_show(value)}, wanted {range_}"
-    return values
-
-
-def _model_type(raw: Mapping[str, Any], faults: dict[str, str]) -> str:
+def _is_mine(raw: Mapping[str, Any]) -> bool:
+    """Whether a config is one of Meta's or Mistral's own, whose keys are those of :class:`ModelArgs`."""
     stated = raw.get("model_type")
-    if stated is None:
-        stated = detect(raw)
-    if stated not in MODEL_TYPES:
-        faults["model_type"] = f"got {_show(stated)}, wanted {' or '.join(MODEL_TYPES)}"
-    return str(stated)
+    if stated is not None:
+        return stated in MODEL_TYPES
+    return {"dim", "n_layers", "n_heads"} <= raw.keys()
 
 
-def _tied(raw: Mapping[str, Any], shapes: Shapes, faults: dict[str, str]) -> bool:
+def _tied(values: Mapping[str, Any], shapes: Shapes) -> Any:
     """Tied when stated, or when there is no head; a head that is there is used in any case."""
-    stated = raw.get("tie_word_embeddings")
-    if not (stated is None or isinstance(stated, bool)):
-        faults["tie_word_embeddings"] = f"got {_show(stated)}, wanted true or false"
-    if shapes:
-        return _HEAD not in shapes and stated is not False
-    return bool(stated)
+    stated = values.get("tie_word_embeddings", True)
+    return _HEAD not in shapes if stated is True else stated
 
 
-def _derive(values: dict[str, Any], shapes: Shapes, faults: dict[str, str]) -> None:
-    """Fill what was left out in, from what was stated and from shapes."""
-    sources: dict[str, tuple[int | None, str]] = {
+def _derived(values: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """What follows from other values and from shapes, where these are such that anything follows."""
+    dim, heads = (_whole(values.get(key)) for key in ("dim", "n_heads"))
+    head_dim = _whole(values.get("head_dim")) or (dim // heads if heads and not dim % heads else 0)
+    keys = _rows(shapes, _KEYS)
+    found = {
+        "model_type": "llama" if values.get("sliding_window") is None else "mistral",
+        "head_dim": head_dim,
+        "n_kv_heads": keys // head_dim if head_dim and keys and not keys % head_dim else heads,
         "hidden_dim": _rows(shapes, _MLP),
-        "vocab_size": _rows(shapes, _EMBEDDING if values["tie_word_embeddings"] else _HEAD),
+        "vocab_size": _rows(shapes, _EMBEDDING if values["tie_word_embeddings"] is True else _HEAD),
     }
-    dim, heads = values.get("dim"), values.get("n_heads")
-    if heads:
-        sources["n_kv_heads"] = (heads, "n_heads")
-    if dim and heads:
-        sources["head_dim"] = (None if dim % heads else dim // heads, f"dim {dim} / n_heads {heads}")
-    for key, (value, source) in sources.items():
-        if key in values or key in faults:
-            continue
-        if _RANGES[key].holds(value):
-            values[key] = value
-        else:
-            got = "is missing and does not follow from" if value is None else f"got {value} from"
-            faults[key] = f"{got} {source}, wanted {_RANGES[key]}"
+    return {key: value for key, value in found.items() if value}
 
 
-def _relate(values: Mapping[str, Any], faults: dict[str, str]) -> None:
-    """What must hold between values that are each possible."""
-    heads, kv_heads, head_dim = (values.get(key) for key in ("n_heads", "n_kv_heads", "head_dim"))
-    if heads and kv_heads and heads % kv_heads:
-        faults["n_kv_heads"] = f"got {kv_heads}, wanted a divisor of n_heads {heads}"
-    if head_dim and head_dim % 2:
-        faults["head_dim"] = f"got {head_dim}, wanted an even number"
-    if heads and head_dim and heads * head_dim > _WIDEST:
-        faults["n_heads"] = f"got {heads} of head_dim {head_dim}, wanted a product of at most {_WIDEST}"
+def _whole(value: Any) -> int:
+    """A whole number above 0, or 0 for anything else."""
+    return value if type(value) is int and value > 0 else 0
 
 
-def _rows(shapes: Shapes, name: str) -> tuple[int | None, str]:
-    """The rows of a tensor, if it is there, and how to call them."""
-    shape = shapes.get(name)
-    return (shape[0] if shape else None), f"the rows of {name}"
+def _rows(shapes: Shapes, name: str) -> int:
+    """The rows of a tensor, or 0 where there is none."""
+    return (shapes.get(name) or (0,))[0]
 
 
 def _negative(value: Any) -> bool:
-    return isinstance(value, int) and value < 0
+    return type(value) is int and value < 0
 
 
 def _show(value: Any) -> str:

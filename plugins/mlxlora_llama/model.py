@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora_core.api import Cache
-from mlxlora_core.ops import KVCache, attention, rms_norm, rotate, silu_times
+from mlxlora_core.ops import KVCache, LanguageModel, attention, rms_norm, rotate, silu_times
 from mlxlora_llama.config import ModelArgs
 
 # What the attention of core takes: nothing, "causal", or booleans (T, S).
@@ -107,8 +107,8 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-class Model(nn.Module):
-    """A Llama or Mistral; a :class:`mlxlora_core.api.LanguageModel`.
+class Model(LanguageModel):
+    """A Llama or Mistral.
 
     Attributes:
         layers: the blocks, bottom first.
@@ -123,14 +123,10 @@ class Model(nn.Module):
         self.sliding_window = args.sliding_window
         self.head_path = "" if args.tie_word_embeddings else "output"
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
-        self.layers: list[nn.Module] = [TransformerBlock(args) for _ in range(args.n_layers)]
+        self.layers = [TransformerBlock(args) for _ in range(args.n_layers)]
         self.norm = RMSNorm(args.dim, args.norm_eps)
         if not args.tie_word_embeddings:
             self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-
-    def __call__(self, tokens: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
-        """Logits (B, T, V) of token ids (B, T) that follow those in ``cache``."""
-        return self.head(self.run(self.embed(tokens), cache=cache))
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Embeddings (B, T, D) of token ids (B, T)."""
@@ -144,14 +140,7 @@ class Model(nn.Module):
         last: int | None = None,
         cache: Sequence[Cache] | None = None,
     ) -> mx.array:
-        """Hidden states (B, T, D) after layers ``first`` up to, not including, ``last``.
-
-        Args:
-            hidden: what enters layer ``first``, (B, T, D).
-            first: the lowest layer to run.
-            last: where to stop; None is the top.
-            cache: one entry for each layer of the whole model.
-        """
+        """Hidden states (B, T, D) after layers ``first`` up to, not including, ``last``."""
         blocks = self.layers[first:last]
         entries = [None] * len(blocks) if cache is None else cache[first:last]
         held = entries[0].offset if entries and entries[0] is not None else 0

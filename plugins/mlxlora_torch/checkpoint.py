@@ -8,7 +8,7 @@ from pathlib import Path
 from mlxlora_core.api import ForeignModel, LazyTensor
 from mlxlora_core.files import open_regular, refuse_stand_in
 from mlxlora_torch.archive import open_archive
-from mlxlora_torch.folder import find_parts, read_params
+from mlxlora_torch.folder import TOKENIZER, find_parts, read_params
 from mlxlora_torch.reader import Reader, need_torch
 from mlxlora_torch.shards import join
 
@@ -35,6 +35,6 @@ def open_checkpoint(folder: Path) -> ForeignModel:
     reader.check_shards(tensors)
     return ForeignModel(
         config=params,
-        tokenizer_file=parts.tokenizer,
+        tokenizer={TOKENIZER: parts.tokenizer},
         tensors={t.name: LazyTensor(t.shape, t.dtype, partial(reader.read, t)) for t in tensors},
     )

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from mlxlora_core import registry as registry_module
-from mlxlora_core.model.tokenizer import Tokenizer
+from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.tokenizers import CheckedTokenizer, open_tokenizer
 from mlxlora_core.registry import Registry
 from mlxlora_core.training.examples import Example
 
@@ -44,8 +45,8 @@ class Block(nn.Module):
         return x + self.wv(nn.silu(self.wq(mean)))
 
 
-class StandIn(nn.Module):
-    """A causal language model of a few lines: a :class:`mlxlora_core.specs.LanguageModel`."""
+class StandIn(LanguageModel):
+    """A causal language model of a few lines."""
 
     head_path = "output"
 
@@ -53,11 +54,8 @@ class StandIn(nn.Module):
         super().__init__()
         self.vocab_size, self.context_tokens = vocab_size, context_tokens
         self.embedding = nn.Embedding(vocab_size, width)
-        self.layers: list[nn.Module] = [Block(width), Block(width)]
+        self.layers = [Block(width), Block(width)]
         self.output = nn.Linear(width, vocab_size)
-
-    def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
-        return self.head(self.run(self.embed(tokens), cache=cache))
 
     def embed(self, tokens: mx.array) -> mx.array:
         return self.embedding(tokens)
@@ -111,9 +109,9 @@ def registry() -> Registry:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tiny_tokenizer: Path) -> Tokenizer:
+def tokenizer(tiny_tokenizer: Path, registry: Registry) -> CheckedTokenizer:
     """The tiny tokenizer: 320 pieces, byte fallback, nothing normalised."""
-    return Tokenizer(tiny_tokenizer)
+    return open_tokenizer({"tokenizer.model": tiny_tokenizer}, registry, tiny_tokenizer)
 
 
 MakeModel = Callable[..., Path]

@@ -289,9 +289,9 @@ class SentencePiece(Subject):
         self.good = [(self.material / f"{name}.model").read_bytes() for name in ("bpe", "unigram")]
 
     def parse(self) -> Any:
-        from mlxlora_core.model.tokenizer import Tokenizer
+        from mlxlora_sentencepiece.tokenizer import SentencePieceTokenizer
 
-        tokenizer = Tokenizer(self.path)
+        tokenizer = SentencePieceTokenizer(self.path)
         model = tokenizer._model
         for text in _TEXTS:
             ids = tokenizer.encode(text)
@@ -349,12 +349,12 @@ class Params(Subject):
         self.good = [(self.material / "checkpoint" / "params.json").read_bytes()]
 
     def parse(self) -> Any:
-        from mlxlora_llama.config import model_args
+        from mlxlora_llama.config import read
         from mlxlora_torch.folder import read_params
 
         params = read_params(self.path)
         shapes = {"output.weight": (_VOCAB, 8), "layers.0.feed_forward.w1.weight": (16, 8)}
-        model_args(params, shapes)
+        read(params, shapes)
         return params
 
     def reference(self) -> Any:
@@ -369,11 +369,13 @@ class Config(Subject):
         self.good = [(self.material / "model" / "config.json").read_bytes()]
 
     def parse(self) -> Any:
+        from mlxlora_core.model import architectures
         from mlxlora_core.model import folder as model_folder
 
         config = model_folder.read_config(self.folder)
-        architecture = model_folder.find_architecture(config, self.registry, self.path)
-        model_folder.model_args(architecture, config, {}, self.path)
+        architecture = architectures.find_architecture(config, self.registry, self.path)
+        architectures.folder_args(architecture.spec, config)
+        model_folder.tokenizer_files(self.folder, config)
         model_folder.read_quantization(config, self.registry, self.path)
         return config
 

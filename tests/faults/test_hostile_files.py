@@ -327,12 +327,15 @@ def test_a_config_that_asks_for_code_is_refused(
 def test_templates_in_a_model_folder_are_not_run(mlxlora: Command, model: Path, canary: Path) -> None:
     template = "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for i in range(10**12) %}{% endfor %}"
     template += f"{{{{ cycler.__init__.__globals__.os.system('touch {canary}') }}}}"
-    path = model / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     (model / "chat_template.jinja").write_text(template)
     (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     generate = ("generate", "--model", model, "-p", "A", "--num-tokens", 1)
     assert mlxlora(*generate).code == 0
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    refused = mlxlora(*generate)
+    assert refused.code == 4 and "has no option 'chat_template'" in refused.error
+    assert not canary.exists()
 
 
 def test_numbers_of_a_config_allocate_nothing(mlxlora: Command, source: Path, tmp_path: Path) -> None:

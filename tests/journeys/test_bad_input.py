@@ -107,7 +107,9 @@ def other_tokenizer(source: Path) -> None:
         sentence_iterator=iter(["A layer scales the weights."] * 50),
         model_prefix=str(source / "tokenizer"),
         model_type="bpe",
-        vocab_size=290,
+        vocab_size=340,
+        hard_vocab_limit=False,
+        user_defined_symbols=[f"<{i}>" for i in range(60)],
         byte_fallback=True,
         minloglevel=2,
     )

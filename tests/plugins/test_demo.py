@@ -14,11 +14,11 @@ from typing import Any
 
 import mlxlora_demo
 import pytest
+from mlxlora_sentencepiece.tokenizer import SentencePieceTokenizer
 from pretrain import REQUIREMENTS, documents
 
 import mlxlora_core
 from mlxlora_core import cli
-from mlxlora_core.model.tokenizer import Tokenizer
 
 FOLDER = Path(mlxlora_demo.__file__).parent
 BASE = FOLDER / "base"
@@ -50,7 +50,7 @@ def test_the_wheel_holds_the_same_files(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_gives_any_text_back() -> None:
-    tokenizer = Tokenizer(BASE / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(BASE / "tokenizer.model")
     for text in (
         "Q: What is ReLU in mlx?\nA: mlx.nn.ReLU",
         "    indented\n\n\ttab",

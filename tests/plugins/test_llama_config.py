@@ -8,10 +8,11 @@ from typing import Any
 
 import llama_torch
 import pytest
-from mlxlora_llama import config, rename
-from mlxlora_llama.config import ModelArgs, detect
+from mlxlora_llama import mlxlora_architectures, tensors
+from mlxlora_llama.config import ModelArgs, read
 
 from mlxlora_core.errors import ExitCode, ModelError
+from mlxlora_core.model.architectures import folder_args
 from mlxlora_core.options import plain
 
 # params.json as it was released, and the shapes of the tensors beside it.
@@ -35,6 +36,13 @@ MISTRAL_7B = {
     "vocab_size": 32000,
 }
 WHOLE = {**MISTRAL_7B, "model_type": "mistral"}
+(SPEC,) = mlxlora_architectures()
+
+
+def config(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> ModelArgs:
+    args = read(raw, shapes)
+    assert args is not None
+    return args
 
 
 def shapes_of(hidden: int, vocab: int, tied: bool = False) -> dict[str, tuple[int, ...]]:
@@ -44,7 +52,7 @@ def shapes_of(hidden: int, vocab: int, tied: bool = False) -> dict[str, tuple[in
 
 def faults(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]] | None = None) -> str:
     with pytest.raises(ModelError) as caught:
-        config(raw, shapes or {})
+        read(raw, shapes or {})
     assert caught.value.exit_code == ExitCode.MODEL
     return caught.value.what
 
@@ -107,9 +115,16 @@ def test_rope_theta_may_be_written_as_a_whole_number() -> None:
 def test_written_config_is_read_back() -> None:
     args = config({**LLAMA_2_7B, "max_seq_len": 4096, "rope_theta": 12345.678}, shapes_of(11008, 9, True))
     written = json.loads(json.dumps(plain(args)))
-    assert config(written, {}) == args
+    assert folder_args(SPEC, written) == args
     quantized = {**written, "quantization": {"group_size": 64, "bits": 4}, "quantizer": "affine"}
-    assert config(quantized, {}) == args
+    assert folder_args(SPEC, quantized) == args
+
+
+def test_key_heads_follow_from_their_rows() -> None:
+    shapes = shapes_of(11008, 32000) | {"layers.0.attention.wk.weight": (1024, 4096)}
+    assert config(LLAMA_2_7B, shapes).n_kv_heads == 8
+    assert config({**LLAMA_2_7B, "n_kv_heads": 16}, shapes).n_kv_heads == 16
+    assert config({**LLAMA_2_7B, "head_dim": 64}, shapes).n_kv_heads == 16
 
 
 @pytest.mark.parametrize(
@@ -119,75 +134,84 @@ def test_written_config_is_read_back() -> None:
         (MISTRAL_7B, "mistral"),
         ({**MISTRAL_7B, "sliding_window": None}, "llama"),
         ({**LLAMA_2_7B, "model_type": None}, "llama"),
-        (WHOLE, None),
+        ({**MISTRAL_7B, "model_type": "llama"}, "llama"),
         ({"dim": 64, "n_layers": 2}, None),
+        ({**LLAMA_2_7B, "model_type": "qwen"}, None),
+        ({**LLAMA_2_7B, "model_type": ["llama"]}, None),
         ({"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "sliding_window": 9}, None),
         ({}, None),
     ],
 )
 def test_what_is_recognised(raw: dict[str, Any], model_type: str | None) -> None:
-    assert detect(raw) == model_type
+    args = read(raw, shapes_of(64, 123))
+    assert (None if args is None else args.model_type) == model_type
 
 
 @pytest.mark.parametrize(
-    ("name", "renamed"),
+    ("name", "kept"),
     [
-        ("rope.freqs", None),
-        ("layers.3.attention.inner_attention.rope.freqs", None),
-        ("layers.3.attention.wq.weight", "layers.3.attention.wq.weight"),
-        ("output.weight", "output.weight"),
-        ("nothing.we.know", "nothing.we.know"),
-        ("myrope.freqs", "myrope.freqs"),
+        ("rope.freqs", False),
+        ("layers.3.attention.inner_attention.rope.freqs", False),
+        ("layers.3.attention.wq.weight", True),
+        ("output.weight", True),
+        ("nothing.we.know", True),
+        ("myrope.freqs", True),
     ],
 )
-def test_names(name: str, renamed: str | None) -> None:
-    assert rename(name) == renamed
+def test_names(name: str, kept: bool) -> None:
+    found: Any = {name: object()}
+    assert tensors(found, config(WHOLE, {})) == (found if kept else {})
 
 
 @pytest.mark.parametrize("key", ["dim", "n_layers", "n_heads", "norm_eps"])
 def test_what_cannot_be_derived_is_asked_for(key: str) -> None:
     raw = {name: value for name, value in WHOLE.items() if name != key}
-    assert f"{key}: is missing, wanted a" in faults(raw)
+    assert f"{key} is required: " in faults(raw)
 
 
 def test_what_does_not_follow_is_asked_for() -> None:
     told = faults({"model_type": "llama", "dim": 10, "n_layers": 1, "n_heads": 4, "norm_eps": 1e-5})
-    assert "head_dim: is missing and does not follow from dim 10 / n_heads 4" in told
-    assert "hidden_dim: is missing and does not follow from the rows of layers.0.feed_forward.w1" in told
-    assert "vocab_size: is missing and does not follow from the rows of output.weight" in told
+    assert "head_dim is required: even width of a head, E, or dim / n_heads" in told
+    assert (
+        "hidden_dim is required: width of the feed-forward, F, or the rows of layers.0.feed_forward.w1"
+        in told
+    )
+    assert "vocab_size is required: vocabulary, V, or the rows of output.weight" in told
 
 
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        ("dim", -4096, "dim: got -4096, wanted a whole number from 1 to 1048576"),
-        ("dim", "4096", "dim: got '4096', wanted a whole number"),
-        ("dim", 4096.0, "dim: got 4096.0, wanted a whole number"),
-        ("dim", 10**18, "dim: got 1000000000000000000, wanted"),
-        ("dim", [4096], "dim: got [4096], wanted"),
-        ("n_layers", True, "n_layers: got True, wanted"),
-        ("n_layers", 100000, "n_layers: got 100000, wanted a whole number from 1 to 1024"),
-        ("n_heads", 0, "n_heads: got 0, wanted"),
-        ("n_kv_heads", 5, "n_kv_heads: got 5, wanted a divisor of n_heads 32"),
-        ("n_kv_heads", 64, "n_kv_heads: got 64, wanted a divisor of n_heads 32"),
-        ("head_dim", 127, "head_dim: got 127, wanted an even number"),
-        ("head_dim", 1 << 18, "n_heads: got 32 of head_dim 262144, wanted a product of at most 1048576"),
-        ("hidden_dim", -1, "hidden_dim: got -1, wanted"),
-        ("vocab_size", 0, "vocab_size: got 0, wanted"),
-        ("vocab_size", -1, "vocab_size: is missing and does not follow"),
-        ("norm_eps", 0, "norm_eps: got 0, wanted a number from 1e-12 to 0.1"),
-        ("norm_eps", -1e-5, "norm_eps: got -1e-05, wanted"),
-        ("norm_eps", math.nan, "norm_eps: got nan, wanted"),
-        ("norm_eps", "1e-5", "norm_eps: got '1e-5', wanted"),
-        ("rope_theta", math.inf, "rope_theta: got inf, wanted a number from 1.0 to 1000000000000.0"),
-        ("rope_theta", 0.5, "rope_theta: got 0.5, wanted"),
-        ("rope_theta", False, "rope_theta: got False, wanted"),
-        ("sliding_window", 0, "sliding_window: got 0, wanted"),
-        ("sliding_window", [None, 4096], "sliding_window: got [None, 4096], wanted"),
-        ("max_seq_len", -2048, "max_seq_len: got -2048, wanted"),
-        ("tie_word_embeddings", "no", "tie_word_embeddings: got 'no', wanted true or false"),
-        ("model_type", "qwen", "model_type: got 'qwen', wanted llama or mistral"),
-        ("model_type", ["llama"], "model_type: got ['llama'], wanted llama or mistral"),
+        ("dim", -4096, "dim: must be at least 1 and at most 1048576, got -4096"),
+        ("dim", "4096", "dim: wanted integer, got '4096'"),
+        ("dim", 4096.0, "dim: wanted a whole number, got 4096.0"),
+        ("dim", 10**18, "dim: must be at least 1 and at most 1048576, got 1000000000000000000"),
+        ("dim", [4096], "dim: wanted a whole number, got [4096]"),
+        ("n_layers", True, "n_layers: wanted a whole number, got True"),
+        ("n_layers", 100000, "n_layers: must be at least 1 and at most 1024, got 100000"),
+        ("n_heads", 0, "n_heads: must be at least 1 and at most 1048576, got 0"),
+        ("n_kv_heads", 5, "llama: n_kv_heads: got 5, wanted a divisor of n_heads 32"),
+        ("n_kv_heads", 64, "llama: n_kv_heads: got 64, wanted a divisor of n_heads 32"),
+        ("head_dim", 127, "llama: head_dim: got 127, wanted an even number"),
+        (
+            "head_dim",
+            1 << 18,
+            "llama: n_heads: got 32 of head_dim 262144, wanted a product of at most",
+        ),
+        ("hidden_dim", -1, "hidden_dim: must be at least 1"),
+        ("vocab_size", 0, "vocab_size: must be at least 1"),
+        ("vocab_size", -1, "vocab_size is required"),
+        ("norm_eps", 0, "norm_eps: must be at least 1e-12 and at most 0.1, got 0.0"),
+        ("norm_eps", -1e-5, "norm_eps: must be at least 1e-12"),
+        ("norm_eps", math.nan, "norm_eps: wanted a finite number, got nan"),
+        ("norm_eps", "1e-5", "norm_eps: wanted number, got '1e-5'"),
+        ("rope_theta", math.inf, "rope_theta: wanted a finite number, got inf"),
+        ("rope_theta", 0.5, "rope_theta: must be at least 1.0"),
+        ("rope_theta", False, "rope_theta: wanted a finite number, got False"),
+        ("sliding_window", 0, "sliding_window: must be at least 1"),
+        ("sliding_window", [None, 4096], "sliding_window: wanted a whole number, got [None, 4096]"),
+        ("max_seq_len", -2048, "max_seq_len: must be at least 1"),
+        ("tie_word_embeddings", "no", "tie_word_embeddings: wanted true/false, got 'no'"),
     ],
 )
 def test_impossible_values_are_refused(key: str, value: Any, told: str) -> None:
@@ -201,6 +225,7 @@ def test_impossible_values_are_refused(key: str, value: Any, told: str) -> None:
         ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
         ("yarn", {"factor": 16}),
         ("moe", {"num_experts": 8, "num_experts_per_tok": 2}),
+        ("_sliding_window", [None, 4096]),
     ],
 )
 def test_what_would_change_the_numbers_is_not_dropped(key: str, value: Any) -> None:
@@ -214,18 +239,20 @@ def test_scaled_rope_that_is_off_is_fine() -> None:
 
 
 def test_all_faults_are_told_in_one_line() -> None:
-    raw = {"dim": -1, "n_layers": "two", "n_heads": 6, "n_kv_heads": 4, "head_dim": 3, "norm_eps": True}
+    raw = {"dim": -1, "n_layers": "two", "n_heads": 6, "n_kv_heads": 0, "norm_eps": True}
     told = faults({**raw, "use_scaled_rope": True})
-    for key in ("use_scaled_rope", "dim", "n_layers", "n_kv_heads", "head_dim", "norm_eps", "hidden_dim"):
+    for key in ("use_scaled_rope", "dim", "n_layers", "n_kv_heads", "norm_eps"):
         assert f"{key}: " in told
-    assert "n_heads: " not in told
+    assert "hidden_dim is required" in told and " n_heads: " not in told
+    told = faults({**WHOLE, "n_heads": 6, "n_kv_heads": 4, "head_dim": 3})
+    assert "n_kv_heads: got 4" in told and "head_dim: got 3" in told
 
 
 def test_an_odd_shape_is_no_crash() -> None:
     raw = {**LLAMA_2_7B, "norm_eps": 1e-5}
     told = faults(raw, {"output.weight": (), "layers.0.feed_forward.w1.weight": (1 << 40, 4096)})
-    assert "vocab_size: is missing" in told
-    assert "hidden_dim: got 1099511627776 from the rows of layers.0.feed_forward.w1.weight" in told
+    assert "vocab_size is required" in told
+    assert "hidden_dim: must be at least 1 and at most 1048576, got 1099511627776" in told
 
 
 def test_a_foreign_value_cannot_forge_a_line_or_fill_the_screen() -> None:

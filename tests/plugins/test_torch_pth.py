@@ -207,7 +207,7 @@ def test_config_and_tokenizer_are_handed_over_as_they_are(tmp_path: Path) -> Non
     params = {"dim": D, "vocab_size": -1, "norm_eps": 1e-5, "ffn_dim_multiplier": None, "name": "λ"}
     checkpoint = open_(save(tmp_path, llama(), params=params))
     assert checkpoint.config == params
-    assert checkpoint.tokenizer_file == tmp_path / "tokenizer.model"
+    assert checkpoint.tokenizer == {"tokenizer.model": tmp_path / "tokenizer.model"}
 
 
 # --- shards that do not belong together ---------------------------------------

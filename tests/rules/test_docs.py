@@ -23,11 +23,14 @@ from mlxlora_core.run import recipe, recipe_source
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
     "loader": "weight-loaders.md",
+    "tokenizer": "tokenizers.md",
     "architecture": "architectures.md",
     "adapter": "adapters.md",
     "quantizer": "quantizers.md",
     "builder": "dataset-builders.md",
     "sampler": "samplers.md",
+    "exporter": "exporters.md",
+    "observer": "observers.md",
     "runtime": "runtimes.md",
     "recipe": "recipes.md",
 }
@@ -81,9 +84,11 @@ def test_the_fields_that_all_specs_have() -> None:
         assert f"| `{field.name}: {field.type}` |" in text
 
 
-@pytest.mark.parametrize(
-    "name", ["ForeignModel", "LazyTensor", "Row", "Rows", "Skipped", "RuntimeNote", "Place"]
-)
+HANDED_OVER = ("ForeignModel", "LazyTensor", "Piece", "Row", "Rows", "Skipped", "RuntimeNote", "Place")
+GIVEN = ("ExportSource", "ExportAdapter", "RunInfo")
+
+
+@pytest.mark.parametrize("name", [*HANDED_OVER, *GIVEN])
 def test_every_field_of_what_functions_hand_over(name: str) -> None:
     for field in dataclasses.fields(getattr(api, name)):
         assert f"| `{field.name}: {field.type}` |" in page("plugins.md"), f"{name}.{field.name}"

@@ -29,7 +29,6 @@ HEAVY_IN_LIGHT_ROOMS = {"mlxlora_core.ops", "mlxlora_core.files.tensor_file"}
 #: what other rooms have that light ones need: settings, events, the record of a dataset, checkpoints as files
 LIGHT_IN_HEAVY_ROOMS = {
     "mlxlora_core.model.events",
-    "mlxlora_core.training.chat",
     "mlxlora_core.training.settings",
     "mlxlora_core.training.dataset",
     "mlxlora_core.training.events",
@@ -41,6 +40,7 @@ LIGHT_LIBRARIES = {"click", "pluggy", "rich", "tomli_w"}
 #: plugin -> the library that it is about
 OWN = {
     "mlxlora_torch": {"torch"},
+    "mlxlora_sentencepiece": {"sentencepiece"},
     "mlxlora_docstrings": {"griffe"},
     "mlxlora_openblas": {"scipy_openblas32", "elftools"},
 }

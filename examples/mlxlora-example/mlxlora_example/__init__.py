@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
-mlxlora_api = 1
+mlxlora_api = 2
 
 
 @dataclass(frozen=True)

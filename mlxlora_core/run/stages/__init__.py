@@ -8,9 +8,17 @@ words on the terminal follow from the object.
 from mlxlora_core.run.stages.after import AfterStage
 from mlxlora_core.run.stages.before import BeforeStage
 from mlxlora_core.run.stages.data import DataStage
+from mlxlora_core.run.stages.export import ExportStage
 from mlxlora_core.run.stages.model import ModelStage
 from mlxlora_core.run.stages.stage import Stage
 from mlxlora_core.run.stages.train import TrainStage
 
 #: in the order in which they are done
-STAGES: tuple[Stage, ...] = (ModelStage(), DataStage(), BeforeStage(), TrainStage(), AfterStage())
+STAGES: tuple[Stage, ...] = (
+    ModelStage(),
+    DataStage(),
+    BeforeStage(),
+    TrainStage(),
+    AfterStage(),
+    ExportStage(),
+)

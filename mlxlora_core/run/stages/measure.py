@@ -43,7 +43,7 @@ class MeasureStage(Stage):
         """Measure the loss of each held-out split, and ask each prompt."""
         model = yield from self.model(context)
         prompts = context.recipe.generate.prompts
-        expected = find_expected(context.path / DATA, prompts)
+        expected = find_expected(context.path / DATA, prompts, model.tokenizer)
         losses = {split: _loss(model, split, context) for split in HELD_OUT if context.has_rows(split)}
         answers = [_graded(model, prompt, context.recipe, expected.get(prompt)) for prompt in prompts]
         yield StageDone(self.name, {"losses": losses, "answers": answers})

@@ -18,10 +18,11 @@ from mlxlora_core.files import tensor_file
 from mlxlora_core.model import folder as folders
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
+from mlxlora_core.model.generate import decode
 from mlxlora_core.model.linears import dense_weight, linears
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.registry import Choice, Component, Registry
-from mlxlora_core.specs import ForeignModel, LazyTensor, WeightLoader
+from mlxlora_core.specs import ForeignModel, LazyTensor, TokenizerLoader, WeightLoader
 
 MakeCheckpoint = Callable[..., Path]
 MakeModel = Callable[..., Path]
@@ -311,18 +312,36 @@ def test_impossible_values_and_a_tokenizer_of_another_vocabulary_are_refused(
     checkpoint = make_checkpoint(tmp_path / "checkpoint", params={"dim": -1, "n_heads": "4"})
     message = refused(checkpoint, registry)
     assert (
-        message.startswith(f"{checkpoint}: ") and "dim: got -1" in message and "n_heads: got '4'" in message
+        message.startswith(f"{checkpoint}: ")
+        and "dim: must be at least 1 and at most 1048576, got -1" in message
+        and "n_heads: wanted integer, got '4'" in message
     )
-    head = torch.zeros(321, 32).half()
+    head = torch.zeros(319, 32).half()
     names = {"tok_embeddings__weight": head, "output__weight": head}
     checkpoint = change(make_checkpoint(tmp_path / "checkpoint"), **names)
-    assert "tokenizer has 320 pieces, the model a vocabulary of 321" in refused(checkpoint, registry)
+    assert "tokenizer has 320 pieces, the model a vocabulary of 319" in refused(checkpoint, registry)
+
+
+def test_a_vocabulary_may_be_padded(
+    make_checkpoint: MakeCheckpoint, registry: Registry, tmp_path: Path
+) -> None:
+    head = torch.zeros(324, 32).half()
+    names = {"tok_embeddings__weight": head, "output__weight": head}
+    checkpoint = change(make_checkpoint(tmp_path / "checkpoint"), **names)
+    assert result_of(convert(checkpoint, tmp_path / "model", registry)).padding == 4
+    model = folders.load(tmp_path / "model", registry)
+    assert (model.language_model.vocab_size, model.tokenizer.vocab_size) == (324, 320)
+    drawn = iter([40, 323, 41])
+    ids = decode(model.language_model, [1, 5], lambda logits, tokens: next(drawn), num_tokens=3, stops={2})
+    assert "".join(model.tokenizer.stream(ids)) == model.tokenizer.decode([40, 41])
 
 
 def test_a_folder_that_no_loader_knows_is_refused(registry: Registry, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     assert "no weight loader knows this folder" in refused(tmp_path / "folder", registry)
-    assert "there is no such folder" in refused(tmp_path / "absent", registry)
+    (tmp_path / "file").write_text("")
+    assert "no weight loader knows this file" in refused(tmp_path / "file", registry)
+    assert "there is no such folder or file" in refused(tmp_path / "absent", registry)
     assert "no loader 'nothing'" in refused(tmp_path / "folder", registry, PluginError, loader="nothing")
 
 
@@ -353,7 +372,7 @@ def with_loader(registry: Registry, read: Callable[[Path], dict[str, Any]], dete
 
     def open_(folder: Path, options: Any) -> ForeignModel:
         config = json.loads((folder / "params.json").read_text())
-        return ForeignModel(config, folder / "tokenizer.model", read(folder))
+        return ForeignModel(config, {"tokenizer.model": folder / "tokenizer.model"}, read(folder))
 
     spec = WeightLoader(name="other", summary="", detect=lambda folder: detect, open=open_)
     other = Component("loader", spec, registry.find("loader", "torch-pth").plugin)
@@ -430,20 +449,79 @@ def test_tensors_are_read_one_after_another_and_let_go(
         assert max(alive) - alive[0] < largest
 
 
-def test_names_that_an_architecture_makes_one_are_refused(
+def test_a_loader_may_read_one_file(tiny_checkpoint: Path, registry: Registry, tmp_path: Path) -> None:
+    file = tmp_path / "model.one"
+    file.write_text("all in here")
+
+    def open_(path: Path, options: Any) -> ForeignModel:
+        assert path == file
+        config = json.loads((tiny_checkpoint / "params.json").read_text())
+        return ForeignModel(config, {"words.bin": tiny_checkpoint / "tokenizer.model"}, lazy(tiny_checkpoint))
+
+    loader = WeightLoader(name="one", summary="s", detect=lambda path: path.suffix == ".one", open=open_)
+    words = TokenizerLoader(
+        name="words",
+        summary="s",
+        detect=lambda files: "words.bin" in files,
+        open=lambda files, options: registry.find("tokenizer", "sentencepiece").spec.open(
+            {"tokenizer.model": files["words.bin"]}, options
+        ),
+    )
+    plugin = registry.find("loader", "torch-pth").plugin
+    more = [Component("loader", loader, plugin), Component("tokenizer", words, plugin)]
+    both = Registry(registry.plugins, [*registry.components, *more])
+    report = result_of(convert(file, tmp_path / "model", both))
+    assert report.loader == "torch:one"
+    clean(tmp_path / "model", "config.json", "model.safetensors", "words.bin")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["tokenizer_files"] == ["words.bin"]
+    model = folders.load(tmp_path / "model", both)
+    assert model.tokenizer.decode(model.tokenizer.encode("the weights")) == "the weights"
+    assert folders.holds_only_a_model(tmp_path / "model")
+    assert [path.name for path in folders.files(tmp_path / "model")][1] == "words.bin"
+
+
+ODD_MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "no mapping of files": ({"tokenizer": Path("tokenizer.model")}, "tokenizer of type PosixPath"),
+    "a file elsewhere": ({"tokenizer": {"../x": Path("x")}}, "a tokenizer file '../x'"),
+    "a file of the model": (
+        {"tokenizer": {"config.json": Path("x")}},
+        "tokenizer file 'config.json'",
+    ),
+    "a name for a path": ({"tokenizer": {"x": "x"}}, "gives str, wanted"),
+    "arrays": ({"tensors": {"a": 1}}, "gives int, wanted LazyTensor"),
+    "a list of tensors": ({"tensors": []}, "tensors of type list"),
+    "no config": ({"config": None}, "config of type NoneType"),
+}
+
+
+@pytest.mark.parametrize(("changes", "says"), ODD_MODELS.values(), ids=ODD_MODELS)
+def test_a_loader_that_breaks_the_contract_is_named(
+    tiny_checkpoint: Path, registry: Registry, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    good = {"config": {}, "tokenizer": {"t": Path("t")}, "tensors": {}}
+    spec = WeightLoader(
+        name="odd", summary="s", detect=lambda path: True, open=lambda *_: ForeignModel(**good | changes)
+    )
+    plugin = registry.find("loader", "torch-pth").plugin
+    odd = Registry(registry.plugins, [*registry.components, Component("loader", spec, plugin)])
+    with pytest.raises(PluginError) as caught:
+        result_of(convert(tiny_checkpoint, tmp_path / "model", odd, loader="odd"))
+    assert caught.value.what.startswith("loader torch:odd: open gives ") and says in caught.value.what
+    clean(tmp_path)
+
+
+def test_tensors_that_the_model_has_no_use_for_are_told(
     tiny_checkpoint: Path, registry: Registry, tmp_path: Path
 ) -> None:
     def doubled(folder: Path) -> dict[str, LazyTensor]:
         tensors = lazy(folder)
-        return tensors | {"rope.freqs": tensors["norm.weight"]}  # not needed, so no fault
+        return tensors | {"rope.freqs": tensors["norm.weight"]}
 
-    result_of(convert(tiny_checkpoint, tmp_path / "model", with_loader(registry, doubled), loader="other"))
-    llama = registry.find("architecture", "llama")
-    spec = type(llama.spec)(**{**vars(llama.spec), "rename": lambda name: name.replace("w3", "w1")})
-    others = [c for c in registry.components if c.kind != "architecture"]
-    changed = Registry(registry.plugins, [*others, Component("architecture", spec, llama.plugin)])
-    with pytest.raises(ModelError, match=r"several tensors are to be layers\.0\.feed_forward\.w1\.weight"):
-        result_of(convert(tiny_checkpoint, tmp_path / "other", changed))
+    report = result_of(
+        convert(tiny_checkpoint, tmp_path / "model", with_loader(registry, doubled), loader="other")
+    )
+    assert report.left_out == ("rope.freqs",)
+    assert result_of(convert(tiny_checkpoint, tmp_path / "plain", registry)).left_out == ()
 
 
 # --- kills --------------------------------------------------------------------

@@ -155,7 +155,8 @@ def test_another_tokenizer_of_the_same_size_is_another_base(
         user_defined_symbols=[f"<{i}>" for i in range(40)],
     )
     (folder / "tokenizer.vocab").unlink()
-    size = folders.Tokenizer(folder / "tokenizer.model").vocab_size
+    files = {"tokenizer.model": folder / "tokenizer.model"}
+    size = folders.open_tokenizer(files, registry, folder).vocab_size
     configure(folder, vocab_size=size)
     tensors = weights(folder)
     for name in ("tok_embeddings.weight", "output.weight"):
@@ -163,6 +164,52 @@ def test_another_tokenizer_of_the_same_size_is_another_base(
     store(folder, tensors)
     second = folders.load(folder, registry).fingerprint
     assert second != first
+
+
+# --- folders written before -----------------------------------------------------
+
+BEFORE = Path(__file__).parent / "before"  # by tests/reference/model_folder_before.py
+
+
+def test_a_folder_and_an_adapter_written_before_still_fit(registry: Registry) -> None:
+    said = json.loads((BEFORE / "said.json").read_text())
+    assert "tokenizer_files" not in json.loads((BEFORE / "model" / "config.json").read_text())
+    model = folders.load(BEFORE / "model", registry)
+    assert model.fingerprint == said["fingerprint"]
+    assert model.quantization is not None
+    tokens = mx.array([[1, 300, 7, 41]])
+    for name in ("base", "adapted"):
+        logits = model.language_model(tokens)[0, -1, :8]
+        assert mx.allclose(logits, mx.array(said[name]), rtol=1e-4, atol=1e-4), name
+        if name == "base":
+            adapters.load(BEFORE / "adapter.safetensors", model, registry)
+    assert model.tokenizer.decode(model.tokenizer.encode("the weights")) == "the weights"
+
+
+def test_lists_that_config_json_did_not_have_before_are_no_part_of_the_base(
+    copy: MakeModel, registry: Registry
+) -> None:
+    """A checkpoint that is converted again fits the adapters made for it before."""
+    folder = copy(bits=4)
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("tokenizer_files") == ["tokenizer.model"]
+    assert not any(config.pop("quantized").values())
+    first = folders.load(folder, registry).fingerprint
+    (folder / "config.json").write_text(json.dumps(config))
+    assert folders.load(folder, registry).fingerprint == first
+
+
+@pytest.mark.parametrize(
+    "names",
+    [[], "tokenizer.model", ["../x"], ["a/b"], ["a\\b"], [".."], [""], [1], {}, ["a\n"], None, ["no"]],
+)
+def test_a_config_that_names_other_tokenizer_files_is_refused(
+    copy: MakeModel, registry: Registry, names: Any
+) -> None:
+    folder = configure(copy(), tokenizer_files=names)
+    says = "there is no tokenizer: it lacks no" if names == ["no"] else f"tokenizer_files is {names!r}"
+    assert says in refused(folder, registry).replace("\\\\n", "\\n")
+    assert not folders.holds_only_a_model(folder) or names != ["no"]
 
 
 # --- shards -------------------------------------------------------------------
@@ -293,6 +340,13 @@ def test_a_model_of_another_vocabulary_is_refused(copy: MakeModel, registry: Reg
         tensors[name] = tensors[name][:319]
     store(folder, tensors)
     assert "tokenizer has 320 pieces, the model a vocabulary of 319" in refused(folder, registry)
+
+
+def test_a_key_that_the_architecture_does_not_have_is_refused(copy: MakeModel, registry: Registry) -> None:
+    message = refused(configure(copy(), rope_tetha=5e5), registry)
+    assert "has no option 'rope_tetha' (did you mean 'rope_theta'?" in message
+    message = refused(configure(copy(), hidden_size=32), registry)
+    assert "is the config of a Hugging Face folder (hidden_size)" in message
 
 
 def test_only_what_is_written_by_convert_counts_as_ours(copy: MakeModel) -> None:

@@ -13,7 +13,7 @@ from mlxlora_core.model import generate as generate_module
 from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.folder import Model
 from mlxlora_core.model.generate import Segment, decode, generate, whole
-from mlxlora_core.model.tokenizer import Tokenizer
+from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.registry import Component, Plugin, Registry
 from mlxlora_core.registry.sections import configure
 from mlxlora_core.specs import Sampler
@@ -74,7 +74,7 @@ def test_the_same_seed_gives_the_same_text_whatever_was_drawn_before(model: Mode
 
 
 def test_a_longer_text_goes_on_from_the_shorter_one(
-    model: Model, stand_in: Callable[..., Any], tokenizer: Tokenizer
+    model: Model, stand_in: Callable[..., Any], tokenizer: CheckedTokenizer
 ) -> None:
     """A token is a function of (seed, position): not of how many were asked for, nor of the context."""
     long = text(model, num_tokens=40)
@@ -176,7 +176,7 @@ def test_nothing_is_computed_that_nobody_asked_for(stand_in: Callable[..., Any])
 
 def test_it_ends_at_an_end_token_which_is_not_shown(model: Model) -> None:
     ids = model.tokenizer.encode("the weights", bos=False)
-    assert text(model, scripted([*ids, model.tokenizer.eos, 50, 51])) == " the weights"
+    assert text(model, scripted([*ids, 2, 50, 51])) == " the weights"
     for end in (9, 2):
         draw = Drawing([sampler(scripted([40, 41, end, 42]))], 0)
         assert list(decode(model.language_model, [1], draw, num_tokens=9, stops={2, 9})) == [40, 41]
@@ -189,11 +189,11 @@ def test_it_ends_after_as_many_tokens_as_were_asked_for(model: Model) -> None:
 
 def test_no_number_of_tokens_is_too_large_to_ask_for(model: Model) -> None:
     ids = model.tokenizer.encode("the weights", bos=False)
-    script = scripted([*ids, model.tokenizer.eos])
+    script = scripted([*ids, 2])
     assert text(model, script, num_tokens=2**40) == " the weights"
 
 
-def test_it_ends_where_the_context_is_full(stand_in: Callable[..., Any], tokenizer: Tokenizer) -> None:
+def test_it_ends_where_the_context_is_full(stand_in: Callable[..., Any], tokenizer: CheckedTokenizer) -> None:
     length = len(tokenizer.encode(PROMPT))
     for room in (1, 5):
         model = stand_in(vocab_size=320, context_tokens=length + room)
@@ -210,7 +210,7 @@ def test_it_ends_where_the_context_is_full(stand_in: Callable[..., Any], tokeniz
 def test_the_last_segment_tells_what_ended_it(
     model: Model, ids: tuple[int, ...], num_tokens: int, finish: str
 ) -> None:
-    assert model.tokenizer.eos == 2
+    assert model.tokenizer.stops == {2}
     told = segments(model, scripted(ids), num_tokens=num_tokens)
     assert [segment.finish for segment in told] == [None] * (len(told) - 1) + [finish]
     assert whole(told) == Segment(model.tokenizer.decode([id for id in ids if id != 2]), finish)
@@ -218,7 +218,7 @@ def test_the_last_segment_tells_what_ended_it(
 
 @pytest.mark.parametrize("too_long_by", [0, 1, 10])
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_shown(
-    stand_in: Callable[..., Any], tokenizer: Tokenizer, too_long_by: int
+    stand_in: Callable[..., Any], tokenizer: CheckedTokenizer, too_long_by: int
 ) -> None:
     length = len(tokenizer.encode(PROMPT))
     model = stand_in(vocab_size=320, context_tokens=length - too_long_by)

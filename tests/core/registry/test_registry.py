@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import shutil
 import sys
 import textwrap
@@ -11,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from mlxlora_core import registry, specs
-from mlxlora_core.errors import PluginError, UsageError
+from mlxlora_core.errors import PluginError, ResourceError, UsageError
 from mlxlora_core.machine import device
 from mlxlora_core.options import explain
 from mlxlora_core.registry import ALLOW_LIST, Component, Plugin, Registry, load, start_runtimes
+from mlxlora_core.registry.checks import FUNCTIONS
 
 HEAD = """
 from dataclasses import dataclass
@@ -199,11 +202,11 @@ SPECS = {
     "no function": ("Sampler(name='a', summary='s', build=3)", "build of 'a' must be a function, got 3"),
     "arguments": (
         "Sampler(name='a', summary='s', build=lambda: None)",
-        "build of 'a' takes (), wanted (Any)",
+        "build of 'a' takes (), wanted (options)",
     ),
     "more arguments": (
         "Sampler(name='a', summary='s', build=lambda x, y: None)",
-        "build of 'a' takes (x, y), wanted (Any)",
+        "build of 'a' takes (x, y), wanted (options)",
     ),
     "options": ("Sampler(name='a', summary='s', build=build, options=dict)", "options of 'a' must be a data"),
     "options instance": (
@@ -236,7 +239,7 @@ SPECS |= {
     ),
     "a product of two": (
         QUANTIZER.format("parts=('q',), matmul=lambda x, parts: x"),
-        "matmul of 'a' takes (x, parts), wanted (mx.array, Mapping[str, mx.array], Any)",
+        "matmul of 'a' takes (x, parts), wanted (x, parts, options)",
     ),
     "a reserved key of the section": (
         "Adapter(name='a', summary='s', wrap=lambda a, b, c: a, fuse=lambda a, b: b, options=Layered)",
@@ -336,6 +339,95 @@ door = Door()
     assert plugin(load(environ={}), "objects").components == (("sampler", "mine"),)
 
 
+# --- calls --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", registry.KINDS)
+def test_the_table_of_functions_says_what_the_specs_say(kind: str) -> None:
+    """As many arguments as each annotation has, read here by the parser of Python."""
+    wanted = {}
+    for field in dataclasses.fields(registry.KINDS[kind][1]):
+        call = ast.parse(str(field.type), mode="eval").body
+        call = call.left if isinstance(call, ast.BinOp) else call  # Callable[...] | None
+        if isinstance(call, ast.Subscript) and ast.unparse(call.value) == "Callable":
+            assert isinstance(call.slice, ast.Tuple) and isinstance(call.slice.elts[0], ast.List)
+            wanted[field.name] = len(call.slice.elts[0].elts)
+    assert {name: len(arguments) for name, arguments in FUNCTIONS[kind].items()} == wanted
+
+
+RAISING = """
+import sys
+class Odd(BaseException): pass
+def build(options): {body}
+@hookimpl
+def mlxlora_samplers(): return [Sampler(name="bad", summary="s", build={function})]
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "function", "reason"),
+    [
+        ("1 / 0", "build", "ZeroDivisionError: division by zero"),
+        ("sys.exit(0)", "build", "it called sys.exit(0)"),
+        ("raise Odd('a\\x1bb')", "build", "Odd: a\\x1bb"),
+        ("pass", "int", "TypeError: int() argument must be"),
+    ],
+)
+def test_whatever_a_function_raises_is_an_error_that_names_it(
+    shelf: Shelf, body: str, function: str, reason: str
+) -> None:
+    shelf.add("bad", HEAD + RAISING.format(body=body, function=function))
+    component = load(environ={}).find("sampler", "bad")
+    with pytest.raises(PluginError) as caught:
+        component.spec.build(specs.NoOptions())
+    message = str(caught.value)
+    assert f"plugin bad (bad 1.2) failed in build of sampler 'bad': {reason}" in message
+    assert message.startswith(str(shelf.folder / "shelf_bad.py:")) == (function == "build")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        ("raise KeyboardInterrupt", KeyboardInterrupt),
+        ("raise UsageError('no')", UsageError),
+        ("raise MemoryError", ResourceError),
+    ],
+)
+def test_what_is_no_fault_of_a_plugin_passes(shelf: Shelf, body: str, kind: type[BaseException]) -> None:
+    shelf.add("bad", HEAD + RAISING.format(body=body, function="build"))
+    with pytest.raises(kind):
+        load(environ={}).find("sampler", "bad").spec.build(specs.NoOptions())
+
+
+def test_a_defect_of_a_built_in_plugin_is_not_blamed_on_a_plugin() -> None:
+    find = load(environ={ALLOW_LIST: ""}).find
+    with pytest.raises(AttributeError):
+        find("sampler", "top-k").spec.build(None)
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        (None, "NoneType"),
+        (3, "int"),
+        (lambda: None, "a function ()"),
+        (lambda logits, tokens, key: None, "a function (logits, tokens, key)"),
+    ],
+)
+def test_a_function_that_a_function_gives_is_checked(given: object, got: str) -> None:
+    component = load(environ={ALLOW_LIST: ""}).find("sampler", "greedy")
+    with pytest.raises(PluginError) as caught:
+        registry.check_call(component, "build", given, "logits", "tokens")
+    want = f"sampler samplers:greedy: build gives {got}, wanted a function (logits, tokens)"
+    assert str(caught.value) == want
+
+
+@pytest.mark.parametrize("given", [lambda a, b: None, lambda *all: None, lambda a, b, c=1: None, max, dict])
+def test_a_function_that_can_be_called_so_is_given_back(given: object) -> None:
+    component = load(environ={ALLOW_LIST: ""}).find("sampler", "greedy")
+    assert registry.check_call(component, "build", given, "logits", "tokens") is given
+
+
 # --- names --------------------------------------------------------------------
 
 
@@ -431,8 +523,8 @@ def test_one_module_from_two_distributions_is_there_twice(shelf: Shelf) -> None:
         ({}, [], "active"),
         ({ALLOW_LIST: ""}, [], "not selected"),
         ({ALLOW_LIST: " , "}, [], "not selected"),
-        ({ALLOW_LIST: "elsewhere"}, [], "not selected"),
-        ({ALLOW_LIST: "elsewhere, OTHER"}, [], "active"),
+        ({ALLOW_LIST: "samplers"}, [], "not selected"),
+        ({ALLOW_LIST: "samplers, OTHER"}, [], "active"),
         ({ALLOW_LIST: "other-dist"}, [], "active"),
         ({ALLOW_LIST: ""}, ["other"], "active"),
         ({}, ["other_dist"], "active"),
@@ -448,6 +540,22 @@ def test_selection(shelf: Shelf, environ: dict[str, str], select: list[str], sta
     assert bool(plugin(found, "other").reason) == (status != "active")
     assert ("shelf_chosen" in sys.modules) == (status == "active"), "what is not chosen is not imported"
     assert found.find("sampler", "greedy").plugin.origin == "built-in"
+
+
+def test_the_allow_list_names_plugins_that_are_there(shelf: Shelf) -> None:
+    shelf.add("other-dist", SAMPLER.format(name="best"), entry="other", module="shelf_listed")
+    environ = {ALLOW_LIST: "othr, mlxlora, other-dits,other"}
+    with pytest.raises(UsageError) as caught:
+        load(environ=environ)
+    message = str(caught.value)
+    assert f"{ALLOW_LIST} names no plugin: 'othr', 'other-dits' (did you mean 'other'?" in message
+    assert "did you mean 'other-dist'?" in message and "there is affine, " in message
+    assert caught.value.exit_code == 2
+    assert "shelf_listed" not in sys.modules, "it is told before anything is imported"
+    found = load(environ=environ, tolerant=True)
+    assert found.warnings == (caught.value.what,)
+    assert plugin(found, "other").status == "active"
+    assert load(environ={ALLOW_LIST: "other"}).warnings == ()
 
 
 def test_built_in_plugins_can_be_left_out_one_by_one_or_all(shelf: Shelf) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.run.grading import Expected, find_expected, first_sentence, grade, summarize
 
 RELU = " mlx.nn.ReLU Applies the Rectified Linear Unit.\n\nSimply ``mx.maximum(x, 0)``."
@@ -43,7 +44,7 @@ def write(folder: Path, **splits: list[dict[str, Any]]) -> Path:
     return folder
 
 
-def test_a_question_is_found_in_rows_of_every_shape(tmp_path: Path) -> None:
+def test_a_question_is_found_in_rows_of_every_shape(tmp_path: Path, tokenizer: CheckedTokenizer) -> None:
     chat = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]
     data = write(
         tmp_path / "data",
@@ -52,7 +53,7 @@ def test_a_question_is_found_in_rows_of_every_shape(tmp_path: Path) -> None:
         test=[{"text": "Q: three\nA: 3"}],
     )
     prompts = ["Q: one\nA:", "Q: two\nA:", "[INST] Hi? [/INST]", "Q: three\nA:", "Q: two", "Q: four\nA:", ""]
-    assert find_expected(data, prompts) == {
+    assert find_expected(data, prompts, tokenizer) == {
         "Q: one\nA:": Expected("train", " 1 and on"),
         "Q: two\nA:": Expected("train", " 2"),
         "[INST] Hi? [/INST]": Expected("valid", " Ho."),
@@ -60,14 +61,28 @@ def test_a_question_is_found_in_rows_of_every_shape(tmp_path: Path) -> None:
     }
 
 
-def test_a_prompt_with_more_than_one_answer_has_none(tmp_path: Path) -> None:
+def test_a_question_is_found_by_what_a_conversation_begins_with(
+    tmp_path: Path, tokenizer: CheckedTokenizer
+) -> None:
+    roles = ("system", "user", "assistant", "user", "assistant")
+    said = ("Be brief.", " Hi? ", "Ho.", "Why?", "So.")
+    row = {"messages": [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]}
+    data = write(tmp_path / "data", test=[row])
+    asked = "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n Hi?  [/INST]"
+    others = ["Hi?", "[INST] Hi? [/INST]", "[INST] Why? [/INST]", asked + " Ho.", ""]
+    assert find_expected(data, [asked, *others], tokenizer) == {asked: Expected("test", " Ho.")}
+
+
+def test_a_prompt_with_more_than_one_answer_has_none(tmp_path: Path, tokenizer: CheckedTokenizer) -> None:
     data = write(tmp_path / "data", train=[{"text": "Q: a"}, {"text": "Q: b"}], valid=[])
-    assert find_expected(data, ["Q:", "Q: a"]) == {"Q: a": Expected("train", "")}
+    assert find_expected(data, ["Q:", "Q: a"], tokenizer) == {"Q: a": Expected("train", "")}
 
 
-def test_a_row_that_is_in_two_splits_counts_as_one_to_train_on(tmp_path: Path) -> None:
+def test_a_row_that_is_in_two_splits_counts_as_one_to_train_on(
+    tmp_path: Path, tokenizer: CheckedTokenizer
+) -> None:
     data = write(tmp_path / "data", test=[{"text": "Q: a"}], train=[{"text": "Q: a"}])
-    assert find_expected(data, ["Q:"]) == {"Q:": Expected("train", " a")}
+    assert find_expected(data, ["Q:"], tokenizer) == {"Q:": Expected("train", " a")}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from mlxlora_core.run.stages import STAGES
 from mlxlora_core.run.stages.stage import Stage
 from mlxlora_core.training.events import CheckpointSaved, Note, TrainingStarted, TrainReport, TrainResult
 
-NAMES = [stage.name for stage in STAGES]
+NAMES = [stage.name for stage in STAGES if stage.name != "export"]  # which this recipe does not ask for
 RECIPE = """
 [run]
 folder = "{folder}"
@@ -95,7 +95,7 @@ def test_a_run_tells_each_stage_and_what_its_training_tells(recipe: Recipe, regi
     assert record["stages"]["train"]["result"]["steps"] == 4
     assert record["stages"]["train"]["files"].keys() == {"adapter/adapter.safetensors", "metrics.jsonl"}
     assert list(record["inputs"]) == NAMES and record["summary"]["losses"].keys() == {"valid", "test"}
-    for stage in STAGES:
+    for stage in (stage for stage in STAGES if stage.name in NAMES):
         assert stage.words(record["stages"][stage.name]["result"]), stage.name
 
     again = list(pipeline.run(recipe, registry))

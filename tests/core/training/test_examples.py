@@ -13,9 +13,9 @@ import pytest
 
 from mlxlora_core.errors import DataError
 from mlxlora_core.files.jsonl import read_jsonl
-from mlxlora_core.model.tokenizer import Tokenizer
+from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.registry.sections import SplitConfig
-from mlxlora_core.specs import Row, Rows, Skipped
+from mlxlora_core.specs import Piece, Row, Rows, Skipped
 from mlxlora_core.training.batches import epoch_order, fixed_rows, make_batch, steps_from
 from mlxlora_core.training.dataset import SPLITS, write_dataset
 from mlxlora_core.training.examples import Example, Examples, read_examples
@@ -176,19 +176,19 @@ def test_no_rows_is_an_error_that_tells_why(tmp_path: Path) -> None:
 # --- examples -----------------------------------------------------------------
 
 
-def read(tmp_path: Path, tokenizer: Tokenizer, *rows: dict[str, Any], **options: Any) -> Examples:
+def read(tmp_path: Path, tokenizer: CheckedTokenizer, *rows: dict[str, Any], **options: Any) -> Examples:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return read_examples(tmp_path / "train.jsonl", tokenizer, **{"max_seq_length": 512, **options})
 
 
-def counted(example: Example, tokenizer: Tokenizer) -> str:
+def counted(example: Example, tokenizer: CheckedTokenizer) -> str:
     """The text of the tokens that count, with what is not text by name."""
-    names = {tokenizer.bos: "<BOS>", tokenizer.eos: "<EOS>"}
+    names = {tokenizer.bos: "<BOS>", 2: "<EOS>"}
     ids = example.tokens[example.mask].tolist()
     return "".join(names[id] if id in names else tokenizer.decode([id]) for id in ids)
 
 
-def test_a_text_row_counts_whole_but_for_its_begin_token(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_text_row_counts_whole_but_for_its_begin_token(tmp_path: Path, tokenizer: CheckedTokenizer) -> None:
     (example,) = read(tmp_path, tokenizer, {"text": "The adapter scales."}).examples
     assert example.tokens.tolist() == tokenizer.encode("The adapter scales.", eos=True)
     assert example.mask.tolist() == [False] + [True] * (len(example.tokens) - 1)
@@ -207,7 +207,7 @@ def test_a_text_row_counts_whole_but_for_its_begin_token(tmp_path: Path, tokeniz
     ],
 )
 def test_a_prompt_ends_where_the_answer_begins(
-    tmp_path: Path, tokenizer: Tokenizer, prompt: str, completion: str, answer: str
+    tmp_path: Path, tokenizer: CheckedTokenizer, prompt: str, completion: str, answer: str
 ) -> None:
     row = {"prompt": prompt, "completion": completion}
     (masked,) = read(tmp_path, tokenizer, row, {"prompt": "x", "completion": "y"}, mask_prompt=True).examples[
@@ -217,12 +217,14 @@ def test_a_prompt_ends_where_the_answer_begins(
     assert masked.tokens.tolist() == whole.tokens.tolist()
     assert masked.tokens.tolist() == tokenizer.encode(prompt + completion, eos=True)
     ids = masked.tokens[masked.mask].tolist()
-    assert ids.pop() == tokenizer.eos
+    assert ids.pop() == 2
     assert tokenizer.decode(ids) == answer
     assert whole.mask.tolist() == [False] + [True] * (len(whole.tokens) - 1)
 
 
-def test_every_assistant_turn_counts_and_no_begin_token_does(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_every_assistant_turn_counts_and_no_begin_token_does(
+    tmp_path: Path, tokenizer: CheckedTokenizer
+) -> None:
     roles = ("system", "user", "assistant", "user", "assistant")
     said = ("be brief", "what?", "a layer", "why?", "the weights")
     row = {"messages": [{"role": r, "content": c} for r, c in zip(roles, said, strict=True)]}
@@ -236,16 +238,67 @@ def test_every_assistant_turn_counts_and_no_begin_token_does(tmp_path: Path, tok
     assert (whole.tokens == tokenizer.bos).sum() == 2
 
 
-@pytest.mark.parametrize("roles", [("assistant",), ("user",), ("user", "user"), ("system",), ("a", "b")])
+@pytest.mark.parametrize("roles", [("assistant",), ("user", "user"), ("system",), ("a", "b")])
 def test_messages_that_make_no_turns_are_refused(
-    tmp_path: Path, tokenizer: Tokenizer, roles: tuple[str, ...]
+    tmp_path: Path, tokenizer: CheckedTokenizer, roles: tuple[str, ...]
 ) -> None:
     row = {"messages": [{"role": role, "content": "x"} for role in roles]}
     with pytest.raises(DataError, match=r"train.jsonl:2: messages must alternate user, assistant"):
         read(tmp_path, tokenizer, {"text": "a"}, row)
 
 
-def test_long_rows_are_cut_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_conversation_without_a_last_answer_is_refused(tmp_path: Path, tokenizer: CheckedTokenizer) -> None:
+    row = {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]}
+    with pytest.raises(DataError, match=r"train.jsonl:2: messages must end with an answer of the assistant"):
+        read(tmp_path, tokenizer, {"text": "a"}, row)
+
+
+class NoBegin:
+    """Words with ids of their own, no begin id, and two ids that end a text."""
+
+    words = ("a", "b", "c", "user:", "</s>", "<end>")
+    vocab_size, bos, stops, fingerprint = 6, None, frozenset([4, 5]), "words"
+
+    def encode(self, text: str, *, bos: bool = True, eos: bool = False) -> list[int]:
+        return [self.words.index(word) for word in text.split()] + [4] * eos
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return " ".join(self.words[i] for i in ids if i not in self.stops)
+
+    def stream(self, ids: Iterable[int], every: int = 1) -> Iterable[str]:
+        return map(self.decode, ([i] for i in ids))
+
+    def render(self, messages: Any) -> list[Piece]:
+        said = [(m["role"] == "assistant", tuple(self.encode(m["content"]))) for m in messages]
+        return [Piece((*ids, 5), True) if answer else Piece((3, *ids), False) for answer, ids in said]
+
+
+@pytest.fixture
+def no_begin(tokenizer: CheckedTokenizer) -> CheckedTokenizer:
+    return CheckedTokenizer(tokenizer.component, {}, NoBegin())
+
+
+def test_without_a_begin_id_the_first_token_is_foretold_by_nothing(
+    tmp_path: Path, no_begin: CheckedTokenizer
+) -> None:
+    rows = {"text": "a b"}, {"prompt": "a", "completion": " b c"}, {"text": ""}
+    examples = read(tmp_path, no_begin, *rows)
+    assert [e.tokens.tolist() for e in examples.examples] == [[0, 1, 4], [0, 1, 2, 4]]
+    assert [e.mask.tolist() for e in examples.examples] == [[False, True, True], [False, True, True, True]]
+    assert examples.empty == 1
+
+
+def test_a_conversation_counts_as_its_pieces_say(tmp_path: Path, no_begin: CheckedTokenizer) -> None:
+    roles = ("user", "assistant", "user", "assistant")
+    row = {"messages": [{"role": r, "content": c} for r, c in zip(roles, ("a", "b", "a", "c"), strict=True)]}
+    (masked,) = read(tmp_path, no_begin, row, mask_prompt=True).examples
+    assert masked.tokens.tolist() == [3, 0, 1, 5, 3, 0, 2, 5]
+    assert masked.mask.tolist() == [False, False, True, True, False, False, True, True]
+    (whole,) = read(tmp_path, no_begin, row).examples
+    assert whole.mask.tolist() == [False] + [True] * 7
+
+
+def test_long_rows_are_cut_and_counted(tmp_path: Path, tokenizer: CheckedTokenizer) -> None:
     long = "the weights " * 30
     length = len(tokenizer.encode(long, eos=True))
     examples = read(tmp_path, tokenizer, {"text": long}, {"text": "x"}, max_seq_length=10)
@@ -257,7 +310,9 @@ def test_long_rows_are_cut_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> 
     assert (exact.cut, exact.cut_tokens) == (0, 0)
 
 
-def test_a_row_whose_answer_is_cut_away_is_left_out_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_row_whose_answer_is_cut_away_is_left_out_and_counted(
+    tmp_path: Path, tokenizer: CheckedTokenizer
+) -> None:
     row = {"prompt": "the weights " * 30, "completion": "x"}
     examples = read(tmp_path, tokenizer, row, {"prompt": "a", "completion": "b"}, max_seq_length=10)
     assert len(examples) == 2
@@ -268,14 +323,14 @@ def test_a_row_whose_answer_is_cut_away_is_left_out_and_counted(tmp_path: Path, 
         read(tmp_path, tokenizer, row, **masked)
 
 
-def test_rows_that_say_nothing_are_left_out_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_rows_that_say_nothing_are_left_out_and_counted(tmp_path: Path, tokenizer: CheckedTokenizer) -> None:
     examples = read(tmp_path, tokenizer, {"text": ""}, {"text": "x"}, {"prompt": "", "completion": ""})
     assert (len(examples), examples.empty) == (1, 2)
     with pytest.raises(DataError, match="none of 1 rows"):
         read(tmp_path, tokenizer, {"text": ""})
 
 
-def test_text_rows_have_no_prompt_to_mask(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_text_rows_have_no_prompt_to_mask(tmp_path: Path, tokenizer: CheckedTokenizer) -> None:
     rows = {"prompt": "a", "completion": "b"}, {"text": "x"}
     with pytest.raises(DataError, match=r"train.jsonl:2: a \{text\} row has no prompt to mask. Fix: leave"):
         read(tmp_path, tokenizer, *rows, mask_prompt=True)

@@ -16,6 +16,7 @@ from mlxlora_core.run.stages import STAGES
 from mlxlora_core.run.stages.after import AfterStage
 from mlxlora_core.run.stages.before import BeforeStage
 from mlxlora_core.run.stages.data import DataStage
+from mlxlora_core.run.stages.export import ExportStage
 from mlxlora_core.run.stages.model import ModelStage
 from mlxlora_core.run.stages.train import TrainStage
 
@@ -39,7 +40,7 @@ def test_each_stage_has_a_file_of_its_name_and_builds_on_those_before() -> None:
         assert type(stage).__module__.endswith(f".stages.{stage.name}")
         assert set(stage.builds_on) <= set(known)
         known.append(stage.name)
-    assert known == ["model", "data", "before", "train", "after"]
+    assert known == ["model", "data", "before", "train", "after", "export"]
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
@@ -63,6 +64,33 @@ def test_the_words_of_training_tell_the_best_step() -> None:
     assert TrainStage().words({"steps": 9, "adapter_step": 6}) == [
         "9 steps; the adapter is that of step 6, the best"
     ]
+
+
+def test_an_export_is_wanted_where_an_exporter_is_named(
+    recipe: Recipe, registry: Registry, tmp_path: Path
+) -> None:
+    path = tmp_path / "named.toml"
+    path.write_text(tomli_w.dumps(recipe.values() | {"export": {"use": "npz"}}))
+    named = read(path, (), registry)
+    assert [ExportStage().wanted(r) for r in (recipe, named)] == [False, True]
+    assert ExportStage().inputs(named) != ExportStage().inputs(read(path, ["export.dtype=float32"], registry))
+
+
+def test_every_file_of_an_export_is_its_output(tmp_path: Path) -> None:
+    assert ExportStage().outputs(tmp_path) == []
+    (tmp_path / "export" / "deep").mkdir(parents=True)
+    for name in ("export.json", "deep/model"):
+        (tmp_path / "export" / name).touch()
+    assert ExportStage().outputs(tmp_path) == ["export/deep/model", "export/export.json"]
+
+
+def test_the_words_of_an_export_tell_what_is_in_it() -> None:
+    result = {"folder": "out", "parameters": 2_000_000, "exporter": "npz:npz", "files": {"a": 1500000}}
+    assert ExportStage().words({**result, "adapter": ""}) == [
+        "out: 2.000 M parameters, by npz:npz, 1 file of 1.5 MB"
+    ]
+    fused = ExportStage().words({**result, "adapter": "lora:lora", "files": {"a": 1, "b": 2}})
+    assert fused == ["out: 2.000 M parameters, with lora:lora fused in, by npz:npz, 2 files of 0.0 MB"]
 
 
 @pytest.mark.parametrize("stage", [BeforeStage(), AfterStage()])

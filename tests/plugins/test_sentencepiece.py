@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from mlxlora_sentencepiece.tokenizer import SPACE, SentencePieceTokenizer
 
 from mlxlora_core.errors import DataError, ModelError
-from mlxlora_core.model.tokenizer import SPACE, Tokenizer
 
 TEXTS = [f"The quick brown fox number {i} jumps over the lazy dog, naïve café." for i in range(200)]
 HARD = ["naïve 😀 日本語 café", "  two spaces,  and more ", "a\tb\nc", "x", "0 ⁇ 1"]
@@ -55,23 +55,25 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(kind: str, train: Callable[..., Path]) -> Tokenizer:
-    return Tokenizer(train(**KINDS[kind]))
+def tokenizer(kind: str, train: Callable[..., Path]) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(train(**KINDS[kind]))
 
 
 @pytest.fixture(scope="module")
-def llama(train: Callable[..., Path]) -> Tokenizer:
-    return Tokenizer(train(**KINDS["as Llama"]))
+def llama(train: Callable[..., Path]) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(train(**KINDS["as Llama"]))
 
 
-def reference(tokenizer: Tokenizer) -> sentencepiece.SentencePieceProcessor:
+def reference(tokenizer: SentencePieceTokenizer) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
 
 
 # --- encoding -----------------------------------------------------------------
 
 
-def test_the_begin_id_goes_in_front_and_the_end_id_behind_on_request(tokenizer: Tokenizer) -> None:
+def test_the_begin_id_goes_in_front_and_the_end_id_behind_on_request(
+    tokenizer: SentencePieceTokenizer,
+) -> None:
     ids = reference(tokenizer).encode("the fox")
     assert tokenizer.encode("the fox") == [tokenizer.bos, *ids]
     assert tokenizer.encode("the fox", eos=True) == [tokenizer.bos, *ids, tokenizer.eos]
@@ -80,13 +82,13 @@ def test_the_begin_id_goes_in_front_and_the_end_id_behind_on_request(tokenizer: 
     assert (tokenizer.bos, tokenizer.eos) == (1, 2)
 
 
-def test_what_looks_like_a_special_token_in_a_text_is_text(llama: Tokenizer) -> None:
+def test_what_looks_like_a_special_token_in_a_text_is_text(llama: SentencePieceTokenizer) -> None:
     ids = llama.encode("<s>the</s>", bos=False)
     assert llama.bos not in ids and llama.eos not in ids
     assert llama.decode(llama.encode("<s>the</s>")) == "<s>the</s>"
 
 
-def test_half_a_surrogate_pair_is_refused_and_a_null_is_not(llama: Tokenizer) -> None:
+def test_half_a_surrogate_pair_is_refused_and_a_null_is_not(llama: SentencePieceTokenizer) -> None:
     with pytest.raises(DataError, match=r"character 3 of the text is '\\ud800'"):
         llama.encode("ab\ud800c")
     assert llama.decode(llama.encode("a\0b")) == "a\0b"
@@ -95,7 +97,7 @@ def test_half_a_surrogate_pair_is_refused_and_a_null_is_not(llama: Tokenizer) ->
 # --- decoding -----------------------------------------------------------------
 
 
-def test_the_leading_space_of_the_first_piece_is_given_back(llama: Tokenizer) -> None:
+def test_the_leading_space_of_the_first_piece_is_given_back(llama: SentencePieceTokenizer) -> None:
     ids = llama.encode("the fox", bos=False)
     assert reference(llama).id_to_piece(ids[0]).startswith(SPACE)
     assert reference(llama).decode(ids) == "the fox"
@@ -105,18 +107,18 @@ def test_the_leading_space_of_the_first_piece_is_given_back(llama: Tokenizer) ->
 
 
 @pytest.mark.parametrize("text", HARD)
-def test_a_text_comes_back_as_it_was(llama: Tokenizer, text: str) -> None:
+def test_a_text_comes_back_as_it_was(llama: SentencePieceTokenizer, text: str) -> None:
     assert llama.decode(llama.encode(text, eos=True)) == text
 
 
 def test_no_space_is_made_up_where_the_model_puts_none_in_front(train: Callable[..., Path]) -> None:
-    tokenizer = Tokenizer(train(**KINDS["no space in front"]))
+    tokenizer = SentencePieceTokenizer(train(**KINDS["no space in front"]))
     assert tokenizer.decode(tokenizer.encode("the fox")) == "the fox"
     assert tokenizer.decode(tokenizer.encode(" the fox")) == " the fox"
     assert tokenizer.decode(tokenizer.encode(" the fox", bos=False)) == " the fox"
 
 
-def test_decoding_is_sentencepiece_s_own_but_for_leading_spaces(tokenizer: Tokenizer) -> None:
+def test_decoding_is_sentencepiece_s_own_but_for_leading_spaces(tokenizer: SentencePieceTokenizer) -> None:
     model = reference(tokenizer)
     draw = random.Random(0)
     pieces = [id for id in range(tokenizer.vocab_size) if not model.is_byte(id)]
@@ -130,7 +132,7 @@ def test_decoding_is_sentencepiece_s_own_but_for_leading_spaces(tokenizer: Token
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 7, 1000])
-def test_segments_joined_are_the_text_of_all_ids(tokenizer: Tokenizer, every: int) -> None:
+def test_segments_joined_are_the_text_of_all_ids(tokenizer: SentencePieceTokenizer, every: int) -> None:
     draw = random.Random(every)
     for _ in range(100):
         ids = draw.choices(range(tokenizer.vocab_size), k=draw.randrange(30))
@@ -143,7 +145,7 @@ def test_segments_joined_are_the_text_of_all_ids(tokenizer: Tokenizer, every: in
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_no_character_is_ever_shown_in_parts(llama: Tokenizer, every: int) -> None:
+def test_no_character_is_ever_shown_in_parts(llama: SentencePieceTokenizer, every: int) -> None:
     text = "é😀日本語 naïve 😀"
     ids = llama.encode(text, bos=False)
     assert sum(reference(llama).is_byte(id) for id in ids) > 10
@@ -153,13 +155,13 @@ def test_no_character_is_ever_shown_in_parts(llama: Tokenizer, every: int) -> No
     assert len(segments) > 3
 
 
-def test_a_character_that_never_ends_is_shown_as_such_at_the_end_alone(llama: Tokenizer) -> None:
+def test_a_character_that_never_ends_is_shown_as_such_at_the_end_alone(llama: SentencePieceTokenizer) -> None:
     ids = llama.encode("the 😀", bos=False)[:-1]
     assert list(llama.stream(ids))[-1] == "\ufffd"
     assert llama.decode(ids) == " the \ufffd"
 
 
-def test_nothing_streams_to_nothing(llama: Tokenizer) -> None:
+def test_nothing_streams_to_nothing(llama: SentencePieceTokenizer) -> None:
     assert list(llama.stream([])) == []
     assert list(llama.stream([llama.eos, llama.bos])) == []
 
@@ -167,7 +169,7 @@ def test_nothing_streams_to_nothing(llama: Tokenizer) -> None:
 # --- bad files ----------------------------------------------------------------
 
 
-def test_the_fingerprint_is_that_of_the_file(llama: Tokenizer) -> None:
+def test_the_fingerprint_is_that_of_the_file(llama: SentencePieceTokenizer) -> None:
     assert llama.fingerprint == hashlib.sha256(llama.path.read_bytes()).hexdigest()
 
 
@@ -202,7 +204,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes, says
     path = tmp_path / "tokenizer.model"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=says):
-        Tokenizer(path)
+        SentencePieceTokenizer(path)
 
 
 def test_what_is_no_file_is_no_tokenizer(tmp_path: Path) -> None:
@@ -214,10 +216,10 @@ def test_what_is_no_file_is_no_tokenizer(tmp_path: Path) -> None:
         (Path("/dev/zero"), "is a pipe or a device"),
     ):
         with pytest.raises(ModelError, match=says):
-            Tokenizer(path)
+            SentencePieceTokenizer(path)
 
 
-def test_a_damaged_model_is_refused_or_works(tmp_path: Path, llama: Tokenizer) -> None:
+def test_a_damaged_model_is_refused_or_works(tmp_path: Path, llama: SentencePieceTokenizer) -> None:
     content = llama.path.read_bytes()
     draw = random.Random(0)
     refused = 0
@@ -226,7 +228,7 @@ def test_a_damaged_model_is_refused_or_works(tmp_path: Path, llama: Tokenizer) -
         damaged[draw.randrange(len(damaged))] = draw.randrange(256)
         (tmp_path / "tokenizer.model").write_bytes(damaged)
         try:
-            Tokenizer(tmp_path / "tokenizer.model").encode("the fox")
+            SentencePieceTokenizer(tmp_path / "tokenizer.model").encode("the fox")
         except ModelError:
             refused += 1
     assert refused > 100
@@ -234,4 +236,4 @@ def test_a_damaged_model_is_refused_or_works(tmp_path: Path, llama: Tokenizer) -
 
 def test_a_model_without_a_begin_piece_is_refused(train: Callable[..., Path]) -> None:
     with pytest.raises(ModelError, match="no begin or no end piece"):
-        Tokenizer(train(bos_id=-1))
+        SentencePieceTokenizer(train(bos_id=-1))

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from mlxlora_core.errors import ModelError
+from mlxlora_core.api import ModelError
 
 FILE_BYTES = 64 << 20  # the largest in use have 5 MB
 

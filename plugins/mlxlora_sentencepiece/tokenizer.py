@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
-from mlxlora_core.errors import DataError, ModelError
-from mlxlora_core.files.input_file import open_regular, read_some, refuse_stand_in
-from mlxlora_core.model.sentencepiece_file import FILE_BYTES, check_model
+from mlxlora_core.api import DataError, ModelError, Piece
+from mlxlora_core.files import open_regular, read_some, refuse_stand_in
+from mlxlora_sentencepiece.chat import turns
+from mlxlora_sentencepiece.sentencepiece_file import FILE_BYTES, check_model
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
-class Tokenizer:
-    """A SentencePiece model.
+class SentencePieceTokenizer:
+    """A SentencePiece model; a :class:`mlxlora_core.api.Tokenizer`.
 
     Attributes:
         path: the model file.
         vocab_size: number of pieces.
         bos: id that begins a text.
         eos: id that ends one.
+        stops: that id alone.
+        fingerprint: SHA-256 of the file.
 
     Raises:
         ModelError: the file is absent or is no SentencePiece model, or it has no
@@ -49,6 +53,7 @@ class Tokenizer:
         self.eos: int = self._model.eos_id()
         if self.bos < 0 or self.eos < 0:
             raise ModelError("the tokenizer has no begin or no end piece", where=path)
+        self.stops = frozenset([self.eos])
 
     def encode(self, text: str, *, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of ``text``, with the begin id in front and, if asked, the end id behind.
@@ -92,9 +97,35 @@ class Tokenizer:
         if held:
             yield held
 
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
+        """A conversation in the instruction format of Llama 2, each turn a text of its own.
+
+        Raises:
+            DataError: roles that do not alternate, or half a surrogate pair.
+        """
+        pieces = []
+        for prompt, answer in turns(messages):
+            asked = self.encode(prompt)
+            pieces.append(Piece(tuple(asked), False))
+            if answer is not None:
+                pieces.append(Piece(tuple(self._answer(prompt, asked, answer)), True))
+        return pieces
+
+    def _answer(self, prompt: str, asked: list[int], answer: str) -> list[int]:
+        """The ids of ``answer`` behind those of its prompt, end id included.
+
+        Prompt and answer are encoded as one text, as they are read. A model that
+        joins the end of the one and the beginning of the other in a piece gets
+        them apart, or else generation could not be told what training was.
+        """
+        whole = self.encode(prompt + answer, eos=True)
+        if whole[: len(asked)] == asked:
+            return whole[len(asked) :]
+        return self.encode(answer, bos=False, eos=True)
+
     def _bytes(self, token: int) -> bytes:
-        """What one id adds to a text."""
-        if self._model.is_control(token):
+        """What one id adds to a text; one beyond the vocabulary, which a padded model has, adds nothing."""
+        if token >= self.vocab_size or self._model.is_control(token):
             return b""
         piece: str = self._model.id_to_piece(token)
         if self._model.is_byte(token):

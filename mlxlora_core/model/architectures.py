@@ -1,0 +1,181 @@
+"""The architecture of a model: who builds it, its arguments, its tensors and what is built, all checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from mlxlora_core.errors import ModelError, SafetyError, UsageError, listing
+from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.linears import linears
+from mlxlora_core.model.tokenizers import FILES
+from mlxlora_core.options import explain, parse, plain
+from mlxlora_core.registry import Component, Registry
+from mlxlora_core.specs import Architecture, LazyTensor
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Keys by which other libraries find code to run for a model.
+_CODE_KEYS = ("auto_map", "model_file")
+# Keys of config.json that are core's own, whatever the architecture.
+_CORE_KEYS = ("model_type", "quantizer", "quantization", "quantized", FILES)
+
+
+def find_architecture(config: Mapping[str, Any], registry: Registry, where: Path) -> Component:
+    """The architecture that builds the ``model_type`` of a model folder's config.
+
+    Raises:
+        ModelError: none does, or several do.
+        SafetyError: the config asks for code of its own.
+    """
+    stated = config.get("model_type")
+    known = registry.of("architecture")
+    return _only([c for c in known if stated in c.spec.model_types], config, registry, where)
+
+
+def folder_args(spec: Architecture, config: Mapping[str, Any]) -> Any:
+    """The arguments that a model folder's config states; null counts as left out.
+
+    Raises:
+        ModelError: unknown keys, missing or impossible values, all told at once.
+    """
+    own = {option.name for option in explain(spec.args)}
+    if "hidden_size" in config and "hidden_size" not in own:
+        raise ModelError(
+            "is the config of a Hugging Face folder (hidden_size), wanted one that mlxlora wrote",
+            fix="make a model folder of a checkpoint that a weight loader reads: mlxlora convert",
+        )
+    apart = {key for key in (*_CORE_KEYS, *_CODE_KEYS) if key not in own}
+    return _parsed(spec, {k: v for k, v in config.items() if k not in apart and v is not None})
+
+
+def read_foreign(
+    config: Mapping[str, Any], shapes: Shapes, registry: Registry, where: Path
+) -> tuple[Component, Any]:
+    """The architecture that reads a foreign config, and the arguments that it makes of it.
+
+    Args:
+        config: as the checkpoint spells it.
+        shapes: of the tensors by their foreign names.
+        registry: where architectures are looked up.
+        where: of the checkpoint, for messages.
+
+    Raises:
+        ModelError: no architecture knows the config, several do, or values are impossible.
+        SafetyError: the config asks for code of its own.
+        PluginError: what the architecture gives breaks the contract.
+    """
+    read = []
+    for component in registry.of("architecture"):
+        args = placed(where, foreign_args, component.spec, config, shapes)
+        if args is not None:
+            read.append((component, component.checked("read", args, component.spec.args)))
+    component = _only([component for component, _ in read], config, registry, where)
+    return component, placed(where, _parsed, component.spec, _stated(read[0][1]))
+
+
+def foreign_args(spec: Architecture, config: Mapping[str, Any], shapes: Shapes) -> Any:
+    """What ``read`` of an architecture makes of a foreign config; its complaints are about the model."""
+    try:
+        return spec.read(config, shapes)
+    except UsageError as fault:
+        raise ModelError(fault.what, where=fault.where, fix=fault.fix) from fault
+
+
+def model_config(component: Component, args: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json holds of a model whose foreign config was ``config``."""
+    types = component.spec.model_types
+    stated = config.get("model_type")
+    return {"model_type": stated if stated in types else types[0]} | _stated(args)
+
+
+def model_tensors(
+    component: Component, found: Mapping[str, LazyTensor], args: Any
+) -> Mapping[str, LazyTensor]:
+    """The tensors of the model, made of those that were found; nothing is read.
+
+    Raises:
+        PluginError: the architecture gives something else.
+    """
+    tensors: Any = component.spec.tensors(found, args)
+    if not isinstance(tensors, Mapping):
+        raise component.breach("tensors", type(tensors).__name__, "a mapping of names to tensors")
+    for name, tensor in tensors.items():
+        component.checked("tensors", name, str)
+        component.checked("tensors", tensor, LazyTensor)
+    return tensors
+
+
+def build(component: Component, args: Any) -> LanguageModel:
+    """The model of checked arguments, its parameters still to be loaded.
+
+    Raises:
+        PluginError: what is built lacks a member of a language model.
+    """
+    model = component.checked("build", component.spec.build(args), LanguageModel)
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, list) or not layers or not all(isinstance(x, nn.Module) for x in layers):
+        raise component.breach("build", f"layers of type {type(layers).__name__}", "a list of modules")
+    for name in ("vocab_size", "context_tokens"):
+        size = getattr(model, name, "")
+        unbounded = name == "context_tokens" and size is None
+        if not unbounded and (type(size) is not int or size < 1):
+            raise component.breach("build", f"{name} {size!r}", "a whole number above 0")
+    head = getattr(model, "head_path", None)
+    if not isinstance(head, str) or (head and head not in dict(linears(model))):
+        raise component.breach("build", f"head_path {head!r}", "the path of a linear, or nothing")
+    return model
+
+
+def _parsed(spec: Architecture, values: Mapping[str, Any]) -> Any:
+    """Arguments out of plain values, none of them impossible."""
+    try:
+        return parse(spec.args, values, owner=f"architecture '{spec.name}'", spell=str, strict=True)
+    except UsageError as fault:
+        raise ModelError(fault.what) from fault
+
+
+def _stated(args: Any) -> dict[str, Any]:
+    """Arguments as config.json holds them, without those that are None."""
+    return {key: value for key, value in plain(args).items() if value is not None}
+
+
+def placed(where: Path, function: Any, *arguments: Any) -> Any:
+    """What ``function`` gives; its errors get their place."""
+    try:
+        return function(*arguments)
+    except ModelError as fault:
+        raise ModelError(fault.what, where=fault.where or where, fix=fault.fix) from fault
+
+
+def _only(found: list[Component], config: Mapping[str, Any], registry: Registry, where: Path) -> Component:
+    """The one architecture of those that were found."""
+    if len(found) == 1:
+        _refuse_code(config, found[0], where)
+        return found[0]
+    if found:
+        raise ModelError(f"several architectures build this: {listing(c.id for c in found)}", where=where)
+    known = listing(sorted({name for c in registry.of("architecture") for name in c.spec.model_types}))
+    failed = "".join(f"; plugin {p} failed to load: {p.reason}" for p in registry.failed)
+    stated = config.get("model_type")
+    what = (
+        f"model_type '{stated}' is not known"
+        if stated is not None
+        else "no model_type is stated or recognised"
+    )
+    raise ModelError(f"{what} (there is {known}{failed})", where=where, fix="install a plugin that builds it")
+
+
+def _refuse_code(config: Mapping[str, Any], architecture: Component, where: Path) -> None:
+    """Refuse a config that names code of its own, unless a plugin that was installed builds that model."""
+    asked = [key for key in _CODE_KEYS if config.get(key)]
+    if asked and architecture.plugin.origin == "built-in":
+        raise SafetyError(
+            f"asks for code of its own ({listing(asked)}), which is never run",
+            where=where,
+            fix="install a plugin that builds this model, or take the key out if it is a plain "
+            + str(architecture.spec.name),
+        )

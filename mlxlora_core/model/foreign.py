@@ -1,0 +1,139 @@
+"""``loader.open -> architecture.tensors``: a foreign model as one of mlxlora's, its tensors still unread."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxlora_core.errors import ModelError, listing
+from mlxlora_core.files import tensor_file
+from mlxlora_core.model import architectures
+from mlxlora_core.model.folder import CONFIG
+from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.linears import parameters
+from mlxlora_core.model.tokenizers import (
+    FILES,
+    CheckedTokenizer,
+    check_vocabulary,
+    is_plain_name,
+    open_tokenizer,
+)
+from mlxlora_core.model.weights import WEIGHTS
+from mlxlora_core.registry import Component, Registry
+from mlxlora_core.specs import ForeignModel, LazyTensor
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A foreign model whose parts fit each other.
+
+    Attributes:
+        loader: who read it.
+        architecture: who builds it.
+        model: built, its parameters still to be loaded.
+        tensors: for each parameter of the model the tensor to load.
+        tokenizer: of the model.
+        config: what config.json will hold.
+        unread: tensors of the checkpoint that nobody has read so far; what is
+            left when all of ``tensors`` are read has no use here.
+    """
+
+    loader: Component
+    architecture: Component
+    model: LanguageModel
+    tensors: Mapping[str, LazyTensor]
+    tokenizer: CheckedTokenizer
+    config: dict[str, Any]
+    unread: Collection[str]
+
+
+def open_foreign(source: Path, registry: Registry, loader: str | None, options: Any) -> OpenedModel:
+    """Open a foreign model; nothing of its tensors is read.
+
+    Args:
+        source: folder or file.
+        registry: where loaders, architectures and tokenizers are looked up.
+        loader: which weight loader; None asks each whether it knows the path.
+        options: of the loader; None for its defaults.
+
+    Raises:
+        ModelError: a part is absent or damaged, or tensors do not fit (all listed).
+        SafetyError: a file wants to run code.
+        PluginError: what a plugin gives breaks its contract.
+    """
+    reader = find_loader(source, registry, loader)
+    foreign = _checked(reader, reader.spec.open(source, options or reader.spec.options()))
+    shapes = {name: tensor.shape for name, tensor in foreign.tensors.items()}
+    architecture, args = architectures.read_foreign(foreign.config, shapes, registry, source)
+    found, unread = _watched(foreign.tensors)
+    tensors = architectures.model_tensors(architecture, found, args)
+    model = architectures.build(architecture, args)
+    faults = tensor_file.mismatches(tensors, parameters(model))
+    if faults:
+        raise ModelError("the tensors do not fit the config: " + "; ".join(faults), where=source)
+    tokenizer = open_tokenizer(foreign.tokenizer, registry, source)
+    check_vocabulary(tokenizer, model.vocab_size, source)
+    config = architectures.model_config(architecture, args, foreign.config)
+    config[FILES] = list(tokenizer.files)
+    return OpenedModel(reader, architecture, model, tensors, tokenizer, config, unread)
+
+
+def find_loader(source: Path, registry: Registry, name: str | None) -> Component:
+    """The loader asked for, or the only one that knows the path.
+
+    Raises:
+        ModelError: nothing is there, or no loader or several know it.
+    """
+    if not source.exists():
+        raise ModelError(
+            "there is no such folder or file", where=source, fix="name the checkpoint's folder or file"
+        )
+    if name is not None:
+        return registry.find("loader", name)
+    loaders = registry.of("loader")
+    found = [component for component in loaders if component.spec.detect(source)]
+    if len(found) == 1:
+        return found[0]
+    what = "folder" if source.is_dir() else "file"
+    if found:
+        ids = [component.id for component in found]
+        raise ModelError(f"{listing(ids)} can read this {what}", where=source, fix=f"add --loader {ids[0]}")
+    failed = "".join(f"; plugin {p} failed to load: {p.reason}" for p in registry.failed)
+    raise ModelError(
+        f"no weight loader knows this {what} (there is {listing(c.spec.name for c in loaders)}{failed})",
+        where=source,
+    )
+
+
+def _checked(reader: Component, given: Any) -> ForeignModel:
+    """What a loader has opened, held against the contract."""
+    opened = reader.checked("open", given, ForeignModel)
+    for name in ("config", "tokenizer", "tensors"):
+        part = getattr(opened, name)
+        if not isinstance(part, Mapping):
+            raise reader.breach("open", f"{name} of type {type(part).__name__}", "a mapping")
+    for name, tensor in opened.tensors.items():
+        reader.checked("open", name, str)
+        reader.checked("open", tensor, LazyTensor)
+    taken = {CONFIG, *WEIGHTS.values()}
+    for name, path in opened.tokenizer.items():
+        if not is_plain_name(name) or name in taken:
+            raise reader.breach("open", f"a tokenizer file {name!r}", "a plain file name of its own")
+        reader.checked("open", path, Path)
+    return opened
+
+
+def _watched(found: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict[str, None]]:
+    """The same tensors, and the names of those that nobody has read so far."""
+    unread = dict.fromkeys(found)
+
+    def read(name: str) -> mx.array:
+        unread.pop(name, None)
+        return found[name].read()
+
+    return {name: replace(tensor, read=partial(read, name)) for name, tensor in found.items()}, unread

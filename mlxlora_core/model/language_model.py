@@ -1,0 +1,63 @@
+"""The base of every model that an architecture builds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxlora_core.specs import Cache
+
+
+class LanguageModel(nn.Module):
+    """A causal language model: an ``mlx.nn.Module`` with these members.
+
+    A subclass sets the attributes and writes :meth:`embed`, :meth:`run`,
+    :meth:`head` and :meth:`make_cache`.
+
+    Attributes:
+        layers: the blocks, bottom first; adapters go into the linears inside them.
+        head_path: module path of the output head, or nothing when it is tied
+            to the embedding.
+        vocab_size: V.
+        context_tokens: longest sequence it was made for, or None.
+    """
+
+    layers: list[nn.Module]
+    head_path: str
+    vocab_size: int
+    context_tokens: int | None
+
+    def __call__(self, tokens: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
+        """Logits (B, T, V) of token ids (B, T) that follow those in ``cache``."""
+        return self.head(self.run(self.embed(tokens), cache=cache))
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Embeddings (B, T, D) of token ids (B, T)."""
+        raise NotImplementedError
+
+    def run(
+        self,
+        hidden: mx.array,
+        first: int = 0,
+        last: int | None = None,
+        cache: Sequence[Cache] | None = None,
+    ) -> mx.array:
+        """Hidden states (B, T, D) after layers ``first`` up to, not including, ``last``.
+
+        Args:
+            hidden: what enters layer ``first``, (B, T, D).
+            first: the lowest layer to run.
+            last: where to stop; None is the top.
+            cache: one entry for each layer of the whole model.
+        """
+        raise NotImplementedError
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits (..., V) of hidden states (..., D), final norm included."""
+        raise NotImplementedError
+
+    def make_cache(self) -> list[Cache]:
+        """An empty cache, one entry a layer."""
+        raise NotImplementedError

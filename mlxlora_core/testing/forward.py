@@ -1,0 +1,58 @@
+"""Ways to run a model, for the suite of architectures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.linears import parameters
+from mlxlora_core.specs import Cache
+
+
+class OnlyForward(nn.Module):
+    """A linear's forward and nothing else."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._linear = [linear]  # in a list: no child module, no parameters
+        self.called = False
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """What the linear gives."""
+        self.called = True
+        out: mx.array = self._linear[0](x)
+        return out
+
+
+def in_parts(model: LanguageModel, ids: mx.array, lengths: list[int]) -> mx.array:
+    """Logits of ``ids`` given to a cached model in parts of these lengths."""
+    cache: list[Cache] = model.make_cache()
+    parts, start = [], 0
+    for length in lengths:
+        parts.append(model(ids[:, start : start + length], cache=cache))
+        start += length
+        assert [entry.offset for entry in cache] == [start] * len(cache)
+    return mx.concatenate(parts, axis=1)
+
+
+def loss_of(model: LanguageModel, ids: mx.array) -> mx.array:
+    """Mean nats of each token after the first."""
+    logits = model(ids)[:, :-1]
+    return nn.losses.cross_entropy(logits, ids[:, 1:], reduction="mean")
+
+
+def gradients_of(model: LanguageModel, ids: mx.array) -> dict[str, mx.array]:
+    """The gradient of every parameter by its path."""
+
+    def loss(values: Any) -> mx.array:
+        model.update(values)
+        return loss_of(model, ids)
+
+    weights = tree_unflatten(list(parameters(model).items()))
+    found: dict[str, mx.array] = dict(tree_flatten(mx.grad(loss)(weights)))
+    model.update(weights)
+    return found

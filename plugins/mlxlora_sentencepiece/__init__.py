@@ -1,0 +1,40 @@
+"""Tokenizer ``sentencepiece``: the ``tokenizer.model`` of Llama 1, Llama 2 and Mistral."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from mlxlora_core.api import MlxloraError, NoOptions, Tokenizer, TokenizerLoader, hookimpl
+from mlxlora_core.files import open_regular, read_some
+
+FILE = "tokenizer.model"
+
+_HEAD_BYTES = 4096
+_RANKS = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
+
+
+def detect(files: Mapping[str, Path]) -> bool:
+    """Whether there is a ``tokenizer.model``, and it is no list of ranks as Llama 3 has under that name."""
+    if FILE not in files:
+        return False
+    try:
+        with open_regular(files[FILE]) as file:
+            return not _RANKS.match(read_some(file, _HEAD_BYTES, files[FILE]))
+    except MlxloraError:  # what is wrong with it is told when it is opened
+        return True
+
+
+def open_files(files: Mapping[str, Path], options: NoOptions) -> Tokenizer:
+    """The tokenizer in those files; see :class:`mlxlora_sentencepiece.tokenizer.SentencePieceTokenizer`."""
+    from mlxlora_sentencepiece.tokenizer import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(files[FILE])
+
+
+@hookimpl
+def mlxlora_tokenizers() -> Iterable[TokenizerLoader]:
+    """The one tokenizer of this plugin."""
+    summary = "SentencePiece models, as Llama 2 and Mistral have them, with the instruction format of Llama 2"
+    return [TokenizerLoader(name="sentencepiece", summary=summary, detect=detect, open=open_files)]
