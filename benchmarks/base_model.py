@@ -23,6 +23,7 @@ from pretrain import BASE, VOCABULARY, corpus, documents, examples, rows
 from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.convert import convert
+from mlxlora_core.model.events import result_of
 from mlxlora_core.model.tokenizer import Tokenizer
 from mlxlora_core.registry import load, start_runtimes
 from mlxlora_core.training.evaluation import evaluate
@@ -113,7 +114,7 @@ def main(site: Path, base: Path, packages: tuple[str, ...]) -> None:
     trained = dict.fromkeys(row for document in seen for row in rows(document))
     grams = KneserNey(examples(trained, tokenizer))
     with tempfile.TemporaryDirectory() as folder:
-        convert(base, Path(folder) / "model", registry)
+        result_of(convert(base, Path(folder) / "model", registry))
         model = model_folder.load(Path(folder) / "model", registry).language_model
     click.echo("| package | rows | bytes | base | 5-gram | `xz -9` |\n|---|---|---|---|---|---|")
     for package in packages:

@@ -59,7 +59,7 @@ def main(
     peers: str, quick: bool, as_json: bool, shapes: Sequence[str], kinds: Sequence[str], keep: bool
 ) -> None:
     """Measure, print, and keep the results."""
-    _check_environment(peers)
+    check_environment(peers)
     device = doctor.device()
     chosen = [s for s in SHAPES if s.name in shapes or not (shapes or (s.needs_gpu and device.kind == "cpu"))]
     result: dict[str, Any] = {
@@ -92,7 +92,7 @@ def main(
         _keep(result)
 
 
-def _check_environment(peers: str) -> None:
+def check_environment(peers: str) -> None:
     """Refuse a Python that has no peers, with the commands that make one."""
     if shutil.which(peers) is None or not commands.has_modules(peers, ("mlx_lm", "transformers", "peft")):
         raise click.UsageError(
@@ -131,7 +131,8 @@ def _folders(run: contest.Run, folder: Path) -> dict[str, Path]:
             "task": "prepare",
             "folder": str(folder / HUGGING_FACE),
             "target": str(theirs),
-            "dtype": kind,
+            "dtype": run.base,
+            "bits": 4 if kind == "4bit" else 0,
         }
         run.worker_once(run.peers, "workers.with_mlx_lm", asked)
         made |= {f"mlxlora {kind}": ours, f"mlx-lm {kind}": theirs}

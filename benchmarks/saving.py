@@ -16,9 +16,9 @@ import click
 from mlxlora_core.cli.session import start
 from mlxlora_core.registry import load
 from mlxlora_core.run import pipeline
-from mlxlora_core.run.recipe import read
-from mlxlora_core.training.loop import TrainReport
-from mlxlora_core.training.session import CheckpointSaved
+from mlxlora_core.run.events import StageDone
+from mlxlora_core.run.recipe_source import read
+from mlxlora_core.training.events import CheckpointSaved, TrainReport
 
 
 @click.command()
@@ -39,7 +39,7 @@ def main(iters: int | None, out: Path | None) -> None:
             elif isinstance(event, TrainReport):
                 training += (event.step - steps) / event.steps_per_second
                 steps = event.step
-            elif event == pipeline.StageDone("train", getattr(event, "result", {})):
+            elif isinstance(event, StageDone) and event.stage == "train":
                 break
         checkpoint = next(Path(folder).glob("run/checkpoints/step-*"))
         size = sum(path.stat().st_size for path in checkpoint.iterdir())

@@ -68,7 +68,7 @@ _MEANINGS = {
     ExitCode.MODEL: "model, adapter or tokenizer that is damaged or does not fit",
     ExitCode.SAFETY: "refused for safety, such as code in a checkpoint or a folder that holds something else",
     ExitCode.RESOURCE: "disk, memory and limits",
-    ExitCode.DIVERGED: "diverged: a loss or a gradient that is not finite",
+    ExitCode.DIVERGED: "diverged: a loss, a gradient or logits that are not finite",
     ExitCode.PLUGIN: "plugin: missing, broken or incompatible",
     ExitCode.LOCKED: "locked: another run holds the folder",
     ExitCode.DEFECT: "a defect of mlxlora",

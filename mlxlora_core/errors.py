@@ -8,7 +8,7 @@
     ├── ModelError      4  model, adapter and tokenizer
     ├── SafetyError     5  refused for safety
     ├── ResourceError   6  disk, memory and limits
-    ├── DivergedError   7  a loss or a gradient that is not finite
+    ├── DivergedError   7  a loss, a gradient or logits that are not finite
     ├── PluginError     8  a plugin is missing, broken or incompatible
     └── LockedError     9  another run holds the folder
 
@@ -91,7 +91,7 @@ class ResourceError(MlxloraError):
 
 
 class DivergedError(MlxloraError):
-    """A loss or a gradient that is not finite."""
+    """A loss, a gradient or logits that are not finite."""
 
     exit_code = ExitCode.DIVERGED
 

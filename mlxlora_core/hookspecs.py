@@ -56,7 +56,7 @@ def mlxlora_dataset_builders() -> Iterable[DatasetBuilder]:  # type: ignore[empt
 
 @hookspec
 def mlxlora_samplers() -> Iterable[Sampler]:  # type: ignore[empty-body]
-    """Choosers of the next token: options -> a function of logits, ids and a random key."""
+    """Choosers of the next token: options -> a function from logits and the ids so far to logits."""
 
 
 @hookspec

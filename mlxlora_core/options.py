@@ -158,6 +158,7 @@ def parse(
     owner: str,
     where: str = "",
     spell: Callable[[str], str] | None = None,
+    beside: Sequence[str] = (),
 ) -> T:
     """Make an options value from recipe or command-line values.
 
@@ -170,6 +171,7 @@ def parse(
         owner: whom the options belong to, for messages: ``adapter 'lora'``.
         where: the file that the values came from.
         spell: an option as the user wrote it, for messages; ``OWNER option 'NAME'`` by default.
+        beside: names that could have been written in the same place, for messages.
 
     Raises:
         UsageError: unknown names, wrong types, values out of range, missing values.
@@ -181,8 +183,9 @@ def parse(
     parsed: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
+            there_is = listing([*known, *beside], 20)
             faults.append(
-                f"{owner} has no option '{name}' ({nearest(name, known)}it has {listing(known, 20)})"
+                f"{owner} has no option '{name}' ({nearest(name, [*known, *beside])}it has {there_is})"
             )
             continue
         try:
@@ -218,6 +221,13 @@ def convert(value: Any, wanted: Any) -> Any:
     if wanted not in _READERS:
         raise TypeError(f"an option cannot be of type {wanted}, wanted {_SUPPORTED}")
     return _READERS[wanted](value)
+
+
+def divide(values: Mapping[str, T], options: type[Any]) -> tuple[dict[str, T], dict[str, T]]:
+    """The values that ``options`` declares, and the others."""
+    known = {option.name for option in explain(options)}
+    ours = {name: value for name, value in values.items() if name in known}
+    return ours, {name: value for name, value in values.items() if name not in known}
 
 
 def plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mlxlora_core.options import NoOptions, option
+from mlxlora_core.options import NoOptions
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -153,6 +153,8 @@ class Architecture(Spec):
         rename: the name in the model of a tensor of the checkpoint, or None for
             one that the model does not need. Unknown names pass unchanged.
         build: a model with uninitialised parameters.
+        default_targets: names of the linears that adapters take when nobody says
+            which; empty for every one in a layer.
     """
 
     model_types: tuple[str, ...]
@@ -160,25 +162,25 @@ class Architecture(Spec):
     config: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Any]
     rename: Callable[[str], str | None]
     build: Callable[[Any], LanguageModel]
+    default_targets: tuple[str, ...] = ()
 
 
 # --- adapters -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class AdapterOptions:
-    """Where an adapter goes; the options of an adapter inherit this."""
+class Place:
+    """Where a linear stands in a model.
 
-    targets: tuple[str, ...] = option(
-        ("wq", "wv"), help="names of the linears to adapt, or all-linear for every one in a layer"
-    )
-    layers: int = option(16, help="the top so many layers are adapted; -1 is all", minimum=-1)
+    Attributes:
+        path: of the module, such as ``layers.3.attention.wq``.
+        layer: which of ``model.layers`` it is in, or None when it is in none.
+        shape: of its weight: (outputs, inputs), with the experts in front of a stacked one.
+    """
 
-    def __post_init__(self) -> None:
-        if self.layers == 0:
-            raise ValueError("layers must be -1 or at least 1, got 0: nothing would be trained")
-        if not self.targets:
-            raise ValueError("targets is empty: nothing would be trained")
+    path: str
+    layer: int | None
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,59 +189,43 @@ class Adapter(Spec):
 
     Attributes:
         wrap: a module that computes the linear's output plus the adapter's, the
-            same as the linear at the start. It keeps the linear as its child
+            same as the linear at the start; None for a linear that is not the
+            adapter's to change. The module keeps the linear as its child
             ``linear``, frozen; every parameter that it adds trains.
-        fuse: the weight (outputs, inputs), float32, of one dense linear that does
-            what the wrapped module does, given the weight of the linear inside it.
+        fuse: the weight, float32, of one dense linear that does what the wrapped
+            module does, given the weight of the linear inside it, of the same shape.
     """
 
-    options: type[AdapterOptions] = AdapterOptions
-    wrap: Callable[[nn.Module, Any], nn.Module]
+    wrap: Callable[[nn.Module, Place, Any], nn.Module | None]
     fuse: Callable[[nn.Module, mx.array], mx.array]
 
 
 # --- quantizers ---------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class QuantizerOptions:
-    """Which linears are quantized; the options of a quantizer inherit this.
-
-    The fields that a quantizer adds are what config.json keeps as ``quantization``.
-    """
-
-    head: bool = option(False, help="quantize the output head too")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Quantizer(Spec):
     """Stores the weight of a linear in fewer bits.
 
+    A weight is (outputs, inputs), or (experts, outputs, inputs) of a stacked linear.
+
     Attributes:
-        quantize: a :class:`mlxlora_core.ops.QuantizedLinear` made from a dense
-            linear, or None to leave this one as it is.
-        restore: an empty one for a linear of shape (outputs, inputs), bias or
-            not, with the options that it was quantized with; its parameters are
-            loaded afterwards.
+        parts: names of the tensors that it makes of a weight.
+        quantize: the parts, or None to leave this weight as it is.
+        dequantize: the weight, float32, that the parts stand for.
+        matmul: outputs (..., outputs) of inputs (..., inputs), straight from the
+            parts of a weight (outputs, inputs), or None for a quantizer without
+            such a product. It is used on a GPU, and on a CPU for a single row;
+            elsewhere the weight is dequantized.
     """
 
-    options: type[QuantizerOptions] = QuantizerOptions
-    quantize: Callable[[nn.Linear, Any], nn.Module | None]
-    restore: Callable[[tuple[int, int], bool, Any], nn.Module]
+    parts: tuple[str, ...]
+    quantize: Callable[[mx.array, Any], Mapping[str, mx.array] | None]
+    dequantize: Callable[[Mapping[str, mx.array], Any], mx.array]
+    matmul: Callable[[mx.array, Mapping[str, mx.array], Any], mx.array] | None = None
 
 
 # --- dataset builders ---------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DatasetOptions:
-    """How rows are split and written; the options of a builder inherit this."""
-
-    test_set_size: float = option(
-        0.1, help="share held out; half of it validation, half test", minimum=0.0, below=1.0
-    )
-    split_seed: int = option(0, help="seed of the split", minimum=0)
-    write_batch_size: int = option(1000, help="rows written at a time", unit="rows", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -292,27 +278,27 @@ class DatasetBuilder(Spec):
             size and time. ``mlxlora run`` builds again when this changes.
     """
 
-    options: type[DatasetOptions] = DatasetOptions
     build: Callable[[Any], Rows]
     inputs: Callable[[Any], Mapping[str, str]]
 
 
 # --- samplers -----------------------------------------------------------------
 
-Sample = Callable[["mx.array", Sequence[int], "mx.array"], "mx.array"]
+Transform = Callable[["mx.array", Sequence[int]], "mx.array"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(Spec):
-    """Chooses the next token.
+    """Says how likely each next token is; mlxlora draws it.
 
     Attributes:
-        build: a function ``sample(logits, tokens, key)`` from logits (B, V) in
-            float32, the ids so far and a random key to token ids (B,). The same
-            key gives the same token.
+        build: a function ``transform(logits, tokens)`` from logits (B, V) in
+            float32 and the ids so far to logits (B, V) in float32, of which -inf
+            forbids a token. It is called once a text, so that what it gives may
+            keep state; it draws nothing at random itself.
     """
 
-    build: Callable[[Any], Sample]
+    build: Callable[[Any], Transform]
 
 
 # --- runtimes and recipes -----------------------------------------------------

@@ -241,7 +241,8 @@ def main(site: Path, out: Path, steps: int, batch_size: int, learning_rate: floa
     from mlxlora_core.machine.device import prepare_cpu
     from mlxlora_core.model.tokenizer import Tokenizer
     from mlxlora_core.registry import load, start_runtimes
-    from mlxlora_core.training.loop import TrainReport, ValidReport, train
+    from mlxlora_core.training.events import TrainReport, ValidReport
+    from mlxlora_core.training.loop import train
     from mlxlora_core.training.settings import TrainConfig
 
     train_documents, held_out = corpus(site)

@@ -32,6 +32,7 @@ class Job:
         check_tokens: how much of the first row the loss is checked on.
         threads: to compute with.
         target: folder that ``prepare`` makes.
+        bits: of its linears; 0 leaves them dense.
         side: of the matrices that ``matmul`` multiplies.
     """
 
@@ -47,6 +48,7 @@ class Job:
     check_tokens: int = 64
     threads: int = 1
     target: str = ""
+    bits: int = 0
     side: int = 1024
 
     def read_rows(self) -> list[list[int]]:

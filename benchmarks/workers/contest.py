@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import click
 from mlxlora_core.machine.processors import thread_count
 from workers.channel import Job
 from workers.commands import Command, run_command
+from workers.process import Failed, Worker
 from workers.shapes import Shape, decode_flop, prefill_flop, train_flop
 
 BENCHMARKS = Path(__file__).parents[1]
@@ -50,6 +49,7 @@ class Pace:
         batch: rows a training step.
         prompt_tokens: that prefill reads.
         new_tokens: that decode generates.
+        patience_seconds: after which a contestant that says nothing is ended.
     """
 
     samples: int
@@ -57,6 +57,7 @@ class Pace:
     batch: int
     prompt_tokens: int
     new_tokens: int
+    patience_seconds: float = 3600.0
 
     def tokens(self, task: str, shape: Shape) -> int:
         """Tokens that one sample works on."""
@@ -97,64 +98,6 @@ class Group:
 
     name: str
     entries: Sequence[Entry]
-
-
-class Failed(Exception):
-    """A worker went away; the text is what it said last."""
-
-
-class Worker:
-    """A process that answers each line with one sample."""
-
-    def __init__(self, python: str, module: str, job: Job, environment: Mapping[str, str]) -> None:
-        self.ready: dict[str, Any] = {}
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
-        self.process = subprocess.Popen(
-            [python, "-m", f"workers.{module}", json.dumps(asdict(job))],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-        )
-
-    def read(self) -> dict[str, Any]:
-        """What it says next.
-
-        Raises:
-            Failed: it says nothing more.
-        """
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if line:
-            said: dict[str, Any] = json.loads(line)
-            return said
-        self.errors.seek(0)
-        lines = self.errors.read().strip().splitlines()
-        raise Failed(lines[-1] if lines else "it ended without a word")
-
-    def sample(self) -> dict[str, Any]:
-        """One measured sample.
-
-        Raises:
-            Failed: the worker went away.
-        """
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # reading tells why
-            self.process.stdin.write("go\n")
-            self.process.stdin.flush()
-        return self.read()
-
-    def close(self) -> int:
-        """End it; its peak resident memory in bytes."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        _, status, usage = os.wait4(self.process.pid, 0)
-        self.process.returncode = os.waitstatus_to_exitcode(status)
-        self.process.stdout.close()
-        self.errors.close()
-        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Run:
@@ -202,10 +145,8 @@ class Run:
             *([Entry("torch + peft", "with_torch", Path(), "bfloat16", "bfloat16")] if self.on_cpu else []),
             *([Entry("mlx-lm", "with_mlx_lm", Path(), self.base, self.base)] if self.on_cpu else []),
         ]
-        workers = [
-            self._start(entry, Job("matmul", dtype=entry.dtype, threads=self.threads, side=side))
-            for entry in entries
-        ]
+        jobs = [Job("matmul", dtype=entry.dtype, threads=self.threads, side=side) for entry in entries]
+        workers = self._start(entries, jobs)
         for entry, samples in zip(entries, self._take_turns(entries, workers), strict=True):
             rate = 2e-9 * side**3 / statistics.median(s["seconds"] for s in samples)
             self.result["products"][f"{entry.tool}, {entry.dtype}"] = rate
@@ -215,23 +156,14 @@ class Run:
 
     def contest(self, shape: Shape, task: str, group: Group, rows: Path) -> None:
         """Check that a group agrees, then measure it; a row of results each."""
-        jobs = [
-            Job(
-                task,
-                folder=str(entry.folder),
-                dtype=entry.dtype,
-                adapter=entry.adapter,
-                fast_blas=entry.fast_blas,
-                rows=str(rows),
-                batch=self.pace.batch,
-                prompt_tokens=self.pace.prompt_tokens if task == "prefill" else DECODE_PROMPT_TOKENS,
-                new_tokens=self.pace.new_tokens,
-                threads=self.threads,
-            )
-            for entry in group.entries
-        ]
-        workers = [self._start(entry, job) for entry, job in zip(group.entries, jobs, strict=True)]
-        self._check(shape, task, group, workers)
+        workers = self._start(group.entries, self._jobs(task, group.entries, rows))
+        try:
+            self._check(shape, task, group, workers)
+        except click.ClickException:
+            for worker in workers:
+                if isinstance(worker, Worker):
+                    worker.close()
+            raise
         tokens = self.pace.tokens(task, shape)
         flop = _FLOP[task](shape, tokens)
         measured = self._take_turns(group.entries, workers)
@@ -249,11 +181,64 @@ class Run:
             else:
                 row |= summary([tokens / s["seconds"] for s in samples])
                 row |= {key: samples[-1][key] for key in ("peak_rss_bytes", "first_seconds")}
+                row["device"] = worker.ready.get("device", "")
                 row["device_bytes"] = max(s.get("device_bytes", 0) for s in samples)
                 against = "bfloat16" if entry.dtype == "bfloat16" else self.base
                 row["mfu_of"] = against
                 row["mfu"] = mfu(flop / tokens, row["median"], self.result["rates"][against])
             self._add(row)
+
+    def warm_up(self, work: Sequence[tuple[str, Sequence[Entry]]], rows: Path) -> list[dict[str, Any]]:
+        """One sample of every entry of every task, all at the same time, and how long each waited for it.
+
+        On a GPU that is mostly MLX building kernels, minutes for some, which it then keeps on the disk.
+        """
+        entries = [(task, entry) for task, several in work for entry in several]
+        jobs = [job for task, several in work for job in self._jobs(task, several, rows)]
+        workers = self._start([entry for _, entry in entries], jobs)
+        found = []
+        for (task, entry), samples in zip(entries, self._first_samples(workers), strict=True):
+            seconds = samples[0]["seconds"] if samples else None
+            found.append({"kind": task, "tool": entry.tool, "weights": entry.kind, "seconds": seconds})
+        for worker in workers:
+            if isinstance(worker, Worker):
+                worker.close()
+        return found
+
+    def _jobs(self, task: str, entries: Sequence[Entry], rows: Path) -> list[Job]:
+        """What each entry is asked to do."""
+        return [
+            Job(
+                task,
+                folder=str(entry.folder),
+                dtype=entry.dtype,
+                adapter=entry.adapter,
+                fast_blas=entry.fast_blas,
+                rows=str(rows),
+                batch=self.pace.batch,
+                prompt_tokens=self.pace.prompt_tokens if task == "prefill" else DECODE_PROMPT_TOKENS,
+                new_tokens=self.pace.new_tokens,
+                threads=self.threads,
+            )
+            for entry in entries
+        ]
+
+    def _first_samples(self, workers: Sequence[Worker | Failed]) -> list[list[dict[str, Any]]]:
+        """The first of two samples of each worker, all at the same time; none of one that went away.
+
+        Two, for a compiled step is compiled again for the second, when the optimizer has a state.
+        """
+        asked = [worker for worker in workers if isinstance(worker, Worker)]
+        for worker in asked * 2:
+            worker.ask()
+        found: list[list[dict[str, Any]]] = []
+        for worker in workers:
+            try:
+                found.append([worker.read(), worker.read()][:1] if isinstance(worker, Worker) else [])
+            except Failed as fault:
+                _say(f"a worker went away: {fault}")
+                found.append([])
+        return found
 
     def commands(self, shape: Shape, kind: str, wanted: Sequence[Command]) -> None:
         """Measure commands that take turns; seconds and peak memory of each."""
@@ -267,10 +252,23 @@ class Run:
             row |= {"tool": command.tool, "unit": "seconds"} | summary([seconds for seconds, _ in counted])
             self._add({**row, "peak_rss_bytes": max(peak for _, peak in counted)})
 
-    def _start(self, entry: Entry, job: Job) -> Worker | Failed:
-        """A worker that has said that it is ready, one after the other, so that none disturbs another."""
-        python = sys.executable if entry.tool == "mlxlora" else self.peers
-        worker = Worker(python, entry.module, job, self.environment(entry.tool))
+    def _start(self, entries: Sequence[Entry], jobs: Sequence[Job]) -> list[Worker | Failed]:
+        """Workers that have said that they are ready.
+
+        On a CPU one after the other, so that they do not wait for each other's
+        threads; on a GPU all at once, for most of it is imports and reading.
+        """
+        opened, started = [], []
+        for entry, job in zip(entries, jobs, strict=True):
+            python = sys.executable if entry.tool == "mlxlora" else self.peers
+            environment = self.environment(entry.tool)
+            opened.append(Worker(python, entry.module, job, environment, self.pace.patience_seconds))
+            if self.on_cpu:
+                started.append(self._ready(opened[-1]))
+        return started if self.on_cpu else [self._ready(worker) for worker in opened]
+
+    def _ready(self, worker: Worker) -> Worker | Failed:
+        """The worker once it is ready, or what it said last."""
         try:
             worker.ready = worker.read()
         except Failed as fault:
@@ -292,7 +290,8 @@ class Run:
         for entry, worker in zip(group.entries, workers, strict=True):
             if isinstance(worker, Failed):
                 continue
-            loss, tolerance = worker.ready["loss"], TOLERANCE.get(entry.dtype, EXACT)
+            computes_in = self.base if entry.dtype == "4bit" else entry.dtype
+            loss, tolerance = worker.ready["loss"], TOLERANCE.get(computes_in, EXACT)
             off = abs(loss - want) / want
             self.result["checks"].append(
                 {
@@ -306,9 +305,6 @@ class Run:
                 }
             )
             if not off <= tolerance:
-                for other in workers:
-                    if isinstance(other, Worker):
-                        other.close()
                 raise click.ClickException(
                     f"{shape.name}, {task}: {entry.tool} ({entry.kind}) has a loss of {loss:.6f}, mlxlora "
                     f"{want:.6f}; they differ by {off:.1e}, allowed is {tolerance:g}"
@@ -319,12 +315,16 @@ class Run:
     ) -> list[list[dict[str, Any]]]:
         """Samples of each worker, all with its peak memory at the end.
 
-        The first is not counted, unless it took the worker's whole time: warming up is little of it then.
+        The first is not counted, unless it took the worker's whole time: warming up is little of it
+        then. On a GPU, where it can be all of it, the first ones are made at the same time and never count.
         """
         found: list[list[dict[str, Any]]] = [[] for _ in workers]
+        if not self.on_cpu:
+            found = self._first_samples(workers)
         spent = [0.0] * len(workers)
         gone = {i for i, worker in enumerate(workers) if isinstance(worker, Failed)}
-        for _ in range(1 + self.pace.samples):
+        gone |= set() if self.on_cpu else {i for i, samples in enumerate(found) if not samples}
+        for _ in range(self.pace.samples + self.on_cpu):
             for i, worker in enumerate(workers):
                 enough = spent[i] > self.pace.budget_seconds
                 if i in gone or enough or isinstance(worker, Failed):
@@ -342,7 +342,8 @@ class Run:
                 for sample in samples:
                     sample |= {"peak_rss_bytes": peak, "first_seconds": samples[0]["seconds"]}
         return [
-            samples if len(samples) == 1 and i not in gone else samples[1:] for i, samples in enumerate(found)
+            samples if len(samples) == 1 and self.on_cpu and i not in gone else samples[1:]
+            for i, samples in enumerate(found)
         ]
 
     def _add(self, row: dict[str, Any]) -> None:

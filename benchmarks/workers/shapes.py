@@ -63,8 +63,28 @@ class Shape:
 SHAPES = (
     Shape("90m", 768, layers=12, heads=12, kv_heads=6, mlp=2048, vocabulary=8192),
     Shape("embedded", 256, layers=6, heads=4, kv_heads=2, mlp=640, vocabulary=4096, tied=True, head_width=64),
-    Shape("1b", 2048, layers=16, heads=32, kv_heads=8, mlp=8192, vocabulary=32000, needs_gpu=True),
-    Shape("7b", 4096, layers=32, heads=32, kv_heads=32, mlp=11008, vocabulary=32000, needs_gpu=True),
+    Shape(
+        "1b",
+        2048,
+        layers=16,
+        heads=32,
+        kv_heads=8,
+        mlp=8192,
+        vocabulary=32000,
+        row_tokens=512,
+        needs_gpu=True,
+    ),
+    Shape(
+        "7b",
+        4096,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        mlp=11008,
+        vocabulary=32000,
+        row_tokens=512,
+        needs_gpu=True,
+    ),
 )
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-BEGIN, END = "<!-- peers: made by benchmarks/peers.py -->", "<!-- end of peers -->"
+#: between which two lines of the page a table stands
+Marks = tuple[str, str]
+PEERS: Marks = ("<!-- peers: made by benchmarks/peers.py -->", "<!-- end of peers -->")
+GPU: Marks = ("<!-- gpu: made by benchmarks/gpu.py -->", "<!-- end of gpu -->")
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
@@ -39,11 +42,12 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([_preface(result), "", *("| " + " | ".join(line) + " |" for line in lines)])
 
 
-def replaced(page: str, made: str) -> str:
-    """``page`` with ``made`` between its two marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
+def replaced(page: str, made: str, marks: Marks = PEERS) -> str:
+    """``page`` with ``made`` between two marks."""
+    begin, end = marks
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{made}\n\n{end}{after}"
 
 
 _HEAD = ["shape", "work", "tool", "weights", "adapter", "median", "lowest to highest", "samples"]

@@ -40,23 +40,29 @@ _LAYER = {
 _OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 
 
-def random_tensors(shape: Shape) -> dict[str, Any]:
-    """Meta's names -> float16 tensors, the same for a shape on every machine.
+def random_tensors(shape: Shape, dtype: str = "float16", device: str = "cpu") -> dict[str, Any]:
+    """Meta's names -> tensors in main memory; drawn on the CPU, they are the same on every machine.
 
     Scaled so that scores and logits differ well, and a loss tells a rotary
     position or a head that is out of place.
+
+    Args:
+        shape: of the model.
+        dtype: of the tensors.
+        device: that draws; a GPU makes a model of 7 B parameters in a second, a CPU in minutes.
     """
     import torch
 
-    draw = torch.Generator().manual_seed(0)
+    draw, stored = torch.Generator(device).manual_seed(0), getattr(torch, dtype)
     width, inner, kv = shape.width, shape.heads * shape.head, shape.kv_heads * shape.head
 
     def normal(outputs: int, inputs: int, gain: float = 1.0) -> Any:
-        return torch.randn(outputs, inputs, generator=draw).mul_(gain / inputs**0.5).half()
+        drawn = torch.randn(outputs, inputs, generator=draw, device=device)
+        return drawn.mul_(gain / inputs**0.5).to(stored).cpu()
 
     tensors = {
         "tok_embeddings.weight": normal(shape.vocabulary, width, width**0.5),
-        "norm.weight": torch.ones(width).half(),
+        "norm.weight": torch.ones(width).to(stored),
     }
     for i in range(shape.layers):
         tensors |= {
@@ -67,8 +73,8 @@ def random_tensors(shape: Shape) -> dict[str, Any]:
             f"layers.{i}.feed_forward.w1.weight": normal(shape.mlp, width),
             f"layers.{i}.feed_forward.w2.weight": normal(width, shape.mlp),
             f"layers.{i}.feed_forward.w3.weight": normal(shape.mlp, width),
-            f"layers.{i}.attention_norm.weight": torch.ones(width).half(),
-            f"layers.{i}.ffn_norm.weight": torch.ones(width).half(),
+            f"layers.{i}.attention_norm.weight": torch.ones(width).to(stored),
+            f"layers.{i}.ffn_norm.weight": torch.ones(width).to(stored),
         }
     if not shape.tied:
         tensors["output.weight"] = normal(shape.vocabulary, width, 2.0)
@@ -142,7 +148,7 @@ def write_hugging_face(folder: Path, shape: Shape, tensors: dict[str, Any]) -> N
         "hidden_act": "silu",
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "torch_dtype": "float16",
+        "torch_dtype": str(tensors["norm.weight"].dtype).removeprefix("torch."),
     }
     (folder / "config.json").write_text(json.dumps(config))
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, shape.vocabulary)}
@@ -184,7 +190,8 @@ def main() -> None:
         shutil.copytree(asked["checkpoint"], folder / META)
         tensors = torch.load(folder / META / "consolidated.00.pth", weights_only=True)
     else:
-        tensors = random_tensors(shape)
+        device = "cuda" if shape.needs_gpu and torch.cuda.is_available() else "cpu"
+        tensors = random_tensors(shape, asked.get("dtype", "float16"), device)
         write_meta(folder / META, shape, tensors)
     write_hugging_face(folder / HUGGING_FACE, shape, tensors)
     draw = random.Random(0)

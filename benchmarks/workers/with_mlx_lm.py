@@ -56,14 +56,14 @@ def main() -> None:
 
 
 def _prepare(work: Job) -> None:
-    """A folder in another type, or with the linears but the head in 4 bits, as mlxlora quantizes."""
+    """A folder in another type, or with the linears but the head in few bits, as mlxlora quantizes."""
     convert(
         work.folder,
         work.target,
-        dtype="float32" if work.dtype == "4bit" else work.dtype,
-        quantize=work.dtype == "4bit",
+        dtype=work.dtype,
+        quantize=work.bits > 0,
         q_group_size=64,
-        q_bits=4,
+        q_bits=work.bits or None,
         quant_predicate=lambda path, module: "embed_tokens" not in path and "lm_head" not in path,
     )
 

@@ -13,9 +13,10 @@ import numpy as np
 from mlxlora_core.cli.session import start
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
+from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.generate import decode
-from mlxlora_core.options import parse
 from mlxlora_core.registry import Registry, load
+from mlxlora_core.registry.sections import configure
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loop import train
@@ -56,7 +57,7 @@ def _products(work: Job) -> Iterator[float]:
 def _attach(model: Any, registry: Registry) -> None:
     lora = registry.find("adapter", "lora")
     values = {"rank": RANK, "targets": ["wq", "wv"], "layers": -1}
-    adapters.attach(model, lora, parse(lora.spec.options, values, owner="the benchmark"), seed=0)
+    adapters.attach(model, *configure(lora, values), seed=0)
 
 
 def _example(row: list[int]) -> Example:
@@ -74,12 +75,12 @@ def _train(work: Job, model: Any, rows: list[Example]) -> Iterator[float]:
 
 def _generate(work: Job, model: Any, registry: Registry) -> Iterator[float]:
     """Of decode the time after the first token, of prefill the time up to it."""
-    greedy = registry.find("sampler", "greedy").spec
-    sample = greedy.build(greedy.options())
+    greedy = registry.find("sampler", "greedy")
+    draw = Drawing([(greedy, greedy.spec.options())], seed=0)
     count = 1 + (work.new_tokens if work.task == "decode" else 0)
     while True:
         began = time.perf_counter()
-        tokens = decode(model.language_model, work.prompt, sample, num_tokens=count, seed=0, stop=-1)
+        tokens = decode(model.language_model, work.prompt, draw, num_tokens=count, stops=())
         next(tokens)
         first = time.perf_counter()
         made = sum(1 for _ in tokens)

@@ -11,8 +11,10 @@ import click
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError, listing
+from mlxlora_core.model.events import SpaceNeeded, describe_conversion
 from mlxlora_core.registry import Registry
 from mlxlora_core.registry.defaults import DEFAULT_QUANTIZER
+from mlxlora_core.registry.sections import QuantizeConfig
 from mlxlora_core.run.recipe import check_sections, choose, overrides
 
 
@@ -73,16 +75,15 @@ def command(
     values = given.get("quantize", {}) | {key: value for key, value in bits.items() if value is not None}
     if values and not quantize:
         raise UsageError(f"{listing(values)} given without -q", fix="add -q")
-    chosen = choose("quantizer", quantizer, values, registry) if quantize else None
-    read = choose("loader", loader, given.get("loader", {}), registry) if loader else None
+    none = (None, QuantizeConfig())
+    chosen, which = choose("quantizer", quantizer, values, registry) if quantize else none
+    read = choose("loader", loader, given.get("loader", {}), registry)[0] if loader else None
     hold(mlx_path)
     start(registry)
-    from mlxlora_core.model.convert import convert
-    from mlxlora_core.model.folder import Quantization
-    from mlxlora_core.run.pipeline import convert_result
+    from mlxlora_core.model.convert import ConvertReport, convert
 
     started = time.perf_counter()
-    report = convert(
+    events = convert(
         torch_path,
         mlx_path,
         registry,
@@ -90,31 +91,22 @@ def command(
         loader_options=read.options if read else None,
         dtype=dtype,
         file_format=file_format,
-        quantization=Quantization(chosen.component, chosen.options) if chosen and chosen.component else None,
+        quantization=chosen,
+        quantize_config=which,
         overwrite=overwrite,
-        track=show.converting,
-        tell=show.progress,
     )
-    result = convert_result(report)
+    result: dict[str, Any] = {}
+    with show.converting() as progress:
+        for event in events:
+            if isinstance(event, SpaceNeeded):
+                show.progress(event.text)
+            elif isinstance(event, ConvertReport):
+                result = event.values()
+            else:
+                progress(event.done, event.count)
     if as_json:
         show.as_json(result)
-    else:
-        for line in describe(result):
-            click.echo(line)
-        click.echo(f"{mlx_path} written in {time.perf_counter() - started:.1f} s")
-
-
-def describe(result: dict[str, Any]) -> list[str]:
-    """A conversion in lines for a person."""
-    size = f"{result['parameters'] / 1e6:.3f} M parameters, {result['bytes'] / 1e6:.1f} MB"
-    lines = [
-        f"{result['loader']} -> {result['architecture']}: {size}, "
-        f"{result['bits_per_weight']:.2f} bits a weight"
-    ]
-    if result["quantized"] or result["left_dense"]:
-        lines.append(
-            f"{result['quantized']} linears quantized, relative error {result['relative_error']:.2%}"
-        )
-    if result["left_dense"]:
-        lines.append(f"left dense, inputs do not divide by the group: {listing(result['left_dense'])}")
-    return lines
+        return
+    for line in describe_conversion(result):
+        click.echo(line)
+    click.echo(f"{mlx_path} written in {time.perf_counter() - started:.1f} s")

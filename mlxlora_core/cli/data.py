@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from mlxlora_core.cli import show
-from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
 from mlxlora_core.registry import Registry
 from mlxlora_core.run.recipe import choose, overrides
+from mlxlora_core.training.dataset import build_dataset
 
 SHOWN_SKIPPED = 10
 
@@ -42,19 +43,15 @@ def command(
 
     It gets train.jsonl, valid.jsonl, test.jsonl, and dataset.json, which tells
     what was read, what was skipped and why. `--set KEY=VALUE` sets an option of
-    the builder.
+    the builder, or how rows are split.
     """
     values = _values(sets)
     if packages:
         _check_packages(registry, builder)
         values["packages"] = packages
-    chosen = choose("builder", builder, values, registry)
-    assert chosen.component is not None
+    chosen, config = choose("builder", builder, values, registry)
     hold(out)
-    start(registry)
-    from mlxlora_core.training.dataset import build_dataset
-
-    record = build_dataset(chosen.component, chosen.options, out, overwrite=overwrite)
+    record = build_dataset(chosen, config, out, overwrite=overwrite)
     if as_json:
         show.as_json(record)
         return

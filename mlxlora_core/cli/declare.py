@@ -1,16 +1,37 @@
-"""Command-line options made from option dataclasses, so that each is declared once."""
+"""Command-line options, each declared once: those that verbs share, and those of option dataclasses."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from mlxlora_core.options import Option, explain, parse
+from mlxlora_core.registry.defaults import DEFAULT_SAMPLER
 
 T = TypeVar("T")
+
+# What several verbs have, and mean the same by.
+MODEL = click.option("--model", type=Path, default=Path("mlx_model"), show_default=True, help="Model folder.")
+ADAPTER_FILE = click.option("--adapter-file", type=Path, help="Adapter file to put on the model.")
+ADAPTER = click.option("--adapter", help="Insist on this adapter. [default: what the file says]")
+SAMPLER = click.option(
+    "--sampler", default=DEFAULT_SAMPLER, show_default=True, help="Samplers, in order: NAME or NAME,NAME."
+)
+TEMP = click.option("--temp", help="Sampling temperature; 0 is argmax. [default: 0.8]")
+SEED = click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed."
+)
+
+
+def data(files: str) -> Callable[[Any], Any]:
+    """The option for a dataset folder, of which a verb reads ``files``."""
+    return click.option(
+        "--data", type=Path, default=Path("data"), show_default=True, help=f"Folder with {files}."
+    )
 
 
 def flags(config: type[Any]) -> Callable[[Any], Any]:

@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from mlxlora_core.cli import show
-from mlxlora_core.cli.plugins import record
 from mlxlora_core.cli.session import JSON_OPTION, verb
 from mlxlora_core.errors import one_line
 from mlxlora_core.machine import doctor
@@ -48,7 +47,7 @@ def command(registry: Registry, as_json: bool) -> None:
         "memory": plain(doctor.memory()),
         "disk": plain(doctor.disk(Path.cwd())),
         "versions": doctor.versions(),
-        "plugins": [record(plugin) for plugin in registry.plugins],
+        "plugins": [show.plugin(plugin) for plugin in registry.plugins],
         "advice": doctor.advice(found, warnings, spread),
     }
     if as_json:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from mlxlora_core.cli import show
+from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.registry import Registry
 from mlxlora_core.run.recipe import check_sections, overrides
+
+if TYPE_CHECKING:
+    from mlxlora_core.model.fuse import FuseReport
 
 #: Above this share of what the adapter changes, the fused model is not the tuned one any more.
 ROUNDED_AWAY = 0.5
 
 
 @verb(
-    click.option(
-        "--model", type=Path, default=Path("mlx_model"), show_default=True, help="Model folder of the base."
-    ),
+    declare.MODEL,
     click.option("--adapter-file", type=Path, required=True, help="Adapter file made for it."),
-    click.option("--adapter", help="Insist on this adapter. [default: what the file says]"),
+    declare.ADAPTER,
     click.option("--save-path", type=Path, required=True, help="Model folder to write."),
     click.option("--overwrite", is_flag=True, help="Replace a model folder that is there."),
     SETS_OPTION,
@@ -47,10 +49,17 @@ def command(
     check_sections(given, ("adapter",))
     hold(save_path)
     start(registry)
-    from mlxlora_core.model.fuse import fuse
+    from mlxlora_core.model.fuse import FuseReport, fuse
 
-    wanted = (adapter, given.get("adapter", {}))
-    report = fuse(model, adapter_file, save_path, registry, wanted, overwrite, show.progress)
+    values = given.get("adapter", {})
+    for event in fuse(model, adapter_file, save_path, registry, adapter, values, overwrite):
+        if isinstance(event, FuseReport):
+            _show(event, save_path, as_json)
+        else:
+            show.progress(event.text)
+
+
+def _show(report: FuseReport, save_path: Path, as_json: bool) -> None:
     if as_json:
         show.as_json(asdict(report))
         return

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, verb
 from mlxlora_core.options import Option, explain, plain
 from mlxlora_core.registry import KINDS, Registry
+from mlxlora_core.registry.sections import config_of
 
 
 @verb(click.argument("kind", type=click.Choice(list(KINDS))), click.argument("name"), JSON_OPTION)
 def command(registry: Registry, kind: str, name: str, as_json: bool) -> None:
-    """Explain the options of one component."""
+    """Explain the options of one component.
+
+    What its section of a recipe holds beside them is explained too, such as
+    the layers that an adapter goes to. `--set` takes either.
+    """
     component = registry.find(kind, name)
-    known = explain(component.spec.options)
+    own, section = explain(component.spec.options), explain(config_of(kind))
     if as_json:
-        show.as_json([_record(option) for option in known])
+        records = [_record(option) | {"section": False} for option in own]
+        show.as_json(records + [_record(option) | {"section": True} for option in section])
         return
     click.echo(f"{kind} {component.id}: {component.spec.summary}")
-    if not known:
+    if own:
+        _show("option", own)
+    else:
         click.echo("It has no options.")
-        return
+    if section:
+        click.echo(f"In the section of every {kind}, beside use:")
+        _show("key", section)
+
+
+def _show(title: str, known: Sequence[Option]) -> None:
     show.table(
-        ("option", "type", "default", "allowed", "meaning"),
+        (title, "type", "default", "allowed", "meaning"),
         [
             (
                 o.name,

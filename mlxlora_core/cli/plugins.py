@@ -7,14 +7,14 @@ import click
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, verb
 from mlxlora_core.errors import one_line
-from mlxlora_core.registry import Plugin, Registry
+from mlxlora_core.registry import Registry
 
 
 @verb(JSON_OPTION)
 def command(registry: Registry, as_json: bool) -> None:
     """List plugins, and why those that are not active are not."""
     if as_json:
-        show.as_json([record(plugin) for plugin in registry.plugins])
+        show.as_json([show.plugin(plugin) for plugin in registry.plugins])
         return
     show.table(
         ("name", "distribution", "version", "origin", "status", "components"),
@@ -33,17 +33,3 @@ def command(registry: Registry, as_json: bool) -> None:
     for plugin in registry.plugins:
         if plugin.reason:
             click.echo(f"{one_line(plugin.name)}: {plugin.status}: {plugin.reason}")
-
-
-def record(plugin: Plugin) -> dict[str, object]:
-    """One plugin as --json shows it."""
-    return {
-        "name": plugin.name,
-        "distribution": plugin.distribution,
-        "version": plugin.version,
-        "origin": plugin.origin,
-        "value": plugin.value,
-        "status": plugin.status,
-        "reason": plugin.reason,
-        "components": [{"kind": kind, "name": name} for kind, name in plugin.components],
-    }

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import click
 
-from mlxlora_core.cli.run import find_recipe
 from mlxlora_core.cli.session import verb
 from mlxlora_core.registry import Registry
 from mlxlora_core.registry.defaults import DEFAULT_RECIPE
-from mlxlora_core.run.recipe import read
+from mlxlora_core.run.recipe_source import find_recipe, read
 from mlxlora_core.run.report import write_report
 
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mlxlora_core.cli import show
-from mlxlora_core.cli.convert import describe
+from mlxlora_core.cli.command_line import resume_command
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
-from mlxlora_core.cli.train import resume_command
-from mlxlora_core.errors import SettingsChanged, UsageError, listing, nearest, one_line
+from mlxlora_core.errors import one_line
 from mlxlora_core.registry import Registry
 from mlxlora_core.registry.defaults import DEFAULT_RECIPE
-from mlxlora_core.run.recipe import Recipe, read
-
-if TYPE_CHECKING:
-    from mlxlora_core.run.pipeline import Event
+from mlxlora_core.run import pipeline
+from mlxlora_core.run.events import Event, RunStarted, StageDone, StageStarted
+from mlxlora_core.run.folder import REPORT, RunFolder
+from mlxlora_core.run.plan import plan
+from mlxlora_core.run.recipe import Recipe
+from mlxlora_core.run.recipe_source import find_recipe, read
+from mlxlora_core.run.stages import STAGES
+from mlxlora_core.training.events import Note
 
 
 @verb(
@@ -46,19 +47,9 @@ def command(
         _dry_run(resolved, as_json)
         return
     hold(resolved.folder)
-    notes = start(registry)
-    from mlxlora_core.run import pipeline
-    from mlxlora_core.run.folder import REPORT, RunFolder
-
+    runtimes = start(registry)
     started = time.perf_counter()
-    with ExitStack() as bar:
-        display: Any = None
-        for event in _events(pipeline.run(resolved, registry, notes, resume_command(resume=False))):
-            if event == pipeline.StageStarted("train", skipped=False):
-                display = bar.enter_context(show.training(resolved.train.iters))
-            elif isinstance(event, pipeline.StageDone):
-                bar.close()
-            _show(event, display)
+    _follow(pipeline.run(resolved, registry, runtimes, resume_command(resume=False)))
     record = RunFolder(resolved.folder).record
     if as_json:
         show.as_json(record)
@@ -67,32 +58,28 @@ def command(
         click.echo(f"{resolved.folder / REPORT} shows the run; {time.perf_counter() - started:.1f} s")
 
 
-def _events(events: Iterator[Event]) -> Iterator[Event]:
-    """The events of a run, with a table before the error that a change of settings is."""
-    try:
-        yield from events
-    except SettingsChanged as fault:
-        show.changes(fault.rows)
-        raise
-
-
-def find_recipe(name: str, registry: Registry) -> Path:
-    """The recipe file that a path or a name stands for."""
-    path = Path(name)
-    if path.suffix == ".toml" or len(path.parts) > 1:
-        return path
-    known = [component.spec.name for component in registry.of("recipe")]
-    if name in known or ":" in name:
-        shipped: Path = registry.find("recipe", name).spec.path
-        return shipped
-    raise UsageError(
-        f"no recipe '{name}' ({nearest(name, known)}there is {listing(known)}, or name a .toml file)"
-    )
+def _follow(events: Iterator[Event]) -> None:
+    """Show the events of a run on stderr."""
+    words = {stage.name: stage.words for stage in STAGES}
+    place = ""
+    with show.training() as display:
+        for event in events:
+            if isinstance(event, RunStarted):
+                for note in event.notes:
+                    show.progress(note)
+            elif isinstance(event, StageStarted):
+                place = f"[{event.stage}]"
+                show.progress(f"{place} {'done already' if event.skipped else '…'}")
+            elif isinstance(event, StageDone):
+                for line in words[event.stage](event.result):
+                    show.progress(f"{place} {line}")
+            elif isinstance(event, Note):
+                show.progress(f"{place} {event.text}")
+            else:
+                display(event)
 
 
 def _dry_run(recipe: Recipe, as_json: bool) -> None:
-    from mlxlora_core.run.plan import plan
-
     values, todo = recipe.values(), plan(recipe)
     if as_json:
         show.as_json({"recipe": values, "origins": dict(recipe.origins), "stages": todo})
@@ -111,37 +98,6 @@ def _value(values: dict[str, Any], name: str) -> str:
     table = values.get(section, {})
     value = table.get(key, table.get("options", {}).get(key))
     return "none" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _show(event: Event, display: Any) -> None:
-    """One event of a run on stderr."""
-    from mlxlora_core.run.pipeline import Note, RunStarted, StageDone, StageStarted
-
-    if isinstance(event, RunStarted):
-        for note in event.notes:
-            show.progress(note)
-    elif isinstance(event, Note):
-        show.progress(f"[{event.stage}] {event.text}")
-    elif isinstance(event, StageStarted):
-        show.progress(f"[{event.stage}] {'done already' if event.skipped else '…'}")
-    elif isinstance(event, StageDone):
-        for line in _stage_lines(event.stage, dict(event.result)):
-            show.progress(f"[{event.stage}] {line}")
-    else:
-        display(event)
-
-
-def _stage_lines(stage: str, result: dict[str, Any]) -> list[str]:
-    if stage == "model":
-        return describe(result) if "loader" in result else [f"uses {result['folder']}"]
-    if stage == "data":
-        rows = result["rows"]
-        skipped = f", {len(result['skipped'])} skipped" if result["skipped"] else ""
-        return [f"{rows['train']} train, {rows['valid']} valid, {rows['test']} test rows{skipped}"]
-    if stage == "train":
-        cut = f"; {result['rows_cut']} rows were cut" if result["rows_cut"] else ""
-        return [show.adapter_size(result, len(result["adapted"])) + cut]
-    return [f"{split} loss {loss['loss']:.4f}" for split, loss in result["losses"].items()]
 
 
 def _summary(recipe: Recipe, record: dict[str, Any]) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 
 import click
 
-from mlxlora_core.errors import MlxloraError, PluginError, UsageError, one_line
+from mlxlora_core.cli import show
+from mlxlora_core.errors import MlxloraError, PluginError, SettingsChanged, UsageError, one_line
 from mlxlora_core.files import lock
+from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.registry import Plugin, Registry, load, start_runtimes
 
@@ -47,6 +49,9 @@ def verb(*decorators: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], cl
             registry = open_registry(plugins)
             try:
                 return function(registry, **arguments)
+            except SettingsChanged as fault:
+                show.changes(fault.rows)
+                raise
             except MlxloraError:
                 raise
             except Exception as fault:
@@ -106,13 +111,12 @@ def start(registry: Registry) -> list[str]:
         UsageError: MLX has no backend here.
     """
     try:
-        from mlxlora_core.machine.device import prepare_cpu
+        prepare_cpu()
     except ImportError as fault:
         raise UsageError(
             f"MLX cannot be used: {fault}",
             fix="pip install 'mlxlora[cpu]', or 'mlxlora[cuda13]' for an NVIDIA GPU",
         ) from fault
-    prepare_cpu()
     notes = start_runtimes(registry)
     for note in notes:
         if note.warning:

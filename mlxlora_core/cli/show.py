@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import click
 
 from mlxlora_core.errors import one_line
-
-if TYPE_CHECKING:
-    from mlxlora_core.training.loop import Report
-    from mlxlora_core.training.session import CheckpointSaved
+from mlxlora_core.registry import Plugin
+from mlxlora_core.training.events import (
+    CheckpointSaved,
+    Note,
+    Report,
+    TrainEvent,
+    TrainingStarted,
+    TrainResult,
+)
 
 
 def as_json(value: Any) -> None:
@@ -43,40 +48,59 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def plugin(found: Plugin) -> dict[str, object]:
+    """One plugin as --json shows it."""
+    return {
+        "name": found.name,
+        "distribution": found.distribution,
+        "version": found.version,
+        "origin": found.origin,
+        "value": found.value,
+        "status": found.status,
+        "reason": found.reason,
+        "components": [{"kind": kind, "name": name} for kind, name in found.components],
+    }
+
+
 def report(line: Report | CheckpointSaved, steps: int) -> str:
     """One report of training as a line."""
-    values: Any = line
-    place = f"step {values.step:>{len(str(steps))}}/{steps}"
-    kind = type(line).__name__
-    if kind == "TrainReport":
-        clipped = f"  {values.clipped} clipped" if values.clipped else ""
-        skipped = f"  {values.skipped} skipped, not finite" if values.skipped else ""
-        return (
-            f"{place}  loss {values.loss:.4f}  lr {values.learning_rate:.2e}  "
-            f"{values.steps_per_second:.2f} steps/s  {values.tokens_per_second:.0f} tokens/s  "
-            f"peak {values.peak_memory_bytes / 1e9:.2f} GB{clipped}{skipped}"
-        )
-    if kind == "SpikeReport":
-        return (
-            f"{place}  warning: loss {values.loss:.4f}, the median of the steps before is {values.median:.4f}"
-        )
-    if kind == "CheckpointSaved":
-        return f"{place}  saved in {values.seconds:.2f} s"
-    return f"{place}  valid loss {values.loss:.4f}  ({values.tokens} tokens in {values.seconds:.1f} s)"
-
-
-def converting(names: Collection[str]) -> Iterable[str]:
-    """``names`` one by one, with a bar that counts them where stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    return track(names, "converting", console=console, transient=True, disable=hidden)
+    return f"step {line.step:>{len(str(steps))}}/{steps}  {line.words}"
 
 
 @contextmanager
-def training(steps: int) -> Iterator[Callable[[Report | CheckpointSaved], None]]:
+def converting() -> Iterator[Callable[[int, int], None]]:
+    """A function of (done, all), which moves a bar where stderr is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("converting", total=None)
+        yield lambda done, count: bar.update(task, completed=done, total=count)
+
+
+@contextmanager
+def training() -> Iterator[Callable[[TrainEvent], None]]:
+    """A function that shows each event of a training, over a bar where stderr is a terminal."""
+    with ExitStack() as bar:
+        display: Callable[[Report | CheckpointSaved], None] | None = None
+
+        def show(event: TrainEvent) -> None:
+            nonlocal display
+            if isinstance(event, Note):
+                progress(event.text)
+            elif isinstance(event, TrainingStarted):
+                display = bar.enter_context(_bar(event))
+            elif isinstance(event, TrainResult):
+                bar.close()
+            elif display is not None:
+                display(event)
+
+        yield show
+
+
+@contextmanager
+def _bar(begin: TrainingStarted) -> Iterator[Callable[[Report | CheckpointSaved], None]]:
     """A function that shows each report it is given, over a bar where stderr is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -88,21 +112,11 @@ def training(steps: int) -> Iterator[Callable[[Report | CheckpointSaved], None]]
     console = Screen(stderr=True, highlight=False, soft_wrap=True)
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("training", total=steps)
+        task = bar.add_task("training", total=begin.steps, completed=begin.step)
 
         def show(line: Report | CheckpointSaved) -> None:
             with suppress(BrokenPipeError):
-                console.print(report(line, steps), markup=False)
+                console.print(report(line, begin.steps), markup=False)
             bar.update(task, completed=line.step)
 
         yield show
-
-
-def adapter_size(counts: Mapping[str, int], linears: int) -> str:
-    """How much of a model trains, in words."""
-    trained, everything = counts["trainable_parameters"], counts["parameters"]
-    share = 100 * trained / everything
-    return (
-        f"{everything / 1e6:.3f} M parameters, {trained / 1e6:.3f} M trainable "
-        f"({share:.3f} %) on {linears} linears"
-    )

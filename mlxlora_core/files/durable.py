@@ -27,14 +27,13 @@ from mlxlora_core.errors import ResourceError, SafetyError
 _NEW, _OLD, _GONE = "tmp", "old", "gone"
 
 
-def write_file(
-    path: Path, write: Callable[[BinaryIO], object], check: Callable[[Path], object] = lambda _: None
-) -> None:
-    """Call ``write`` with an open, seekable binary file that then becomes ``path`` if ``check`` accepts it.
+@contextmanager
+def new_file(path: Path, check: Callable[[Path], object] = lambda _: None) -> Iterator[BinaryIO]:
+    """An open, seekable binary file that becomes ``path`` when the block ends and ``check`` accepts it.
 
     ``check`` gets the name of the file while that is a temporary one. Whatever
-    the two raise leaves an older file as it was. A symbolic link is followed; an
-    older file's mode is kept.
+    the block or it raises leaves an older file as it was. A symbolic link is
+    followed; an older file's mode is kept.
 
     Raises:
         SafetyError: ``path`` is a folder or a device.
@@ -49,7 +48,7 @@ def write_file(
         temporary = _beside(target, _NEW)
         try:
             with open(temporary, "xb") as file:
-                write(file)
+                yield file
                 file.flush()
                 if target.exists():
                     os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
@@ -62,9 +61,15 @@ def write_file(
         _flush_folder(target.parent)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write ``content`` as a file; see :func:`new_file`."""
+    with new_file(path) as file:
+        file.write(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8; half a surrogate pair becomes its ``\\ud800`` escape."""
-    write_file(path, lambda file: file.write(utf8(text)))
+    write_file(path, utf8(text))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -82,11 +87,11 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy the bytes of a small file.
 
     Raises:
-        ResourceError: ``source`` cannot be read, or as :func:`write_file`.
+        ResourceError: ``source`` cannot be read, or as :func:`new_file`.
     """
     with _disk_faults(source, "read"):
         content = source.read_bytes()
-    write_file(target, lambda file: file.write(content))
+    write_file(target, content)
 
 
 def version(path: Path) -> tuple[int, ...] | None:

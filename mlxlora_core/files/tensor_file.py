@@ -15,8 +15,10 @@ import hashlib
 import json
 import struct
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +32,8 @@ from mlxlora_core.files.input_file import name_of_open, open_regular, refuse_sta
 
 FINGERPRINT = "fingerprint"  # the metadata that tells what the tensors of a file are
 
-_TYPES = {
+#: the types that a file can hold, as safetensors calls them
+TYPES = {
     mx.float32: "F32",
     mx.float16: "F16",
     mx.bfloat16: "BF16",
@@ -75,6 +78,15 @@ class Written:
 def save(
     path: Path, tensors: Iterable[tuple[str, mx.array]], metadata: Mapping[str, str], most: int
 ) -> Written:
+    """Write named tensors as :func:`saving` does, in one go."""
+    (written,) = deque(saving(path, tensors, metadata, most), maxlen=1)
+    assert isinstance(written, Written), "it comes last"
+    return written
+
+
+def saving(
+    path: Path, tensors: Iterable[tuple[str, mx.array]], metadata: Mapping[str, str], most: int
+) -> Iterator[str | Written]:
     """Write named tensors one after another; the ending of ``path`` chooses the format.
 
     Args:
@@ -83,6 +95,10 @@ def save(
         metadata: what to write beside the tensors and their fingerprint.
         most: how many tensors will come at most.
 
+    Yields:
+        The name of each tensor after it is written and, when the file is in its
+        place, what was written.
+
     Raises:
         ModelError: another ending, a name that comes twice, or a type that the
             format cannot hold.
@@ -90,41 +106,54 @@ def save(
             file cannot be read back.
     """
     check_ending(path)
-    digests: dict[str, bytes] = {}
-    sizes: list[int] = []
+    content = _Content(metadata)
+    with durable.new_file(path, partial(_check_names, content, path)) as file:
+        if path.suffix == ".npz":
+            yield from _write_npz(file, content.packed(tensors, path), content.described)
+        else:
+            yield from _write_safetensors(file, content.packed(tensors, path), content.described, most)
+    yield Written(content.bytes, _combine(content.digests))
 
-    def packed() -> Iterator[Packed]:
+
+class _Content:
+    """What has been written so far, for the metadata and the check.
+
+    Attributes:
+        digests: name -> digest of each tensor.
+        bytes: of all of them.
+    """
+
+    def __init__(self, metadata: Mapping[str, str]) -> None:
+        self._metadata = metadata
+        self.digests: dict[str, bytes] = {}
+        self.bytes = 0
+
+    def packed(self, tensors: Iterable[tuple[str, mx.array]], path: Path) -> Iterator[Packed]:
+        """Each tensor with its bytes, once it is noted."""
         for name, tensor in tensors:
-            if name in digests:
+            if name in self.digests:
                 raise ModelError(f"tensor {name} comes twice", where=path)
             if fault := tensor_header.name_fault(name):
                 raise ModelError(f"the name of tensor {name!r} {fault}", where=path)
             data = _bytes(tensor)
-            digests[name] = _digest(name, tensor, data)
-            sizes.append(data.nbytes)
+            self.digests[name] = _digest(name, tensor, data)
+            self.bytes += data.nbytes
             yield name, tensor, data
             del tensor, data
 
-    def described() -> Mapping[str, str]:
-        return {"format": "mlx", **metadata, FINGERPRINT: _combine(digests)}
+    def described(self) -> Mapping[str, str]:
+        """The metadata, as far as it is known."""
+        return {"format": "mlx", **self._metadata, FINGERPRINT: _combine(self.digests)}
 
-    def write(file: BinaryIO) -> None:
-        if path.suffix == ".npz":
-            _write_npz(file, packed(), described)
-        else:
-            _write_safetensors(file, packed(), described, most)
 
-    def check(written: Path) -> None:
-        """Have a reader that is not ours find what was written."""
-        try:
-            found = _names_npz(written) if path.suffix == ".npz" else _names_safetensors(written)
-        except (zipfile.BadZipFile, SafetensorError):
-            found = None
-        if found != digests.keys():
-            raise ResourceError("what is read back is not what was written", where=path, fix="check the disk")
-
-    durable.write_file(path, write, check)
-    return Written(sum(sizes), _combine(digests))
+def _check_names(content: _Content, path: Path, written: Path) -> None:
+    """Have a reader that is not ours find what was written."""
+    try:
+        found = _names_npz(written) if path.suffix == ".npz" else _names_safetensors(written)
+    except (zipfile.BadZipFile, SafetensorError):
+        found = None
+    if found != content.digests.keys():
+        raise ResourceError("what is read back is not what was written", where=path, fix="check the disk")
 
 
 def load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
@@ -216,7 +245,7 @@ def _interchangeable(got: mx.Dtype | str, want: mx.Dtype | str) -> bool:
 
 def _bytes(tensor: mx.array) -> memoryview:
     """The bytes of a tensor, row by row; no copy where they lie so already."""
-    if not tensor.size:
+    if not tensor.size:  # on CUDA it lies at address 0, and the CRC-32 of nothing there is a wrong one
         return memoryview(b"")
     # Words of the same width, for types that the buffer protocol has not, and in the same shape:
     # MLX has no axis of 2 ** 31 and more. The protocol has a type of its own only since Python 3.12.
@@ -248,8 +277,10 @@ def _names_npz(path: Path) -> set[str]:
 # --- safetensors --------------------------------------------------------------
 
 
-def _write_safetensors(file: BinaryIO, tensors: Iterator[Packed], described: Described, most: int) -> None:
-    """Stream a ``.safetensors`` file.
+def _write_safetensors(
+    file: BinaryIO, tensors: Iterator[Packed], described: Described, most: int
+) -> Iterator[str]:
+    """Stream a ``.safetensors`` file; the name of each tensor that is written.
 
     The header stands in front of the data and is known last, so room for it is
     left and padded with spaces, as the format allows.
@@ -260,17 +291,18 @@ def _write_safetensors(file: BinaryIO, tensors: Iterator[Packed], described: Des
     offset = 0
     file.seek(8 + room)
     for name, tensor, data in tensors:
-        if tensor.dtype not in _TYPES:
+        if tensor.dtype not in TYPES:
             raise ModelError(f"{name} is {type_name(tensor.dtype)}, which .safetensors cannot hold")
         file.write(data)
         end = offset + data.nbytes
         entries[name] = {
-            "dtype": _TYPES[tensor.dtype],
+            "dtype": TYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
         offset = end
         del tensor, data
+        yield name
     header = json.dumps(
         {tensor_header.METADATA: dict(described()), **entries}, separators=(",", ":")
     ).encode()
@@ -294,8 +326,8 @@ def _load_safetensors(file: BinaryIO, path: Path) -> tuple[dict[str, mx.array], 
 # --- npz ----------------------------------------------------------------------
 
 
-def _write_npz(file: BinaryIO, tensors: Iterator[Packed], described: Described) -> None:
-    """Stream an uncompressed ``.npz`` archive."""
+def _write_npz(file: BinaryIO, tensors: Iterator[Packed], described: Described) -> Iterator[str]:
+    """Stream an uncompressed ``.npz`` archive; the name of each tensor that is written."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, tensor, data in tensors:
             if tensor.dtype == mx.bfloat16:
@@ -313,6 +345,7 @@ def _write_npz(file: BinaryIO, tensors: Iterator[Packed], described: Described) 
                 np.lib.format.write_array_header_1_0(stream, header)
                 stream.write(data)
             del tensor, data
+            yield name
         comment = json.dumps(dict(described())).encode()
         if len(comment) > _COMMENT_BYTES:
             raise ModelError(

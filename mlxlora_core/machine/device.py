@@ -35,6 +35,13 @@ def on_cpu() -> bool:
     return mx.default_device().type == mx.DeviceType.cpu
 
 
+def on_cuda() -> bool:
+    """Whether MLX computes on an NVIDIA GPU."""
+    import mlx.core as mx
+
+    return not on_cpu() and mx.cuda.is_available()
+
+
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     """The type to compute in for weights of type ``stored``: float32 on a CPU, else the same."""
     import mlx.core as mx

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -13,13 +16,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora_core import __version__
-from mlxlora_core.errors import DivergedError, ModelError, PluginError, UsageError, listing, nearest
+from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing, nearest
 from mlxlora_core.files import tensor_file
 from mlxlora_core.model.folder import Model
-from mlxlora_core.model.linears import linear_shape, linears, parameters, replace
-from mlxlora_core.options import parse, plain
-from mlxlora_core.registry import Component, Registry
-from mlxlora_core.specs import AdapterOptions
+from mlxlora_core.model.linears import is_packed, layers_by_path, linear_shape, linears, parameters, replace
+from mlxlora_core.options import divide, plain
+from mlxlora_core.registry import Choice, Component, Registry
+from mlxlora_core.registry.defaults import DEFAULT_ADAPTER
+from mlxlora_core.registry.sections import AdapterConfig, configure
+from mlxlora_core.specs import Place
 
 ALL_LINEAR = "all-linear"
 METADATA = "mlxlora"
@@ -30,41 +35,67 @@ class Adapted:
     """An adapter that is on a model.
 
     Attributes:
-        component: which adapter.
-        options: with which options.
+        choice: which adapter, with which options.
+        config: where it was to go, targets included.
         paths: the linears that it wraps.
     """
 
-    component: Component
-    options: AdapterOptions
+    choice: Choice
+    config: AdapterConfig
     paths: tuple[str, ...]
 
 
-def attach(model: Model, component: Component, options: AdapterOptions, seed: int) -> Adapted:
-    """Wrap the linears that ``options`` choose; everything else is frozen.
+def attach(model: Model, choice: Choice, config: AdapterConfig, seed: int) -> Adapted:
+    """Wrap the linears that ``config`` chooses; everything else is frozen.
 
     Args:
         model: changed in place.
-        component: the adapter.
-        options: of the adapter.
+        choice: the adapter.
+        config: where it goes.
         seed: of its initial values.
 
     Raises:
         UsageError: a target that matches nothing, with the names that exist.
-        PluginError: the adapter gives no modules, or none that trains.
+        PluginError: the adapter gives no modules, or other ones than it must.
     """
+    config = dataclasses.replace(config, targets=config.targets or _default_targets(model))
+    return _wrap(model, choice, config, _choose(model, config), seed)
+
+
+def _wrap(
+    model: Model, choice: Choice, config: AdapterConfig, linears: Mapping[str, nn.Module], seed: int
+) -> Adapted:
+    """Ask the adapter to wrap these linears, and put what it gives in their places."""
     mx.random.seed(seed)
-    chosen = _choose(model, options)
     model.module.freeze()
-    wrapped = {
-        path: component.checked("wrap", component.spec.wrap(linear, options), nn.Module)
-        for path, linear in chosen.items()
-    }
+    layer_of = layers_by_path(model.language_model)
+    wrapped = {}
+    for path, linear in linears.items():
+        place = Place(path, layer_of(path), linear_shape(linear))
+        module = choice.component.spec.wrap(linear, place, choice.options)
+        if module is not None:
+            wrapped[path] = _checked(choice.component, linear, module)
+    trained = [tensor for module in wrapped.values() for tensor in trainable(module).values()]
+    if not trained:
+        got = "modules without a parameter that trains" if wrapped else f"None for {listing(linears)}"
+        raise choice.component.breach("wrap", got, "a module that trains for at least one linear")
     replace(model.module, wrapped)
-    if not trainable(model.module):
-        raise PluginError(f"adapter {component.id}: wrap gives modules without a parameter that trains")
-    mx.eval(model.module.trainable_parameters())
-    return Adapted(component, options, tuple(chosen))
+    mx.eval(trained)
+    return Adapted(choice, config, tuple(wrapped))
+
+
+def _checked(component: Component, linear: nn.Module, module: Any) -> nn.Module:
+    """What ``wrap`` has given for a linear, if it is what the contract says."""
+    wrapped = component.checked("wrap", module, nn.Module)
+    if wrapped.get("linear") is not linear:
+        got = f"a {type(wrapped).__name__} without the linear"
+        raise component.breach("wrap", got, "a module that keeps it as its child 'linear'")
+    for name, tensor in trainable(wrapped).items():
+        if name.startswith("linear."):
+            raise component.breach("wrap", f"a module in which {name} trains", "the linear frozen")
+        if not mx.issubdtype(tensor.dtype, mx.floating):
+            raise component.breach("wrap", f"{name} of type {tensor.dtype} to train", "a floating one")
+    return wrapped
 
 
 def save(path: Path, model: Model, adapted: Adapted) -> None:
@@ -77,10 +108,11 @@ def save(path: Path, model: Model, adapted: Adapted) -> None:
     poisoned = [name for name, tensor in tensors.items() if not tensor_file.is_finite(tensor)]
     if poisoned:
         raise DivergedError(f"the adapter is not finite and was not saved: {listing(poisoned)}", where=path)
-    component = adapted.component
+    component = adapted.choice.component
     record = {
         "adapter": component.id,
-        "options": plain(adapted.options),
+        "options": plain(adapted.choice.options),
+        "config": plain(adapted.config),
         "paths": list(adapted.paths),
         "base": model.fingerprint,
         "versions": {"mlxlora": __version__, component.plugin.distribution: component.plugin.version},
@@ -93,8 +125,8 @@ def load(
     path: Path,
     model: Model,
     registry: Registry,
-    wanted: tuple[str | None, Mapping[str, Any]] = (None, {}),
-    default: str = "lora",
+    name: str | None = None,
+    values: Mapping[str, Any] = MappingProxyType({}),
 ) -> Adapted:
     """Put the adapter in a file on the base that it was made for, whole or not at all.
 
@@ -102,24 +134,24 @@ def load(
         path: an adapter file.
         model: changed in place, unless the file does not fit.
         registry: where the adapter is looked up.
-        wanted: adapter name and options that the caller insists on. A file
-            that says what it holds must agree; one that does not (an ``.npz``
-            of another tool) is taken for that adapter.
-        default: the adapter when neither the file nor the caller says.
+        name: the adapter that the caller insists on. A file that says what it
+            holds must agree; one that does not (an ``.npz`` of another tool) is
+            taken for that adapter, or for the default one.
+        values: options, and keys of :class:`AdapterConfig`, that the caller insists on.
 
     Raises:
         ModelError: a file of another base, kind, rank or set of layers.
-        PluginError: no such adapter.
+        PluginError: no such adapter, or one that breaks its contract.
     """
     tensors, metadata = tensor_file.load(path)
     if tensor_file.FINGERPRINT in metadata:
         _check_whole(tensors, metadata[tensor_file.FINGERPRINT], path)
-    name, values = wanted
     record = _record(metadata, path)
     if record is None:
-        component = registry.find("adapter", name or default)
-        options = parse(component.spec.options, values, owner=f"adapter '{component.spec.name}'")
-        return _attach_tensors(path, model, component, options, tensors)
+        component = registry.find("adapter", name or DEFAULT_ADAPTER)
+        choice, config = configure(component, values)
+        config = dataclasses.replace(config, targets=config.targets or _default_targets(model))
+        return _attach_tensors(path, model, choice, config, _choose(model, config), tensors)
     if record["base"] != model.fingerprint:
         raise ModelError(
             f"made for another base ({record['base'][:12]}, this one is {model.fingerprint[:12]})",
@@ -129,8 +161,13 @@ def load(
     component = registry.find("adapter", record["adapter"])
     if name is not None and registry.find("adapter", name) != component:
         raise ModelError(f"holds adapter '{component.id}', wanted '{name}'", where=path)
-    options = _recorded_options(record, component, values, path)
-    return _attach_tensors(path, model, component, options, tensors)
+    choice, config = _recorded(record, component, values, path)
+    found = dict(linears(model.module))
+    absent = [place for place in record["paths"] if place not in found]
+    if absent:
+        raise ModelError(f"adapts {listing(absent)}, which this model does not have", where=path)
+    chosen = {place: found[place] for place in record["paths"]}
+    return _attach_tensors(path, model, choice, config, chosen, tensors)
 
 
 def fill(path: Path, model: Model) -> None:
@@ -155,8 +192,8 @@ def trainable(module: nn.Module) -> dict[str, mx.array]:
 
 def count(model: Model) -> dict[str, int]:
     """How many parameters there are, packed ones counted as weights, and how many of them train."""
-    packed = {path: linear for path, linear in linears(model.module) if not isinstance(linear, nn.Linear)}
-    weights = sum(outputs * inputs for outputs, inputs in map(linear_shape, packed.values()))
+    packed = {path: linear for path, linear in linears(model.module) if is_packed(linear)}
+    weights = sum(math.prod(linear_shape(linear)) for linear in packed.values())
     others = sum(
         tensor.size
         for name, tensor in parameters(model.module).items()
@@ -166,14 +203,23 @@ def count(model: Model) -> dict[str, int]:
     return {"parameters": weights + others, "trainable_parameters": trained}
 
 
-def _choose(model: Model, options: AdapterOptions) -> dict[str, nn.Module]:
-    """path -> linear of all that the options ask for."""
+def _default_targets(model: Model) -> tuple[str, ...]:
+    """What is adapted when nobody says."""
+    return model.architecture.spec.default_targets or (ALL_LINEAR,)
+
+
+def _choose(model: Model, config: AdapterConfig) -> dict[str, nn.Module]:
+    """path -> linear of all that is asked for."""
     layers = len(model.language_model.layers)
-    count = layers if options.layers < 0 else min(options.layers, layers)
-    chosen = tuple(f"layers.{i}." for i in range(layers - count, layers))
-    found = {path: linear for path, linear in linears(model.module) if path.startswith(chosen)}
+    count = layers if config.layers < 0 else min(config.layers, layers)
+    layer_of = layers_by_path(model.language_model)
+    found = {
+        path: linear
+        for path, linear in linears(model.module)
+        if (layer := layer_of(path)) is not None and layer >= layers - count
+    }
     names = sorted({path.rpartition(".")[2] for path in found})
-    for target in options.targets:
+    for target in config.targets:
         if not any(_matches(path, target) for path in found):
             raise UsageError(
                 f"adapter target '{target}' matches no linear in the top {count} layers "
@@ -182,7 +228,7 @@ def _choose(model: Model, options: AdapterOptions) -> dict[str, nn.Module]:
     return {
         path: linear
         for path, linear in sorted(found.items())
-        if any(_matches(path, target) for target in options.targets)
+        if any(_matches(path, target) for target in config.targets)
     }
 
 
@@ -191,32 +237,38 @@ def _matches(path: str, target: str) -> bool:
 
 
 def _record(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
+    """What the file says of itself, in the form that it has today, or None for nothing."""
     if METADATA not in metadata:
         return None
     try:
-        record = json.loads(metadata[METADATA])
-        kinds = {key: type(record[key]) for key in ("adapter", "options", "base")}
-        if kinds == {"adapter": str, "options": dict, "base": str}:
-            return dict(record)
-    except (ValueError, TypeError, KeyError, RecursionError):
+        record = dict(json.loads(metadata[METADATA]))
+        if "config" not in record:  # written when targets and layers stood among the options
+            record["config"], record["options"] = divide(record["options"], AdapterConfig)
+        kinds = {"adapter": str, "options": dict, "config": dict, "base": str, "paths": list}
+        fields = [isinstance(record[key], kind) for key, kind in kinds.items()]
+        if all(fields) and all(isinstance(place, str) for place in record["paths"]):
+            return record
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     raise ModelError("what the file says of itself cannot be read", where=path)
 
 
-def _recorded_options(
+def _recorded(
     record: Mapping[str, Any], component: Component, wanted: Mapping[str, Any], path: Path
-) -> AdapterOptions:
-    """The options in a file, which must be those that the caller insists on."""
-    owner = f"adapter '{component.spec.name}'"
+) -> tuple[Choice, AdapterConfig]:
+    """Options and places in a file, which must be those that the caller insists on."""
     try:
-        options: AdapterOptions = parse(component.spec.options, record["options"], owner=owner)
+        choice, config = configure(component, {**record["options"], **record["config"]})
     except UsageError as fault:
         raise ModelError(f"was made with options that cannot be: {fault.what}", where=path) from fault
-    held, asked = plain(options), plain(parse(component.spec.options, wanted, owner=owner))
+    asked_choice, asked_config = configure(component, wanted)
+    held, asked = (
+        {**plain(c.options), **plain(g)} for c, g in ((choice, config), (asked_choice, asked_config))
+    )
     other = [f"{key} is {held[key]!r}, wanted {asked[key]!r}" for key in wanted if held[key] != asked[key]]
     if other:
         raise ModelError(f"the adapter has other options: {listing(other)}", where=path)
-    return options
+    return choice, config
 
 
 def _check_whole(tensors: Mapping[str, mx.array], stated: str, path: Path) -> None:
@@ -226,11 +278,15 @@ def _check_whole(tensors: Mapping[str, mx.array], stated: str, path: Path) -> No
 
 
 def _attach_tensors(
-    path: Path, model: Model, component: Component, options: AdapterOptions, tensors: Mapping[str, mx.array]
+    path: Path,
+    model: Model,
+    choice: Choice,
+    config: AdapterConfig,
+    chosen: Mapping[str, nn.Module],
+    tensors: Mapping[str, mx.array],
 ) -> Adapted:
-    """Attach and fill; when the tensors do not fit, the model is left as it was."""
-    before = dict(linears(model.module))
-    adapted = attach(model, component, options, seed=0)
+    """Wrap and fill; when the tensors do not fit, the model is left as it was."""
+    adapted = _wrap(model, choice, config, chosen, seed=0)
     places = trainable(model.module)
     faults = tensor_file.mismatches(tensors, places)
     if not faults:
@@ -238,7 +294,7 @@ def _attach_tensors(
         odd = sorted(name for name, tensor in filled if not tensor_file.is_finite(tensor))
         faults = [f"{len(odd)} not finite: {listing(odd)}"] if odd else []
     if faults:
-        replace(model.module, {p: before[p] for p in adapted.paths})
+        replace(model.module, dict(chosen))
         raise ModelError("the adapter does not fit this model: " + "; ".join(faults), where=path)
     model.module.update(tree_unflatten(filled))
     mx.eval(model.module.trainable_parameters())

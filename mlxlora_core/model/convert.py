@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,53 +15,66 @@ from mlxlora_core.errors import ModelError, UsageError, listing
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import folder as model_folder
-from mlxlora_core.model.folder import CONFIG, TOKENIZER, Quantization
-from mlxlora_core.model.linears import dense_weight, linears, parameters
+from mlxlora_core.model.events import SpaceNeeded, TensorConverted
+from mlxlora_core.model.folder import CONFIG, TOKENIZER
+from mlxlora_core.model.linears import linears, parameters
+from mlxlora_core.model.quantization import QUANTIZATION, QUANTIZED, QUANTIZER, pack
 from mlxlora_core.model.tokenizer import Tokenizer
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Component, Registry
-from mlxlora_core.specs import ForeignModel, LanguageModel, LazyTensor, QuantizerOptions
+from mlxlora_core.registry import Choice, Component, Registry
+from mlxlora_core.registry.sections import QuantizeConfig
+from mlxlora_core.specs import ForeignModel, LanguageModel, LazyTensor
 
-_PARTS = 4  # tensors that a quantized weight becomes at most
+_NOT_THE_HEAD = QuantizeConfig()
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
 @dataclass
+class _Tally:
+    """What has been converted so far."""
+
+    tensors: int = 0
+    parameters: int = 0
+    quantized: list[str] = field(default_factory=list)
+    left_dense: list[str] = field(default_factory=list)
+    squared_error: float = 0.0
+    squared_weight: float = 0.0
+
+
+@dataclass(frozen=True)
 class ConvertReport:
     """What a conversion did.
 
     Attributes:
         folder: the model folder.
-        loader: who read the checkpoint.
+        loader: who read the foreign model.
         architecture: who builds the model.
         parameters: how many the model has.
         bytes: size of the tensors written.
         quantized: how many linears were quantized.
         left_dense: linears that the quantizer left as they are.
-        squared_error: sum over the quantized weights of (w - ŵ)².
-        squared_weight: sum over them of w².
+        relative_error: ‖w - ŵ‖ / ‖w‖ over all quantized weights.
     """
 
     folder: str
     loader: str
     architecture: str
-    parameters: int = 0
-    bytes: int = 0
-    quantized: int = 0
-    left_dense: list[str] = field(default_factory=list)
-    squared_error: float = 0.0
-    squared_weight: float = 0.0
+    parameters: int
+    bytes: int
+    quantized: int
+    left_dense: tuple[str, ...]
+    relative_error: float
 
     @property
     def bits_per_weight(self) -> float:
         """Bits that a parameter takes on average, scales and dense layers included."""
         return self.bytes * 8 / self.parameters
 
-    @property
-    def relative_error(self) -> float:
-        """‖w - ŵ‖ / ‖w‖ over all quantized weights."""
-        return (self.squared_error / self.squared_weight) ** 0.5 if self.squared_weight else 0.0
+    def values(self) -> dict[str, Any]:
+        """The report in plain values."""
+        values: dict[str, Any] = plain(self)
+        return values | {"bits_per_weight": self.bits_per_weight}
 
 
 def convert(
@@ -73,12 +86,11 @@ def convert(
     loader_options: Any = None,
     dtype: str = "float16",
     file_format: str = "safetensors",
-    quantization: Quantization | None = None,
+    quantization: Choice | None = None,
+    quantize_config: QuantizeConfig = _NOT_THE_HEAD,
     overwrite: bool = False,
-    track: Callable[[Collection[str]], Iterable[str]] = iter,
-    tell: Callable[[str], object] = lambda _: None,
-) -> ConvertReport:
-    """Turn a foreign checkpoint into a model folder, in memory that does not grow with the model.
+) -> Iterator[SpaceNeeded | TensorConverted | ConvertReport]:
+    """Turn a foreign model into a model folder, in memory that does not grow with the model.
 
     Args:
         source: folder of the checkpoint.
@@ -89,10 +101,11 @@ def convert(
         dtype: ``float16``, ``bfloat16`` or ``float32``.
         file_format: ``safetensors`` or ``npz``.
         quantization: how to quantize the linears, or None.
+        quantize_config: which of them.
         overwrite: whether a model folder that is there may be replaced.
-        track: given the names of the tensors, gives them back as they are taken,
-            so that the caller can show how far it is.
-        tell: given, before any work, what the model needs of the disk and what is free.
+
+    Yields:
+        What the disk must hold, each tensor as it is written, and the report.
 
     Raises:
         ModelError: a part is absent or damaged, or tensors do not fit (all listed).
@@ -115,17 +128,33 @@ def convert(
     if faults:
         raise ModelError("the tensors do not fit the config: " + "; ".join(faults), where=source)
     model_folder.check_vocabulary(Tokenizer(checkpoint.tokenizer_file), model.vocab_size)
-    packed = _to_quantize(model, quantization) if quantization else set()
-    tell(_need(tensors, packed, DTYPES[dtype], target))
-    report = ConvertReport(str(target), reader.id, architecture.id)
+    packed = _to_quantize(model, quantize_config) if quantization else set()
+    yield SpaceNeeded(_need(tensors, packed, DTYPES[dtype], target))
+    tally = _Tally()
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as folder:
         durable.copy_file(checkpoint.tokenizer_file, folder / TOKENIZER)
-        ordered = ((name, tensors[name]) for name in track(tensors.keys()))
-        stream = _stored(ordered, packed, DTYPES[dtype], quantization, report, source)
-        path = folder / WEIGHTS[file_format]
-        report.bytes = tensor_file.save(path, stream, {}, most=_PARTS * len(tensors)).bytes
-        durable.write_json(folder / CONFIG, _config(args, architecture, checkpoint.config, quantization))
-    return report
+        stream = _stored(tensors, packed, DTYPES[dtype], quantization, tally, source)
+        size = 0
+        most = len(tensors) * (len(quantization.component.spec.parts) if quantization else 1)
+        for written in tensor_file.saving(folder / WEIGHTS[file_format], stream, {}, most=most):
+            if isinstance(written, str):
+                yield TensorConverted(written, tally.tensors, len(tensors))
+            else:
+                size = written.bytes
+        config = _config(args, architecture, checkpoint.config)
+        if quantization is not None:
+            config |= _quantized_config(quantization, tally.quantized)
+        durable.write_json(folder / CONFIG, config)
+    yield ConvertReport(
+        folder=str(target),
+        loader=reader.id,
+        architecture=architecture.id,
+        parameters=tally.parameters,
+        bytes=size,
+        quantized=len(tally.quantized),
+        left_dense=tuple(tally.left_dense),
+        relative_error=(tally.squared_error / tally.squared_weight) ** 0.5 if tally.squared_weight else 0.0,
+    )
 
 
 def find_loader(source: Path, registry: Registry, name: str | None) -> Component:
@@ -150,18 +179,6 @@ def find_loader(source: Path, registry: Registry, name: str | None) -> Component
         f"no weight loader knows this folder (there is {listing(c.spec.name for c in loaders)}{failed})",
         where=source,
     )
-
-
-def quantize_linear(
-    path: str, weight: mx.array, quantization: Quantization
-) -> tuple[nn.Module | None, dict[str, mx.array]]:
-    """Quantize one dense weight; the module, or None if it was left alone, and its tensors by full name."""
-    outputs, inputs = weight.shape
-    linear = nn.Linear(inputs, outputs, bias=False)
-    linear.weight = weight
-    packed = quantization.quantizer.spec.quantize(linear, quantization.options)
-    parts = parameters(packed if packed is not None else linear)
-    return packed, {f"{path}.{name}": tensor for name, tensor in parts.items()}
 
 
 def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:
@@ -197,11 +214,11 @@ def _rename(
     return renamed
 
 
-def _to_quantize(model: LanguageModel, quantization: Quantization) -> set[str]:
+def _to_quantize(model: LanguageModel, config: QuantizeConfig) -> set[str]:
     """The names of the weights that the quantizer is asked about."""
     module: Any = model
     paths = {path for path, _ in linears(module)}
-    return {f"{path}.weight" for path in paths if quantization.options.head or path != model.head_path}
+    return {f"{path}.weight" for path in paths if config.head or path != model.head_path}
 
 
 def _need(tensors: Mapping[str, LazyTensor], packed: Collection[str], dtype: mx.Dtype, target: Path) -> str:
@@ -212,22 +229,23 @@ def _need(tensors: Mapping[str, LazyTensor], packed: Collection[str], dtype: mx.
 
 
 def _stored(
-    tensors: Iterable[tuple[str, LazyTensor]],
+    tensors: Mapping[str, LazyTensor],
     packed: Collection[str],
     dtype: mx.Dtype,
-    quantization: Quantization | None,
-    report: ConvertReport,
+    quantization: Choice | None,
+    tally: _Tally,
     source: Path,
 ) -> Iterator[tuple[str, mx.array]]:
     """(name, tensor) as the weight file will hold them, one at a time."""
-    for name, lazy in tensors:
+    for name, lazy in tensors.items():
         try:
             tensor = cast(name, lazy.read(), dtype, source)
         except OSError as fault:  # else it would pass for a fault of the disk that is written to
             raise ModelError(f"{name} cannot be read: {fault}", where=source) from fault
-        report.parameters += tensor.size
+        tally.tensors += 1
+        tally.parameters += tensor.size
         if quantization is not None and name in packed:
-            yield from _quantized(name.removesuffix(".weight"), tensor, quantization, report)
+            yield from _quantized(name.removesuffix(".weight"), tensor, quantization, tally)
         else:
             yield name, tensor
         del tensor
@@ -235,29 +253,32 @@ def _stored(
 
 
 def _quantized(
-    path: str, weight: mx.array, quantization: Quantization, report: ConvertReport
+    path: str, weight: mx.array, quantization: Choice, tally: _Tally
 ) -> Iterator[tuple[str, mx.array]]:
-    """The tensors of one linear after the quantizer has had its say; the report counts the error."""
-    packed, parts = quantize_linear(path, weight, quantization)
+    """The tensors of one linear after the quantizer has had its say; the tally counts the error."""
+    packed = pack(weight, quantization)
     if packed is None:
-        report.left_dense.append(path)
-    else:
-        exact = weight.astype(mx.float32)
-        error = dense_weight(packed).astype(mx.float32) - exact
-        report.quantized += 1
-        report.squared_error += float(error.square().sum())
-        report.squared_weight += float(exact.square().sum())
-    yield from parts.items()
+        tally.left_dense.append(path)
+        yield f"{path}.weight", weight
+        return
+    exact = weight.astype(mx.float32)
+    tally.quantized.append(path)
+    tally.squared_error += float((packed.weight - exact).square().sum())
+    tally.squared_weight += float(exact.square().sum())
+    yield from ((f"{path}.{name}", part) for name, part in packed.parts.items())
 
 
-def _config(
-    args: Any, architecture: Component, raw: Mapping[str, Any], quantization: Quantization | None
-) -> dict[str, Any]:
-    """What config.json holds."""
+def _config(args: Any, architecture: Component, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json holds of the model itself."""
     config = {key: value for key, value in plain(args).items() if value is not None}
     config.setdefault("model_type", raw.get("model_type") or architecture.spec.detect(raw))
-    if quantization is not None:
-        config["quantizer"] = quantization.quantizer.id
-        stated = plain(quantization.options)
-        config["quantization"] = {k: v for k, v in stated.items() if k not in plain(QuantizerOptions())}
     return config
+
+
+def _quantized_config(quantization: Choice, paths: Collection[str]) -> dict[str, Any]:
+    """What config.json holds of a quantizer, and of what it packed."""
+    return {
+        QUANTIZER: quantization.component.id,
+        QUANTIZATION: plain(quantization.options),
+        QUANTIZED: {path: {} for path in paths},
+    }

@@ -13,24 +13,23 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlxlora_core.errors import ModelError, SafetyError, UsageError, listing
+from mlxlora_core.errors import ModelError, SafetyError, listing
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.files.input_file import read_json
 from mlxlora_core.machine.device import compute_dtype
 from mlxlora_core.machine.memory import free_memory_bytes, require_memory
 from mlxlora_core.model.linears import (
+    StackedLinear,
     StoredEmbedding,
     StoredLinear,
-    linear_shape,
-    linears,
+    StoredStackedLinear,
     parameters,
     replace,
 )
+from mlxlora_core.model.quantization import read_quantization, restore
 from mlxlora_core.model.tokenizer import Tokenizer
 from mlxlora_core.model.weights import WEIGHTS, read_weights, weight_files
-from mlxlora_core.options import parse
-from mlxlora_core.registry import Component, Registry
-from mlxlora_core.registry.defaults import DEFAULT_QUANTIZER
+from mlxlora_core.registry import Choice, Component, Registry
 from mlxlora_core.specs import LanguageModel
 
 CONFIG = "config.json"
@@ -48,14 +47,6 @@ _CODE_KEYS = ("auto_map", "model_file")
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """How the linears of a model were quantized."""
-
-    quantizer: Component
-    options: Any
-
-
-@dataclass(frozen=True)
 class Model:
     """A model read from its folder.
 
@@ -65,6 +56,7 @@ class Model:
         tokenizer: of the model.
         config: config.json.
         quantization: how linears were quantized, or None.
+        architecture: who built it.
         fingerprint: of config, tensors and tokenizer, the same for the same base in any format.
         note: how the weights are held, where that makes it slower; else nothing.
     """
@@ -73,7 +65,8 @@ class Model:
     language_model: LanguageModel
     tokenizer: Tokenizer
     config: Mapping[str, Any]
-    quantization: Quantization | None
+    quantization: Choice | None
+    architecture: Component
     fingerprint: str
     note: str
 
@@ -107,7 +100,7 @@ def load(folder: Path, registry: Registry) -> Model:
     note = _too_large_to_expand(tensors)
     module: Any = language_model
     if quantization is not None:
-        _restore_quantized(module, tensors, quantization)
+        restore(module, tensors, config, quantization, folder / CONFIG)
     if note:
         _keep_stored(module)
     _fill(module, tensors, folder)
@@ -122,6 +115,7 @@ def load(folder: Path, registry: Registry) -> Model:
         tokenizer,
         config,
         quantization,
+        architecture,
         hashlib.sha256(parts.encode()).hexdigest(),
         note,
     )
@@ -220,27 +214,6 @@ def _refuse_code(config: Mapping[str, Any], architecture: Component, where: Path
         )
 
 
-def read_quantization(config: Mapping[str, Any], registry: Registry, where: Path) -> Quantization | None:
-    """How a config says that linears are quantized, or None.
-
-    Raises:
-        PluginError: no such quantizer.
-        ModelError: options that it does not have.
-    """
-    stated = config.get("quantization")
-    if stated is None:
-        return None
-    name = config.get("quantizer", DEFAULT_QUANTIZER)
-    if not isinstance(stated, dict) or not isinstance(name, str):
-        raise ModelError(f"quantization is {stated!r} by {name!r}, wanted a table and a name", where=where)
-    quantizer = registry.find("quantizer", name)
-    owner = f"quantizer '{quantizer.spec.name}'"
-    try:
-        return Quantization(quantizer, parse(quantizer.spec.options, stated, owner=owner))
-    except UsageError as fault:
-        raise ModelError(fault.what, where=where) from fault
-
-
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Refuse a tokenizer of another vocabulary.
 
@@ -258,24 +231,6 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 def _computed(stored: mx.Dtype) -> mx.Dtype:
     """The type in which a stored tensor is held in memory."""
     return compute_dtype(stored) if mx.issubdtype(stored, mx.floating) else stored
-
-
-def _restore_quantized(
-    module: nn.Module, tensors: Mapping[str, mx.array], quantization: Quantization
-) -> None:
-    """Make an empty quantized linear wherever the file has more than a weight and a bias."""
-    packed = {
-        name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] not in ("weight", "bias")
-    }
-    restore = quantization.quantizer.spec.restore
-    replace(
-        module,
-        {
-            path: restore(linear_shape(linear), "bias" in linear, quantization.options)
-            for path, linear in linears(module)
-            if path in packed
-        },
-    )
 
 
 def _too_large_to_expand(tensors: Mapping[str, mx.array]) -> str:
@@ -301,7 +256,11 @@ def _too_large_to_expand(tensors: Mapping[str, mx.array]) -> str:
 
 def _keep_stored(module: nn.Module) -> None:
     """Let dense linears and embeddings keep their weights as they are stored, and expand them on use."""
-    kinds: dict[type, Any] = {nn.Linear: StoredLinear, nn.Embedding: StoredEmbedding}
+    kinds: dict[type, Any] = {
+        nn.Linear: StoredLinear,
+        nn.Embedding: StoredEmbedding,
+        StackedLinear: StoredStackedLinear,
+    }
     found = module.named_modules()
     replace(module, {path: kinds[type(child)](child) for path, child in found if type(child) in kinds})
 
@@ -332,6 +291,6 @@ def _fill(module: nn.Module, tensors: dict[str, mx.array], folder: Path) -> None
 
 def _prepared(owner: nn.Module | None, part: str, tensor: mx.array) -> mx.array:
     """A parameter of ``owner``, in the type to compute with."""
-    if part == "weight" and isinstance(owner, (StoredLinear, StoredEmbedding)):
+    if part == "weight" and isinstance(owner, (StoredLinear, StoredStackedLinear, StoredEmbedding)):
         return tensor
     return tensor.astype(_computed(tensor.dtype))

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlxlora_core.errors import UsageError
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
-from mlxlora_core.model.convert import cast, quantize_linear
+from mlxlora_core.model.convert import cast
+from mlxlora_core.model.events import SpaceNeeded
 from mlxlora_core.model.folder import CONFIG, TOKENIZER, Model
-from mlxlora_core.model.linears import dense_weight, parameters
+from mlxlora_core.model.linears import QuantizedLinear, dense_weight, parameters
+from mlxlora_core.model.quantization import pack
 from mlxlora_core.model.weights import WEIGHTS, read_weights
-from mlxlora_core.registry import Registry
+from mlxlora_core.registry import Component, Registry
 
 PROBE_TOKENS = 64
 
@@ -50,10 +52,10 @@ def fuse(
     adapter: Path,
     target: Path,
     registry: Registry,
-    wanted: tuple[str | None, Mapping[str, Any]] = (None, {}),
+    name: str | None = None,
+    values: Mapping[str, Any] = MappingProxyType({}),
     overwrite: bool = False,
-    tell: Callable[[str], object] = lambda _: None,
-) -> FuseReport:
+) -> Iterator[SpaceNeeded | FuseReport]:
     """Write a model folder whose linears do what base and adapter do together.
 
     Tensors that the adapter does not touch are copied byte for byte. A
@@ -65,9 +67,12 @@ def fuse(
         adapter: adapter file made for it.
         target: model folder to make.
         registry: where plugins are looked up.
-        wanted: as for :func:`mlxlora_core.model.adapters.load`.
+        name: the adapter that the caller insists on.
+        values: options that the caller insists on, as for :func:`mlxlora_core.model.adapters.load`.
         overwrite: whether a model folder that is there may be replaced.
-        tell: given, before any work, what the fused model needs of the disk and what is free.
+
+    Yields:
+        What the disk must hold, and the report.
 
     Raises:
         UsageError: the target is the base.
@@ -81,11 +86,11 @@ def fuse(
         )
     ours = model_folder.holds_only_a_model
     durable.check_target(target, overwrite=overwrite, ours=ours)
-    tell(require_disk(sum(path.stat().st_size for path in model_folder.files(folder)), target))
+    yield SpaceNeeded(require_disk(sum(path.stat().st_size for path in model_folder.files(folder)), target))
     model = model_folder.load(folder, registry)
     probe = _probe(model)
     base = _logits(model, probe)
-    adapted = adapters.load(adapter, model, registry, wanted)
+    adapted = adapters.load(adapter, model, registry, name, values)
     tuned = _logits(model, probe)
     tensors, _ = read_weights(folder)
     tensors |= _fused(model, adapted, tensors, folder)
@@ -95,7 +100,7 @@ def fuse(
         tensor_file.save(new / weights, sorted(tensors.items()), {}, len(tensors))
         durable.copy_file(folder / CONFIG, new / CONFIG)
         fused = _logits(model_folder.load(new, registry), probe)
-    return _report(target, len(adapted.paths), base, tuned, fused)
+    yield _report(target, len(adapted.paths), base, tuned, fused)
 
 
 def _fused(
@@ -107,15 +112,36 @@ def _fused(
     for path in adapted.paths:
         wrapped: Any = modules[path]
         inner = wrapped.linear
-        weight = adapted.component.spec.fuse(wrapped, dense_weight(inner).astype(mx.float32))
         parts = [stored[f"{path}.{name}"].dtype for name in parameters(inner)]
         dtype = next(part for part in parts if mx.issubdtype(part, mx.floating))
+        weight = _fused_weight(adapted.choice.component, wrapped)
         weight = cast(f"{path}.weight, with the adapter in it,", weight, dtype, folder)
-        if isinstance(inner, nn.Linear) or model.quantization is None:
-            tensors[f"{path}.weight"] = weight
+        if isinstance(inner, QuantizedLinear):
+            tensors |= {f"{path}.{name}": part for name, part in _repacked(inner, weight, path).items()}
         else:
-            tensors |= quantize_linear(path, weight, model.quantization)[1]
+            tensors[f"{path}.weight"] = weight
     return tensors
+
+
+def _fused_weight(component: Component, wrapped: Any) -> mx.array:
+    """The weight that an adapter says is that of its linear with the adapter in it."""
+    before = dense_weight(wrapped.linear).astype(mx.float32)
+    weight = component.checked("fuse", component.spec.fuse(wrapped, before), mx.array)
+    if weight.shape != before.shape or weight.dtype != mx.float32:
+        got = f"{weight.shape} {tensor_file.type_name(weight.dtype)}"
+        raise component.breach("fuse", got, f"{before.shape} float32")
+    if not tensor_file.is_finite(weight):
+        raise component.breach("fuse", "values that are not finite", "finite ones")
+    return weight
+
+
+def _repacked(linear: QuantizedLinear, weight: mx.array, path: str) -> Mapping[str, mx.array]:
+    """A weight quantized as that of ``linear`` was."""
+    packed = pack(weight, linear.quantization)
+    if packed is None:
+        what = f"None for {path}, which it packed before"
+        raise linear.quantization.component.breach("quantize", what, "its parts")
+    return packed.parts
 
 
 def _logits(model: Model, tokens: mx.array) -> mx.array:

@@ -1,44 +1,65 @@
-"""``encode -> prefill -> (decode one -> sample)* -> text``."""
+"""``encode -> prefill -> (decode one -> draw)* -> text``."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-from mlxlora_core.errors import DataError, PluginError, UsageError
+from mlxlora_core.errors import DataError, UsageError
+from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.tokenizer import Tokenizer
-from mlxlora_core.specs import Cache, LanguageModel, Sample
+from mlxlora_core.registry import Component
+from mlxlora_core.specs import Cache, LanguageModel
 
 PREFILL_TOKENS = 512
+
+#: what ended a text: an end token, or the limit on its tokens
+STOP, LENGTH = "stop", "length"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a generated text.
+
+    Attributes:
+        text: it; of the last one nothing.
+        finish: what ended the text, ``stop`` (an end token) or ``length`` (as many
+            tokens as were asked for, or a full context); None while it goes on.
+    """
+
+    text: str
+    finish: str | None = None
 
 
 def generate(
     model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: str,
-    sample: Sample,
+    samplers: Iterable[tuple[Component, Any]],
     *,
     num_tokens: int,
     seed: int,
     write_every: int = 1,
-) -> Generator[str, None, bool]:
-    """Segments of the text that follows ``prompt``.
-
-    Its value as a generator is whether an end token ended the text.
+) -> Iterator[Segment]:
+    """The text that follows ``prompt``; the same seed gives the same text, however long.
 
     Args:
         model: in whatever state; it is put in evaluation mode.
         tokenizer: of the model.
         prompt: text; a begin token is put in front.
-        sample: chooses each token.
+        samplers: (component, its options) of each, in the order in which they
+            change the logits.
         num_tokens: how many at most; an end token or a full context stops earlier.
-        seed: of the random keys.
+        seed: of the random keys, from 0 to 2**32 - 1.
         write_every: tokens a segment.
 
     Raises:
         UsageError: the prompt is no valid text, or does not fit into the model's context.
+        PluginError: a sampler gives what it should not.
+        DivergedError: the logits of the model are not finite.
     """
     try:
         ids = tokenizer.encode(prompt)
@@ -51,13 +72,11 @@ def generate(
         )
     if limit is not None:
         num_tokens = min(num_tokens, limit - len(ids))
-    tokens = decode(model, ids, sample, num_tokens=num_tokens, seed=seed, stop=tokenizer.eos)
+    tokens = decode(model, ids, Drawing(samplers, seed), num_tokens=num_tokens, stops={tokenizer.eos})
     return _segments(tokenizer, tokens, num_tokens, write_every)
 
 
-def _segments(
-    tokenizer: Tokenizer, tokens: Iterator[int], num_tokens: int, every: int
-) -> Generator[str, None, bool]:
+def _segments(tokenizer: Tokenizer, tokens: Iterator[int], num_tokens: int, every: int) -> Iterator[Segment]:
     told = 0
 
     def counted() -> Iterator[int]:
@@ -66,53 +85,45 @@ def _segments(
             told += 1
             yield token
 
-    yield from tokenizer.stream(counted(), every)
-    return told < num_tokens
+    yield from map(Segment, tokenizer.stream(counted(), every))
+    yield Segment("", STOP if told < num_tokens else LENGTH)
 
 
-def whole(segments: Generator[str, None, bool]) -> tuple[str, bool]:
-    """All that :func:`generate` gives: the text, and whether an end token ended it."""
-    text = ""
-    while True:
-        try:
-            text += next(segments)
-        except StopIteration as end:
-            return text, bool(end.value)
+def whole(segments: Iterable[Segment]) -> Segment:
+    """All that :func:`generate` gives, as one segment."""
+    parts = list(segments)
+    return Segment("".join(part.text for part in parts), parts[-1].finish)
 
 
 def decode(
-    model: LanguageModel, prompt: Sequence[int], sample: Sample, *, num_tokens: int, seed: int, stop: int
+    model: LanguageModel,
+    prompt: Sequence[int],
+    draw: Callable[[mx.array, Sequence[int]], int],
+    *,
+    num_tokens: int,
+    stops: Collection[int],
 ) -> Iterator[int]:
-    """Token ids that follow the ids ``prompt``, up to ``num_tokens`` or the id ``stop``."""
-    if not callable(sample):
-        raise PluginError(f"the sampler is built as {type(sample).__name__}, wanted a function")
+    """Token ids that follow the ids ``prompt``, up to ``num_tokens`` or one of ``stops``.
+
+    Args:
+        model: in whatever state; it is put in evaluation mode.
+        prompt: one id at least.
+        draw: the id that follows, from logits (1, V) in float32 and all ids before it.
+        num_tokens: how many at most.
+        stops: ids that end the text, and do not come.
+    """
     module: Any = model
     module.eval()
     cache = model.make_cache()
     tokens = list(prompt)
     unseen = tokens[:]
-    for key in mx.random.split(mx.random.key(seed), num_tokens):
-        token = _token(sample(forward(model, unseen, cache), tokens, key), model.vocab_size)
-        if token == stop:
+    for _ in range(num_tokens):
+        token = draw(forward(model, unseen, cache), tokens)
+        if token in stops:
             return
         yield token
         tokens.append(token)
         unseen = [token]
-
-
-def _token(drawn: Any, vocab_size: int) -> int:
-    """The token id that a sampler has drawn.
-
-    Raises:
-        PluginError: it is none.
-    """
-    try:
-        token = int(drawn)
-    except (TypeError, ValueError) as fault:
-        raise PluginError(f"the sampler gives {type(drawn).__name__}, wanted a token id") from fault
-    if not 0 <= token < vocab_size:
-        raise PluginError(f"the sampler gives {token}, wanted a token id from 0 to {vocab_size - 1}")
-    return token
 
 
 def forward(model: LanguageModel, tokens: Sequence[int], cache: Sequence[Cache]) -> mx.array:

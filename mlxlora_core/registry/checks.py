@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ import pluggy
 
 from mlxlora_core import hookspecs, specs
 from mlxlora_core.errors import PluginError, listing, nearest, one_line
-from mlxlora_core.options import NoOptions, check_declaration, explain
+from mlxlora_core.options import check_declaration, explain
 from mlxlora_core.registry.plugin import KINDS
+from mlxlora_core.registry.sections import config_of
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+_PART = re.compile(r"(?!bias$)[A-Za-z][A-Za-z0-9_]*")
 
 #: what a recipe writes beside the options of a component
 _RESERVED = {"use", "options"}
@@ -43,7 +45,7 @@ def collect_specs(module: Any) -> Iterable[tuple[str, specs.Spec]]:
         names: set[str] = set()
         for function in by_name.get(hook, ()):
             for spec in _specs(hook, function()):
-                _check(spec, hook, wanted)
+                _check(spec, kind, hook, wanted)
                 if spec.name in names:
                     raise PluginError(f"{hook} gives '{spec.name}' twice")
                 names.add(spec.name)
@@ -81,7 +83,7 @@ def _specs(hook: str, given: Any) -> list[Any]:
     return list(given)
 
 
-def _check(spec: Any, hook: str, wanted: type[specs.Spec]) -> None:
+def _check(spec: Any, kind: str, hook: str, wanted: type[specs.Spec]) -> None:
     """Refuse a spec that would only fail later, when it is used."""
     if not isinstance(spec, wanted):
         raise PluginError(f"{hook} gives {type(spec).__name__}, wanted {wanted.__name__}")
@@ -91,12 +93,20 @@ def _check(spec: Any, hook: str, wanted: type[specs.Spec]) -> None:
         fault = _field_fault(str(member.type), getattr(spec, member.name))
         if fault:
             raise PluginError(f"{hook}: {member.name} of '{spec.name}' {fault}")
-    base: Any = wanted.options
-    if base is not NoOptions and not issubclass(spec.options, base):
-        raise PluginError(f"{hook}: options of '{spec.name}' must inherit {base.__name__}")
-    taken = sorted(_RESERVED & {option.name for option in explain(spec.options)})
+    reserved = _RESERVED | {option.name for option in explain(config_of(kind))}
+    taken = sorted(reserved & {option.name for option in explain(spec.options)})
     if taken:
         raise PluginError(f"{hook}: '{spec.name}' cannot have an option '{taken[0]}', recipes use that word")
+    if isinstance(spec, specs.Quantizer) and not _are_parts(spec.parts):
+        raise PluginError(
+            f"{hook}: parts of '{spec.name}' are {spec.parts}, wanted different names without a dot, "
+            "and none of them 'bias'"
+        )
+
+
+def _are_parts(names: tuple[str, ...]) -> bool:
+    """Whether names can be those of tensors beside the bias of a linear."""
+    return bool(names) and len(set(names)) == len(names) and all(map(_PART.fullmatch, names))
 
 
 def _field_fault(annotation: str, value: Any) -> str:
@@ -114,10 +124,18 @@ def _field_fault(annotation: str, value: Any) -> str:
 
 def _call_fault(annotation: str, function: Any) -> str:
     """Why ``function`` cannot be called as its ``Callable[[...], ...]`` annotation says, or nothing."""
+    if annotation.endswith("] | None") and function is None:
+        return ""
     if not callable(function):
         return f"must be a function, got {function!r}"
-    call: Any = ast.parse(annotation, mode="eval").body
-    arguments = call.slice.elts[0].elts
+    call: Any = ast.parse(annotation.removesuffix(" | None"), mode="eval").body
+    arguments = [ast.unparse(argument) for argument in call.slice.elts[0].elts]
+    takes = other_arguments(function, arguments)
+    return f"takes {takes}, wanted ({', '.join(arguments)})" if takes else ""
+
+
+def other_arguments(function: Callable[..., Any], arguments: Sequence[str]) -> str:
+    """What ``function`` takes, where it cannot be called with so many arguments; else nothing."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-in functions tell nothing
@@ -125,8 +143,7 @@ def _call_fault(annotation: str, function: Any) -> str:
     try:
         signature.bind(*arguments)
     except TypeError:
-        wanted = ", ".join(ast.unparse(argument) for argument in arguments)
-        return f"takes {signature}, wanted ({wanted})"
+        return str(signature)
     return ""
 
 

@@ -109,6 +109,19 @@ class Component:
         return bare == self.spec.name and (not owner or self.plugin.answers_to(owner))
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A component and the options that it is used with.
+
+    Attributes:
+        component: which one.
+        options: an instance of its options.
+    """
+
+    component: Component
+    options: Any
+
+
 def normal_name(name: str) -> str:
     """A distribution or plugin name as PEP 503 compares them."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()

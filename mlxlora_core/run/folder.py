@@ -72,12 +72,12 @@ class RunFolder:
         self.record["started"][stage] = fingerprint
         self._save()
 
-    def keep(self, stage: str, fingerprint: str, result: Mapping[str, Any]) -> None:
-        """Record that a stage is done, and what it has found."""
+    def keep(self, stage: str, fingerprint: str, outputs: Iterable[str], result: Mapping[str, Any]) -> None:
+        """Record that a stage is done, the files that it has written, and what it has found."""
         stages = self.record["stages"]
         stages[stage] = {
             "inputs": fingerprint,
-            "files": {name: file_stat(self.path / name) for name in self._outputs(stage)},
+            "files": {name: file_stat(self.path / name) for name in outputs},
             "result": dict(result),
         }
         self._save()
@@ -90,12 +90,6 @@ class RunFolder:
         """Record what the run as a whole has come to."""
         self.record["summary"] = dict(summary)
         self._save()
-
-    def _outputs(self, stage: str) -> list[str]:
-        if stage == "train":
-            return [ADAPTER, METRICS]
-        folder = {"model": MODEL, "data": DATA}.get(stage)
-        return [f"{folder}/{name}" for name in files(self.path / folder)] if folder else []
 
     def _save(self) -> None:
         durable.write_json(self.path / RECORD, self.record)

@@ -1,40 +1,35 @@
-"""recipe.toml + overrides -> one frozen Recipe; every value knows where it came from.
+"""What a recipe holds: one frozen Recipe, in which every value knows where it came from.
 
 Precedence: plugin default < recipe < command line. Component sections name a
-component and its options::
+component, its options, and what core decides beside it::
 
     [adapter]
     use = "lora"
+    layers = 16
     options = { rank = 8 }
 
-``--set adapter.rank=16`` is short for ``--set adapter.options.rank=16``.
-
-A recipe is read in three passes, each of which tells all that it finds: the
-layout, the components, the values.
+``--set adapter.rank=16`` is short for ``--set adapter.options.rank=16``. The
+section of samplers may name several, see :mod:`mlxlora_core.run.samplers`.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.errors import PluginError, UsageError, listing, nearest
-from mlxlora_core.files.input_file import read_whole
-from mlxlora_core.options import convert, explain, option, parse, plain
-from mlxlora_core.registry import Component, Registry
+from mlxlora_core.errors import UsageError, listing, nearest
+from mlxlora_core.options import NoOptions, option, plain
+from mlxlora_core.registry import Choice, Registry
 from mlxlora_core.registry.defaults import DEFAULT_ADAPTER
+from mlxlora_core.registry.sections import AdapterConfig, QuantizeConfig, SplitConfig, configure
+from mlxlora_core.run import samplers
 from mlxlora_core.training.settings import EvaluateConfig, SaveConfig, TrainConfig
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 NONE = "none"
-
-_RECIPE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -68,19 +63,6 @@ class AskConfig:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A component and its options.
-
-    Attributes:
-        component: None where a recipe leaves the part out.
-        options: an instance of the component's options.
-    """
-
-    component: Component | None
-    options: Any = None
-
-
-@dataclass(frozen=True)
 class Recipe:
     """Everything that a run does, with every default filled in.
 
@@ -92,14 +74,17 @@ class Recipe:
     name: str
     run: RunConfig
     model: ModelConfig
-    loader: Choice
-    quantize: Choice
+    loader: Choice | None
+    quantize: Choice | None
+    quantize_config: QuantizeConfig
     data: Choice
+    data_config: SplitConfig
     adapter: Choice
+    adapter_config: AdapterConfig
     train: TrainConfig
     checkpoints: SaveConfig
     evaluate: EvaluateConfig
-    sampler: Choice
+    sampler: tuple[Choice, ...]
     generate: AskConfig
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -111,17 +96,23 @@ class Recipe:
     def values(self) -> dict[str, Any]:
         """What ``recipe.toml`` holds: sections of plain values, without the parts left out."""
         out: dict[str, Any] = {}
-        for section in (f.name for f in fields(self) if f.name not in ("name", "origins")):
+        for section in (f.name for f in fields(self) if f.name in SECTIONS):
             value = getattr(self, section)
-            if not isinstance(value, Choice):
+            if section in CHAINS and len(value) > 1:
+                out[section] = _chain_values(value)
+                continue
+            value = value[0] if section in CHAINS else value
+            if isinstance(value, Choice):
+                config = getattr(self, f"{section}_config", NoOptions())
+                options = {"options": _without_none(plain(value.options))}
+                out[section] = {"use": value.component.id, **_without_none(plain(config)), **options}
+            elif value is not None:
                 out[section] = _without_none(plain(value))
-            elif value.component is not None:
-                out[section] = {"use": value.component.id, "options": _without_none(plain(value.options))}
         return out
 
 
 #: section -> the dataclass of its values
-_PLAIN = {
+PLAIN = {
     "run": RunConfig,
     "model": ModelConfig,
     "train": TrainConfig,
@@ -130,34 +121,16 @@ _PLAIN = {
     "generate": AskConfig,
 }
 #: section -> (kind of component, the component when nothing is said, whether a run needs one)
-_CHOICES: dict[str, tuple[str, str, bool]] = {
+CHOICES: dict[str, tuple[str, str, bool]] = {
     "loader": ("loader", NONE, False),
     "quantize": ("quantizer", NONE, False),
     "data": ("builder", NONE, True),
     "adapter": ("adapter", DEFAULT_ADAPTER, True),
     "sampler": ("sampler", "greedy", True),
 }
-_SECTIONS = (*_PLAIN, *_CHOICES)
-
-
-def read(path: Path, sets: Iterable[str], registry: Registry) -> Recipe:
-    """Read a recipe and put the command line's values over it.
-
-    Args:
-        path: recipe.toml; relative paths in it are relative to its folder.
-        sets: ``section.key=value``.
-        registry: where components are looked up.
-
-    Raises:
-        UsageError: no such file, broken TOML, an unknown section or key (the
-            nearest one is suggested), a value of a wrong type or range.
-        PluginError: a component that is not there.
-    """
-    source = _Source(path, overrides(sets))
-    source.check_layout(registry)
-    sections = source.values(source.components(registry))
-    name = path.stem if path.stem != "recipe" else path.absolute().parent.name
-    return Recipe(name=name or "recipe", **sections, origins=source.origins)
+SECTIONS = (*PLAIN, *CHOICES)
+#: the sections that may name several components
+CHAINS = ("sampler",)
 
 
 def overrides(sets: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -170,8 +143,8 @@ def overrides(sets: Iterable[str]) -> dict[str, dict[str, Any]]:
     for text in sets:
         name, equals, value = text.partition("=")
         section, _, key = (part.strip() for part in name.partition("."))
-        key = key.removeprefix("options.") if section in _CHOICES else key
-        if not equals or not key or "." in key:
+        key = key.removeprefix("options.") if section in CHOICES else key
+        if not equals or not key or ("." in key and section not in CHAINS):
             raise UsageError(
                 f"--set {text}: wanted section.key=value", fix="for example --set adapter.rank=16"
             )
@@ -179,18 +152,30 @@ def overrides(sets: Iterable[str]) -> dict[str, dict[str, Any]]:
     return nested
 
 
-def choose(
-    kind: str, use: str, values: Mapping[str, Any], registry: Registry, where: Path | str = ""
-) -> Choice:
-    """The component named ``use`` with options made of ``values``.
+def choose(kind: str, use: str, values: Mapping[str, Any], registry: Registry) -> tuple[Choice, Any]:
+    """The component named ``use`` with its options, and what its section holds beside them.
 
     Raises:
         PluginError: no such component.
-        UsageError: options that it does not have or that are out of range.
+        UsageError: values that neither has or that are out of range.
     """
-    component = registry.find(kind, use)
-    owner = f"{kind} '{component.spec.name}'"
-    return Choice(component, parse(component.spec.options, values, owner=owner, where=str(where)))
+    return configure(registry.find(kind, use), values)
+
+
+def choose_samplers(use: str, values: Mapping[str, Any], registry: Registry) -> tuple[Choice, ...]:
+    """The samplers named in ``"a,b"``, with options made of ``values``.
+
+    Raises:
+        PluginError: no such sampler.
+        UsageError: none is named, or one twice; options that are out of range or
+            that none of them, or several, have.
+    """
+    components = registry.find_all([("sampler", name) for name in samplers.names(use)])
+    if not components:
+        raise UsageError(f"wanted a sampler, got {use!r}", fix="see: mlxlora components sampler")
+    rows = samplers.deal(values, components)
+    samplers.cool_others(rows, components)
+    return tuple(configure(c, row)[0] for c, row in zip(components, rows, strict=True))
 
 
 def check_sections(sets: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -207,208 +192,15 @@ def check_sections(sets: Mapping[str, Any], known: Iterable[str]) -> None:
             )
 
 
-class _Source:
-    """One recipe file and what the command line puts over it.
-
-    Attributes:
-        origins: ``section.key`` -> where its value came from, filled by :meth:`values`.
-    """
-
-    def __init__(self, path: Path, sets: Mapping[str, dict[str, Any]]) -> None:
-        self.path, self._sets = path, sets
-        self._text = _text(path)
-        self._document = _document(path, self._text)
-        self.origins: dict[str, str] = {}
-
-    # --- the layout ---
-
-    def check_layout(self, registry: Registry) -> None:
-        """Refuse unknown sections and keys, and a recipe that leaves out a part that a run needs."""
-        check_sections(self._sets, _SECTIONS)
-        faults = [*self._unknown_sections()]
-        if not faults:
-            faults += [fault for section in _CHOICES for fault in self._choice_faults(section, registry)]
-        if faults:
-            where = faults[0][0] if len({place for place, _ in faults}) == 1 else str(self.path)
-            raise UsageError("; ".join(what for _, what in faults), where=where)
-
-    def _unknown_sections(self) -> Iterator[tuple[str, str]]:
-        """(place, fault) of each."""
-        for name, value in self._document.items():
-            if name not in _SECTIONS:
-                there_is = f"{nearest(name, _SECTIONS)}there is {listing(_SECTIONS, 20)}"
-                yield self._place(name), f"no section '{name}' ({there_is})"
-            elif not isinstance(value, dict):
-                yield self._place(name), f"'{name}' must be a table"
-
-    def _choice_faults(self, section: str, registry: Registry) -> Iterator[tuple[str, str]]:
-        """(place, fault) of each in a section that names a component."""
-        place = self._where(section)
-        table = self._document.get(section, {})
-        for key in sorted(table.keys() - {"use", "options"}):
-            hint = nearest(key, ("use", "options")) or "options go under options, "
-            yield place, f"[{section}] has no key '{key}' ({hint}it has use and options)"
-        if not isinstance(table.get("use", ""), str):
-            yield place, f"[{section}] use: wanted text, got {table['use']!r}"
-        elif not isinstance(table.get("options", {}), dict):
-            yield place, f"[{section}] options must be a table, got {table['options']!r}"
-        elif self._use(section) == NONE:
-            yield from ((place, fault) for fault in self._absence_faults(section, registry))
-
-    def _absence_faults(self, section: str, registry: Registry) -> Iterator[str]:
-        """What is wrong with a section that names no component."""
-        kind, _, required = _CHOICES[section]
-        sets = self._sets.get(section, {})
-        if required:
-            there_is = listing(sorted({c.spec.name for c in registry.of(kind)}), 20)
-            yield f"[{section}] use is required: the {kind} (there is {there_is})"
-        written = () if "use" in sets else self._document.get(section, {}).get("options", {})
-        orphans = [*written, *(key for key in sets if key != "use")]
-        if orphans and not required:
-            yield f"[{section}] has {listing(orphans)} but names no component; add use ="
-
-    # --- the components ---
-
-    def components(self, registry: Registry) -> dict[str, Component]:
-        """section -> the component that it names, for those that name one.
-
-        Raises:
-            PluginError: all that are not there.
-        """
-        uses = {section: self._use(section) for section in _CHOICES}
-        wanted = {section: (_CHOICES[section][0], use) for section, use in uses.items() if use != NONE}
-        try:
-            return dict(zip(wanted, registry.find_all(list(wanted.values())), strict=True))
-        except PluginError as fault:
-            away = [s for s, (kind, use) in wanted.items() if not _is_there(registry, kind, use)]
-            where = self._where(away[0]) if len(away) == 1 else str(self.path)
-            raise PluginError(fault.what, where=where, fix=fault.fix) from fault
-
-    def _use(self, section: str) -> str:
-        """What a section names, or ``none``."""
-        use = self._sets.get(section, {}).get("use", self._written_use(section))
-        return use.strip() or NONE
-
-    def _written_use(self, section: str) -> str:
-        """What a section would name without the command line."""
-        use: str = self._document.get(section, {}).get("use", _CHOICES[section][1])
-        return use
-
-    # --- the values ---
-
-    def values(self, components: Mapping[str, Component]) -> dict[str, Any]:
-        """section -> its checked value.
-
-        Raises:
-            UsageError: all values that are of a wrong type or range, and all unknown names.
-        """
-        sections: dict[str, Any] = {}
-        faults: list[UsageError] = []
-        for section in _SECTIONS:
-            try:
-                sections[section] = self._value(section, components.get(section))
-            except UsageError as fault:
-                faults.append(fault)
-        if len(faults) > 1:
-            raise UsageError("; ".join(fault.what for fault in faults), where=self.path)
-        if faults:
-            raise faults[0]
-        self._refuse_idle_parts(sections)
-        return sections
-
-    def _refuse_idle_parts(self, sections: Mapping[str, Any]) -> None:
-        """Refuse a loader or a quantizer where nothing is converted."""
-        idle = [s for s in ("loader", "quantize") if sections[s].component is not None]
-        if idle and sections["model"].torch_path is None:
-            raise UsageError(
-                f"[{idle[0]}] has nothing to do: the model folder of mlx_path is used as it is",
-                where=self._where(idle[0]),
-                fix=f"leave [{idle[0]}] out, or name a torch_path to convert",
-            )
-
-    def _value(self, section: str, component: Component | None) -> Any:
-        if section in _PLAIN:
-            kind, table = _PLAIN[section], self._document.get(section, {})
-            return parse(
-                kind, self._rows(section, kind, table), owner=f"[{section}]", where=self._where(section)
-            )
-        self.origins[f"{section}.use"] = self._origin(section, "use", self._document.get(section, {}))
-        if component is None:
-            return Choice(None)
-        options = self._document.get(section, {}).get("options", {})
-        if not component.answers_to(self._written_use(section)):
-            options = {}  # they belong to the component that the command line replaced
-        rows = self._rows(section, component.spec.options, options)
-        owner = f"{component.kind} '{component.spec.name}'"
-        return Choice(component, parse(component.spec.options, rows, owner=owner, where=self._where(section)))
-
-    def _rows(self, section: str, kind: type[Any], table: Mapping[str, Any]) -> dict[str, Any]:
-        """The file's values with the command line's over them; notes where each came from."""
-        known = {option.name: option.type for option in explain(kind)}
-        for name in known:
-            self.origins[f"{section}.{name}"] = self._origin(section, name, table)
-        sets = {name: value for name, value in self._sets.get(section, {}).items() if name != "use"}
-        rooted = {name: _rooted(value, known.get(name), self.path.parent) for name, value in table.items()}
-        return rooted | {name: _rooted(value, known.get(name), Path()) for name, value in sets.items()}
-
-    def _origin(self, section: str, name: str, table: Mapping[str, Any]) -> str:
-        if name in self._sets.get(section, {}):
-            return COMMAND_LINE
-        return self.path.name if name in table else DEFAULT
-
-    # --- places ---
-
-    def _where(self, section: str) -> str:
-        """Where the values of a section come from."""
-        there = self._place(section) if section in self._document else str(self.path)
-        return f"{there} with --set" if section in self._sets else there
-
-    def _place(self, name: str) -> str:
-        """``file:line`` of the line that opens a table, or else sets a key, of that name."""
-        opens = rf"^[ \t]*\[+[ \t]*[\"']?{re.escape(name)}[\"']?[ \t]*[.\]]"
-        sets = rf"^[ \t]*[\"']?{re.escape(name)}[\"']?[ \t]*[.=]"
-        match = re.search(opens, self._text, re.MULTILINE) or re.search(sets, self._text, re.MULTILINE)
-        return f"{self.path}:{self._text[: match.start()].count(chr(10)) + 1}" if match else str(self.path)
-
-
-def _text(path: Path) -> str:
-    if not path.exists():
-        raise UsageError("there is no such recipe", where=path)
-    data = read_whole(path, _RECIPE_BYTES, UsageError)
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as fault:
-        line = data.count(b"\n", 0, fault.start) + 1
-        raise UsageError("is not UTF-8", where=f"{path}:{line}") from fault
-
-
-def _document(path: Path, text: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as fault:  # a number with thousands of digits is no TOMLDecodeError
-        what, _, place = str(fault).partition(" (at line ")
-        where = ":".join([str(path), *re.findall("[0-9]+", place)])
-        raise UsageError(f"is no TOML: {what}", where=where) from fault
-
-
-def _is_there(registry: Registry, kind: str, name: str) -> bool:
-    return sum(component.answers_to(name) for component in registry.of(kind)) == 1
-
-
-def _rooted(value: Any, kind: Any, root: Path) -> Any:
-    """A value of a path option made absolute, relative to ``root``; any other value as it is.
-
-    So that the recipe that a run writes down means the same wherever it is read.
-    """
-    try:
-        path = convert(value, kind)
-    except (ValueError, TypeError):  # another type, or a fault that the parser tells
-        return value
-    if isinstance(path, Path):
-        return Path(os.path.abspath(root / path))
-    if isinstance(path, tuple) and any(isinstance(item, Path) for item in path):
-        return tuple(Path(os.path.abspath(root / item)) for item in path)
-    return value
+def _chain_values(choices: Sequence[Choice]) -> dict[str, Any]:
+    """Several components as a section holds them: each option is written COMPONENT.OPTION."""
+    components = [choice.component for choice in choices]
+    options = {
+        f"{label}.{name}": value
+        for label, choice in zip(samplers.labels(components), choices, strict=True)
+        for name, value in _without_none(plain(choice.options)).items()
+    }
+    return {"use": [component.id for component in components], "options": options}
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Subclass :class:`AdapterSuite` in a test file and run it with pytest::
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,34 +19,27 @@ import mlx.optimizers as optimizers
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mlxlora_core.model.linears import QuantizedLinear, dense_weight
-from mlxlora_core.options import parse, plain
-from mlxlora_core.specs import Adapter, AdapterOptions
+from mlxlora_core.errors import UsageError
+from mlxlora_core.model.linears import QuantizedLinear, StackedLinear, dense_weight, linear_shape
+from mlxlora_core.options import NoOptions, parse, plain
+from mlxlora_core.specs import Adapter, Place
+from mlxlora_core.testing.stand_in import ROUNDING, choice
 
 OUTPUTS, INPUTS, ROWS = 32, 64, 10
-
-
-class _Rounded(QuantizedLinear):
-    """A quantized linear of a kind that no adapter can know: whole numbers and one scale."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.step = mx.abs(linear.weight).max() / 127
-        self.weight = mx.round(linear.weight / self.step).astype(mx.int8)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        outputs, inputs = self.weight.shape
-        return outputs, inputs
-
-    def dequantize(self) -> mx.array:
-        return self.weight.astype(mx.float32) * self.step
+ODD_SHAPES = ((1, 64), (64, 1), (33, 7), (129, 65))
 
 
 def _dense(bias: bool = False, dtype: mx.Dtype = mx.float32) -> nn.Linear:
     linear = nn.Linear(INPUTS, OUTPUTS, bias=bias)
     linear.set_dtype(dtype)
     return linear
+
+
+def _rounded() -> nn.Module:
+    weight = _dense().weight
+    parts = ROUNDING.quantize(weight, NoOptions())
+    assert parts is not None
+    return QuantizedLinear(choice("quantizer", ROUNDING, NoOptions()), parts, weight.shape)
 
 
 #: what an adapter may be asked to wrap
@@ -55,7 +49,7 @@ LINEARS: Mapping[str, Callable[[], nn.Module]] = {
     "dense float16": lambda: _dense(dtype=mx.float16),
     "4 bits of MLX": lambda: nn.QuantizedLinear.from_linear(_dense(), 32, 4),
     "3 bits of MLX with bias": lambda: nn.QuantizedLinear.from_linear(_dense(bias=True), 64, 3),
-    "of a quantizer": lambda: _Rounded(_dense()),
+    "of a quantizer": _rounded,
 }
 
 
@@ -88,12 +82,15 @@ class AdapterSuite:
 
     # --- what the tests are made of ---
 
-    def wrapped(self, linear: nn.Module, options: AdapterOptions) -> nn.Module:
+    def wrapped(self, linear: nn.Module, options: Any) -> nn.Module:
         """An adapter at its start, the same every time."""
         mx.random.seed(1)
-        return self.spec.wrap(linear, options)
+        place = Place("layers.3.attention.wq", 3, linear_shape(linear))
+        module = self.spec.wrap(linear, place, options)
+        assert module is not None, "the adapter left alone a linear that it must wrap"
+        return module
 
-    def trained(self, linear: nn.Module, options: AdapterOptions) -> nn.Module:
+    def trained(self, linear: nn.Module, options: Any) -> nn.Module:
         """An adapter whose parameters have left their start."""
         module = self.wrapped(linear, options)
         module.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), module.trainable_parameters()))
@@ -101,12 +98,37 @@ class AdapterSuite:
 
     # --- the tests ---
 
-    def test_options(self, options: AdapterOptions) -> None:
-        """They say where the adapter goes, and come back from an adapter file as they were."""
-        assert isinstance(options, AdapterOptions)
-        assert parse(self.spec.options, plain(options), owner=self.spec.name) == options
+    def test_options_come_back(self, options: Any) -> None:
+        """They come back from an adapter file as they were."""
+        stated = json.loads(json.dumps(plain(options)))
+        assert parse(self.spec.options, stated, owner=self.spec.name) == options
 
-    def test_starts_as_the_linear(self, linear: nn.Module, options: AdapterOptions) -> None:
+    @pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
+    def test_linears_of_odd_shapes(self, options: Any, shape: tuple[int, int]) -> None:
+        """It fits them, or says so in one line; the place that it is told is that of the linear."""
+        outputs, inputs = shape
+        linear = nn.Linear(inputs, outputs)
+        try:
+            module = self.spec.wrap(linear, Place("layers.0.odd", 0, shape), options)
+        except UsageError as fault:
+            assert str(outputs) in str(fault) and str(inputs) in str(fault)
+            return
+        if module is not None:
+            x = mx.random.normal((ROWS, inputs), key=mx.random.key(2))
+            assert _apart(module(x), linear(x)) <= 1e-6
+            assert self.spec.fuse(module, linear.weight).shape == shape
+
+    def test_a_stack_of_linears_is_wrapped_or_left_alone(self, options: Any) -> None:
+        """One that it cannot wrap is no error: None leaves it as it is."""
+        stack = StackedLinear(3, INPUTS, OUTPUTS)
+        module = self.spec.wrap(stack, Place("layers.0.experts", 0, linear_shape(stack)), options)
+        if module is not None:
+            x = mx.random.normal((ROWS, INPUTS), key=mx.random.key(2))
+            chosen = mx.arange(ROWS) % 3
+            assert _apart(module(x, chosen), stack(x, chosen)) <= 1e-6
+            assert self.spec.fuse(module, stack.weight).shape == stack.weight.shape
+
+    def test_starts_as_the_linear(self, linear: nn.Module, options: Any) -> None:
         """At the start the outputs are those of the linear, in the same type."""
         x = _inputs(linear)
         want = linear(x)
@@ -114,7 +136,7 @@ class AdapterSuite:
         assert got.dtype == want.dtype
         assert _apart(got, want) <= 1e-6
 
-    def test_keeps_the_linear_frozen(self, linear: nn.Module, options: AdapterOptions) -> None:
+    def test_keeps_the_linear_frozen(self, linear: nn.Module, options: Any) -> None:
         """The linear is the child ``linear``, frozen; everything else trains."""
         module = self.wrapped(linear, options)
         assert module.linear is linear
@@ -124,7 +146,7 @@ class AdapterSuite:
         assert set(dict(tree_flatten(module.trainable_parameters()))) == added
         assert all(mx.issubdtype(parameters[name].dtype, mx.floating) for name in added)
 
-    def test_trains_nothing_but_itself(self, linear: nn.Module, options: AdapterOptions) -> None:
+    def test_trains_nothing_but_itself(self, linear: nn.Module, options: Any) -> None:
         """Steps of Adam lower the loss, change every parameter of its own and no bit of the linear."""
         module = self.wrapped(linear, options)
         x = _inputs(linear)
@@ -147,7 +169,7 @@ class AdapterSuite:
         now = dict(tree_flatten(module.trainable_parameters()))
         assert [name for name in own if mx.array_equal(own[name], now[name])] == []
 
-    def test_gradient_is_the_slope(self, linear: nn.Module, options: AdapterOptions) -> None:
+    def test_gradient_is_the_slope(self, linear: nn.Module, options: Any) -> None:
         """The gradient with respect to the inputs and each parameter is the slope of the outputs' sum."""
         module = self.trained(linear, options)
         weights = mx.random.normal((ROWS, OUTPUTS), key=mx.random.key(4))
@@ -173,7 +195,7 @@ class AdapterSuite:
             assert size > 0, f"no gradient reaches {name}"
             assert abs(slope - want) <= 0.02 * size, name
 
-    def test_fuses_to_what_it_does(self, linear: nn.Module, options: AdapterOptions) -> None:
+    def test_fuses_to_what_it_does(self, linear: nn.Module, options: Any) -> None:
         """One dense linear with the fused weight gives the adapted outputs."""
         module = self.trained(linear, options)
         module.eval()

@@ -7,7 +7,7 @@ Subclass :class:`SamplerSuite` in a test file and run it with pytest::
         option_sets = ({}, {"temp": 0.5})
         bad_options = ({"temp": -1},)
 
-        def probabilities(self, logits, options): ...
+        def probabilities(self, logits, tokens, options): ...
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ import numpy as np
 import pytest
 
 from mlxlora_core.errors import UsageError
+from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.options import parse
-from mlxlora_core.specs import Sampler
+from mlxlora_core.registry import Component, Plugin
+from mlxlora_core.specs import Sampler, Transform
 
 _INF = math.inf
+_LONGEST = 24  # tokens of the longest text that is drawn
 
 #: logits (V,) that a sampler may meet, by what is special about them
 LOGITS: Mapping[str, Sequence[float]] = {
@@ -38,6 +41,13 @@ LOGITS: Mapping[str, Sequence[float]] = {
     "far apart": [300.0, -300.0, 299.0, 298.5, 0.0],
 }
 
+#: ids that may stand before a token, by what is special about them; of a smaller vocabulary, modulo it
+HISTORIES: Mapping[str, Sequence[int]] = {
+    "a begin token": [1],
+    "some tokens": [1, 2, 3, 4, 3],
+    "every token, often": list(range(10)) * 30,
+}
+
 
 class SamplerSuite:
     """What every sampler must do.
@@ -46,7 +56,7 @@ class SamplerSuite:
         spec: the sampler.
         option_sets: option values to try.
         bad_options: option values that must be refused.
-        draws: tokens that a distribution is judged by; a multiple of 8.
+        draws: tokens that a distribution is judged by.
     """
 
     spec: Sampler
@@ -54,14 +64,17 @@ class SamplerSuite:
     bad_options: Sequence[Mapping[str, Any]] = ()
     draws = 8000
 
-    def probabilities(self, logits: np.ndarray, options: Any) -> np.ndarray:
-        """The probability (V,) of each token, computed independently of the sampler.
+    def probabilities(self, logits: np.ndarray, tokens: Sequence[int], options: Any) -> np.ndarray | None:
+        """The probability (V,) of each token of a text that goes on from ``tokens``, or None if unknown.
+
+        Computed independently of the sampler. Without it no distribution is judged.
 
         Args:
             logits: (V,), float64, with -inf for tokens that are ruled out.
+            tokens: the ids so far.
             options: to sample with.
         """
-        raise NotImplementedError
+        return None
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Try every set of options, and refuse every bad one."""
@@ -75,73 +88,129 @@ class SamplerSuite:
         """The options that a recipe with these values gives."""
         return parse(self.spec.options, values, owner=self.spec.name)
 
-    def sample(self, values: Mapping[str, Any], logits: Any, key: int = 0) -> np.ndarray:
-        """Ids (B,) drawn from logits (B, V)."""
-        ids = self.spec.build(self.options(values))(_float32(logits), [1, 2, 3], mx.random.key(key))
-        return np.array(ids)
+    def build(self, values: Mapping[str, Any]) -> Transform:
+        """A transform for one text."""
+        return self.spec.build(self.options(values))
+
+    def change(self, values: Mapping[str, Any], logits: Any, tokens: Sequence[int]) -> np.ndarray:
+        """Logits (B, V) as a sampler that is built for them changes them."""
+        return np.array(self.build(values)(_float32(logits), tuple(tokens)))
+
+    def drawing(self, values: Mapping[str, Any], seed: int = 0) -> Drawing:
+        """What mlxlora draws the tokens of a text with; it checks what the functions give."""
+        plugin = Plugin("suite", "suite", "", "file", "suite")
+        return Drawing([(Component("sampler", self.spec, plugin), self.options(values))], seed)
+
+    def text(self, values: Mapping[str, Any], length: int, seed: int = 0) -> list[int]:
+        """So many ids, drawn one after the other from logits that depend on the one before."""
+        return _grown([self.drawing(values, seed)], length)[0]
 
     # --- the tests ---
 
+    @pytest.mark.parametrize("history", HISTORIES)
     @pytest.mark.parametrize("kind", LOGITS)
-    def test_gives_one_possible_token_a_row(self, values: Mapping[str, Any], kind: str) -> None:
-        """Ids (B,), none of them ruled out."""
-        row = LOGITS[kind]
+    def test_gives_logits_that_leave_a_token(
+        self, values: Mapping[str, Any], kind: str, history: str
+    ) -> None:
+        """Logits (B, V) in float32, for one row or several; what was ruled out stays so."""
+        row, tokens = LOGITS[kind], _ids(history, LOGITS[kind])
         for count in (1, 3):
-            ids = self.sample(values, [row] * count)
-            assert ids.shape == (count,)
-            assert np.issubdtype(ids.dtype, np.integer)
-            assert all(row[token] > -_INF for token in ids)
+            logits = _float32([row] * count)
+            changed = self.build(values)(logits, tokens)
+            assert isinstance(changed, mx.array)
+            assert (changed.shape, changed.dtype) == (logits.shape, mx.float32)
+            got = np.array(changed)
+            assert not np.isnan(got).any() and not np.isposinf(got).any(), f"gives {got}"
+            assert (got > -_INF).any(axis=-1).all(), "forbids every token"
+            assert not (got[:, np.array(row) == -_INF] > -_INF).any(), "allows what was forbidden"
+        assert row[self.drawing(values)(_float32([row]), tokens)] > -_INF
 
-    def test_same_key_same_token(self, values: Mapping[str, Any]) -> None:
-        """Tokens depend on the key and on nothing else."""
-        rows = [LOGITS["spread"]] * 64
-        want = self.sample(values, rows, key=5)
-        mx.random.seed(99)
-        assert np.array_equal(self.sample(values, rows, key=5), want)
+    def test_every_row_is_changed_by_itself(self, values: Mapping[str, Any]) -> None:
+        """A row of a batch comes out as it does alone."""
+        rows = [LOGITS["spread"], LOGITS["spread"][::-1], [0.0] * len(LOGITS["spread"])]
+        tokens = HISTORIES["some tokens"]
+        together = self.change(values, rows, tokens)
+        alone = [self.change(values, [row], tokens)[0] for row in rows]
+        assert np.allclose(together, alone, atol=1e-5)
 
-    def test_another_key_another_token(self, values: Mapping[str, Any]) -> None:
-        """Another key draws again, where there is anything to draw."""
-        row = LOGITS["spread"]
-        if (self.probabilities(np.array(row), self.options(values)) > 0).sum() == 1:
-            pytest.skip("only one token is possible")
-        drawn = {int(self.sample(values, [row], key=key)[0]) for key in range(64)}
-        assert len(drawn) > 1
+    def test_nothing_is_random_in_it(self, values: Mapping[str, Any]) -> None:
+        """The same logits and ids give the same: only mlxlora draws, by the seed."""
+        row, tokens = [LOGITS["spread"]], HISTORIES["some tokens"]
+        first = self.change(values, row, tokens)
+        for seed in (1, 2, 3):
+            mx.random.seed(seed)
+            assert np.array_equal(self.change(values, row, tokens), first)
+
+    def test_same_seed_same_text_whatever_the_length(self, values: Mapping[str, Any]) -> None:
+        """A text that is asked for longer begins with the shorter one."""
+        long = self.text(values, _LONGEST)
+        assert len(long) == _LONGEST
+        for length in (1, 2, 7):
+            assert self.text(values, length) == long[:length]
+
+    def test_texts_know_nothing_of_each_other(self, values: Mapping[str, Any]) -> None:
+        """Two texts that grow by turns are those that grow one after the other: state belongs to a text."""
+        seeds = (3, 4)
+        one_by_one = [self.text(values, _LONGEST, seed) for seed in seeds]
+        assert _grown([self.drawing(values, seed) for seed in seeds], _LONGEST) == one_by_one
 
     @pytest.mark.parametrize("kind", LOGITS)
     def test_temperature_zero_is_the_most_likely(self, values: Mapping[str, Any], kind: str) -> None:
-        """With ``temp`` 0 the most likely token comes, whatever the key."""
+        """With ``temp`` 0 the most likely token alone is left."""
         if "temp" not in {field.name for field in dataclasses.fields(self.spec.options)}:
             pytest.skip("it has no option temp")
         row = LOGITS[kind]
-        for key in range(4):
-            got = self.sample({**values, "temp": 0}, [row, row[::-1]], key)
-            assert [row[got[0]], row[::-1][got[1]]] == [max(row)] * 2
+        for logits in (row, row[::-1]):
+            changed = self.change({**values, "temp": 0}, [logits], _ids("a begin token", row))[0]
+            left = [value for value, after in zip(logits, changed, strict=True) if after > -_INF]
+            assert left == [max(row)]
 
+    @pytest.mark.parametrize("history", HISTORIES)
     @pytest.mark.parametrize("kind", LOGITS)
-    def test_distribution(self, values: Mapping[str, Any], kind: str) -> None:
+    def test_distribution(self, values: Mapping[str, Any], kind: str, history: str) -> None:
         """Tokens come as often as they should, by a chi-square test with fixed keys.
 
         An honest sampler fails one such test in 100 000; the keys are fixed, so
         that it passes or fails for good.
         """
-        row = LOGITS[kind]
-        want = self.probabilities(np.array(row, dtype=np.float64), self.options(values))
+        want = self._chances(kind, history, values)
+        if want is None:
+            pytest.skip("the suite says no probabilities")
         assert math.isclose(want.sum(), 1, rel_tol=1e-9)
-        keys = 8
-        ids = np.concatenate([self.sample(values, [row] * (self.draws // keys), k) for k in range(keys)])
-        counts = np.bincount(ids, minlength=len(row))
+        changed = self.change(values, [LOGITS[kind]], _ids(history, LOGITS[kind]))
+        ids = mx.random.categorical(mx.array(changed[0]), num_samples=self.draws, key=mx.random.key(7))
+        counts = np.bincount(np.array(ids), minlength=len(want))
         assert counts[want == 0].sum() == 0, f"drew a token of no probability: {counts}, wanted {want}"
-        statistic, freedom = _chi_square(counts, want * len(ids))
-        assert statistic <= _limit(freedom), f"drew {counts}, wanted about {want * len(ids)}"
+        statistic, freedom = _chi_square(counts, want * self.draws)
+        assert statistic <= _limit(freedom), f"drew {counts}, wanted about {want * self.draws}"
 
     def test_refuses_what_makes_no_sense(self, bad: Mapping[str, Any]) -> None:
         """A value out of its range is an error before anything is sampled."""
         with pytest.raises(UsageError):
             self.options(bad)
 
+    def _chances(self, kind: str, history: str, values: Mapping[str, Any]) -> np.ndarray | None:
+        row = LOGITS[kind]
+        return self.probabilities(np.array(row, np.float64), _ids(history, row), self.options(values))
+
 
 def _float32(logits: Any) -> mx.array:
     return mx.array(np.array(logits, dtype=np.float32))
+
+
+def _ids(history: str, row: Sequence[float]) -> tuple[int, ...]:
+    """A history, in ids of the vocabulary that ``row`` has."""
+    return tuple(token % len(row) for token in HISTORIES[history])
+
+
+def _grown(drawings: Sequence[Drawing], length: int) -> list[list[int]]:
+    """Texts of so many ids, a token of each by turns, from logits that depend on the last id."""
+    table = np.random.default_rng(0).normal(0, 1.5, (12, 12)).astype(np.float32)
+    texts = [[1] for _ in drawings]
+    for _ in range(length):
+        for drawing, tokens in zip(drawings, texts, strict=True):
+            tokens.append(drawing(mx.array(table[tokens[-1] : tokens[-1] + 1]), tokens))
+    return [tokens[1:] for tokens in texts]
 
 
 def _chi_square(counts: np.ndarray, want: np.ndarray) -> tuple[float, int]:

@@ -11,7 +11,7 @@ It counts only when its manifest verifies. What a step draws at random is a
 function of (seed, step), and the rows of a step are one of (seed, step) and the
 data, so that seed and step are the random state and the place in the data.
 
-Here they are found and checked, without MLX; :mod:`mlxlora_core.training.session` writes
+Here they are found and checked, without MLX; :mod:`mlxlora_core.training.saving` writes
 them and goes on from them.
 """
 
@@ -22,6 +22,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ ADAPTER, OPTIMIZER, STATE = PARTS = ("adapter.safetensors", "optimizer.safetenso
 
 _NAME = re.compile(r"step-([0-9]{7,})")
 _MANIFEST_BYTES = 16 * 2**20  # far more than any manifest has
+
+
+class Start(Enum):
+    """How a training starts where an earlier one may have left checkpoints."""
+
+    BEGIN = "begin"  # refused where a training has not ended
+    OVERWRITE = "overwrite"  # begin, whatever is there
+    RESUME = "resume"  # go on; refused where there is nothing to go on from
+    CONTINUE = "continue"  # go on where a training has not ended, else begin
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,22 @@ def find(folder: Path) -> Found:
         except _Damaged as fault:
             damaged[folder / name] = str(fault)
     return Found(tuple(valid), damaged)
+
+
+def find_for(how: Start, folder: Path) -> Found:
+    """The checkpoints in a folder, which a training may start with so.
+
+    Raises:
+        ModelError: there is none to resume.
+        SafetyError: a training that has not ended would be lost.
+        MlxloraError: as :func:`find`.
+    """
+    if how is Start.RESUME:
+        return find_to_resume(folder)
+    if how is Start.CONTINUE:
+        durable.clear_leftovers(folder, "step-*")
+        return find(folder)
+    return find_to_begin(folder, overwrite=how is Start.OVERWRITE)
 
 
 def find_to_resume(folder: Path) -> Found:

@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,8 +15,9 @@ from mlxlora_core.errors import DataError, listing
 from mlxlora_core.files import durable
 from mlxlora_core.files.jsonl import check_content
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Component
-from mlxlora_core.specs import DatasetOptions, Row, Rows, Skipped
+from mlxlora_core.registry import Choice
+from mlxlora_core.registry.sections import SplitConfig
+from mlxlora_core.specs import Row, Rows, Skipped
 
 SPLITS = ("train", "valid", "test")
 
@@ -25,13 +25,13 @@ RECORD = "dataset.json"
 
 
 def build_dataset(
-    builder: Component, options: DatasetOptions, folder: Path, *, overwrite: bool = False
+    choice: Choice, config: SplitConfig, folder: Path, *, overwrite: bool = False
 ) -> dict[str, Any]:
     """Let a builder make rows and write them as a dataset folder, whole or not at all.
 
     Args:
-        builder: the dataset builder.
-        options: of the builder.
+        choice: the dataset builder and its options.
+        config: how to split and write the rows.
         folder: dataset folder to make.
         overwrite: whether a dataset folder that is there may be replaced.
 
@@ -44,11 +44,12 @@ def build_dataset(
         PluginError: the builder gives something else.
     """
     durable.check_target(folder, overwrite=overwrite, ours=holds_only_a_dataset)
+    builder, options = choice.component, choice.options
     rows = builder.checked("build", builder.spec.build(options), Rows)
     for row in rows.rows:
         builder.checked("build", row, Row)
     with durable.new_folder(folder, overwrite=overwrite, ours=holds_only_a_dataset) as new:
-        return write_dataset(rows, new, options, {"builder": builder.id, "options": options})
+        return write_dataset(rows, new, config, {"builder": builder.id, "options": options})
 
 
 def holds_only_a_dataset(folder: Path) -> bool:
@@ -58,14 +59,14 @@ def holds_only_a_dataset(folder: Path) -> bool:
 
 
 def write_dataset(
-    rows: Rows, folder: Path, options: DatasetOptions, made_by: Mapping[str, Any]
+    rows: Rows, folder: Path, config: SplitConfig, made_by: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Dedupe and split ``rows`` into ``train.jsonl``, ``valid.jsonl``, ``test.jsonl`` and ``dataset.json``.
 
     Args:
         rows: what a builder made.
         folder: where the files go.
-        options: of the builder; they say how to split.
+        config: how to split and write them.
         made_by: builder and options, for the record.
 
     Returns:
@@ -80,11 +81,12 @@ def write_dataset(
     if not kept:
         raise DataError(f"no rows were made (skipped: {listing(f'{s.source}: {s.reason}' for s in skipped)})")
     groups = _groups(sound)
-    by_split = _split(kept, groups, options)
+    by_split = _split(kept, groups, config)
     if not by_split["train"]:
         raise DataError(f"none of {len(kept)} rows is in the train split")
     for name in SPLITS:
-        durable.write_file(folder / f"{name}.jsonl", partial(_write_rows, by_split[name], options))
+        with durable.new_file(folder / f"{name}.jsonl") as file:
+            _write_rows(by_split[name], config, file)
     record = {
         "rows": {name: len(by_split[name]) for name in SPLITS},
         "groups": len(set(groups.values())),
@@ -92,6 +94,7 @@ def write_dataset(
         "rows_in_two_splits": _overlap(by_split),
         "versions": dict(rows.versions),
         **plain(made_by),
+        "split": plain(config),
         "skipped": [{"source": s.source, "reason": s.reason} for s in skipped],
     }
     durable.write_json(folder / RECORD, record)
@@ -110,9 +113,9 @@ def _sound(rows: Sequence[Row]) -> tuple[list[Row], list[Skipped]]:
     return sound, odd
 
 
-def _write_rows(rows: Sequence[Row], options: DatasetOptions, file: BinaryIO) -> None:
-    for start in range(0, len(rows), options.write_batch_size):
-        part = rows[start : start + options.write_batch_size]
+def _write_rows(rows: Sequence[Row], config: SplitConfig, file: BinaryIO) -> None:
+    for start in range(0, len(rows), config.write_batch_size):
+        part = rows[start : start + config.write_batch_size]
         lines = [json.dumps(dict(row.content), ensure_ascii=False) + "\n" for row in part]
         file.write("".join(lines).encode())
 
@@ -136,9 +139,7 @@ def _without_repeats(rows: Sequence[Row]) -> list[Row]:
     return list(unique.values())
 
 
-def _split(
-    rows: Sequence[Row], groups: Mapping[bytes, bytes], options: DatasetOptions
-) -> dict[str, list[Row]]:
+def _split(rows: Sequence[Row], groups: Mapping[bytes, bytes], config: SplitConfig) -> dict[str, list[Row]]:
     """Rows by split: as the source has settled it, else by groups held out at random.
 
     Groups are drawn by a hash of (seed, group), so that adding a source moves
@@ -147,10 +148,10 @@ def _split(
     """
     if any(row.split for row in rows):
         return {name: [row for row in rows if row.split == name] for name in SPLITS}
-    drawn = sorted(set(groups.values()), key=lambda group: _draw(options.split_seed, group))
+    drawn = sorted(set(groups.values()), key=lambda group: _draw(config.split_seed, group))
     held_out = 0
-    if options.test_set_size > 0:
-        held_out = min(max(2, round(len(drawn) * options.test_set_size)), len(drawn) - 1)
+    if config.test_set_size > 0:
+        held_out = min(max(2, round(len(drawn) * config.test_set_size)), len(drawn) - 1)
     valid = set(drawn[: (held_out + 1) // 2])
     test = set(drawn[(held_out + 1) // 2 : held_out])
     split: dict[str, list[Row]] = {name: [] for name in SPLITS}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlxlora_core.errors import DataError
-from mlxlora_core.files.jsonl import read_jsonl
+from mlxlora_core.files.jsonl import FAULTS_TOLD, JsonLines, check_content, read_jsonl, refuse_faults
 from mlxlora_core.model.tokenizer import Tokenizer
 from mlxlora_core.training.chat import turns
 
@@ -73,12 +73,61 @@ def read_examples(
         DataError: the file is absent, malformed (every bad line as file:line),
             or has no row that can be used.
     """
+    rows = ((f"{path}:{line}", content) for line, content in read_jsonl(path))
+    return make_examples(rows, path, tokenizer, max_seq_length=max_seq_length, mask_prompt=mask_prompt)
+
+
+def examples_in_memory(
+    rows: Sequence[Mapping[str, Any]],
+    name: str,
+    tokenizer: Tokenizer,
+    *,
+    max_seq_length: int,
+    mask_prompt: bool = False,
+) -> Examples:
+    """Tokenize rows that stand in no file; see :func:`read_examples`.
+
+    Args:
+        rows: of the shapes that a line of a ``.jsonl`` file may have.
+        name: what errors call them.
+        tokenizer: turns text into ids.
+        max_seq_length: longer rows are cut, and counted.
+        mask_prompt: whether only completions and answers count in the loss.
+
+    Raises:
+        DataError: no row, one of another shape (the first are told, with the count
+            of all), or none that can be used.
+    """
+    if not rows:
+        raise DataError("there is no row", where=f"{name} rows")
+    found = {f"{name} row {i}": check_content(row) for i, row in enumerate(rows, start=1)}
+    faults = [f"{place}: {fault}" for place, fault in found.items() if fault]
+    refuse_faults([JsonLines([], 0, faults[:FAULTS_TOLD], len(faults))])
+    placed = zip(found, rows, strict=True)
+    return make_examples(
+        placed, f"{name} rows", tokenizer, max_seq_length=max_seq_length, mask_prompt=mask_prompt
+    )
+
+
+def make_examples(
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    where: Path | str,
+    tokenizer: Tokenizer,
+    *,
+    max_seq_length: int,
+    mask_prompt: bool,
+) -> Examples:
+    """Examples of rows, each with the place that an error names.
+
+    Raises:
+        DataError: a row that cannot be tokenized, or none that can be used.
+    """
     examples, lengths, cut, cut_tokens, empty = [], [], 0, 0, 0
-    for line, content in read_jsonl(path):
+    for place, content in rows:
         try:
             whole = _example(_pieces(content, tokenizer, mask_prompt), tokenizer.bos)
         except DataError as fault:
-            raise DataError(fault.what, where=f"{path}:{line}", fix=fault.fix) from fault
+            raise DataError(fault.what, where=place, fix=fault.fix) from fault
         example = Example(whole.tokens[:max_seq_length], whole.mask[:max_seq_length])
         if len(whole.tokens) > max_seq_length:
             cut, cut_tokens = cut + 1, cut_tokens + len(whole.tokens) - max_seq_length
@@ -89,7 +138,7 @@ def read_examples(
         else:
             empty += 1
     if not examples:
-        raise DataError(f"none of {empty} rows has a token that counts in the loss", where=path)
+        raise DataError(f"none of {empty} rows has a token that counts in the loss", where=where)
     return Examples(tuple(examples), cut, cut_tokens, empty, tuple(lengths))
 
 

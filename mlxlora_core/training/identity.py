@@ -112,13 +112,15 @@ def identify(
     """
     from mlxlora_core.model.folder import CONFIG, find_architecture
 
-    components = [adapted.component, find_architecture(model.config, registry, model.folder / CONFIG)]
+    adapter = adapted.choice
+    components = [adapter.component, find_architecture(model.config, registry, model.folder / CONFIG)]
     if model.quantization is not None:
-        components.append(model.quantization.quantizer)
+        components.append(model.quantization.component)
     settings = plain(training.config) | {
         "seed": training.seed,
-        "adapter": adapted.component.id,
-        **{f"adapter.{name}": value for name, value in plain(adapted.options).items()},
+        "adapter": adapter.component.id,
+        **{f"adapter.{name}": value for name, value in plain(adapter.options).items()},
+        **{f"adapter.{name}": value for name, value in plain(adapted.config).items()},
         "adapted": list(adapted.paths),
     }
     plugins = {c.plugin.name: c.plugin for c in components}

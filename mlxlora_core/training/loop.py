@@ -23,6 +23,7 @@ from mlxlora_core.files import tensor_file
 from mlxlora_core.specs import LanguageModel
 from mlxlora_core.training.batches import steps_from
 from mlxlora_core.training.evaluation import evaluate
+from mlxlora_core.training.events import Report, SpikeReport, TrainReport, ValidReport
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loss import Loss, nats
 from mlxlora_core.training.optimizer import make as make_optimizer
@@ -31,70 +32,6 @@ from mlxlora_core.training.settings import TrainConfig
 
 SPIKE_FACTOR = 10  # a loss that many times the median of the last ones is told
 SPIKE_STEPS = 20  # how many last ones
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """The steps since the last report.
-
-    Attributes:
-        step: steps made so far.
-        loss: nats per counted token over these steps; NaN when none was sound.
-        learning_rate: of the last step.
-        grad_norm: of the last step, before clipping.
-        steps_per_second: only the time of training steps counts.
-        tokens_per_second: counted tokens.
-        trained_tokens: counted tokens since the start.
-        peak_memory_bytes: most that MLX has held.
-        clipped: how many of these steps had their gradient clipped.
-        skipped: how many of these steps made no update, being not finite.
-    """
-
-    step: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    steps_per_second: float
-    tokens_per_second: float
-    trained_tokens: int
-    peak_memory_bytes: int
-    clipped: int = 0
-    skipped: int = 0
-
-
-@dataclass(frozen=True)
-class ValidReport:
-    """A validation.
-
-    Attributes:
-        step: steps made before it.
-        loss: nats per counted token; NaN when the model's loss is not finite.
-        tokens: how many counted.
-        seconds: how long it took.
-    """
-
-    step: int
-    loss: float
-    tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class SpikeReport:
-    """A loss far above those before it; training goes on.
-
-    Attributes:
-        step: where.
-        loss: nats per counted token of that step.
-        median: of the steps before it.
-    """
-
-    step: int
-    loss: float
-    median: float
-
-
-Report = TrainReport | ValidReport | SpikeReport
 
 
 @dataclass(frozen=True)

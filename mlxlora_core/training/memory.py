@@ -10,7 +10,7 @@ from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.model.adapters import trainable
 from mlxlora_core.model.folder import Model
-from mlxlora_core.model.linears import linear_shape, linears
+from mlxlora_core.model.linears import layers_by_path, linear_shape, linears
 from mlxlora_core.training.examples import Examples
 
 _OPTIMIZER_BYTES = 16  # a weight, its gradient and two moments, each float32
@@ -26,10 +26,11 @@ def training_bytes(model: Model, rows: Examples, batch_size: int) -> int:
     numbers.
     """
     adapter = trainable(model.module)
-    trained = {layer for name in adapter if (layer := _layer(name)) is not None}
+    layer_of = layers_by_path(model.language_model)
+    trained = {layer for name in adapter if (layer := layer_of(name)) is not None}
     count = len(model.language_model.layers)
     first = min(trained, default=count)
-    shapes = [(_layer(path), linear_shape(linear)) for path, linear in linears(model.module)]
+    shapes = [(layer_of(path), linear_shape(linear)[-2:]) for path, linear in linears(model.module)]
     width = sum(sum(shape) for layer, shape in shapes if layer is not None and layer >= first)
     longest = max(len(example.tokens) for example in rows.examples)
     batch = min(batch_size, len(rows))
@@ -56,9 +57,3 @@ def training_memory(model: Model, rows: Examples, batch_size: int) -> Iterator[s
         if exhausted(fault) is None:
             raise
         raise ResourceError(f"there is not enough memory although {said}: {fault}", fix=fix) from fault
-
-
-def _layer(path: str) -> int | None:
-    """Which layer a parameter or linear is in."""
-    parts = path.split(".")
-    return int(parts[1]) if parts[0] == "layers" and len(parts) > 1 and parts[1].isdecimal() else None

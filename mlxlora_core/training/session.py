@@ -1,164 +1,248 @@
-"""A training that saves itself as it goes, and goes on from what it has saved."""
+"""A training from its parts to its adapter file: one assembly for the verb, the recipe and Python."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_unflatten
 
-from mlxlora_core.errors import DivergedError, ModelError, PluginError, ResourceError, listing
+from mlxlora_core.errors import DataError, DivergedError, UsageError
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.machine import signals
 from mlxlora_core.model import adapters
-from mlxlora_core.model.adapters import Adapted, trainable
+from mlxlora_core.model.adapters import Adapted
 from mlxlora_core.model.folder import Model
-from mlxlora_core.model.linears import parameters
-from mlxlora_core.training.checkpoints import (
-    ADAPTER,
-    MANIFEST,
-    OPTIMIZER,
-    PARTS,
-    SCHEMA,
-    STATE,
-    Checkpoint,
-    Found,
-    digest,
-    find,
-    sha256,
+from mlxlora_core.registry import Choice, Registry
+from mlxlora_core.registry.sections import AdapterConfig
+from mlxlora_core.training.checkpoints import Found, Start
+from mlxlora_core.training.events import (
+    CheckpointSaved,
+    Note,
+    Report,
+    TrainEvent,
+    TrainingStarted,
+    TrainReport,
+    TrainResult,
+    ValidReport,
+    report_line,
 )
-from mlxlora_core.training.identity import Identity
-from mlxlora_core.training.loop import Progress, Report, Training, Window
-from mlxlora_core.training.settings import SaveConfig
+from mlxlora_core.training.examples import Examples, examples_in_memory, read_examples
+from mlxlora_core.training.identity import identify
+from mlxlora_core.training.loop import Training
+from mlxlora_core.training.memory import training_memory
+from mlxlora_core.training.saving import CheckpointFolder
+from mlxlora_core.training.settings import BatchConfig, SaveConfig, TrainConfig
+
+LONG_ROW_TOKENS = 2048  # a row longer than that is told
+
+#: where rows come from: a ``.jsonl`` file, rows in memory, or rows that are tokenized already
+Source = Path | Sequence[Mapping[str, Any]] | Examples
 
 
 @dataclass(frozen=True)
-class CheckpointSaved:
-    """A checkpoint was written.
+class NewAdapter:
+    """Train an adapter from its initial values.
 
     Attributes:
-        step: steps made before it.
-        seconds: how long it took.
+        choice: which adapter, with which options.
+        config: where it goes.
     """
 
-    step: int
-    seconds: float
+    choice: Choice
+    config: AdapterConfig = field(default_factory=AdapterConfig)
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """Train the adapter in a file on.
+
+    Attributes:
+        path: an adapter file.
+        name: the adapter that the caller insists on, or None.
+        values: options, and keys of :class:`AdapterConfig`, that the caller insists on.
+    """
+
+    path: Path
+    name: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a training leaves on the disk; what is None is not written.
+
+    Attributes:
+        adapter_file: the adapter, at the end.
+        checkpoints: the folder of checkpoints; without one a training cannot be gone on with.
+        metrics: each report as a line of JSON.
+        saving: when checkpoints are written.
+        resume_command: the command that goes on with this training, told when it is interrupted.
+    """
+
+    adapter_file: Path | None = None
+    checkpoints: Path | None = None
+    metrics: Path | None = None
+    saving: SaveConfig = field(default_factory=SaveConfig)
+    resume_command: str = ""
+
+
+def open_training(
+    model: Model,
+    adapter: NewAdapter | AdapterFile | Adapted,
+    rows: Mapping[str, Source],
+    config: TrainConfig,
+    registry: Registry,
+    *,
+    seed: int = 0,
+    outputs: Outputs | None = None,
+    runtimes: Sequence[str] = (),
+) -> TrainingSession:
+    """Put an adapter on a base and make ready to train it; :meth:`TrainingSession.start` trains.
+
+    Args:
+        model: the base; it is changed in place.
+        adapter: to train; one that is on the model already goes on from its values.
+        rows: ``train`` and, where there is something to validate on, ``valid``.
+        config: how to train.
+        registry: where plugins are looked up.
+        seed: of the adapter's initial values, of the order of rows and of dropout.
+        outputs: what to write; nothing when left out.
+        runtimes: what the runtimes said, for the record.
+
+    Raises:
+        DataError: rows that are not there, or that cannot be used.
+        UsageError: settings that do not fit the rows or the model.
+        ModelError: an adapter file that does not fit, or an output whose name says no format.
+        ResourceError: an output that could not be written.
+    """
+    outputs = outputs or Outputs()
+    if outputs.adapter_file is not None:
+        check_adapter_file(outputs.adapter_file)
+    splits = {name: examples_of(name, source, model, config) for name, source in rows.items()}
+    adapted = _put_on(model, adapter, registry, seed)
+    valid = splits["valid"].examples if "valid" in splits else ()
+    training = Training(model.language_model, splits["train"].examples, valid, config, seed)
+    folder = None
+    if outputs.checkpoints is not None:
+        examples = {name: split.examples for name, split in splits.items()}
+        identity = identify(model, adapted, training, examples, registry, runtimes)
+        folder = CheckpointFolder(outputs.checkpoints, training, model, adapted, identity)
+    return TrainingSession(model, adapted, splits, training, outputs, folder)
+
+
+def examples_of(split: str, source: Source, model: Model, config: BatchConfig) -> Examples:
+    """The examples of a split.
+
+    Args:
+        split: its name.
+        source: where its rows come from.
+        model: whose tokenizer and context they are for.
+        config: how they are read.
+
+    Raises:
+        DataError: rows that are not there, or that cannot be used.
+    """
+    if isinstance(source, Examples):
+        return source
+    limit = model.sequence_limit(config.max_seq_length)
+    if not isinstance(source, Path):
+        return examples_in_memory(
+            source, split, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt
+        )
+    if not source.is_file():
+        raise DataError(
+            f"training needs {source.name}", where=source, fix="make the folder with: mlxlora data"
+        )
+    return read_examples(source, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt)
+
+
+def check_adapter_file(path: Path) -> None:
+    """Refuse an adapter file that could not be written at the end.
+
+    Raises:
+        ModelError: a name that says no format.
+        ResourceError: its folder cannot be written.
+    """
+    tensor_file.check_ending(path)
+    durable.check_file(path)
 
 
 class TrainingSession:
-    """A training and the folder of its checkpoints.
-
-    Call :meth:`begin`, :meth:`resume` or :meth:`continue_or_begin` once, then
-    iterate over :meth:`train` once.
-
-    Args:
-        folder: where checkpoints are kept.
-        training: at its start.
-        model: the base with the adapter on it.
-        adapted: the adapter.
-        identity: of the training.
+    """A training with all that belongs to it; :func:`open_training` makes one.
 
     Attributes:
-        adapter_step: the step whose adapter the model holds after :meth:`train`.
+        model: the base with the adapter on it.
+        adapted: the adapter.
+        rows: split -> its examples.
+        training: where it stands.
+        checkpoints: where it is saved, or None.
     """
 
     def __init__(
-        self, folder: Path, training: Training, model: Model, adapted: Adapted, identity: Identity
+        self,
+        model: Model,
+        adapted: Adapted,
+        rows: Mapping[str, Examples],
+        training: Training,
+        outputs: Outputs,
+        checkpoints: CheckpointFolder | None,
     ) -> None:
-        self.folder, self.training, self.identity = folder, training, identity
-        self._model, self._adapted = model, adapted
-        self._valid: list[int] = []  # steps of the checkpoints that verify, in order
-        self._resumed: list[dict[str, Any]] = []  # where the training was taken up, and by what
-        self._base = _base_sums(model)
-        self.adapter_step = 0
+        self.model, self.adapted, self.rows, self.training = model, adapted, rows, training
+        self.checkpoints, self._outputs = checkpoints, outputs
+        self._best: dict[str, mx.array] = {}  # the adapter of the best validation, where no folder keeps it
+        self._losses: dict[type[Report], float | None] = {}  # as last reported
 
-    def begin(self, found: Found) -> list[str]:
-        """Begin anew: the checkpoints that were found go, and those that do not verify are put aside.
-
-        Returns:
-            What there is to tell.
-        """
-        for folder in found.damaged:
-            durable.put_aside(folder, "damaged")
-        # The newest goes last, so that what is left tells the same until then.
-        for checkpoint in reversed(found.valid):
-            durable.remove_folder(checkpoint.folder)
-        removed = f"{len(found.valid)} checkpoints of an earlier training were removed"
-        return [*found.notes, *([removed] if found.valid else [])]
-
-    def resume(
-        self, found: Found, fix: str = "put them back, or begin anew with --overwrite instead of --resume"
-    ) -> list[str]:
-        """Go on from the newest checkpoint.
+    def start(self, how: Start = Start.BEGIN, found: Found | None = None) -> Iterator[TrainEvent]:
+        """Train to the end, saving on the way; the last event is the :class:`TrainResult`.
 
         Args:
-            found: as :func:`find_to_resume` gives it.
-            fix: what to do about other settings.
-
-        Returns:
-            What there is to tell.
+            how: to start where an earlier training may have left checkpoints.
+            found: what :func:`~mlxlora_core.training.checkpoints.find_for` gave for the same, where
+                that was asked already.
 
         Raises:
-            SettingsChanged: it was begun with other settings.
-            ModelError: it is of another base or of other data.
-        """
-        newest = found.valid[0]
-        notes = [*found.notes, *self.identity.compare(newest, fix)]
-        progress, self._resumed = _read_state(newest)
-        adapters.fill(newest.folder / ADAPTER, self._model)
-        tensors, _ = tensor_file.load(newest.folder / OPTIMIZER)
-        self.training.restore(progress, tensors)
-        self._valid = sorted(checkpoint.step for checkpoint in found.valid)
-        self._resumed.append({"step": progress.step, "versions": dict(self.identity.versions)})
-        if self.training.finished:
-            return [
-                *notes,
-                f"nothing to do: step {progress.step} of {self.training.config.iters} was the last",
-            ]
-        return [*notes, f"resumed at step {progress.step} of {self.training.config.iters}"]
-
-    def continue_or_begin(self) -> list[str]:
-        """:meth:`resume` where there is something to go on from, else :meth:`begin`.
-
-        A finished training of other settings, data or versions is begun anew.
-
-        Returns:
-            What there is to tell.
-
-        Raises:
-            MlxloraError: as :meth:`resume` and :func:`find`.
-        """
-        durable.clear_leftovers(self.folder, "step-*")
-        found = find(self.folder)
-        if not found.valid or (found.valid[0].finished and not self.identity.matches(found.valid[0])):
-            return self.begin(found)
-        return self.resume(found, f"put them back, or remove {self.folder} to begin anew")
-
-    def train(
-        self, config: SaveConfig, metrics: Path | None, again: str
-    ) -> Iterator[Report | CheckpointSaved]:
-        """Train to the end, saving on the way; afterwards the model holds the adapter to keep.
-
-        That is the one of the best validation when the training has patience,
-        and else the last one; :attr:`adapter_step` tells.
-
-        Args:
-            config: when to save.
-            metrics: a file that gets each report as a line of JSON.
-            again: the command that goes on with this training.
-
-        Raises:
+            SettingsChanged: the training to go on with was begun with other settings.
+            ModelError: it is of another base or of other data, or there is none.
+            SafetyError: one that has not ended would be lost.
             Interrupted: a signal came; the step it came in is done and saved.
             DivergedError: a loss or a gradient is not finite; the state before it is saved.
             PluginError: the base has changed.
-            ResourceError: a checkpoint cannot be written; those before it are as they were.
+            ResourceError: too little memory, or a file cannot be written; checkpoints before are as
+                they were.
         """
+        for split, rows in self.rows.items():
+            yield from _words_on_rows(split, rows)
+        yield Note(self._size())
+        with training_memory(self.model, self.rows["train"], self.training.config.batch_size) as said:
+            yield Note(said)
+            for text in self._take_up(how, found):
+                yield Note(text)
+            yield TrainingStarted(self.training.progress.step, self.training.config.iters)
+            yield from self._train()
+        adapter_step = self._take_best()
+        if self._outputs.adapter_file is not None:
+            adapters.save(self._outputs.adapter_file, self.model, self.adapted)
+        yield self._result(adapter_step)
+
+    def _take_up(self, how: Start, found: Found | None) -> list[str]:
+        """Put the training where it begins or goes on; what there is to tell."""
+        if self.checkpoints is not None:
+            return self.checkpoints.start(how, found)
+        if how is Start.RESUME:
+            raise UsageError("there is no folder of checkpoints to go on from", fix="name the one to resume")
+        return []
+
+    def _train(self) -> Iterator[Report | CheckpointSaved]:
+        """Make the steps that are left."""
+        saving, metrics = self._outputs.saving, self._outputs.metrics
         if metrics is not None:
             _trim(metrics, self.training.progress.step)
         with signals.deferred() as pending:
@@ -166,22 +250,25 @@ class TrainingSession:
             try:
                 for reports in self.training:
                     for report in reports:
-                        if metrics is not None:
-                            durable.append_line(metrics, json.dumps(report_line(report)))
+                        self._note(report)
                         yield report
                     waited = time.monotonic() - saved_at
-                    if pending.signum is not None or self._due(config, waited):
-                        yield from self._save(config)
+                    if pending.signum is not None or self._due(saving, waited):
+                        yield from self._save()
                         saved_at = time.monotonic()
                     if pending.signum is not None:
-                        raise signals.Interrupted(pending.signum, self._farewell(again))
+                        raise signals.Interrupted(pending.signum, self._farewell())
             except DivergedError:
                 with suppress(DivergedError):  # of a state that is not sound itself
-                    yield from self._save(config)
+                    yield from self._save()
                 raise
-        self._take_best()
 
-    # --- saving ---
+    def _note(self, report: Report) -> None:
+        """Keep a report: in the log, and the last losses for the result."""
+        if isinstance(report, TrainReport | ValidReport):
+            self._losses[type(report)] = report.loss if math.isfinite(report.loss) else None
+        if self._outputs.metrics is not None:
+            durable.append_line(self._outputs.metrics, json.dumps(report_line(report)))
 
     def _due(self, config: SaveConfig, seconds: float) -> bool:
         progress = self.training.progress
@@ -194,83 +281,81 @@ class TrainingSession:
             or self.training.finished
         )
 
-    def _save(self, config: SaveConfig) -> Iterator[CheckpointSaved]:
-        """Write a checkpoint of where the training stands, unless there is one, and prune."""
-        step = self.training.progress.step
-        if step == 0 or step in self._valid:
-            return
-        started = time.perf_counter()
-        self._check_state()
-        try:
-            self._write(step)
-        except ResourceError:
-            if not durable.clear_leftovers(self.folder, "*"):
-                raise
-            self._write(step)  # the room that a dead process held is free now
-        self._valid.append(step)
-        self._prune(config.keep)
-        yield CheckpointSaved(step, time.perf_counter() - started)
+    def _save(self) -> Iterator[CheckpointSaved]:
+        """Write a checkpoint; without a folder, hold on to the best adapter alone."""
+        progress = self.training.progress
+        if self.checkpoints is not None:
+            yield from self.checkpoints.save(self._outputs.saving.keep)
+        elif progress.best_step == progress.step:
+            self._best = adapters.trainable(self.model.module)
 
-    def _check_state(self) -> None:
-        """Refuse to save what is not sound."""
-        changed = sorted(name for name, total in _base_sums(self._model).items() if total != self._base[name])
-        if changed:
-            raise PluginError(
-                f"the base has changed in training, which an adapter must not do: {listing(changed)}",
-                where=f"plugin {self._adapted.component.plugin}",
-            )
-        tensors = self.training.optimizer_tensors()
-        floating = {n: t for n, t in tensors.items() if mx.issubdtype(t.dtype, mx.floating)}
-        odd = [name for name, tensor in floating.items() if not tensor_file.is_finite(tensor)]
-        if odd:
-            raise DivergedError(
-                f"the state of the optimizer is not finite and was not saved: {listing(odd)}",
-                fix="lower --learning-rate, or set --grad-clip 1",
-            )
-
-    def _write(self, step: int) -> None:
-        target = self.folder / f"step-{step:07}"
-        durable.put_aside(target, "damaged")  # it does not verify, or it would not be written again
-        with durable.new_folder(target) as new:
-            adapters.save(new / ADAPTER, self._model, self._adapted)
-            tensors = self.training.optimizer_tensors()
-            tensor_file.save(new / OPTIMIZER, sorted(tensors.items()), {}, len(tensors))
-            for name in (ADAPTER, OPTIMIZER):
-                _check_written(new / name)
-            state = {**asdict(self.training.progress), "seed": self.training.seed, "resumed": self._resumed}
-            durable.write_json(new / STATE, state)
-            files = {n: {"bytes": (new / n).stat().st_size, "sha256": sha256(new / n)} for n in PARTS}
-            head = {"schema": SCHEMA, "step": step, "finished": self.training.finished, "files": files}
-            manifest = {**head, **asdict(self.identity)}
-            durable.write_json(new / MANIFEST, {**manifest, "sha256": digest(manifest)})
-
-    def _prune(self, keep: int) -> None:
-        """Remove what is neither among the newest nor the best; what does not verify is never touched."""
-        for step in [s for s in self._valid[:-keep] if s != self.training.progress.best_step]:
-            durable.remove_folder(self.folder / f"step-{step:07}")
-            self._valid.remove(step)
-
-    def _farewell(self, again: str) -> str:
+    def _farewell(self) -> str:
         step = self.training.progress.step
         if step == 0:
             return "interrupted before the first step; nothing was saved"
-        return f"interrupted; step {step} is saved. Go on with: {again}"
+        if self.checkpoints is None:
+            return f"interrupted at step {step}; nothing was saved"
+        return f"interrupted; step {step} is saved. Go on with: {self._outputs.resume_command}"
 
-    def _take_best(self) -> None:
-        """Put the adapter of the best validation on the model where patience asks for it."""
+    def _take_best(self) -> int:
+        """Put the adapter of the best validation on the model where patience asks for it; its step."""
         progress = self.training.progress
-        self.adapter_step = progress.step
-        if self.training.config.patience is not None and progress.best_step in self._valid:
-            adapters.fill(self.folder / f"step-{progress.best_step:07}" / ADAPTER, self._model)
-            self.adapter_step = progress.best_step
+        best = progress.best_step
+        if self.training.config.patience is None or best is None:
+            return progress.step
+        if self.checkpoints is not None:
+            return best if self.checkpoints.put_back(best) else progress.step
+        self.model.module.update(tree_unflatten(list(self._best.items())))
+        return best
+
+    def _size(self) -> str:
+        """How much of the model trains, in words."""
+        counts = adapters.count(self.model)
+        trained, everything = counts["trainable_parameters"], counts["parameters"]
+        return (
+            f"{everything / 1e6:.3f} M parameters, {trained / 1e6:.3f} M trainable "
+            f"({100 * trained / everything:.3f} %) on {len(self.adapted.paths)} linears"
+        )
+
+    def _result(self, adapter_step: int) -> TrainResult:
+        rows, progress = self.rows["train"], self.training.progress
+        return TrainResult(
+            **adapters.count(self.model),
+            adapted=self.adapted.paths,
+            rows=len(rows),
+            rows_cut=rows.cut,
+            tokens_cut=rows.cut_tokens,
+            rows_empty=rows.empty,
+            max_seq_length=self.model.sequence_limit(self.training.config.max_seq_length),
+            steps=progress.step,
+            steps_skipped=progress.skipped,
+            adapter_step=adapter_step,
+            train_loss=self._losses.get(TrainReport),
+            valid_loss=self._losses.get(ValidReport),
+        )
 
 
-def report_line(report: Report) -> dict[str, Any]:
-    """One line of metrics.jsonl; a number that is not finite, which JSON cannot hold, is null."""
-    values = asdict(report)
-    kind = type(report).__name__.removesuffix("Report").lower()
-    odd = {k: None for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
-    return {"kind": kind, **values, **odd}
+def _put_on(
+    model: Model, adapter: NewAdapter | AdapterFile | Adapted, registry: Registry, seed: int
+) -> Adapted:
+    """Put the adapter on the base."""
+    if isinstance(adapter, Adapted):
+        return adapter
+    if isinstance(adapter, AdapterFile):
+        return adapters.load(adapter.path, model, registry, adapter.name, adapter.values)
+    return adapters.attach(model, adapter.choice, adapter.config, seed)
+
+
+def _words_on_rows(split: str, rows: Examples) -> Iterator[Note]:
+    """A word on rows that are long, that were cut, and that were left out."""
+    longest = max(len(example.tokens) for example in rows.examples)
+    if longest > LONG_ROW_TOKENS:
+        yield Note(f"warning: {split} has rows of up to {longest} tokens; long rows take much memory")
+    if rows.cut:
+        share = rows.cut_tokens / (rows.tokens + rows.cut_tokens)
+        yield Note(f"warning: {rows.cut} {split} rows were cut, {share:.1%} of all tokens are lost")
+    if rows.empty:
+        yield Note(f"warning: {rows.empty} {split} rows have no token that counts and were left out")
 
 
 def _trim(metrics: Path, step: int) -> None:
@@ -286,36 +371,3 @@ def _step_of(line: bytes) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
-
-
-def _read_state(checkpoint: Checkpoint) -> tuple[Progress, list[dict[str, Any]]]:
-    """Where a checkpoint stands, and where its training was taken up before."""
-    path = checkpoint.folder / STATE
-    try:
-        state = json.loads(path.read_text("utf-8"))
-        resumed = list(state.pop("resumed"))
-        del state["seed"]  # the settings hold it too
-        window = Window(**state.pop("window"))
-        progress = Progress(**state | {"recent": tuple(state["recent"]), "window": window})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as fault:
-        raise ModelError(f"is no state of a training: {fault}", where=path) from fault
-    if progress.step != checkpoint.step:
-        raise ModelError(f"is of step {progress.step}, wanted {checkpoint.step}", where=path)
-    return progress, resumed
-
-
-def _check_written(path: Path) -> None:
-    """Read a file of tensors back, before anything relies on it."""
-    tensors, metadata = tensor_file.load(path)
-    if tensor_file.fingerprint(tensors) != metadata[tensor_file.FINGERPRINT]:
-        raise ResourceError("what is read back is not what was written", where=path, fix="check the disk")
-
-
-def _base_sums(model: Model) -> dict[str, int]:
-    """name -> sum of the bits of each parameter that is frozen; one pass over memory."""
-    words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
-    trained = trainable(model.module)
-    frozen = {name: t for name, t in parameters(model.module).items() if name not in trained}
-    sums = {name: t.view(words[t.dtype.size]).sum() for name, t in frozen.items()}
-    mx.eval(list(sums.values()))
-    return {name: int(total) for name, total in sums.items()}

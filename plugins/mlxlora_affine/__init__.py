@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlxlora_core.api import Quantizer, QuantizerOptions, hookimpl, option
+from mlxlora_core.api import Quantizer, hookimpl, option
 
 if TYPE_CHECKING:
-    import mlx.nn as nn
+    import mlx.core as mx
 
 
 @dataclass(frozen=True)
-class AffineOptions(QuantizerOptions):
+class AffineOptions:
     """How many bits a weight takes, and how many weights share a scale."""
 
     group_size: int = option(
@@ -22,24 +22,38 @@ class AffineOptions(QuantizerOptions):
     bits: int = option(4, help="bits a weight", unit="bits", choices=(2, 3, 4, 5, 6, 8))
 
 
-def quantize(linear: nn.Linear, options: AffineOptions) -> nn.Module | None:
-    """See :meth:`mlxlora_affine.linear.AffineLinear.from_linear`."""
-    from mlxlora_affine.linear import AffineLinear
+def quantize(weight: mx.array, options: AffineOptions) -> Mapping[str, mx.array] | None:
+    """See :func:`mlxlora_affine.packing.pack`."""
+    from mlxlora_affine.packing import pack
 
-    return AffineLinear.from_linear(linear, options.group_size, options.bits)
+    return pack(weight, options)
 
 
-def restore(shape: tuple[int, int], bias: bool, options: AffineOptions) -> nn.Module:
-    """See :class:`mlxlora_affine.linear.AffineLinear`."""
-    from mlxlora_affine.linear import AffineLinear
+def dequantize(parts: Mapping[str, mx.array], options: AffineOptions) -> mx.array:
+    """See :func:`mlxlora_affine.packing.expand`."""
+    from mlxlora_affine.packing import expand
 
-    return AffineLinear(shape, bias, options.group_size, options.bits)
+    return expand(parts, options)
+
+
+def matmul(x: mx.array, parts: Mapping[str, mx.array], options: AffineOptions) -> mx.array:
+    """See :func:`mlxlora_affine.packing.multiply`."""
+    from mlxlora_affine.packing import multiply
+
+    return multiply(x, parts, options)
 
 
 @hookimpl
 def mlxlora_quantizers() -> Iterable[Quantizer]:
     """The one quantizer of this plugin."""
-    summary = "groups of weights that share a scale and a bias, 2 to 8 bits a weight"
     return [
-        Quantizer(name="affine", summary=summary, options=AffineOptions, quantize=quantize, restore=restore)
+        Quantizer(
+            name="affine",
+            summary="groups of weights that share a scale and a bias, 2 to 8 bits a weight",
+            options=AffineOptions,
+            parts=("weight", "scales", "biases"),
+            quantize=quantize,
+            dequantize=dequantize,
+            matmul=matmul,
+        )
     ]

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from mlxlora_core.api import DatasetBuilder, DatasetOptions, Rows, UsageError, hookimpl, option
+from mlxlora_core.api import DatasetBuilder, Rows, UsageError, hookimpl, option
 
 
 @dataclass(frozen=True)
-class DocstringOptions(DatasetOptions):
+class DocstringOptions:
     """Which packages are read, and how."""
 
     packages: tuple[str, ...] = option(("mlx",), help="packages to read, by the name that import takes")

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxlora_core.api import DatasetBuilder, DatasetOptions, Rows, hookimpl, option
+from mlxlora_core.api import DatasetBuilder, Rows, hookimpl, option
 
 
 @dataclass(frozen=True)
-class JsonlOptions(DatasetOptions):
+class JsonlOptions:
     """Which files are read."""
 
     path: Path | None = option(

@@ -38,5 +38,6 @@ def mlxlora_architectures() -> Iterable[Architecture]:
             config=config,
             rename=rename,
             build=build,
+            default_targets=("wq", "wv"),
         )
     ]

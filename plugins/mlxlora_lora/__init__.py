@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlxlora_core.api import Adapter, AdapterOptions, hookimpl, option
+from mlxlora_core.api import Adapter, Place, hookimpl, option
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LoRAOptions(AdapterOptions):
+class LoRAOptions:
     """How large the update is."""
 
     rank: int = option(8, help="rank of the update", minimum=1)
@@ -24,15 +24,16 @@ class LoRAOptions(AdapterOptions):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.scale == 0:
             raise ValueError("scale must not be 0: the update would have no effect and nothing would train")
 
 
-def wrap(linear: nn.Module, options: LoRAOptions) -> nn.Module:
-    """See :meth:`mlxlora_lora.linear.LoRALinear.from_linear`."""
+def wrap(linear: nn.Module, place: Place, options: LoRAOptions) -> nn.Module | None:
+    """See :meth:`mlxlora_lora.linear.LoRALinear.from_linear`; a stack of linears is left alone."""
     from mlxlora_lora.linear import LoRALinear
 
+    if len(place.shape) != 2:
+        return None
     return LoRALinear.from_linear(linear, options.rank, options.scale, options.dropout)
 
 

@@ -1,11 +1,11 @@
-"""Samplers ``greedy``, ``temperature``, ``top-k``, ``top-p`` and ``min-p``."""
+"""Samplers ``greedy``, ``temperature``, ``top-k``, ``top-p``, ``min-p`` and ``repetition-penalty``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mlxlora_core.api import NoOptions, Sample, Sampler, hookimpl, option
+from mlxlora_core.api import NoOptions, Sampler, Transform, hookimpl, option
 
 
 @dataclass(frozen=True)
@@ -38,44 +38,61 @@ class MinPOptions(TemperatureOptions):
     p: float = option(0.05, help="share of the highest probability that a token needs", minimum=0, maximum=1)
 
 
-def greedy(options: NoOptions) -> Sample:
+@dataclass(frozen=True)
+class RepetitionPenaltyOptions:
+    """How much less likely a token becomes that has come before."""
+
+    penalty: float = option(1.2, help="divides the logits of tokens that came before", above=0)
+    window: int | None = option(
+        None, help="only the last so many tokens count; none is all", unit="tokens", minimum=1
+    )
+
+
+def greedy(options: NoOptions) -> Transform:
     """See :func:`mlxlora_samplers.sampling.greedy`."""
     from mlxlora_samplers import sampling
 
     return sampling.greedy
 
 
-def temperature(options: TemperatureOptions) -> Sample:
+def temperature(options: TemperatureOptions) -> Transform:
     """See :func:`mlxlora_samplers.sampling.temperature`."""
     from mlxlora_samplers import sampling
 
     return sampling.temperature(options.temp)
 
 
-def top_k(options: TopKOptions) -> Sample:
+def top_k(options: TopKOptions) -> Transform:
     """See :func:`mlxlora_samplers.sampling.top_k`."""
     from mlxlora_samplers import sampling
 
     return sampling.top_k(options.temp, options.k)
 
 
-def top_p(options: TopPOptions) -> Sample:
+def top_p(options: TopPOptions) -> Transform:
     """See :func:`mlxlora_samplers.sampling.top_p`."""
     from mlxlora_samplers import sampling
 
     return sampling.top_p(options.temp, options.p)
 
 
-def min_p(options: MinPOptions) -> Sample:
+def min_p(options: MinPOptions) -> Transform:
     """See :func:`mlxlora_samplers.sampling.min_p`."""
     from mlxlora_samplers import sampling
 
     return sampling.min_p(options.temp, options.p)
 
 
+def repetition_penalty(options: RepetitionPenaltyOptions) -> Transform:
+    """See :func:`mlxlora_samplers.sampling.repetition_penalty`."""
+    from mlxlora_samplers import sampling
+
+    return sampling.repetition_penalty(options.penalty, options.window)
+
+
 @hookimpl
 def mlxlora_samplers() -> Iterable[Sampler]:
-    """The five samplers of this plugin."""
+    """The six samplers of this plugin."""
     return [
         Sampler(name="greedy", summary="the most likely token", build=greedy),
         Sampler(
@@ -96,5 +113,11 @@ def mlxlora_samplers() -> Iterable[Sampler]:
             summary="one of the tokens not much less likely than the most likely",
             options=MinPOptions,
             build=min_p,
+        ),
+        Sampler(
+            name="repetition-penalty",
+            summary="tokens that came before, made less likely",
+            options=RepetitionPenaltyOptions,
+            build=repetition_penalty,
         ),
     ]

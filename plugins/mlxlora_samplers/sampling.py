@@ -1,9 +1,10 @@
-"""Ways to draw a token from logits (B, V).
+"""Ways to change logits (B, V) before a token is drawn from them.
 
-Each function here gives a ``sample(logits, tokens, key)`` that returns ids
-(B,). Whatever leaves tokens out does so after the temperature was applied, and
-never leaves out the most likely one. A temperature of 0 is the most likely
-token in all of them; of several equally likely ones, that of the lowest id.
+Each function here gives a ``transform(logits, tokens)`` that returns logits
+(B, V), with -inf for the tokens that it leaves out. Whatever leaves tokens out
+does so after the temperature was applied, and never leaves out the most likely
+one. A temperature of 0 leaves only the most likely token in all of them; of
+several equally likely ones, that of the lowest id.
 """
 
 from __future__ import annotations
@@ -13,48 +14,47 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlxlora_core.api import Sample
+from mlxlora_core.api import Transform
 
+_SORTED = 512  # tokens that top-p sorts where they are enough: sorting 32 000 takes 3 ms
 _COLDEST = 1e-30  # what a smaller temperature counts as: a float32 would make it 0
 
 
-def greedy(logits: mx.array, tokens: Sequence[int], key: mx.array) -> mx.array:
-    """The most likely token."""
-    return mx.argmax(logits, axis=-1)
+def greedy(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+    """The most likely token alone."""
+    best = mx.argmax(logits, axis=-1, keepdims=True)  # (B, 1)
+    nothing = mx.full(logits.shape, -mx.inf)  # (B, V)
+    return mx.put_along_axis(nothing, best, mx.take_along_axis(logits, best, axis=-1), axis=-1)
 
 
-def temperature(temp: float) -> Sample:
-    """Any token, with probability ``softmax(logits / temp)``."""
+def temperature(temp: float) -> Transform:
+    """All tokens, with probability ``softmax(logits / temp)``."""
     if temp == 0:
         return greedy
-
-    def sample(logits: mx.array, tokens: Sequence[int], key: mx.array) -> mx.array:
-        return mx.random.categorical(_heated(logits, temp), key=key)
-
-    return sample
+    return lambda logits, tokens: _heated(logits, temp)
 
 
-def top_k(temp: float, k: int) -> Sample:
-    """One of the ``k`` most likely tokens; on a tie at the edge, those of the lowest ids.
+def top_k(temp: float, k: int) -> Transform:
+    """The ``k`` most likely tokens; on a tie at the edge, those of the lowest ids.
 
     Source: Fan et al. 2018, arXiv:1805.04833.
     """
     if temp == 0:
         return greedy
 
-    def sample(logits: mx.array, tokens: Sequence[int], key: mx.array) -> mx.array:
+    def transform(logits: mx.array, tokens: Sequence[int]) -> mx.array:
         count = min(k, logits.shape[-1])
-        edge = mx.topk(logits, count, axis=-1).min(axis=-1, keepdims=True)
-        above, level = logits > edge, logits == edge
-        room = count - above.astype(mx.int32).sum(axis=-1, keepdims=True)
-        kept = above | (level & (mx.cumsum(level.astype(mx.int32), axis=-1) <= room))
-        return mx.random.categorical(_only(kept, _heated(logits, temp)), key=key)
+        edge = mx.topk(logits, count, axis=-1).min(axis=-1, keepdims=True)  # (B, 1)
+        above, level = logits > edge, logits == edge  # (B, V)
+        room = count - above.astype(mx.int32).sum(axis=-1, keepdims=True)  # (B, 1)
+        kept = above | (level & (mx.cumsum(level.astype(mx.int32), axis=-1) <= room))  # (B, V)
+        return _only(kept, _heated(logits, temp))
 
-    return sample
+    return transform
 
 
-def top_p(temp: float, p: float) -> Sample:
-    """One of the smallest set of tokens whose probabilities, at ``temp``, reach ``p`` together.
+def top_p(temp: float, p: float) -> Transform:
+    """The smallest set of tokens whose probabilities, at ``temp``, reach ``p`` together.
 
     Tokens enter the set from the most likely one down; at least that one is in
     it. With ``p`` = 1 all are.
@@ -65,19 +65,23 @@ def top_p(temp: float, p: float) -> Sample:
     if p == 1:
         return temperature(temp)  # the sum may round to 1 before the last token
 
-    def sample(logits: mx.array, tokens: Sequence[int], key: mx.array) -> mx.array:
+    def transform(logits: mx.array, tokens: Sequence[int]) -> mx.array:
         heated = _heated(logits, temp)
-        order = mx.argsort(-heated, axis=-1)
+        order = _most_likely(heated)  # (B, at most _SORTED)
         ranked = mx.take_along_axis(heated, order, axis=-1)
-        before = mx.cumsum(mx.softmax(ranked, axis=-1), axis=-1, inclusive=False)
-        rank = mx.random.categorical(_only(before < p, ranked), key=key)
-        return mx.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
+        kept = _reaching(p, heated, ranked)
+        if order.shape != heated.shape and (kept & (ranked == ranked[:, -1:])).any():
+            order = mx.argsort(-heated, axis=-1)  # (B, V): others take part too
+            ranked = mx.take_along_axis(heated, order, axis=-1)
+            kept = _reaching(p, heated, ranked)
+        nothing = mx.full(heated.shape, -mx.inf)
+        return mx.put_along_axis(nothing, order, _only(kept, ranked), axis=-1)  # (B, V)
 
-    return sample
+    return transform
 
 
-def min_p(temp: float, p: float) -> Sample:
-    """One of the tokens whose probability, at ``temp``, is at least ``p`` times the highest one.
+def min_p(temp: float, p: float) -> Transform:
+    """The tokens whose probability, at ``temp``, is at least ``p`` times the highest one.
 
     Source: Nguyen et al. 2024, arXiv:2407.01082, section 3.
     """
@@ -85,11 +89,46 @@ def min_p(temp: float, p: float) -> Sample:
         return greedy
     least = math.log(p) if p else -math.inf
 
-    def sample(logits: mx.array, tokens: Sequence[int], key: mx.array) -> mx.array:
+    def transform(logits: mx.array, tokens: Sequence[int]) -> mx.array:
         heated = _heated(logits, temp)
-        return mx.random.categorical(_only(heated >= least, heated), key=key)
+        return _only(heated >= least, heated)
 
-    return sample
+    return transform
+
+
+def repetition_penalty(penalty: float, window: int | None) -> Transform:
+    """Logits of tokens that came before, of the last ``window`` if given, divided by ``penalty``.
+
+    A negative one is multiplied by it, so that a penalty above 1 makes every such
+    token less likely. How often it came does not count.
+    Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1 (without the case of negative logits).
+    """
+
+    def transform(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+        seen = set(tokens if window is None else tokens[-window:])
+        if not seen:
+            return logits
+        ids = mx.broadcast_to(mx.array(sorted(seen)), (logits.shape[0], len(seen)))  # (B, seen)
+        found = mx.take_along_axis(logits, ids, axis=-1)
+        less = mx.where(found > 0, found / penalty, found * penalty)
+        return mx.put_along_axis(logits, ids, less, axis=-1)  # (B, V)
+
+    return transform
+
+
+def _most_likely(logits: mx.array) -> mx.array:
+    """Ids (B, at most _SORTED) of the most likely tokens, from the most likely down, lower ids first."""
+    if logits.shape[-1] <= _SORTED:
+        return mx.argsort(-logits, axis=-1)
+    ids = mx.sort(mx.argpartition(-logits, _SORTED - 1, axis=-1)[:, :_SORTED], axis=-1)
+    order = mx.argsort(-mx.take_along_axis(logits, ids, axis=-1), axis=-1)
+    return mx.take_along_axis(ids, order, axis=-1)
+
+
+def _reaching(p: float, logits: mx.array, ranked: mx.array) -> mx.array:
+    """Which of the ``ranked`` logits, of all ``logits``, are needed to reach the probability ``p``."""
+    total = mx.logsumexp(logits, axis=-1, keepdims=True)  # (B, 1)
+    return mx.cumsum(mx.exp(ranked - total), axis=-1, inclusive=False) < p
 
 
 def _heated(logits: mx.array, temp: float) -> mx.array:
@@ -98,5 +137,5 @@ def _heated(logits: mx.array, temp: float) -> mx.array:
 
 
 def _only(kept: mx.array, logits: mx.array) -> mx.array:
-    """``logits`` with a chance for the tokens ``kept`` alone."""
+    """``logits`` of the tokens ``kept``, -inf for all others."""
     return mx.where(kept, logits, -mx.inf)

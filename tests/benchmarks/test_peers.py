@@ -1,4 +1,4 @@
-"""benchmarks/peers.py: its arithmetic, what its tools start from, and how workers and it talk.
+"""benchmarks/peers.py and gpu.py: arithmetic, what their tools start from, and how workers and they talk.
 
 The tools themselves are not here; a run of the benchmark checks that they agree.
 """
@@ -35,6 +35,35 @@ def test_every_program_compiles(path: Path) -> None:
 def test_help_of_the_program() -> None:
     done = subprocess.run([sys.executable, BENCHMARKS / "peers.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--quick" in done.stdout
+
+
+def test_the_gpu_program_wants_a_gpu_or_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+    from click.testing import CliRunner
+
+    assert "--tiny" in CliRunner().invoke(gpu.main, ["--help"]).output
+    monkeypatch.setattr(gpu, "check_environment", lambda peers: None)
+    monkeypatch.setattr(gpu.doctor, "device", lambda: gpu.doctor.Device("cpu", "cpu", "any"))
+    refused = CliRunner().invoke(gpu.main, [])
+    assert isinstance(refused.exception, SystemExit) and "MLX has no GPU here" in refused.output
+
+
+def test_what_fails_or_would_end_too_late_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
+    import click
+    import gpu
+
+    record = gpu.Record(gpu.doctor.Device("cpu", "cpu", "any"), ["1b"], 60.0, tmp_path / "result.json")
+
+    def fail() -> None:
+        raise click.ClickException("too\nlarge")
+
+    assert record.attempt("one", lambda: None, timed=True) and not record.attempt("two", fail, timed=True)
+    record._longest = 100.0
+    assert not record.attempt("three", lambda: None, timed=True) and record.attempt("four", lambda: None)
+    kept = json.loads((tmp_path / "result.json").read_text())
+    assert kept["faults"] == ["two: too\\nlarge", "three: no time left"] and set(kept["seconds"]) == {
+        "one", "two", "four"
+    }  # fmt: skip
 
 
 def test_a_python_without_peers_is_refused_with_the_commands_that_make_one(tmp_path: Path) -> None:
@@ -119,10 +148,12 @@ def test_ratios_say_how_many_times_as_fast_mlxlora_is() -> None:
 
 def test_a_table_takes_the_place_of_the_one_before_it() -> None:
     page = (BENCHMARKS.parent / "docs" / "performance.md").read_text("utf-8")
-    once = table.replaced(page, "| new |")
-    assert "| new |" in once and table.replaced(once, "| newer |") == once.replace("| new |", "| newer |")
-    assert once.startswith(page.partition(table.BEGIN)[0])
-    assert once.endswith(page.partition(table.END)[2])
+    for begin, end in (table.PEERS, table.GPU):
+        once = table.replaced(page, "| new |", (begin, end))
+        assert "| new |" in once and begin in page
+        assert table.replaced(once, "| newer |", (begin, end)) == once.replace("| new |", "| newer |")
+        assert once.startswith(page.partition(begin)[0])
+        assert once.endswith(page.partition(end)[2])
 
 
 # --- weights --------------------------------------------------------------------
@@ -230,6 +261,44 @@ def test_a_slow_tool_gives_one_sample_which_counts(run: Run) -> None:
     run.contest(TINY, "decode", Group("", [contestant("float32")]), Path())
     (row,) = run.result["rows"]
     assert (row["samples"], row["median"]) == (1, 8 / 1)
+
+
+def on_a_gpu(run: Run) -> Run:
+    """The same tools, as they take part where MLX computes on a GPU."""
+    return Run(run.peers, run.pace, False, run.result)
+
+
+def test_on_a_gpu_the_two_samples_that_build_kernels_never_count(run: Run) -> None:
+    run = on_a_gpu(run)
+    run.pace = Pace(3, 0.0, batch=1, prompt_tokens=4, new_tokens=8)
+    tools = [contestant("bfloat16"), contestant("gone")]
+    run.contest(TINY, "decode", Group("", tools), Path())
+    first, gone = run.result["rows"]
+    assert (first["samples"], first["median"], first["first_seconds"]) == (1, 8 / 3, 1.0)
+    assert gone["error"] == "it has gone"
+
+
+def test_on_a_gpu_4_bits_may_differ_as_much_as_the_type_that_they_are_computed_in(run: Run) -> None:
+    on_a_gpu(run).contest(TINY, "decode", Group("", [contestant("bfloat16"), contestant("4bit")]), Path())
+    assert [check["tolerance"] for check in run.result["checks"]] == [5e-3, 5e-3]
+
+
+def test_warming_up_makes_a_sample_of_all_work_and_keeps_no_row(run: Run) -> None:
+    tools = [contestant("bfloat16"), contestant("gone")]
+    found = on_a_gpu(run).warm_up([("train", tools), ("decode", tools)], Path())
+    assert [(each["kind"], each["seconds"]) for each in found] == [
+        ("train", 1.0), ("train", None), ("decode", 1.0), ("decode", None)
+    ]  # fmt: skip
+    assert run.result["rows"] == []
+
+
+def test_a_worker_that_is_silent_for_too_long_is_ended(run: Run) -> None:
+    worker = Worker(sys.executable, "told", Job("decode", dtype="bfloat16"), run.environment("any"), 20.0)
+    assert worker.read()["loss"] == 2.008
+    worker.patience = 0.2
+    with pytest.raises(Failed, match=r"it said nothing for 0\.2 s"):
+        worker.read()
+    worker.close()
 
 
 def test_a_worker_says_why_it_ends(run: Run) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
+import pytest
 
 from mlxlora_core import registry
+from mlxlora_core.api import NoOptions, PluginError, Sampler, Transform, option
 from mlxlora_core.testing.sampler import SamplerSuite
 
 SAMPLERS = {c.spec.name: c.spec for c in registry.load(environ={registry.ALLOW_LIST: ""}).of("sampler")}
@@ -34,7 +40,7 @@ class TestGreedy(SamplerSuite):
     spec = SAMPLERS["greedy"]
     bad_options = ({"temp": 0.8},)
 
-    def probabilities(self, logits: np.ndarray, options: Any) -> np.ndarray:
+    def probabilities(self, logits: np.ndarray, tokens: Sequence[int], options: Any) -> np.ndarray:
         return softmax(logits, 0)
 
 
@@ -43,7 +49,7 @@ class TestTemperature(SamplerSuite):
     option_sets = ({}, {"temp": 0}, {"temp": 3.0})
     bad_options = ({"temp": -0.1}, {"temp": "nan"}, {"temp": "inf"})
 
-    def probabilities(self, logits: np.ndarray, options: Any) -> np.ndarray:
+    def probabilities(self, logits: np.ndarray, tokens: Sequence[int], options: Any) -> np.ndarray:
         return softmax(logits, options.temp)
 
 
@@ -52,7 +58,7 @@ class TestTopK(SamplerSuite):
     option_sets = ({}, {"k": 3, "temp": 2.0}, {"k": 1}, {"k": 4, "temp": 0})
     bad_options = ({"k": 0}, {"k": -1}, {"k": 1.5}, {"temp": -1})
 
-    def probabilities(self, logits: np.ndarray, options: Any) -> np.ndarray:
+    def probabilities(self, logits: np.ndarray, tokens: Sequence[int], options: Any) -> np.ndarray:
         chances = softmax(logits, options.temp)
         return among(chances, descending(logits)[: options.k])
 
@@ -62,7 +68,7 @@ class TestTopP(SamplerSuite):
     option_sets = ({}, {"p": 0.45, "temp": 2.0}, {"p": 1, "temp": 1.0}, {"p": 1e-6}, {"p": 0.9, "temp": 0})
     bad_options = ({"p": 0}, {"p": 1.01}, {"p": -0.5}, {"temp": -1})
 
-    def probabilities(self, logits: np.ndarray, options: Any) -> np.ndarray:
+    def probabilities(self, logits: np.ndarray, tokens: Sequence[int], options: Any) -> np.ndarray:
         chances = softmax(logits, options.temp)
         order = descending(chances)
         reached = np.cumsum(chances[order]) >= options.p - 1e-12
@@ -74,11 +80,142 @@ class TestMinP(SamplerSuite):
     option_sets = ({}, {"p": 0.3, "temp": 2.0}, {"p": 0}, {"p": 1}, {"p": 0.1, "temp": 0})
     bad_options = ({"p": -0.1}, {"p": 1.1}, {"temp": -1})
 
-    def probabilities(self, logits: np.ndarray, options: Any) -> np.ndarray:
+    def probabilities(self, logits: np.ndarray, tokens: Sequence[int], options: Any) -> np.ndarray:
         chances = softmax(logits, options.temp)
         return among(chances, np.flatnonzero(chances >= options.p * chances.max()))
 
 
+class TestRepetitionPenalty(SamplerSuite):
+    spec = SAMPLERS["repetition-penalty"]
+    option_sets = ({}, {"penalty": 1}, {"penalty": 3.0, "window": 2}, {"penalty": 0.5})
+    bad_options = ({"penalty": 0}, {"penalty": -1}, {"penalty": "nan"}, {"window": 0}, {"window": 1.5})
+
+    def probabilities(self, logits: np.ndarray, tokens: Sequence[int], options: Any) -> np.ndarray:
+        counted = tokens if options.window is None else tokens[-options.window :]
+        changed = [
+            x if i not in counted else x / options.penalty if x > 0 else x * options.penalty
+            for i, x in enumerate(logits)
+        ]
+        return softmax(np.array(changed), 1.0)
+
+
 def test_every_sampler_is_covered() -> None:
-    suites = (TestGreedy, TestTemperature, TestTopK, TestTopP, TestMinP)
+    suites = (TestGreedy, TestTemperature, TestTopK, TestTopP, TestMinP, TestRepetitionPenalty)
     assert {suite.spec.name for suite in suites} == set(SAMPLERS)
+
+
+# --- samplers with state, as a third party may write them ---------------------
+
+
+def cooling(options: NoOptions) -> Transform:
+    """Colder with each token of the text: its state is how many there were."""
+    drawn = 0
+
+    def transform(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+        nonlocal drawn
+        drawn += 1
+        return logits * (1 + 0.1 * drawn)
+
+    return transform
+
+
+def never_the_last(options: NoOptions) -> Transform:
+    """The last id does not come again, where another one may."""
+
+    def transform(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+        others = mx.arange(logits.shape[-1]) != tokens[-1]
+        allowed = (mx.where(others, logits, -mx.inf) > -mx.inf).any(axis=-1, keepdims=True)
+        return mx.where(others | ~allowed, logits, -mx.inf)
+
+    return transform
+
+
+class TestState(SamplerSuite):
+    spec = Sampler(name="cooling", summary="s", build=cooling)
+
+    def probabilities(self, logits: np.ndarray, tokens: Sequence[int], options: Any) -> np.ndarray:
+        return softmax(logits, 1 / 1.1)
+
+
+class TestWithoutProbabilities(SamplerSuite):
+    spec = Sampler(name="never-the-last", summary="s", build=never_the_last)
+
+
+# --- the suite fails what is broken -------------------------------------------
+
+_SHARED: list[int] = []
+
+
+def _remembers(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+    """State that outlives its text."""
+    _SHARED.append(tokens[-1])
+    return mx.where(mx.arange(logits.shape[-1]) == len(_SHARED) % logits.shape[-1], logits + 5, logits)
+
+
+def _noisy(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+    return logits + mx.random.gumbel(logits.shape)
+
+
+def _row_by_row(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+    """The whole batch by the first row's highest."""
+    return mx.where(logits >= logits[:1].max() - 0.5, logits, mx.maximum(logits, -50) - 100)
+
+
+def _half(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+    """Half of what was allowed is always left out; what was forbidden is allowed."""
+    return mx.where(logits == -mx.inf, 0.0, logits)
+
+
+BROKEN: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "no logits": (lambda logits, tokens: None, "gives_logits", {}),
+    "numpy": (lambda logits, tokens: np.array(logits), "gives_logits", {}),
+    "ids": (lambda logits, tokens: mx.argmax(logits, axis=-1), "gives_logits", {}),
+    "one row": (lambda logits, tokens: logits[0], "gives_logits", {}),
+    "half precision": (lambda logits, tokens: logits.astype(mx.float16), "gives_logits", {}),
+    "NaN": (lambda logits, tokens: logits * mx.nan, "gives_logits", {}),
+    "infinity": (lambda logits, tokens: mx.where(logits > -mx.inf, mx.inf, logits), "gives_logits", {}),
+    "no token": (lambda logits, tokens: mx.full(logits.shape, -mx.inf), "gives_logits", {}),
+    "a forbidden token": (_half, "gives_logits", {"kind": "ruled out"}),
+    "a key too": (lambda logits, tokens, key: logits, "gives_logits", {}),
+    "logits alone": (lambda logits: logits, "gives_logits", {}),
+    "one row by another": (_row_by_row, "every_row", {}),
+    "chance of its own": (_noisy, "nothing_is_random", {}),
+    "chance of its own, in texts": (_noisy, "same_seed", {}),
+    "state of all texts, by length": (_remembers, "same_seed", {}),
+    "state of all texts, by turns": (_remembers, "texts_know_nothing", {}),
+    "no temperature": (lambda logits, tokens: logits, "temperature_zero", {"kind": "spread"}),
+    "another distribution": (lambda logits, tokens: logits * 1.2, "distribution", {}),
+    "no check of ranges": (lambda logits, tokens: logits, "refuses", {"bad": {"temp": 2}}),
+}
+
+
+@dataclass(frozen=True)
+class TempOptions:
+    temp: float = option(1.0, help="temperature", minimum=0)
+
+
+@pytest.mark.parametrize(("transform", "test", "arguments"), BROKEN.values(), ids=BROKEN)
+def test_the_suite_fails_what_is_broken(transform: Any, test: str, arguments: dict[str, Any]) -> None:
+    class Broken(SamplerSuite):
+        spec = Sampler(name="broken", summary="s", options=TempOptions, build=lambda options: transform)
+
+        def probabilities(self, logits: np.ndarray, tokens: Sequence[int], options: Any) -> np.ndarray:
+            return softmax(logits, 1.0)
+
+    _SHARED.clear()
+    (name,) = [name for name in vars(SamplerSuite) if name.startswith(f"test_{test}")]
+    function = getattr(Broken(), name)
+    given = {"values": {}, "kind": "spread", "history": "some tokens", **arguments}
+    wanted = inspect.signature(function).parameters
+    with pytest.raises((AssertionError, PluginError, TypeError, AttributeError, pytest.fail.Exception)):
+        function(**{key: value for key, value in given.items() if key in wanted})
+
+
+@pytest.mark.parametrize("test", sorted({test for _, test, _ in BROKEN.values()} - {"refuses"}))
+def test_the_same_call_passes_what_is_sound(test: str) -> None:
+    """What the test above catches are the faults, and not the way it calls."""
+    (name,) = [name for name in vars(SamplerSuite) if name.startswith(f"test_{test}")]
+    function = getattr(TestTemperature(), name)
+    given = {"values": {"temp": 1.0}, "kind": "spread", "history": "some tokens"}
+    wanted = inspect.signature(function).parameters
+    function(**{key: value for key, value in given.items() if key in wanted})

@@ -129,7 +129,9 @@ def model_folder(
     ``head`` quantizes the head too.
     """
     from mlxlora_core.model.convert import convert
-    from mlxlora_core.model.folder import Quantization
+    from mlxlora_core.model.events import result_of
+    from mlxlora_core.registry import Choice
+    from mlxlora_core.registry.sections import QuantizeConfig
 
     made: dict[Any, Path] = {}
 
@@ -147,14 +149,17 @@ def model_folder(
             quantization = None
             if bits is not None:
                 affine = registry.find("quantizer", "affine")
-                quantization = Quantization(affine, affine.spec.options(group_size=32, bits=bits, head=head))
-            convert(
-                make_checkpoint(folder / "checkpoint", seed=seed),
-                folder / "model",
-                registry,
-                dtype=dtype,
-                file_format=file_format,
-                quantization=quantization,
+                quantization = Choice(affine, affine.spec.options(group_size=32, bits=bits))
+            result_of(
+                convert(
+                    make_checkpoint(folder / "checkpoint", seed=seed),
+                    folder / "model",
+                    registry,
+                    dtype=dtype,
+                    file_format=file_format,
+                    quantization=quantization,
+                    quantize_config=QuantizeConfig(head=head),
+                )
             )
             made[key] = folder / "model"
         return made[key]

@@ -50,6 +50,8 @@ def prepare(folder: Path) -> None:
     from mlxlora_core.model import adapters
     from mlxlora_core.model import folder as model_folder
     from mlxlora_core.model.convert import convert
+    from mlxlora_core.model.events import result_of
+    from mlxlora_core.registry.sections import configure
 
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
@@ -68,10 +70,10 @@ def prepare(folder: Path) -> None:
     params = {"dim": width, "n_layers": layers, "n_heads": 2, "n_kv_heads": 2, "norm_eps": 1e-5}
     (checkpoint / "params.json").write_text(json.dumps({**params, "vocab_size": -1, "multiple_of": 16}))
     registry = _registry()
-    convert(checkpoint, folder / "model", registry, dtype="float32")
+    result_of(convert(checkpoint, folder / "model", registry, dtype="float32"))
     model = model_folder.load(folder / "model", registry)
     lora = registry.find("adapter", "lora")
-    adapted = adapters.attach(model, lora, lora.spec.options(rank=2), seed=1)
+    adapted = adapters.attach(model, *configure(lora, {"rank": 2}), seed=1)
     adapters.save(folder / "adapter.safetensors", model, adapted)
     adapters.save(folder / "adapter.npz", model, adapted)
 
@@ -146,7 +148,7 @@ def _tensors(tensors: Any) -> dict[str, Any]:
     from mlxlora_core.files import tensor_file
 
     return {
-        name: (tensor_file._TYPES[tensor.dtype], tuple(tensor.shape), _digest(tensor_file._bytes(tensor)))
+        name: (tensor_file.TYPES[tensor.dtype], tuple(tensor.shape), _digest(tensor_file._bytes(tensor)))
         for name, tensor in tensors.items()
     }
 
@@ -437,14 +439,14 @@ class Recipe(Subject):
         self.good = [_RECIPE.encode()]
 
     def parse(self) -> Any:
-        from mlxlora_core.run.recipe import read
+        from mlxlora_core.run.recipe_source import read
 
         return repr(read(self.path, [], self.registry).values())
 
     def reference(self) -> Any:
         import tomli_w
 
-        from mlxlora_core.run.recipe import read
+        from mlxlora_core.run.recipe_source import read
 
         again = self.folder / "again.toml"
         again.write_text(tomli_w.dumps(read(self.path, [], self.registry).values()), encoding="utf-8")

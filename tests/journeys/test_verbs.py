@@ -319,9 +319,76 @@ def test_a_prompt_comes_from_stdin(model: Path) -> None:
     assert done.stdout.endswith("\n")
 
 
+def test_samplers_in_a_row_give_the_same_text_at_any_length(mlxlora: Command, model: Path) -> None:
+    samplers = ("--sampler", "repetition-penalty,top-p", "--temp", 1, "--set", "sampler.penalty=1.3")
+
+    def said(count: int) -> dict[str, Any]:
+        done = mlxlora("generate", "--model", model, "-p", "A layer", *samplers, "-n", count, "--json")
+        assert done.code == 0, done.err
+        result: dict[str, Any] = json.loads(done.out)
+        return result
+
+    long = said(30)
+    for count in (1, 2, 9):
+        short = said(count)
+        assert long["text"].startswith(short["text"])
+        assert short["finish"] == ("stop" if short["text"] == long["text"] else "length")
+
+
+def test_a_recipe_with_samplers_in_a_row_runs_and_reads_back(
+    mlxlora: Command, recipe: Path, tmp_path: Path
+) -> None:
+    recipe.write_text(recipe.read_text() + '[sampler]\nuse = ["repetition-penalty", "min-p"]\n')
+    done = mlxlora("run", recipe, "--set", "sampler.min-p.p=0.2", "--set", "sampler.penalty=1.1")
+    assert done.code == 0, done.err
+    written = tmp_path / "run" / "recipe.toml"
+    assert not any(plan(mlxlora, written).values())
+    rows = mlxlora("run", written, "--dry-run").out.splitlines()
+    assert any(row.split()[:2] == ["sampler.min-p.p", "0.2"] for row in rows)
+    assert "0.2" in (tmp_path / "run" / "report.html").read_text("utf-8")
+
+
 def test_a_stage_whose_output_is_gone_is_done_again(mlxlora: Command, recipe: Path, tmp_path: Path) -> None:
     mlxlora("run", recipe)
     shutil.rmtree(tmp_path / "run" / "model")
     todo = plan(mlxlora, recipe)
     assert todo["model"] and not todo["data"]
     assert mlxlora("run", recipe).code == 0
+
+
+def test_what_core_decides_is_set_and_explained_as_an_option_is(
+    mlxlora: Command, tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    shown = mlxlora("options", "adapter", "lora").out
+    assert [
+        line.split()[0] for line in shown.splitlines() if line.startswith(("rank", "targets", "layers"))
+    ] == [
+        "rank",
+        "targets",
+        "layers",
+    ]
+    assert "In the section of every adapter, beside use:" in shown
+    records = json.loads(mlxlora("options", "builder", "jsonl", "--json").out)
+    assert {r["name"]: r["section"] for r in records} == {
+        "path": False,
+        "files": False,
+        "test_set_size": True,
+        "split_seed": True,
+        "write_batch_size": True,
+    }
+    assert "beside use" not in mlxlora("options", "sampler", "top-k").out
+
+    sets = ("--set", "test_set_size=0.5", "--set", "data.split_seed=3")
+    path = ("--set", f"path={tiny_data / 'train.jsonl'}")
+    done = mlxlora("data", "--builder", "jsonl", "--out", tmp_path / "rows", *path, *sets, "--json")
+    record = json.loads(done.out)
+    assert record["split"] == {"test_set_size": 0.5, "split_seed": 3, "write_batch_size": 1000}
+    assert sum(record["rows"].values()) == pytest.approx(2 * record["rows"]["train"], abs=1)
+
+    flags = ("-q", "--q-group-size", 32, "--set", "quantize.head=true")
+    done = mlxlora("convert", "--torch-path", tiny_checkpoint, "--mlx-path", tmp_path / "model", *flags)
+    assert done.code == 0, done.err
+    assert "output" in json.loads((tmp_path / "model" / "config.json").read_text())["quantized"]
+    refused = mlxlora("convert", "--torch-path", tiny_checkpoint, "-q", "--set", "quantize.haed=true")
+    assert refused.code == 2
+    assert "no option 'haed' (did you mean 'head'? it has group_size, bits, head)" in refused.error

@@ -1,19 +1,22 @@
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlxlora_affine.linear
+import mlxlora_affine.packing
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlxlora_affine import AffineOptions
-from mlxlora_affine.linear import AffineLinear
+from mlxlora_affine import AffineOptions, mlxlora_quantizers
+from mlxlora_affine.packing import CUDA_ROWS, expand, pack
 from mlxlora_affine.unpack import unpack
 
 from mlxlora_core.errors import ModelError, UsageError
+from mlxlora_core.model import linears
+from mlxlora_core.model.linears import QuantizedLinear
 from mlxlora_core.options import parse
+from mlxlora_core.testing.stand_in import choice
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
@@ -25,36 +28,38 @@ def seed() -> None:
     mx.random.seed(0)
 
 
-@pytest.fixture(params=["expanded", "packed"])
+@pytest.fixture(params=["expanded", "packed", "on CUDA"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Multiply as on a CPU, and as everywhere else."""
-    monkeypatch.setattr(mlxlora_affine.linear, "on_cpu", lambda: request.param == "expanded")
+    """Multiply as on a CPU, as everywhere else, and as on CUDA with 2 rows or more."""
+    for module in (mlxlora_affine.packing, linears):
+        monkeypatch.setattr(module, "on_cpu", lambda: request.param == "expanded")
+    monkeypatch.setattr(mlxlora_affine.packing, "on_cuda", lambda: request.param == "on CUDA")
+    monkeypatch.setattr(mlxlora_affine.packing, "CUDA_ROWS", 2)
     return str(request.param)
 
 
-def quantized(
-    weight: mx.array, bits: int = 4, group_size: int = 64, bias: mx.array | None = None
-) -> AffineLinear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    linear.weight = weight
-    if bias is not None:
-        linear.bias = bias
-    packed = AffineLinear.from_linear(linear, group_size, bits)
-    assert packed is not None
-    return packed
+def quantized(weight: mx.array, bits: int = 4, group_size: int = 64, bias: mx.array | None = None) -> Any:
+    """The linear that core makes of a weight that affine has packed."""
+    (spec,) = mlxlora_quantizers()
+    options = AffineOptions(group_size, bits)
+    parts = pack(weight, options)
+    assert parts is not None
+    return QuantizedLinear(choice("quantizer", spec, options), parts, weight.shape, bias)
 
 
-def steps_of(packed: AffineLinear) -> np.ndarray:
+def steps_of(packed: Any) -> np.ndarray:
     """The integers (outputs, inputs), read bit by bit."""
+    bits = packed.quantization.options.bits
     stream = np.unpackbits(np.array(packed.weight).view(np.uint8), axis=1, bitorder="little")
-    places = stream.reshape(packed.shape[0], -1, packed.bits).astype(np.int64)
-    return (places << np.arange(packed.bits)).sum(axis=-1)
+    places = stream.reshape(packed.shape[0], -1, bits).astype(np.int64)
+    return (places << np.arange(bits)).sum(axis=-1)
 
 
-def grid(packed: AffineLinear) -> tuple[np.ndarray, np.ndarray]:
+def grid(packed: Any) -> tuple[np.ndarray, np.ndarray]:
     """Scale and bias of each weight, float64."""
+    size = packed.quantization.options.group_size
     return tuple(  # type: ignore[return-value]
-        np.repeat(np.array(p.astype(mx.float32), dtype=np.float64), packed.group_size, axis=1)
+        np.repeat(np.array(p.astype(mx.float32), dtype=np.float64), size, axis=1)
         for p in (packed.scales, packed.biases)
     )
 
@@ -145,7 +150,7 @@ class TestQuantize:
 
     @pytest.mark.parametrize(("inputs", "group_size"), [(96, 64), (64, 128), (33, 32)])
     def test_leaves_what_does_not_divide(self, inputs: int, group_size: int) -> None:
-        assert AffineLinear.from_linear(nn.Linear(inputs, 8), group_size, 4) is None
+        assert pack(mx.ones((8, inputs)), AffineOptions(group_size, 4)) is None
 
 
 class TestForward:
@@ -164,20 +169,32 @@ class TestForward:
         np.testing.assert_allclose(np.array(slope), np.array(towards) @ weight, atol=1e-5)
 
     @pytest.mark.parametrize(
-        ("cpu", "rows", "expands"), [(True, 1, False), (True, 2, True), (False, 2, False)]
+        ("device", "rows", "expands"),
+        [
+            ("cpu", 1, False),
+            ("cpu", 2, True),
+            ("cuda", CUDA_ROWS - 1, False),
+            ("cuda", CUDA_ROWS, True),
+            ("metal", CUDA_ROWS, False),
+        ],
     )
     def test_expands_only_where_that_is_faster(
-        self, cpu: bool, rows: int, expands: bool, monkeypatch: pytest.MonkeyPatch
+        self, device: str, rows: int, expands: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         packed = quantized(mx.random.normal((OUTPUTS, INPUTS)))
-        expanded: list[AffineLinear] = []
-        dequantize = AffineLinear.dequantize
-        monkeypatch.setattr(mlxlora_affine.linear, "on_cpu", lambda: cpu)
-        monkeypatch.setattr(
-            AffineLinear, "dequantize", lambda self: expanded.append(self) or dequantize(self)
-        )
+        multiplied: list[int] = []
+        product = mx.quantized_matmul
+
+        def counted(*arguments: Any, **options: Any) -> mx.array:
+            multiplied.append(1)
+            return product(*arguments, **options)
+
+        for module in (mlxlora_affine.packing, linears):
+            monkeypatch.setattr(module, "on_cpu", lambda: device == "cpu")
+        monkeypatch.setattr(mlxlora_affine.packing, "on_cuda", lambda: device == "cuda")
+        monkeypatch.setattr(mx, "quantized_matmul", counted)
         packed(mx.ones((1, rows, INPUTS)))
-        assert bool(expanded) == expands
+        assert bool(multiplied) != expands
 
     def test_outputs_have_the_type_of_the_inputs(self, path: str) -> None:
         packed = quantized(
@@ -196,32 +213,33 @@ class TestLayout:
         """Names, shapes, types and bits are what ``mlx.nn.QuantizedLinear`` makes and reads."""
         linear = nn.Linear(INPUTS, OUTPUTS, bias=bias)
         theirs = nn.QuantizedLinear.from_linear(linear, group_size, bits)
-        ours = AffineLinear.from_linear(linear, group_size, bits)
-        assert ours is not None
+        ours = quantized(linear.weight, bits, group_size, linear.bias if bias else None)
         mine, want = (dict(tree_flatten(module.parameters())) for module in (ours, theirs))
         assert mine.keys() == want.keys()
         assert all(mx.array_equal(mine[name], want[name]) for name in want)
         x = mx.random.normal((3, INPUTS))
         assert mx.abs(ours(x) - theirs(x)).max() < 1e-5
 
-    @pytest.mark.parametrize("bits", BITS)
-    def test_restored_shapes(self, bits: int) -> None:
-        empty = AffineLinear((OUTPUTS, INPUTS), True, 32, bits)
-        shapes = {name: tensor.shape for name, tensor in tree_flatten(empty.parameters())}
-        assert shapes == {
-            "weight": (OUTPUTS, INPUTS * bits // 32),
-            "scales": (OUTPUTS, INPUTS // 32),
-            "biases": (OUTPUTS, INPUTS // 32),
-            "bias": (OUTPUTS,),
-        }
-        assert empty.shape == (OUTPUTS, INPUTS)
-        assert empty.weight.dtype == mx.uint32
+    @pytest.mark.parametrize(
+        ("name", "part"),
+        [
+            ("scales", mx.zeros((OUTPUTS, 1))),
+            ("biases", mx.zeros((OUTPUTS, INPUTS // 32))),
+            ("weight", mx.zeros((OUTPUTS, INPUTS // 8), mx.int32)),
+            ("weight", mx.zeros((OUTPUTS, INPUTS // 4), mx.uint32)),
+        ],
+    )
+    def test_parts_that_do_not_belong_together(self, name: str, part: mx.array, path: str) -> None:
+        options = AffineOptions(64, 4)
+        parts = pack(mx.random.normal((OUTPUTS, INPUTS)), options)
+        assert parts is not None
+        with pytest.raises(ModelError, match="do not belong together at 4 bits, 64 weights a group"):
+            expand(parts | {name: part}, options)
 
 
 class TestOptions:
     def test_defaults(self) -> None:
-        assert AffineOptions() == AffineOptions(head=False, group_size=64, bits=4)
-        assert [field.name for field in dataclasses.fields(AffineOptions)] == ["head", "group_size", "bits"]
+        assert AffineOptions() == AffineOptions(group_size=64, bits=4)
 
     @pytest.mark.parametrize(
         "values", [{"bits": 7}, {"bits": 1}, {"bits": 16}, {"group_size": 48}, {"group_size": 0}, {"size": 4}]

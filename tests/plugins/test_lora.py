@@ -9,22 +9,26 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlxlora_affine.linear import AffineLinear
+from mlxlora_affine import AffineOptions, mlxlora_quantizers
 from mlxlora_lora import LoRAOptions, wrap
 from mlxlora_lora.linear import LoRALinear
 
 from mlxlora_core.errors import UsageError
-from mlxlora_core.model.linears import dense_weight
+from mlxlora_core.model.linears import QuantizedLinear, StackedLinear, dense_weight
 from mlxlora_core.options import parse
+from mlxlora_core.specs import Place
+from mlxlora_core.testing.stand_in import choice
 
 WIDTHS = (64, 96, 32)
 ROWS, RANK, SCALE = 7, 4, 3.0
 
 
-def affine(linear: nn.Linear, bits: int) -> nn.Module:
-    packed = AffineLinear.from_linear(linear, 32, bits)
-    assert packed is not None
-    return packed
+def affine(linear: nn.Linear, bits: int) -> QuantizedLinear:
+    (spec,) = mlxlora_quantizers()
+    quantization = choice("quantizer", spec, AffineOptions(32, bits))
+    parts = spec.quantize(linear.weight, quantization.options)
+    assert parts is not None
+    return QuantizedLinear(quantization, parts, linear.weight.shape, linear.get("bias"))
 
 
 BASES: dict[str, Callable[[int, int], nn.Module]] = {
@@ -111,10 +115,12 @@ class TestStart:
         module = LoRALinear.from_linear(nn.Linear(16, 16))
         assert module.lora_a.shape == (16, 8)
         assert module.scale == 2.0
-        assert LoRAOptions() == LoRAOptions(("wq", "wv"), 16, 8, 2.0, 0.0)
+        assert LoRAOptions() == LoRAOptions(8, 2.0, 0.0)
 
     def test_options_reach_the_layer(self) -> None:
-        module = wrap(nn.Linear(16, 16), LoRAOptions(rank=3, scale=-0.5, dropout=0.25))
+        module = wrap(
+            nn.Linear(16, 16), Place("w", 0, (16, 16)), LoRAOptions(rank=3, scale=-0.5, dropout=0.25)
+        )
         assert isinstance(module, LoRALinear)
         assert (module.lora_a.shape, module.scale) == ((16, 3), -0.5)
         assert "p=0.25" in repr(module.dropout)
@@ -199,6 +205,9 @@ class TestRefusals:
         assert packed.weight.shape == (64, 4)
         assert LoRALinear.from_linear(packed, rank=64).lora_a.shape == (64, 64)
 
+    def test_a_stack_of_linears_is_left_alone(self) -> None:
+        assert wrap(StackedLinear(3, 16, 16), Place("w", 0, (3, 16, 16)), LoRAOptions()) is None
+
     def test_what_is_no_linear(self) -> None:
         with pytest.raises(TypeError, match="Embedding"):
             LoRALinear.from_linear(nn.Embedding(8, 8))
@@ -212,8 +221,6 @@ class TestRefusals:
             {"scale": "nan"},
             {"dropout": 1},
             {"dropout": -0.1},
-            {"layers": 0},
-            {"targets": []},
             {"alpha": 16},
         ],
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -14,11 +15,16 @@ SAMPLERS = {spec.name: spec for spec in mlxlora_samplers()}
 DRAWS = 2000
 
 
+def changed(name: str, logits: Any, tokens: Sequence[int] = (), **values: Any) -> mx.array:
+    """Logits (B, V) as a sampler changes them."""
+    spec = SAMPLERS[name]
+    transform = spec.build(parse(spec.options, values, owner=name))
+    return transform(mx.array(np.array(logits, dtype=np.float32)), tokens)
+
+
 def drawn(name: str, logits: Any, key: int = 0, **values: Any) -> list[int]:
     """Ids for logits (B, V)."""
-    spec = SAMPLERS[name]
-    sample = spec.build(parse(spec.options, values, owner=name))
-    ids = sample(mx.array(np.array(logits, dtype=np.float32)), [], mx.random.key(key))
+    ids = mx.random.categorical(changed(name, logits, **values), key=mx.random.key(key))
     return [int(token) for token in np.array(ids)]
 
 
@@ -34,6 +40,7 @@ def test_defaults() -> None:
         "top-k": {"temp": 0.8, "k": 40},
         "top-p": {"temp": 0.8, "p": 0.9},
         "min-p": {"temp": 0.8, "p": 0.05},
+        "repetition-penalty": {"penalty": 1.2, "window": None},
     }
 
 
@@ -47,10 +54,11 @@ class TestTemperature:
         counts = np.bincount(drawn("temperature", [[0.0, 100.0]] * DRAWS, temp=1e9), minlength=2)
         assert abs(counts[0] - counts[1]) < 4.5 * DRAWS**0.5
 
-    def test_rows_are_drawn_apart(self) -> None:
-        """One key serves all rows of a batch, and does not give them the same token."""
-        assert len(set(drawn("temperature", [[0.0] * 50] * 20))) > 5
-        assert drawn("temperature", [[0, 0, 99.0], [99.0, 0, 0], [0, 99.0, 0]]) == [2, 0, 1]
+    def test_zero_leaves_the_lowest_of_the_most_likely(self) -> None:
+        for name in ("greedy", "temperature", "top-k", "top-p", "min-p"):
+            values = {} if name == "greedy" else {"temp": 0}
+            got = np.array(changed(name, [[1.0, 5.0, 5.0], [3.0, 3.0, -2.0]], **values))
+            assert got.tolist() == [[-np.inf, 5.0, -np.inf], [3.0, -np.inf, -np.inf]]
 
 
 class TestTopK:
@@ -91,6 +99,24 @@ class TestTopP:
         logits = np.random.default_rng(0).normal(0, 8, (200, 50))
         assert drawn("top-p", logits, p=1) == drawn("temperature", logits)
 
+    @pytest.mark.parametrize("scale", [0.3, 3.0])
+    @pytest.mark.parametrize("ties", [True, False])
+    @pytest.mark.parametrize("p", [0.3, 0.9])
+    def test_a_few_sorted_tokens_give_the_set_that_all_of_them_give(
+        self, scale: float, ties: bool, p: float
+    ) -> None:
+        """Of 6000 not all are sorted, where 512 are enough. Sums in float32 may be off by a few tokens."""
+        logits = np.random.default_rng(2).normal(0, scale, (3, 6000)).astype(np.float32)
+        logits = np.round(logits * 4) / 4 if ties else logits
+        for row, got in zip(logits, np.array(changed("top-p", logits, p=p, temp=1)), strict=True):
+            order = np.argsort(-row, kind="stable")
+            chances = np.exp(row[order].astype(np.float64))
+            size = int(np.argmax(np.cumsum(chances) >= p * chances.sum())) + 1
+            assert (size < 512) == (scale == 3.0)
+            kept = np.flatnonzero(got > -np.inf)
+            assert abs(len(kept) - size) <= max(1, size // 1000)
+            assert set(kept.tolist()) == set(order[: len(kept)].tolist())
+
     def test_every_row_has_its_own_set(self) -> None:
         logits = np.log([[0.9, 0.05, 0.05], [0.05, 0.05, 0.9]] * 100)
         assert drawn("top-p", logits, p=0.8, temp=1) == [0, 2] * 100
@@ -111,6 +137,41 @@ class TestMinP:
         logits = [[0.3, 2.0, 2.0, -1.0]] * 200
         assert drawn("min-p", logits, p=0) == drawn("temperature", logits)
         assert set(drawn("min-p", logits, p=1)) == {1, 2}
+
+
+class TestRepetitionPenalty:
+    LOGITS = ((2.0, -2.0, 0.0, 6.0, 1.0),)
+
+    def test_divides_what_is_above_0_and_multiplies_what_is_below(self) -> None:
+        got = np.array(changed("repetition-penalty", self.LOGITS, [0, 1, 2], penalty=2.0))
+        assert got.tolist() == [[1.0, -4.0, 0.0, 6.0, 1.0]]
+
+    def test_how_often_a_token_came_does_not_count(self) -> None:
+        once = changed("repetition-penalty", self.LOGITS, [3, 0])
+        assert mx.array_equal(changed("repetition-penalty", self.LOGITS, [3, 3, 0, 3]), once)
+
+    def test_a_window_forgets(self) -> None:
+        got = np.array(changed("repetition-penalty", self.LOGITS, [0, 3, 3, 4], penalty=2.0, window=2))
+        assert got.tolist() == [[2.0, -2.0, 0.0, 3.0, 0.5]]
+        long = changed("repetition-penalty", self.LOGITS, [0, 3], window=99)
+        assert mx.array_equal(long, changed("repetition-penalty", self.LOGITS, [0, 3]))
+
+    def test_one_and_no_ids_change_nothing(self) -> None:
+        for tokens, penalty in (((0, 1, 3), 1.0), ((), 2.0)):
+            got = changed("repetition-penalty", self.LOGITS, tokens, penalty=penalty)
+            assert np.array(got).tolist() == [list(row) for row in self.LOGITS]
+
+    def test_what_is_ruled_out_stays_so(self) -> None:
+        got = np.array(changed("repetition-penalty", [[-np.inf, 1.0]], [0, 1], penalty=2.0))
+        assert got.tolist() == [[-np.inf, 0.5]]
+
+    def test_it_ends_a_loop(self) -> None:
+        """Of two tokens that a greedy reader would repeat for good, the second comes."""
+        row, tokens = [[2.0, 1.9, -1.0]], [2]
+        for _ in range(2):
+            less = changed("repetition-penalty", row, tokens, penalty=1.5)
+            tokens.append(int(mx.argmax(changed("greedy", np.array(less)))))
+        assert tokens == [2, 0, 1]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

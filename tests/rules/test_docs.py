@@ -17,7 +17,8 @@ from mlxlora_core import api, errors, files, hookspecs, ops, registry, specs
 from mlxlora_core.cli.verbs import VERBS, group
 from mlxlora_core.errors import ExitCode
 from mlxlora_core.options import Option, explain
-from mlxlora_core.run import recipe
+from mlxlora_core.registry.sections import CONFIGS, config_of
+from mlxlora_core.run import recipe, recipe_source
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
@@ -80,7 +81,9 @@ def test_the_fields_that_all_specs_have() -> None:
         assert f"| `{field.name}: {field.type}` |" in text
 
 
-@pytest.mark.parametrize("name", ["ForeignModel", "LazyTensor", "Row", "Rows", "Skipped", "RuntimeNote"])
+@pytest.mark.parametrize(
+    "name", ["ForeignModel", "LazyTensor", "Row", "Rows", "Skipped", "RuntimeNote", "Place"]
+)
 def test_every_field_of_what_functions_hand_over(name: str) -> None:
     for field in dataclasses.fields(getattr(api, name)):
         assert f"| `{field.name}: {field.type}` |" in page("plugins.md"), f"{name}.{field.name}"
@@ -124,14 +127,26 @@ def test_every_option_explains_itself(component: Any) -> None:
 # --- recipes ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("section", recipe._PLAIN)
+@pytest.mark.parametrize("section", recipe.PLAIN)
 def test_every_key_of_a_recipe_is_a_row_with_its_type_and_default(section: str) -> None:
     text = part(page("kinds/recipes.md"), f"## [{section}]")
-    known = explain(recipe._PLAIN[section])
+    known = explain(recipe.PLAIN[section])
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.MULTILINE))
     assert list(rows) == [o.name for o in known]
     for option in known:
         assert f"| `{option.name}` | {option.type_name} | {_default(option)} | " in text
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_key_beside_use_is_a_row_with_its_default(kind: str) -> None:
+    """On the page of its kind, and in the table of sections."""
+    text = part(page("kinds/recipes.md"), "## Sections that name a component")
+    (row,) = [line for line in text.splitlines() if f"]` | {kind} |" in line]
+    for option in explain(config_of(kind)):
+        assert f"`{option.name}`" in row
+        below = part(page(f"kinds/{PAGES[kind]}"), "## What the section holds beside the options")
+        assert f"| `{option.name}` | " in below
+        assert f"| {_default(option)} |" in below
 
 
 def _default(option: Option) -> str:
@@ -144,7 +159,7 @@ def _default(option: Option) -> str:
 
 def test_every_section_that_names_a_component_is_a_row_with_its_default() -> None:
     text = part(page("kinds/recipes.md"), "## Sections that name a component")
-    for section, (kind, default, required) in recipe._CHOICES.items():
+    for section, (kind, default, required) in recipe.CHOICES.items():
         (row,) = [line for line in text.splitlines() if line.startswith(f"| `[{section}]` | {kind} |")]
         assert f"`{default}`" in row or (required and row.endswith("| an error |"))
 
@@ -153,7 +168,7 @@ def test_the_recipe_on_the_page_is_a_recipe(tmp_path: Path) -> None:
     block = re.search(r"```toml\n(.*?)```", page("kinds/recipes.md"), re.DOTALL)
     assert block is not None
     (tmp_path / "page.toml").write_text(block[1])
-    read = recipe.read(tmp_path / "page.toml", [], registry.load(environ={registry.ALLOW_LIST: ""}))
+    read = recipe_source.read(tmp_path / "page.toml", [], registry.load(environ={registry.ALLOW_LIST: ""}))
     assert read.adapter.options.rank == 8
 
 

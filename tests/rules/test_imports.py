@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from mlxlora_core.cli.verbs import VERBS
+
 ROOT = Path(__file__).parents[2]
 CORE, PLUGINS = ROOT / "mlxlora_core", ROOT / "plugins"
 HEAVY = {"mlx", "numpy", "torch", "sentencepiece", "safetensors", "scipy_openblas32", "griffe"}
@@ -23,16 +25,18 @@ DOORS = {"mlxlora_core.api", "mlxlora_core.ops", "mlxlora_core.files"}
 #: the rooms of core that every verb may import; the empty one is the door
 LIGHT_ROOMS = {"", "registry", "files", "machine", "run", "cli"}
 #: what reads or computes with tensors in them
-HEAVY_IN_LIGHT_ROOMS = {"mlxlora_core.ops", "mlxlora_core.files.tensor_file", "mlxlora_core.run.pipeline"}
-#: what other rooms have that light ones need: settings, the record of a dataset, checkpoints as files
+HEAVY_IN_LIGHT_ROOMS = {"mlxlora_core.ops", "mlxlora_core.files.tensor_file"}
+#: what other rooms have that light ones need: settings, events, the record of a dataset, checkpoints as files
 LIGHT_IN_HEAVY_ROOMS = {
+    "mlxlora_core.model.events",
     "mlxlora_core.training.chat",
     "mlxlora_core.training.settings",
     "mlxlora_core.training.dataset",
+    "mlxlora_core.training.events",
     "mlxlora_core.training.checkpoints",
     "mlxlora_core.training.identity",
 }
-LIGHT_LIBRARIES = {"click", "pluggy", "rich"}
+LIGHT_LIBRARIES = {"click", "pluggy", "rich", "tomli_w"}
 
 #: plugin -> the library that it is about
 OWN = {
@@ -165,6 +169,24 @@ def test_light_modules_of_core_import_light_ones_at_their_top() -> None:
             top = name.partition(".")[0]
             if top not in sys.stdlib_module_names | LIGHT_LIBRARIES and name not in allowed:
                 found.append(f"{path.relative_to(ROOT)}:{line}: {name}")
+    assert found == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_imports_no_other_verb(verb: str) -> None:
+    """What verbs share stands in modules of its own."""
+    others = {f"mlxlora_core.cli.{other}" for other in VERBS if other != verb}
+    assert {module for _, module in imports(CORE / "cli" / f"{verb}.py")} & others == set()
+
+
+def test_nothing_imports_a_verb_but_the_list_of_verbs() -> None:
+    verbs = {f"mlxlora_core.cli.{verb}" for verb in VERBS}
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {module}"
+        for path in CORE.rglob("*.py")
+        for line, module in imports(path)
+        if module in verbs
+    ]
     assert found == []
 
 

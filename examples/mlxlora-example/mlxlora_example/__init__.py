@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from mlxlora_core.api import (
     Adapter,
-    AdapterOptions,
     DatasetBuilder,
-    DatasetOptions,
+    NoOptions,
+    Place,
     Rows,
-    Sample,
     Sampler,
+    Transform,
     hookimpl,
     option,
 )
@@ -31,22 +31,13 @@ if TYPE_CHECKING:
 mlxlora_api = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class MarkdownOptions(DatasetOptions):
+@dataclass(frozen=True)
+class MarkdownOptions:
     """Where the Markdown files are, and what a row looks like."""
 
     path: Path = option(help="a Markdown file, or a folder that is searched for *.md")
     form: str = option("text", help="one text, or a prompt and a completion", choices=("text", "prompt"))
     limit: int = option(4000, help="longest section", unit="characters", minimum=1)
-
-
-@dataclass(frozen=True)
-class ScalingOptions(AdapterOptions):
-    """Which linears are scaled; by default all in a layer, since the adapter is so small."""
-
-    targets: tuple[str, ...] = option(
-        ("all-linear",), help="names of the linears to adapt, or all-linear for every one in a layer"
-    )
 
 
 @dataclass(frozen=True)
@@ -71,11 +62,11 @@ def inputs(options: MarkdownOptions) -> Mapping[str, str]:
     return markdown.stamps(options.path)
 
 
-def wrap(linear: nn.Module, options: ScalingOptions) -> nn.Module:
-    """See :class:`mlxlora_example.scaling.ScaledLinear`."""
+def wrap(linear: nn.Module, place: Place, options: NoOptions) -> nn.Module | None:
+    """See :class:`mlxlora_example.scaling.ScaledLinear`; a stack of linears is left alone."""
     from mlxlora_example.scaling import ScaledLinear
 
-    return ScaledLinear(linear)
+    return ScaledLinear(linear) if len(place.shape) == 2 else None
 
 
 def fuse(module: nn.Module, weight: mx.array) -> mx.array:
@@ -86,7 +77,7 @@ def fuse(module: nn.Module, weight: mx.array) -> mx.array:
     return module.fuse(weight)
 
 
-def typical(options: TypicalOptions) -> Sample:
+def typical(options: TypicalOptions) -> Transform:
     """See :func:`mlxlora_example.typical.sampler`."""
     from mlxlora_example.typical import sampler
 
@@ -108,7 +99,7 @@ def mlxlora_dataset_builders() -> Iterable[DatasetBuilder]:
 def mlxlora_adapters() -> Iterable[Adapter]:
     """One factor for each input of a linear."""
     summary = "one trained factor for each input of a frozen linear"
-    return [Adapter(name="scaling", summary=summary, options=ScalingOptions, wrap=wrap, fuse=fuse)]
+    return [Adapter(name="scaling", summary=summary, wrap=wrap, fuse=fuse)]
 
 
 @hookimpl

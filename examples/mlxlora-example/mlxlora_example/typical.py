@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlxlora_core.api import Sample
+from mlxlora_core.api import Transform
 
 
-def sampler(temp: float, mass: float) -> Sample:
-    """Sample among the tokens whose surprise -log p is closest to the entropy of all of them.
+def sampler(temp: float, mass: float) -> Transform:
+    """Leave the tokens whose surprise -log p is closest to the entropy of all of them.
 
     Args:
         temp: divides the logits; 0 is argmax.
@@ -18,11 +18,12 @@ def sampler(temp: float, mass: float) -> Sample:
             one at least (the set of eq. 10 of the paper).
     """
 
-    def sample(logits: mx.array, tokens: Sequence[int], key: mx.array) -> mx.array:
-        """Token ids (B,) of logits (B, V)."""
+    def transform(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+        """Logits (B, V) with -inf for the tokens that do not take part."""
         if temp == 0:
-            return mx.argmax(logits, axis=-1)
-        logp = logits.astype(mx.float32) / temp
+            best = mx.argmax(logits, axis=-1, keepdims=True)
+            return mx.where(mx.arange(logits.shape[-1]) == best, logits, -mx.inf)
+        logp = logits / temp
         logp = logp - mx.logsumexp(logp, axis=-1, keepdims=True)
         p = mx.exp(logp)
         # A token of probability 0 adds nothing to the entropy, though its log is infinite.
@@ -35,6 +36,6 @@ def sampler(temp: float, mass: float) -> Sample:
         edge = mx.where(before < mass, mx.take_along_axis(apart, order, axis=-1), 0).max(
             axis=-1, keepdims=True
         )
-        return mx.random.categorical(mx.where(apart <= edge, logp, -mx.inf), axis=-1, key=key)
+        return mx.where(apart <= edge, logp, -mx.inf)
 
-    return sample
+    return transform

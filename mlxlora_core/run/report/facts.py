@@ -48,7 +48,7 @@ def read_facts(folder: Path) -> Facts:
         raise DataError(f"cannot be read: {fault}", where=folder / RECIPE, fix="run again") from fault
     try:
         inputs, started, stages = record["inputs"], record["started"], record["stages"]
-        results = {name: stage["result"] for name, stage in stages.items() if stage["inputs"] == inputs[name]}
+        results = {n: stage["result"] for n, stage in stages.items() if stage["inputs"] == inputs.get(n)}
         ours = started.get("train") == inputs["train"]
     except (KeyError, TypeError, AttributeError) as fault:
         raise DataError(

@@ -9,7 +9,6 @@ from importlib.resources import files
 from typing import Any
 
 from mlxlora_core.errors import listing
-from mlxlora_core.run.plan import STAGES
 from mlxlora_core.run.report.answers import questions, verdict
 from mlxlora_core.run.report.facts import Facts
 from mlxlora_core.run.report.html import Html, data, element, join
@@ -102,8 +101,9 @@ def _progress(facts: Facts) -> Html | None:
     """Where a run that is not at its end stands."""
     if "summary" in facts.record:
         return None
-    open_stages = [stage for stage in STAGES if stage not in facts.results]
-    done = listing(stage for stage in STAGES if stage in facts.results)
+    stages = facts.record["inputs"]  # in the order in which they are done
+    open_stages = [stage for stage in stages if stage not in facts.results]
+    done = listing(stage for stage in stages if stage in facts.results)
     steps = facts.recipe["train"]["iters"]
     at_train = facts.train and open_stages[:1] == ["train"]
     place = f" (step {facts.train[-1]['step']} of {steps})" if at_train else ""

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 
@@ -45,22 +44,17 @@ def test_an_exception_in_the_middle_leaves_the_old_file_and_no_other(
     path = tmp_path / "file"
     durable.write_text(path, "old")
 
-    def write(file: BinaryIO) -> None:
+    with pytest.raises(fault), durable.new_file(path) as file:
         file.write(b"half of the n")
         raise fault
-
-    with pytest.raises(fault):
-        durable.write_file(path, write)
     assert path.read_text() == "old"
     assert names(tmp_path) == ["file"]
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
-    def write(file: BinaryIO) -> None:
+    words = r"file: cannot be written: No space left.*free some space"
+    with pytest.raises(ResourceError, match=words), durable.new_file(tmp_path / "file"):
         raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(ResourceError, match=r"file: cannot be written: No space left.*free some space"):
-        durable.write_file(tmp_path / "file", write)
     assert names(tmp_path) == []
 
 
@@ -244,7 +238,8 @@ def test_a_file_of_a_killed_process_is_cleared_and_that_of_a_living_one_is_not(t
 import os, signal, sys
 from pathlib import Path
 from mlxlora_core.files import durable
-durable.write_file(Path(sys.argv[1]), lambda file: os.kill(os.getpid(), signal.SIGKILL))
+with durable.new_file(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
 """
     assert run(code, path).returncode == -9
     assert len(names(tmp_path)) == 1 and not path.exists()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -15,8 +17,11 @@ from mlxlora_core.files import tensor_file
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as folders
 from mlxlora_core.model.folder import Model
-from mlxlora_core.model.linears import linears, parameters
-from mlxlora_core.registry import Registry
+from mlxlora_core.model.linears import linear_shape, linears, parameters
+from mlxlora_core.options import NoOptions
+from mlxlora_core.registry import Choice, Component, Plugin, Registry
+from mlxlora_core.registry.sections import AdapterConfig, configure
+from mlxlora_core.specs import Adapter, Place
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loop import train
 from mlxlora_core.training.settings import TrainConfig
@@ -36,7 +41,7 @@ def load(model_folder: MakeModel, registry: Registry) -> Callable[..., Model]:
 def adapt(model: Model, registry: Registry, seed: int = 0, trained: bool = True, **options: Any) -> Any:
     """Put an adapter on and, unless told otherwise, make it do something."""
     lora = registry.find("adapter", "lora")
-    adapted = adapters.attach(model, lora, lora.spec.options(**{"rank": 4, **options}), seed)
+    adapted = adapters.attach(model, *configure(lora, {"rank": 4, **options}), seed)
     if trained:
         shapes = {name: t.shape for name, t in adapters.trainable(model.module).items()}
         fill(model, {name: mx.random.normal(shape) * 0.1 for name, shape in shapes.items()})
@@ -57,7 +62,7 @@ def refused(
     assert adapters.trainable(model.module) == {}
     assert {type(linear).__name__ for _, linear in linears(model.module)} <= {
         "Linear",
-        "AffineLinear",
+        "QuantizedLinear",
     }
     assert not any("lora" in name for name in parameters(model.module))
     assert mx.array_equal(model.language_model(TOKENS), before)
@@ -198,13 +203,8 @@ def test_a_file_says_what_it_holds(load: Callable[..., Model], registry: Registr
     metadata = tensor_file.load(tmp_path / "a.safetensors")[1]
     record = json.loads(metadata["mlxlora"])
     assert (record["adapter"], record["base"]) == ("lora:lora", model.fingerprint)
-    assert record["options"] == {
-        "targets": ["wq", "wv"],
-        "layers": 16,
-        "rank": 4,
-        "scale": 2.0,
-        "dropout": 0.0,
-    }
+    assert record["options"] == {"rank": 4, "scale": 2.0, "dropout": 0.0}
+    assert record["config"] == {"targets": ["wq", "wv"], "layers": 16}
     assert record["paths"] == list(adapted.paths)
     assert record["versions"].keys() == {"mlxlora"}
 
@@ -280,25 +280,25 @@ def test_an_adapter_of_the_same_base_in_another_format_is_taken(
 @pytest.mark.parametrize(
     ("wanted", "says"),
     [
-        (("lora", {"rank": "8"}), "rank is 4, wanted 8"),
-        ((None, {"rank": 8, "scale": 1.0}), "rank is 4, wanted 8, scale is 2.0, wanted 1.0"),
-        (("lora", {"layers": 1}), "layers is 16, wanted 1"),
-        ((None, {"targets": "wq"}), "targets is"),
+        ({"name": "lora", "values": {"rank": "8"}}, "rank is 4, wanted 8"),
+        ({"values": {"rank": 8, "scale": 1.0}}, "rank is 4, wanted 8, scale is 2.0, wanted 1.0"),
+        ({"name": "lora", "values": {"layers": 1}}, "layers is 16, wanted 1"),
+        ({"values": {"targets": "wq"}}, "targets is"),
     ],
 )
 def test_other_options_than_those_asked_for_are_refused(
     load: Callable[..., Model], registry: Registry, saved: Path, wanted: Any, says: str
 ) -> None:
-    assert says in refused(saved, load(), registry, wanted=wanted)
+    assert says in refused(saved, load(), registry, **wanted)
 
 
 def test_what_is_asked_for_and_held_is_taken_and_the_rest_is_as_in_the_file(
     load: Callable[..., Model], registry: Registry, saved: Path
 ) -> None:
     # The file's rank is not the default: naming the adapter must not bring the default back.
-    for wanted in (("lora", {}), (None, {"rank": "4"}), ("lora:lora", {"targets": "wq,wv"})):
-        adapted = adapters.load(saved, load(), registry, wanted)
-        assert adapted.options.rank == 4  # type: ignore[attr-defined]
+    for name, values in (("lora", {}), (None, {"rank": "4"}), ("lora:lora", {"targets": "wq,wv"})):
+        adapted = adapters.load(saved, load(), registry, name, values)
+        assert adapted.choice.options.rank == 4
 
 
 def test_another_kind_of_adapter_is_refused(
@@ -307,9 +307,9 @@ def test_another_kind_of_adapter_is_refused(
     lora = registry.find("adapter", "lora")
     spec = type(lora.spec)(**{**vars(lora.spec), "name": "dora"})
     more = Registry(registry.plugins, [*registry.components, type(lora)("adapter", spec, lora.plugin)])
-    assert "holds adapter 'lora:lora', wanted 'dora'" in refused(saved, load(), more, wanted=("dora", {}))
+    assert "holds adapter 'lora:lora', wanted 'dora'" in refused(saved, load(), more, name="dora")
     rewrite(saved, lambda tensors, record: record.update(adapter="lora:dora"))
-    message = refused(saved, load(), more, wanted=("lora", {}))
+    message = refused(saved, load(), more, name="lora")
     assert "holds adapter 'lora:dora', wanted 'lora'" in message
     assert "no adapter 'lora:dora'" in refused(saved, load(), registry, PluginError)
 
@@ -321,9 +321,11 @@ def test_another_kind_of_adapter_is_refused(
         (lambda t, r: t.pop("layers.0.attention.wq.lora_a"), "1 missing: layers.0.attention.wq.lora_a"),
         (lambda t, r: t.update(m=mx.ones(1)), "1 unknown: m"),
         (lambda t, r: r["options"].update(rank=8), "8 of a wrong shape"),
-        (lambda t, r: r["options"].update(layers=1), "4 unknown: layers.0.attention.wq.lora_a"),
-        (lambda t, r: r["options"].update(targets=["wq"]), "4 unknown"),
-        (lambda t, r: r["options"].update(targets=["wq", "wv", "wo"]), "4 missing"),
+        (lambda t, r: r.update(paths=r["paths"][2:]), "4 unknown: layers.0.attention.wq.lora_a"),
+        (lambda t, r: r["paths"].append("layers.0.attention.wo"), "2 missing"),
+        (lambda t, r: r["paths"].append("layers.7.attention.wo"), "adapts layers.7.attention.wo, which this"),
+        (lambda t, r: r["paths"].append(["wq"]), "cannot be read"),
+        (lambda t, r: r["config"].update(layers=0), "options that cannot be: adapter 'lora': layers must be"),
         (lambda t, r: t.update({k: v.astype(mx.int32) for k, v in t.items()}), "8 of a wrong type"),
         (lambda t, r: t.update({k: v * float("nan") for k, v in t.items()}), "8 not finite"),
         (lambda t, r: r["options"].update(rank=0), "options that cannot be: adapter 'lora' option 'rank'"),
@@ -353,6 +355,162 @@ def test_a_flipped_bit_is_found(load: Callable[..., Model], registry: Registry, 
     assert "is damaged: its tensors are not those that were written" in refused(saved, load(), registry)
 
 
+# --- files of before ----------------------------------------------------------
+
+
+def test_a_file_with_targets_and_layers_among_the_options_loads(
+    load: Callable[..., Model], registry: Registry, saved: Path
+) -> None:
+    """As files were written when adapters declared them; the fingerprint is that of such a file."""
+    tensors, metadata = tensor_file.load(saved)
+    mx.eval(tensors)
+    record = json.loads(metadata["mlxlora"])
+    old = {
+        "adapter": "lora:lora",
+        "base": record["base"],
+        "options": {"targets": ["wq", "wv"], "layers": 16, "rank": 4, "scale": 2.0, "dropout": 0.0},
+        "paths": record["paths"],
+        "versions": {"mlxlora": "0.1.0"},
+    }
+    tensor_file.save(saved, sorted(tensors.items()), {"mlxlora": json.dumps(old)}, len(tensors))
+    model = load()
+    adapted = adapters.load(saved, model, registry, "lora", {"layers": 16, "rank": 4})
+    assert list(adapted.paths) == record["paths"]
+    assert adapted.config == AdapterConfig(("wq", "wv"), 16)
+    got = adapters.trainable(model.module)
+    assert all(mx.array_equal(got[name], tensor) for name, tensor in tensors.items())
+    assert "layers is 16, wanted 1" in refused(saved, load(), registry, values={"layers": 1})
+
+
+def test_a_file_wraps_exactly_what_it_records(
+    load: Callable[..., Model], registry: Registry, saved: Path
+) -> None:
+    """Whatever the targets would choose in this model."""
+    rewrite(saved, lambda tensors, record: record["config"].update(targets=["w9"], layers=1))
+    assert len(adapters.load(saved, load(), registry).paths) == 4
+
+
+# --- what an adapter must not do ----------------------------------------------
+
+
+class Shift(nn.Module):
+    """Adds a vector; what it does wrong is up to the test."""
+
+    def __init__(self, linear: nn.Module, name: str = "linear") -> None:
+        super().__init__()
+        self[name] = linear
+        self.shift = mx.zeros((linear_shape(linear)[0],))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.linear(x) + self.shift
+
+
+def thawed(linear: nn.Module) -> nn.Module:
+    shift = Shift(linear)
+    shift.unfreeze()
+    return shift
+
+
+def whole(linear: nn.Module) -> nn.Module:
+    shift = Shift(linear)
+    shift.shift = mx.zeros((4,), mx.int32)
+    return shift
+
+
+def still(linear: nn.Module) -> nn.Module:
+    shift = Shift(linear)
+    shift.freeze()
+    return shift
+
+
+def broken(wrap: Callable[..., Any], fuse: Callable[..., Any] = lambda module, weight: weight) -> Choice:
+    spec = Adapter(name="odd", summary="s", wrap=lambda linear, place, options: wrap(linear), fuse=fuse)
+    return Choice(Component("adapter", spec, Plugin("odd", "odd", "1", "file", "odd")), NoOptions())
+
+
+@pytest.mark.parametrize(
+    ("wrap", "got", "want"),
+    [
+        (
+            lambda linear: None,
+            "None for layers.0.attention.wq, layers.0",
+            "a module that trains for at least",
+        ),
+        (lambda linear: 3, "int", "Module"),
+        (lambda linear: linear, "a Linear without the linear", "keeps it as its child 'linear'"),
+        (lambda linear: Shift(linear, "base"), "a Shift without the linear", "its child 'linear'"),
+        (lambda linear: Shift(nn.Linear(4, 4)), "a Shift without the linear", "its child 'linear'"),
+        (thawed, "a module in which linear.weight trains", "the linear frozen"),
+        (whole, "shift of type mlx.core.int32 to train", "a floating one"),
+        (still, "modules without a parameter that trains", "a module that trains for at least one linear"),
+    ],
+)
+def test_what_wrap_gives_is_checked_before_the_model_is_touched(
+    load: Callable[..., Model], wrap: Callable[..., Any], got: str, want: str
+) -> None:
+    model = load()
+    with pytest.raises(PluginError) as caught:
+        adapters.attach(model, broken(wrap), AdapterConfig(), 0)
+    message = str(caught.value)
+    assert message.startswith(f"adapter odd:odd: wrap gives {got}") and want in message
+    assert not any("shift" in name for name in parameters(model.module))
+
+
+def test_a_linear_that_is_not_the_adapter_s_stays_as_it_is(load: Callable[..., Model]) -> None:
+    model = load()
+    places = []
+
+    def wrap(linear: nn.Module, place: Place, options: Any) -> nn.Module | None:
+        places.append(place)
+        return Shift(linear) if place.layer == 1 and place.shape == (16, 32) else None
+
+    spec = Adapter(name="some", summary="s", wrap=wrap, fuse=lambda module, weight: weight)
+    choice = Choice(Component("adapter", spec, Plugin("some", "some", "1", "file", "some")), NoOptions())
+    adapted = adapters.attach(model, choice, AdapterConfig(), 0)
+    assert adapted.paths == ("layers.1.attention.wv",)
+    assert places == [
+        Place(f"layers.{layer}.attention.{name}", layer, shape)
+        for layer in range(2)
+        for name, shape in (("wq", (32, 32)), ("wv", (16, 32)))
+    ]
+
+
+def test_layers_are_found_wherever_the_model_keeps_them(load: Callable[..., Model]) -> None:
+    model = load()
+
+    class Inner(nn.Module):
+        def __init__(self, layers: list[nn.Module]) -> None:
+            super().__init__()
+            self.blocks = layers
+
+    class Other(nn.Module):
+        def __init__(self, layers: list[nn.Module]) -> None:
+            super().__init__()
+            self.inner = Inner(layers)
+
+        @property
+        def layers(self) -> list[nn.Module]:
+            return self.inner.blocks
+
+    moved: Any = Other(model.language_model.layers)
+    model = dataclasses.replace(model, language_model=moved)
+    adapted = adapters.attach(model, broken(Shift), AdapterConfig(layers=1), 0)
+    assert adapted.paths == ("inner.blocks.1.attention.wq", "inner.blocks.1.attention.wv")
+
+
+def test_default_targets_are_those_of_the_architecture_or_all(
+    load: Callable[..., Model], registry: Registry
+) -> None:
+    model = load()
+    assert adapters.attach(model, broken(Shift), AdapterConfig(), 0).config.targets == ("wq", "wv")
+    architecture = model.architecture
+    spec = dataclasses.replace(architecture.spec, default_targets=())
+    model = dataclasses.replace(load(), architecture=dataclasses.replace(architecture, spec=spec))
+    adapted = adapters.attach(model, broken(Shift), AdapterConfig(), 0)
+    assert adapted.config.targets == ("all-linear",)
+    assert len(adapted.paths) == 14
+
+
 # --- files of other tools -----------------------------------------------------
 
 
@@ -375,7 +533,7 @@ def test_a_file_that_says_nothing_is_the_default_adapter_with_the_options_given(
     tensors = foreign(path)
     model = load()
     adapted = adapters.load(path, model, registry)
-    assert adapted.options.rank == 8  # type: ignore[attr-defined]
+    assert adapted.choice.options.rank == 8
     got = adapters.trainable(model.module)
     assert all(mx.array_equal(got[name], tensor) for name, tensor in tensors.items())
     x = mx.random.normal((3, 32))
@@ -385,7 +543,7 @@ def test_a_file_that_says_nothing_is_the_default_adapter_with_the_options_given(
     foreign(path, rank=3, layers=1)
     message = refused(path, load(), registry)
     assert "4 missing" in message and "4 of a wrong shape" in message
-    adapters.load(path, load(), registry, (None, {"rank": 3, "layers": 1}))
+    adapters.load(path, load(), registry, values={"rank": 3, "layers": 1})
 
 
 def test_half_precision_tensors_train_in_the_adapter_s_own_type(

@@ -16,11 +16,11 @@ import torch
 from mlxlora_core.errors import ModelError, PluginError, ResourceError, SafetyError, UsageError
 from mlxlora_core.files import tensor_file
 from mlxlora_core.model import folder as folders
-from mlxlora_core.model.convert import ConvertReport, convert
-from mlxlora_core.model.folder import Quantization
+from mlxlora_core.model.convert import convert
+from mlxlora_core.model.events import result_of
 from mlxlora_core.model.linears import dense_weight, linears
 from mlxlora_core.model.weights import WEIGHTS
-from mlxlora_core.registry import Component, Registry
+from mlxlora_core.registry import Choice, Component, Registry
 from mlxlora_core.specs import ForeignModel, LazyTensor, WeightLoader
 
 MakeCheckpoint = Callable[..., Path]
@@ -40,9 +40,9 @@ def change(checkpoint: Path, **tensors: torch.Tensor | None) -> Path:
     return checkpoint
 
 
-def affine(registry: Registry, **options: Any) -> Quantization:
+def affine(registry: Registry, **options: Any) -> Choice:
     component = registry.find("quantizer", "affine")
-    return Quantization(component, component.spec.options(**options))
+    return Choice(component, component.spec.options(**options))
 
 
 def weights(folder: Path) -> dict[str, mx.array]:
@@ -88,7 +88,7 @@ def test_bfloat16_in_npz_is_refused_at_once(
     tiny_checkpoint: Path, registry: Registry, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="npz cannot hold bfloat16"):
-        convert(tiny_checkpoint, tmp_path / "model", registry, dtype="bfloat16", file_format="npz")
+        result_of(convert(tiny_checkpoint, tmp_path / "model", registry, dtype="bfloat16", file_format="npz"))
     clean(tmp_path)
 
 
@@ -128,6 +128,9 @@ def test_config_holds_what_the_model_is_and_nothing_else(
     packed = json.loads((model_folder(bits=4) / "config.json").read_text())
     assert packed.pop("quantization") == {"group_size": 32, "bits": 4}
     assert packed.pop("quantizer") == "affine:affine"
+    assert packed.pop("quantized") == {
+        path.removesuffix(".scales"): {} for path in weights(model_folder(bits=4)) if path.endswith(".scales")
+    }
     assert packed == config
 
 
@@ -136,7 +139,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(
 ) -> None:
     for options in ({}, {"file_format": "npz"}):
         first = model_folder(dtype="float16", **options)
-        convert(tiny_checkpoint, tmp_path / "again", registry, overwrite=True, **options)  # type: ignore[arg-type]
+        result_of(convert(tiny_checkpoint, tmp_path / "again", registry, overwrite=True, **options))  # type: ignore[arg-type]
         for path in first.iterdir():
             assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -181,8 +184,10 @@ def test_the_report_has_the_sizes_and_the_error(
     make_checkpoint: MakeCheckpoint, registry: Registry, tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", dim=96)
-    report = convert(
-        checkpoint, tmp_path / "model", registry, quantization=affine(registry, group_size=64, bits=4)
+    report = result_of(
+        convert(
+            checkpoint, tmp_path / "model", registry, quantization=affine(registry, group_size=64, bits=4)
+        )
     )
     # 96 and 192 inputs: only 192 divides by 64.
     assert report.quantized == 2
@@ -200,7 +205,6 @@ def test_the_report_has_the_sizes_and_the_error(
         squared[1] += float((exact**2).sum())
     assert report.relative_error == pytest.approx((squared[0] / squared[1]) ** 0.5, rel=1e-4)
     assert 0.01 < report.relative_error < 0.2
-    assert ConvertReport("", "", "").relative_error == 0.0
     folders.load(tmp_path / "model", registry)
 
 
@@ -212,16 +216,16 @@ def test_a_target_is_only_replaced_when_it_is_ours_and_the_caller_agrees(
 ) -> None:
     target = tmp_path / "model"
     target.mkdir()
-    convert(tiny_checkpoint, target, registry)
+    result_of(convert(tiny_checkpoint, target, registry))
     before = (target / "model.safetensors").stat().st_ino
     with pytest.raises(SafetyError, match=r"there already.*--overwrite"):
-        convert(tiny_checkpoint, target, registry)
+        result_of(convert(tiny_checkpoint, target, registry))
     assert (target / "model.safetensors").stat().st_ino == before
-    convert(tiny_checkpoint, target, registry, file_format="npz", overwrite=True)
+    result_of(convert(tiny_checkpoint, target, registry, file_format="npz", overwrite=True))
     clean(target, "config.json", "tokenizer.model", "weights.npz")
     (target / "notes.txt").write_text("mine")
     with pytest.raises(SafetyError, match="something else"):
-        convert(tiny_checkpoint, target, registry, overwrite=True)
+        result_of(convert(tiny_checkpoint, target, registry, overwrite=True))
     assert (target / "notes.txt").read_text() == "mine"
     assert SafetyError.exit_code == 5
 
@@ -234,7 +238,7 @@ def test_a_target_is_refused_before_the_checkpoint_is_opened(
 
     (tmp_path / "notes").write_text("")
     with pytest.raises(SafetyError, match="something else"):
-        convert(tiny_checkpoint, tmp_path, with_loader(registry, never), loader="other")
+        result_of(convert(tiny_checkpoint, tmp_path, with_loader(registry, never), loader="other"))
 
 
 def test_the_checkpoint_itself_is_no_target(
@@ -242,7 +246,7 @@ def test_the_checkpoint_itself_is_no_target(
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     with pytest.raises(SafetyError):
-        convert(checkpoint, checkpoint, registry, overwrite=True)
+        result_of(convert(checkpoint, checkpoint, registry, overwrite=True))
     clean(checkpoint, "consolidated.00.pth", "params.json", "tokenizer.model")
 
 
@@ -253,7 +257,7 @@ def refused(checkpoint: Path, registry: Registry, error: type[Exception] = Model
     """The message that a conversion stops with, which leaves nothing behind."""
     target = checkpoint.parent / "out" / "model"
     with pytest.raises(error) as caught:
-        convert(checkpoint, target, registry, **options)
+        result_of(convert(checkpoint, target, registry, **options))
     if target.parent.exists():
         clean(target.parent)
     return str(caught.value)
@@ -294,7 +298,7 @@ def test_values_that_float16_cannot_hold_are_refused(
     message = refused(checkpoint, registry)
     assert "layers.0.attention.wo.weight has values that are not finite as float16" in message
     assert "bfloat16 or float32" in message
-    convert(checkpoint, tmp_path / "model", registry, dtype="bfloat16")
+    result_of(convert(checkpoint, tmp_path / "model", registry, dtype="bfloat16"))
     weight[3, 4] = float("nan")
     change(checkpoint, layers__0__attention__wo__weight=weight)
     message = refused(checkpoint, with_loader(registry, lazy), loader="other", dtype="float32")
@@ -328,11 +332,16 @@ def test_a_disk_that_is_too_small_is_told_before_any_work(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=60_000))
     with pytest.raises(ResourceError, match=r"model: 0\.16 MB of disk are needed, 0\.06 MB are free"):
-        convert(tiny_checkpoint, tmp_path / "model", registry, dtype="float32")
+        result_of(convert(tiny_checkpoint, tmp_path / "model", registry, dtype="float32"))
     clean(tmp_path)
     # What a quantizer will make of the linears is not known before; it may well fit.
-    convert(
-        tiny_checkpoint, tmp_path / "model", registry, quantization=affine(registry, group_size=32, bits=2)
+    result_of(
+        convert(
+            tiny_checkpoint,
+            tmp_path / "model",
+            registry,
+            quantization=affine(registry, group_size=32, bits=2),
+        )
     )
 
 
@@ -363,8 +372,10 @@ def test_two_loaders_that_know_a_folder_must_be_told_apart(
 ) -> None:
     both = with_loader(registry, lazy)
     with pytest.raises(ModelError, match=r"torch:torch-pth, torch:other can read this.*--loader torch:torch"):
-        convert(tiny_checkpoint, tmp_path / "model", both)
-    assert convert(tiny_checkpoint, tmp_path / "model", both, loader="other").loader == "torch:other"
+        result_of(convert(tiny_checkpoint, tmp_path / "model", both))
+    assert (
+        result_of(convert(tiny_checkpoint, tmp_path / "model", both, loader="other")).loader == "torch:other"
+    )
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError, ModelError])
@@ -381,7 +392,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_not_disguised(
 
     expected = ModelError if fault is OSError else fault
     with pytest.raises(expected, match="while reading"):
-        convert(tiny_checkpoint, tmp_path / "model", with_loader(registry, broken), loader="other")
+        result_of(convert(tiny_checkpoint, tmp_path / "model", with_loader(registry, broken), loader="other"))
     clean(tmp_path)
 
 
@@ -404,14 +415,16 @@ def test_tensors_are_read_one_after_another_and_let_go(
     largest = 512 * 256 * 4
     for quantization in (None, affine(registry, group_size=32, bits=4)):
         alive.clear()
-        convert(
-            checkpoint,
-            tmp_path / "model",
-            with_loader(registry, counted),
-            loader="other",
-            dtype="float32",
-            quantization=quantization,
-            overwrite=True,
+        result_of(
+            convert(
+                checkpoint,
+                tmp_path / "model",
+                with_loader(registry, counted),
+                loader="other",
+                dtype="float32",
+                quantization=quantization,
+                overwrite=True,
+            )
         )
         assert len(alive) == 57
         assert max(alive) - alive[0] < largest
@@ -424,13 +437,13 @@ def test_names_that_an_architecture_makes_one_are_refused(
         tensors = lazy(folder)
         return tensors | {"rope.freqs": tensors["norm.weight"]}  # not needed, so no fault
 
-    convert(tiny_checkpoint, tmp_path / "model", with_loader(registry, doubled), loader="other")
+    result_of(convert(tiny_checkpoint, tmp_path / "model", with_loader(registry, doubled), loader="other"))
     llama = registry.find("architecture", "llama")
     spec = type(llama.spec)(**{**vars(llama.spec), "rename": lambda name: name.replace("w3", "w1")})
     others = [c for c in registry.components if c.kind != "architecture"]
     changed = Registry(registry.plugins, [*others, Component("architecture", spec, llama.plugin)])
     with pytest.raises(ModelError, match=r"several tensors are to be layers\.0\.feed_forward\.w1\.weight"):
-        convert(tiny_checkpoint, tmp_path / "other", changed)
+        result_of(convert(tiny_checkpoint, tmp_path / "other", changed))
 
 
 # --- kills --------------------------------------------------------------------
@@ -440,6 +453,7 @@ import os, signal, sys
 from pathlib import Path
 from mlxlora_core import registry
 from mlxlora_core.model.convert import convert
+from mlxlora_core.model.events import result_of
 
 source, target = map(Path, sys.argv[1:3])
 plugins = registry.load(environ={"MLXLORA_PLUGINS": ""})
@@ -449,7 +463,7 @@ def count(event, arguments):
         os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(count)
-convert(source, target, plugins)
+result_of(convert(source, target, plugins))
 """
 
 
@@ -461,7 +475,7 @@ def test_killed_while_it_writes_there_is_no_target_and_the_next_try_succeeds(
     command = [sys.executable, "-c", KILLED, str(tiny_checkpoint), str(target), event]
     assert subprocess.run(command, timeout=60).returncode == -9
     assert not target.exists() and any(tmp_path.iterdir())
-    convert(tiny_checkpoint, target, registry)
+    result_of(convert(tiny_checkpoint, target, registry))
     clean(tmp_path, "model")
     folders.load(target, registry)
 

@@ -18,8 +18,9 @@ from mlxlora_core.machine.device import on_cpu
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as folders
 from mlxlora_core.model.convert import convert
+from mlxlora_core.model.events import result_of
 from mlxlora_core.model.linears import StoredEmbedding, StoredLinear, linears, parameters
-from mlxlora_core.registry import Registry
+from mlxlora_core.registry import Registry, sections
 
 MakeModel = Callable[..., Path]
 
@@ -75,7 +76,7 @@ def test_loading_holds_a_tensor_twice_and_not_the_model(
     make_checkpoint: MakeModel, registry: Registry, tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", dim=128, n_layers=12)
-    convert(checkpoint, tmp_path / "model", registry, dtype="float16")
+    result_of(convert(checkpoint, tmp_path / "model", registry, dtype="float16"))
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -98,10 +99,10 @@ def test_a_loaded_model_is_frozen_and_ready_to_answer(model_folder: MakeModel, r
 def test_a_quantized_folder_says_how_and_loads_packed(model_folder: MakeModel, registry: Registry) -> None:
     model = folders.load(model_folder(bits=4), registry)
     assert model.quantization is not None
-    assert model.quantization.quantizer.spec.name == "affine"
+    assert model.quantization.component.spec.name == "affine"
     assert (model.quantization.options.group_size, model.quantization.options.bits) == (32, 4)
     kinds = {path: type(linear).__name__ for path, linear in linears(model.module)}
-    assert kinds["output"] == "Linear" and kinds["layers.0.attention.wq"] == "AffineLinear"
+    assert kinds["output"] == "Linear" and kinds["layers.0.attention.wq"] == "QuantizedLinear"
     assert tree_flatten(model.module.trainable_parameters()) == []
 
 
@@ -250,7 +251,7 @@ def test_a_config_of_another_model_is_refused(copy: MakeModel, registry: Registr
         (True, ModelError, "quantization is True"),
         ([4], ModelError, "quantization is [4]"),
         ({"group_size": 64, "bits": 4}, ModelError, "the weights do not fit config.json"),
-        ({"group_size": 32, "bits": 8}, ModelError, "of a wrong shape"),
+        ({"group_size": 32, "bits": 8}, ModelError, "do not belong together at 8 bits"),
         (None, ModelError, "unknown: layers.0.attention.wk.biases"),
     ],
 )
@@ -331,7 +332,7 @@ def test_weights_too_large_to_expand_are_expanded_on_use_and_compute_the_same(
     lora = registry.find("adapter", "lora")
     results = []
     for model in (expanded, stored):
-        adapters.attach(model, lora, lora.spec.options(layers=-1, targets=("all-linear",)), 0)
+        adapters.attach(model, *sections.configure(lora, {"layers": -1, "targets": "all-linear"}), 0)
         model.module.update(tree_map(lambda t: t + 0.01, model.module.trainable_parameters()))
 
         def loss(parameters: Any, hidden: mx.array, model: Any = model) -> mx.array:

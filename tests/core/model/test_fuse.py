@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxlora_core.errors import ModelError, SafetyError, UsageError
+from mlxlora_core.errors import ModelError, PluginError, SafetyError, UsageError
 from mlxlora_core.files import tensor_file
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as folders
+from mlxlora_core.model.events import result_of
 from mlxlora_core.model.fuse import fuse
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.registry import Registry
+from mlxlora_core.registry.sections import configure
 
 MakeModel = Callable[..., Path]
 TOKENS = mx.array([[1, 5, 7, 9, 300, 17, 44, 45]])
@@ -28,7 +31,7 @@ def make_adapter(registry: Registry, tmp_path: Path) -> Callable[..., Path]:
     def make(base: Path, size: float = 0.1, **options: Any) -> Path:
         model = folders.load(base, registry)
         lora = registry.find("adapter", "lora")
-        adapted = adapters.attach(model, lora, lora.spec.options(**{"rank": 4, **options}), 0)
+        adapted = adapters.attach(model, *configure(lora, {"rank": 4, **options}), 0)
         names = adapters.trainable(model.module).items()
         values = [(name, mx.random.normal(t.shape, key=mx.random.key(7)) * size) for name, t in names]
         model.module.load_weights(values, strict=False)
@@ -65,7 +68,7 @@ def test_a_dense_fused_model_is_the_adapted_one(
 ) -> None:
     base = model_folder(file_format=file_format)
     adapter = make_adapter(base, targets=("wq", "wo", "w2"))
-    report = fuse(base, adapter, tmp_path / "fused", registry)
+    report = result_of(fuse(base, adapter, tmp_path / "fused", registry))
     want, got = logits(base, registry, adapter), logits(tmp_path / "fused", registry)
     assert mx.allclose(got, want, atol=1e-4)
     assert not mx.allclose(logits(base, registry), want, atol=1e-2)
@@ -90,7 +93,7 @@ def test_what_the_adapter_does_not_touch_is_the_same_byte_for_byte(
     dtype: str,
 ) -> None:
     base = model_folder(bits=bits, dtype=dtype)
-    fuse(base, make_adapter(base, layers=1), tmp_path / "fused", registry)
+    result_of(fuse(base, make_adapter(base, layers=1), tmp_path / "fused", registry))
     before, after = weights(base), weights(tmp_path / "fused")
     assert before.keys() == after.keys()
     changed = {name for name in before if not same_bits(before[name], after[name])}
@@ -115,9 +118,9 @@ def test_a_quantized_fused_model_is_as_far_as_the_report_says(
 ) -> None:
     base = model_folder(bits=bits, dtype="float16")
     adapter = make_adapter(base)
-    report = fuse(base, adapter, tmp_path / "fused", registry)
+    report = result_of(fuse(base, adapter, tmp_path / "fused", registry))
     fused = folders.load(tmp_path / "fused", registry)
-    assert type(fused.language_model.layers[0].attention.wq).__name__ == "AffineLinear"
+    assert type(fused.language_model.layers[0].attention.wq).__name__ == "QuantizedLinear"
     want = logits(base, registry, adapter)
     got = fused.language_model(TOKENS)
     distance = float(mx.linalg.norm((got - want).reshape(-1)) / mx.linalg.norm(want.reshape(-1)))
@@ -131,7 +134,7 @@ def test_the_report_is_measured_on_the_model_that_was_written(
 ) -> None:
     base = model_folder()
     adapter = make_adapter(base)
-    report = fuse(base, adapter, tmp_path / "fused", registry)
+    report = result_of(fuse(base, adapter, tmp_path / "fused", registry))
     probe = mx.random.randint(0, 320, (1, 64), key=mx.random.key(0))
     adapted = folders.load(base, registry)
     adapters.load(adapter, adapted, registry)
@@ -150,7 +153,7 @@ def test_an_adapter_that_does_nothing_fuses_to_the_base(
     model_folder: MakeModel, make_adapter: Callable[..., Path], registry: Registry, tmp_path: Path
 ) -> None:
     base = model_folder(dtype="float16")
-    report = fuse(base, make_adapter(base, size=0.0), tmp_path / "fused", registry)
+    report = result_of(fuse(base, make_adapter(base, size=0.0), tmp_path / "fused", registry))
     before, after = weights(base), weights(tmp_path / "fused")
     assert all(same_bits(before[name], after[name]) for name in before)
     assert report.distance == report.base_distance == 0.0
@@ -168,7 +171,7 @@ def test_the_base_is_never_its_own_target(
     (tmp_path / "link").symlink_to(base)
     for target in (base, tmp_path / "link", base / ".." / "base"):
         with pytest.raises(UsageError, match="cannot replace its own base"):
-            fuse(base, adapter, target, registry, overwrite=True)
+            result_of(fuse(base, adapter, target, registry, overwrite=True))
     assert (base / "model.safetensors").read_bytes() == content
 
 
@@ -179,13 +182,13 @@ def test_other_targets_follow_the_rules_of_a_folder(
     adapter = make_adapter(base)
     target = tmp_path / "fused"
     target.mkdir()
-    fuse(base, adapter, target, registry)
+    result_of(fuse(base, adapter, target, registry))
     with pytest.raises(SafetyError, match="there already"):
-        fuse(base, adapter, target, registry)
-    fuse(base, adapter, target, registry, overwrite=True)
+        result_of(fuse(base, adapter, target, registry))
+    result_of(fuse(base, adapter, target, registry, overwrite=True))
     (target / "notes").write_text("")
     with pytest.raises(SafetyError, match="something else"):
-        fuse(base, adapter, target, registry, overwrite=True)
+        result_of(fuse(base, adapter, target, registry, overwrite=True))
 
 
 def test_an_adapter_of_another_base_makes_no_model(
@@ -193,9 +196,9 @@ def test_an_adapter_of_another_base_makes_no_model(
 ) -> None:
     adapter = make_adapter(model_folder())
     with pytest.raises(ModelError, match="made for another base"):
-        fuse(model_folder(seed=1), adapter, tmp_path / "fused", registry)
+        result_of(fuse(model_folder(seed=1), adapter, tmp_path / "fused", registry))
     with pytest.raises(ModelError, match="rank is 4, wanted 8"):
-        fuse(model_folder(), adapter, tmp_path / "fused", registry, wanted=(None, {"rank": 8}))
+        result_of(fuse(model_folder(), adapter, tmp_path / "fused", registry, values={"rank": 8}))
     assert not (tmp_path / "fused").exists()
 
 
@@ -204,7 +207,7 @@ def test_weights_that_the_type_of_the_base_cannot_hold_make_no_model(
 ) -> None:
     base = model_folder(dtype="float16")
     with pytest.raises(ModelError, match=r"wq\.weight, with the adapter in it, has values .* as float16"):
-        fuse(base, make_adapter(base, size=500.0), tmp_path / "fused", registry)
+        result_of(fuse(base, make_adapter(base, size=500.0), tmp_path / "fused", registry))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors"]
 
 
@@ -224,8 +227,54 @@ def test_shards_become_one_file(
         tensor_file.save(base / name, part, {}, most=len(part))
         index |= {key: name for key, _ in part}
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    fuse(base, adapter, tmp_path / "fused", registry)
-    fuse(model_folder(), adapter, tmp_path / "other", registry)
+    result_of(fuse(base, adapter, tmp_path / "fused", registry))
+    result_of(fuse(model_folder(), adapter, tmp_path / "other", registry))
     assert (tmp_path / "fused" / "model.safetensors").read_bytes() == (
         tmp_path / "other" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (lambda module, weight: weight.T[:3], r"fuse gives \(3, 32\) float32, wanted \(32, 32\) float32"),
+        (lambda module, weight: weight.astype(mx.float16), r"fuse gives \(32, 32\) float16, wanted"),
+        (lambda module, weight: weight * mx.nan, "fuse gives values that are not finite, wanted finite ones"),
+        (lambda module, weight: None, "fuse gives NoneType, wanted array"),
+    ],
+)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_weight_that_an_adapter_should_not_give_names_it_and_makes_no_model(
+    model_folder: MakeModel,
+    make_adapter: Callable[..., Path],
+    registry: Registry,
+    tmp_path: Path,
+    bits: int | None,
+    broken: Any,
+    says: str,
+) -> None:
+    base = model_folder(bits=bits)
+    adapter = make_adapter(base)
+    components = [
+        dataclasses.replace(c, spec=dataclasses.replace(c.spec, fuse=broken)) if c.kind == "adapter" else c
+        for c in registry.components
+    ]
+    with pytest.raises(PluginError, match=rf"adapter lora:lora: {says}"):
+        result_of(fuse(base, adapter, tmp_path / "fused", Registry(registry.plugins, components)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors"]
+
+
+def test_a_quantizer_that_does_not_take_the_weight_again_names_itself(
+    model_folder: MakeModel, make_adapter: Callable[..., Path], registry: Registry, tmp_path: Path
+) -> None:
+    base = model_folder(bits=4)
+    adapter = make_adapter(base)
+    components = [
+        dataclasses.replace(c, spec=dataclasses.replace(c.spec, quantize=lambda weight, options: None))
+        if c.kind == "quantizer"
+        else c
+        for c in registry.components
+    ]
+    with pytest.raises(PluginError, match=r"affine:affine: quantize gives None for layers\.0\.attention\.wq"):
+        result_of(fuse(base, adapter, tmp_path / "fused", Registry(registry.plugins, components)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors"]

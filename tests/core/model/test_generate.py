@@ -10,10 +10,13 @@ import pytest
 from mlxlora_core.errors import UsageError
 from mlxlora_core.model import folder as folders
 from mlxlora_core.model import generate as generate_module
+from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.folder import Model
-from mlxlora_core.model.generate import decode, generate, whole
+from mlxlora_core.model.generate import Segment, decode, generate, whole
 from mlxlora_core.model.tokenizer import Tokenizer
-from mlxlora_core.registry import Registry
+from mlxlora_core.registry import Component, Plugin, Registry
+from mlxlora_core.registry.sections import configure
+from mlxlora_core.specs import Sampler
 
 PROMPT = "Q: what scales the weights?\nA:"
 
@@ -23,23 +26,40 @@ def model(model_folder: Callable[..., Path], registry: Registry) -> Model:
     return folders.load(model_folder(), registry)
 
 
-def greedy(logits: mx.array, tokens: Sequence[int], key: mx.array) -> mx.array:
-    return mx.argmax(logits, axis=-1)
-
-
-def drawn(logits: mx.array, tokens: Sequence[int], key: mx.array) -> mx.array:
-    return mx.random.categorical(logits, key=key)
-
-
-def text(model: Model, sample: Any = drawn, **options: Any) -> str:
-    settings = {"num_tokens": 30, "seed": 0, **options}
-    return "".join(generate(model.language_model, model.tokenizer, PROMPT, sample, **settings))
+def sampler(transform: Any, name: str = "mine") -> tuple[Component, Any]:
+    """A sampler of somebody who gives ``transform``, and its options."""
+    spec = Sampler(name=name, summary="s", build=lambda options: transform)
+    return Component("sampler", spec, Plugin("box", "box", "1", "installed", "box")), None
 
 
 def scripted(ids: Sequence[int]) -> Any:
-    """A sampler that gives these ids whatever the model says."""
+    """A transform that leaves these ids whatever the model says."""
     rest = iter(ids)
-    return lambda logits, tokens, key: mx.array([next(rest)])
+
+    def transform(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+        return mx.where(mx.arange(logits.shape[-1]) == next(rest), 0.0, mx.full(logits.shape, -mx.inf))
+
+    return transform
+
+
+def as_it_is(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+    return logits
+
+
+def segments(model: Any, transform: Any = as_it_is, tokenizer: Any = None, **options: Any) -> list[Segment]:
+    settings = {"num_tokens": 30, "seed": 0, **options}
+    tokenizer = tokenizer or model.tokenizer
+    language_model = getattr(model, "language_model", model)
+    return list(generate(language_model, tokenizer, PROMPT, [sampler(transform)], **settings))
+
+
+def text(model: Any, transform: Any = as_it_is, tokenizer: Any = None, **options: Any) -> str:
+    return whole(segments(model, transform, tokenizer, **options)).text
+
+
+def greedy(logits: mx.array, tokens: Sequence[int]) -> int:
+    """What :func:`decode` draws with: the most likely token."""
+    return int(mx.argmax(logits[0]))
 
 
 # --- what follows -------------------------------------------------------------
@@ -53,9 +73,33 @@ def test_the_same_seed_gives_the_same_text_whatever_was_drawn_before(model: Mode
     assert text(model, seed=1) != first
 
 
+def test_a_longer_text_goes_on_from_the_shorter_one(
+    model: Model, stand_in: Callable[..., Any], tokenizer: Tokenizer
+) -> None:
+    """A token is a function of (seed, position): not of how many were asked for, nor of the context."""
+    long = text(model, num_tokens=40)
+    for count in (1, 2, 3, 4, 5, 20):
+        assert long.startswith(text(model, num_tokens=count))
+        assert text(model, num_tokens=count)
+    roomy = text(stand_in(vocab_size=320, context_tokens=999), tokenizer=tokenizer)
+    narrow = text(stand_in(vocab_size=320, context_tokens=40), tokenizer=tokenizer)
+    assert roomy.startswith(narrow) and 0 < len(narrow) < len(roomy)
+
+
+def test_a_text_that_is_cut_and_continued_is_the_same_text(model: Model) -> None:
+    ids = model.tokenizer.encode(PROMPT)
+
+    def go_on(begun: list[int], count: int) -> list[int]:
+        draw = Drawing([sampler(as_it_is)], 5)
+        return begun + list(decode(model.language_model, begun, draw, num_tokens=count, stops=()))
+
+    whole_text = go_on(ids, 12)
+    assert go_on(go_on(ids, 5), 7) == whole_text
+
+
 def test_greedy_tokens_are_those_of_the_whole_sequence_run_again_each_time(model: Model) -> None:
     prompt = model.tokenizer.encode(PROMPT)
-    ids = list(decode(model.language_model, prompt, greedy, num_tokens=40, seed=0, stop=-1))
+    ids = list(decode(model.language_model, prompt, greedy, num_tokens=40, stops=()))
     for i, id in enumerate(ids):
         logits = model.language_model(mx.array([prompt + ids[:i]]))
         assert int(mx.argmax(logits[0, -1])) == id
@@ -67,7 +111,7 @@ def test_a_prompt_is_read_in_parts_as_well_as_whole(
 ) -> None:
     def ids(language_model: Any) -> list[int]:
         prompt = [1, 5, 9, 30, 2, 7, 7, 8, 11, 40]
-        return list(decode(language_model, prompt, greedy, num_tokens=20, seed=0, stop=-1))
+        return list(decode(language_model, prompt, greedy, num_tokens=20, stops=()))
 
     for language_model in (model.language_model, stand_in()):
         whole = ids(language_model)
@@ -76,19 +120,46 @@ def test_a_prompt_is_read_in_parts_as_well_as_whole(
             assert ids(language_model) == whole
 
 
-def test_the_sampler_gets_the_ids_so_far_a_key_of_its_own_and_float32(model: Model) -> None:
+def test_a_sampler_gets_the_ids_so_far_and_float32(model: Model) -> None:
     prompt = model.tokenizer.encode(PROMPT)
     seen = []
+    script = scripted([11, 12, 13, 14])
 
-    def sample(logits: mx.array, tokens: Sequence[int], key: mx.array) -> mx.array:
-        seen.append((list(tokens), tuple(key.tolist())))
+    def transform(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+        seen.append(list(tokens))
         assert (logits.shape, logits.dtype) == ((1, 320), mx.float32)
-        return mx.array([10 + len(seen)])
+        return script(logits, tokens)
 
-    decoded = list(decode(model.language_model, prompt, sample, num_tokens=4, seed=3, stop=-1))
+    draw = Drawing([sampler(transform)], 3)
+    decoded = list(decode(model.language_model, prompt, draw, num_tokens=4, stops=()))
     assert decoded == [11, 12, 13, 14]
-    assert [tokens for tokens, _ in seen] == [prompt + decoded[:i] for i in range(4)]
-    assert len({key for _, key in seen}) == 4
+    assert seen == [prompt + decoded[:i] for i in range(4)]
+
+
+def test_it_is_built_once_for_each_text(model: Model) -> None:
+    built = []
+    component, _ = sampler(None)
+    spec = Sampler(name="mine", summary="s", build=lambda options: built.append(options) or as_it_is)
+    mine = Component("sampler", spec, component.plugin)
+    for count in (1, 2):
+        parts = [(mine, "options")]
+        list(generate(model.language_model, model.tokenizer, PROMPT, parts, num_tokens=5, seed=0))
+        assert built == ["options"] * count
+
+
+def test_samplers_change_the_logits_one_after_the_other(model: Model) -> None:
+    told = []
+
+    def first(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+        return mx.where(mx.arange(320) < 100, logits, -mx.inf)
+
+    def second(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+        told.append(int((logits > -mx.inf).sum()))
+        return mx.where(mx.arange(320) >= 98, logits, -mx.inf)
+
+    draw = Drawing([sampler(first), sampler(second)], 0)
+    ids = list(decode(model.language_model, [1, 5], draw, num_tokens=20, stops=()))
+    assert set(ids) == {98, 99} and set(told) == {100}
 
 
 def test_nothing_is_computed_that_nobody_asked_for(stand_in: Callable[..., Any]) -> None:
@@ -96,7 +167,7 @@ def test_nothing_is_computed_that_nobody_asked_for(stand_in: Callable[..., Any])
     runs = []
     inner = model.run
     model.run = lambda hidden, **cache: runs.append(hidden.shape[1]) or inner(hidden, **cache)
-    assert len(list(decode(model, [1, 5, 9], greedy, num_tokens=4, seed=0, stop=-1))) == 4
+    assert len(list(decode(model, [1, 5, 9], greedy, num_tokens=4, stops=()))) == 4
     assert runs == [3, 1, 1, 1]
 
 
@@ -105,50 +176,44 @@ def test_nothing_is_computed_that_nobody_asked_for(stand_in: Callable[..., Any])
 
 def test_it_ends_at_an_end_token_which_is_not_shown(model: Model) -> None:
     ids = model.tokenizer.encode("the weights", bos=False)
-    sample = scripted([*ids, model.tokenizer.eos, 50, 51])
-    assert text(model, sample) == " the weights"
-    rest = scripted([40, 41, model.tokenizer.eos, 42])
-    decoded = decode(model.language_model, [1], rest, num_tokens=9, seed=0, stop=model.tokenizer.eos)
-    assert list(decoded) == [40, 41]
+    assert text(model, scripted([*ids, model.tokenizer.eos, 50, 51])) == " the weights"
+    for end in (9, 2):
+        draw = Drawing([sampler(scripted([40, 41, end, 42]))], 0)
+        assert list(decode(model.language_model, [1], draw, num_tokens=9, stops={2, 9})) == [40, 41]
 
 
 def test_it_ends_after_as_many_tokens_as_were_asked_for(model: Model) -> None:
     for count in (1, 2, 17):
-        segments = generate(
-            model.language_model, model.tokenizer, PROMPT, scripted([40] * 99), num_tokens=count, seed=0
-        )
-        assert "".join(segments) == model.tokenizer.decode([40] * count)
+        assert text(model, scripted([40] * 99), num_tokens=count) == model.tokenizer.decode([40] * count)
+
+
+def test_no_number_of_tokens_is_too_large_to_ask_for(model: Model) -> None:
+    ids = model.tokenizer.encode("the weights", bos=False)
+    script = scripted([*ids, model.tokenizer.eos])
+    assert text(model, script, num_tokens=2**40) == " the weights"
 
 
 def test_it_ends_where_the_context_is_full(stand_in: Callable[..., Any], tokenizer: Tokenizer) -> None:
     length = len(tokenizer.encode(PROMPT))
     for room in (1, 5):
         model = stand_in(vocab_size=320, context_tokens=length + room)
-        segments = generate(model, tokenizer, PROMPT, scripted([40] * 99), num_tokens=50, seed=0)
-        assert "".join(segments) == tokenizer.decode([40] * room)
+        told = segments(model, scripted([40] * 99), tokenizer, num_tokens=50)
+        assert whole(told) == Segment(tokenizer.decode([40] * room), "length")
     unlimited = stand_in(vocab_size=320, context_tokens=None)
-    segments = generate(unlimited, tokenizer, PROMPT, scripted([40] * 99), num_tokens=50, seed=0)
-    assert "".join(segments) == tokenizer.decode([40] * 50)
+    assert text(unlimited, scripted([40] * 99), tokenizer, num_tokens=50) == tokenizer.decode([40] * 50)
 
 
 @pytest.mark.parametrize(
-    ("ids", "num_tokens", "ended"), [((40, 2), 9, True), ((40, 2), 2, True), ((40, 41), 2, False)]
+    ("ids", "num_tokens", "finish"),
+    [((40, 2), 9, "stop"), ((40, 2), 2, "stop"), ((40, 41), 2, "length"), ((2,), 5, "stop")],
 )
-def test_it_tells_whether_an_end_token_ended_it(
-    model: Model, ids: tuple[int, ...], num_tokens: int, ended: bool
+def test_the_last_segment_tells_what_ended_it(
+    model: Model, ids: tuple[int, ...], num_tokens: int, finish: str
 ) -> None:
     assert model.tokenizer.eos == 2
-    segments = generate(
-        model.language_model, model.tokenizer, PROMPT, scripted(ids), num_tokens=num_tokens, seed=0
-    )
-    said = model.tokenizer.decode([id for id in ids if id != 2])
-    assert whole(segments) == (said, ended)
-
-
-def test_a_full_context_is_no_end(stand_in: Callable[..., Any], tokenizer: Tokenizer) -> None:
-    model = stand_in(vocab_size=320, context_tokens=len(tokenizer.encode(PROMPT)) + 3)
-    segments = generate(model, tokenizer, PROMPT, scripted([40] * 9), num_tokens=50, seed=0)
-    assert whole(segments) == (tokenizer.decode([40] * 3), False)
+    told = segments(model, scripted(ids), num_tokens=num_tokens)
+    assert [segment.finish for segment in told] == [None] * (len(told) - 1) + [finish]
+    assert whole(told) == Segment(model.tokenizer.decode([id for id in ids if id != 2]), finish)
 
 
 @pytest.mark.parametrize("too_long_by", [0, 1, 10])
@@ -158,12 +223,12 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_shown(
     length = len(tokenizer.encode(PROMPT))
     model = stand_in(vocab_size=320, context_tokens=length - too_long_by)
     with pytest.raises(UsageError, match=rf"prompt has {length} tokens.*holds {length - too_long_by}\."):
-        generate(model, tokenizer, PROMPT, greedy, num_tokens=5, seed=0)
+        generate(model, tokenizer, PROMPT, [], num_tokens=5, seed=0)
 
 
 def test_a_prompt_that_is_no_text_is_refused(model: Model) -> None:
     with pytest.raises(UsageError, match=r"prompt cannot be read: character 2 of the text is '\\udcff'"):
-        generate(model.language_model, model.tokenizer, "a\udcff", greedy, num_tokens=5, seed=0)
+        generate(model.language_model, model.tokenizer, "a\udcff", [], num_tokens=5, seed=0)
 
 
 # --- how it is shown ----------------------------------------------------------
@@ -172,30 +237,35 @@ def test_a_prompt_that_is_no_text_is_refused(model: Model) -> None:
 @pytest.mark.parametrize("every", [1, 4, 100])
 def test_text_comes_in_segments_of_so_many_tokens(model: Model, every: int) -> None:
     ids = model.tokenizer.encode("the weights 😀 scale é in float32 and so on", bos=False)
-    segments = list(
-        generate(
-            model.language_model,
-            model.tokenizer,
-            PROMPT,
-            scripted(ids),
-            num_tokens=len(ids),
-            seed=0,
-            write_every=every,
-        )
-    )
-    assert "".join(segments) == " the weights 😀 scale é in float32 and so on"
-    assert len(segments) <= -(-len(ids) // every)
-    assert (len(segments) > 1) == (every < 100)
+    told = segments(model, scripted(ids), num_tokens=len(ids), write_every=every)
+    assert whole(told).text == " the weights 😀 scale é in float32 and so on"
+    *parts, end = told
+    assert end == Segment("", "length") and all(part.text for part in parts)
+    assert len(parts) <= -(-len(ids) // every)
+    assert (len(parts) > 1) == (every < 100)
+
+
+def test_a_segment_comes_before_the_next_token_is_computed(model: Model) -> None:
+    asked = []
+
+    def transform(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+        asked.append(len(tokens))
+        return script(logits, tokens)
+
+    script = scripted([40] * 9)
+    told = generate(model.language_model, model.tokenizer, PROMPT, [sampler(transform)], num_tokens=9, seed=0)
+    next(told)
+    assert len(asked) == 1
 
 
 def test_an_empty_prompt_is_a_begin_token(model: Model) -> None:
     seen: list[list[int]] = []
 
-    def sample(logits: mx.array, tokens: Sequence[int], key: mx.array) -> mx.array:
+    def transform(logits: mx.array, tokens: Sequence[int]) -> mx.array:
         seen.append(list(tokens))
-        return mx.array([40])
+        return logits
 
-    list(generate(model.language_model, model.tokenizer, "", sample, num_tokens=1, seed=0))
+    list(generate(model.language_model, model.tokenizer, "", [sampler(transform)], num_tokens=1, seed=0))
     assert seen == [[model.tokenizer.bos]]
 
 
@@ -204,10 +274,10 @@ def test_dropout_is_off_in_a_model_that_is_being_trained(model: Model, registry:
 
     other = folders.load(model.folder, registry)
     lora = registry.find("adapter", "lora")
-    adapters.attach(other, lora, lora.spec.options(rank=4, dropout=0.9), 0)
+    adapters.attach(other, *configure(lora, {"rank": 4, "dropout": 0.9}), 0)
     other.module.load_weights(
         [(n, mx.ones(t.shape)) for n, t in adapters.trainable(other.module).items()], strict=False
     )
     other.module.train()
-    assert text(other, greedy) == text(other, greedy)
+    assert text(other) == text(other)
     assert not other.module.training

@@ -135,6 +135,108 @@ def test_attention(kind: str, kv_heads: int, length: int) -> None:
     )
 
 
+#: form -> shape of a mask, from B, H, T and S
+FORMS: dict[str, Callable[..., tuple[int, ...]]] = {
+    "keys": lambda B, H, T, S: (S,),
+    "one": lambda B, H, T, S: (1, 1),
+    "queries": lambda B, H, T, S: (T, 1),
+    "queries and keys": lambda B, H, T, S: (T, S),
+    "heads, queries and keys": lambda B, H, T, S: (H, T, S),
+    "heads": lambda B, H, T, S: (H, 1, 1),
+    "heads and keys": lambda B, H, T, S: (B, H, 1, S),
+    "rows of padding": lambda B, H, T, S: (B, 1, 1, S),
+    "rows": lambda B, H, T, S: (B, 1, T, S),
+    "whole": lambda B, H, T, S: (B, H, T, S),
+}
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The formula as it stands, every kv head repeated for its queries."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    return ((q @ k.transpose(-1, -2)) * 0.3 + bias).softmax(dim=-1) @ v
+
+
+@pytest.mark.parametrize("length", [20, 40])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["booleans", "float32", "float16", "-inf"])
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_takes_every_form_of_mask_on_every_path(
+    form: str, kind: str, kv_heads: int, length: int
+) -> None:
+    """With the gradient of all that is not boolean; 20 queries go MLX's own way, 40 ours."""
+    seen = length + 6
+    q, k, v = normal(2, 4, length, 16), normal(2, kv_heads, seen, 16, seed=1), normal(2, kv_heads, seen, 16)
+    assert (q.size >= ops.LARGE) == (length == 40)
+    shape = FORMS[form](2, 4, length, seen)
+    numbers = normal(*shape, seed=3, scale=2.0).astype(np.float16).astype(np.float32)
+    sees = numbers > -1
+    sees[..., 0] = True
+    if kind in ("booleans", "-inf"):
+        bias = np.where(sees, 0.0, -np.inf)
+        mask = mx.array(sees) if kind == "booleans" else mx.array(bias.astype(np.float32))
+        want = torch_gradients(lambda q, k, v: plain_attention(q, k, v, torch.tensor(bias)), q, k, v)
+        agree(value_and_gradients(lambda q, k, v: ops.attention(q, k, v, 0.3, mask), q, k, v), want)
+        return
+    want = torch_gradients(plain_attention, q, k, v, numbers)
+    dtype = mx.float16 if kind == "float16" else mx.float32
+
+    def ours(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array:
+        return ops.attention(q, k, v, 0.3, mask.astype(dtype))
+
+    got = value_and_gradients(ours, q, k, v, numbers)
+    agree(got[:4], want[:4])
+    agree(got[4:], want[4:], 1e-2 if kind == "float16" else 1e-5)
+
+
+@pytest.mark.parametrize("length", [20, 40])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_a_query_that_sees_no_key_gets_the_mean_of_all_values(kv_heads: int, length: int) -> None:
+    q, k, v = (mx.array(normal(2, heads, length, 16, seed=heads)) for heads in (4, kv_heads, kv_heads))
+    sees = mx.arange(length)[:, None] != 3
+    got = np.array(ops.attention(q, k, v, 0.3, sees))
+    assert np.allclose(got[:, :, 3], np.array(v.mean(axis=2, keepdims=False)), atol=1e-6)
+    assert np.allclose(
+        got, np.array(mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=sees)), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("length", [1, 20, 40])
+@pytest.mark.parametrize(
+    ("mask", "got"),
+    [
+        ("windowed", "'windowed'"),
+        (3, "3"),
+        ([[True]], "[[True]]"),
+        (mx.zeros((1, 1, 1, 1, 1)), "float32 (1, 1, 1, 1, 1)"),
+        (mx.zeros((7, 1)), "float32 (7, 1)"),
+        (mx.zeros((3, 1, 1)) > 0, "bool (3, 1, 1)"),
+        (mx.zeros((1, 1), mx.complex64), "complex64 (1, 1)"),
+    ],
+)
+def test_another_mask_is_refused_on_every_path(length: int, mask: Any, got: str) -> None:
+    q = mx.zeros((2, 4, length, 16))
+    with pytest.raises(ValueError) as caught:
+        ops.attention(q, q, q, 0.3, mask)
+    shape = (2, 4, length, length)
+    wanted = "None, 'causal', or booleans or float32 that broadcast to (B, H, T, S)"
+    assert f"mask is {got}, wanted {wanted} = {shape}" in str(caught.value)
+
+
+def test_a_mask_of_a_wider_type_than_the_result_is_refused() -> None:
+    q = mx.zeros((2, 4, 20, 16), mx.float16)
+    assert ops.attention(q, q, q, 0.3, mx.zeros((20, 20), mx.float16)).dtype == mx.float16
+    with pytest.raises(ValueError, match=r"mask is float32 \(20, 20\), wanted .* float16 that broadcast"):
+        ops.attention(q, q, q, 0.3, mx.zeros((20, 20)))
+
+
+@pytest.mark.parametrize("length", [1, 20, 40])
+def test_heads_that_cannot_share_are_refused(length: int) -> None:
+    q, k = mx.zeros((2, 5, length, 32)), mx.zeros((2, 2, length, 32))
+    with pytest.raises(ValueError, match="5 heads of queries cannot share 2 of keys"):
+        ops.attention(q, k, k, 0.3, None)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_of_one_token(kv_heads: int) -> None:
     """It sees every key, out of buffers that hold room for more."""

@@ -171,7 +171,7 @@ BROKEN = {
     "text": ("@hookimpl\ndef mlxlora_samplers(): return 'greedy'", "gives str, wanted an iterable"),
     "another kind": (
         "@hookimpl\ndef mlxlora_samplers():\n"
-        " return [Adapter(name='a', summary='s', wrap=lambda a, b: a, fuse=lambda a, b: b)]",
+        " return [Adapter(name='a', summary='s', wrap=lambda a, b, c: a, fuse=lambda a, b: b)]",
         "mlxlora_samplers gives Adapter, wanted Sampler",
     ),
     "midway": (
@@ -185,7 +185,7 @@ BROKEN = {
     ),
     "later hook": (
         "@hookimpl\ndef mlxlora_adapters():\n"
-        " return [Adapter(name='good', summary='s', wrap=lambda a, b: a, fuse=lambda a, b: b)]\n"
+        " return [Adapter(name='good', summary='s', wrap=lambda a, b, c: a, fuse=lambda a, b: b)]\n"
         "@hookimpl\ndef mlxlora_samplers(): raise OSError('gone')",
         "OSError: gone",
     ),
@@ -223,7 +223,30 @@ SPECS = {
         "options of 'a' has a wrong default for 'k': must be at least 1, got 0",
     ),
 }
+QUANTIZER = "Quantizer(name='a', summary='s', quantize=lambda w, o: {{}}, dequantize=lambda p, o: 0, {})"
+SPECS |= {
+    "no parts": (QUANTIZER.format("parts=()"), "parts of 'a' are (), wanted different names"),
+    "parts twice": (QUANTIZER.format("parts=('q', 'q')"), "parts of 'a' are ('q', 'q'), wanted different"),
+    "a part with a dot": (QUANTIZER.format("parts=('q.r',)"), "wanted different names without a dot"),
+    "a part called bias": (QUANTIZER.format("parts=('bias',)"), "and none of them 'bias'"),
+    "parts of another type": (QUANTIZER.format("parts=['q']"), "parts of 'a' must be a tuple of texts"),
+    "a product that is none": (
+        QUANTIZER.format("parts=('q',), matmul=3"),
+        "matmul of 'a' must be a function, got 3",
+    ),
+    "a product of two": (
+        QUANTIZER.format("parts=('q',), matmul=lambda x, parts: x"),
+        "matmul of 'a' takes (x, parts), wanted (mx.array, Mapping[str, mx.array], Any)",
+    ),
+    "a reserved key of the section": (
+        "Adapter(name='a', summary='s', wrap=lambda a, b, c: a, fuse=lambda a, b: b, options=Layered)",
+        "'a' cannot have an option 'layers', recipes use that word",
+    ),
+}
 CLASSES = """
+@dataclass(frozen=True)
+class Layered:
+    layers: int = option(1, help="x")
 @dataclass(frozen=True)
 class Reserved:
     use: int = option(1, help="x")
@@ -247,7 +270,8 @@ def test_a_plugin_that_fails_takes_nobody_along(shelf: Shelf, case: str) -> None
 @pytest.mark.parametrize("case", SPECS)
 def test_a_spec_that_would_fail_later_is_refused_at_once(shelf: Shelf, case: str) -> None:
     code, reason = SPECS[case]
-    shelf.add("broken", f"{HEAD}{CLASSES}@hookimpl\ndef mlxlora_samplers(): return [{code}]")
+    hook = "mlxlora_" + code.partition("(")[0].lower() + "s"
+    shelf.add("broken", f"{HEAD}{CLASSES}@hookimpl\ndef {hook}(): return [{code}]")
     shelf.add("other", SAMPLER.format(name="best"))
     check_isolated(load(environ={}), reason)
 

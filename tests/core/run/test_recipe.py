@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,22 @@ import tomli_w
 
 from mlxlora_core import specs
 from mlxlora_core.errors import PluginError, UsageError
-from mlxlora_core.options import option
+from mlxlora_core.options import NoOptions, option
 from mlxlora_core.registry import Component, Plugin, Registry
-from mlxlora_core.run.recipe import COMMAND_LINE, DEFAULT, Recipe, check_sections, choose, overrides, read
+from mlxlora_core.registry.sections import AdapterConfig, QuantizeConfig, SplitConfig
+from mlxlora_core.run.recipe import COMMAND_LINE, DEFAULT, Recipe, check_sections, choose, overrides
+from mlxlora_core.run.recipe_source import read
 
 
 @dataclass(frozen=True)
-class RankOptions(specs.AdapterOptions):
+class RankOptions:
     """A rank."""
 
     rank: int = option(8, help="rank", minimum=1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileOptions(specs.DatasetOptions):
+@dataclass(frozen=True)
+class FileOptions:
     """Paths."""
 
     path: Path = option(help="what to read")
@@ -55,9 +58,10 @@ def registry() -> Registry:
         "gone", "gone-dist", "1", "installed", "gone", status="error", reason="ImportError: no gone"
     )
     adapter: Callable[..., Any] = specs.Adapter
+    quantizer = partial(specs.Quantizer, parts=("q",))
     kinds: list[tuple[str, Any, Plugin]] = [
         ("loader", specs.WeightLoader(name="pth", summary="s", detect=never, open=never), box),
-        ("quantizer", specs.Quantizer(name="affine", summary="s", quantize=never, restore=never), box),
+        ("quantizer", quantizer(name="affine", summary="s", quantize=never, dequantize=never), box),
         (
             "builder",
             specs.DatasetBuilder(name="files", summary="s", options=FileOptions, build=never, inputs=never),
@@ -119,16 +123,18 @@ def test_a_small_recipe_is_filled_in(recipe: Callable[..., Recipe], tmp_path: Pa
     assert got.folder == Path("runs/mine")
     assert got.model.torch_path == tmp_path / "checkpoint"
     assert got.data.options == FileOptions(path=tmp_path / "rows")
-    assert got.adapter.component is not None and got.adapter.component.spec.name == "lora"
-    assert got.sampler.component is not None and got.sampler.component.spec.name == "greedy"
-    assert got.loader.component is None and got.quantize.component is None
+    assert (got.adapter.component.spec.name, got.adapter_config) == ("lora", AdapterConfig())
+    assert [choice.component.spec.name for choice in got.sampler] == ["greedy"]
+    assert got.data_config == SplitConfig(0.1, 0, 1000)
+    assert got.loader is None and (got.quantize, got.quantize_config) == (None, QuantizeConfig(head=False))
     assert got.train.iters == 1000
 
 
 def test_the_command_line_is_over_the_recipe_and_that_over_defaults(recipe: Callable[..., Recipe]) -> None:
-    text = MINIMAL + "[adapter]\nuse = 'lora'\n[adapter.options]\nrank = 4\nlayers = 2\n[train]\niters = 7\n"
+    text = MINIMAL + "[adapter]\nuse = 'lora'\nlayers = 2\n[adapter.options]\nrank = 4\n[train]\niters = 7\n"
     got = recipe(text, "adapter.rank=16", "train.batch_size=2", "adapter.options.targets=wq")
-    assert got.adapter.options == RankOptions(rank=16, layers=2, targets=("wq",))
+    assert got.adapter.options == RankOptions(rank=16)
+    assert got.adapter_config == AdapterConfig(("wq",), 2)
     assert (got.train.iters, got.train.batch_size) == (7, 2)
     want = {
         "adapter.use": "mine.toml",
@@ -146,8 +152,8 @@ def test_the_command_line_is_over_the_recipe_and_that_over_defaults(recipe: Call
 def test_every_value_has_an_origin(recipe: Callable[..., Recipe]) -> None:
     got = recipe(MINIMAL)
     for section, table in got.values().items():
-        options = table.get("options", {}) if "use" in table else table
-        assert all(f"{section}.{key}" in got.origins for key in options)
+        keys = [*(key for key in table if key != "options"), *table.get("options", {})]
+        assert all(f"{section}.{key}" in got.origins for key in keys)
 
 
 def test_what_is_written_down_reads_back_the_same_from_anywhere(
@@ -189,22 +195,54 @@ def test_paths_are_relative_to_the_recipe_and_on_the_command_line_to_the_working
 def test_a_component_put_in_place_of_another_does_not_get_its_options(recipe: Callable[..., Recipe]) -> None:
     text = MINIMAL + "[adapter]\nuse = 'lora'\noptions = { rank = 4 }\n"
     got = recipe(text, "adapter.use=scale")
-    assert got.adapter.options == specs.AdapterOptions()
+    assert got.adapter.options == NoOptions()
     assert got.origins["adapter.use"] == COMMAND_LINE
     # The same one under its full id keeps them, and so does the default when nothing is named.
     assert recipe(text, "adapter.use=box:lora").adapter.options.rank == 4
     bare = MINIMAL + "[adapter]\noptions = { rank = 4 }\n"
     assert recipe(bare).adapter.options.rank == 4
-    assert recipe(bare, "adapter.use=scale").adapter.options == specs.AdapterOptions()
+    assert recipe(bare, "adapter.use=scale").adapter.options == NoOptions()
     assert recipe(text, "adapter.use=other:twin", "adapter.rank=2").adapter.options.rank == 2
 
 
 def test_parts_that_may_be_left_out(recipe: Callable[..., Recipe]) -> None:
-    text = MINIMAL + "[quantize]\nuse = 'affine'\noptions = { head = true }\n"
-    assert recipe(text).quantize.options.head is True
-    assert recipe(text, "quantize.use=none").quantize.component is None
-    assert recipe(MINIMAL + "[quantize]\nuse = 'none'\n").quantize.component is None
-    assert recipe(MINIMAL, "quantize.use=affine").quantize.component is not None
+    text = MINIMAL + "[quantize]\nuse = 'affine'\nhead = true\n"
+    assert recipe(text).quantize_config.head is True
+    assert recipe(text, "quantize.use=none").quantize is None
+    assert recipe(MINIMAL + "[quantize]\nuse = 'none'\n").quantize is None
+    assert recipe(MINIMAL, "quantize.use=affine").quantize is not None
+
+
+def test_what_core_decides_stands_beside_the_component(recipe: Callable[..., Recipe]) -> None:
+    text = MINIMAL.replace("options =", "test_set_size = 0.2\nsplit_seed = 3\noptions =") + (
+        "[adapter]\nlayers = 4\ntargets = ['wo']\noptions = { rank = 2 }\n"
+    )
+    got = recipe(text)
+    assert got.adapter_config == AdapterConfig(("wo",), 4)
+    assert got.data_config == SplitConfig(0.2, 3, 1000)
+    sets = ("adapter.layers=-1", "adapter.rank=16", "data.test_set_size=0.5", "adapter.targets=wq,wv")
+    got = recipe(text, *sets, "quantize.use=affine", "quantize.head=yes")
+    assert (got.adapter_config, got.adapter.options.rank) == (AdapterConfig(("wq", "wv"), -1), 16)
+    assert (got.data_config.test_set_size, got.quantize_config.head) == (0.5, True)
+    assert got.origins["adapter.layers"] == COMMAND_LINE
+    assert got.origins["data.split_seed"] == "mine.toml"
+    assert got.values()["adapter"] == {
+        "use": "box:lora",
+        "targets": ["wq", "wv"],
+        "layers": -1,
+        "options": {"rank": 16},
+    }
+    # Another adapter goes where the one that it replaces would have gone.
+    assert recipe(text, "adapter.use=scale").adapter_config == AdapterConfig(("wo",), 4)
+
+
+def test_recipes_in_run_folders_of_before_have_these_keys_in_options(recipe: Callable[..., Recipe]) -> None:
+    text = MINIMAL.replace("{ path", "{ test_set_size = 0.3, path") + (
+        "[adapter]\nuse = 'lora'\n[adapter.options]\nlayers = 4\ntargets = ['wo']\nrank = 2\n"
+    )
+    got = recipe(text)
+    assert (got.adapter_config, got.adapter.options.rank) == (AdapterConfig(("wo",), 4), 2)
+    assert got.data_config.test_set_size == 0.3
 
 
 @pytest.mark.parametrize(
@@ -241,7 +279,10 @@ def test_unknown_sections_are_all_told_with_their_nearest(fault: Callable[..., s
         ("[train]\nwarmup = 9\niters = 5\n", "[train]: warmup must be less than iters (5), got 9"),
         ("[adapter]\noptions = { rank = 0 }\n", "mine.toml:8: adapter 'lora' option 'rank': must be at"),
         ("[adapter]\noptions = { rnak = 2 }\n", "no option 'rnak' (did you mean 'rank'?"),
-        ("[adapter]\nrank = 2\n", "[adapter] has no key 'rank' (options go under options, it has use and"),
+        (
+            "[adapter]\nrank = 2\n",
+            "[adapter] has no key 'rank' (options go under options, it has use, targ",
+        ),
         ("[adapter]\nues = 'lora'\n", "[adapter] has no key 'ues' (did you mean 'use'?"),
         ("[adapter]\nuse = 3\n", "[adapter] use: wanted text, got 3"),
         ("[adapter]\nuse = []\n", "[adapter] use: wanted text, got []"),
@@ -250,7 +291,19 @@ def test_unknown_sections_are_all_told_with_their_nearest(fault: Callable[..., s
         ("[adapter]\nuse = ''\n", "[adapter] use is required: the adapter (there is lora, scale, twin)"),
         ("[adapter]\nuse = 'none'\n", "[adapter] use is required"),
         ("[sampler]\nuse = 'none'\n", "[sampler] use is required: the sampler (there is greedy, warm)"),
+        ("[adapter]\nlayer = 2\n", "[adapter] has no key 'layer' (did you mean 'layers'?"),
+        ("[adapter]\nlayers = 0\n", "mine.toml:8: adapter 'lora': layers must be -1 or at least 1, got 0"),
+        ("[adapter]\nlayers = 2\noptions = { layers = 3 }\n", "[adapter] has layers twice, beside use and"),
+        (
+            "[adapter]\noptions = { layres = 2 }\n",
+            "no option 'layres' (did you mean 'layers'? it has ran",
+        ),
+        (
+            "[sampler]\nlayers = 2\n",
+            "[sampler] has no key 'layers' (options go under options, it has use",
+        ),
         ("[quantize]\noptions = { head = true }\n", "[quantize] has head but names no component"),
+        ("[quantize]\nhead = true\n", "[quantize] has head but names no component"),
         ("[[train]]\niters = 3\n", "'train' must be a table"),
     ],
 )
@@ -337,7 +390,7 @@ def test_a_name_that_two_plugins_give_needs_its_full_id(
     text = MINIMAL + "[adapter]\nuse = 'twin'\n"
     assert "Fix: write box:twin or other:twin" in fault(text, kind=PluginError)
     chosen = recipe(text, "adapter.use=other:twin").adapter.component
-    assert chosen is not None and chosen.id == "other:twin"
+    assert chosen.id == "other:twin"
 
 
 # --- --set --------------------------------------------------------------------
@@ -380,7 +433,8 @@ def test_verbs_take_their_own_sections() -> None:
 
 
 def test_choose_is_a_component_with_checked_options(registry: Registry) -> None:
-    assert choose("adapter", "lora", {"rank": "3"}, registry).options.rank == 3
+    choice, config = choose("adapter", "lora", {"rank": "3", "layers": "2"}, registry)
+    assert (choice.options.rank, config.layers) == (3, 2)
     with pytest.raises(UsageError, match="adapter 'lora' option 'rank': must be at least 1"):
         choose("adapter", "lora", {"rank": 0}, registry)
     with pytest.raises(PluginError, match=r"no adapter 'lroa' .did you mean 'lora'"):

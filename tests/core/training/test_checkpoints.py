@@ -1,4 +1,4 @@
-"""Checkpoints: found, checked, written, and gone on from (checkpoints.py, identity.py, saving.py)."""
+"""Checkpoints: found, checked, written, gone on from (checkpoints.py, identity.py, saving.py, session.py)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,19 @@ from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.registry import Registry
+from mlxlora_core.registry.sections import configure
 from mlxlora_core.training import checkpoints
-from mlxlora_core.training.checkpoints import find, find_to_begin, find_to_resume
-from mlxlora_core.training.examples import Example
-from mlxlora_core.training.identity import identify
-from mlxlora_core.training.loop import SpikeReport, Training, TrainReport, ValidReport
-from mlxlora_core.training.session import CheckpointSaved, TrainingSession
+from mlxlora_core.training.checkpoints import Start, find, find_to_begin, find_to_resume
+from mlxlora_core.training.events import (
+    CheckpointSaved,
+    SpikeReport,
+    TrainingStarted,
+    TrainReport,
+    TrainResult,
+    ValidReport,
+)
+from mlxlora_core.training.examples import Example, Examples
+from mlxlora_core.training.session import NewAdapter, Outputs, TrainingSession, open_training
 from mlxlora_core.training.settings import SaveConfig, TrainConfig
 
 EVERY = SaveConfig(save_every=1, save_minutes=1e9, keep=1000)
@@ -43,7 +51,47 @@ BASIC = {"iters": 9, "batch_size": 2, "grad_accumulation": 2, "learning_rate": 0
 BASIC |= {"schedule": "cosine", "warmup": 4, "optimizer": "adamw", "grad_clip": 1.0, "steps_per_report": 2}
 LORA = {"rank": 2, "layers": 1, "dropout": 0.2}
 
-Start = Callable[..., TrainingSession]
+MakeWork = Callable[..., "Work"]
+
+
+class Work:
+    """A training in two halves: up to its first step, and from there to its end."""
+
+    def __init__(self, session: TrainingSession) -> None:
+        assert session.checkpoints is not None
+        self.session, self.checkpoints = session, session.checkpoints
+        self.folder, self.training = self.checkpoints.path, session.training
+        self.module: Any = session.model.language_model
+        self._events: Iterator[Any] | None = None
+        self.adapter_step = -1
+
+    def begin(self, how: Start) -> list[str]:
+        """Come to the first step; what is told of checkpoints."""
+        self._events = self.session.start(how)
+        told = list(takewhile(lambda event: not isinstance(event, TrainingStarted), self._events))
+        texts = [event.text for event in told]
+        memory = next(i for i, text in enumerate(texts) if text.startswith("training needs"))
+        return texts[memory + 1 :]
+
+    def train(self, saving: SaveConfig, metrics: Path | None = None) -> Iterator[Any]:
+        """Go to the end; what is told on the way."""
+        if self._events is None:
+            self.begin(Start.BEGIN)
+        self.session._outputs = replace(self.session._outputs, saving=saving, metrics=metrics)
+        for event in self._events or ():
+            if isinstance(event, TrainResult):
+                self.adapter_step = event.adapter_step
+            else:
+                yield event
+
+
+def finish(work: Work, saving: SaveConfig = EVERY, metrics: Path | None = None) -> list[Any]:
+    """Train to the end; the events."""
+    return list(work.train(saving, metrics))
+
+
+def go_on(work: Work) -> list[str]:
+    return work.begin(Start.RESUME)
 
 
 def rows(lengths: Sequence[int], seed: int) -> tuple[Example, ...]:
@@ -66,7 +114,7 @@ def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def start(model_folder: Callable[..., Path], registry: Registry) -> Start:
+def start(model_folder: Callable[..., Path], registry: Registry) -> MakeWork:
     """A function that makes a training at its start, as the command line does."""
 
     def make(
@@ -78,16 +126,25 @@ def start(model_folder: Callable[..., Path], registry: Registry) -> Start:
         train: Sequence[Example] = TRAIN,
         valid: Sequence[Example] = VALID,
         **settings: Any,
-    ) -> TrainingSession:
+    ) -> Work:
         model = load(model_folder(**(base or {})), registry)
         component = registry.find("adapter", "lora")
-        options = component.spec.options(**LORA | (lora or {}))
-        adapted = adapters.attach(model, component, options, seed)
         config = TrainConfig(**BASIC | settings)
-        training = Training(model.language_model, train, valid, config, seed)
-        splits = {"train": train, "valid": valid}
-        identity = identify(model, adapted, training, splits, registry, ["one thread"])
-        return TrainingSession(folder, training, model, adapted, identity)
+        rows = {"train": Examples(tuple(train))} | ({"valid": Examples(tuple(valid))} if valid else {})
+        adapter = NewAdapter(*configure(component, LORA | (lora or {})))
+        outputs = Outputs(checkpoints=folder)
+        return Work(
+            open_training(
+                model,
+                adapter,
+                rows,
+                config,
+                registry,
+                seed=seed,
+                outputs=outputs,
+                runtimes=["one thread"],
+            )
+        )
 
     return make
 
@@ -95,19 +152,10 @@ def start(model_folder: Callable[..., Path], registry: Registry) -> Start:
 load = model_folder.load
 
 
-def finish(work: TrainingSession, saving: SaveConfig = EVERY, metrics: Path | None = None) -> list[Any]:
-    """Train to the end; the events."""
-    return list(work.train(saving, metrics, "again"))
-
-
-def go_on(work: TrainingSession) -> list[str]:
-    return work.resume(find_to_resume(work.folder))
-
-
-def state(work: TrainingSession) -> tuple[str, Any]:
+def state(work: Work) -> tuple[str, Any]:
     """All that a training is: a hash of its tensors, and its progress without what is a matter of time."""
     digest = hashlib.sha256()
-    tensors = {**adapters.trainable(work._model.module), **work.training.optimizer_tensors()}
+    tensors = {**adapters.trainable(work.module), **work.training.optimizer_tensors()}
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode() + np.array(tensor).tobytes())
     progress = work.training.progress
@@ -141,7 +189,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_going_on_from_any_step_ends_bit_for_bit_the_same(start: Start, tmp_path: Path, case: str) -> None:
+def test_going_on_from_any_step_ends_bit_for_bit_the_same(start: MakeWork, tmp_path: Path, case: str) -> None:
     whole = start(tmp_path / "whole", **CASES[case])
     whole_metrics = tmp_path / "whole.jsonl"
     finish(whole, metrics=whole_metrics)
@@ -166,7 +214,7 @@ def untimed(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if "second" not in k and "memory" not in k} for line in lines]
 
 
-def test_what_stands_in_a_checkpoint_is_what_it_says(start: Start, tmp_path: Path) -> None:
+def test_what_stands_in_a_checkpoint_is_what_it_says(start: MakeWork, tmp_path: Path) -> None:
     work = start(tmp_path / "c")
     finish(work)
     folder = tmp_path / "c" / "step-0000005"
@@ -176,7 +224,7 @@ def test_what_stands_in_a_checkpoint_is_what_it_says(start: Start, tmp_path: Pat
     for name, stated in manifest["files"].items():
         content = (folder / name).read_bytes()
         assert stated == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    assert manifest["base"] == work._model.fingerprint
+    assert manifest["base"] == work.session.model.fingerprint
     assert manifest["settings"]["learning_rate"] == 0.02 and manifest["settings"]["adapter.rank"] == 2
     assert manifest["versions"].keys() >= {"mlxlora", "mlx", "python", "system", "runtimes"}
     assert manifest["plugins"]["lora"]["distribution"] == "mlxlora"
@@ -185,7 +233,7 @@ def test_what_stands_in_a_checkpoint_is_what_it_says(start: Start, tmp_path: Pat
 
 
 def test_settings_that_cannot_change_the_result_may_differ(
-    start: Start, trained: Path, tmp_path: Path
+    start: MakeWork, trained: Path, tmp_path: Path
 ) -> None:
     again = start(
         only(trained, tmp_path / "again", 4),
@@ -232,27 +280,32 @@ def trained(
         folder = tmp_path_factory.mktemp("trained")
         model = load(model_folder(), registry)
         component = registry.find("adapter", "lora")
-        adapted = adapters.attach(model, component, component.spec.options(**LORA), 0)
-        training = Training(model.language_model, TRAIN, VALID, TrainConfig(**BASIC), 0)
-        identity = identify(
-            model, adapted, training, {"train": TRAIN, "valid": VALID}, registry, ["one thread"]
+        adapter = NewAdapter(*configure(component, LORA))
+        rows = {"train": Examples(TRAIN), "valid": Examples(VALID)}
+        outputs = Outputs(checkpoints=folder)
+        config = TrainConfig(**BASIC)
+        finish(
+            Work(
+                open_training(
+                    model, adapter, rows, config, registry, outputs=outputs, runtimes=["one thread"]
+                )
+            )
         )
-        finish(TrainingSession(folder, training, model, adapted, identity))
         return folder
 
 
 @pytest.mark.parametrize(("name", "other"), OTHERS, ids=[name for name, _ in OTHERS])
 def test_other_settings_are_refused_with_old_and_new(
-    start: Start, trained: Path, name: str, other: dict[str, Any]
+    start: MakeWork, trained: Path, name: str, other: dict[str, Any]
 ) -> None:
     with pytest.raises(SettingsChanged) as caught:
-        start(trained, **other).resume(find(trained))
+        go_on(start(trained, **other))
     assert caught.value.exit_code == 2
     ((old, new),) = [(old, new) for key, old, new in caught.value.rows if key == name]
     assert old != new and f"{name} {old} -> {new}" in str(caught.value)
 
 
-def test_a_constant_schedule_may_be_made_longer_and_not_shorter(start: Start, tmp_path: Path) -> None:
+def test_a_constant_schedule_may_be_made_longer_and_not_shorter(start: MakeWork, tmp_path: Path) -> None:
     whole = start(tmp_path / "whole", schedule="constant", iters=9)
     finish(whole, LAST)
     short = start(tmp_path / "short", schedule="constant", iters=6)
@@ -265,25 +318,26 @@ def test_a_constant_schedule_may_be_made_longer_and_not_shorter(start: Start, tm
         go_on(start(tmp_path / "short", schedule="constant", iters=8))
 
 
-def test_another_base_and_other_rows_are_refused_with_both_fingerprints(start: Start, trained: Path) -> None:
-    found = find(trained)
+def test_another_base_and_other_rows_are_refused_with_both_fingerprints(
+    start: MakeWork, trained: Path
+) -> None:
     with pytest.raises(ModelError, match=r"another base \([0-9a-f]{12}, this one is [0-9a-f]{12}"):
-        start(trained, base={"seed": 1}).resume(found)
+        go_on(start(trained, base={"seed": 1}))
     with pytest.raises(ModelError, match="another base"):
-        start(trained, base={"bits": 8}).resume(found)
+        go_on(start(trained, base={"bits": 8}))
     swapped = (TRAIN[1], TRAIN[0], *TRAIN[2:])
     for train in (swapped, TRAIN[:-1]):
         with pytest.raises(
             ModelError, match=r"train rows have changed since \([0-9a-f]{12}, now [0-9a-f]{12}\)"
         ):
-            start(trained, train=train).resume(found)
-    start(trained, valid=VALID[:1]).resume(found)  # these decide nothing without patience
+            go_on(start(trained, train=train))
+    go_on(start(trained, valid=VALID[:1]))  # these decide nothing without patience
 
 
-def test_other_versions_are_told_and_recorded(start: Start, tmp_path: Path, trained: Path) -> None:
+def test_other_versions_are_told_and_recorded(start: MakeWork, tmp_path: Path, trained: Path) -> None:
     work = start(only(trained, tmp_path, 3))
-    versions = {**work.identity.versions, "mlx": "0.99.0", "runtimes": "two threads"}
-    work.identity = replace(work.identity, versions=versions)
+    versions = {**work.checkpoints._identity.versions, "mlx": "0.99.0", "runtimes": "two threads"}
+    work.checkpoints._identity = replace(work.checkpoints._identity, versions=versions)
     first, second, _ = go_on(work)
     assert "not be bit-exact across mlx 0." in first and first.endswith("-> 0.99.0")
     assert second.endswith("runtimes one thread -> two threads")
@@ -344,7 +398,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_kept(
     assert names(folder / "step-0000008") == content
 
 
-def test_a_damaged_checkpoint_makes_room_for_a_sound_one(start: Start, trained: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_makes_room_for_a_sound_one(
+    start: MakeWork, trained: Path, tmp_path: Path
+) -> None:
     folder = only(trained, tmp_path / "c", 6, 7)
     truncate(folder / "step-0000007" / "adapter.safetensors")
     work = start(folder)
@@ -381,7 +437,7 @@ def test_a_checkpoint_of_the_future_asks_for_an_upgrade(trained: Path, tmp_path:
     assert caught.value.exit_code == 4
 
 
-def test_what_another_tool_put_there_is_never_opened(start: Start, trained: Path, tmp_path: Path) -> None:
+def test_what_another_tool_put_there_is_never_opened(start: MakeWork, trained: Path, tmp_path: Path) -> None:
     folder = only(trained, tmp_path / "c", 8)
     canary = tmp_path / "canary"
     payload = f"cposix\nsystem\n(S'touch {canary}'\ntR.".encode()
@@ -402,46 +458,48 @@ def test_what_another_tool_put_there_is_never_opened(start: Start, trained: Path
 
 
 def test_a_training_that_has_not_ended_is_not_thrown_away(
-    start: Start, trained: Path, tmp_path: Path
+    start: MakeWork, trained: Path, tmp_path: Path
 ) -> None:
     folder = only(trained, tmp_path / "c", 3, 4)
     with pytest.raises(SafetyError, match=r"not ended \(step 4\).*--resume.*--overwrite") as caught:
         find_to_begin(folder, overwrite=False)
     assert caught.value.exit_code == 5 and steps(folder) == [3, 4]
     work = start(folder, seed=5)
-    work.begin(find_to_begin(folder, overwrite=True))
+    work.begin(Start.OVERWRITE)
     assert steps(folder) == []
     finish(work, replace(EVERY, save_every=100))
     assert 9 in steps(folder)
 
 
-def test_a_training_that_has_ended_gives_way(start: Start, trained: Path, tmp_path: Path) -> None:
+def test_a_training_that_has_ended_gives_way(start: MakeWork, trained: Path, tmp_path: Path) -> None:
     folder = only(trained, tmp_path / "c", 8, 9)
     truncate(folder / "step-0000008" / "state.json")
     work = start(folder, seed=5)
-    notes = work.begin(find_to_begin(folder, overwrite=False))
+    notes = work.begin(Start.BEGIN)
     assert "step-0000008 was skipped" in notes[0] and notes[1].startswith("1 checkpoints")
     assert names(folder) == ["damaged-step-0000008-1"]
 
 
 def test_run_goes_on_by_itself_and_begins_anew_where_all_is_done(
-    start: Start, trained: Path, tmp_path: Path
+    start: MakeWork, trained: Path, tmp_path: Path
 ) -> None:
-    assert start(tmp_path / "none").continue_or_begin() == []
+    assert start(tmp_path / "none").begin(Start.CONTINUE) == []
     folder = only(trained, tmp_path / "c", 4)
-    assert start(folder).continue_or_begin() == ["resumed at step 4 of 9"]
+    assert start(folder).begin(Start.CONTINUE) == ["resumed at step 4 of 9"]
     with pytest.raises(SettingsChanged, match=r"remove .*to begin anew"):
-        start(folder, seed=1).continue_or_begin()
+        start(folder, seed=1).begin(Start.CONTINUE)
     only(trained, folder, 9)
-    assert start(folder).continue_or_begin() == ["nothing to do: step 9 of 9 was the last"]
-    assert start(folder, seed=1).continue_or_begin() == ["2 checkpoints of an earlier training were removed"]
+    assert start(folder).begin(Start.CONTINUE) == ["nothing to do: step 9 of 9 was the last"]
+    assert start(folder, seed=1).begin(Start.CONTINUE) == [
+        "2 checkpoints of an earlier training were removed"
+    ]
     assert steps(folder) == []
 
 
 # --- what is kept -------------------------------------------------------------
 
 
-def test_the_newest_and_the_best_are_kept(start: Start, tmp_path: Path) -> None:
+def test_the_newest_and_the_best_are_kept(start: MakeWork, tmp_path: Path) -> None:
     work = start(tmp_path / "c", steps_per_eval=1, learning_rate=0.3, schedule="constant", iters=12)
     events = finish(work, SaveConfig(save_every=1, keep=2, save_minutes=1e9))
     losses = {e.step: e.loss for e in events if isinstance(e, ValidReport) and e.step}
@@ -454,7 +512,7 @@ def test_the_newest_and_the_best_are_kept(start: Start, tmp_path: Path) -> None:
 
 
 def test_a_reader_of_a_checkpoint_that_is_pruned_reads_on(
-    start: Start, trained: Path, tmp_path: Path
+    start: MakeWork, trained: Path, tmp_path: Path
 ) -> None:
     folder = only(trained, tmp_path / "c", 4)
     content = (folder / "step-0000004" / "adapter.safetensors").read_bytes()
@@ -486,7 +544,7 @@ def test_the_newest_is_the_highest_step_whatever_the_clock_says(trained: Path, t
     assert find(folder).valid[0].step == 6
 
 
-def test_time_makes_a_checkpoint_due_too(start: Start, tmp_path: Path) -> None:
+def test_time_makes_a_checkpoint_due_too(start: MakeWork, tmp_path: Path) -> None:
     seldom = SaveConfig(save_every=1000, save_minutes=1e9)
     work = start(tmp_path / "steps", valid=())
     finish(work, seldom)
@@ -499,7 +557,7 @@ def test_time_makes_a_checkpoint_due_too(start: Start, tmp_path: Path) -> None:
 # --- patience -----------------------------------------------------------------
 
 
-def test_patience_stops_and_keeps_the_best(start: Start, tmp_path: Path) -> None:
+def test_patience_stops_and_keeps_the_best(start: MakeWork, tmp_path: Path) -> None:
     settings = {
         "steps_per_eval": 1,
         "learning_rate": 0.3,
@@ -514,7 +572,7 @@ def test_patience_stops_and_keeps_the_best(start: Start, tmp_path: Path) -> None
     assert len(losses) == best + 3 and work.training.stopped_early
     assert steps(work.folder) == [best, best + 3] and work.adapter_step == best
     held = mx.load(str(work.folder / f"step-{best:07}" / "adapter.safetensors"))
-    mine = adapters.trainable(work._model.module)
+    mine = adapters.trainable(work.module)
     assert all(mx.array_equal(mine[name], tensor) for name, tensor in dict(held).items())
     reported = sum(1 for e in events if isinstance(e, TrainReport) and e.step == best + 3)
     assert reported == 1, "the last steps are told"
@@ -530,7 +588,7 @@ def test_patience_stops_and_keeps_the_best(start: Start, tmp_path: Path) -> None
     assert finish(over) == [] and over.adapter_step == best and state(over)[0] == state(work)[0]
 
 
-def test_validations_decide_when_there_is_patience(start: Start, tmp_path: Path) -> None:
+def test_validations_decide_when_there_is_patience(start: MakeWork, tmp_path: Path) -> None:
     work = start(tmp_path / "c", patience=5, iters=6)
     finish(work)
     with pytest.raises(SettingsChanged, match="steps_per_eval"):
@@ -542,9 +600,9 @@ def test_validations_decide_when_there_is_patience(start: Start, tmp_path: Path)
 # --- what must not be saved ---------------------------------------------------
 
 
-def poison_from(work: TrainingSession, step: int, value: float = math.nan) -> None:
+def poison_from(work: Work, step: int, value: float = math.nan) -> None:
     """Let the loss of the steps from ``step`` on be no number."""
-    model: Any = work._model.language_model
+    model: Any = work.module
     head = model.head
 
     def poisoned(hidden: mx.array) -> mx.array:
@@ -554,7 +612,9 @@ def poison_from(work: TrainingSession, step: int, value: float = math.nan) -> No
     object.__setattr__(model, "head", poisoned)
 
 
-def test_a_loss_that_is_no_number_ends_with_the_last_sound_state_saved(start: Start, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_ends_with_the_last_sound_state_saved(
+    start: MakeWork, tmp_path: Path
+) -> None:
     whole = start(tmp_path / "whole")
     finish(whole, LAST)
     work = start(tmp_path / "c")
@@ -571,7 +631,7 @@ def test_a_loss_that_is_no_number_ends_with_the_last_sound_state_saved(start: St
     assert state(well) == state(whole), "what was saved was not poisoned"
 
 
-def test_steps_that_are_no_number_are_skipped_and_counted(start: Start, tmp_path: Path) -> None:
+def test_steps_that_are_no_number_are_skipped_and_counted(start: MakeWork, tmp_path: Path) -> None:
     work = start(tmp_path / "c", on_nonfinite="skip", schedule="constant", steps_per_report=3)
     poison_from(work, 8)
     metrics = tmp_path / "m.jsonl"
@@ -586,16 +646,16 @@ def test_steps_that_are_no_number_are_skipped_and_counted(start: Start, tmp_path
     assert state(work)[0] == state(seven)[0]
 
 
-def test_an_optimizer_that_is_no_number_is_not_saved(start: Start, tmp_path: Path) -> None:
+def test_an_optimizer_that_is_no_number_is_not_saved(start: MakeWork, tmp_path: Path) -> None:
     work = start(tmp_path / "c")
     work.training._optimizer.state["learning_rate"] = mx.array(math.inf)
     with pytest.raises(DivergedError, match="optimizer is not finite and was not saved: learning_rate"):
-        work._check_state()
+        work.checkpoints.check_state()
 
 
-def test_a_validation_that_is_no_number_is_told_and_never_the_best(start: Start, tmp_path: Path) -> None:
+def test_a_validation_that_is_no_number_is_told_and_never_the_best(start: MakeWork, tmp_path: Path) -> None:
     work = start(tmp_path / "c", steps_per_eval=2, iters=6)
-    model: Any = work._model.language_model
+    model: Any = work.module
     head = model.head
     progress = lambda: work.training.progress.step  # noqa: E731
     object.__setattr__(
@@ -610,22 +670,22 @@ def test_a_validation_that_is_no_number_is_told_and_never_the_best(start: Start,
     assert [line["loss"] for line in lines if line["kind"] == "valid"].count(None) == 3
 
 
-def test_a_base_that_changes_is_found_out(start: Start, tmp_path: Path) -> None:
+def test_a_base_that_changes_is_found_out(start: MakeWork, tmp_path: Path) -> None:
     work = start(tmp_path / "c")
-    model: Any = work._model.language_model
+    model: Any = work.module
     weight = model.layers[0].attention.wq
-    for event in work.train(replace(EVERY, save_every=3), None, "again"):
+    for event in work.train(replace(EVERY, save_every=3)):
         if isinstance(event, TrainReport):
             weight.weight[0, 0] += 1
             break
     with pytest.raises(PluginError, match=r"plugin lora.*: the base has changed.*layers\.0\.attention\.wq"):
-        work._check_state()
+        work.checkpoints.check_state()
 
 
 # --- the log ------------------------------------------------------------------
 
 
-def test_a_torn_log_is_mended_and_no_step_comes_twice(start: Start, trained: Path, tmp_path: Path) -> None:
+def test_a_torn_log_is_mended_and_no_step_comes_twice(start: MakeWork, trained: Path, tmp_path: Path) -> None:
     metrics = tmp_path / "m.jsonl"
     finish(start(tmp_path / "whole"), LAST, metrics)
     want = untimed(metrics)
@@ -637,10 +697,10 @@ def test_a_torn_log_is_mended_and_no_step_comes_twice(start: Start, trained: Pat
     assert untimed(metrics) == want
 
 
-def test_a_spike_is_told_and_is_the_same_when_replayed(start: Start, tmp_path: Path) -> None:
-    def spiking(folder: Path) -> TrainingSession:
+def test_a_spike_is_told_and_is_the_same_when_replayed(start: MakeWork, tmp_path: Path) -> None:
+    def spiking(folder: Path) -> Work:
         work = start(folder, iters=26, schedule="constant", valid=())
-        model: Any = work._model.language_model
+        model: Any = work.module
         head = model.head
         at = lambda: work.training.progress.step + 1  # noqa: E731
         object.__setattr__(model, "head", lambda h: head(h) * (400.0 if at() == 24 else 1.0))

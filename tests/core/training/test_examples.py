@@ -14,7 +14,8 @@ import pytest
 from mlxlora_core.errors import DataError
 from mlxlora_core.files.jsonl import read_jsonl
 from mlxlora_core.model.tokenizer import Tokenizer
-from mlxlora_core.specs import DatasetOptions, Row, Rows, Skipped
+from mlxlora_core.registry.sections import SplitConfig
+from mlxlora_core.specs import Row, Rows, Skipped
 from mlxlora_core.training.batches import epoch_order, fixed_rows, make_batch, steps_from
 from mlxlora_core.training.dataset import SPLITS, write_dataset
 from mlxlora_core.training.examples import Example, Examples, read_examples
@@ -27,7 +28,7 @@ def texts(count: int) -> list[Row]:
 
 
 def write(folder: Path, rows: Iterable[Row], **options: Any) -> dict[str, Any]:
-    return write_dataset(Rows(list(rows)), folder, DatasetOptions(**options), {"builder": "test"})
+    return write_dataset(Rows(list(rows)), folder, SplitConfig(**options), {"builder": "test"})
 
 
 def contents(folder: Path) -> dict[str, list[Any]]:
@@ -157,17 +158,17 @@ def test_odd_characters_come_back(tmp_path: Path) -> None:
 def test_rows_that_could_not_be_read_back_are_skipped_with_the_reason(tmp_path: Path) -> None:
     rows = [Row({"text": "\ud800"}), Row({"text": 5}), Row({"txt": "a"}), *texts(3)]
     made = Rows(rows, skipped=[Skipped("a.module", "it\ud800 hangs")], versions={"mlx": "1"})
-    record = write_dataset(made, tmp_path, DatasetOptions(), {"builder": "b", "options": DatasetOptions()})
+    record = write_dataset(made, tmp_path, SplitConfig(), {"builder": "b", "options": {}})
     assert record["skipped"][0] == {"source": "a.module", "reason": "it\ud800 hangs"}
     assert [skipped["source"] for skipped in record["skipped"][1:]] == ["row 1", "row 2", "row 3"]
     assert json.loads((tmp_path / "dataset.json").read_text("utf-8")) == record
-    assert record["options"] == {"test_set_size": 0.1, "split_seed": 0, "write_batch_size": 1000}
+    assert record["split"] == {"test_set_size": 0.1, "split_seed": 0, "write_batch_size": 1000}
     assert (record["builder"], record["versions"], record["groups"]) == ("b", {"mlx": "1"}, 3)
 
 
 def test_no_rows_is_an_error_that_tells_why(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no rows were made \(skipped: mlx: no such package\)"):
-        write_dataset(Rows([], skipped=[Skipped("mlx", "no such package")]), tmp_path, DatasetOptions(), {})
+        write_dataset(Rows([], skipped=[Skipped("mlx", "no such package")]), tmp_path, SplitConfig(), {})
     with pytest.raises(DataError, match=r"no rows were made \(skipped: none\)"):
         write(tmp_path, [])
 

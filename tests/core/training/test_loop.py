@@ -18,8 +18,9 @@ from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.training import loop as train_module
 from mlxlora_core.training.batches import steps_from
 from mlxlora_core.training.evaluation import evaluate
+from mlxlora_core.training.events import TrainReport, ValidReport
 from mlxlora_core.training.examples import Example
-from mlxlora_core.training.loop import Training, TrainReport, ValidReport, learning_rate, train
+from mlxlora_core.training.loop import Training, learning_rate, train
 from mlxlora_core.training.settings import TrainConfig
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other

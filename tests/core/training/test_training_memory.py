@@ -13,8 +13,9 @@ import pytest
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.convert import convert
-from mlxlora_core.model.folder import Quantization
-from mlxlora_core.registry import Registry
+from mlxlora_core.model.events import result_of
+from mlxlora_core.registry import Choice, Registry
+from mlxlora_core.registry.sections import configure
 from mlxlora_core.training.examples import Example, Examples
 from mlxlora_core.training.loop import train
 from mlxlora_core.training.memory import training_bytes
@@ -55,12 +56,12 @@ def test_training_takes_what_was_estimated_within_a_factor_of_two(
 ) -> None:
     """Measured by MLX's own count of the most that it held."""
     affine = registry.find("quantizer", "affine")
-    quantization = Quantization(affine, affine.spec.options(group_size=32, bits=bits)) if bits else None
+    quantization = Choice(affine, affine.spec.options(group_size=32, bits=bits)) if bits else None
     checkpoint = make_checkpoint(tmp_path / "checkpoint", dim=dim, n_layers=layers)
-    convert(checkpoint, tmp_path / "model", registry, dtype="float32", quantization=quantization)
+    result_of(convert(checkpoint, tmp_path / "model", registry, dtype="float32", quantization=quantization))
     model = model_folder.load(tmp_path / "model", registry)
     lora = registry.find("adapter", "lora")
-    adapters.attach(model, lora, lora.spec.options(layers=adapted, targets=targets), 0)
+    adapters.attach(model, *configure(lora, {"layers": adapted, "targets": targets}), 0)
     data = examples(rows, tokens)
     estimate = training_bytes(model, data, batch_size=rows)
     mx.clear_cache()

@@ -105,7 +105,8 @@ def _serve() -> None:
     from mlxlora_core import registry
     from mlxlora_core.cli import verbs
 
-    for module in ("run.pipeline", "model.fuse"):  # and what they need
+    # What the verbs and the stages import when they work, and what that needs.
+    for module in ("model.convert", "model.fuse", "model.generate", "training.session"):
         __import__(f"mlxlora_core.{module}")
     for verb in verbs.VERBS:
         __import__(f"mlxlora_core.cli.{verb}")
@@ -293,7 +294,7 @@ MUTANTS: dict[str, Mutant] = {
     "adapter": _forget_the_adapter,
 }
 #: places in a training where a signal comes: the function that it comes in, and at which call
-PLACES = {"mid step": ("train", "_gradient", 7), "mid validation": ("train", "evaluate", 2)}
+PLACES = {"mid step": ("training.loop", "_gradient", 7), "mid validation": ("training.loop", "evaluate", 2)}
 
 
 def _signalled(place: str, signum: int) -> None:

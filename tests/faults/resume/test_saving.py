@@ -294,14 +294,9 @@ def test_going_on_from_nowhere_is_told(bench: Bench, tmp_path: Path) -> None:
 
 LOUD = """
 import mlx.nn as nn
-from dataclasses import dataclass
-from mlxlora_core.api import Adapter, AdapterOptions, hookimpl
+from mlxlora_core.api import Adapter, hookimpl
 
 calls = 0
-
-@dataclass(frozen=True)
-class Options(AdapterOptions):
-    pass
 
 class Loud(nn.Module):
     def __init__(self, linear):
@@ -320,8 +315,8 @@ class Loud(nn.Module):
 @hookimpl
 def mlxlora_adapters():
     return [Adapter(
-        name="loud", summary="Raises in the middle", options=Options,
-        wrap=lambda linear, options: Loud(linear), fuse=lambda module, weight: weight,
+        name="loud", summary="Raises in the middle",
+        wrap=lambda linear, place, options: Loud(linear), fuse=lambda module, weight: weight,
     )]
 """
 

@@ -14,7 +14,7 @@ import pytest
 from mlxlora_core import cli
 
 PLUGIN = """
-from mlxlora_core.api import Adapter, AdapterOptions, DatasetBuilder, DatasetOptions, Rows, Sampler, hookimpl
+from mlxlora_core.api import Adapter, DatasetBuilder, Quantizer, Rows, Sampler, hookimpl
 
 @hookimpl
 def mlxlora_samplers():
@@ -23,31 +23,49 @@ def mlxlora_samplers():
 @hookimpl
 def mlxlora_dataset_builders():
     build = lambda options: {value}
-    return [
-        DatasetBuilder(name="odd", summary="odd", build=build, inputs=lambda o: {{}}, options=DatasetOptions)
-    ]
+    return [DatasetBuilder(name="odd", summary="odd", build=build, inputs=lambda o: {{}})]
 
 @hookimpl
 def mlxlora_adapters():
-    wrap = lambda linear, options: {value}
-    return [Adapter(name="odd", summary="odd", wrap=wrap, fuse=lambda m, w: w, options=AdapterOptions)]
+    wrap = lambda linear, place, options: {value}
+    return [Adapter(name="odd", summary="odd", wrap=wrap, fuse=lambda m, w: w)]
+
+@hookimpl
+def mlxlora_quantizers():
+    quantize = lambda weight, options: {value}
+    dequantize = lambda parts, options: parts["weight"]
+    return [
+        Quantizer(name="odd", summary="odd", parts=("weight",), quantize=quantize, dequantize=dequantize)
+    ]
 """
 
 GENERATE = "generate --model MODEL -p A -n 2 --sampler odd"
 DATA = "data --builder odd --out OUT"
 TRAIN = "train --model MODEL --data ROWS --adapter odd --iters 1 --adapter-file OUT/a.npz"
+CONVERT = "convert --torch-path CHECKPOINT --mlx-path OUT -q --quantizer odd"
 CASES = {
-    "a sampler of nothing": (GENERATE, "None", "the sampler is built as NoneType, wanted a function"),
-    "no token": (GENERATE, "lambda *_: None", "the sampler gives NoneType, wanted a token id"),
-    "a word": (GENERATE, "lambda *_: 'x'", "the sampler gives str, wanted a token id"),
-    "a token too far": (GENERATE, "lambda *_: 320", "the sampler gives 320, wanted a token id from 0 to 319"),
-    "a token below": (GENERATE, "lambda *_: -1", "the sampler gives -1, wanted a token id from 0 to 319"),
-    "not a number": (GENERATE, "lambda *_: float('nan')", "the sampler gives float, wanted a token id"),
+    "a sampler of nothing": (GENERATE, "None", "sampler odd:odd: build gives NoneType, wanted a function"),
+    "too many arguments": (GENERATE, "lambda a, b, c: a", "build gives a function (a, b, c), wanted (logits"),
+    "too few arguments": (GENERATE, "lambda a: a", "build gives a function (a), wanted (logits, tokens)"),
+    "no logits": (GENERATE, "lambda *_: None", "sampler odd:odd: transform gives NoneType, wanted array"),
+    "a word": (GENERATE, "lambda *_: 'x'", "sampler odd:odd: transform gives str, wanted array"),
+    "a token": (GENERATE, "lambda x, _: x.argmax()", "transform gives uint32 (), wanted float32 (1, 320)"),
+    "another shape": (GENERATE, "lambda x, _: x[0]", "transform gives float32 (320,), wanted float32 (1, 32"),
+    "not a number": (GENERATE, "lambda x, _: x * float('nan')", "sampler odd:odd: transform gives nan"),
+    "infinity": (GENERATE, "lambda x, _: x + float('inf')", "sampler odd:odd: transform gives inf"),
+    "no token left": (GENERATE, "lambda x, _: x - float('inf')", "gives no token that may come (all logits"),
     "no rows": (DATA, "None", "builder odd:odd: build gives NoneType, wanted Rows"),
     "a list of rows": (DATA, "[1]", "builder odd:odd: build gives list, wanted Rows"),
     "rows of numbers": (DATA, "Rows([1])", "builder odd:odd: build gives int, wanted Row"),
-    "no module": (TRAIN, "None", "adapter odd:odd: wrap gives NoneType, wanted Module"),
-    "the same module": (TRAIN, "linear", "adapter odd:odd: wrap gives modules without a parameter that"),
+    "no module": (TRAIN, "None", "adapter odd:odd: wrap gives None for layers.0"),
+    "the same module": (TRAIN, "linear", "adapter odd:odd: wrap gives a Linear without the linear"),
+    "the weight as it is": (
+        CONVERT,
+        "{'weight': weight}",
+        "quantizer odd:odd: dequantize gives (32, 32) float16, wanted (32, 32) float32",
+    ),
+    "no parts": (CONVERT, "weight", "quantizer odd:odd: quantize gives array, wanted a mapping of its parts"),
+    "other parts": (CONVERT, "{'q': weight}", "quantizer odd:odd: quantize gives parts q, wanted weight"),
     "an exception": (DATA, "1 / 0", "plugin odd (file) failed: ZeroDivisionError"),
 }
 
@@ -56,6 +74,7 @@ CASES = {
 def test_what_a_function_should_not_give_is_8_and_names_it(
     tmp_path: Path,
     tiny_model: Path,
+    tiny_checkpoint: Path,
     tiny_rows: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -65,7 +84,7 @@ def test_what_a_function_should_not_give_is_8_and_names_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd.py").write_text(PLUGIN.format(value=value))
-    places = {"MODEL": tiny_model, "ROWS": tiny_rows, "OUT": tmp_path / "out"}
+    places = {"MODEL": tiny_model, "CHECKPOINT": tiny_checkpoint, "ROWS": tiny_rows, "OUT": tmp_path / "out"}
     for name, place in places.items():
         line = line.replace(name, str(place))
     verb, *rest = line.split()

@@ -104,7 +104,8 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(
 #: a verb in a process that has 40 MB of addresses left once the function named by sys.argv[1] is called
 LITTLE = """
 import resource, sys
-from mlxlora_core import cli, model_folder, pipeline
+from mlxlora_core import cli
+from mlxlora_core.model import folder as model_folder, generate
 name = sys.argv.pop(1)
 function = getattr(model_folder, name)
 def limited(*arguments):
@@ -139,7 +140,8 @@ def test_a_model_that_does_not_fit_into_memory_is_refused(
 #: a verb in a process that has the file numbers below sys.argv[1] alone
 FEW = """
 import resource, sys
-from mlxlora_core import cli, pipeline
+from mlxlora_core import cli
+from mlxlora_core.run import pipeline
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 raise SystemExit(cli.execute(sys.argv[1:]))

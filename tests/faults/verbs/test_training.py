@@ -116,8 +116,7 @@ def test_a_training_that_does_not_fit_is_refused_before_anything_is_written(
     code = """
 import resource, sys
 from mlxlora_core import cli
-from mlxlora_core.run import pipeline
-from mlxlora_core.training import checkpoints
+from mlxlora_core.training import session
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + (600 << 20),) * 2)
 sys.exit(cli.execute(sys.argv[1:]))
@@ -137,14 +136,15 @@ sys.exit(cli.execute(sys.argv[1:]))
 #: raises what MLX raises when a GPU gives up, at the fifth step
 GIVES_UP = """
 import sys
-from mlxlora_core import cli, train
-gradient, left = train._gradient, [5]
+from mlxlora_core import cli
+from mlxlora_core.training import loop
+gradient, left = loop._gradient, [5]
 def gives_up(*arguments):
     left[0] -= 1
     if left[0] == 0:
         raise RuntimeError("[METAL] Command buffer execution failed: {words}")
     return gradient(*arguments)
-train._gradient = gives_up
+loop._gradient = gives_up
 sys.exit(cli.execute(sys.argv[1:]))
 """
 

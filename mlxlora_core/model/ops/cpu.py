@@ -1,11 +1,10 @@
-"""The parts of a transformer that are not linears, each by the fastest exact way of the device.
+"""The operations of a CPU, written out in as few passes through memory as they take.
 
-On Metal and CUDA these are MLX's own operations. MLX's CPU backend takes one
-pass through memory for each operation of a formula, 12 ns an element for
-``exp``, 4.6 ns for ``power`` and 0.6 ns for a sum along rows. So here the
-exponential of large arrays is that of a runtime which has a faster one, or a
+MLX's CPU backend takes one pass through memory for each operation of a formula,
+12 ns an element for ``exp``, 4.6 ns for ``power`` and 0.6 ns for a sum along
+rows. So here the exponential is that of a runtime which has a faster one, or a
 power of ``e``, the sum is a product with a vector of ones, and each gradient is
-written out in as few passes as it takes.
+written out. All arrays are in float32.
 """
 
 from __future__ import annotations
@@ -19,13 +18,9 @@ from typing import Any, TypeAlias, cast
 import mlx.core as mx
 import numpy as np
 
-from mlxlora_core.machine.device import exponential, on_cpu
+from mlxlora_core.machine.device import exponential
 
 _Pair: TypeAlias = tuple[mx.array, mx.array]
-
-# Below this many elements MLX's own operation, which is one call, is as fast.
-LARGE = 1 << 12
-
 
 # e to less than this is far below the last bit of any sum with a 1 in it, and slow to compute.
 _LOWEST = -80.0
@@ -33,88 +28,58 @@ _LOWEST = -80.0
 # Causal attention takes so many queries at a time, or an eighth of them where that is more.
 _TILE = 64
 
+# What a score becomes where a query does not see a key: a row of nothing else has a mean, not NaN.
+_UNSEEN = float(np.finfo(np.float32).min)
+
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    """``x · rsqrt(mean(x²) + eps) · weight`` over the last axis.
-
-    Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
-
-    Args:
-        x: (..., D).
-        weight: (D,).
-        eps: what is added to the mean square.
-    """
-    if not _pays(x):
-        return mx.fast.rms_norm(x, weight, eps)
+    """See :func:`mlxlora_core.model.ops.rms_norm`."""
     return cast(_Pair, _rms_norm(eps)(x, weight))[0]
 
 
 def rotate(x: mx.array, offset: int, theta: float) -> mx.array:
-    """Rotary positions of (B, ·, T, E), whose first token stands at position ``offset``.
-
-    Neighbouring features 2i and 2i + 1 turn by the angle ``position · theta^(-2i/E)``.
-    Source: Su et al. 2021, arXiv:2104.09864, equation 34.
-    """
+    """See :func:`mlxlora_core.model.ops.rotate`."""
     length, width = x.shape[-2:]
-    if x.dtype != mx.float32 or not on_cpu():
-        return mx.fast.rope(x, width, traditional=True, base=theta, scale=1.0, offset=offset)
     if length == 1:  # one product takes 6 us, the dozens of operations behind mx.fast.rope 125
         return x @ _turn(offset, width, theta)
     return cast(mx.array, _rotate(x, *_angles(offset, length, width, theta)))
 
 
 def silu_times(gate: mx.array, up: mx.array) -> mx.array:
-    """``silu(gate) · up`` (Shazeer 2020, arXiv:2002.05202), element by element."""
-    if not _pays(gate):
-        return mx.sigmoid(gate) * gate * up
+    """See :func:`mlxlora_core.model.ops.silu_times`."""
     return cast(_Pair, _silu_times(gate, up))[0]
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """Sum over N of ``logsumexp(logits) - logits[target]``, in float32.
+    """See :func:`mlxlora_core.model.ops.cross_entropy`."""
+    return cast(_Pair, _cross_entropy(logits, targets))[0]
 
-    Args:
-        logits: (N, V).
-        targets: ids (N,).
-    """
-    logits = logits.astype(mx.float32)
-    if _pays(logits):
-        return cast(_Pair, _cross_entropy(logits, targets))[0]
-    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
-    return (mx.logsumexp(logits, axis=-1) - chosen).sum()
+
+def attention_of_one(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    """Attention (B, H, 1, E) of one query a head that sees all keys; of any type."""
+    group, seen = queries.shape[1] // keys.shape[1], keys.shape[2]
+    rows = _rows(queries * scale, group, _Tile(0, 1, seen, None))  # (B, K, H / K, E)
+    weights = mx.softmax(rows @ keys.swapaxes(-1, -2), axis=-1, precise=True)  # (B, K, H / K, S)
+    return (weights @ values).reshape(queries.shape)  # (B, H, 1, E)
 
 
 def attention(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
 ) -> mx.array:
-    """Grouped-query attention (B, H, T, E).
-
-    Args:
-        queries: (B, H, T, E).
-        keys: (B, K, S, E), with H a multiple of K.
-        values: (B, K, S, E).
-        scale: what the scores are multiplied by.
-        mask: booleans (T, S), true where a query sees a key; ``"causal"`` with
-            the last query at the last key; or None for all.
-    """
-    length, seen = queries.shape[2], keys.shape[2]
-    if length == 1 and mask is None and on_cpu():
-        rows = _rows(queries * scale, queries.shape[1] // keys.shape[1], _Tile(0, 1, seen, None))
-        weights = mx.softmax(rows @ keys.swapaxes(-1, -2), axis=-1, precise=True)
-        return (weights @ values).reshape(queries.shape)
-    if not _pays(queries):
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
-    tiles = [_Tile(0, length, seen, None)]
+    """See :func:`mlxlora_core.model.ops.attention`; the mask is one that fits."""
+    heads, length = queries.shape[1:3]
+    kv_heads, seen = keys.shape[1:3]
     if isinstance(mask, mx.array):
-        tiles = [_Tile(0, length, seen, mx.where(mask, 0.0, -mx.inf))]
-    elif mask is not None:
+        added = mx.where(mask, 0.0, _UNSEEN) if mask.dtype == mx.bool_ else mask.astype(mx.float32)
+        bias = _grouped(added, heads, kv_heads, length)  # (·, ·, H / K · T, S)
+        whole = [_Tile(0, length, seen, None)]
+        return cast(mx.array, _attention(whole, scale)(queries, keys, values, bias)[0])
+    if mask is None:
+        tiles = [_Tile(0, length, seen, None)]
+    else:
         # No work on the keys that none of a tile's queries sees: nearly half of all.
         tiles = _causal_tiles(length, seen, max(_TILE, -(-length // 8)))
     return cast(mx.array, _attention(tiles, scale)(queries, keys, values)[0])
-
-
-def _pays(x: mx.array) -> bool:
-    return x.size >= LARGE and x.dtype == mx.float32 and on_cpu()
 
 
 def _exp(x: mx.array) -> mx.array:
@@ -150,9 +115,9 @@ def _rms_norm(eps: float) -> Callable[..., Any]:
     def norm_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
         (x, weight), factor, dy = primals, outputs[1], cotangents[0]
         along = dy * x
-        pull = (along @ weight[:, None]) * (factor * factor * (1.0 / x.shape[-1]))
-        rows = along.reshape(-1, x.shape[-1])
-        return (dy * weight - x * pull) * factor, (factor.reshape(1, -1) @ rows).reshape(-1)
+        pull = (along @ weight[:, None]) * (factor * factor * (1.0 / x.shape[-1]))  # (..., 1)
+        rows = along.reshape(-1, x.shape[-1])  # (·, D)
+        return (dy * weight - x * pull) * factor, (factor.reshape(1, -1) @ rows).reshape(-1)  # (..., D), (D,)
 
     return cast(Callable[..., Any], norm)
 
@@ -178,8 +143,8 @@ def _turn(offset: int, width: int, theta: float) -> mx.array:
 
 def _rotated(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
     x = mx.contiguous(x)
-    pairs, half = x.view(mx.uint64), mx.array(32, mx.uint64)
-    swapped = ((pairs << half) | (pairs >> half)).view(mx.float32)
+    pairs, half = x.view(mx.uint64), mx.array(32, mx.uint64)  # (B, ·, T, E / 2)
+    swapped = ((pairs << half) | (pairs >> half)).view(mx.float32)  # (B, ·, T, E)
     return x * cosine + swapped * sine
 
 
@@ -213,9 +178,21 @@ def _causal_tiles(length: int, seen: int, size: int) -> list[_Tile]:
     for start in range(0, length, size):
         stop = min(start + size, length)
         keys = seen - length + stop
-        query = mx.arange(keys - (stop - start), keys)[:, None]
-        tiles.append(_Tile(start, stop, keys, mx.where(query >= mx.arange(keys), 0.0, -mx.inf)))
+        query = mx.arange(keys - (stop - start), keys)[:, None]  # (t, 1)
+        bias = mx.where(query >= mx.arange(keys), 0.0, -mx.inf)  # (t, keys)
+        tiles.append(_Tile(start, stop, keys, bias))
     return tiles
+
+
+def _grouped(bias: mx.array, heads: int, kv_heads: int, length: int) -> mx.array:
+    """What broadcasts to (B, H, T, S), as what does to (B, K, H / K · T, S)."""
+    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    batch, own_heads, rows, keys = bias.shape
+    group = heads // kv_heads
+    if own_heads == 1:
+        return mx.concatenate([bias] * group, axis=2) if rows > 1 and group > 1 else bias
+    each = mx.broadcast_to(bias, (batch, heads, length, keys))
+    return each.reshape(batch, kv_heads, group * length, keys)
 
 
 def _attention(tiles: list[_Tile], scale: float) -> Callable[..., Any]:
@@ -223,44 +200,53 @@ def _attention(tiles: list[_Tile], scale: float) -> Callable[..., Any]:
 
     That is, for each tile, the exponentials (B, K, H / K · t, S) and one over
     their sums. Queries that share a kv head stand under each other: one
-    product, and no copy of the keys.
+    product, and no copy of the keys. A fourth argument, which broadcasts to
+    (B, K, H / K · T, S), is added to the scores of the only tile.
     """
 
     @mx.custom_function
-    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
+    def attend(queries: mx.array, keys: mx.array, values: mx.array, *bias: mx.array) -> tuple[mx.array, ...]:
         group = queries.shape[1] // keys.shape[1]
         queries, keys, values = queries * scale, mx.contiguous(keys), mx.contiguous(values)
         parts, kept = [], []
         for tile in tiles:
-            rows, columns = _rows(queries, group, tile), keys[:, :, : tile.keys].swapaxes(-1, -2)
-            scores = rows @ columns
+            rows = _rows(queries, group, tile)  # (B, K, H / K · t, E)
+            scores = rows @ keys[:, :, : tile.keys].swapaxes(-1, -2)  # (B, K, H / K · t, S)
             if tile.bias is not None:
                 scores = scores + mx.concatenate([tile.bias] * group)
+            for added in bias:
+                scores = scores + added
             e = _exp(scores - scores.max(axis=-1, keepdims=True))
-            inverse = 1.0 / _row_sums(e)
-            parts.append((e @ values[:, :, : tile.keys]) * inverse)
+            inverse = 1.0 / _row_sums(e)  # (B, K, H / K · t, 1)
+            parts.append((e @ values[:, :, : tile.keys]) * inverse)  # (B, K, H / K · t, E)
             kept += [e, inverse]
         return _join(parts, group), *kept
 
     @attend.vjp
     def attend_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        queries, keys, values = primals
-        dy, kept = cotangents[0], outputs[1:]
+        queries, keys, values, *bias = primals
+        dy, kept = cotangents[0], outputs[1:]  # (B, H, T, E)
         group = queries.shape[1] // keys.shape[1]
         keys, values = mx.contiguous(keys), mx.contiguous(values)
-        along = _row_sums(dy * outputs[0])
+        along = _row_sums(dy * outputs[0])  # (B, H, T, 1)
         parts: list[mx.array] = []
         dk = dv = mx.zeros((*keys.shape[:2], 0, keys.shape[3]))
         for tile, e, inverse in zip(tiles, kept[::2], kept[1::2], strict=True):
-            dout = _rows(dy, group, tile) * inverse
-            de = dout @ values[:, :, : tile.keys].swapaxes(-1, -2)
+            dout = _rows(dy, group, tile) * inverse  # (B, K, H / K · t, E)
+            de = dout @ values[:, :, : tile.keys].swapaxes(-1, -2)  # (B, K, H / K · t, S)
             dscores = e * (de - _rows(along, group, tile) * inverse)
-            parts.append(dscores @ keys[:, :, : tile.keys])
-            dk = _add_longer(dk, dscores.swapaxes(-1, -2) @ _rows(queries, group, tile))
-            dv = _add_longer(dv, e.swapaxes(-1, -2) @ dout)
-        return _join(parts, group) * scale, dk * scale, dv
+            parts.append(dscores @ keys[:, :, : tile.keys])  # (B, K, H / K · t, E)
+            dk = _add_longer(dk, dscores.swapaxes(-1, -2) @ _rows(queries, group, tile))  # (B, K, S, E)
+            dv = _add_longer(dv, e.swapaxes(-1, -2) @ dout)  # (B, K, S, E)
+        return _join(parts, group) * scale, dk * scale, dv, *(_summed_to(added, dscores) for added in bias)
 
     return cast(Callable[..., Any], attend)
+
+
+def _summed_to(target: mx.array, x: mx.array) -> mx.array:
+    """``x`` summed over the axes along which ``target`` was broadcast to it."""
+    axes = [axis for axis, size in enumerate(target.shape) if size != x.shape[axis]]
+    return x.sum(axis=axes, keepdims=True) if axes else x
 
 
 def _rows(x: mx.array, group: int, tile: _Tile) -> mx.array:
@@ -272,7 +258,7 @@ def _rows(x: mx.array, group: int, tile: _Tile) -> mx.array:
 def _join(parts: list[mx.array], group: int) -> mx.array:
     """The tiles (B, K, H / K · t, E), one after the other, as (B, H, T, E)."""
     batch, kv_heads, _, width = parts[0].shape
-    split = [part.reshape(batch, kv_heads * group, -1, width) for part in parts]
+    split = [part.reshape(batch, kv_heads * group, -1, width) for part in parts]  # (B, H, t, E) each
     return split[0] if len(split) == 1 else mx.concatenate(split, axis=2)
 
 

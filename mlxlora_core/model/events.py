@@ -1,0 +1,57 @@
+"""What work on model folders tells while it goes on: events, of which the last is the result."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mlxlora_core.errors import listing
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SpaceNeeded:
+    """Before any work: what the disk must hold and what is free there, in words."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class TensorConverted:
+    """A tensor was read, converted and written.
+
+    Attributes:
+        name: of the tensor in the model.
+        done: tensors so far.
+        count: of all tensors.
+    """
+
+    name: str
+    done: int
+    count: int
+
+
+def result_of(events: Iterable[SpaceNeeded | TensorConverted | T]) -> T:
+    """Let the work be done, and take its result: the last event."""
+    (result,) = deque(events, maxlen=1)
+    assert not isinstance(result, SpaceNeeded | TensorConverted), "the result comes last"
+    return result
+
+
+def describe_conversion(result: Mapping[str, Any]) -> list[str]:
+    """A conversion in lines for a person, from the values of its report."""
+    size = f"{result['parameters'] / 1e6:.3f} M parameters, {result['bytes'] / 1e6:.1f} MB"
+    lines = [
+        f"{result['loader']} -> {result['architecture']}: {size}, "
+        f"{result['bits_per_weight']:.2f} bits a weight"
+    ]
+    if result["quantized"] or result["left_dense"]:
+        lines.append(
+            f"{result['quantized']} linears quantized, relative error {result['relative_error']:.2%}"
+        )
+    if result["left_dense"]:
+        lines.append(f"left dense, inputs do not divide by the group: {listing(result['left_dense'])}")
+    return lines

@@ -1,0 +1,109 @@
+"""The parts of a transformer that are not linears, each by the fastest exact way of the device.
+
+On Metal and CUDA these are MLX's own operations. On a CPU large arrays in
+float32 go the ways that are written out in :mod:`mlxlora_core.model.ops.cpu`.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlxlora_core.machine.device import on_cpu
+from mlxlora_core.model.ops import cpu
+
+# Below this many elements MLX's own operation, which is one call, is as fast.
+LARGE = 1 << 12
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """``x · rsqrt(mean(x²) + eps) · weight`` over the last axis.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
+
+    Args:
+        x: (..., D).
+        weight: (D,).
+        eps: what is added to the mean square.
+    """
+    return cpu.rms_norm(x, weight, eps) if _pays(x) else mx.fast.rms_norm(x, weight, eps)
+
+
+def rotate(x: mx.array, offset: int, theta: float) -> mx.array:
+    """Rotary positions of (B, ·, T, E), whose first token stands at position ``offset``.
+
+    Neighbouring features 2i and 2i + 1 turn by the angle ``position · theta^(-2i/E)``.
+    Source: Su et al. 2021, arXiv:2104.09864, equation 34.
+    """
+    if x.dtype != mx.float32 or not on_cpu():
+        return mx.fast.rope(x, x.shape[-1], traditional=True, base=theta, scale=1.0, offset=offset)
+    return cpu.rotate(x, offset, theta)
+
+
+def silu_times(gate: mx.array, up: mx.array) -> mx.array:
+    """``silu(gate) · up`` (Shazeer 2020, arXiv:2002.05202), element by element."""
+    return cpu.silu_times(gate, up) if _pays(gate) else mx.sigmoid(gate) * gate * up
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """Sum over N of ``logsumexp(logits) - logits[target]``, in float32.
+
+    Args:
+        logits: (N, V).
+        targets: ids (N,).
+    """
+    logits = logits.astype(mx.float32)
+    if _pays(logits):
+        return cpu.cross_entropy(logits, targets)
+    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)  # (N,)
+    return (mx.logsumexp(logits, axis=-1) - chosen).sum()
+
+
+def attention(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
+) -> mx.array:
+    """Grouped-query attention (B, H, T, E).
+
+    Args:
+        queries: (B, H, T, E).
+        keys: (B, K, S, E), with H a multiple of K.
+        values: (B, K, S, E).
+        scale: what the scores are multiplied by.
+        mask: None for all; ``"causal"``, with the last query at the last key;
+            or an array that broadcasts to (B, H, T, S): booleans, true where a
+            query sees a key (one that sees none gets the mean of all values), or
+            numbers that are added to the scores, of a type that the result's takes in.
+
+    Raises:
+        ValueError: another mask, or H is no multiple of K.
+    """
+    heads, length = queries.shape[1:3]
+    if heads % keys.shape[1]:
+        raise ValueError(f"attention: {heads} heads of queries cannot share {keys.shape[1]} of keys")
+    if mask is not None:
+        _check_mask(mask, (*queries.shape[:3], keys.shape[2]), queries.dtype)
+    if length == 1 and mask is None and on_cpu():
+        return cpu.attention_of_one(queries, keys, values, scale)
+    if _pays(queries):
+        return cpu.attention(queries, keys, values, scale, mask)
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def _pays(x: mx.array) -> bool:
+    """Whether the way of a CPU is the faster one for ``x``."""
+    return x.size >= LARGE and x.dtype == mx.float32 and on_cpu()
+
+
+def _check_mask(mask: mx.array | str, shape: tuple[int, ...], dtype: mx.Dtype) -> None:
+    """Refuse what is no mask for scores of ``shape`` (B, H, T, S) and a result of type ``dtype``."""
+    wanted = "None, 'causal', or booleans or "
+    wanted += f"{str(dtype).removeprefix('mlx.core.')} that broadcast to (B, H, T, S) = {shape}"
+    if not isinstance(mask, mx.array):
+        if mask != "causal":
+            raise ValueError(f"attention: mask is {mask!r}, wanted {wanted}")
+        return
+    fits = mask.ndim <= 4 and all(
+        size in (1, whole) for size, whole in zip(reversed(mask.shape), reversed(shape), strict=False)
+    )
+    if not fits or (mask.dtype != mx.bool_ and mx.result_type(mask.dtype, dtype) != dtype):
+        got = f"{str(mask.dtype).removeprefix('mlx.core.')} {mask.shape}"
+        raise ValueError(f"attention: mask is {got}, wanted {wanted}")

@@ -1,0 +1,164 @@
+"""What a quantizer makes of a model: checked where core takes it, and found again in a model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxlora_core.errors import ModelError, PluginError, UsageError, listing
+from mlxlora_core.files import tensor_file
+from mlxlora_core.model.linears import QuantizedLinear, linear_shape, linears, replace
+from mlxlora_core.options import parse
+from mlxlora_core.registry import Choice, Component, Registry
+from mlxlora_core.registry.defaults import DEFAULT_QUANTIZER
+
+#: keys of config.json: which quantizer, its options, and path -> options that differ of what it packed
+QUANTIZER, QUANTIZATION, QUANTIZED = "quantizer", "quantization", "quantized"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight in fewer bits.
+
+    Attributes:
+        parts: the tensors that stand for it, by the quantizer's names.
+        weight: what they stand for, float32.
+    """
+
+    parts: Mapping[str, mx.array]
+    weight: mx.array
+
+
+def pack(weight: mx.array, quantization: Choice) -> Packed | None:
+    """What the quantizer makes of a weight (..., outputs, inputs), or None where it leaves it as it is.
+
+    Raises:
+        PluginError: it gives something else than its parts, or parts that stand
+            for another shape or for values that are not finite.
+    """
+    component, options = quantization.component, quantization.options
+    given = component.spec.quantize(weight, options)
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise component.breach("quantize", type(given).__name__, "a mapping of its parts, or None")
+    parts = dict(given)
+    if parts.keys() != set(component.spec.parts):
+        raise component.breach("quantize", f"parts {listing(map(str, parts))}", listing(component.spec.parts))
+    for name, part in parts.items():
+        if component.checked("quantize", part, mx.array).dtype not in tensor_file.TYPES:
+            raise component.breach("quantize", f"{name} of type {part.dtype}", "a type that files hold")
+    restored = _expanded(parts, quantization, weight.shape)
+    if not tensor_file.is_finite(restored):
+        raise component.breach("dequantize", "values that are not finite", "finite ones")
+    return Packed(parts, restored)
+
+
+def read_quantization(config: Mapping[str, Any], registry: Registry, where: Path) -> Choice | None:
+    """How a config says that linears are quantized, or None.
+
+    Raises:
+        PluginError: no such quantizer.
+        ModelError: options that it does not have.
+    """
+    stated = config.get(QUANTIZATION)
+    if stated is None:
+        return None
+    name = config.get(QUANTIZER, DEFAULT_QUANTIZER)
+    if not isinstance(stated, dict) or not isinstance(name, str):
+        raise ModelError(f"quantization is {stated!r} by {name!r}, wanted a table and a name", where=where)
+    component = registry.find("quantizer", name)
+    return Choice(component, _options(component, stated, where))
+
+
+def restore(
+    module: nn.Module,
+    tensors: Mapping[str, mx.array],
+    config: Mapping[str, Any],
+    quantization: Choice,
+    where: Path,
+) -> None:
+    """Put an empty quantized linear wherever one is packed; its parts are filled in with the other weights.
+
+    Args:
+        module: the model, with dense linears.
+        tensors: of the weight file.
+        config: config.json.
+        quantization: what it says of all quantized linears.
+        where: config.json, for messages.
+
+    Raises:
+        ModelError: a linear that the model does not have, or parts that are not those of its weight.
+    """
+    dense = dict(linears(module))
+    packed: dict[str, nn.Module] = {}
+    faults: dict[str, str] = {}
+    for path, differing in _packed(dense, tensors, config, where).items():
+        if path not in dense:
+            raise ModelError(f"{QUANTIZED} names {path}, which is no linear of this model", where=where)
+        stated = {**config[QUANTIZATION], **differing}
+        own = Choice(quantization.component, _options(quantization.component, stated, where))
+        try:
+            packed[path] = _empty(path, dense[path], tensors, own if differing else quantization)
+        except (ModelError, PluginError, ValueError) as fault:
+            faults[path] = str(fault)
+    if faults:
+        first = next(iter(faults.values()))
+        raise ModelError(
+            f"the weights do not fit config.json: {len(faults)} quantized linears, "
+            f"{listing(faults)}, have other parts: {first}",
+            where=where.parent,
+        )
+    replace(module, packed)
+
+
+def _packed(
+    dense: Collection[str], tensors: Mapping[str, mx.array], config: Mapping[str, Any], where: Path
+) -> Mapping[str, Mapping[str, Any]]:
+    """path -> the options that differ, of each quantized linear."""
+    stated = config.get(QUANTIZED)
+    if stated is None:  # written before linears were named one by one
+        names = (name.rpartition(".") for name in tensors)
+        return {path: {} for path, _, part in names if path in dense and part not in ("weight", "bias")}
+    if not isinstance(stated, dict) or not all(isinstance(value, dict) for value in stated.values()):
+        raise ModelError(f"{QUANTIZED} must be a table of tables, by path", where=where)
+    return stated
+
+
+def _empty(
+    path: str, linear: nn.Module, tensors: Mapping[str, mx.array], quantization: Choice
+) -> QuantizedLinear:
+    """A quantized linear in place of a dense one, with parts of the shapes that the file has."""
+    names = quantization.component.spec.parts
+    absent = [f"{path}.{name}" for name in names if f"{path}.{name}" not in tensors]
+    if absent:
+        raise ModelError(f"there is no {listing(absent)}")
+    found = {name: tensors[f"{path}.{name}"] for name in names}
+    parts = {name: mx.zeros(part.shape, part.dtype) for name, part in found.items()}
+    shape = linear_shape(linear)
+    _expanded(parts, quantization, shape)  # only the shape is asked for: nothing is computed
+    return QuantizedLinear(quantization, parts, shape, linear.bias if "bias" in linear else None)
+
+
+def _expanded(parts: Mapping[str, mx.array], quantization: Choice, shape: tuple[int, ...]) -> mx.array:
+    """The weight that the quantizer makes of ``parts``, which must have this shape."""
+    component = quantization.component
+    given = component.spec.dequantize(parts, quantization.options)
+    weight = component.checked("dequantize", given, mx.array)
+    if weight.shape != shape or weight.dtype != mx.float32:
+        got = f"{weight.shape} {tensor_file.type_name(weight.dtype)}"
+        raise component.breach("dequantize", got, f"{shape} float32")
+    return weight
+
+
+def _options(quantizer: Component, stated: Mapping[str, Any], where: Path) -> Any:
+    """The options that config.json states."""
+    try:
+        return parse(quantizer.spec.options, stated, owner=f"quantizer '{quantizer.spec.name}'")
+    except UsageError as fault:
+        raise ModelError(fault.what, where=where) from fault

@@ -1,0 +1,16 @@
+"""The stages of a run, one file each.
+
+To add one, write a :class:`~mlxlora_core.run.stages.stage.Stage` in a file of
+its own and name it in :data:`STAGES`: planning, skipping, the record and the
+words on the terminal follow from the object.
+"""
+
+from mlxlora_core.run.stages.after import AfterStage
+from mlxlora_core.run.stages.before import BeforeStage
+from mlxlora_core.run.stages.data import DataStage
+from mlxlora_core.run.stages.model import ModelStage
+from mlxlora_core.run.stages.stage import Stage
+from mlxlora_core.run.stages.train import TrainStage
+
+#: in the order in which they are done
+STAGES: tuple[Stage, ...] = (ModelStage(), DataStage(), BeforeStage(), TrainStage(), AfterStage())

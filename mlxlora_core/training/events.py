@@ -1,0 +1,201 @@
+"""What a training tells while it goes on, and what it has come to at its end.
+
+Light, so that whoever shows or keeps it needs no MLX.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """The steps since the last report.
+
+    Attributes:
+        step: steps made so far.
+        loss: nats per counted token over these steps; NaN when none was sound.
+        learning_rate: of the last step.
+        grad_norm: of the last step, before clipping.
+        steps_per_second: only the time of training steps counts.
+        tokens_per_second: counted tokens.
+        trained_tokens: counted tokens since the start.
+        peak_memory_bytes: most that MLX has held.
+        clipped: how many of these steps had their gradient clipped.
+        skipped: how many of these steps made no update, being not finite.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    steps_per_second: float
+    tokens_per_second: float
+    trained_tokens: int
+    peak_memory_bytes: int
+    clipped: int = 0
+    skipped: int = 0
+
+    @property
+    def words(self) -> str:
+        """It in a line, without the step."""
+        clipped = f"  {self.clipped} clipped" if self.clipped else ""
+        skipped = f"  {self.skipped} skipped, not finite" if self.skipped else ""
+        speed = f"{self.steps_per_second:.2f} steps/s  {self.tokens_per_second:.0f} tokens/s"
+        peak = f"peak {self.peak_memory_bytes / 1e9:.2f} GB"
+        return f"loss {self.loss:.4f}  lr {self.learning_rate:.2e}  {speed}  {peak}{clipped}{skipped}"
+
+    def __str__(self) -> str:
+        return f"step {self.step}  {self.words}"
+
+
+@dataclass(frozen=True)
+class ValidReport:
+    """A validation.
+
+    Attributes:
+        step: steps made before it.
+        loss: nats per counted token; NaN when the model's loss is not finite.
+        tokens: how many counted.
+        seconds: how long it took.
+    """
+
+    step: int
+    loss: float
+    tokens: int
+    seconds: float
+
+    @property
+    def words(self) -> str:
+        """It in a line, without the step."""
+        return f"valid loss {self.loss:.4f}  ({self.tokens} tokens in {self.seconds:.1f} s)"
+
+    def __str__(self) -> str:
+        return f"step {self.step}  {self.words}"
+
+
+@dataclass(frozen=True)
+class SpikeReport:
+    """A loss far above those before it; training goes on.
+
+    Attributes:
+        step: where.
+        loss: nats per counted token of that step.
+        median: of the steps before it.
+    """
+
+    step: int
+    loss: float
+    median: float
+
+    @property
+    def words(self) -> str:
+        """It in a line, without the step."""
+        return f"warning: loss {self.loss:.4f}, the median of the steps before is {self.median:.4f}"
+
+    def __str__(self) -> str:
+        return f"step {self.step}  {self.words}"
+
+
+Report = TrainReport | ValidReport | SpikeReport
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """A checkpoint was written.
+
+    Attributes:
+        step: steps made before it.
+        seconds: how long it took.
+    """
+
+    step: int
+    seconds: float
+
+    @property
+    def words(self) -> str:
+        """It in a line, without the step."""
+        return f"saved in {self.seconds:.2f} s"
+
+    def __str__(self) -> str:
+        return f"step {self.step}  {self.words}"
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that the user should know, in a line."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class TrainingStarted:
+    """Steps begin.
+
+    Attributes:
+        step: steps made before.
+        steps: how many there will be at most.
+    """
+
+    step: int
+    steps: int
+
+    def __str__(self) -> str:
+        return f"training from step {self.step} to {self.steps}"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training has come to; the last event.
+
+    Attributes:
+        parameters: of the base, packed ones counted as weights, and the adapter.
+        trainable_parameters: of the adapter.
+        adapted: paths of the linears that it wraps.
+        rows: rows trained on.
+        rows_cut: how many of them were cut at the longest length.
+        tokens_cut: tokens lost by cutting.
+        rows_empty: rows left out, since no token of theirs counts.
+        max_seq_length: the longest length, in tokens.
+        steps: steps made.
+        steps_skipped: how many of them made no update, being not finite.
+        adapter_step: the step whose adapter the model holds now: the one of the best
+            validation when the training has patience, and else the last one.
+        train_loss: nats per counted token, as last reported; None where it was not, or is not finite.
+        valid_loss: the same of the last validation.
+    """
+
+    parameters: int
+    trainable_parameters: int
+    adapted: tuple[str, ...]
+    rows: int
+    rows_cut: int
+    tokens_cut: int
+    rows_empty: int
+    max_seq_length: int
+    steps: int
+    steps_skipped: int
+    adapter_step: int
+    train_loss: float | None
+    valid_loss: float | None
+
+    def __str__(self) -> str:
+        losses = {"train": self.train_loss, "valid": self.valid_loss}
+        said = "".join(f", {name} loss {loss:.4f}" for name, loss in losses.items() if loss is not None)
+        return f"{self.steps} steps on {self.rows} rows{said}"
+
+
+TrainEvent = Note | TrainingStarted | Report | CheckpointSaved | TrainResult
+
+
+def report_line(report: Report) -> dict[str, Any]:
+    """One line of metrics.jsonl; a number that is not finite, which JSON cannot hold, is null."""
+    values = asdict(report)
+    kind = type(report).__name__.removesuffix("Report").lower()
+    odd = {k: None for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+    return {"kind": kind, **values, **odd}

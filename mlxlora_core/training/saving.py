@@ -1,0 +1,224 @@
+"""The folder of checkpoints of one training: begun, gone on from, written and pruned."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxlora_core.errors import DivergedError, ModelError, PluginError, ResourceError, listing
+from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.model import adapters
+from mlxlora_core.model.adapters import Adapted, trainable
+from mlxlora_core.model.folder import Model
+from mlxlora_core.model.linears import parameters
+from mlxlora_core.training.checkpoints import (
+    ADAPTER,
+    MANIFEST,
+    OPTIMIZER,
+    PARTS,
+    SCHEMA,
+    STATE,
+    Checkpoint,
+    Found,
+    Start,
+    digest,
+    find_for,
+    sha256,
+)
+from mlxlora_core.training.events import CheckpointSaved
+from mlxlora_core.training.identity import Identity
+from mlxlora_core.training.loop import Progress, Training, Window
+
+
+class CheckpointFolder:
+    """Where one training is saved.
+
+    Args:
+        path: the folder; made when the first checkpoint is written.
+        training: at its start.
+        model: the base with the adapter on it.
+        adapted: the adapter.
+        identity: of the training.
+    """
+
+    def __init__(
+        self, path: Path, training: Training, model: Model, adapted: Adapted, identity: Identity
+    ) -> None:
+        self.path = path
+        self._training, self._model, self._adapted, self._identity = training, model, adapted, identity
+        self._valid: list[int] = []  # steps of the checkpoints that verify, in order
+        self._resumed: list[dict[str, Any]] = []  # where the training was taken up, and by what
+        self._base = _base_sums(model)
+
+    def start(self, how: Start, found: Found | None = None) -> list[str]:
+        """Begin, or put the training where the newest checkpoint stands.
+
+        With :attr:`Start.CONTINUE` a finished training of other settings, data or
+        versions is begun anew.
+
+        Args:
+            how: to start.
+            found: as :func:`find_for` gives it, where that was asked already.
+
+        Returns:
+            What there is to tell.
+
+        Raises:
+            SettingsChanged: what is there was begun with other settings.
+            ModelError: it is of another base or of other data.
+            MlxloraError: as :func:`find_for`.
+        """
+        found = find_for(how, self.path) if found is None else found
+        if how is Start.RESUME:
+            return self._resume(found, "put them back, or begin anew with --overwrite instead of --resume")
+        if how is Start.CONTINUE and self._goes_on(found):
+            return self._resume(found, f"put them back, or remove {self.path} to begin anew")
+        return self._begin(found)
+
+    def _goes_on(self, found: Found) -> bool:
+        """Whether there is a training that has not ended, or this very one."""
+        return any(not newest.finished or self._identity.matches(newest) for newest in found.valid[:1])
+
+    def _begin(self, found: Found) -> list[str]:
+        """Begin anew: the checkpoints that were found go, and those that do not verify are put aside."""
+        for folder in found.damaged:
+            durable.put_aside(folder, "damaged")
+        # The newest goes last, so that what is left tells the same until then.
+        for checkpoint in reversed(found.valid):
+            durable.remove_folder(checkpoint.folder)
+        removed = f"{len(found.valid)} checkpoints of an earlier training were removed"
+        return [*found.notes, *([removed] if found.valid else [])]
+
+    def _resume(self, found: Found, fix: str) -> list[str]:
+        """Go on from the newest checkpoint; ``fix`` is what to do about other settings."""
+        training, newest = self._training, found.valid[0]
+        notes = [*found.notes, *self._identity.compare(newest, fix)]
+        progress, self._resumed = _read_state(newest)
+        adapters.fill(newest.folder / ADAPTER, self._model)
+        tensors, _ = tensor_file.load(newest.folder / OPTIMIZER)
+        training.restore(progress, tensors)
+        self._valid = sorted(checkpoint.step for checkpoint in found.valid)
+        self._resumed.append({"step": progress.step, "versions": dict(self._identity.versions)})
+        steps = training.config.iters
+        if training.finished:
+            return [*notes, f"nothing to do: step {progress.step} of {steps} was the last"]
+        return [*notes, f"resumed at step {progress.step} of {steps}"]
+
+    def save(self, keep: int) -> Iterator[CheckpointSaved]:
+        """Write a checkpoint of where the training stands, unless there is one, and prune.
+
+        Args:
+            keep: how many of the newest stay, beside the best.
+
+        Raises:
+            DivergedError: the adapter or the optimizer is not finite.
+            PluginError: the base has changed.
+            ResourceError: it cannot be written; those before it are as they were.
+        """
+        step = self._training.progress.step
+        if step == 0 or step in self._valid:
+            return
+        started = time.perf_counter()
+        self.check_state()
+        try:
+            self._write(step)
+        except ResourceError:
+            if not durable.clear_leftovers(self.path, "*"):
+                raise
+            self._write(step)  # the room that a dead process held is free now
+        self._valid.append(step)
+        self._prune(keep)
+        yield CheckpointSaved(step, time.perf_counter() - started)
+
+    def put_back(self, step: int) -> bool:
+        """Put the adapter of a step on the model, if it is kept; whether it is."""
+        if step not in self._valid:
+            return False
+        adapters.fill(self._folder(step) / ADAPTER, self._model)
+        return True
+
+    def check_state(self) -> None:
+        """Refuse to save what is not sound.
+
+        Raises:
+            DivergedError: the optimizer is not finite.
+            PluginError: the base has changed.
+        """
+        changed = sorted(name for name, total in _base_sums(self._model).items() if total != self._base[name])
+        if changed:
+            raise PluginError(
+                f"the base has changed in training, which an adapter must not do: {listing(changed)}",
+                where=f"plugin {self._adapted.choice.component.plugin}",
+            )
+        tensors = self._training.optimizer_tensors()
+        floating = {n: t for n, t in tensors.items() if mx.issubdtype(t.dtype, mx.floating)}
+        odd = [name for name, tensor in floating.items() if not tensor_file.is_finite(tensor)]
+        if odd:
+            raise DivergedError(
+                f"the state of the optimizer is not finite and was not saved: {listing(odd)}",
+                fix="lower --learning-rate, or set --grad-clip 1",
+            )
+
+    def _write(self, step: int) -> None:
+        target = self._folder(step)
+        durable.put_aside(target, "damaged")  # it does not verify, or it would not be written again
+        with durable.new_folder(target) as new:
+            adapters.save(new / ADAPTER, self._model, self._adapted)
+            tensors = self._training.optimizer_tensors()
+            tensor_file.save(new / OPTIMIZER, sorted(tensors.items()), {}, len(tensors))
+            for name in (ADAPTER, OPTIMIZER):
+                _check_written(new / name)
+            state = {**asdict(self._training.progress), "seed": self._training.seed, "resumed": self._resumed}
+            durable.write_json(new / STATE, state)
+            files = {n: {"bytes": (new / n).stat().st_size, "sha256": sha256(new / n)} for n in PARTS}
+            head = {"schema": SCHEMA, "step": step, "finished": self._training.finished, "files": files}
+            manifest = {**head, **asdict(self._identity)}
+            durable.write_json(new / MANIFEST, {**manifest, "sha256": digest(manifest)})
+
+    def _prune(self, keep: int) -> None:
+        """Remove what is neither among the newest nor the best; what does not verify is never touched."""
+        for step in [s for s in self._valid[:-keep] if s != self._training.progress.best_step]:
+            durable.remove_folder(self._folder(step))
+            self._valid.remove(step)
+
+    def _folder(self, step: int) -> Path:
+        return self.path / f"step-{step:07}"
+
+
+def _read_state(checkpoint: Checkpoint) -> tuple[Progress, list[dict[str, Any]]]:
+    """Where a checkpoint stands, and where its training was taken up before."""
+    path = checkpoint.folder / STATE
+    try:
+        state = json.loads(path.read_text("utf-8"))
+        resumed = list(state.pop("resumed"))
+        del state["seed"]  # the settings hold it too
+        window = Window(**state.pop("window"))
+        progress = Progress(**state | {"recent": tuple(state["recent"]), "window": window})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as fault:
+        raise ModelError(f"is no state of a training: {fault}", where=path) from fault
+    if progress.step != checkpoint.step:
+        raise ModelError(f"is of step {progress.step}, wanted {checkpoint.step}", where=path)
+    return progress, resumed
+
+
+def _check_written(path: Path) -> None:
+    """Read a file of tensors back, before anything relies on it."""
+    tensors, metadata = tensor_file.load(path)
+    if tensor_file.fingerprint(tensors) != metadata[tensor_file.FINGERPRINT]:
+        raise ResourceError("what is read back is not what was written", where=path, fix="check the disk")
+
+
+def _base_sums(model: Model) -> dict[str, int]:
+    """name -> sum of the bits of each parameter that is frozen; one pass over memory."""
+    words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+    trained = trainable(model.module)
+    frozen = {name: t for name, t in parameters(model.module).items() if name not in trained}
+    sums = {name: t.view(words[t.dtype.size]).sum() for name, t in frozen.items()}
+    mx.eval(list(sums.values()))
+    return {name: int(total) for name, total in sums.items()}

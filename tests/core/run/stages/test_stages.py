@@ -1,0 +1,78 @@
+"""What each stage says of itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from mlxlora_core.registry import Registry
+from mlxlora_core.run.recipe import Recipe
+from mlxlora_core.run.recipe_source import read
+from mlxlora_core.run.stages import STAGES
+from mlxlora_core.run.stages.after import AfterStage
+from mlxlora_core.run.stages.before import BeforeStage
+from mlxlora_core.run.stages.data import DataStage
+from mlxlora_core.run.stages.model import ModelStage
+from mlxlora_core.run.stages.train import TrainStage
+
+FOLDER = Path(__file__).parents[4] / "mlxlora_core" / "run" / "stages"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_checkpoint: Path, tiny_data: Path, registry: Registry) -> Recipe:
+    values: dict[str, Any] = {
+        "model": {"torch_path": str(tiny_checkpoint)},
+        "data": {"use": "jsonl", "options": {"path": str(tiny_data)}},
+    }
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(values))
+    return read(tmp_path / "recipe.toml", (), registry)
+
+
+def test_each_stage_has_a_file_of_its_name_and_builds_on_those_before() -> None:
+    known: list[str] = []
+    for stage in STAGES:
+        assert (FOLDER / f"{stage.name}.py").is_file()
+        assert type(stage).__module__.endswith(f".stages.{stage.name}")
+        assert set(stage.builds_on) <= set(known)
+        known.append(stage.name)
+    assert known == ["model", "data", "before", "train", "after"]
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_inputs_are_values_that_a_fingerprint_can_be_made_of(stage: Any, recipe: Recipe) -> None:
+    inputs = stage.inputs(recipe)
+    assert inputs and json.dumps(inputs, default=str) == json.dumps(stage.inputs(recipe), default=str)
+
+
+def test_a_model_folder_that_is_there_is_named() -> None:
+    assert ModelStage().words({"folder": "llama"}) == ["uses llama"]
+
+
+def test_the_words_of_the_rows_tell_what_was_skipped() -> None:
+    rows = {"train": 3, "valid": 1, "test": 2}
+    assert DataStage().words({"rows": rows, "skipped": []}) == ["3 train, 1 valid, 2 test rows"]
+    assert DataStage().words({"rows": rows, "skipped": [{}]}) == ["3 train, 1 valid, 2 test rows, 1 skipped"]
+
+
+def test_the_words_of_training_tell_the_best_step() -> None:
+    assert TrainStage().words({"steps": 9, "adapter_step": 9}) == ["9 steps"]
+    assert TrainStage().words({"steps": 9, "adapter_step": 6}) == [
+        "9 steps; the adapter is that of step 6, the best"
+    ]
+
+
+@pytest.mark.parametrize("stage", [BeforeStage(), AfterStage()])
+def test_the_words_of_measuring_are_the_losses(stage: Any) -> None:
+    assert stage.words({"losses": {"test": {"loss": 1.25}}, "answers": []}) == ["test loss 1.2500"]
+
+
+def test_what_was_written_is_what_the_folder_holds(tmp_path: Path) -> None:
+    assert ModelStage().outputs(tmp_path) == DataStage().outputs(tmp_path) == []
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    assert ModelStage().outputs(tmp_path) == ["model/config.json"]
+    assert TrainStage().outputs(tmp_path) == ["adapter/adapter.safetensors", "metrics.jsonl"]
