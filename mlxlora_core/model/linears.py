@@ -269,8 +269,9 @@ def linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def layers_by_path(model: LanguageModel) -> Callable[[str], int | None]:
     """A function that tells which of ``model.layers`` a path leads into, wherever the model keeps them."""
+    module: Any = model
     numbers = {id(layer): number for number, layer in enumerate(model.layers)}
-    places = {path: numbers[id(child)] for path, child in model.named_modules() if id(child) in numbers}
+    places = {path: numbers[id(child)] for path, child in module.named_modules() if id(child) in numbers}
 
     def layer_of(path: str) -> int | None:
         parts = path.split(".")
