@@ -25,7 +25,7 @@ from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
-from mlxlora_core.registry import load, start_runtimes
+from mlxlora_core.plugins import load, start_runtimes
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.examples import Example
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import click
 
 from mlxlora_core.cli.session import start
-from mlxlora_core.registry import load
-from mlxlora_core.run import pipeline
-from mlxlora_core.run.events import StageDone
-from mlxlora_core.run.recipe_source import read
+from mlxlora_core.plugins import load
+from mlxlora_core.runs import pipeline
+from mlxlora_core.runs.events import StageDone
+from mlxlora_core.runs.recipe_source import read
 from mlxlora_core.training.events import CheckpointSaved, TrainReport
 
 

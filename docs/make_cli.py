@@ -44,13 +44,13 @@ goes away, training goes on to its end, and every other verb ends as any program
 
 ## One at a time
 
-`run` locks its run folder, `train` its adapter file, and `convert`, `data` and `fuse` the folder that they
-write. A second one stops at once with exit code 9 and names the process, machine and time of the first. The
-lock of `NAME` is the file `.NAME.lock` beside it, held with flock(2) and removed at the end; when its
-holder was killed, the kernel has released it, and the file that is left does no harm. A lock that another
-machine left, on a network drive, is not taken: the message says what to remove when nothing runs there any
-more. Readers need no lock, since what they read appears whole: `generate`, `evaluate` and `fuse` see the
-state before a save or the one after it.
+`run` locks its run folder, `train` its adapter file, and `convert`, `data`, `fuse` and `export` the folder
+that they write. A second one stops at once with exit code 9 and names the process, machine and time of the
+first. The lock of `NAME` is the file `.NAME.lock` beside it, held with flock(2) and removed at the end;
+when its holder was killed, the kernel has released it, and the file that is left does no harm. A lock that
+another machine left, on a network drive, is not taken: the message says what to remove when nothing runs
+there any more. Readers need no lock, since what they read appears whole: `generate`, `evaluate`, `fuse` and
+`export` see the state before a save or the one after it.
 
 ## Disk and memory
 

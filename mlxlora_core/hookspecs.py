@@ -15,6 +15,8 @@ from mlxlora_core.specs import (
     Adapter,
     Architecture,
     DatasetBuilder,
+    Exporter,
+    Observer,
     Quantizer,
     RecipeFile,
     Runtime,
@@ -63,6 +65,16 @@ def mlxlora_dataset_builders() -> Iterable[DatasetBuilder]:  # type: ignore[empt
 @hookspec
 def mlxlora_samplers() -> Iterable[Sampler]:  # type: ignore[empty-body]
     """Choosers of the next token: options -> a function from logits and the ids so far to logits."""
+
+
+@hookspec
+def mlxlora_exporters() -> Iterable[Exporter]:  # type: ignore[empty-body]
+    """Writers for other tools: a model, with or without an adapter -> a folder that they read."""
+
+
+@hookspec
+def mlxlora_observers() -> Iterable[Observer]:  # type: ignore[empty-body]
+    """Watchers of a training: told of its reports, stages and checkpoints as they happen."""
 
 
 @hookspec

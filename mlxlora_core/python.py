@@ -22,10 +22,10 @@ from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.options import divide, parse
-from mlxlora_core.registry import Registry, start_runtimes
-from mlxlora_core.registry import load as load_plugins
-from mlxlora_core.registry.defaults import DEFAULT_ADAPTER, DEFAULT_RECIPE, DEFAULT_SAMPLER
-from mlxlora_core.registry.sections import configure
+from mlxlora_core.plugins import Registry, start_runtimes
+from mlxlora_core.plugins import load as load_plugins
+from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER, DEFAULT_RECIPE, DEFAULT_SAMPLER
+from mlxlora_core.plugins.sections import configure
 from mlxlora_core.training.checkpoints import Start
 from mlxlora_core.training.dataset import SPLITS
 from mlxlora_core.training.settings import (
@@ -38,10 +38,11 @@ from mlxlora_core.training.settings import (
 
 if TYPE_CHECKING:
     from mlxlora_core.model.adapters import Adapted
+    from mlxlora_core.model.export import ExportReport
     from mlxlora_core.model.folder import Model as Base
     from mlxlora_core.model.fuse import FuseReport
     from mlxlora_core.model.generate import Segment
-    from mlxlora_core.run.events import Event
+    from mlxlora_core.runs.events import Event
     from mlxlora_core.training.events import TrainEvent
     from mlxlora_core.training.loss import Loss
 
@@ -346,7 +347,7 @@ def stream(
     """
     config = _parse(GenerateConfig, {"num_tokens": num_tokens, "write_every": write_every})
     from mlxlora_core.model.generate import generate as segments
-    from mlxlora_core.run.recipe import choose_samplers
+    from mlxlora_core.runs.recipe import choose_samplers
 
     chosen = choose_samplers(sampler, options, model.registry)
     return segments(
@@ -400,6 +401,50 @@ def fuse(
         return result_of(fused(Path(model), Path(adapter_file), Path(save_path), found, overwrite=overwrite))
 
 
+def export(
+    model: str | os.PathLike[str],
+    to: str,
+    out: str | os.PathLike[str],
+    *,
+    adapter_file: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    plugins: Sequence[str] = (),
+    **options: Any,
+) -> ExportReport:
+    """Write a model, with or without an adapter, in the form of another tool.
+
+    Args:
+        model: a model folder.
+        to: the exporter.
+        out: the folder to write.
+        adapter_file: an adapter made for the model, to put into the weights.
+        overwrite: whether an export that is there may be replaced.
+        plugins: as for :func:`registry`.
+        options: of the exporter.
+
+    Returns:
+        Which files were written.
+
+    Raises:
+        UsageError: the target is the model; an option that there is not or that is out of range.
+        ModelError: the model or the adapter is damaged, or they do not fit.
+        SafetyError: the target holds something else.
+        ResourceError: the disk is too small.
+        PluginError: no such exporter, or one that breaks its contract.
+    """
+    found = registry(plugins)
+    exporter, _ = configure(found.find("exporter", to), options)
+    _prepare(found)
+    from mlxlora_core.model.events import result_of
+    from mlxlora_core.model.export import Fused
+    from mlxlora_core.model.export import export as exported
+
+    adapter = Fused(Path(adapter_file)) if adapter_file is not None else None
+    with lock.hold(Path(out)):
+        events = exported(Path(model), Path(out), exporter, found, fused=adapter, overwrite=overwrite)
+        return result_of(events)
+
+
 def run(
     recipe: str | os.PathLike[str] = DEFAULT_RECIPE,
     *,
@@ -421,12 +466,12 @@ def run(
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
     found = registry(plugins)
-    from mlxlora_core.run.recipe_source import find_recipe, read
+    from mlxlora_core.runs.recipe_source import find_recipe, read
 
     resolved = read(find_recipe(os.fspath(recipe), found), sets, found)
     with lock.hold(resolved.folder):
         notes = _prepare(found)
-        from mlxlora_core.run import pipeline
+        from mlxlora_core.runs import pipeline
 
         yield from _followed(pipeline.run(resolved, found, notes, "run(…)"))
 

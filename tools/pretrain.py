@@ -184,7 +184,7 @@ def new_model(config: dict[str, Any]) -> Any:
     from mlx.utils import tree_flatten, tree_unflatten
 
     from mlxlora_core.options import parse
-    from mlxlora_core.registry import load
+    from mlxlora_core.plugins import load
 
     architecture = load().find("architecture", "llama").spec
     stated = {**config, "model_type": "llama", "tie_word_embeddings": True}
@@ -242,7 +242,7 @@ def main(site: Path, out: Path, steps: int, batch_size: int, learning_rate: floa
     from mlxlora_sentencepiece.tokenizer import SentencePieceTokenizer
 
     from mlxlora_core.machine.device import prepare_cpu
-    from mlxlora_core.registry import load, start_runtimes
+    from mlxlora_core.plugins import load, start_runtimes
     from mlxlora_core.training.events import TrainReport, ValidReport
     from mlxlora_core.training.loop import train
     from mlxlora_core.training.settings import TrainConfig

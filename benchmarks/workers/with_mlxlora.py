@@ -15,8 +15,8 @@ from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.generate import decode
-from mlxlora_core.registry import Registry, load
-from mlxlora_core.registry.sections import configure
+from mlxlora_core.plugins import Registry, load
+from mlxlora_core.plugins.sections import configure
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loop import train

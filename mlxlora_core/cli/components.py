@@ -6,7 +6,9 @@ import click
 
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, verb
-from mlxlora_core.registry import KINDS, Registry
+from mlxlora_core.options import explain
+from mlxlora_core.plugins import KINDS, Registry
+from mlxlora_core.plugins.sections import config_of
 
 
 @verb(click.argument("kind", required=False, type=click.Choice(list(KINDS))), JSON_OPTION)
@@ -14,7 +16,8 @@ def command(registry: Registry, kind: str | None, as_json: bool) -> None:
     """List what the plugins give, by kind.
 
     The full id PLUGIN:NAME is understood wherever a name is, and settles a name
-    that two plugins give.
+    that two plugins give. --json names its options too, and what its section
+    of a recipe holds beside them.
     """
     found = [c for c in registry.components if kind in (None, c.kind)]
     found.sort(key=lambda c: (list(KINDS).index(c.kind), c.spec.name))
@@ -27,6 +30,8 @@ def command(registry: Registry, kind: str | None, as_json: bool) -> None:
                     "id": c.id,
                     "plugin": c.plugin.name,
                     "summary": c.spec.summary,
+                    "options": [known.name for known in explain(c.spec.options)],
+                    "section": [known.name for known in explain(config_of(c.kind))],
                 }
                 for c in found
             ]

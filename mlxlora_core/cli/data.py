@@ -10,8 +10,8 @@ from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
-from mlxlora_core.registry import Registry
-from mlxlora_core.run.recipe import choose, overrides
+from mlxlora_core.plugins import Registry
+from mlxlora_core.runs.recipe import choose, overrides
 from mlxlora_core.training.dataset import build_dataset
 
 SHOWN_SKIPPED = 10

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from mlxlora_core.options import Option, explain, parse
-from mlxlora_core.registry.defaults import DEFAULT_SAMPLER
+from mlxlora_core.plugins.defaults import DEFAULT_SAMPLER
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from mlxlora_core.errors import one_line
 from mlxlora_core.machine import doctor
 from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Registry, start_runtimes
+from mlxlora_core.plugins import Registry, start_runtimes
 
 _NO_RUNTIME = "MLX's own: no runtime has changed it"
 
@@ -29,7 +29,7 @@ class _Products:
     stock_gflops: float | None
 
 
-@verb(JSON_OPTION)
+@verb(JSON_OPTION, tolerant=True)
 def command(registry: Registry, as_json: bool) -> None:
     """Say what mlxlora finds on this machine, and what would make it faster.
 
@@ -65,11 +65,12 @@ def _device() -> tuple[doctor.Device | None, str]:
 
 
 def _products(registry: Registry, device: doctor.Device) -> tuple[_Products, list[str]]:
-    """Matrix products here, and what the runtimes warn of."""
+    """Matrix products here, and what the runtimes warn of or advise."""
     stock = doctor.stock_matmul_gflops() if device.backend == "cpu" else None
     notes = start_runtimes(registry)
     by = "; ".join(note.text for note in notes if not note.warning) or _NO_RUNTIME
-    return _Products(by, doctor.matmul_gflops(), stock), [note.text for note in notes if note.warning]
+    advice = [line for note in notes for line in (note.text if note.warning else "", note.advice) if line]
+    return _Products(by, doctor.matmul_gflops(), stock), advice
 
 
 def _print(facts: dict[str, Any]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.model import load_adapted, measure
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
-from mlxlora_core.registry import Registry
-from mlxlora_core.run.recipe import check_sections, overrides
+from mlxlora_core.plugins import Registry
+from mlxlora_core.runs.recipe import check_sections, overrides
 from mlxlora_core.training.settings import BatchConfig, EvaluateConfig
 
 

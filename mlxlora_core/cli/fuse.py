@@ -10,8 +10,8 @@ import click
 
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
-from mlxlora_core.registry import Registry
-from mlxlora_core.run.recipe import check_sections, overrides
+from mlxlora_core.plugins import Registry
+from mlxlora_core.runs.recipe import check_sections, overrides
 
 if TYPE_CHECKING:
     from mlxlora_core.model.fuse import FuseReport

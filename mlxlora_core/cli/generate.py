@@ -12,8 +12,8 @@ from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.model import chosen_samplers, continue_prompt, load_adapted
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.errors import UsageError
-from mlxlora_core.registry import Registry
-from mlxlora_core.run.recipe import check_sections, overrides
+from mlxlora_core.plugins import Registry
+from mlxlora_core.runs.recipe import check_sections, overrides
 from mlxlora_core.training.settings import GenerateConfig
 
 PROMPT_BYTES = 16 << 20

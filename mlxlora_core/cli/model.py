@@ -13,9 +13,9 @@ import click
 from mlxlora_core.cli import show
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
-from mlxlora_core.registry import Choice, Registry
-from mlxlora_core.run.recipe import choose_samplers
-from mlxlora_core.run.samplers import TEMPERATURE, names
+from mlxlora_core.plugins import Choice, Registry
+from mlxlora_core.runs.recipe import choose_samplers
+from mlxlora_core.runs.samplers import TEMPERATURE, names
 from mlxlora_core.training.settings import BatchConfig, EvaluateConfig, GenerateConfig
 
 if TYPE_CHECKING:

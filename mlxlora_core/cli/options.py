@@ -9,8 +9,8 @@ import click
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, verb
 from mlxlora_core.options import Option, explain, plain
-from mlxlora_core.registry import KINDS, Registry
-from mlxlora_core.registry.sections import config_of
+from mlxlora_core.plugins import KINDS, Registry
+from mlxlora_core.plugins.sections import config_of
 
 
 @verb(click.argument("kind", type=click.Choice(list(KINDS))), click.argument("name"), JSON_OPTION)

@@ -7,10 +7,10 @@ import click
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, verb
 from mlxlora_core.errors import one_line
-from mlxlora_core.registry import Registry
+from mlxlora_core.plugins import Registry
 
 
-@verb(JSON_OPTION)
+@verb(JSON_OPTION, tolerant=True)
 def command(registry: Registry, as_json: bool) -> None:
     """List plugins, and why those that are not active are not."""
     if as_json:

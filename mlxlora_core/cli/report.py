@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from mlxlora_core.cli.session import verb
-from mlxlora_core.registry import Registry
-from mlxlora_core.registry.defaults import DEFAULT_RECIPE
-from mlxlora_core.run.recipe_source import find_recipe, read
-from mlxlora_core.run.report import write_report
+from mlxlora_core.plugins import Registry
+from mlxlora_core.plugins.defaults import DEFAULT_RECIPE
+from mlxlora_core.runs.recipe_source import find_recipe, read
+from mlxlora_core.runs.report import write_report
 
 
 @verb(click.argument("run", required=False, type=Path))

@@ -13,15 +13,16 @@ from mlxlora_core.cli import show
 from mlxlora_core.cli.command_line import resume_command
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import one_line
-from mlxlora_core.registry import Registry
-from mlxlora_core.registry.defaults import DEFAULT_RECIPE
-from mlxlora_core.run import pipeline
-from mlxlora_core.run.events import Event, RunStarted, StageDone, StageStarted
-from mlxlora_core.run.folder import REPORT, RunFolder
-from mlxlora_core.run.plan import plan
-from mlxlora_core.run.recipe import Recipe
-from mlxlora_core.run.recipe_source import find_recipe, read
-from mlxlora_core.run.stages import STAGES
+from mlxlora_core.plugins import Registry
+from mlxlora_core.plugins.defaults import DEFAULT_RECIPE
+from mlxlora_core.runs import pipeline
+from mlxlora_core.runs.events import Event, RunStarted, StageDone, StageStarted
+from mlxlora_core.runs.folder import REPORT, RunFolder
+from mlxlora_core.runs.observing import ObserverFailed
+from mlxlora_core.runs.plan import plan
+from mlxlora_core.runs.recipe import Recipe
+from mlxlora_core.runs.recipe_source import find_recipe, read
+from mlxlora_core.runs.stages import STAGES
 from mlxlora_core.training.events import Note
 
 
@@ -75,6 +76,8 @@ def _follow(events: Iterator[Event]) -> None:
                     show.progress(f"{place} {line}")
             elif isinstance(event, Note):
                 show.progress(f"{place} {event.text}")
+            elif isinstance(event, ObserverFailed):
+                show.warning(event.text)
             else:
                 display(event)
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +10,12 @@ from typing import Any
 import click
 
 from mlxlora_core.cli import show
-from mlxlora_core.errors import MlxloraError, PluginError, SettingsChanged, UsageError, one_line
+from mlxlora_core.errors import MlxloraError, SettingsChanged, UsageError, one_line
 from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.machine.limits import exhausted
-from mlxlora_core.registry import Plugin, Registry, load, start_runtimes
+from mlxlora_core.plugins import Registry, load, start_runtimes
+from mlxlora_core.plugins.blame import blamed
 
 PLUGIN_OPTION = click.option(
     "-P",
@@ -40,13 +38,21 @@ SETS_OPTION = click.option(
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
-def verb(*decorators: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], click.Command]:
-    """A command with ``-P`` and ``--debug``; its function gets the loaded registry first."""
+def verb(
+    *decorators: Callable[[Any], Any], tolerant: bool = False
+) -> Callable[[Callable[..., Any]], click.Command]:
+    """A command with ``-P`` and ``--debug``; its function gets the loaded registry first.
+
+    Args:
+        decorators: arguments and options of its own.
+        tolerant: whether it goes on when ``MLXLORA_PLUGINS`` names what is not
+            there, with a warning: the verbs by which that is found out.
+    """
 
     def wrap(function: Callable[..., Any]) -> click.Command:
         @functools.wraps(function)
         def call(plugins: Sequence[str], **arguments: Any) -> Any:
-            registry = open_registry(plugins)
+            registry = open_registry(plugins, tolerant)
             try:
                 return function(registry, **arguments)
             except SettingsChanged as fault:
@@ -54,8 +60,8 @@ def verb(*decorators: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], cl
                 raise
             except MlxloraError:
                 raise
-            except Exception as fault:
-                raise exhausted(fault) or _blamed(registry, fault) from fault
+            except (Exception, SystemExit) as fault:
+                raise exhausted(fault) or blamed(registry.plugins, fault) or fault from fault
 
         for decorator in (DEBUG_OPTION, PLUGIN_OPTION, *reversed(decorators)):
             call = decorator(call)
@@ -66,9 +72,11 @@ def verb(*decorators: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], cl
     return wrap
 
 
-def open_registry(plugins: Sequence[str]) -> Registry:
+def open_registry(plugins: Sequence[str], tolerant: bool = False) -> Registry:
     """Load the plugins; one that fails is one line on stderr."""
-    registry = load(plugins)
+    registry = load(plugins, tolerant=tolerant)
+    for warning in registry.warnings:
+        show.warning(warning)
     for plugin in registry.failed:
         click.echo(
             f"mlxlora: plugin {one_line(plugin)} failed to load: {plugin.reason} "
@@ -76,23 +84,6 @@ def open_registry(plugins: Sequence[str]) -> Registry:
             err=True,
         )
     return registry
-
-
-def _blamed(registry: Registry, fault: Exception) -> Exception:
-    """``fault``, or an error that names the third-party plugin in whose code it arose."""
-    for frame in reversed(traceback.extract_tb(fault.__traceback__)):
-        for plugin in registry.plugins:
-            if plugin.status == "active" and plugin.origin != "built-in" and frame.filename in _files(plugin):
-                what = f"plugin {plugin} failed: {type(fault).__name__}: {fault}"
-                return PluginError(what, where=f"{frame.filename}:{frame.lineno}")
-    return fault
-
-
-def _files(plugin: Plugin) -> set[str]:
-    """The source files of a plugin that are imported."""
-    top = plugin.value.partition(":")[0].partition(".")[0]
-    modules = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == top]
-    return {os.path.abspath(plugin.value), *(str(getattr(module, "__file__", None)) for module in modules)}
 
 
 def hold(target: Path) -> None:

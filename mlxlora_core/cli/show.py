@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mlxlora_core.errors import one_line
-from mlxlora_core.registry import Plugin
+from mlxlora_core.plugins import Plugin
 from mlxlora_core.training.events import (
     CheckpointSaved,
     Note,
@@ -38,6 +38,11 @@ def progress(line: str) -> None:
     """Print one line of progress on stderr; where nobody reads it any more, the work goes on."""
     with suppress(BrokenPipeError):
         click.echo(line, err=True)
+
+
+def warning(text: str) -> None:
+    """Print a warning on stderr, on one line."""
+    progress(f"mlxlora: warning: {one_line(text)}")
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -68,14 +73,14 @@ def report(line: Report | CheckpointSaved, steps: int) -> str:
 
 
 @contextmanager
-def converting() -> Iterator[Callable[[int, int], None]]:
+def tensors(what: str) -> Iterator[Callable[[int, int], None]]:
     """A function of (done, all), which moves a bar where stderr is a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("converting", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, count: bar.update(task, completed=done, total=count)
 
 

@@ -14,13 +14,16 @@ from mlxlora_core.cli.command_line import resume_command
 from mlxlora_core.cli.model import chosen_samplers, continue_prompt, load_base, measure
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError
-from mlxlora_core.registry import Choice, Registry
-from mlxlora_core.registry.defaults import DEFAULT_ADAPTER
-from mlxlora_core.registry.sections import AdapterConfig
-from mlxlora_core.run.recipe import check_sections, choose, overrides
+from mlxlora_core.options import plain
+from mlxlora_core.plugins import Choice, Registry
+from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
+from mlxlora_core.plugins.sections import AdapterConfig
+from mlxlora_core.runs.observing import ObserverFailed, event_values, observed
+from mlxlora_core.runs.recipe import check_sections, choose, choose_observers, overrides
 from mlxlora_core.training.checkpoints import Start, check_plugins, find, find_for
 from mlxlora_core.training.events import TrainEvent, TrainResult
 from mlxlora_core.training.settings import EvaluateConfig, GenerateConfig, SaveConfig, TrainConfig
+from mlxlora_core.values import RunInfo
 
 if TYPE_CHECKING:
     from mlxlora_core.training.session import AdapterFile, NewAdapter
@@ -50,6 +53,13 @@ DEFAULT_ADAPTER_FILE = Path("adapters.safetensors")
     declare.SEED,
     click.option(
         "--metrics-file", type=Path, help="Write every report to this file, one JSON object a line."
+    ),
+    click.option(
+        "--observer",
+        "observers",
+        multiple=True,
+        metavar="NAME",
+        help="Let an observer watch, such as csv. May be repeated.",
     ),
     click.option("--test", is_flag=True, help="Measure the test set after training."),
     declare.flags(EvaluateConfig),
@@ -98,7 +108,10 @@ def command(
         outputs=Outputs(adapter_file, checkpoints, metrics_file, asked.save, resume_command(resume=True)),
         runtimes=runtimes,
     )
-    trained = _follow(session.start(asked.how, found))
+    events = session.start(asked.how, found)
+    trained = _follow(
+        observed(events, asked.observers, _info(adapter_file, model, data, asked), event_values)
+    )
     of_best = f", of step {trained.adapter_step}, the best" if asked.train.patience is not None else ""
     show.progress(f"{adapter_file} written{of_best}")
     result: dict[str, Any] = {"adapter_file": str(adapter_file), **asdict(trained)}
@@ -126,6 +139,7 @@ class _Asked:
     name: str | None
     values: dict[str, Any]
     samplers: tuple[Choice, ...]
+    observers: tuple[Choice, ...]
     train: TrainConfig
     save: SaveConfig
     evaluate: EvaluateConfig
@@ -139,7 +153,7 @@ def _check(registry: Registry, checkpoints: Path, given: dict[str, Any], *, spea
     if given["resume"]:
         check_plugins(find(checkpoints), registry)
     sets = overrides(given["sets"])
-    check_sections(sets, ("adapter", "sampler"))
+    check_sections(sets, ("adapter", "sampler", "observe"))
     layers = given["lora_layers"]
     values = sets.get("adapter", {}) | ({"layers": layers} if layers is not None else {})
     return _Asked(
@@ -150,6 +164,7 @@ def _check(registry: Registry, checkpoints: Path, given: dict[str, Any], *, spea
         samplers=chosen_samplers(registry, given["sampler"], given["temp"], sets.get("sampler", {}))
         if speaks
         else (),
+        observers=choose_observers(given["observers"], sets.get("observe", {}), registry),
         train=declare.config_from(TrainConfig, given),
         save=declare.config_from(SaveConfig, given),
         evaluate=declare.config_from(EvaluateConfig, given),
@@ -166,11 +181,28 @@ def _adapter(asked: _Asked, path: Path | None) -> NewAdapter | AdapterFile:
     return NewAdapter(*asked.adapter)
 
 
-def _follow(events: Iterator[TrainEvent]) -> TrainResult:
+def _info(adapter_file: Path, model: Path, data: Path, asked: _Asked) -> RunInfo:
+    """What observers are told of the training before it begins."""
+    settings = {
+        "model": str(model),
+        "data": str(data),
+        "adapter": {**plain(asked.adapter[0].options), **plain(asked.adapter[1])},
+        "train": plain(asked.train),
+        "checkpoints": plain(asked.save),
+    }
+    return RunInfo(adapter_file.parent, adapter_file.stem, settings, stem=adapter_file.stem)
+
+
+def _follow(events: Iterator[TrainEvent | ObserverFailed]) -> TrainResult:
     """Show a training to its end; what it has come to."""
+    result = None
     with show.training() as display:
         for event in events:
+            if isinstance(event, ObserverFailed):
+                show.warning(event.text)
+                continue
             display(event)
             if isinstance(event, TrainResult):
-                return event
-    raise AssertionError("a training ends with its result")
+                result = event
+    assert result is not None, "a training ends with its result"
+    return result

@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
-from mlxlora_core import __version__
 from mlxlora_core.errors import ExitCode, MlxloraError, one_line
 from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.machine.signals import Interrupted
+from mlxlora_core.version import __version__
 
 #: verb -> what ``mlxlora --help`` says of it, so that help imports no verb
 VERBS = {
@@ -24,6 +24,7 @@ VERBS = {
     "evaluate": "Measure loss and perplexity on the test set.",
     "generate": "Continue a prompt.",
     "fuse": "Write a model folder with an adapter's change in its weights.",
+    "export": "Write a model, with or without an adapter, in the form of another tool.",
     "plugins": "List plugins, and why those that are not active are not.",
     "components": "List what the plugins give, by kind.",
     "options": "Explain the options of one component.",

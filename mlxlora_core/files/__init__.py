@@ -1,16 +1,28 @@
 """Bytes in and out: durable writing, locks, safe reading, tensor files, JSON Lines.
 
 What is named here is for plugins: reading files of strangers without waiting
-for a pipe, following a stand-in or trusting a size.
+for a pipe, following a stand-in or trusting a size, and writing files that are
+never seen half-written.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlxlora_core.files.durable import append_line, copy_file, new_file, write_json, write_text
 from mlxlora_core.files.input_file import open_regular, read_exactly, read_json, read_some, refuse_stand_in
 from mlxlora_core.files.jsonl import JsonLines, refuse_faults, scan_jsonl
 from mlxlora_core.files.zip_layout import ZipMember, read_zip_layout
 
+if TYPE_CHECKING:
+    from mlxlora_core.values import LazyTensor
+
 __all__ = [
     "JsonLines",
     "ZipMember",
+    "append_line",
+    "copy_file",
+    "new_file",
     "open_regular",
     "read_exactly",
     "read_json",
@@ -18,5 +30,28 @@ __all__ = [
     "read_zip_layout",
     "refuse_faults",
     "refuse_stand_in",
+    "save_tensors",
     "scan_jsonl",
+    "write_json",
+    "write_text",
 ]
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, "LazyTensor"], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write named tensors, read and let go one after another; the ending chooses the format.
+
+    Args:
+        path: ``.safetensors`` or ``.npz``.
+        tensors: name -> tensor.
+        metadata: what to write beside them.
+
+    Raises:
+        ModelError: a type that the format cannot hold, such as bfloat16 in ``.npz``.
+        ResourceError: the disk is full, or the folder cannot be written.
+    """
+    from mlxlora_core.files import tensor_file
+
+    each = ((name, tensor.read()) for name, tensor in tensors.items())
+    tensor_file.save(path, each, metadata or {}, len(tensors))

@@ -16,7 +16,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -142,6 +142,22 @@ def new_folder(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def flush_files(paths: Iterable[Path]) -> None:
+    """See to it that files which somebody else has written, and the folders they are in, are on the disk.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    folders = set()
+    for path in paths:
+        with _disk_faults(path), open(path, "rb") as file:
+            _flush_to_disk(file.fileno())
+        folders.add(path.parent)
+    for folder in sorted(folders):
+        with _disk_faults(folder):
+            _flush_folder(folder)
 
 
 def remove_folder(target: Path) -> None:

@@ -56,6 +56,12 @@ def open_regular(path: Path, kind: type[MlxloraError] = ModelError) -> BufferedR
     return file
 
 
+def name_of_open(file: BinaryIO) -> str | None:
+    """A name that opens the same file again, whatever lies at its path by now; macOS and Linux have one."""
+    names = (f"{folder}/{file.fileno()}" for folder in ("/proc/self/fd", "/dev/fd"))
+    return next((name for name in names if os.path.exists(name)), None)
+
+
 def read_exactly(file: BinaryIO, count: int, path: Path) -> bytes:
     """The next ``count`` bytes of an open file.
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 import zipfile
 from collections import deque
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -29,7 +28,9 @@ from safetensors import SafetensorError, safe_open
 
 from mlxlora_core.errors import MlxloraError, ModelError, ResourceError, listing
 from mlxlora_core.files import durable, tensor_header, zip_layout
-from mlxlora_core.files.input_file import open_regular, refuse_stand_in
+from mlxlora_core.files.input_file import name_of_open, open_regular, refuse_stand_in
+from mlxlora_core.files.tensor_checks import type_name
+from mlxlora_core.values import LazyTensor
 
 FINGERPRINT = "fingerprint"  # the metadata that tells what the tensors of a file are
 
@@ -48,12 +49,6 @@ TYPES = {
     mx.int64: "I64",
     mx.bool_: "BOOL",
 }
-_EXPONENTS = {
-    mx.float16: (mx.uint16, 0x7C00),
-    mx.bfloat16: (mx.uint16, 0x7F80),
-    mx.float32: (mx.uint32, 0x7F800000),
-}
-_FLOATS = {"float16", "bfloat16", "float32", "float64"}
 _ENTRY_BYTES = 384  # more than a name of 256 letters, a shape and two offsets take in the header
 _COMMENT_BYTES = 65535  # what a zip archive has room for
 # An .npz may unpack to so many times its size, and a small one to so much in any case.
@@ -170,15 +165,64 @@ def load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     with open_regular(path) as file:
         try:
             return _load_npz(file, path) if path.suffix == ".npz" else _load_safetensors(file, path)
-        except MlxloraError:
+        except (MlxloraError, MemoryError):
             raise
         except Exception as fault:  # whatever MLX makes of bytes that anyone may have written
             raise ModelError(f"is damaged or no {path.suffix} file: {fault}", where=path) from fault
 
 
+def lazy(path: Path) -> tuple[dict[str, LazyTensor], str]:
+    """The tensors of a file, each read when it is asked for and kept nowhere, and the fingerprint it states.
+
+    Raises:
+        ModelError: as :func:`load`, now or when a tensor is read.
+    """
+    if path.suffix == ".npz":
+        with open_regular(path) as file:
+            layout = _npz_layout(file, path)
+            # Looked at one after another, for what an array is stands in front of its bytes.
+            sizes = {name: (t.shape, t.dtype) for name, t in _npz_tensors(file, layout.members, path)}
+        stated = _comment(layout.comment)
+    else:
+        opened, stated = load(path)
+        sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in opened.items()}
+    tensors = {
+        name: LazyTensor(shape, type_name(dtype), partial(_read_one, path, name))
+        for name, (shape, dtype) in sizes.items()
+    }
+    return tensors, stated.get(FINGERPRINT, "")
+
+
+def _read_one(path: Path, name: str) -> mx.array:
+    """One tensor of a file, and in memory nothing of the others."""
+    if path.suffix != ".npz":
+        tensors, _ = load(path)
+        found = {name: tensors[name]} if name in tensors else {}
+    else:
+        with open_regular(path) as file:
+            members = [m for m in _npz_layout(file, path).members if m.name == f"{name}.npy"]
+            found = dict(_npz_tensors(file, members, path))
+    if name not in found:
+        raise ModelError(f"{name} is gone: the file was replaced while it was read", where=path)
+    try:
+        mx.eval(found[name])
+    except RuntimeError as fault:
+        raise ModelError(f"{name} cannot be read: {fault}", where=path) from fault
+    return found[name]
+
+
 def fingerprint(tensors: Mapping[str, mx.array]) -> str:
     """What :func:`save` calls these tensors: SHA-256 over names, types, shapes and bytes, in hex."""
-    return _combine({name: _digest(name, tensor, _bytes(tensor)) for name, tensor in tensors.items()})
+    return fingerprint_each(tensors.items())
+
+
+def fingerprint_each(tensors: Iterable[tuple[str, mx.array]]) -> str:
+    """:func:`fingerprint` of tensors that come one at a time."""
+    digests = {}
+    for name, tensor in tensors:
+        digests[name] = _digest(name, tensor, _bytes(tensor))
+        del tensor  # the next one is not read beside it
+    return _combine(digests)
 
 
 def check_ending(path: Path) -> None:
@@ -191,56 +235,6 @@ def check_ending(path: Path) -> None:
         raise ModelError(f"wanted .safetensors or .npz, got '{path.suffix}'", where=path)
 
 
-def mismatches(got: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
-    """What keeps the tensors ``got`` from taking the places of ``want``: all of it, in words.
-
-    Any two floating types go together, since one is cast to the other.
-
-    Args:
-        got: name -> what has a ``shape`` and a ``dtype``, of MLX or by its name.
-        want: the same.
-    """
-    missing, unknown = want.keys() - got.keys(), got.keys() - want.keys()
-    both = sorted(want.keys() & got.keys())
-    shapes = [
-        f"{name} is {tuple(got[name].shape)}, wanted {tuple(want[name].shape)}"
-        for name in both
-        if tuple(got[name].shape) != tuple(want[name].shape)
-    ]
-    types = [
-        f"{name} is {type_name(got[name].dtype)}, wanted {type_name(want[name].dtype)}"
-        for name in both
-        if not _interchangeable(got[name].dtype, want[name].dtype)
-    ]
-    faults = {
-        "missing": sorted(missing),
-        "unknown": sorted(unknown),
-        "of a wrong shape": shapes,
-        "of a wrong type": types,
-    }
-    return [f"{len(found)} {what}: {listing(found)}" for what, found in faults.items() if found]
-
-
-def is_finite(tensor: mx.array) -> bool:
-    """Whether a floating tensor holds neither an infinity nor a NaN.
-
-    Both have all bits of the exponent set. Looking at the bits is six times as
-    fast as ``mx.isfinite`` for half precision on a CPU.
-    """
-    word, exponent = _EXPONENTS[tensor.dtype]
-    return not tensor.size or int((tensor.reshape(-1).view(word) & exponent).max()) < exponent
-
-
-def type_name(dtype: mx.Dtype | str) -> str:
-    """``float16`` and so on."""
-    return str(dtype).removeprefix("mlx.core.")
-
-
-def _interchangeable(got: mx.Dtype | str, want: mx.Dtype | str) -> bool:
-    names = {type_name(got), type_name(want)}
-    return len(names) == 1 or names <= _FLOATS
-
-
 # --- fingerprints -------------------------------------------------------------
 
 
@@ -248,9 +242,10 @@ def _bytes(tensor: mx.array) -> memoryview:
     """The bytes of a tensor, row by row; no copy where they lie so already."""
     if not tensor.size:  # on CUDA it lies at address 0, and the CRC-32 of nothing there is a wrong one
         return memoryview(b"")
-    # The buffer protocol has a type of its own only since Python 3.12.
-    view: Any = mx.contiguous(tensor).reshape(-1).view(mx.uint8)
-    return memoryview(view)
+    # Words of the same width, for types that the buffer protocol has not, and in the same shape:
+    # MLX has no axis of 2 ** 31 and more. The protocol has a type of its own only since Python 3.12.
+    view: Any = mx.contiguous(tensor).view(getattr(mx, f"uint{8 * tensor.dtype.size}"))
+    return memoryview(view).cast("B")
 
 
 def _digest(name: str, tensor: mx.array, data: memoryview) -> bytes:
@@ -317,8 +312,7 @@ def _load_safetensors(file: BinaryIO, path: Path) -> tuple[dict[str, mx.array], 
     metadata = tensor_header.read_safetensors(file, path)
     file.seek(0)
     # MLX reads a tensor of a named file when that is first used, but all of an open one at once.
-    names = (f"{folder}/{file.fileno()}" for folder in ("/proc/self/fd", "/dev/fd"))
-    opened: Any = next((name for name in names if os.path.exists(name)), file)
+    opened: Any = name_of_open(file) or file
     # A dictionary for this format; the stub covers every format that MLX reads.
     tensors: dict[str, mx.array] = mx.load(opened, format="safetensors")  # type: ignore[assignment]
     return tensors, metadata
@@ -357,6 +351,12 @@ def _write_npz(file: BinaryIO, tensors: Iterator[Packed], described: Described) 
 
 
 def _load_npz(file: BinaryIO, path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    layout = _npz_layout(file, path)
+    return dict(_npz_tensors(file, layout.members, path)), _comment(layout.comment)
+
+
+def _npz_layout(file: BinaryIO, path: Path) -> zip_layout.ZipLayout:
+    """The members of an archive of arrays."""
     # Not read by MLX, whose parser trusts what a header says of sizes.
     refuse_stand_in(file, path)
     archive = zip_layout.read_zip_layout(file, path)
@@ -367,15 +367,18 @@ def _load_npz(file: BinaryIO, path: Path) -> tuple[dict[str, mx.array], dict[str
     unpacked = sum(member.size_bytes for member in archive.members)
     if unpacked > max(_UNPACK_BYTES, _UNPACK_RATIO * packed):
         raise ModelError(f"{packed} bytes would unpack to {unpacked}", where=path)
-    tensors = {}
-    for member in archive.members:
+    return archive
+
+
+def _npz_tensors(
+    file: BinaryIO, members: Iterable[zip_layout.ZipMember], path: Path
+) -> Iterator[tuple[str, mx.array]]:
+    """(name, tensor) of each member, one at a time."""
+    for member in members:
         name = member.name.removesuffix(".npy")
         content = zip_layout.read_zip_member(file, member, path)
-        npy = tensor_header.read_npy(content, name, path)
-        order: Literal["F", "C"] = "F" if npy.column_major else "C"
-        array: Any = np.ndarray(npy.shape, npy.descr, content, npy.start, order=order)
-        tensors[name] = mx.array(array.astype(array.dtype.newbyteorder("=")))
-    return tensors, _comment(archive.comment)
+        array: Any = tensor_header.read_npy(content, name, path)
+        yield name, mx.array(array.astype(array.dtype.newbyteorder("=")))
 
 
 def _comment(comment: bytes) -> dict[str, str]:

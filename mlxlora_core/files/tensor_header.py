@@ -1,9 +1,9 @@
 """What a ``.safetensors`` or ``.npy`` says of its tensors, checked before anything believes it.
 
-Nothing here evaluates a header: each is matched against the few forms that the
-formats allow, so that there is nothing to nest, and no number is used before
-the bytes that it claims were found in the file. MLX's own readers check less,
-and ask for memory by numbers of the header.
+The libraries of the two formats read the headers; what they let pass and MLX
+does not stand is checked here. No number is used before the bytes that it
+claims were found in the file. MLX's own readers check less, and ask for
+memory by numbers of the header.
 
 The formats: https://github.com/huggingface/safetensors#format and
 ``numpy.lib.format``.
@@ -11,18 +11,22 @@ The formats: https://github.com/huggingface/safetensors#format and
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
-import re
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
-from mlxlora_core.errors import ModelError
-from mlxlora_core.files.input_file import AGAIN, read_exactly, refuse_stand_in
+from mlxlora_core.errors import ModelError, ResourceError
+from mlxlora_core.files.input_file import AGAIN, name_of_open, read_exactly, refuse_stand_in
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TENSORS_LIMIT = 100_000  # of one file
 METADATA = "__metadata__"  # the key that safetensors reserves
@@ -36,49 +40,11 @@ ITEM_BYTES = {
 }
 
 _HEADER_BYTES = 100_000_000  # the format's own limit
+_PARTS = 10 * TENSORS_LIMIT  # a tensor of four axes has 10; each takes memory when it is parsed
 _NPY_HEADER_BYTES = 10_000  # numpy's own limit
 _NAME_LETTERS = 512
 _AXES = 32
 _LARGEST_DIMENSION = 2**31 - 1  # MLX counts in 32 bits
-
-_GAP = r"[ \t\r\n]*+"
-_NUMBER = r"-?(?:0|[1-9][0-9]{0,18})"
-_FIELD = rf"""(?:
-    "dtype"{_GAP}:{_GAP}"(?P<dtype>[0-9A-Za-z_]{{1,20}})"
-  | "shape"{_GAP}:{_GAP}\[{_GAP}(?P<shape>(?:{_NUMBER}(?:{_GAP},{_GAP}{_NUMBER})*+)?+){_GAP}\]
-  | "data_offsets"{_GAP}:{_GAP}\[{_GAP}(?P<start>{_NUMBER}){_GAP},{_GAP}(?P<stop>{_NUMBER}){_GAP}\]
-)"""
-#: three fields in any order; each but the last is followed by a comma and another
-_ENTRY = re.compile(rf"\{{{_GAP}(?:{_FIELD}{_GAP}(?:,{_GAP}(?=\")|(?=\}}))){{3}}\}}", re.VERBOSE)
-_DECODER = json.JSONDecoder()
-_COLON = re.compile(rf"{_GAP}:{_GAP}")
-_OPEN = re.compile(rf"\{{{_GAP}")
-_NEXT = re.compile(rf"{_GAP}([,}}]){_GAP}")
-
-_NPY_FIELD = r"""(?:
-    'descr'\ *:\ *'(?P<descr>[^'\n]*)'
-  | 'fortran_order'\ *:\ *(?P<fortran>True|False)
-  | 'shape'\ *:\ *\((?P<shape>(?:[0-9]{1,19},\ *(?:[0-9]{1,19}(?:,\ *[0-9]{1,19})*+,?\ *)?)?)\)
-)"""
-_NPY = re.compile(rf"\{{\ *(?:{_NPY_FIELD}\ *(?:,\ *(?=')|,?\ *(?=\}}))){{3}}\}}\ *\n?", re.VERBOSE)
-_NPY_TYPE = re.compile(r"[<>=|]?(?:b1|[iu][1248]|f[248])")
-
-
-@dataclass(frozen=True)
-class Npy:
-    """What an array file says of its array.
-
-    Attributes:
-        descr: its type, as numpy spells it: ``<f4``.
-        column_major: whether the first axis runs fastest.
-        shape: its dimensions.
-        start: the byte at which its values begin.
-    """
-
-    descr: str
-    column_major: bool
-    shape: tuple[int, ...]
-    start: int
 
 
 def name_fault(name: str) -> str:
@@ -102,13 +68,41 @@ def name_fault(name: str) -> str:
 def read_safetensors(file: BinaryIO, path: Path) -> dict[str, str]:
     """Check the header of an open ``.safetensors`` against the file; gives its metadata.
 
-    Tensors lie one after another, fill the file to its last byte, and each
-    takes what its type and shape say.
+    The safetensors library has the last word on the format: JSON, places that
+    overlap or leave a hole, a file that is longer or shorter. What it lets
+    pass is refused before: names and keys that stand there twice, names that
+    are none, keys, types and axes that MLX does not have, and more of
+    anything than a model needs, for which it would take twenty times the header.
 
     Raises:
         ModelError: what is wrong, with the tensor.
+        ResourceError: there is no room to map the file.
     """
     size = os.fstat(file.fileno()).st_size
+    text = _header(file, size, path)
+    start = file.tell()
+    try:
+        tensors = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as reason:
+        raise _damaged(f"its header is no JSON: {reason}", path) from None
+    if not isinstance(tensors, dict):
+        raise _damaged("its header is no JSON object", path)
+    metadata = tensors.pop(METADATA, None) or {}  # MLX writes null when there is none
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(f"its {METADATA} is no JSON of names and texts", path)
+    if len(tensors) > TENSORS_LIMIT:
+        raise _damaged(f"it has more than {TENSORS_LIMIT} tensors", path)
+    for name, entry in tensors.items():
+        if fault := name_fault(name):
+            raise _damaged(f"the name of tensor {name[:_NAME_LETTERS]!r} {fault}", path)
+        if fault := _entry_fault(entry):
+            raise _damaged(f"tensor {name} {fault}", path)
+    _check_layout(file, tensors, start, size, path)
+    return metadata
+
+
+def _header(file: BinaryIO, size: int, path: Path) -> str:
+    """The JSON at the head of a file of ``size`` bytes, which is left at the first byte behind it."""
     refuse_stand_in(file, path)
     if size < 8:
         raise ModelError(f"is {size} bytes, its header needs 8 and more", where=path, fix=AGAIN)
@@ -117,130 +111,87 @@ def read_safetensors(file: BinaryIO, path: Path) -> dict[str, str]:
         raise ModelError(f"its header claims {length} bytes, wanted at most {_HEADER_BYTES}", where=path)
     if 8 + length > size:
         raise ModelError(f"is {size} bytes, its header needs {8 + length}", where=path, fix=AGAIN)
+    header = read_exactly(file, length, path)
+    if sum(map(header.count, (b",", b"[", b"{"))) > _PARTS:
+        raise _damaged(f"its header has more than {_PARTS} parts", path)
     try:
-        text = read_exactly(file, length, path).decode()
+        return header.decode()
     except UnicodeDecodeError as fault:
         raise ModelError(f"its header is no UTF-8 at byte {8 + fault.start}", where=path) from None
-    header = _Header(text, path)
-    header.parse()
-    header.check_layout(size - 8 - length, size)
-    return header.metadata
 
 
-class _Header:
-    """The JSON at the head of a ``.safetensors``.
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, unless a key stands in it twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key or tensor {name[:_NAME_LETTERS]} stands there twice")
+    return content
 
-    Attributes:
-        metadata: what stands under ``__metadata__``.
-        extents: (start, stop, name) of every tensor, in bytes behind the header.
+
+def _entry_fault(entry: Any) -> str:
+    """Why what a header says of a tensor cannot be, or nothing; its place is looked at later."""
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, stop]} if len(entry) == 3:
+            numbers = (*shape, start, stop)
+        case _:
+            numbers = (None,)
+    if not all(type(number) is int and abs(number) < 2**63 for number in numbers):
+        return "has no entry of dtype, shape and data_offsets"
+    if dtype not in ITEM_BYTES:
+        return f"is {dtype[:_NAME_LETTERS]}, wanted one of {', '.join(ITEM_BYTES)}"
+    if min(numbers) < 0:
+        return "has a negative number in its shape or offsets"
+    if fault := _shape_fault(shape):
+        return fault
+    need, have = math.prod(shape) * ITEM_BYTES[dtype], stop - start
+    if need != have:
+        return f"is {dtype} {tuple(shape)} and needs {need} bytes, its offsets give {have}"
+    return ""
+
+
+def _check_layout(file: BinaryIO, tensors: Mapping[str, Any], start: int, size: int, path: Path) -> None:
+    """Have the library open the file, and find words for what it refuses.
+
+    Args:
+        file: what was opened and no other that may have come to its place.
+        tensors: name -> entry of the header, each sound in itself.
+        start: the byte behind the header.
+        size: of the file, in bytes.
+        path: for messages.
     """
+    from safetensors import SafetensorError, safe_open
 
-    def __init__(self, text: str, path: Path) -> None:
-        self.text, self.path = text, path
-        self.metadata: dict[str, str] = {}
-        self.extents: list[tuple[int, int, str]] = []
+    try:
+        with safe_open(name_of_open(file) or path, framework="numpy"):
+            return
+    except SafetensorError as fault:
+        told = str(fault)
+    except (OSError, MemoryError) as fault:  # it maps the whole file
+        raise ResourceError(f"cannot be mapped into memory: {fault}", where=path) from None
+    at = 0
+    for begin, stop, name in sorted((*entry["data_offsets"], name) for name, entry in tensors.items()):
+        if begin != at:
+            what = "it overlaps another" if begin < at else "there is a hole"
+            raise _damaged(f"tensor {name} begins at byte {begin} of the data, wanted {at}: {what}", path)
+        at = stop
+    if start + at > size:
+        raise ModelError(f"is {size} bytes, its header needs {start + at}", where=path, fix=AGAIN)
+    if start + at < size:
+        told = f"{size - start - at} bytes behind its last tensor belong to none"
+    raise _damaged(told[:_NAME_LETTERS], path)
 
-    def parse(self) -> None:
-        """Read all of it."""
-        names: set[str] = set()
-        at = self._take(_OPEN, 0).end()
-        more = not self.text.startswith("}", at)
-        at += not more
-        while more:
-            name, at = self._string(at)
-            if name in names:
-                self._refuse(f"tensor {name} stands there twice")
-            names.add(name)
-            at = self._take(_COLON, at).end()
-            at = self._metadata(at) if name == METADATA else self._tensor(name, at)
-            more, at = self._more(at)
-        if self.text[at:].strip(" \t\r\n"):
-            self._refuse(f"its header is no JSON at letter {at}")
 
-    def check_layout(self, room: int, size: int) -> None:
-        """Hold the tensors against the bytes that there are behind the header."""
-        at = 0
-        for start, stop, name in sorted(self.extents):
-            if start != at:
-                self._refuse(f"tensor {name} begins at byte {start} of the data, wanted {at}: ", start < at)
-            at = stop
-        if at > room:
-            raise ModelError(
-                f"is {size} bytes, its header needs {size + at - room}", where=self.path, fix=AGAIN
-            )
-        if at < room:
-            self._refuse(f"{room - at} bytes behind its last tensor belong to none")
-
-    def _tensor(self, name: str, at: int) -> int:
-        if fault := name_fault(name):
-            self._refuse(f"the name of tensor {name[:_NAME_LETTERS]!r} {fault}")
-        if len(self.extents) == TENSORS_LIMIT:
-            self._refuse(f"it has more than {TENSORS_LIMIT} tensors")
-        match = _ENTRY.match(self.text, at)
-        dtype, shape, start, stop = match.group("dtype", "shape", "start", "stop") if match else (None,) * 4
-        if match is None or dtype is None or shape is None or start is None or stop is None:
-            self._refuse(f"tensor {name} has no entry of dtype, shape and data_offsets")
-        if dtype not in ITEM_BYTES:
-            self._refuse(f"tensor {name} is {dtype}, wanted one of {', '.join(ITEM_BYTES)}")
-        if "-" in f"{shape}{start}{stop}":
-            self._refuse(f"tensor {name} has a negative number in its shape or offsets")
-        dimensions = tuple(map(int, shape.split(","))) if shape else ()
-        if fault := _shape_fault(dimensions):
-            self._refuse(f"tensor {name} {fault}")
-        need, have = math.prod(dimensions) * ITEM_BYTES[dtype], int(stop) - int(start)
-        if need != have:
-            self._refuse(
-                f"tensor {name} is {dtype} {dimensions} and needs {need} bytes, its offsets give {have}"
-            )
-        self.extents.append((int(start), int(stop), name))
-        return match.end()
-
-    def _metadata(self, at: int) -> int:
-        if self.text.startswith("null", at):  # MLX writes it when there is none
-            return at + 4
-        at = self._take(_OPEN, at).end()
-        if self.text.startswith("}", at):
-            return at + 1
-        more = True
-        while more:
-            key, at = self._string(at)
-            if key in self.metadata:
-                self._refuse(f"its metadata has {key[:_NAME_LETTERS]} twice")
-            self.metadata[key], at = self._string(self._take(_COLON, at).end())
-            more, at = self._more(at)
-        return at
-
-    def _more(self, at: int) -> tuple[bool, int]:
-        """Whether a comma follows and not the end of the object, and the letter behind it."""
-        match = self._take(_NEXT, at)
-        return match[1] == ",", match.end() if match[1] == "," else match.end(1)
-
-    def _string(self, at: int) -> tuple[str, int]:
-        """The string that begins at a letter, and the letter behind it."""
-        if not self.text.startswith('"', at):
-            self._refuse(f"its header is no JSON of names and texts at letter {at}")
-        try:
-            value, end = _DECODER.raw_decode(self.text, at)
-            value.encode()
-        except ValueError:
-            self._refuse(f"its header has no proper text at letter {at}")
-        return value, end
-
-    def _take(self, pattern: re.Pattern[str], at: int) -> re.Match[str]:
-        match = pattern.match(self.text, at)
-        if match is None:
-            self._refuse(f"its header is no JSON of a .safetensors file at letter {at}")
-        return match
-
-    def _refuse(self, what: str, overlaps: bool | None = None) -> NoReturn:
-        reason = "" if overlaps is None else "it overlaps another" if overlaps else "there is a hole"
-        raise ModelError(f"is damaged or no .safetensors file: {what}{reason}", where=self.path)
+def _damaged(what: str, path: Path) -> ModelError:
+    return ModelError(f"is damaged or no .safetensors file: {what}", where=path)
 
 
 def _shape_fault(shape: Sequence[int]) -> str:
     """Why a shape cannot be, or nothing."""
     if len(shape) > _AXES:
         return f"has {len(shape)} axes, wanted at most {_AXES}"
+    if min(shape, default=0) < 0:
+        return "has a negative number in its shape"
     if max(shape, default=0) > _LARGEST_DIMENSION:
         return f"has an axis of {max(shape)} elements, wanted at most {_LARGEST_DIMENSION}"
     return ""
@@ -249,8 +200,8 @@ def _shape_fault(shape: Sequence[int]) -> str:
 # --- npy ----------------------------------------------------------------------
 
 
-def read_npy(content: bytes, name: str, path: Path) -> Npy:
-    """Check the header of an array file against its bytes.
+def read_npy(content: bytes, name: str, path: Path) -> np.ndarray[Any, Any]:
+    """The numbers in an array file, as a view of its bytes; numpy reads the header, up to 10 000 bytes.
 
     Args:
         content: the whole file.
@@ -260,31 +211,26 @@ def read_npy(content: bytes, name: str, path: Path) -> Npy:
     Raises:
         ModelError: what is wrong, with the array.
     """
+    import numpy as np
 
     def refuse(what: str) -> NoReturn:
         raise ModelError(f"is damaged or no .npz file: array {name} {what}", where=path)
 
-    version = content[6:8]
-    if not content.startswith(b"\x93NUMPY") or version not in (b"\1\0", b"\2\0", b"\3\0"):
-        refuse("has no header of numpy's")
-    layout = "<H" if version == b"\1\0" else "<I"
-    start = 8 + struct.calcsize(layout)
-    if len(content) < start:
-        refuse("ends in its header")
-    (length,) = struct.unpack_from(layout, content, 8)
-    if length > min(_NPY_HEADER_BYTES, len(content) - start):
-        refuse(f"claims a header of {length} bytes, it has {len(content)} in all")
-    match = _NPY.fullmatch(content[start : start + length].decode("latin-1"))
-    descr, fortran, shape = match.group("descr", "fortran", "shape") if match else (None, None, None)
-    if descr is None or fortran is None or shape is None:
-        refuse("has no header of type, order and shape")
-    if not _NPY_TYPE.fullmatch(descr):
-        refuse(f"is of type '{descr}', wanted numbers")
-    dimensions = tuple(int(size) for size in shape.split(",") if size.strip())
-    if fault := _shape_fault(dimensions):
+    file = io.BytesIO(content)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of headers that are read by guessing
+            form = np.lib.format
+            first = form.read_magic(file) == (1, 0)
+            read = form.read_array_header_1_0 if first else form.read_array_header_2_0
+            shape, column_major, dtype = read(file, _NPY_HEADER_BYTES)
+    except Exception as reason:  # a literal that anyone may have written can bring out any
+        refuse(f"has no header of numpy's ({str(reason)[:_NAME_LETTERS]})")
+    if dtype.kind not in "biuf" or dtype.itemsize > 8:
+        refuse(f"is of type '{dtype.str}', wanted numbers")
+    if fault := _shape_fault(shape):
         refuse(fault)
-    start += length
-    need = math.prod(dimensions) * int(descr[-1])
-    if need != len(content) - start:
-        refuse(f"is {descr} {dimensions} and needs {need} bytes, it has {len(content) - start}")
-    return Npy(descr, fortran == "True", dimensions, start)
+    need, have = math.prod(shape) * dtype.itemsize, len(content) - file.tell()
+    if need != have:
+        refuse(f"is {dtype.str} {shape} and needs {need} bytes, it has {have}")
+    return np.ndarray(shape, dtype, content, file.tell(), order="F" if column_major else "C")

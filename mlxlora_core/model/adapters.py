@@ -15,16 +15,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxlora_core import __version__
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing, nearest
 from mlxlora_core.files import tensor_file
+from mlxlora_core.files.tensor_checks import is_finite, mismatches, type_name
 from mlxlora_core.model.folder import Model
 from mlxlora_core.model.linears import is_packed, layers_by_path, linear_shape, linears, parameters, replace
 from mlxlora_core.options import divide, plain
-from mlxlora_core.registry import Choice, Component, Registry
-from mlxlora_core.registry.defaults import DEFAULT_ADAPTER
-from mlxlora_core.registry.sections import AdapterConfig, configure
-from mlxlora_core.specs import Place
+from mlxlora_core.plugins import Choice, Component, Registry
+from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
+from mlxlora_core.plugins.sections import AdapterConfig, configure
+from mlxlora_core.values import Place
+from mlxlora_core.version import __version__
 
 ALL_LINEAR = "all-linear"
 METADATA = "mlxlora"
@@ -105,7 +106,7 @@ def save(path: Path, model: Model, adapted: Adapted) -> None:
         DivergedError: a parameter is not finite; an older file is left as it is.
     """
     tensors = trainable(model.module)
-    poisoned = [name for name, tensor in tensors.items() if not tensor_file.is_finite(tensor)]
+    poisoned = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if poisoned:
         raise DivergedError(f"the adapter is not finite and was not saved: {listing(poisoned)}", where=path)
     component = adapted.choice.component
@@ -178,11 +179,31 @@ def fill(path: Path, model: Model) -> None:
     """
     tensors, metadata = tensor_file.load(path)
     _check_whole(tensors, metadata.get(tensor_file.FINGERPRINT, ""), path)
-    faults = tensor_file.mismatches(tensors, trainable(model.module))
+    faults = mismatches(tensors, trainable(model.module))
     if faults:
         raise ModelError("the adapter does not fit this model: " + "; ".join(faults), where=path)
     model.module.update(tree_unflatten(list(tensors.items())))
     mx.eval(model.module.trainable_parameters())
+
+
+def fused_weight(component: Component, wrapped: nn.Module, before: mx.array) -> mx.array:
+    """The weight that an adapter says is that of its linear with the adapter in it.
+
+    Args:
+        component: the adapter.
+        wrapped: the linear with the adapter on it.
+        before: the linear's own weight, float32.
+
+    Raises:
+        PluginError: it gives another shape or type, or values that are not finite.
+    """
+    weight = component.checked("fuse", component.spec.fuse(wrapped, before), mx.array)
+    if weight.shape != before.shape or weight.dtype != mx.float32:
+        got = f"{weight.shape} {type_name(weight.dtype)}"
+        raise component.breach("fuse", got, f"{before.shape} float32")
+    if not is_finite(weight):
+        raise component.breach("fuse", "values that are not finite", "finite ones")
+    return weight
 
 
 def trainable(module: nn.Module) -> dict[str, mx.array]:
@@ -288,10 +309,10 @@ def _attach_tensors(
     """Wrap and fill; when the tensors do not fit, the model is left as it was."""
     adapted = _wrap(model, choice, config, chosen, seed=0)
     places = trainable(model.module)
-    faults = tensor_file.mismatches(tensors, places)
+    faults = mismatches(tensors, places)
     if not faults:
         filled = [(name, tensor.astype(places[name].dtype)) for name, tensor in tensors.items()]
-        odd = sorted(name for name, tensor in filled if not tensor_file.is_finite(tensor))
+        odd = sorted(name for name, tensor in filled if not is_finite(tensor))
         faults = [f"{len(odd)} not finite: {listing(odd)}"] if odd else []
     if faults:
         replace(model.module, dict(chosen))

@@ -13,8 +13,9 @@ from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import linears
 from mlxlora_core.model.tokenizers import FILES
 from mlxlora_core.options import explain, parse, plain
-from mlxlora_core.registry import Component, Registry
-from mlxlora_core.specs import Architecture, LazyTensor
+from mlxlora_core.plugins import Component, Registry
+from mlxlora_core.specs import Architecture
+from mlxlora_core.values import LazyTensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlxlora_core.errors import ModelError, UsageError
 from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files.tensor_checks import is_finite, type_name
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.events import SpaceNeeded, TensorConverted
@@ -22,9 +23,9 @@ from mlxlora_core.model.linears import linears
 from mlxlora_core.model.quantization import QUANTIZATION, QUANTIZED, QUANTIZER, pack
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Choice, Registry
-from mlxlora_core.registry.sections import QuantizeConfig
-from mlxlora_core.specs import LazyTensor
+from mlxlora_core.plugins import Choice, Registry
+from mlxlora_core.plugins.sections import QuantizeConfig
+from mlxlora_core.values import LazyTensor
 
 _NOT_THE_HEAD = QuantizeConfig()
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -150,9 +151,9 @@ def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:
         ModelError: a value that the type cannot hold, or that is not finite to begin with.
     """
     result = tensor.astype(dtype)
-    if not tensor_file.is_finite(result):
+    if not is_finite(result):
         raise ModelError(
-            f"{name} has values that are not finite as {tensor_file.type_name(dtype)}",
+            f"{name} has values that are not finite as {type_name(dtype)}",
             where=where,
             fix="use --dtype bfloat16 or float32, if the weights themselves are sound",
         )

@@ -10,9 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlora_core.errors import DivergedError
-from mlxlora_core.registry import Component
-from mlxlora_core.registry.checks import other_arguments
-from mlxlora_core.specs import Transform
+from mlxlora_core.plugins import Component, check_call
 
 
 class Drawing:
@@ -28,7 +26,10 @@ class Drawing:
     """
 
     def __init__(self, samplers: Iterable[tuple[Component, Any]], seed: int) -> None:
-        self._transforms = [(component, _built(component, options)) for component, options in samplers]
+        self._transforms = [
+            (component, check_call(component, "build", component.spec.build(options), "logits", "tokens"))
+            for component, options in samplers
+        ]
         self._seed = seed
 
     def __call__(self, logits: mx.array, tokens: Sequence[int]) -> int:
@@ -66,17 +67,6 @@ class Drawing:
             if not math.isfinite(value):
                 got = "no token that may come (all logits are -inf)" if value == -math.inf else str(value)
                 raise component.breach("transform", got, "numbers, or -inf where a token may not come")
-
-
-def _built(component: Component, options: Any) -> Transform:
-    """What a sampler builds, which is a function of two arguments."""
-    transform: Transform = component.spec.build(options)
-    if not callable(transform):
-        raise component.breach("build", type(transform).__name__, "a function (logits, tokens)")
-    takes = other_arguments(transform, ("logits", "tokens"))
-    if takes:
-        raise component.breach("build", f"a function {takes}", "(logits, tokens)")
-    return transform
 
 
 def _changed(component: Component, logits: Any, before: mx.array) -> mx.array:

@@ -14,8 +14,9 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlxlora_core.errors import ModelError, listing
-from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files import durable
 from mlxlora_core.files.input_file import read_json
+from mlxlora_core.files.tensor_checks import mismatches
 from mlxlora_core.machine.device import compute_dtype
 from mlxlora_core.machine.memory import free_memory_bytes, require_memory
 from mlxlora_core.model.architectures import build, find_architecture, folder_args, placed
@@ -36,8 +37,9 @@ from mlxlora_core.model.tokenizers import (
     open_tokenizer,
     tokenizer_files,
 )
-from mlxlora_core.model.weights import WEIGHTS, read_weights, weight_files
-from mlxlora_core.registry import Choice, Component, Registry
+from mlxlora_core.model.weights import WEIGHTS, lazy_weights, read_weights, weight_files
+from mlxlora_core.plugins import Choice, Component, Registry
+from mlxlora_core.values import LazyTensor
 
 CONFIG = "config.json"
 
@@ -95,21 +97,51 @@ def load(folder: Path, registry: Registry) -> Model:
     """
     before = durable.version(folder)
     config = read_config(folder)
+    tensors, fingerprint = read_weights(folder)
+    note = _too_large_to_expand(tensors)
+    model = _assembled(folder, registry, config, tensors, fingerprint, note)
+    if note:
+        _keep_stored(model.module)
+    _fill(model.module, tensors, folder)
+    if durable.version(folder) != before:
+        raise ModelError("the folder was replaced while it was read", where=folder, fix="try again")
+    return model
+
+
+def outline(folder: Path, registry: Registry) -> tuple[Model, dict[str, LazyTensor]]:
+    """A model whose parameters hold nothing yet, and the tensors of its folder, none of which is read.
+
+    Raises:
+        ModelError: as :func:`load`.
+        PluginError: as :func:`load`.
+    """
+    config = read_config(folder)
+    tensors, fingerprint = lazy_weights(folder)
+    empty = {name: mx.zeros(t.shape, getattr(mx, t.dtype)) for name, t in tensors.items()}  # never computed
+    model = _assembled(folder, registry, config, empty, fingerprint, "")
+    _check_fit(model.module, tensors, folder)
+    model.module.freeze()
+    model.module.eval()
+    return model, tensors
+
+
+def _assembled(
+    folder: Path,
+    registry: Registry,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, mx.array],
+    fingerprint: str,
+    note: str,
+) -> Model:
+    """The parts of a model, with a place for each of the ``tensors``."""
     architecture = find_architecture(config, registry, folder / CONFIG)
     args = placed(folder / CONFIG, folder_args, architecture.spec, config)
     language_model = build(architecture, args)
-    tensors, fingerprint = read_weights(folder)
     quantization = read_quantization(config, registry, folder / CONFIG)
-    note = _too_large_to_expand(tensors)
     if quantization is not None:
         restore(language_model, tensors, config, quantization, folder / CONFIG)
-    if note:
-        _keep_stored(language_model)
-    _fill(language_model, tensors, folder)
     tokenizer = open_tokenizer(tokenizer_files(folder, config), registry, folder)
     check_vocabulary(tokenizer, language_model.vocab_size, folder)
-    if durable.version(folder) != before:
-        raise ModelError("the folder was replaced while it was read", where=folder, fix="try again")
     parts = json.dumps([_telling(config), fingerprint, tokenizer.fingerprint], sort_keys=True)
     return Model(
         folder,
@@ -216,11 +248,15 @@ def _keep_stored(module: nn.Module) -> None:
     replace(module, {path: kinds[type(child)](child) for path, child in found if type(child) in kinds})
 
 
-def _fill(module: nn.Module, tensors: dict[str, mx.array], folder: Path) -> None:
-    """Give every parameter its tensor, in the type to compute with, and freeze it; empties ``tensors``."""
-    faults = tensor_file.mismatches(tensors, parameters(module))
+def _check_fit(module: nn.Module, tensors: Mapping[str, Any], folder: Path) -> None:
+    faults = mismatches(tensors, parameters(module))
     if faults:
         raise ModelError("the weights do not fit config.json: " + "; ".join(faults), where=folder)
+
+
+def _fill(module: nn.Module, tensors: dict[str, mx.array], folder: Path) -> None:
+    """Give every parameter its tensor, in the type to compute with, and freeze it; empties ``tensors``."""
+    _check_fit(module, tensors, folder)
     owners = dict(module.named_modules())
     ready = []
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora_core.errors import ModelError, listing
-from mlxlora_core.files import tensor_file
+from mlxlora_core.files.tensor_checks import mismatches
 from mlxlora_core.model import architectures
 from mlxlora_core.model.folder import CONFIG
 from mlxlora_core.model.language_model import LanguageModel
@@ -24,8 +24,8 @@ from mlxlora_core.model.tokenizers import (
     open_tokenizer,
 )
 from mlxlora_core.model.weights import WEIGHTS
-from mlxlora_core.registry import Component, Registry
-from mlxlora_core.specs import ForeignModel, LazyTensor
+from mlxlora_core.plugins import Component, Registry
+from mlxlora_core.values import ForeignModel, LazyTensor
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def open_foreign(source: Path, registry: Registry, loader: str | None, options: 
     found, unread = _watched(foreign.tensors)
     tensors = architectures.model_tensors(architecture, found, args)
     model = architectures.build(architecture, args)
-    faults = tensor_file.mismatches(tensors, parameters(model))
+    faults = mismatches(tensors, parameters(model))
     if faults:
         raise ModelError("the tensors do not fit the config: " + "; ".join(faults), where=source)
     tokenizer = open_tokenizer(foreign.tokenizer, registry, source)

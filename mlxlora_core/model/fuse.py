@@ -21,7 +21,7 @@ from mlxlora_core.model.folder import CONFIG, Model
 from mlxlora_core.model.linears import QuantizedLinear, dense_weight, parameters
 from mlxlora_core.model.quantization import pack
 from mlxlora_core.model.weights import WEIGHTS, read_weights
-from mlxlora_core.registry import Component, Registry
+from mlxlora_core.plugins import Registry
 
 PROBE_TOKENS = 64
 
@@ -115,25 +115,14 @@ def _fused(
         inner = wrapped.linear
         parts = [stored[f"{path}.{name}"].dtype for name in parameters(inner)]
         dtype = next(part for part in parts if mx.issubdtype(part, mx.floating))
-        weight = _fused_weight(adapted.choice.component, wrapped)
+        before = dense_weight(inner).astype(mx.float32)
+        weight = adapters.fused_weight(adapted.choice.component, wrapped, before)
         weight = cast(f"{path}.weight, with the adapter in it,", weight, dtype, folder)
         if isinstance(inner, QuantizedLinear):
             tensors |= {f"{path}.{name}": part for name, part in _repacked(inner, weight, path).items()}
         else:
             tensors[f"{path}.weight"] = weight
     return tensors
-
-
-def _fused_weight(component: Component, wrapped: Any) -> mx.array:
-    """The weight that an adapter says is that of its linear with the adapter in it."""
-    before = dense_weight(wrapped.linear).astype(mx.float32)
-    weight = component.checked("fuse", component.spec.fuse(wrapped, before), mx.array)
-    if weight.shape != before.shape or weight.dtype != mx.float32:
-        got = f"{weight.shape} {tensor_file.type_name(weight.dtype)}"
-        raise component.breach("fuse", got, f"{before.shape} float32")
-    if not tensor_file.is_finite(weight):
-        raise component.breach("fuse", "values that are not finite", "finite ones")
-    return weight
 
 
 def _repacked(linear: QuantizedLinear, weight: mx.array, path: str) -> Mapping[str, mx.array]:

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora_core.machine.device import compute_dtype, on_cpu
 from mlxlora_core.model.language_model import LanguageModel
-from mlxlora_core.registry import Choice
+from mlxlora_core.plugins import Choice
 
 
 class StackedLinear(nn.Module):

@@ -12,10 +12,11 @@ import mlx.nn as nn
 
 from mlxlora_core.errors import ModelError, PluginError, UsageError, listing
 from mlxlora_core.files import tensor_file
+from mlxlora_core.files.tensor_checks import is_finite, type_name
 from mlxlora_core.model.linears import QuantizedLinear, linear_shape, linears, replace
 from mlxlora_core.options import parse
-from mlxlora_core.registry import Choice, Component, Registry
-from mlxlora_core.registry.defaults import DEFAULT_QUANTIZER
+from mlxlora_core.plugins import Choice, Component, Registry
+from mlxlora_core.plugins.defaults import DEFAULT_QUANTIZER
 
 #: keys of config.json: which quantizer, its options, and path -> options that differ of what it packed
 QUANTIZER, QUANTIZATION, QUANTIZED = "quantizer", "quantization", "quantized"
@@ -53,8 +54,8 @@ def pack(weight: mx.array, quantization: Choice) -> Packed | None:
     for name, part in parts.items():
         if component.checked("quantize", part, mx.array).dtype not in tensor_file.TYPES:
             raise component.breach("quantize", f"{name} of type {part.dtype}", "a type that files hold")
-    restored = _expanded(parts, quantization, weight.shape)
-    if not tensor_file.is_finite(restored):
+    restored = expanded(parts, quantization, weight.shape)
+    if not is_finite(restored):
         raise component.breach("dequantize", "values that are not finite", "finite ones")
     return Packed(parts, restored)
 
@@ -141,17 +142,21 @@ def _empty(
     found = {name: tensors[f"{path}.{name}"] for name in names}
     parts = {name: mx.zeros(part.shape, part.dtype) for name, part in found.items()}
     shape = linear_shape(linear)
-    _expanded(parts, quantization, shape)  # only the shape is asked for: nothing is computed
+    expanded(parts, quantization, shape)  # only the shape is asked for: nothing is computed
     return QuantizedLinear(quantization, parts, shape, linear.bias if "bias" in linear else None)
 
 
-def _expanded(parts: Mapping[str, mx.array], quantization: Choice, shape: tuple[int, ...]) -> mx.array:
-    """The weight that the quantizer makes of ``parts``, which must have this shape."""
+def expanded(parts: Mapping[str, mx.array], quantization: Choice, shape: tuple[int, ...]) -> mx.array:
+    """The weight, float32, that the quantizer makes of ``parts``.
+
+    Raises:
+        PluginError: it has another shape or type.
+    """
     component = quantization.component
     given = component.spec.dequantize(parts, quantization.options)
     weight = component.checked("dequantize", given, mx.array)
     if weight.shape != shape or weight.dtype != mx.float32:
-        got = f"{weight.shape} {tensor_file.type_name(weight.dtype)}"
+        got = f"{weight.shape} {type_name(weight.dtype)}"
         raise component.breach("dequantize", got, f"{shape} float32")
     return weight
 

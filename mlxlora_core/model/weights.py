@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlxlora_core.errors import ModelError, SafetyError, listing
 from mlxlora_core.files import tensor_file
 from mlxlora_core.files.input_file import read_json
+from mlxlora_core.values import LazyTensor
 
 WEIGHTS = {"safetensors": "model.safetensors", "npz": "weights.npz"}
 
@@ -36,6 +37,28 @@ def read_weights(folder: Path) -> tuple[dict[str, mx.array], str]:
         tensors |= part
         stated = metadata.get(tensor_file.FINGERPRINT, "")
     return tensors, stated if stated and len(files) == 1 else tensor_file.fingerprint(tensors)
+
+
+def lazy_weights(folder: Path) -> tuple[dict[str, LazyTensor], str]:
+    """The tensors of a model folder, each read when asked for and kept nowhere, and their fingerprint.
+
+    Raises:
+        ModelError: as :func:`read_weights`.
+        SafetyError: as :func:`read_weights`.
+    """
+    files = weight_files(folder)
+    tensors: dict[str, LazyTensor] = {}
+    stated = ""
+    for path in files:
+        part, stated = tensor_file.lazy(path)
+        twice = tensors.keys() & part.keys()
+        if twice:
+            raise ModelError(f"another shard holds {listing(sorted(twice))} too", where=path)
+        tensors |= part
+    if stated and len(files) == 1:
+        return tensors, stated
+    each = ((name, tensor.read()) for name, tensor in tensors.items())
+    return tensors, tensor_file.fingerprint_each(each)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora_core.options import NoOptions
-from mlxlora_core.registry import Choice, Component, Plugin
+from mlxlora_core.plugins import Choice, Component, Plugin
 from mlxlora_core.specs import Quantizer, Spec
 
 

@@ -25,7 +25,8 @@ import pytest
 
 from mlxlora_core.errors import MlxloraError
 from mlxlora_core.model.tokenizers import is_plain_name
-from mlxlora_core.specs import ForeignModel, WeightLoader
+from mlxlora_core.specs import WeightLoader
+from mlxlora_core.values import ForeignModel
 
 # Opens and reads a checkpoint in a process of its own and prints how far the
 # memory in use rose after the first tensor, in bytes.
@@ -33,7 +34,7 @@ _MEASURE = """
 import resource, sys
 from pathlib import Path
 import mlx.core as mx
-from mlxlora_core.registry import load
+from mlxlora_core.plugins import load
 
 def peak_bytes():
     if sys.platform == "darwin":

@@ -28,7 +28,7 @@ from typing import Any
 
 from mlxlora_core.errors import ModelError, PluginError, ResourceError, SafetyError, listing
 from mlxlora_core.files import durable
-from mlxlora_core.registry import Registry
+from mlxlora_core.plugins import Registry
 
 SCHEMA = 1
 MANIFEST = "MANIFEST.json"

@@ -15,9 +15,9 @@ from mlxlora_core.errors import DataError, listing
 from mlxlora_core.files import durable
 from mlxlora_core.files.jsonl import check_content
 from mlxlora_core.options import plain
-from mlxlora_core.registry import Choice
-from mlxlora_core.registry.sections import SplitConfig
-from mlxlora_core.specs import Row, Rows, Skipped
+from mlxlora_core.plugins import Choice
+from mlxlora_core.plugins.sections import SplitConfig
+from mlxlora_core.values import Row, Rows, Skipped
 
 SPLITS = ("train", "valid", "test")
 

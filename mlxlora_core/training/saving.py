@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from mlxlora_core.errors import DivergedError, ModelError, PluginError, ResourceError, listing
 from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files.tensor_checks import is_finite
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapters import Adapted, trainable
 from mlxlora_core.model.folder import Model
@@ -158,7 +159,7 @@ class CheckpointFolder:
             )
         tensors = self._training.optimizer_tensors()
         floating = {n: t for n, t in tensors.items() if mx.issubdtype(t.dtype, mx.floating)}
-        odd = [name for name, tensor in floating.items() if not tensor_file.is_finite(tensor)]
+        odd = [name for name, tensor in floating.items() if not is_finite(tensor)]
         if odd:
             raise DivergedError(
                 f"the state of the optimizer is not finite and was not saved: {listing(odd)}",

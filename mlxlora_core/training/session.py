@@ -20,8 +20,8 @@ from mlxlora_core.machine import signals
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapters import Adapted
 from mlxlora_core.model.folder import Model
-from mlxlora_core.registry import Choice, Registry
-from mlxlora_core.registry.sections import AdapterConfig
+from mlxlora_core.plugins import Choice, Registry
+from mlxlora_core.plugins.sections import AdapterConfig
 from mlxlora_core.training.checkpoints import Found, Start
 from mlxlora_core.training.events import (
     CheckpointSaved,

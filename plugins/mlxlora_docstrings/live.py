@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
-from mlxlora_docstrings.child import Findings
+from mlxlora_docstrings.findings import Findings
 from mlxlora_docstrings.graph import PARTS_LIMIT, Child, is_public, is_public_path, is_read, shortest_paths
 
 _names_of_class: Callable[[Any], Mapping[Any, Any]] = vars(type)["__dict__"].__get__

@@ -55,7 +55,7 @@ class _Attempt:
     """What one child process left behind.
 
     Attributes:
-        records: the lines it wrote, as :mod:`mlxlora_docstrings.child` describes them.
+        records: the lines it wrote, as :mod:`mlxlora_docstrings.findings` describes them.
         death: how it ended before it was done, or nothing.
         place: the module or class that it worked on last, or nothing.
         stuck: whether that place is to blame, and not the package as a whole.

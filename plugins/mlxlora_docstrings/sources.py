@@ -11,7 +11,7 @@ from pathlib import Path
 
 import griffe
 
-from mlxlora_docstrings.child import Findings
+from mlxlora_docstrings.findings import Findings
 from mlxlora_docstrings.graph import PARTS_LIMIT, Child, is_public, is_read, shortest_paths
 
 SOURCE_BYTES = 16 << 20  # the largest source file that is read

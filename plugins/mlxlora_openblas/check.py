@@ -1,14 +1,16 @@
-"""Whether MLX's matrix products, as they are now, agree with numpy in double precision.
+"""Whether products and exponentials, as they are now, agree with numpy and the C library in double precision.
 
-The sizes are odd and reach each way that an OpenBLAS has: tiny, small kernel,
-split among threads, a vector on either side; with each operand plain and
-transposed, in batches, cut out of larger arrays, and added to a third.
+The sizes of products through MLX are odd and reach each way that an OpenBLAS
+has: tiny, small kernel, split among threads; with each operand plain and
+transposed, in batches, cut out of larger arrays, and added to a third. Products
+with a vector on either side are tried before MLX gets to them, by themselves.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,22 @@ Array = npt.NDArray[Any]
 
 #: M, K, N of (M, K) @ (K, N)
 _SIZES = ((1, 1, 1), (3, 1, 5), (7, 13, 3), (1, 67, 129), (65, 33, 1), (33, 0, 5), (131, 127, 97))
+
+# Rows and columns of what a vector is multiplied by. OpenBLAS's sgemv takes threads from 9,216 elements on,
+# in newer versions from 460,800, and a side longer than 4,096 in parts. It is tried below and above all three
+# because some of its kernels were inaccurate on x86-64: https://github.com/OpenMathLib/OpenBLAS/pull/4814
+_VECTOR_SIZES = ((5, 3), (61, 150), (211, 307), (4099, 113), (113, 4099))
+
+# From here on each product is tried one way and not four, for where others keep the processors busy, threads
+# that wait for each other take 12 ms a product.
+_THREADED = 460_800
+
+_ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
+_INT, _FLOAT, _ADDRESS = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+_SGEMM = ctypes.CFUNCTYPE(
+    *(None, _INT, _INT, _INT, _INT, _INT, _INT, _FLOAT),
+    *(_ADDRESS, _INT, _ADDRESS, _INT, _FLOAT, _ADDRESS, _INT),
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,30 @@ def faults() -> list[str]:
     products = [*_plain(), *_other()]
     mx.eval([got for _, got, _ in products])
     return [what for what, got, exact in products if not exact.fits(np.array(got))]
+
+
+def vector_faults(sgemm: int) -> list[str]:
+    """The products of one row or one column that the ``cblas_sgemm`` at an address gets wrong, in words."""
+    wrong = []
+    for rows, columns in _VECTOR_SIZES:
+        stored = np.resize(_numbers(8191), (rows, columns + 3))[:, :columns]
+        for matrix in (stored, stored.T):
+            tried = _with_vectors(_SGEMM(sgemm), matrix)
+            wrong += [what for what, got, exact in tried if not exact.fits(got)]
+    return wrong
+
+
+def exponential_works(exp: Callable[[mx.array], mx.array]) -> bool:
+    """Whether ``exp`` agrees with the C library in double precision."""
+    numbers = np.concatenate(
+        [np.linspace(-110, 88, 4099), [0.0, -0.0, -np.inf, -1e30, 1e-30]], dtype=np.float32
+    )
+    exact = np.array([math.exp(x) for x in numbers])
+    for count in (1, 7, 8, 9, 65, numbers.size):
+        got = np.array(exp(mx.array(numbers[-count:])))
+        if not np.allclose(got, exact[-count:], rtol=4e-7, atol=1e-38):
+            return False
+    return True
 
 
 def _plain() -> Iterator[tuple[str, mx.array, Exact]]:
@@ -84,18 +126,63 @@ def _other() -> Iterator[tuple[str, mx.array, Exact]]:
     yield "shared batch", mx.array(p) @ mx.array(q[0, 0]).T, _exact(p, q[0, 0].T)
 
 
-def _exact(a: Array, b: Array, c: Array | float = 0.0, alpha: float = 1.0, beta: float = 1.0) -> Exact:
-    """``alpha a @ b + beta c`` by numpy.
+def _with_vectors(sgemm: Callable[..., None], matrix: Array) -> Iterator[tuple[str, Array, Exact]]:
+    """``alpha matrix @ x + beta y`` as a product with one column and, all transposed, with one row."""
+    m, k = matrix.shape
+    alpha, beta = np.array([1.0, -0.5]), np.array([0.0, 2.0])
+    x, y = _numbers(k, 1), _numbers(m, 2)
+    exact = _exact(matrix, x, y, alpha, beta)  # (M, 2)
+    ways = [("column" if m > k else "row", 1)]
+    if matrix.size < _THREADED:
+        ways = [("column", 0), ("column", 1), ("row", 0), ("row", 1)]
+    for form, i in ways:
+        if form == "column":
+            got = y.copy()[:, i : i + 1]
+            _multiply(sgemm, matrix, x, got, alpha[i], beta[i])
+        else:
+            got = y.T.copy()[i : i + 1].T
+            _multiply(sgemm, x.T, matrix.T, got.T, alpha[i], beta[i])
+        what = f"one {form} for ({m}, {k}), strides {matrix.strides}, beta {beta[i]}"
+        yield what, got, Exact(exact.value[:, i : i + 1], exact.bound[:, i : i + 1])
+
+
+def _multiply(sgemm: Callable[..., None], a: Array, b: Array, c: Array, alpha: float, beta: float) -> None:
+    """``c = alpha a @ b + beta c`` of float32 by a ``cblas_sgemm``."""
+    (trans_a, lda), (trans_b, ldb), (_, ldc) = _layout(a), _layout(b), _layout(c)
+    sgemm(
+        *(_ROW_MAJOR, trans_a, trans_b, *c.shape, a.shape[1], alpha),
+        *(a.ctypes.data, lda, b.ctypes.data, ldb, beta, c.ctypes.data, ldc),
+    )
+
+
+def _layout(matrix: Array) -> tuple[int, int]:
+    """How a float32 matrix is stored, as it is or transposed, and the step between its rows or columns."""
+    down, along = (step // 4 for step in matrix.strides)
+    if along == 1:
+        return _PLAIN, max(down, matrix.shape[1])
+    return _TRANSPOSED, max(along, matrix.shape[0])
+
+
+def _exact(
+    a: Array, b: Array, c: Array | float = 0.0, alpha: Array | float = 1.0, beta: Array | float = 1.0
+) -> Exact:
+    """``alpha a @ b + beta c`` by numpy, where alpha and beta may differ from column to column.
 
     Whatever the order of summation, rounding puts an entry off by at most
     (K + 4) eps times the same sum of absolute values. Source: N. J. Higham,
     Accuracy and Stability of Numerical Algorithms, 2nd edition, section 3.5.
     """
     wide = np.result_type(a.dtype, np.float64)
-    value = alpha * (a.astype(wide) @ b.astype(wide)) + beta * c
-    size = abs(alpha) * (np.abs(a).astype(np.float64) @ np.abs(b)) + np.abs(beta * c)
+    value = alpha * _product(a.astype(wide), b.astype(wide)) + beta * c
+    size = np.abs(alpha) * _product(np.abs(a), np.abs(b)) + np.abs(beta * c)
     terms = a.shape[-1] + 4
     return Exact(value, terms * float(np.finfo(a.dtype).eps) * size)
+
+
+def _product(a: Array, b: Array) -> Array:
+    """``a @ b`` without the BLAS of numpy, whose threads would stand in the way of those that are checked."""
+    product: Array = np.einsum("...mk,...kn->...mn", a, b)
+    return product
 
 
 def _numbers(*shape: int) -> Array:

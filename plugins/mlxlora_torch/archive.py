@@ -1,9 +1,8 @@
 """A ``.pth`` as the zip archive that it is: checked, and read without torch.
 
 Every size comes from the file: members are stored and not compressed, fill the
-file one after another, and are as long as the tensors in them need. So nothing
-in a file can ask for more memory or disk than the file itself takes, and torch,
-which reads the same file with a reader of its own, finds what was found here.
+file one after another, and are as long as the tensors in them need. So no
+tensor can ask for more memory than its file takes.
 
 Layout, written by ``torch.save`` since 1.6: ``NAME/data.pkl`` is a pickle that
 describes the tensors, ``NAME/data/KEY`` the bytes of one storage.
@@ -28,8 +27,11 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 _PROGRAM_LIMIT_BYTES = 4 << 20  # a tensor takes about 250 bytes
 _CHUNK_BYTES = 1 << 20
+_LARGEST_AXIS = 2**31 - 1  # MLX counts in 32 bits
+_WRAPPED = "module."
 _AGAIN = "download the file again"
 _UNSAFE = "get the weights from a source that you trust, saved by torch 1.6 or newer"
+_RESAVE = "if you trust it, load it with torch and save it again: torch.save(tensors, path)"
 _PICKLE = "is a bare pickle (torch's format before 1.6, or none of torch's)"
 
 #: first bytes -> what the file is: wrappers and formats in which code can hide
@@ -65,31 +67,32 @@ class Archive:
         tensor = self.tensors[name]
         return self.members[tensor.storage.key].start + tensor.offset * ITEM_BYTES[tensor.dtype]
 
-    def check_unchanged(self) -> None:
-        """Raise ModelError when the file is not the one that was checked."""
-        try:
-            now = _identity(os.stat(self.path))
-        except OSError as fault:
-            raise ModelError(f"cannot be read any more: {fault.strerror}", where=self.path) from None
-        if now != self.identity:
+    def open(self) -> BinaryIO:
+        """Open the file again.
+
+        Raises:
+            ModelError: it is not the one that was checked.
+        """
+        file = open_regular(self.path)
+        if _identity(os.fstat(file.fileno())) != self.identity:
+            file.close()
             raise ModelError("changed while it was being read", where=self.path, fix="start again")
+        return file
 
-    def check_bytes(self, key: str) -> None:
-        """Raise ModelError when a storage differs from its checksum.
+    def check_bytes(self, file: BinaryIO, key: str) -> None:
+        """Raise ModelError when a storage of the open file differs from its checksum.
 
-        The bytes are read through the file and not through the mapping, so
-        that a large storage takes no memory.
+        The bytes are read and not mapped, so that a large storage takes no memory.
         """
         member = self.members[key]
         if not member.crc:
             return
         crc, left = 0, member.size_bytes
-        with open_regular(self.path) as file:
-            file.seek(member.start)
-            while left:
-                chunk = read_exactly(file, min(left, _CHUNK_BYTES), self.path)
-                crc = zlib.crc32(chunk, crc)
-                left -= len(chunk)
+        file.seek(member.start)
+        while left:
+            chunk = read_exactly(file, min(left, _CHUNK_BYTES), self.path)
+            crc = zlib.crc32(chunk, crc)
+            left -= len(chunk)
         if crc != member.crc:
             names = [name for name, tensor in self.tensors.items() if tensor.storage.key == key]
             raise ModelError(
@@ -115,7 +118,7 @@ def open_archive(path: Path) -> Archive:
         members = {member.name.removeprefix(top): member for member in layout.members}
         _check_byte_order(file, members, path)
         program = _content(file, members["data.pkl"], path)
-    tensors = read_program(program, path)
+    tensors = _without_prefix(read_program(program, path))
     if members["data.pkl"].crc not in (0, zlib.crc32(program)):
         raise ModelError("its table of tensors does not match its checksum", where=path, fix=_AGAIN)
     storages = {key.removeprefix("data/"): m for key, m in members.items() if key.startswith("data/")}
@@ -130,7 +133,7 @@ def _check_head(file: BinaryIO, path: Path) -> None:
         return
     for magic, what in _FOREIGN:
         if head.startswith(magic):
-            raise SafetyError(what, where=path, fix=_UNSAFE)
+            raise SafetyError(what, where=path, fix=_RESAVE if what == _PICKLE else _UNSAFE)
     if head[257:262] == b"ustar":
         raise SafetyError("is a tar archive", where=path, fix=_UNSAFE)
     raise ModelError(
@@ -203,6 +206,13 @@ def _check_tensors(
         raise ModelError(listing(faults), where=path, fix=_AGAIN)
 
 
+def _without_prefix(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """The tensors by their own names; a model that was trained wrapped has ``module.`` before each."""
+    if not all(name.startswith(_WRAPPED) for name in tensors):
+        return tensors
+    return {name.removeprefix(_WRAPPED): tensor for name, tensor in tensors.items()}
+
+
 def _misfit(tensor: StoredTensor, storages: Mapping[str, ZipMember]) -> str:
     """Why a tensor does not fit its storage, or nothing."""
     storage = tensor.storage
@@ -213,7 +223,14 @@ def _misfit(tensor: StoredTensor, storages: Mapping[str, ZipMember]) -> str:
     if storage.elements * (1 if storage.dtype == "untyped" else item) != have:
         return f"wants {storage.elements} elements, its storage has {have} bytes"
     need = max(tensor.offset + tensor.span, tensor.elements) * item
-    return f"needs {need} bytes, its storage has {have}" if need > have else ""
+    if need > have:
+        return f"needs {need} bytes, its storage has {have}"
+    longest = max(tensor.shape, default=0)
+    return (
+        f"has an axis of {longest} elements, wanted at most {_LARGEST_AXIS}"
+        if longest > _LARGEST_AXIS
+        else ""
+    )
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

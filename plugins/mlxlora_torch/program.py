@@ -1,11 +1,17 @@
 """What the pickle inside a ``.pth`` says, found out without running it.
 
 ``torch.save`` writes a table of tensors as a pickle: a small program for a
-stack machine that can name any function of any module and call it. The machine
-here knows only the instructions that a dict of tensors needs. It imports
-nothing and calls nothing: the few globals that stand for tensors are names to
-it, and any other global, or any other call, ends the reading. torch sees a
-file only after this machine has come to its end.
+stack machine that can name any function of any module and call it. It is
+parsed once, by the machine here, which knows only the instructions that a dict
+of tensors needs, imports nothing and calls nothing. torch never sees the
+pickle: it gets the bytes of each tensor, mapped. Its own reader with
+``weights_only`` runs no code either, as far as is known, but
+
+- it believes numbers: ``bytearray(1 << 40)`` is allowed there, and takes the memory;
+- a key made of many nested tuples ends the process;
+- a mapped tensor may lie past its storage, over the next one, and no checksum is looked at;
+- whatever else in this process told torch to be allowed, is allowed;
+- its refusal is a page that recommends to load without care.
 
 Instructions: the Python standard library's ``pickletools``.
 """
@@ -15,7 +21,7 @@ from __future__ import annotations
 import math
 import pickletools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,26 +46,31 @@ _STORAGES = {
 }
 #: dtypes that have no storage class of their own; they come with _rebuild_tensor_v3
 _DTYPES = {
-    "torch.float16": "float16",
-    "torch.bfloat16": "bfloat16",
-    "torch.float32": "float32",
-    "torch.uint16": "uint16",
-    "torch.uint32": "uint32",
-    "torch.uint64": "uint64",
-    "torch.complex32": "complex32",
-    "torch.float8_e4m3fn": "float8_e4m3fn",
-    "torch.float8_e4m3fnuz": "float8_e4m3fnuz",
-    "torch.float8_e5m2": "float8_e5m2",
-    "torch.float8_e5m2fnuz": "float8_e5m2fnuz",
-    "torch.float8_e8m0fnu": "float8_e8m0fnu",
+    f"torch.{name}": name
+    for name in (
+        *("float16", "bfloat16", "float32", "uint16", "uint32", "uint64", "complex32", "float8_e4m3fn"),
+        *("float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    )
 }
 _ORDERED_DICT = "collections.OrderedDict"
 _TENSOR, _TENSOR_OF_DTYPE = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"
 _PARAMETER = "torch._utils._rebuild_parameter"
-_GLOBALS = {*_STORAGES, *_DTYPES, _ORDERED_DICT, _TENSOR, _TENSOR_OF_DTYPE, _PARAMETER}
+_WITH_ATTRIBUTES = ("torch._tensor._rebuild_from_type_v2", "torch._utils._rebuild_parameter_with_state")
+_CALLS = (_ORDERED_DICT, _TENSOR, _TENSOR_OF_DTYPE, _PARAMETER, *_WITH_ATTRIBUTES)
+_CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter")
+_GLOBALS = {*_STORAGES, *_DTYPES, *_CALLS, *_CLASSES}
 
-#: the protocol of torch.save, and the only one that torch's safe reader is made for
-PROTOCOL = 2
+_CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_LITERALS = {
+    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"),
+    # torch.save does not write these; to go on behind them finds the global that they are handed to.
+    *("INT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINBYTES", "SHORT_BINBYTES"),
+}
+_PROTOCOL = 2  # of torch.save
+_AXES = 32
+_RESAVE = (
+    "save plain tensors: torch.save({k: v.detach().clone() for k, v in model.state_dict().items()}, path)"
+)
 
 
 @dataclass(frozen=True)
@@ -132,9 +143,6 @@ def read_program(program: bytes, where: Path) -> dict[str, StoredTensor]:
     return table
 
 
-_RESAVE = "save the tensors alone, as one dict: torch.save(model.state_dict(), path)"
-
-
 @dataclass(frozen=True)
 class _Global:
     """``module.name``, which is never looked up."""
@@ -160,12 +168,8 @@ class _Machine:
         protocol = 0
         try:
             for name, argument in _instructions(program):
-                if name == "PROTO":
-                    protocol = argument
-                elif name == "STOP":
-                    break
-                else:
-                    self.step(name, argument)
+                protocol = argument if name == "PROTO" else protocol
+                self.step(name, argument)
             result = self.stack.pop()
         except (_Damaged, IndexError, KeyError) as fault:
             reason = fault if isinstance(fault, _Damaged) else "an instruction finds nothing to work on"
@@ -174,9 +178,9 @@ class _Machine:
                 where=self.where,
                 fix="download or save the file again",
             ) from None
-        if protocol != PROTOCOL:
+        if protocol != _PROTOCOL:
             raise ModelError(
-                f"is written with pickle protocol {protocol}, wanted {PROTOCOL}",
+                f"is written with pickle protocol {protocol}, wanted {_PROTOCOL}",
                 where=self.where,
                 fix="save it again with torch.save(tensors, path), without pickle_protocol",
             )
@@ -184,39 +188,60 @@ class _Machine:
 
     def step(self, name: str, argument: Any) -> None:
         """Do one instruction."""
-        if name in _CONSTANTS:
-            self.push(_CONSTANTS[name])
-        elif name in _LITERALS:
-            self.push(argument)
-        elif name in _ACTIONS:
-            _ACTIONS[name](self, argument)
-        else:
-            what = f"{name} {argument}" if argument is not None else name
-            raise self.refusal(f"uses pickle instruction {what}, which no table of tensors needs")
+        match name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "MARK":
+                self.below.append(self.stack)
+                self.stack = []
+            case "EMPTY_DICT":
+                self.stack.append({})
+            case "EMPTY_LIST":
+                self.stack.append([])
+            case "TUPLE":
+                items = self.since_mark()
+                self.stack.append(tuple(items))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                self.stack.append(tuple(self.take(int(name[-1]))))
+            case "SETITEM" | "SETITEMS":
+                self.add_items(self.take(2) if name == "SETITEM" else self.since_mark())
+            case "APPEND" | "APPENDS":
+                items = self.take(1) if name == "APPEND" else self.since_mark()
+                self.top(list).extend(items)
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = self.stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = self.stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                self.stack.append(self.memo[argument])
+            case "GLOBAL" | "STACK_GLOBAL":
+                self.find(argument.replace(" ", ".", 1) if argument else self.name_on_stack())
+            case "REDUCE":
+                self.call(*self.take(2))
+            case "BUILD":
+                self.set_state(*self.take(1))
+            case "BINPERSID":
+                self.load_storage(*self.take(1))
+            case _ if name in _CONSTANTS or name in _LITERALS:
+                self.stack.append(_CONSTANTS.get(name, argument))
+            case _:
+                what = f"{name} {argument}" if argument is not None else name
+                raise self.refusal(f"uses pickle instruction {what}, which no table of tensors needs")
 
     def refusal(self, what: str) -> SafetyError:
         """The error for a file that wants more than to hold tensors."""
         return SafetyError(
             f"{what[:300]}: it could run code, so it was not loaded",
             where=self.where,
-            fix="get the weights from a source that you trust, saved as plain tensors",
+            fix=f"get the weights from a source that you trust, or {_RESAVE}",
         )
 
     # --- values ---
-
-    def mark(self, _: Any) -> None:
-        """Set the stack aside until :meth:`since_mark`."""
-        self.below.append(self.stack)
-        self.stack = []
 
     def since_mark(self) -> list[Any]:
         """Take what came after the last mark."""
         items, self.stack = self.stack, self.below.pop()
         return items
-
-    def push(self, value: Any) -> None:
-        """Put a value on top."""
-        self.stack.append(value)
 
     def take(self, count: int) -> list[Any]:
         """Take the top ``count`` values, lowest first."""
@@ -226,9 +251,11 @@ class _Machine:
         del self.stack[-count:]
         return items
 
-    def remember(self, index: int) -> None:
-        """Keep the top value under ``index``."""
-        self.memo[index] = self.stack[-1]
+    def top(self, kind: type[Any]) -> Any:
+        """The top value, which must be of one kind."""
+        if not isinstance(self.stack[-1], kind):
+            raise _Damaged(f"found {_kind(self.stack[-1])}, wanted {kind.__name__}")
+        return self.stack[-1]
 
     def add_items(self, items: list[Any]) -> None:
         """Put key, value, key, value … into the dict on top."""
@@ -241,17 +268,12 @@ class _Machine:
                 raise _Damaged(f"a key is {_kind(key)}")
             table[key] = value
 
-    def append(self, items: list[Any]) -> None:
-        """Put items at the end of the list on top."""
-        self.top(list).extend(items)
-
-    def top(self, kind: type[Any]) -> Any:
-        """The top value, which must be of one kind."""
-        if not isinstance(self.stack[-1], kind):
-            raise _Damaged(f"found {_kind(self.stack[-1])}, wanted {kind.__name__}")
-        return self.stack[-1]
-
     # --- what could do harm ---
+
+    def name_on_stack(self) -> str:
+        """The global whose module and name are the two top values."""
+        module, name = self.take(2)
+        return f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "a computed name"
 
     def find(self, name: str) -> None:
         """Push a global by its full name, if it stands for a part of a tensor."""
@@ -259,19 +281,16 @@ class _Machine:
             raise self.refusal(f"its pickle asks for {name}")
         self.stack.append(_Global(name))
 
-    def find_on_stack(self, _: Any) -> None:
-        """Push the global whose module and name are the two top values."""
-        module, name = self.take(2)
-        self.find(
-            f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "a computed name"
-        )
-
-    def call(self, _: Any) -> None:
+    def call(self, function: Any, arguments: Any) -> None:
         """Do what calling one of the known globals would do, on inert values."""
-        function, arguments = self.take(2)
         name = function.name if isinstance(function, _Global) else _kind(function)
         if not isinstance(arguments, tuple):
             raise _Damaged("a call has no arguments")
+        if name not in _CALLS:
+            raise self.refusal(f"its pickle calls {name}")
+        if name in _WITH_ATTRIBUTES:
+            what = "has tensors with attributes of their own, which is no attack but is not read"
+            raise ModelError(what, where=self.where, fix=_RESAVE)
         if name == _ORDERED_DICT and not arguments:
             self.stack.append({})
         elif name == _TENSOR and len(arguments) == 6:
@@ -280,59 +299,23 @@ class _Machine:
             self.stack.append(_tensor(*arguments[:4], arguments[6]))
         elif name == _PARAMETER and len(arguments) == 3 and isinstance(arguments[0], StoredTensor):
             self.stack.append(arguments[0])
-        elif name in (_ORDERED_DICT, _TENSOR, _TENSOR_OF_DTYPE, _PARAMETER):
-            raise _Damaged(f"{name} with unknown arguments")
         else:
-            raise self.refusal(f"its pickle calls {name}")
+            raise _Damaged(f"{name} with unknown arguments")
 
-    def set_state(self, _: Any) -> None:
+    def set_state(self, state: Any) -> None:
         """Forget the attributes of an ordered dict, such as the versions in a state_dict."""
-        (state,) = self.take(1)
         if not isinstance(state, dict) or not isinstance(self.stack[-1], dict):
             raise self.refusal(f"its pickle sets the state of {_kind(self.stack[-1])}")
 
-    def load_storage(self, _: Any) -> None:
+    def load_storage(self, handle: Any) -> None:
         """Push the storage that ``("storage", class, key, device, elements)`` names."""
-        (handle,) = self.take(1)
         match handle:
-            case ("storage", _Global(name), str(key), str(), int(elements)) if (
-                name in _STORAGES and elements >= 0
+            case ("storage", _Global(name), str(key), str(), elements) if name in _STORAGES and _whole(
+                (elements,)
             ):
                 self.stack.append(Storage(key, _STORAGES[name], elements))
             case _:
                 raise _Damaged("a storage has no proper name")
-
-
-_CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_LITERALS = {
-    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"),
-    # torch.save does not write these; to go on behind them finds the global that they are handed to.
-    *("INT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINBYTES", "SHORT_BINBYTES"),
-}
-_ACTIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
-    "FRAME": lambda machine, _: None,
-    "MARK": _Machine.mark,
-    "EMPTY_DICT": lambda machine, _: machine.push({}),
-    "EMPTY_LIST": lambda machine, _: machine.push([]),
-    "TUPLE": lambda machine, _: machine.push(tuple(machine.since_mark())),
-    "TUPLE1": lambda machine, _: machine.push(tuple(machine.take(1))),
-    "TUPLE2": lambda machine, _: machine.push(tuple(machine.take(2))),
-    "TUPLE3": lambda machine, _: machine.push(tuple(machine.take(3))),
-    "SETITEM": lambda machine, _: machine.add_items(machine.take(2)),
-    "SETITEMS": lambda machine, _: machine.add_items(machine.since_mark()),
-    "APPEND": lambda machine, _: machine.append(machine.take(1)),
-    "APPENDS": lambda machine, _: machine.append(machine.since_mark()),
-    "BINPUT": lambda machine, index: machine.remember(index),
-    "LONG_BINPUT": lambda machine, index: machine.remember(index),
-    "MEMOIZE": lambda machine, _: machine.remember(len(machine.memo)),
-    "BINGET": lambda machine, index: machine.push(machine.memo[index]),
-    "LONG_BINGET": lambda machine, index: machine.push(machine.memo[index]),
-    "GLOBAL": lambda machine, name: machine.find(name.replace(" ", ".", 1)),
-    "STACK_GLOBAL": _Machine.find_on_stack,
-    "REDUCE": _Machine.call,
-    "BUILD": _Machine.set_state,
-    "BINPERSID": _Machine.load_storage,
-}
 
 
 def _instructions(program: bytes) -> Iterator[tuple[str, Any]]:
@@ -354,7 +337,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any) -> S
         isinstance(storage, Storage)
         and isinstance(dtype, str)
         and all(_whole(values) for values in ((offset,), shape, stride))
-        and len(shape) == len(stride)
+        and len(shape) == len(stride) <= _AXES
     )
     if not good:
         raise _Damaged("a tensor has no proper shape, stride or dtype")
@@ -362,8 +345,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any) -> S
 
 
 def _whole(values: Any) -> bool:
-    """Whether ``values`` is a tuple of whole numbers that are not negative."""
-    return isinstance(values, tuple) and all(type(value) is int and value >= 0 for value in values)
+    """Whether ``values`` is a tuple of whole numbers of 0 and more that a size can be."""
+    return isinstance(values, tuple) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _kind(value: Any) -> str:

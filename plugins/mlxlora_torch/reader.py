@@ -1,32 +1,31 @@
 """Reads the tensors of checked ``.pth`` files with torch, in memory that does not grow.
 
-A file is mapped and not loaded, but pages of a mapping that were touched count
-as memory in use. So the mappings are given up after every so many bytes, and
-made anew when the next tensor is wanted.
+Of a file only the pages of one tensor are mapped, and given up with it: pages
+of a mapping that were touched count as memory in use.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
+import mmap
 from collections.abc import Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import mlx.core as mx
 
-from mlxlora_core.api import ModelError, PluginError, SafetyError, listing
+from mlxlora_core.api import ModelError, PluginError, ResourceError, listing
 from mlxlora_torch.archive import ITEM_BYTES, Archive
 from mlxlora_torch.shards import Joined
 
 if TYPE_CHECKING:
     import torch
 
-#: mapped bytes that may be touched before all mappings are given up
-MAPPED_LIMIT_BYTES = 64 << 20
-
-#: older ones can be made to run code in spite of weights_only (CVE-2025-32434, CVE-2026-24747)
+#: older ones can be made to run code by a .pth (CVE-2025-32434, CVE-2026-24747)
 OLDEST_TORCH = (2, 10)
+#: what the loader of libraries says when memory is short
+_NO_ROOM = ("failed to map segment", "annot allocate memory")
 
 
 def need_torch() -> None:
@@ -34,20 +33,22 @@ def need_torch() -> None:
 
     Raises:
         PluginError: it is not installed, cannot be imported or is too old to be safe.
+        ResourceError: it does not fit into the memory that this process may take.
     """
     fix = "pip install 'mlxlora[torch]'"
     try:
         import torch
-    except (ImportError, OSError) as fault:
-        raise PluginError(
-            f"reading .pth files needs torch, which cannot be imported ({fault})", fix=fix
-        ) from None
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < OLDEST_TORCH:
-        oldest = ".".join(map(str, OLDEST_TORCH))
-        raise PluginError(
-            f"torch {torch.__version__} is not safe for .pth files, wanted {oldest} or newer", fix=fix
-        )
+    except (ImportError, OSError, MemoryError) as fault:
+        if isinstance(fault, MemoryError) or any(words in str(fault) for words in _NO_ROOM):
+            raise ResourceError(
+                f"there is no memory for torch, which .pth files need ({fault})", fix="raise ulimit -v"
+            ) from None
+        what = f"reading .pth files needs torch, which cannot be imported ({fault})"
+        raise PluginError(what, fix=fix) from None
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        wanted = ".".join(map(str, OLDEST_TORCH))
+        what = f"torch {torch.__version__} is not safe for .pth files, wanted {wanted} or newer"
+        raise PluginError(what, fix=fix)
 
 
 class Reader:
@@ -59,8 +60,6 @@ class Reader:
 
     def __init__(self, shards: Sequence[Archive]) -> None:
         self._shards = shards
-        self._mapped: dict[int, dict[str, torch.Tensor]] = {}
-        self._touched_bytes = 0
         self._checked: set[tuple[int, str]] = set()
 
     def read(self, tensor: Joined) -> mx.array:
@@ -69,16 +68,14 @@ class Reader:
         Raises:
             ModelError: its bytes differ from their checksum, it has NaN or
                 infinite values, or its file is not what it was.
+            ResourceError: there is no memory to map it.
         """
         whole = self._part(0, tensor.name) if tensor.axis is None else self._concatenate(tensor)
         count = _count_nonfinite(whole)
         if count:
             where = self._shards[0].path if len(self._shards) == 1 else self._shards[0].path.parent
             raise ModelError(f"{tensor.name} has {count} values that are NaN or infinite", where=where)
-        array = _to_mlx(whole)
-        del whole
-        self._release()
-        return array
+        return _to_mlx(whole)
 
     def check_shards(self, tensors: Sequence[Joined]) -> None:
         """Compare the shards with each other.
@@ -122,61 +119,37 @@ class Reader:
         """Whether a tensor has the same bits in two shards."""
         import torch
 
-        # A copy of the first: getting the second may give up the mapping of the first.
-        first = _bits(self._part(one, name)).clone()
-        return torch.equal(first, _bits(self._part(other, name)))
+        return torch.equal(_bits(self._part(one, name)), _bits(self._part(other, name)))
 
     def _part(self, number: int, name: str) -> torch.Tensor:
-        """A tensor of one shard, mapped. It is good until the next call: keep no reference to it."""
+        """A tensor of one shard, mapped for as long as it is kept."""
+        import torch
+
         archive = self._shards[number]
-        archive.check_unchanged()  # a mapping of a file that was cut would end the process
         stored = archive.tensors[name]
-        if (number, stored.storage.key) not in self._checked:
-            archive.check_bytes(stored.storage.key)
-            self._checked.add((number, stored.storage.key))
-        self._release()
-        if number not in self._mapped:
-            self._mapped[number] = _map(archive)
-        self._touched_bytes += stored.span * ITEM_BYTES[stored.dtype]
-        return self._mapped[number][name].detach()
-
-    def _release(self) -> None:
-        """Give up the mappings once enough of their pages were touched."""
-        if self._touched_bytes > MAPPED_LIMIT_BYTES:
-            self._mapped.clear()
-            self._touched_bytes = 0
+        dtype = getattr(torch, stored.dtype)
+        with archive.open() as file:
+            if (number, stored.storage.key) not in self._checked:
+                archive.check_bytes(file, stored.storage.key)
+                self._checked.add((number, stored.storage.key))
+            if not stored.span:
+                return torch.empty(stored.shape, dtype=dtype)
+            start, length = archive.position(name), stored.span * ITEM_BYTES[stored.dtype]
+            pages, before = _map(file, start, length, archive.path)
+        flat = torch.frombuffer(pages, dtype=dtype, count=stored.span, offset=before)
+        return flat.as_strided(stored.shape, stored.stride)
 
 
-def _map(archive: Archive) -> dict[str, torch.Tensor]:
-    """The tensors of a file, as views of a mapping of it.
-
-    Raises:
-        SafetyError: torch's safe reader refuses the file, or finds other tensors than were checked.
-        ModelError: torch cannot read it, or the file changed.
-    """
-    import torch
-
+def _map(file: BinaryIO, start: int, length: int, path: Path) -> tuple[mmap.mmap, int]:
+    """The pages in which some bytes of a file lie, and how many bytes of them lie before."""
+    before = start % mmap.ALLOCATIONGRANULARITY
     try:
-        tensors = torch.load(str(archive.path), map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:  # whose text recommends to load without care
-        raise SafetyError("torch's safe reader refuses its pickle", where=archive.path) from None
-    except Exception as fault:  # a damaged file can bring out any
-        raise ModelError(f"torch cannot read it ({_first_line(fault)})", where=archive.path) from None
-    archive.check_unchanged()
-    if _layout(tensors) != {
-        name: (t.dtype, t.offset, t.shape, t.stride) for name, t in archive.tensors.items()
-    }:
-        raise SafetyError("torch finds other tensors in it than its table says", where=archive.path)
-    found: dict[str, torch.Tensor] = tensors
-    return found
-
-
-def _layout(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:
-    """name -> (dtype, offset, shape, stride), as torch has them."""
-    return {
-        name: (str(t.dtype).removeprefix("torch."), t.storage_offset(), tuple(t.shape), t.stride())
-        for name, t in tensors.items()
-    }
+        # Writable, which is all that torch takes, and its own: the file is never written.
+        access = mmap.ACCESS_COPY
+        return mmap.mmap(file.fileno(), before + length, access=access, offset=start - before), before
+    except OSError as fault:
+        what = f"{length} bytes of it cannot be mapped: {fault.strerror}"
+        raise ResourceError(what, where=path) from None
 
 
 def _count_nonfinite(tensor: torch.Tensor) -> int:
@@ -202,7 +175,3 @@ def _to_mlx(tensor: torch.Tensor) -> mx.array:
     if tensor.dtype == torch.bfloat16:
         return mx.array(tensor.view(torch.uint16).numpy()).view(mx.bfloat16)
     return mx.array(tensor.numpy())
-
-
-def _first_line(fault: Exception) -> str:
-    return str(fault).strip().split("\n", 1)[0][:200]

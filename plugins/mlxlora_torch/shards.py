@@ -5,7 +5,8 @@ linears that widen (``wq wk wv w1 w3 output``) are split by rows, those that
 narrow, and the embedding, by columns; all else is replicated. Source: the
 parallel layers of Meta's Llama 2 release (ColumnParallelLinear splits axis 0
 of the weight, RowParallelLinear and ParallelEmbedding axis 1), after Shoeybi
-et al. 2019, arXiv:1909.08053, section 3.
+et al. 2019, arXiv:1909.08053, section 3. Since Llama 3 the embedding is split
+by rows (VocabParallelEmbedding): each part has the whole width.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _AXES = {
     **dict.fromkeys(("wo", "w2", "tok_embeddings"), 1),
 }
 _EMBEDDING, _NORM = "tok_embeddings.weight", "norm.weight"
+_QUERY = "layers.0.attention.wq.weight"
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,10 @@ def join(shards: Sequence[Archive], params: Mapping[str, Any]) -> list[Joined]:
         ModelError: a shard is missing or too many, or they do not fit each other (all listed).
     """
     first, *others = shards
-    _check_count(first, len(shards), params)
+    width = _width(first, params)
+    _check_count(first, len(shards), width, params)
     faults = [fault for other in others for fault in _differences(first, other)]
-    joined = [_joined(first, name, len(shards)) for name in sorted(first.tensors, key=first.position)]
+    joined = [_joined(first, name, len(shards), width) for name in sorted(first.tensors, key=first.position)]
     faults += [
         f"{tensor.name} cannot be joined along axis {tensor.axis}: its shape is {tensor.shape}"
         for tensor in joined
@@ -71,10 +74,12 @@ def join(shards: Sequence[Archive], params: Mapping[str, Any]) -> list[Joined]:
     return joined
 
 
-def _joined(first: Archive, name: str, count: int) -> Joined:
+def _joined(first: Archive, name: str, count: int, width: int | None) -> Joined:
     """The whole of a tensor of which every shard has as much as the first."""
     tensor = first.tensors[name]
     axis = _axis(name) if count > 1 else None
+    if axis is not None and name == _EMBEDDING and tensor.shape[1:] == (width,):
+        axis = 0
     shape = tuple(size * count if i == axis else size for i, size in enumerate(tensor.shape))
     return Joined(name, shape, tensor.dtype, axis)
 
@@ -104,13 +109,13 @@ def _differences(first: Archive, other: Archive) -> list[str]:
     return faults
 
 
-def _check_count(first: Archive, count: int, params: Mapping[str, Any]) -> None:
+def _check_count(first: Archive, count: int, width: int | None, params: Mapping[str, Any]) -> None:
     """Compare the number of shards with the one that the shapes ask for, where they tell.
 
-    The embedding is split by columns, so its columns in one shard times the
-    shards make the model's width; a norm has the whole width in each shard.
+    A norm has the model's whole width in each shard. The embedding is split by
+    columns, so its columns in one shard times the shards make the width; where
+    it is split by rows, the rows of the first query tell.
     """
-    width = _width(first, params)
     embedding = first.tensors.get(_EMBEDDING)
     if width is None or embedding is None or len(embedding.shape) != 2 or not embedding.shape[1]:
         return
@@ -121,6 +126,8 @@ def _check_count(first: Archive, count: int, params: Mapping[str, Any]) -> None:
             f"{_EMBEDDING} has {columns} columns, which do not divide the model's width {width}",
             where=first.path,
         )
+    if wanted == 1:
+        wanted = _query_parts(first, width, params)
     folder: Path = first.path.parent
     if count < wanted:
         missing = listing(shard_name(number) for number in range(count, min(wanted, count + 100)))
@@ -136,6 +143,16 @@ def _check_count(first: Archive, count: int, params: Mapping[str, Any]) -> None:
             where=folder,
             fix="take out the shards of other models",
         )
+
+
+def _query_parts(first: Archive, width: int, params: Mapping[str, Any]) -> int:
+    """Of how many parts the first query is one, 1 where nothing tells."""
+    query, heads = first.tensors.get(_QUERY), params.get("n_heads")
+    if query is None or not query.shape or not query.shape[0] or type(heads) is not int or heads < 1:
+        return 1
+    head_dim = params.get("head_dim")
+    rows = heads * (head_dim if type(head_dim) is int else width // heads)
+    return rows // query.shape[0] if rows > 0 and rows % query.shape[0] == 0 else 1
 
 
 def _width(first: Archive, params: Mapping[str, Any]) -> int | None:

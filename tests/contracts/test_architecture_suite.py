@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlxlora_core import registry
+from mlxlora_core import plugins as registry
 from mlxlora_core.api import LazyTensor, option
 from mlxlora_core.model.ops import LARGE
 from mlxlora_core.testing.architecture import ArchitectureSuite

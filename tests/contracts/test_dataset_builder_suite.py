@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlxlora_core import registry
+from mlxlora_core import plugins as registry
 from mlxlora_core.testing.dataset_builder import DatasetBuilderSuite
 
 BUILDERS = {c.spec.name: c.spec for c in registry.load(environ={registry.ALLOW_LIST: ""}).of("builder")}

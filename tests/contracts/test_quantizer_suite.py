@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxlora_core import registry
+from mlxlora_core import plugins as registry
 from mlxlora_core.testing.quantizer import QuantizerSuite
 
 QUANTIZERS = {c.spec.name: c.spec for c in registry.load(environ={registry.ALLOW_LIST: ""}).of("quantizer")}

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxlora_core import registry
+from mlxlora_core import plugins as registry
 from mlxlora_core.api import NoOptions, PluginError, Sampler, Transform, option
 from mlxlora_core.testing.sampler import SamplerSuite
 

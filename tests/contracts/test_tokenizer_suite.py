@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from mlxlora_core import registry
+from mlxlora_core import plugins as registry
 from mlxlora_core.api import Piece
 from mlxlora_core.errors import PluginError
 from mlxlora_core.testing.tokenizer import Messages, TokenizerSuite, said

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 
-from mlxlora_core import registry
+from mlxlora_core import plugins as registry
 from mlxlora_core.testing.weight_loader import WeightLoaderSuite
 
 LOADERS = {c.spec.name: c.spec for c in registry.load(environ={registry.ALLOW_LIST: ""}).of("loader")}

@@ -11,10 +11,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxlora_core import registry as registry_module
+from mlxlora_core import plugins as registry_module
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.tokenizers import CheckedTokenizer, open_tokenizer
-from mlxlora_core.registry import Registry
+from mlxlora_core.plugins import Registry
 from mlxlora_core.training.examples import Example
 
 VOCAB = 50
@@ -128,8 +128,8 @@ def model_folder(
     """
     from mlxlora_core.model.convert import convert
     from mlxlora_core.model.events import result_of
-    from mlxlora_core.registry import Choice
-    from mlxlora_core.registry.sections import QuantizeConfig
+    from mlxlora_core.plugins import Choice
+    from mlxlora_core.plugins.sections import QuantizeConfig
 
     made: dict[Any, Path] = {}
 

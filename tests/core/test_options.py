@@ -10,7 +10,7 @@ from typing import Any, Literal, Optional
 import pytest
 
 from mlxlora_core.errors import UsageError
-from mlxlora_core.options import NoOptions, check_declaration, convert, explain, option, parse, plain
+from mlxlora_core.options import NoOptions, check_declaration, convert, divide, explain, option, parse, plain
 
 
 @dataclass(frozen=True)
@@ -246,3 +246,9 @@ def test_plain_turns_options_into_what_json_holds() -> None:
         "clip": None,
         "file": "a/b",
     }
+
+
+def test_values_are_divided_by_what_declares_them() -> None:
+    ours, others = divide({"count": 1, "other": 2}, Everything)
+    assert (ours, others) == ({"count": 1}, {"other": 2})
+    assert divide({}, Everything) == ({}, {})

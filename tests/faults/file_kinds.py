@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.model.linears import linears, replace
-from mlxlora_core.registry import Registry
-from mlxlora_core.registry import load as load_registry
+from mlxlora_core.plugins import Registry
+from mlxlora_core.plugins import load as load_registry
 
 _VOCAB = 300
 _TEXTS = ("The quick brown fox.", "é😀日本語 ①ﬁ ½", "", "▁ x  y\n\t", "a" * 200)
@@ -51,7 +51,7 @@ def prepare(folder: Path) -> None:
     from mlxlora_core.model import folder as model_folder
     from mlxlora_core.model.convert import convert
     from mlxlora_core.model.events import result_of
-    from mlxlora_core.registry.sections import configure
+    from mlxlora_core.plugins.sections import configure
 
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
@@ -148,7 +148,7 @@ def _tensors(tensors: Any) -> dict[str, Any]:
     from mlxlora_core.files import tensor_file
 
     return {
-        name: (tensor_file._TYPES[tensor.dtype], tuple(tensor.shape), _digest(tensor_file._bytes(tensor)))
+        name: (tensor_file.TYPES[tensor.dtype], tuple(tensor.shape), _digest(tensor_file._bytes(tensor)))
         for name, tensor in tensors.items()
     }
 
@@ -441,14 +441,14 @@ class Recipe(Subject):
         self.good = [_RECIPE.encode()]
 
     def parse(self) -> Any:
-        from mlxlora_core.run.recipe_source import read
+        from mlxlora_core.runs.recipe_source import read
 
         return repr(read(self.path, [], self.registry).values())
 
     def reference(self) -> Any:
         import tomli_w
 
-        from mlxlora_core.run.recipe_source import read
+        from mlxlora_core.runs.recipe_source import read
 
         again = self.folder / "again.toml"
         again.write_text(tomli_w.dumps(read(self.path, [], self.registry).values()), encoding="utf-8")

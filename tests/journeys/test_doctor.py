@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from mlxlora_core import __version__
 from mlxlora_core.machine import doctor as doctor_module
 from mlxlora_core.machine.doctor import Device, Threads, advice
+from mlxlora_core.version import __version__
 
 Command = Callable[..., Any]
 
@@ -100,6 +100,19 @@ def test_what_a_runtime_warns_of_is_advice() -> None:
     out, _ = doctor(MLXLORA_BLAS="/no/such/library.so")
     assert "advice    openblas: MLX's CPU backend stays as it was: MLXLORA_BLAS: " in out
     assert "blas      MLX's own: no runtime has changed it" in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the runtime is for Linux")
+def test_what_a_runtime_would_be_faster_with_is_advice() -> None:
+    hide = "import pathlib, mlxlora_openblas.sgemm as sgemm; sgemm.LIBRARY = pathlib.Path('none')"
+    out, err = doctor(before=hide)
+    (blas,) = [line for line in out.splitlines() if line.startswith("blas ")]
+    assert blas.endswith("under MLX's CPU backend, without sgemm.c")
+    (advice,) = [line for line in out.splitlines() if "C compiler" in line]
+    assert advice.startswith(
+        "advice    openblas: there was no working C compiler when mlxlora was installed: a token "
+    )
+    assert err == ""
 
 
 def test_a_senseless_number_of_threads_does_not_stop_it() -> None:

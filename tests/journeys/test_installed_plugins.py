@@ -41,7 +41,8 @@ def test_a_separate_distribution_from_install_to_uninstall(
     mine = {("builder", "example:markdown"), ("adapter", "example:scaling"), ("sampler", "example:typical")}
     assert mine <= components
 
-    done = environment.mlxlora("run", recipe, "--set", model, *SMALL, "--json", cwd=tmp_path)
+    need = ("--set", "plugins.require=mlxlora-example>=0.1")
+    done = environment.mlxlora("run", recipe, "--set", model, *SMALL, *need, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     check_run(json.loads(done.stdout), tmp_path / "out")
 
@@ -57,6 +58,10 @@ def test_a_separate_distribution_from_install_to_uninstall(
         for missing in ("no builder 'markdown'", "no adapter 'scaling'", "no sampler 'typical'"):
             assert missing in line
         assert gone.stdout == ""
+    needed = environment.mlxlora("run", recipe, "--set", model, *need, "--dry-run", cwd=tmp_path)
+    assert needed.returncode == 8 and len(needed.stderr.splitlines()) == 1
+    assert "'mlxlora-example>=0.1' is not installed" in needed.stderr
+    assert "Fix: pip install 'mlxlora-example>=0.1'" in needed.stderr
 
 
 def check_run(record: dict[str, Any], folder: Path) -> None:
@@ -107,7 +112,7 @@ BROKEN = {
     ),
     "newer-api": ("mlxlora_api = 99\n" + HOOK + f"return [{SPEC}]", "it needs plugin API 99, this is 2"),
     "other-spec": (
-        HOOK + "return [Adapter(name='a', summary='s', wrap=lambda a, b: a, fuse=lambda a, b: b)]",
+        HOOK + "return [Adapter(name='a', summary='s', wrap=lambda a, b, c: a, fuse=lambda a, b: b)]",
         "mlxlora_samplers gives Adapter, wanted Sampler",
     ),
     "bad-name": (HOOK + "return [Sampler(name='Top K', summary='s', build=build)]", "name 'Top K' does not"),
@@ -115,7 +120,9 @@ BROKEN = {
     "absent": (None, "ModuleNotFoundError: No module named 'absent'"),
     "stale": (None, "ModuleNotFoundError: No module named 'stale'"),
 }
-ADAPTER = "Adapter(name='lora', summary='s', wrap=lambda linear, o: linear, fuse=lambda module, w: w)"
+ADAPTER = (
+    "Adapter(name='lora', summary='s', wrap=lambda linear, place, options: linear, fuse=lambda module, w: w)"
+)
 #: distributions that load, but are not quiet or stand in the way of a name
 AWKWARD = {
     "squatter": (HEAD + f"@hookimpl\ndef mlxlora_adapters(): return [{ADAPTER}]", "squatter"),
@@ -278,6 +285,12 @@ def test_selection(crowd: Any, tmp_path: Path) -> None:
     assert active() == everything
     assert active(MLXLORA_PLUGINS="") == (set(), set())
     assert active(MLXLORA_PLUGINS="twin-one, midway,elsewhere") == ({"twin-one"}, {"midway"})
+    misspelt = crowd.mlxlora("components", cwd=tmp_path, MLXLORA_PLUGINS="twin-one,squater")
+    assert misspelt.returncode == 2
+    assert "MLXLORA_PLUGINS names no plugin: 'squater' (did you mean 'squatter'?" in misspelt.stderr
+    seen = crowd.mlxlora("plugins", cwd=tmp_path, MLXLORA_PLUGINS="squater")
+    assert seen.returncode == 0 and seen.stderr.startswith("mlxlora: warning: MLXLORA_PLUGINS names no")
+    assert crowd.mlxlora("--help", cwd=tmp_path, MLXLORA_PLUGINS="squater").returncode == 0
     assert active(MLXLORA_PLUGINS="twin") == ({"twin-one", "twin-two"}, set())
     assert active("-P", "squatter", MLXLORA_PLUGINS="") == ({"squatter"}, set())
     assert active("-P", "no:midway", "-P", "no:twin-two") == (

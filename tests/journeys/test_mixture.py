@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlxlora_core import registry
+from mlxlora_core import plugins as registry
 from mlxlora_core.files import tensor_file
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.linears import dense_weight, linears

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -377,6 +378,8 @@ def test_what_core_decides_is_set_and_explained_as_an_option_is(
         "write_batch_size": True,
     }
     assert "beside use" not in mlxlora("options", "sampler", "top-k").out
+    (lora,) = json.loads(mlxlora("components", "adapter", "--json").out)
+    assert (lora["options"], lora["section"]) == (["rank", "scale", "dropout"], ["targets", "layers"])
 
     sets = ("--set", "test_set_size=0.5", "--set", "data.split_seed=3")
     path = ("--set", f"path={tiny_data / 'train.jsonl'}")
@@ -392,3 +395,166 @@ def test_what_core_decides_is_set_and_explained_as_an_option_is(
     refused = mlxlora("convert", "--torch-path", tiny_checkpoint, "-q", "--set", "quantize.haed=true")
     assert refused.code == 2
     assert "no option 'haed' (did you mean 'head'? it has group_size, bits, head)" in refused.error
+
+
+# --- export and observers -----------------------------------------------------
+
+BROKEN = """
+from mlxlora_core.api import Observer, hookimpl
+
+class Watcher:
+    def __init__(self): self.count = 0
+    def event(self, event):
+        self.count += 1
+        if self.count == 3: raise RuntimeError("lost my pencil")
+    def end(self, how): raise SystemExit(9)
+
+@hookimpl
+def mlxlora_observers():
+    return [
+        Observer(name="clumsy", summary="s", start=lambda run, options: Watcher()),
+        Observer(name="absent", summary="s", start=lambda run, options: None),
+    ]
+"""
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def steps(path: Path) -> list[tuple[str, str]]:
+    return [(row["kind"], row["step"]) for row in table(path)]
+
+
+def test_export_gives_what_generate_says_the_same_with(
+    mlxlora: Command, model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    train(mlxlora, model, tiny_data, tmp_path / "a.safetensors")
+    adapted = ("--model", model, "--adapter-file", tmp_path / "a.safetensors")
+    asking = ("-p", "A layer", "-n", 8, "--temp", 0)
+    want = mlxlora("generate", *adapted, *asking)
+    done = mlxlora("export", "--to", "npz", *adapted, "--out", tmp_path / "out")
+    assert done.code == 0 and "lora:lora fused in, by npz:npz, 4 files" in done.out, done.err
+    assert mlxlora("generate", "--model", tmp_path / "out", *asking).out == want.out
+    kept = tmp_path / "out" / "adapters.npz"
+    assert mlxlora("generate", "--model", model, "--adapter-file", kept, *asking).out == want.out
+
+    again = mlxlora("export", "--to", "npz", *adapted, "--out", tmp_path / "out")
+    assert again.code == 5 and "--overwrite" in again.err
+    flags = ("--overwrite", "--set", "export.dtype=float16", "--json")
+    report = json.loads(mlxlora("export", "--to", "npz", *adapted, "--out", tmp_path / "out", *flags).out)
+    assert report["exporter"] == "npz:npz" and set(report["files"]) == {
+        "weights.npz",
+        "config.json",
+        "tokenizer.model",
+        "adapters.npz",
+    }
+    assert mlxlora("export", "--to", "nzp", "--model", model, "--out", tmp_path / "b").code == 8
+    assert mlxlora("export", "--to", "npz", "--model", model, "--out", model).code == 2
+    orphan = mlxlora("export", "--to", "npz", "--model", model, "--adapter", "lora", "--out", tmp_path / "b")
+    assert orphan.code == 2 and "add --adapter-file" in orphan.error
+
+
+def test_a_recipe_exports_and_is_watched(mlxlora: Command, recipe: Path, tmp_path: Path) -> None:
+    plain = mlxlora("run", recipe, "--set", f"run.folder={tmp_path / 'plain'}")
+    assert plain.code == 0
+    recipe.write_text(recipe.read_text() + '[export]\nuse = "npz"\n[observe]\nuse = ["csv"]\n')
+    done = mlxlora("run", recipe)
+    assert done.code == 0, done.err
+    folder = tmp_path / "run"
+    record = json.loads((folder / "run.json").read_text())
+    assert list(record["stages"]) == ["model", "data", "before", "train", "after", "export"]
+    assert record["stages"]["export"]["result"]["exporter"] == "npz:npz"
+    assert (folder / "export" / "weights.npz").is_file()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps(folder / "metrics.csv") == [(line["kind"], str(line["step"])) for line in lines]
+    assert [row["loss"] for row in table(folder / "metrics.csv")] == [str(line["loss"]) for line in lines]
+    for name in ("adapter/adapter.safetensors",):
+        assert (folder / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+    before = (folder / "metrics.csv").read_bytes()
+    assert mlxlora("run", recipe).err.count("done already") == 6
+    assert (folder / "metrics.csv").read_bytes() == before
+    (folder / "export" / "weights.npz").unlink()
+    assert [stage for stage, will in plan(mlxlora, recipe).items() if will] == ["export"]
+    assert [s for s, will in plan(mlxlora, recipe, "--set", "export.dtype=float16").items() if will] == [
+        "export"
+    ]
+    assert not any(plan(mlxlora, recipe, "--set", "export.use=none", "--set", "observe.use=none").values())
+    # What the run wrote down names both, and is understood again.
+    written = plan(mlxlora, folder / "recipe.toml")
+    assert [stage for stage, will in written.items() if will] == ["export"]
+
+
+def test_an_observer_of_train_writes_beside_the_adapter_and_goes_on(
+    model: Path, tiny_data: Path, tmp_path: Path, mlxlora: Command
+) -> None:
+    files = ("--model", model, "--data", tiny_data, "--adapter-file", tmp_path / "a.safetensors")
+    pace = ("--iters", 1000000, "--steps-per-report", 1, "--observer", "csv")
+    command = [sys.executable, "-m", "mlxlora_core", "train", *map(str, (*files, *pace))]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step       5/"):
+                break
+        process.send_signal(signal.SIGINT)
+        process.stderr.read()
+        assert process.wait(30) == 130
+    first = steps(tmp_path / "a.csv")
+    assert ("train", "5") in first
+    with open(tmp_path / "a.csv", "a") as file:
+        file.write("999,train,1.5,,,,,,,,,,,\n")  # told, but not saved
+    for _ in range(2):
+        limit = len(first) + 3
+        with subprocess.Popen([*command, "--resume"], stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            for number, _ in enumerate(process.stderr):
+                if number > limit:
+                    break
+            process.send_signal(signal.SIGINT)
+            process.stderr.read()
+            assert process.wait(30) == 130
+    told = [int(step) for kind, step in steps(tmp_path / "a.csv") if kind == "train"]
+    assert told == list(range(1, len(told) + 1)) and len(told) > len(first)
+
+
+def test_a_broken_observer_changes_nothing(
+    mlxlora: Command, model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN)
+    (tmp_path / "b.csv").write_text("my own table\n")
+    files = ("--model", model, "--data", tiny_data, "--iters", 20, "--steps-per-report", 5)
+    assert mlxlora("train", *files, "--adapter-file", tmp_path / "a.safetensors").code == 0
+    watched = (
+        "-P",
+        tmp_path / "broken.py",
+        "--observer",
+        "clumsy",
+        "--observer",
+        "absent",
+        "--observer",
+        "csv",
+    )
+    done = mlxlora("train", *files, "--adapter-file", tmp_path / "b.safetensors", *watched, "--json")
+    assert done.code == 0 and json.loads(done.out)["steps"] == 20
+    warnings = [line for line in done.err.splitlines() if line.startswith("mlxlora: warning: ")]
+    assert len(warnings) == 3, done.err
+    assert "observer broken:clumsy failed in event and is left out: RuntimeError: lost my pencil" in done.err
+    assert "start gives NoneType, wanted a watcher with event and end" in done.err
+    assert "b.csv: is no table of this observer and was left alone" in done.err
+    assert (tmp_path / "b.csv").read_text() == "my own table\n"
+    one, other = ((tmp_path / f"{n}.safetensors").read_bytes() for n in "ab")
+    assert one == other
+
+
+def test_an_observer_that_is_not_there_is_an_error_before_any_work(
+    mlxlora: Command, model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    files = ("--model", model, "--data", tiny_data, "--adapter-file", tmp_path / "a.safetensors")
+    done = mlxlora("train", *files, "--observer", "cvs")
+    assert done.code == 8 and "no observer 'cvs' (did you mean 'csv'?" in done.error
+    done = mlxlora("train", *files, "--set", "observe.columns=3")
+    assert done.code == 2 and "none is named" in done.error
+    twice = mlxlora("train", *files, "--observer", "csv", "--observer", "csv")
+    assert twice.code == 2 and "observer 'csv' is named twice" in twice.error

@@ -42,7 +42,7 @@ def test_the_wheel_holds_the_same_files(tmp_path: Path) -> None:
         held = {name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()}
     shipped = [*BASE.iterdir(), FOLDER / "demo.toml", FOLDER / "MODEL_CARD.md"]
     shipped += [
-        path for path in (root / "mlxlora_core" / "run" / "report").rglob("*") if path.suffix != ".pyc"
+        path for path in (root / "mlxlora_core" / "runs" / "report").rglob("*") if path.suffix != ".pyc"
     ]
     for path in (path for path in shipped if path.is_file()):
         name = path.relative_to(root).as_posix().removeprefix("plugins/")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mlxlora_docstrings import DocstringOptions, build
+from mlxlora_docstrings import DocstringOptions, build, inputs
+
+from mlxlora_core.api import UsageError
 
 
 @pytest.fixture
@@ -201,3 +204,15 @@ def test_the_installed_mlx() -> None:
     stub = str(inspect.getdoc(mx.matmul)).partition("\n\n")[2]
     assert any(text.startswith("Q: What is matmul in mlx?\nA: mlx.core.matmul ") for text in texts), stub
     assert len({row.group for row in made.rows}) >= 500
+
+
+def test_without_griffe_one_line_names_the_extra_and_the_other_mode_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "griffe", None)  # as if it were not installed
+    static = DocstringOptions(packages=("string",), mode="static")
+    for function in (build, inputs):  # a recipe asks for its inputs before its first stage
+        with pytest.raises(UsageError, match="parses sources with griffe, which is not installed") as caught:
+            function(static)
+        assert "pip install 'mlxlora[static]'" in str(caught.value) and "\n" not in str(caught.value)
+    assert build(DocstringOptions(packages=("string",))).rows

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import json
 import mmap
 import os
-import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from mlxlora_openblas.blas import load
 from mlxlora_openblas.elf import imports
-from mlxlora_openblas.gemv import forwarding
 from mlxlora_openblas.slots import Slot
 
-from mlxlora_core import registry
+from mlxlora_core import plugins as registry
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the runtime is for Linux")
 
@@ -36,6 +33,7 @@ from mlxlora_openblas.slots import mlx_slots
 
 slots = mlx_slots()
 before = [slot.target for slot in slots]
+{library}
 {prepare}
 rng = np.random.default_rng(7)
 digest, worst = hashlib.sha256(), 0.0
@@ -48,6 +46,7 @@ for m, k, n in ((1, 300, 70), (64, 256, 512), (203, 310, 199), (5, 1, 4)):
         worst = max(worst, float(np.abs(np.array(got) - want).max() / np.sqrt(k)))
 print(json.dumps(dict(
     text=note.text if note else None, warning=note.warning if note else None, worst=worst,
+    advice=note.advice if note else None, exp=bool(note and note.exp),
     kept=before == [slot.target for slot in slots], digest=digest.hexdigest(),
 )))
 """
@@ -64,9 +63,15 @@ def child(code: str, **environment: str) -> str:
     return done.stdout
 
 
-def probe(prepare: str = START, **environment: str) -> dict[str, Any]:
-    """The findings of PROBE."""
-    found: dict[str, Any] = json.loads(child(PROBE.format(prepare=prepare), **environment))
+def with_library(path: Path) -> str:
+    """What a child does to have this library between MLX and the BLAS."""
+    return f"import mlxlora_openblas.sgemm as m, pathlib; m.LIBRARY = pathlib.Path({str(path)!r})"
+
+
+def probe(prepare: str = START, *, sgemm: Path = Path("none"), **environment: str) -> dict[str, Any]:
+    """The findings of PROBE, with the library of sgemm.c that is named; by default there is none."""
+    code = PROBE.format(library=with_library(sgemm), prepare=prepare)
+    found: dict[str, Any] = json.loads(child(code, **environment))
     assert found["worst"] < 1e-5  # whatever happens, products are right
     return found
 
@@ -78,35 +83,59 @@ def assert_stays(found: dict[str, Any], reason: str) -> None:
     assert reason in found["text"] and "\n" not in found["text"]
 
 
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, compile_sgemm: Callable[..., Path]) -> Path:
+    """The library of sgemm.c."""
+    return compile_sgemm(tmp_path_factory.mktemp("built"))
+
+
 # --- in force -------------------------------------------------------------------
 
 
-def test_openblas_is_put_under_mlx_with_the_same_bytes_in_every_process() -> None:
-    first, second, stock = probe(), probe(), probe("note = None")
+def test_openblas_is_put_under_mlx_with_the_same_bytes_in_every_process(built: Path) -> None:
+    first, second, stock = probe(sgemm=built), probe(sgemm=built), probe("note = None")
     assert first["text"].startswith("openblas: OpenBLAS 0.")
     assert first["text"].endswith("under MLX's CPU backend")
     assert not first["kept"] and not first["warning"]
+    assert first["exp"] and first["advice"] == ""
     assert stock["kept"]
     assert first["digest"] == second["digest"]
 
 
-def test_a_second_start_changes_nothing() -> None:
-    found = probe("""
+def test_without_a_library_of_sgemm_c_openblas_is_put_under_mlx_all_the_same() -> None:
+    found = probe()
+    assert found["text"].startswith("openblas: OpenBLAS 0.")
+    assert found["text"].endswith("under MLX's CPU backend, without sgemm.c")
+    assert not found["kept"] and not found["warning"] and not found["exp"]
+    assert found["advice"].startswith(
+        "openblas: there was no working C compiler when mlxlora was installed: "
+    )
+    assert found["advice"].endswith("install a C compiler (gcc or clang), then mlxlora again")
+
+
+def test_a_second_start_changes_nothing(built: Path) -> None:
+    found = probe(
+        """
 note = start()
 once = [slot.target for slot in slots]
 assert start() is note
 assert [slot.target for slot in slots] == once
-""")
+assert mlx_slots() == slots
+""",
+        sgemm=built,
+    )
     assert not found["kept"]
 
 
-def test_products_on_two_streams_at_once_are_those_of_one() -> None:
-    child("""
+def test_products_on_two_streams_at_once_are_those_of_one(built: Path) -> None:
+    child(f"""
 import mlx.core as mx
 import numpy as np
 from mlxlora_openblas.runtime import start
-assert not start().warning
-sizes = [(257, 129, 190), (64, 512, 300), (1, 512, 700), (300, 300, 300)] * 10
+{with_library(built)}
+note = start()
+assert note.exp and not note.warning
+sizes = [(257, 129, 190), (64, 512, 300), (1, 512, 700), (1, 1000, 700), (900, 1000, 1)] * 10
 pairs = [(mx.random.normal((m, k)), mx.random.normal((n, k))) for m, k, n in sizes]
 mx.eval(pairs)
 alone = [np.array(a @ b.T) for a, b in pairs]
@@ -159,90 +188,14 @@ def test_a_named_library_that_cannot_be_used_leaves_mlx_as_it_was(
     assert_stays(probe(MLXLORA_BLAS=path), reason)
 
 
-# --- one row or one column ---------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def products() -> tuple[Any, Any]:
-    """``cblas_sgemm`` of scipy-openblas32, as it is and passing vectors on."""
-    if platform.machine() != "x86_64":
-        pytest.skip("elsewhere OpenBLAS passes vectors on itself")
-    import scipy_openblas32
-
-    path = next(Path(scipy_openblas32.get_lib_dir()).glob("libscipy_openblas*.so"))
-    functions = load(str(path), 2).functions
-    passing = forwarding(functions)
-    assert passing["cblas_sgemm"] != functions["cblas_sgemm"]
-    i, f, p = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
-    kind = ctypes.CFUNCTYPE(None, i, i, i, i, i, i, f, p, i, p, i, f, p, i)
-    return kind(functions["cblas_sgemm"]), kind(passing["cblas_sgemm"])
-
-
-@pytest.mark.parametrize("order", [101, 102])
-@pytest.mark.parametrize("trans_a", [111, 112])
-@pytest.mark.parametrize("trans_b", [111, 112, 113])
-def test_vectors_give_what_gemm_gives_and_touch_nothing_else(
-    products: tuple[Any, Any], order: int, trans_a: int, trans_b: int
-) -> None:
-    """Every side of length 1, 2 and more, with steps wider than the rows, against gemm and numpy."""
-    rng = np.random.default_rng(order + trans_a + trans_b)
-    for m, n, k, alpha, beta, more in itertools.product(
-        (1, 2, 150), (1, 2, 150), (0, 1, 70), (1.0, -0.5), (0.0, 2.0), (0, 3)
-    ):
-        rows = [(m, k), (k, n), (m, n)]  # as stored, row-major
-        rows = [
-            (b, a) if t != 111 else (a, b) for (a, b), t in zip(rows, (trans_a, trans_b, 111), strict=True)
-        ]
-        if order == 102:
-            rows = [(b, a) for a, b in rows]
-        a, b, c = (rng.standard_normal((r + 2, max(w, 1) + more)).astype(np.float32) for r, w in rows)
-        results = []
-        for product in products:
-            got = c.copy()
-            product(
-                *(order, trans_a, trans_b, m, n, k, alpha, a.ctypes.data, a.shape[1]),
-                *(b.ctypes.data, b.shape[1], beta, got.ctypes.data, got.shape[1]),
-            )
-            results.append(got)
-        x, y, z = (s[:r, :w].astype(np.float64) for s, (r, w) in zip((a, b, c), rows, strict=True))
-        if order == 102:
-            x, y, z = x.T, y.T, z.T
-        exact = alpha * ((x if trans_a == 111 else x.T) @ (y if trans_b == 111 else y.T)) + beta * z
-        for got in results:
-            r, w = rows[2]
-            inside = got[:r, :w].T if order == 102 else got[:r, :w]
-            np.testing.assert_allclose(inside, exact, atol=1e-4)
-            got[:r, :w] = c[:r, :w]
-            np.testing.assert_array_equal(got, c)
-
-
-def test_where_nobody_may_make_code_all_products_stay_with_gemm() -> None:
-    """PR_SET_MDWE, prctl(2): what was writable never becomes executable."""
-    found = probe("""
-import ctypes
-allowed = ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) == 0
-note = start()
-from mlxlora_openblas.blas import open_blas
-import platform
-if allowed:
-    assert note.exp is None
-    gemm = open_blas(2).functions["cblas_sgemm"]
-    assert gemm in [slot.target for slot in slots]
-elif platform.release() >= "6.3":
-    raise SystemExit("the kernel should have it")
-""")
-    assert not found["warning"]
-
-
 # --- the exponential ---------------------------------------------------------------
 
 EXPONENTIAL = """
 import math
 import mlx.core as mx
 import numpy as np
-import numpy
 from mlxlora_openblas.runtime import start
-{prepare}
+{library}
 note = start()
 assert not note.warning
 a, b = (mx.array(np.random.default_rng(i).standard_normal((65, 33)).astype(np.float32)) for i in (0, 1))
@@ -250,14 +203,11 @@ assert np.allclose(np.array(a @ b.T), np.array(a, dtype=float) @ np.array(b, dty
 {then}
 """
 
-x86_64 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the code is for x86-64")
 
-
-@x86_64
-def test_the_exponential_is_that_of_the_c_library_for_every_size_and_layout() -> None:
+def test_the_exponential_is_that_of_the_c_library_for_every_size_and_layout(built: Path) -> None:
     child(
         EXPONENTIAL.format(
-            prepare="",
+            library=with_library(built),
             then="""
 def check(x):
     got = np.array(note.exp(x))
@@ -283,11 +233,10 @@ assert np.array_equal(np.array(ones), np.ones((50, 1)))
     )
 
 
-@x86_64
-def test_the_exponential_on_two_streams_at_once_is_that_of_one() -> None:
+def test_the_exponential_on_two_streams_at_once_is_that_of_one(built: Path) -> None:
     child(
         EXPONENTIAL.format(
-            prepare="",
+            library=with_library(built),
             then="""
 arrays = [mx.random.normal((40, 500 + i)) for i in range(40)]
 alone = [np.array(note.exp(x)) for x in arrays]
@@ -304,30 +253,49 @@ for results in both:
     )
 
 
-@pytest.mark.parametrize(
-    "numpy_has",
-    [
-        "lambda x: x",  # no ufunc
-        "numpy.frompyfunc(math.exp, 1, 1)",  # no loop for float32
-        "numpy.add",  # a loop of two inputs
-        "numpy.exp2",  # another function
-    ],
-)
-def test_where_numpy_has_another_exponential_products_are_kept_without_it(numpy_has: str) -> None:
-    child(EXPONENTIAL.format(prepare=f"numpy.exp = {numpy_has}", then="assert note.exp is None"))
+def test_an_exponential_that_does_not_work_is_not_handed_over(built: Path) -> None:
+    """The library is told of another token than products come with."""
+    found = probe(
+        """
+told, held = m.put_before, m._token()
+def put_before(*arguments, **named):
+    functions = told(*arguments, **named)
+    m._token.cache_clear()
+    return functions
+m.put_before = put_before
+note = start()
+""",
+        sgemm=built,
+    )
+    assert not found["exp"] and not found["kept"] and not found["warning"]
+    assert "; exponentials stay with MLX, whose products are not what sgemm.c expects" in found["text"]
 
 
-@x86_64
-def test_training_takes_the_exponential_of_the_runtime() -> None:
+def test_an_array_of_too_many_numbers_for_a_product_is_left_to_mlx(built: Path) -> None:
+    child(
+        EXPONENTIAL.format(
+            library=with_library(built),
+            then="""
+import mlxlora_openblas.sgemm as sgemm
+x = mx.arange(12.0)
+sgemm._MOST, sgemm._token = 11, None
+assert np.allclose(np.array(note.exp(x)), np.exp(np.arange(12.0)))
+""",
+        )
+    )
+
+
+def test_training_takes_the_exponential_of_the_runtime(built: Path) -> None:
     """The attention, the activation and the loss of a step, against torch in double precision."""
-    child("""
+    child(f"""
+{with_library(built)}
 import mlx.core as mx
 import numpy as np
 import torch
 from mlxlora_core.machine import device
 from mlxlora_core.model import ops
-from mlxlora_core.registry import load, start_runtimes
-start_runtimes(load(environ={"MLXLORA_PLUGINS": ""}))
+from mlxlora_core.plugins import load, start_runtimes
+start_runtimes(load(environ={{"MLXLORA_PLUGINS": ""}}))
 (exp,) = device._exponentials
 calls = []
 device._exponentials[:] = [lambda x: calls.append(x.size) or exp(x)]
@@ -407,6 +375,9 @@ void cblas_sgemv(int order, int ta, int m, int n, float alpha, const float *a, i
                  const float *x, int incx, float beta, float *y, int incy) {
   cblas_sgemm(order, ta, 111, ta == 112 ? n : m, 1, (ta == 112 ? m : n) - (VECTOR == 1), alpha, a, lda,
               x, incx, VECTOR == 2 ? 0 : beta, y, incy);
+#if VECTOR > 9
+  if (m * n >= VECTOR) y[0] += 0.5f;
+#endif
 }
 #endif
 """
@@ -428,7 +399,6 @@ def compiled(folder: Path, define: str) -> str:
     "define",
     [
         *("GARBAGE", "NOT_A_NUMBER", "NO_TRANSPOSE_A", "NO_TRANSPOSE_B", "NO_LAST_ROW", "NO_BETA", "ROUGH"),
-        *("VECTOR=1", "VECTOR=2"),
     ],
 )
 def test_a_wrong_library_is_found_out_and_taken_back(tmp_path: Path, define: str) -> None:
@@ -437,11 +407,27 @@ def test_a_wrong_library_is_found_out_and_taken_back(tmp_path: Path, define: str
 
 def test_a_right_library_of_any_make_is_kept(tmp_path: Path) -> None:
     found = probe(MLXLORA_BLAS=compiled(tmp_path, "RIGHT"))
-    assert found["text"] == "openblas: libwrong.so under MLX's CPU backend" and not found["kept"]
+    assert found["text"].startswith("openblas: libwrong.so under MLX's CPU backend") and not found["kept"]
 
 
-def test_a_library_with_vectors_of_its_own_is_kept(tmp_path: Path) -> None:
-    assert not probe(MLXLORA_BLAS=compiled(tmp_path, "VECTOR=0"))["warning"]
+@pytest.mark.parametrize("define", ["RIGHT", "VECTOR=0"])
+def test_a_right_library_with_vectors_or_without_is_kept_under_sgemm_c(
+    tmp_path: Path, built: Path, define: str
+) -> None:
+    found = probe(sgemm=built, MLXLORA_BLAS=compiled(tmp_path, define))
+    assert found["text"] == "openblas: libwrong.so under MLX's CPU backend"
+    assert found["exp"] and not found["kept"]
+
+
+@pytest.mark.parametrize("define", ["VECTOR=1", "VECTOR=2", "VECTOR=9216", "VECTOR=460800"])
+def test_products_of_vectors_that_are_wrong_are_not_passed_on(
+    tmp_path: Path, built: Path, define: str
+) -> None:
+    """VECTOR=9216 is right below 9,216 elements alone, from where threads share them."""
+    found = probe(sgemm=built, MLXLORA_BLAS=compiled(tmp_path, define))
+    assert "under MLX's CPU backend; its cblas_sgemv is left alone: " in found["text"]
+    assert "products wrong, such as one " in found["text"]
+    assert found["exp"] and not found["kept"] and not found["warning"]
 
 
 def test_a_library_with_wide_integers_is_refused(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 from mlxlora_torch import detect, open_folder, reader
+from mlxlora_torch.archive import open_archive
 
-from mlxlora_core.api import ForeignModel, ModelError, NoOptions, PluginError
+from mlxlora_core.api import ForeignModel, ModelError, NoOptions, PluginError, ResourceError
 
 D, F, V = 8, 24, 40
 AXES = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1, "tok_embeddings": 1}
@@ -165,31 +168,48 @@ def test_order_is_that_of_the_file(tmp_path: Path) -> None:
     assert list(open_(save(tmp_path, backwards)).tensors) == ["first", "second", "third"]
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_mappings_given_up_in_between_change_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
-    whole = llama()
-    save(tmp_path, *(part(whole, number, count) for number in range(count)))
-    opened: list[Path] = []
-    plain = reader._map
-    monkeypatch.setattr(reader, "_map", lambda archive: opened.append(archive.path) or plain(archive))
-    monkeypatch.setattr(reader, "MAPPED_LIMIT_BYTES", 0)
-    for name, tensor in open_(tmp_path).tensors.items():
-        assert_equal(tensor.read(), whole[name])
-    assert len(opened) >= len(whole) * count
+def mapped_bytes(path: Path) -> int:
+    """How much of a file this process has mapped."""
+    ranges = [
+        line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line
+    ]
+    return sum(int(end, 16) - int(start, 16) for start, end in (r.split("-") for r in ranges))
 
 
-def test_mapping_is_given_up_when_enough_was_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_pages_of_one_tensor_are_mapped_and_none_afterwards(tmp_path: Path) -> None:
     if sys.platform != "linux":
         pytest.skip("reads /proc")
+    table = {f"layers.{n}.attention.wq.weight": torch.full((64, 512), float(n)).half() for n in range(8)}
+    path = save(tmp_path, table) / "consolidated.00.pth"
+    assert path.stat().st_size > 8 * 65536
+    for tensor in open_(tmp_path).tensors.values():
+        tensor.read()
+        assert mapped_bytes(path) == 0
+    part = reader.Reader([open_archive(path)])._part(0, "layers.5.attention.wq.weight")
+    assert 65536 <= mapped_bytes(path) <= 65536 + 2 * mmap.PAGESIZE
+    assert part.eq(5).all()
+    part[:] = 0  # of this process alone
+    del part
+    assert mapped_bytes(path) == 0
+    assert_equal(
+        open_(tmp_path).tensors["layers.5.attention.wq.weight"].read(), table["layers.5.attention.wq.weight"]
+    )
+
+
+def test_a_tensor_may_begin_at_any_byte(tmp_path: Path) -> None:
     path = save(tmp_path, llama()) / "consolidated.00.pth"
-    tensors = open_(tmp_path).tensors
-    tensors["norm.weight"].read()
-    assert str(path) in Path("/proc/self/maps").read_text()
-    monkeypatch.setattr(reader, "MAPPED_LIMIT_BYTES", 100)
-    tensors["output.weight"].read()
-    assert str(path) not in Path("/proc/self/maps").read_text()
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    starts = set()
+    for pad in range(4):  # zipfile does not align, as torch does
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("c/.padding", b"x" * pad)
+            for name, data in members.items():
+                archive.writestr(f"c/{name.split('/', 1)[1]}", data)
+        starts.add(open_archive(path).position("norm.weight") % 4)
+        for name, tensor in open_(tmp_path).tensors.items():
+            assert_equal(tensor.read(), llama()[name])
+    assert starts == {0, 1, 2, 3}
 
 
 def test_files_without_checksums_are_read(tmp_path: Path) -> None:
@@ -311,6 +331,50 @@ def test_split_tensor_without_the_axis(tmp_path: Path) -> None:
     for table in tables:
         table["layers.0.attention.wo.weight"] = torch.ones(4)
     assert "layers.0.attention.wo.weight cannot be joined along axis 1" in fault(save(tmp_path, *tables))
+
+
+def halves_by_rows() -> list[dict[str, Any]]:
+    """Two shards whose embedding is split by rows, as in the releases since Llama 3."""
+    name, whole = "tok_embeddings.weight", llama()
+    return [part(whole, number, 2) | {name: whole[name].chunk(2, 0)[number].clone()} for number in range(2)]
+
+
+def test_an_embedding_split_by_rows_is_joined_by_rows(tmp_path: Path) -> None:
+    tensors = open_(save(tmp_path, *halves_by_rows())).tensors
+    for name, want in llama().items():
+        assert tensors[name].shape == tuple(want.shape), name
+        assert_equal(tensors[name].read(), want)
+
+
+def test_missing_shard_is_counted_where_the_embedding_is_split_by_rows(tmp_path: Path) -> None:
+    assert "found 1 of 2 shards: consolidated.01.pth missing" in fault(save(tmp_path, halves_by_rows()[0]))
+
+
+@pytest.mark.parametrize(
+    "heads", [{"n_heads": 2, "head_dim": 2}, {"n_heads": 2, "head_dim": 3}, {}, {"n_heads": "2"}]
+)
+def test_heads_that_are_narrower_than_the_model_are_no_missing_shard(
+    tmp_path: Path, heads: dict[str, Any]
+) -> None:
+    table = llama() | {"layers.0.attention.wq.weight": torch.ones(4, D)}
+    assert open_(save(tmp_path, table, params={"dim": D} | heads)).tensors.keys() == table.keys()
+
+
+def test_names_of_a_wrapped_model_are_told_by_their_own(tmp_path: Path) -> None:
+    table = llama()
+    tensors = open_(save(tmp_path, {f"module.{name}": t for name, t in table.items()})).tensors
+    assert list(tensors) == list(table)
+    assert_equal(tensors["norm.weight"].read(), table["norm.weight"])
+    some = {f"module.{name}" if name.startswith("layers") else name: t for name, t in table.items()}
+    assert set(open_(save(tmp_path, some)).tensors) == set(some)
+
+
+def test_tensors_with_attributes_are_told_from_code(tmp_path: Path) -> None:
+    table = llama()
+    table["norm.weight"].some_mark = 1
+    message = fault(save(tmp_path, table))
+    assert "tensors with attributes of their own, which is no attack" in message
+    assert "v.detach().clone()" in message
 
 
 # --- tensors that are refused -------------------------------------------------
@@ -494,6 +558,29 @@ except PluginError as fault:
     assert message.count("\n") == 1
     assert "reading .pth files needs torch" in message
     assert "pip install 'mlxlora[torch]'" in message
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("libtorch_cpu.so: failed to map segment from shared object", ResourceError),
+        ("libc10.so: cannot allocate memory in static TLS block", ResourceError),
+        ("libcudart.so.12: cannot open shared object file: No such file or directory", PluginError),
+    ],
+)
+def test_a_torch_that_does_not_fit_is_told_from_one_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, kind: type[Exception]
+) -> None:
+    class Failing:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "torch":
+                raise ImportError(fault)
+
+    save(tmp_path, llama())
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(sys, "meta_path", [Failing()])
+    with pytest.raises(kind, match=fault.partition(":")[0]):
+        open_(tmp_path)
 
 
 def test_an_unsafe_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,18 @@ def test_a_payload_in_a_file_cut_behind_it(folder: Path, canary: Path) -> None:
     assert "truncated" in refusal(folder, ModelError)
 
 
+def test_what_torch_allows_takes_no_memory(folder: Path) -> None:
+    for function in (bytearray, torch.Tensor, torch.storage.UntypedStorage):
+        torch.save(TABLE | {"w": Call(function, 1 << 40)}, shard(folder))
+        assert "its pickle" in refusal(folder, SafetyError)
+
+
+def test_a_storage_does_not_reach_over_the_next(folder: Path) -> None:
+    put_program(folder, program(elements=6, shape=(6,)))  # torch, mapped, reads on behind the member
+    assert torch.load(shard(folder), weights_only=True, mmap=True)["norm.weight"].shape == (6,)
+    assert "wants 6 elements, its storage has 16 bytes" in refusal(folder, ModelError)
+
+
 def test_a_name_allowed_to_torch_is_not_allowed_here(folder: Path, canary: Path) -> None:
     torch.save(TABLE | {"w": Call(os.system, touch(canary))}, shard(folder))
     with torch.serialization.safe_globals([os.system]):
@@ -326,6 +338,12 @@ def test_the_handmade_program_is_good(folder: Path) -> None:
         ({"shape": (1 << 62, 1 << 62), "stride": (0, 0)}, "its storage has 16"),
         ({"elements": 400}, "wants 400 elements, its storage has 16 bytes"),
         ({"elements": 3, "shape": (3,)}, "wants 3 elements, its storage has 16 bytes"),
+        ({"shape": (1 << 2000,)}, "no proper shape"),
+        ({"shape": (1 << 2000,) * 8, "stride": (0,) * 8}, "no proper shape"),
+        ({"shape": (1,) * 20_000, "stride": (0,) * 20_000}, "no proper shape"),
+        ({"stride": (1 << 2000,)}, "no proper shape"),
+        ({"shape": (0, 1 << 31), "stride": (0, 0)}, "has an axis of 2147483648 elements"),
+        ({"elements": 1 << 2000}, "no proper name"),
         ({"key": "9"}, "data/9 is missing"),
         ({"key": "../version"}, "data/../version is missing"),
         ({"shape": (-1,)}, "no proper shape"),

@@ -24,7 +24,8 @@ def main(target: Path) -> None:
     from conftest import sentences, write_checkpoint
     from mlx.utils import tree_map
 
-    from mlxlora_core import adapter_file, convert, model_folder, registry
+    from mlxlora_core import adapter_file, convert, model_folder
+    from mlxlora_core import plugins as registry
 
     plugins = registry.load(environ={"MLXLORA_PLUGINS": ""})
     with tempfile.TemporaryDirectory() as name:

@@ -13,12 +13,13 @@ from typing import Any
 import click
 import pytest
 
-from mlxlora_core import api, errors, files, hookspecs, ops, registry, specs
+from mlxlora_core import api, errors, files, hookspecs, ops, specs
+from mlxlora_core import plugins as registry
 from mlxlora_core.cli.verbs import VERBS, group
 from mlxlora_core.errors import ExitCode
 from mlxlora_core.options import Option, explain
-from mlxlora_core.registry.sections import CONFIGS, config_of
-from mlxlora_core.run import recipe, recipe_source
+from mlxlora_core.plugins.sections import CONFIGS, config_of
+from mlxlora_core.runs import recipe, recipe_source
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
@@ -29,6 +30,8 @@ PAGES = {
     "quantizer": "quantizers.md",
     "builder": "dataset-builders.md",
     "sampler": "samplers.md",
+    "exporter": "exporters.md",
+    "observer": "observers.md",
     "runtime": "runtimes.md",
     "recipe": "recipes.md",
 }
@@ -82,9 +85,11 @@ def test_the_fields_that_all_specs_have() -> None:
         assert f"| `{field.name}: {field.type}` |" in text
 
 
-@pytest.mark.parametrize(
-    "name", ["ForeignModel", "LazyTensor", "Piece", "Row", "Rows", "Skipped", "RuntimeNote", "Place"]
-)
+HANDED_OVER = ("ForeignModel", "LazyTensor", "Piece", "Row", "Rows", "Skipped", "RuntimeStarted", "Place")
+GIVEN = ("ExportSource", "ExportAdapter", "RunInfo")
+
+
+@pytest.mark.parametrize("name", [*HANDED_OVER, *GIVEN])
 def test_every_field_of_what_functions_hand_over(name: str) -> None:
     for field in dataclasses.fields(getattr(api, name)):
         assert f"| `{field.name}: {field.type}` |" in page("plugins.md"), f"{name}.{field.name}"

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import struct
+import subprocess
 import sys
 import zipfile
 from collections import Counter
@@ -22,6 +23,8 @@ from safetensors.torch import load_file
 
 from mlxlora_core.errors import ModelError, ResourceError
 from mlxlora_core.files import durable, tensor_file, tensor_header
+from mlxlora_core.files.tensor_checks import is_finite, mismatches
+from mlxlora_core.machine.memory import free_memory_bytes
 
 SAFETENSORS = "file.safetensors"
 NPZ = "file.npz"
@@ -117,6 +120,15 @@ def test_the_same_tensors_give_the_same_bytes_and_every_format_one_fingerprint(t
     assert tensor_file.fingerprint(dict(reversed(tensors.items()))) == first.fingerprint
     for path in (tmp_path / SAFETENSORS, tmp_path / NPZ):
         assert tensor_file.load(path)[1][tensor_file.FINGERPRINT] == first.fingerprint
+
+
+def test_a_tensor_of_2_31_elements_has_bytes() -> None:
+    if (free_memory_bytes() or 0) < 8 << 30:
+        pytest.skip("takes 2 GiB")
+    large = mx.zeros((2**16, 2**15), mx.uint8)
+    with pytest.raises(OverflowError):
+        large.reshape(-1)  # MLX cannot make one axis of it
+    assert len(tensor_file._bytes(large)) == 2**31
 
 
 def test_a_name_a_type_a_shape_and_a_bit_each_change_the_fingerprint() -> None:
@@ -232,8 +244,8 @@ BAD_SAFETENSORS = {
     "no JSON": (raw(b"{broken"), "no JSON"),
     "no object": (raw(b"[1, 2]  "), "no JSON"),
     "no UTF-8": (raw(b'{"\xff\xff": 1}'), "no UTF-8 at byte 10"),
-    "half a surrogate": (raw({"\ud800": entry()}), "no proper text"),
-    "deep": (deep('{"a":'), "tensor a has no entry"),
+    "half a surrogate": (raw({"\ud800": entry()}), "cannot be printed"),
+    "deep": (deep('{"a":'), "no JSON: maximum recursion depth"),
     "deep metadata": (deep('{"__metadata__":'), "no JSON"),
     "text behind the object": (raw(b'{"a":%s}{' % json.dumps(entry()).encode()), "no JSON"),
     "a comma too many": (raw(b'{"a":%s,}' % json.dumps(entry()).encode()), "no JSON"),
@@ -252,18 +264,21 @@ BAD_SAFETENSORS = {
     ),
     "shape of an empty one": (raw({"a": entry(shape=(0, 2**40), stop=0)}, b""), "tensor a has an axis of"),
     "negative dimension": (raw({"a": entry(shape=(-2, -1))}), "tensor a has a negative number"),
-    "negative zero": (raw(b'{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}', b""), "negative"),
+    "negative zero": (raw(b'{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}', b""), "expected usize"),
     "many axes": (raw({"a": entry(shape=(1,) * 31 + (1, 2))}), "tensor a has 33 axes"),
     "turned offsets": (raw({"a": entry(start=8, stop=0)}), "tensor a"),
     "unknown type": (raw({"a": entry(dtype="F33")}), "tensor a is F33, wanted one of"),
     "a type that MLX has not": (raw({"a": entry(dtype="F64")}), "tensor a is F64, wanted one of"),
     "a fraction": (raw({"a": entry(shape=(2.0,))}), "tensor a has no entry"),
     "a number that never ends": (raw({"a": entry(shape=(10**4000,))}), "tensor a has no entry"),
-    "a leading zero": (raw(b'{"a":{"dtype":"F32","shape":[02],"data_offsets":[0,8]}}'), "tensor a has no"),
+    "a leading zero": (
+        raw(b'{"a":{"dtype":"F32","shape":[02],"data_offsets":[0,8]}}'),
+        "no JSON: .*column 31",
+    ),
     "another key": (raw({"a": {**entry(), "extra": 1}}), "tensor a has no entry"),
     "a key twice": (
         raw(b'{"a":{"dtype":"F32","dtype":"F32","data_offsets":[0,8]}}'),
-        "tensor a has no entry",
+        "dtype stands there twice",
     ),
     "a key short": (raw({"a": {"dtype": "F32", "shape": [2]}}), "tensor a has no entry"),
     "metadata that is no text": (raw({"__metadata__": {"a": 1}, "a": entry()}), "no JSON of names and texts"),
@@ -350,6 +365,48 @@ def test_a_file_of_the_most_tensors_is_read_and_one_more_is_refused(tmp_path: Pa
         tensor_file.load(path)
 
 
+PARTS = {
+    "lists in a list": b'{"a":[' + b"[]," * 700_000 + b"[]]}",
+    "deep lists": b'{"a":[' + (b"[" * 100 + b"]" * 100 + b",") * 10_000 + b"0]}",
+    "a shape": b'{"a":{"dtype":"F32","shape":[' + b"0," * 1_000_000 + b'0],"data_offsets":[0,0]}}',
+    "metadata": b'{"__metadata__":{' + b'"a":"",' * 1_000_000 + b'"b":""}}',
+}
+
+
+@pytest.mark.parametrize("header", PARTS.values(), ids=PARTS.keys())
+def test_a_header_of_many_parts_is_refused_before_it_is_parsed(
+    tmp_path: Path, header: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / SAFETENSORS
+    path.write_bytes(raw(header, b""))
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("it takes twenty times the header"))
+    with pytest.raises(ModelError, match="its header has more than 1000000 parts"):
+        tensor_file.load(path)
+
+
+def test_a_file_that_cannot_be_mapped_is_told_as_short_memory(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / SAFETENSORS
+    path.write_bytes(raw({"a": entry("U8", (2**31 - 1, 2), 0, 2**32 - 2)}, b""))
+    os.truncate(path, path.stat().st_size + 2**32 - 2)  # sparse
+    code = """
+import resource, sys
+from pathlib import Path
+from mlxlora_core.errors import ResourceError
+from mlxlora_core.files import tensor_file
+import numpy
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+try:
+    tensor_file.load(Path(sys.argv[1]))
+except ResourceError as fault:
+    print(fault)
+"""
+    assert resource
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be mapped into memory" in done.stdout
+
+
 def test_what_was_checked_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / SAFETENSORS
     write(path, {"a": mx.ones((3,))})
@@ -364,6 +421,22 @@ def test_what_was_checked_is_what_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(tensor_header, "read_safetensors", check_and_swap)
     assert tensor_file.load(path)[0]["a"].tolist() == [1, 1, 1]
     assert path.read_bytes() == b"other"
+
+
+def test_the_library_checks_the_file_that_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / SAFETENSORS
+    path.write_bytes(BAD_SAFETENSORS["overlap"][0])
+    read = tensor_header._header
+
+    def read_and_swap(*arguments: Any) -> str:
+        text = read(*arguments)
+        (tmp_path / "good").write_bytes(raw({"a": entry()}))
+        os.replace(tmp_path / "good", path)
+        return text
+
+    monkeypatch.setattr(tensor_header, "_header", read_and_swap)
+    with pytest.raises(ModelError, match="overlaps"):
+        tensor_file.load(path)
 
 
 # --- bad .npz -----------------------------------------------------------------
@@ -535,12 +608,12 @@ def test_finite_is_what_numpy_calls_so(dtype: mx.Dtype) -> None:
     largest = {mx.float16: 65504.0, mx.bfloat16: 3.38e38, mx.float32: 3.4e38}[dtype]
     good = mx.array([[0.0, -0.0, 1.0], [largest, -largest, 1e-7]]).astype(dtype)
     for tensor in (good, good.T, good[0, 0], mx.zeros((0, 2), dtype=dtype)):
-        assert tensor_file.is_finite(tensor)
+        assert is_finite(tensor)
         assert np.isfinite(np.array(tensor.astype(mx.float32))).all()
     for value in (float("nan"), float("inf"), -float("inf")):
         bad = mx.concatenate([good, mx.array([[0.0, value, 0.0]]).astype(dtype)])
         for tensor in (bad, bad.T, bad[2, 1]):
-            assert not tensor_file.is_finite(tensor)
+            assert not is_finite(tensor)
             assert not np.isfinite(np.array(tensor.astype(mx.float32))).all()
 
 
@@ -552,13 +625,13 @@ def test_all_mismatches_are_told() -> None:
         "d": mx.ones((2,), dtype=mx.float16),
         "e": mx.ones(1),
     }
-    assert tensor_file.mismatches(got, want) == [
+    assert mismatches(got, want) == [
         "1 missing: a",
         "1 unknown: e",
         "1 of a wrong shape: b is (3,), wanted (2,)",
         "1 of a wrong type: c is int32, wanted float32",
     ]
-    assert tensor_file.mismatches(want, want) == []
+    assert mismatches(want, want) == []
 
 
 @pytest.mark.parametrize("name", [SAFETENSORS, "weights.npz"])

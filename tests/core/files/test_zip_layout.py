@@ -175,6 +175,43 @@ def test_more_members_than_a_model_has_tensors_are_refused_by_their_number(tmp_p
         tensor_file.load(path)
 
 
+def test_the_number_of_members_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    for count, kind, says in (
+        (4, ModelError, "has 3 members and should have 4"),
+        (2, SafetyError, "has 2 members"),
+    ):
+        path.write_bytes(patch(patch(PLAIN, END + 8, "<H", count), END + 10, "<H", count))
+        with pytest.raises(kind, match=says):
+            read(path)
+
+
+def test_a_wrong_64_bit_end_is_damaged(tmp_path: Path) -> None:
+    """Of two ends that differ, one reader takes the one and another the other."""
+    path = tmp_path / "x.zip"
+    start = PLAIN.index(b"PK\1\2")
+    numbers = (3, 3, END - start, start)
+    small = PLAIN[END:]
+
+    def end(numbers: tuple[int, ...], place: int = END, length: int = 44) -> bytes:
+        record = b"PK\6\6" + struct.pack("<Q2H2L4Q", length, 45, 45, 0, 0, *numbers)
+        return PLAIN[:END] + record + b"PK\6\7" + struct.pack("<LQL", 0, place, 1) + small
+
+    path.write_bytes(end(numbers))
+    assert read(path) == CONTENT
+    for content in (
+        end((3, 3, END - start, start - 1)),
+        end((2, 2, END - start, start)),
+        end(numbers, length=45),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match="two ends that differ"):
+            read(path)
+    path.write_bytes(end(numbers, place=0))
+    with pytest.raises(SafetyError, match="in front of its first member"):
+        read(path)
+
+
 def test_an_archive_cut_anywhere_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
     for whole in GOOD.values():

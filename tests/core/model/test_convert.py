@@ -21,8 +21,9 @@ from mlxlora_core.model.events import result_of
 from mlxlora_core.model.generate import decode
 from mlxlora_core.model.linears import dense_weight, linears
 from mlxlora_core.model.weights import WEIGHTS
-from mlxlora_core.registry import Choice, Component, Registry
-from mlxlora_core.specs import ForeignModel, LazyTensor, TokenizerLoader, WeightLoader
+from mlxlora_core.plugins import Choice, Component, Registry
+from mlxlora_core.specs import TokenizerLoader, WeightLoader
+from mlxlora_core.values import ForeignModel, LazyTensor
 
 MakeCheckpoint = Callable[..., Path]
 MakeModel = Callable[..., Path]
@@ -529,7 +530,7 @@ def test_tensors_that_the_model_has_no_use_for_are_told(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from mlxlora_core import registry
+from mlxlora_core import plugins as registry
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
 

@@ -11,7 +11,7 @@ import pytest
 from mlxlora_core.errors import DivergedError, PluginError
 from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.options import parse
-from mlxlora_core.registry import Component, Plugin, Registry
+from mlxlora_core.plugins import Component, Plugin, Registry
 from mlxlora_core.specs import Sampler
 
 
@@ -49,9 +49,12 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "nothing": (None, "sampler box:mine: build gives NoneType, wanted a function (logits, tokens)"),
     "a key too": (
         lambda logits, tokens, key: logits,
-        "sampler box:mine: build gives a function (logits, tokens, key), wanted (logits, tokens)",
+        "sampler box:mine: build gives a function (logits, tokens, key), wanted a function (logits, tokens)",
     ),
-    "logits alone": (lambda logits: logits, "build gives a function (logits), wanted (logits, tokens)"),
+    "logits alone": (
+        lambda logits: logits,
+        "build gives a function (logits), wanted a function (logits, t",
+    ),
     "no array": (lambda *_: None, "sampler box:mine: transform gives NoneType, wanted array"),
     "an id": (
         lambda logits, tokens: logits.argmax(axis=-1),

@@ -20,7 +20,7 @@ from mlxlora_core.model import folder as folders
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
 from mlxlora_core.model.linears import StoredEmbedding, StoredLinear, linears, parameters
-from mlxlora_core.registry import Registry, sections
+from mlxlora_core.plugins import Registry, sections
 
 MakeModel = Callable[..., Path]
 

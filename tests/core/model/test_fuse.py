@@ -17,8 +17,8 @@ from mlxlora_core.model import folder as folders
 from mlxlora_core.model.events import result_of
 from mlxlora_core.model.fuse import fuse
 from mlxlora_core.model.weights import WEIGHTS
-from mlxlora_core.registry import Registry
-from mlxlora_core.registry.sections import configure
+from mlxlora_core.plugins import Registry
+from mlxlora_core.plugins.sections import configure
 
 MakeModel = Callable[..., Path]
 TOKENS = mx.array([[1, 5, 7, 9, 300, 17, 44, 45]])

@@ -14,8 +14,8 @@ from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.folder import Model
 from mlxlora_core.model.generate import Segment, decode, generate, whole
 from mlxlora_core.model.tokenizers import CheckedTokenizer
-from mlxlora_core.registry import Component, Plugin, Registry
-from mlxlora_core.registry.sections import configure
+from mlxlora_core.plugins import Component, Plugin, Registry
+from mlxlora_core.plugins.sections import configure
 from mlxlora_core.specs import Sampler
 
 PROMPT = "Q: what scales the weights?\nA:"

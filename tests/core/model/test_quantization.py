@@ -22,8 +22,8 @@ from mlxlora_core.model.fuse import fuse
 from mlxlora_core.model.linears import QuantizedLinear, dense_weight, linears
 from mlxlora_core.model.quantization import pack
 from mlxlora_core.options import NoOptions
-from mlxlora_core.registry import Choice, Registry
-from mlxlora_core.registry.sections import configure
+from mlxlora_core.plugins import Choice, Registry
+from mlxlora_core.plugins.sections import configure
 from mlxlora_core.testing.stand_in import ROUNDING, choice
 
 MakeModel = Callable[..., Path]

@@ -18,7 +18,7 @@ from mlxlora_core.model.tokenizers import (
     open_tokenizer,
     tokenizer_files,
 )
-from mlxlora_core.registry import Component, Registry
+from mlxlora_core.plugins import Component, Registry
 
 
 def with_other(registry: Registry, detect: Callable[..., bool]) -> Registry:

@@ -28,8 +28,8 @@ from mlxlora_core.errors import (
 from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
-from mlxlora_core.registry import Registry
-from mlxlora_core.registry.sections import configure
+from mlxlora_core.plugins import Registry
+from mlxlora_core.plugins.sections import configure
 from mlxlora_core.training import checkpoints
 from mlxlora_core.training.checkpoints import Start, find, find_to_begin, find_to_resume
 from mlxlora_core.training.events import (

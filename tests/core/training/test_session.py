@@ -18,8 +18,8 @@ from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder_module
-from mlxlora_core.registry import Registry
-from mlxlora_core.registry.sections import configure
+from mlxlora_core.plugins import Registry
+from mlxlora_core.plugins.sections import configure
 from mlxlora_core.training.checkpoints import Start
 from mlxlora_core.training.events import (
     CheckpointSaved,

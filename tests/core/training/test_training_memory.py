@@ -14,8 +14,8 @@ from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
-from mlxlora_core.registry import Choice, Registry
-from mlxlora_core.registry.sections import configure
+from mlxlora_core.plugins import Choice, Registry
+from mlxlora_core.plugins.sections import configure
 from mlxlora_core.training.examples import Example, Examples
 from mlxlora_core.training.loop import train
 from mlxlora_core.training.memory import training_bytes

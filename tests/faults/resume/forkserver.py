@@ -102,7 +102,7 @@ class ForkServer:
 
 
 def _serve() -> None:
-    from mlxlora_core import registry
+    from mlxlora_core import plugins as registry
     from mlxlora_core.cli import verbs
 
     # What the verbs and the stages import when they work, and what that needs.

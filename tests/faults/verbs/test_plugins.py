@@ -45,8 +45,16 @@ TRAIN = "train --model MODEL --data ROWS --adapter odd --iters 1 --adapter-file 
 CONVERT = "convert --torch-path CHECKPOINT --mlx-path OUT -q --quantizer odd"
 CASES = {
     "a sampler of nothing": (GENERATE, "None", "sampler odd:odd: build gives NoneType, wanted a function"),
-    "too many arguments": (GENERATE, "lambda a, b, c: a", "build gives a function (a, b, c), wanted (logits"),
-    "too few arguments": (GENERATE, "lambda a: a", "build gives a function (a), wanted (logits, tokens)"),
+    "too many arguments": (
+        GENERATE,
+        "lambda a, b, c: a",
+        "build gives a function (a, b, c), wanted a function (logits, tokens)",
+    ),
+    "too few arguments": (
+        GENERATE,
+        "lambda a: a",
+        "build gives a function (a), wanted a function (logits, tokens)",
+    ),
     "no logits": (GENERATE, "lambda *_: None", "sampler odd:odd: transform gives NoneType, wanted array"),
     "a word": (GENERATE, "lambda *_: 'x'", "sampler odd:odd: transform gives str, wanted array"),
     "a token": (GENERATE, "lambda x, _: x.argmax()", "transform gives uint32 (), wanted float32 (1, 320)"),
@@ -66,7 +74,10 @@ CASES = {
     ),
     "no parts": (CONVERT, "weight", "quantizer odd:odd: quantize gives array, wanted a mapping of its parts"),
     "other parts": (CONVERT, "{'q': weight}", "quantizer odd:odd: quantize gives parts q, wanted weight"),
-    "an exception": (DATA, "1 / 0", "plugin odd (file) failed: ZeroDivisionError"),
+    "an exception": (DATA, "1 / 0", "plugin odd (file) failed in build of builder 'odd': ZeroDivisionError"),
+    "an exit": (DATA, "exit(0)", "plugin odd (file) failed in build of builder 'odd': it called sys.exit(0)"),
+    "an exit later": (GENERATE, "lambda *_: exit(0)", "plugin odd (file) failed: it called sys.exit(0)"),
+    "an exception later": (GENERATE, "lambda *_: 1 / 0", "plugin odd (file) failed: ZeroDivisionError"),
 }
 
 
@@ -93,6 +104,52 @@ def test_what_a_function_should_not_give_is_8_and_names_it(
     err = capfd.readouterr().err
     assert words in err and "Traceback" not in err
     assert not list((tmp_path / "out").rglob("*"))
+
+
+EXPORTER = """
+from mlxlora_core.api import Exporter, hookimpl
+
+def export(source, target, options):
+    (target / "half").write_bytes(b"x")
+    {body}
+
+@hookimpl
+def mlxlora_exporters():
+    return [Exporter(name="odd", summary="odd", export=export)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "words"),
+    [
+        ("1 / 0", 8, "plugin odd (file) failed in export of exporter 'odd': ZeroDivisionError"),
+        ("exit(0)", 8, "plugin odd (file) failed in export of exporter 'odd': it called sys.exit(0)"),
+        ("return target", 8, "exporter odd:odd: export gives PosixPath, wanted None"),
+        ("(target / 'half').unlink()", 8, "exporter odd:odd: export gives no file, wanted at least one file"),
+        ("raise OSError(28, 'No space left')", 6, "No space left"),
+        (
+            "from mlxlora_core.api import ModelError; raise ModelError('no place for it')",
+            4,
+            "no place for it",
+        ),
+    ],
+)
+def test_an_exporter_that_fails_is_named_and_leaves_nothing(
+    tmp_path: Path,
+    tiny_model: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    body: str,
+    code: int,
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd.py").write_text(EXPORTER.format(body=body))
+    command = ["export", "-P", "./odd.py", "--to", "odd", "--model", str(tiny_model), "--out", "out"]
+    assert cli.execute(command) == code
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert words in last
+    assert not [path.name for path in tmp_path.iterdir() if "out" in path.name and path.suffix != ".lock"]
 
 
 def test_a_plugin_that_hangs_can_be_left_out(tmp_path: Path) -> None:

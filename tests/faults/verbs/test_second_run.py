@@ -12,7 +12,8 @@ import mlx.core as mx
 import pytest
 from processes import Program, ended
 
-from mlxlora_core import cli, registry
+from mlxlora_core import cli
+from mlxlora_core import plugins as registry
 from mlxlora_core.errors import ModelError
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.model import folder as model_folder

@@ -141,7 +141,7 @@ def test_a_model_that_does_not_fit_into_memory_is_refused(
 FEW = """
 import resource, sys
 from mlxlora_core import cli
-from mlxlora_core.run import pipeline
+from mlxlora_core.runs import pipeline
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 raise SystemExit(cli.execute(sys.argv[1:]))

@@ -1,0 +1,76 @@
+"""``mlxlora export``."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from mlxlora_core.cli import declare, show
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
+from mlxlora_core.errors import UsageError
+from mlxlora_core.plugins import Registry
+from mlxlora_core.runs.recipe import check_sections, choose, overrides
+from mlxlora_core.runs.stages.export import describe_export
+
+
+@verb(
+    click.option(
+        "--to", required=True, metavar="EXPORTER", help="Exporter (see: mlxlora components exporter)."
+    ),
+    declare.MODEL,
+    click.option("--adapter-file", type=Path, help="Adapter file to put into the weights."),
+    declare.ADAPTER,
+    click.option("--out", type=Path, required=True, help="Folder to write."),
+    click.option("--overwrite", is_flag=True, help="Replace an export that is there."),
+    SETS_OPTION,
+    JSON_OPTION,
+)
+def command(
+    registry: Registry,
+    to: str,
+    model: Path,
+    adapter_file: Path | None,
+    adapter: str | None,
+    out: Path,
+    overwrite: bool,
+    sets: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Write a model, with or without an adapter, in the form of another tool.
+
+    The weights are dense, whatever the model folder holds, and the adapter's
+    change is in them. Tensors are read and written one after another.
+    `--set export.KEY=VALUE` sets an option of the exporter.
+    """
+    given = overrides(sets)
+    check_sections(given, ("export", "adapter"))
+    if adapter_file is None and (adapter is not None or "adapter" in given):
+        raise UsageError("an adapter is described, but no file is named", fix="add --adapter-file")
+    exporter, _ = choose("exporter", to, given.get("export", {}), registry)
+    hold(out)
+    start(registry)
+    from mlxlora_core.model.export import ExportReport, Fused, export
+
+    started = time.perf_counter()
+    fused = Fused(adapter_file, adapter, given.get("adapter", {})) if adapter_file else None
+    with show.tensors("exporting") as progress:
+        for event in export(
+            model,
+            out,
+            exporter,
+            registry,
+            fused=fused,
+            overwrite=overwrite,
+            told=progress,
+        ):
+            if isinstance(event, ExportReport):
+                report = event
+            else:
+                show.progress(event.text)
+    if as_json:
+        show.as_json(asdict(report))
+    else:
+        click.echo(f"{describe_export(asdict(report))}; {time.perf_counter() - started:.1f} s")

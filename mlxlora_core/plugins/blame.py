@@ -1,0 +1,71 @@
+"""Whose fault an exception is: one that arises in a plugin's code becomes an error with the plugin's name."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from mlxlora_core.errors import MlxloraError, PluginError
+from mlxlora_core.machine.limits import exhausted
+from mlxlora_core.machine.signals import Interrupted
+from mlxlora_core.plugins.checks import FUNCTIONS, reason_of
+from mlxlora_core.plugins.plugin import Plugin
+from mlxlora_core.specs import Spec
+
+
+def guarded(kind: str, spec: Spec, plugin: Plugin) -> Spec:
+    """``spec`` with functions that raise errors of mlxlora's own and nothing else.
+
+    What a function gives back and is called later, such as a module, is not
+    guarded; see :func:`blamed`. A runtime is not either: its faults are warnings.
+    """
+    if plugin.origin == "built-in" or kind == "runtime":
+        return spec
+    functions: dict[str, Any] = {
+        name: _guard(function, f"{name} of {kind} '{spec.name}'", plugin)
+        for name in FUNCTIONS[kind]
+        if (function := getattr(spec, name)) is not None
+    }
+    return replace(spec, **functions)
+
+
+def blamed(plugins: Iterable[Plugin], fault: BaseException) -> PluginError | None:
+    """An error that names the plugin of somebody else in whose code ``fault`` arose, or None."""
+    foreign = [plugin for plugin in plugins if plugin.status == "active" and plugin.origin != "built-in"]
+    for plugin in foreign:
+        if place := _place(plugin, fault):
+            return PluginError(f"plugin {plugin} failed: {reason_of(fault)}", where=place)
+    return None
+
+
+def _guard(function: Callable[..., Any], what: str, plugin: Plugin) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (MlxloraError, KeyboardInterrupt, Interrupted):
+            raise
+        except BaseException as fault:
+            reason = f"plugin {plugin} failed in {what}: {reason_of(fault)}"
+            raise exhausted(fault) or PluginError(reason, where=_place(plugin, fault)) from fault
+
+    return call
+
+
+def _place(plugin: Plugin, fault: BaseException) -> str:
+    """``file:line`` of the innermost call in the plugin's own files, or nothing."""
+    files = _files(plugin)
+    frames = reversed(traceback.extract_tb(fault.__traceback__))
+    return next((f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename in files), "")
+
+
+def _files(plugin: Plugin) -> set[str]:
+    """The source files of a plugin that are imported."""
+    top = plugin.value.partition(":")[0].partition(".")[0]
+    modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == top]
+    return {os.path.abspath(plugin.value), *(str(getattr(module, "__file__", None)) for module in modules)}

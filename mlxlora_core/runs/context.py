@@ -1,0 +1,98 @@
+"""What the stages of one run share: the recipe, the folder, and what has been loaded for them so far."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlxlora_core.plugins import Registry
+from mlxlora_core.runs.folder import ADAPTER, DATA, MODEL, RunFolder
+from mlxlora_core.runs.recipe import Recipe
+from mlxlora_core.training.events import Note
+
+if TYPE_CHECKING:
+    from mlxlora_core.model.adapters import Adapted
+    from mlxlora_core.model.folder import Model
+    from mlxlora_core.training.examples import Examples
+
+
+class Context:
+    """One run.
+
+    A model and rows are loaded when the first stage asks for them, and stay.
+
+    Args:
+        recipe: with every value filled in.
+        registry: where plugins are looked up.
+        folder: of the run.
+        runtimes: what the runtimes said, for the record.
+        resume_command: the command that goes on with this run.
+
+    Attributes:
+        adapted: the adapter that is on the base, once there is one.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        registry: Registry,
+        folder: RunFolder,
+        runtimes: Sequence[str],
+        resume_command: str,
+    ) -> None:
+        self.recipe, self.registry, self.folder = recipe, registry, folder
+        self.runtimes, self.resume_command = runtimes, resume_command
+        self.adapted: Adapted | None = None
+        self._model: Model | None = None
+        self._rows: dict[str, Examples] = {}
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.folder.path
+
+    def load_base(self) -> Generator[Note, None, Model]:
+        """The base as the value of the generator; what there is to tell of it when it is loaded.
+
+        Once an adapter is on it, it is no base any more: see :attr:`adapted`.
+        """
+        from mlxlora_core.model import folder
+
+        if self._model is None:
+            self._model = folder.load(self.recipe.model.mlx_path or self.path / MODEL, self.registry)
+            if self._model.note:
+                yield Note(self._model.note)
+        return self._model
+
+    def load_tuned(self) -> Generator[Note, None, Model]:
+        """The base with this run's adapter on it, as the value of the generator."""
+        from mlxlora_core.model import adapters
+
+        model = yield from self.load_base()
+        if self.adapted is None:
+            self.adapted = adapters.load(self.path / ADAPTER, model, self.registry)
+        return model
+
+    def has_rows(self, split: str) -> bool:
+        """Whether there is a row in a split."""
+        path = self.path / DATA / f"{split}.jsonl"
+        return path.is_file() and path.stat().st_size > 0
+
+    def rows(self, split: str, model: Model) -> Examples:
+        """The rows of a split, tokenized for the model once.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        from mlxlora_core.training.examples import read_examples
+
+        if split not in self._rows:
+            config = self.recipe.train
+            self._rows[split] = read_examples(
+                self.path / DATA / f"{split}.jsonl",
+                model.tokenizer,
+                max_seq_length=model.sequence_limit(config.max_seq_length),
+                mask_prompt=config.mask_prompt,
+            )
+        return self._rows[split]

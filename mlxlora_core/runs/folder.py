@@ -1,0 +1,120 @@
+"""The run folder: what has been done in it, for which inputs, and what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlxlora_core.errors import DataError, SafetyError
+from mlxlora_core.files import durable
+
+RECORD = "run.json"
+RECIPE = "recipe.toml"
+METRICS = "metrics.jsonl"
+REPORT = "report.html"
+ADAPTER = "adapter/adapter.safetensors"
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+DATA = "data"
+EXPORT = "export"
+
+
+class RunFolder:
+    """A folder and its ``run.json``.
+
+    Attributes:
+        path: the folder.
+        record: what ``run.json`` holds.
+
+    Raises:
+        DataError: ``run.json`` cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record: dict[str, Any] = {}
+        try:
+            self.record = dict(json.loads((path / RECORD).read_text("utf-8")))
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError) as fault:
+            raise DataError(f"cannot be read: {fault}", where=path / RECORD, fix="remove it") from fault
+
+    def begin(self, facts: Mapping[str, Any], recipe_text: str) -> None:
+        """Make the folder, and write the recipe and the facts of this run.
+
+        Raises:
+            SafetyError: the folder holds something that is no run.
+        """
+        durable.clear_leftovers(self.path, RECORD)
+        if self.path.exists() and not self.record and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise SafetyError(
+                "holds something that is no run and was left alone",
+                where=self.path,
+                fix="name another folder with --set run.folder=DIR",
+            )
+        kept = {key: self.record.get(key, {}) for key in ("started", "stages")}
+        self.record = {**facts, **kept}
+        self._save()  # first, so that a folder that a killed run began is known again
+        durable.write_text(self.path / RECIPE, recipe_text)
+
+    def holds(self, stage: str, fingerprint: str) -> bool:
+        """Whether a stage was done for these inputs and its files are as it left them."""
+        done = self.record.get("stages", {}).get(stage)
+        if not done or done["inputs"] != fingerprint:
+            return False
+        return all(file_stat(self.path / name) == stat for name, stat in done["files"].items())
+
+    def start(self, stage: str, fingerprint: str) -> None:
+        """Record that a stage begins to write its files."""
+        self.record["started"][stage] = fingerprint
+        self._save()
+
+    def keep(self, stage: str, fingerprint: str, outputs: Iterable[str], result: Mapping[str, Any]) -> None:
+        """Record that a stage is done, the files that it has written, and what it has found."""
+        stages = self.record["stages"]
+        stages[stage] = {
+            "inputs": fingerprint,
+            "files": {name: file_stat(self.path / name) for name in outputs},
+            "result": dict(result),
+        }
+        self._save()
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """What a stage that is done has found."""
+        return dict(self.record["stages"][stage]["result"])
+
+    def conclude(self, summary: Mapping[str, Any]) -> None:
+        """Record what the run as a whole has come to."""
+        self.record["summary"] = dict(summary)
+        self._save()
+
+    def _save(self) -> None:
+        durable.write_json(self.path / RECORD, self.record)
+
+
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of plain values."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def files(folder: Path) -> list[str]:
+    """The names of the files in a folder, sorted; none if it is not there."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
+def stats(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """name -> size and time of change."""
+    return {name: file_stat(folder / name) for name in names}
+
+
+def file_stat(path: Path) -> list[int] | None:
+    """Size in bytes and time of change in nanoseconds, or None for no file."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]

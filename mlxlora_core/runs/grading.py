@@ -1,0 +1,152 @@
+"""What an answer is worth: where its question stands in the rows, and how much of that row comes back.
+
+A question about a row to train on tests memory; one about a held-out row tests
+whether what was learned carries over. The two are counted apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxlora_core.files.jsonl import read_jsonl
+from mlxlora_core.training.dataset import SPLITS
+from mlxlora_core.values import Tokenizer
+
+#: what questions test -> the splits that their rows are in
+TESTS: Mapping[str, tuple[str | None, ...]] = {
+    "memory": ("train",),
+    "held_out": ("valid", "test"),
+    "no_row": (None,),
+}
+
+_FIRST_SENTENCE = re.compile(r"\s*\S.*?(?:[.!?](?=\s)|(?=\s*\n[^\S\n]*\n)|(?=\s*\Z))", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the rows say to a question.
+
+    Attributes:
+        split: where the row is.
+        text: what it goes on with.
+    """
+
+    split: str
+    text: str
+
+
+def find_expected(folder: Path, prompts: Sequence[str], tokenizer: Tokenizer) -> dict[str, Expected]:
+    """prompt -> what the rows of a dataset folder go on with, for the prompts that begin one.
+
+    A ``{text}`` row begins with the prompt; of ``{prompt, completion}`` and
+    ``{messages}`` rows the (first) prompt is the prompt, which a question asks when
+    it has the ids that the row begins with. A prompt that rows go on from in
+    different ways has no one answer and is left out.
+
+    Args:
+        folder: dataset folder.
+        prompts: what is asked.
+        tokenizer: of the model that is asked.
+
+    Raises:
+        DataError: a split that cannot be read.
+    """
+    found: dict[str, list[Expected]] = {prompt: [] for prompt in prompts}
+    for split in SPLITS:
+        path = folder / f"{split}.jsonl"
+        if path.is_file() and path.stat().st_size > 0:
+            for _, content in read_jsonl(path):
+                for prompt, text in _continued(content, prompts, tokenizer):
+                    found[prompt].append(Expected(split, text))
+    return {prompt: rows[0] for prompt, rows in found.items() if len({row.text for row in rows}) == 1}
+
+
+def _continued(
+    content: Mapping[str, Any], prompts: Iterable[str], tokenizer: Tokenizer
+) -> list[tuple[str, str]]:
+    """(prompt, what follows it) of the prompts that a row goes on from."""
+    if "text" in content:
+        text: str = content["text"]
+        return [(prompt, text[len(prompt) :]) for prompt in prompts if prompt and text.startswith(prompt)]
+    if "prompt" in content:
+        return [(prompt, content["completion"]) for prompt in prompts if prompt == content["prompt"]]
+    return _answered(content["messages"], prompts, tokenizer)
+
+
+def _answered(
+    messages: Sequence[Mapping[str, Any]], prompts: Iterable[str], tokenizer: Tokenizer
+) -> list[tuple[str, str]]:
+    """(prompt, first answer) of the prompts that are what a conversation begins with."""
+    first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
+    said = messages[first - 1]["content"].strip() if first else ""
+    likely = [prompt for prompt in prompts if first and said in prompt]  # rendering every row takes long
+    if not likely:
+        return []
+    pieces = tokenizer.render(messages[: first + 1])
+    asked = [token for piece in pieces if not piece.answer for token in piece.ids]
+    answer = tokenizer.decode([token for piece in pieces if piece.answer for token in piece.ids])
+    return [(prompt, answer) for prompt in likely if tokenizer.encode(prompt) == asked]
+
+
+def first_sentence(text: str) -> str:
+    """``text`` up to the first ``.``, ``!`` or ``?`` before white space, the first blank line, or its end.
+
+    A name with dots in it ends nothing: the first sentence of `` mlx.nn.ReLU
+    Applies the Rectified Linear Unit. …`` ends behind ``Unit.``. White space in
+    front belongs to it, white space behind does not.
+    """
+    match = _FIRST_SENTENCE.match(text)
+    return match[0] if match else ""
+
+
+def grade(prompt: str, text: str, ended: bool, wanted: Expected | None) -> dict[str, Any]:
+    """An answer as run.json keeps it.
+
+    Args:
+        prompt: the question.
+        text: the answer.
+        ended: whether the model ended it, rather than the limit on its tokens.
+        wanted: what the rows say, if they do.
+    """
+    answer: dict[str, Any] = {"prompt": prompt, "text": text, "ended": ended}
+    if wanted is None:
+        return answer | {"split": None, "expected": None, "exact": None, "first_sentence": None}
+    return answer | {
+        "split": wanted.split,
+        "expected": wanted.text,
+        "exact": ended and text == wanted.text,
+        "first_sentence": first_sentence(text) == first_sentence(wanted.text) != "",
+    }
+
+
+def summarize(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run has come to, from the results of its stages ``before`` and ``after``.
+
+    Returns:
+        ``losses`` (held-out: split -> nats a counted token ``before``, ``after``,
+        and ``change``, relative to before) and ``questions`` (``memory`` about rows to
+        train on, ``held_out`` about others, ``no_row``: how many there are, and how
+        many were answered with the exact first sentence and exactly to the end).
+    """
+    losses = {}
+    for split, loss in after["losses"].items():
+        was = before["losses"][split]["loss"]
+        losses[split] = {"before": was, "after": loss["loss"], "change": loss["loss"] / was - 1}
+    stages = {"before": before["answers"], "after": after["answers"]}
+    questions: dict[str, Any] = {}
+    for test, splits in TESTS.items():
+        asked = {
+            name: [answer for answer in answers if answer["split"] in splits]
+            for name, answers in stages.items()
+        }
+        questions[test] = {"questions": len(asked["after"])}
+        if test != "no_row":
+            for mark in ("first_sentence", "exact"):
+                questions[test][mark] = {
+                    name: sum(answer[mark] for answer in answers) for name, answers in asked.items()
+                }
+    return {"losses": losses, "questions": questions}

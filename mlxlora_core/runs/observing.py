@@ -1,0 +1,137 @@
+"""Observers of a run: each is told of every event, and one that breaks is left out without a trace.
+
+What an observer raises, gives or prints changes neither the run nor its exit
+code: it is told of once, as an event of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mlxlora_core.errors import MlxloraError
+from mlxlora_core.machine.signals import Interrupted
+from mlxlora_core.options import plain
+from mlxlora_core.plugins import Choice, Component
+from mlxlora_core.plugins.checks import other_arguments, reason_of
+from mlxlora_core.training.events import SpikeReport, TrainReport, ValidReport, report_line
+from mlxlora_core.values import RunInfo, Watcher
+
+T = TypeVar("T")
+
+DONE, INTERRUPTED, FAILED = "done", "interrupted", "failed"
+
+
+@dataclass(frozen=True)
+class ObserverFailed:
+    """An observer broke and is left out from here on; ``text`` says why, in one line."""
+
+    text: str
+
+
+def observed(
+    events: Iterable[T],
+    observers: Sequence[Choice],
+    info: RunInfo,
+    values: Callable[[T], Mapping[str, Any] | None],
+) -> Iterator[T | ObserverFailed]:
+    """The events as they come, each told to the observers before it is passed on.
+
+    Args:
+        events: of a run, or of a training.
+        observers: each with its options.
+        info: what each is started with.
+        values: an event in plain values with a ``kind``, or None for one that is not told.
+
+    Raises:
+        BaseException: what ``events`` raises; the observers are told that first.
+    """
+    watchers = _Watchers()
+    yield from watchers.start(observers, info)
+    try:
+        for event in events:
+            told = values(event)
+            if told is not None:
+                yield from watchers.tell(told)
+            yield event
+    except GeneratorExit:  # whoever listened has gone away
+        list(watchers.end(INTERRUPTED))
+        raise
+    except BaseException as fault:
+        yield from watchers.end(_how(fault))
+        raise
+    yield from watchers.end(DONE)
+
+
+def event_values(event: object) -> dict[str, Any]:
+    """An event of a run or of a training in plain values; ``kind`` is its name, in snake case."""
+    if isinstance(event, TrainReport | ValidReport | SpikeReport):
+        return report_line(event)
+    kind = re.sub("(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    return {"kind": kind, **plain(event)}
+
+
+class _Watchers:
+    """The watchers that have not broken."""
+
+    def __init__(self) -> None:
+        self._active: dict[str, Watcher] = {}
+
+    def start(self, observers: Iterable[Choice], info: RunInfo) -> Iterator[ObserverFailed]:
+        for choice in observers:
+            component = choice.component
+            try:
+                with redirect_stdout(sys.stderr):
+                    watcher = component.spec.start(copy.deepcopy(info), choice.options)
+                self._active[component.id] = _checked(component, watcher)
+            except (KeyboardInterrupt, Interrupted):
+                raise
+            except BaseException as fault:
+                yield _failed(component.id, "start", fault)
+
+    def tell(self, event: Mapping[str, Any]) -> Iterator[ObserverFailed]:
+        yield from self._each("event", lambda watcher: watcher.event(copy.deepcopy(dict(event))))
+
+    def end(self, how: str) -> Iterator[ObserverFailed]:
+        yield from self._each("end", lambda watcher: watcher.end(how))
+
+    def _each(self, what: str, call: Callable[[Watcher], None]) -> Iterator[ObserverFailed]:
+        for name, watcher in list(self._active.items()):
+            try:
+                with redirect_stdout(sys.stderr):  # stdout holds the result of the verb
+                    call(watcher)
+            except (KeyboardInterrupt, Interrupted):
+                raise
+            except BaseException as fault:
+                del self._active[name]
+                yield _failed(name, what, fault)
+
+
+def _checked(component: Component, watcher: Any) -> Watcher:
+    """``watcher``, which an observer has started, with the functions that it must have."""
+    for name, argument in (("event", "event"), ("end", "how")):
+        function = getattr(watcher, name, None)
+        if not callable(function):
+            raise component.breach("start", type(watcher).__name__, "a watcher with event and end")
+        takes = other_arguments(function, (argument,))
+        if takes:
+            raise component.breach("start", f"a watcher with {name}{takes}", f"{name}({argument})")
+    checked: Watcher = watcher
+    return checked
+
+
+def _failed(name: str, what: str, fault: BaseException) -> ObserverFailed:
+    reason = str(fault) if isinstance(fault, MlxloraError) else reason_of(fault)
+    return ObserverFailed(f"observer {name} failed in {what} and is left out: {reason}")
+
+
+def _how(fault: BaseException) -> str:
+    """How a run ended that raised."""
+    if isinstance(fault, KeyboardInterrupt | Interrupted):
+        return INTERRUPTED
+    return f"{FAILED}: {fault if isinstance(fault, MlxloraError) else reason_of(fault)}"

@@ -1,0 +1,101 @@
+"""``mlxlora run``: the straight lines as stages, each done once for its inputs.
+
+A stage whose output carries the fingerprint of its inputs (see
+:mod:`mlxlora_core.runs.plan`) is skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import tomli_w
+
+from mlxlora_core.plugins import Registry
+from mlxlora_core.runs.context import Context
+from mlxlora_core.runs.events import Event, RunStarted, StageDone, StageStarted
+from mlxlora_core.runs.folder import METRICS, RunFolder
+from mlxlora_core.runs.grading import summarize
+from mlxlora_core.runs.observing import event_values, observed
+from mlxlora_core.runs.plan import fingerprints
+from mlxlora_core.runs.recipe import Recipe
+from mlxlora_core.runs.report import write_report
+from mlxlora_core.runs.stages import STAGES
+from mlxlora_core.values import RunInfo
+from mlxlora_core.version import __version__
+
+
+def run(
+    recipe: Recipe, registry: Registry, runtimes: Sequence[str] = (), resume_command: str = "mlxlora run"
+) -> Iterator[Event]:
+    """Do what a recipe says, stage by stage; what is done already is skipped.
+
+    Args:
+        recipe: with every value filled in.
+        registry: where plugins are looked up.
+        runtimes: what the runtimes said, for the record.
+        resume_command: the command that goes on with this run.
+
+    Raises:
+        SafetyError: the run folder holds something that no run has made.
+        MlxloraError: as the stages raise.
+    """
+    folder = RunFolder(recipe.folder)
+    marks = fingerprints(recipe)
+    folder.begin(_facts(recipe, registry, runtimes) | {"inputs": marks}, tomli_w.dumps(recipe.values()))
+    yield RunStarted(tuple(runtimes))
+    context = Context(recipe, registry, folder, runtimes, resume_command)
+    info = RunInfo(folder.path, recipe.name, recipe.values())
+    yield from observed(_do_all(context, marks), recipe.observe, info, event_values)
+
+
+def _do_all(context: Context, marks: Mapping[str, str]) -> Iterator[Event]:
+    """The stages, and what is written of the run as a whole."""
+    folder = context.folder
+    try:
+        yield from _do_stages(context, marks)
+    except BaseException:
+        if (folder.path / METRICS).is_file():
+            with suppress(Exception):  # what stopped the run is what there is to tell
+                write_report(folder.path)
+        raise
+    folder.conclude(summarize(folder.result("before"), folder.result("after")))
+    write_report(folder.path)
+
+
+def _do_stages(context: Context, marks: Mapping[str, str]) -> Iterator[Event]:
+    """Each stage that does not hold, in order; what it has come to is kept before anybody is told."""
+    folder = context.folder
+    for stage in (stage for stage in STAGES if stage.name in marks):
+        mark = marks[stage.name]
+        skipped = folder.holds(stage.name, mark)
+        yield StageStarted(stage.name, skipped)
+        if skipped:
+            continue
+        folder.start(stage.name, mark)
+        for event in stage.work(context):
+            if isinstance(event, StageDone):
+                folder.keep(stage.name, mark, stage.outputs(folder.path), event.result)
+            yield event
+
+
+def _facts(recipe: Recipe, registry: Registry, runtimes: Sequence[str]) -> dict[str, Any]:
+    """What run.json says of the run beside its stages."""
+    return {
+        "mlxlora": __version__,
+        "recipe": recipe.name,
+        "seed": recipe.run.seed,
+        "plugins": {
+            p.name: f"{p.distribution} {p.version}".strip() for p in registry.plugins if p.components
+        },
+        "runtime": list(runtimes),
+        "machine": {
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            "cores": os.cpu_count(),
+        },
+        "origins": dict(recipe.origins),
+    }

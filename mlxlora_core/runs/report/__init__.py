@@ -1,0 +1,50 @@
+"""``report.html``: what a run has come to, in one file that needs nothing beside it.
+
+It is made from the run folder alone, at any time: also while a run is going on
+and after one that was stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mlxlora_core.files import durable
+from mlxlora_core.runs.folder import REPORT
+from mlxlora_core.runs.report.facts import read_facts
+from mlxlora_core.runs.report.page import page
+
+BINS = 40  # of a histogram at most
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` into a run folder; its path.
+
+    Raises:
+        DataError: no run folder, or one whose record is damaged.
+        ResourceError: it cannot be written.
+    """
+    path = folder / REPORT
+    durable.write_text(path, page(read_facts(folder)))
+    return path
+
+
+def length_counts(lengths: Sequence[int]) -> dict[str, Any]:
+    """The histogram of row lengths that a report draws.
+
+    Args:
+        lengths: tokens of each row, of which there is one at least.
+
+    Returns:
+        ``rows`` (how many rows are i to i + 1 times ``bin_tokens`` long, counted
+        from i = 0, the upper end not included), ``median`` and ``longest``.
+    """
+    longest = max(lengths)
+    sizes = (step * 10**power for power in range(19) for step in (1, 2, 5))
+    size = next(size for size in sizes if longest // size < BINS)
+    rows = [0] * (longest // size + 1)
+    for length in lengths:
+        rows[length // size] += 1
+    return {"bin_tokens": size, "rows": rows, "median": median(lengths), "longest": longest}

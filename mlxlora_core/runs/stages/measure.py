@@ -1,0 +1,81 @@
+"""What the stages ``before`` and ``after`` share: losses on held-out rows, and answers to the prompts."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Generator, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from mlxlora_core.options import plain
+from mlxlora_core.runs.events import Event, StageDone
+from mlxlora_core.runs.folder import DATA
+from mlxlora_core.runs.grading import Expected, find_expected, grade
+from mlxlora_core.runs.recipe import Recipe
+from mlxlora_core.runs.stages.stage import Stage, identity_of
+
+if TYPE_CHECKING:
+    from mlxlora_core.model.folder import Model
+    from mlxlora_core.runs.context import Context
+
+HELD_OUT = ("valid", "test")
+
+
+class MeasureStage(Stage):
+    """A model, measured and asked."""
+
+    @abstractmethod
+    def model(self, context: Context) -> Generator[Event, None, Model]:
+        """The model to measure, as the value of the generator."""
+
+    def inputs(self, recipe: Recipe) -> Mapping[str, Any]:
+        """How rows are read and prompts are asked."""
+        train = recipe.train
+        return {
+            "reading": {"max_seq_length": train.max_seq_length, "mask_prompt": train.mask_prompt},
+            "batch_size": train.batch_size,
+            "evaluate": plain(recipe.evaluate),
+            "generate": plain(recipe.generate),
+            "sampler": [identity_of(sampler) for sampler in recipe.sampler],
+            "seed": recipe.run.seed,
+        }
+
+    def work(self, context: Context) -> Iterator[Event]:
+        """Measure the loss of each held-out split, and ask each prompt."""
+        model = yield from self.model(context)
+        prompts = context.recipe.generate.prompts
+        expected = find_expected(context.path / DATA, prompts, model.tokenizer)
+        losses = {split: _loss(model, split, context) for split in HELD_OUT if context.has_rows(split)}
+        answers = [_graded(model, prompt, context.recipe, expected.get(prompt)) for prompt in prompts]
+        yield StageDone(self.name, {"losses": losses, "answers": answers})
+
+    def words(self, result: Mapping[str, Any]) -> list[str]:
+        """The losses."""
+        return [f"{split} loss {loss['loss']:.4f}" for split, loss in result["losses"].items()]
+
+
+def _loss(model: Model, split: str, context: Context) -> dict[str, Any]:
+    """The loss on the rows of a split."""
+    from mlxlora_core.training.evaluation import evaluate
+
+    rows, recipe = context.rows(split, model), context.recipe
+    loss = evaluate(
+        model.language_model, rows.examples, recipe.train.batch_size, recipe.evaluate.test_batches
+    )
+    return {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens}
+
+
+def _graded(model: Model, prompt: str, recipe: Recipe, expected: Expected | None) -> dict[str, Any]:
+    """What the model says to a prompt, held against what the rows say."""
+    from mlxlora_core.model.generate import STOP, generate, whole
+
+    answer = whole(
+        generate(
+            model.language_model,
+            model.tokenizer,
+            prompt,
+            [(sampler.component, sampler.options) for sampler in recipe.sampler],
+            num_tokens=recipe.generate.num_tokens,
+            seed=recipe.run.seed,
+        )
+    )
+    return grade(prompt, answer.text, answer.finish == STOP, expected)

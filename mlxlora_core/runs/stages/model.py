@@ -1,0 +1,70 @@
+"""The stage ``model``: convert the checkpoint, unless the recipe names a model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxlora_core.model.events import describe_conversion
+from mlxlora_core.options import plain
+from mlxlora_core.runs.events import Event, StageDone
+from mlxlora_core.runs.folder import MODEL, files, stats
+from mlxlora_core.runs.recipe import Recipe
+from mlxlora_core.runs.stages.stage import Stage, identity_of
+
+if TYPE_CHECKING:
+    from mlxlora_core.runs.context import Context
+
+
+class ModelStage(Stage):
+    """The base as a model folder."""
+
+    name = "model"
+
+    def inputs(self, recipe: Recipe) -> Mapping[str, Any]:
+        """The files of the model, and how they are converted."""
+        source = recipe.model.torch_path or recipe.model.mlx_path or Path()
+        return {
+            "model": plain(recipe.model),
+            "files": stats(source, files(source)),
+            "parts": [identity_of(recipe.loader), identity_of(recipe.quantize, recipe.quantize_config)],
+        }
+
+    def outputs(self, folder: Path) -> list[str]:
+        """The model folder, where it was made."""
+        return [f"{MODEL}/{name}" for name in files(folder / MODEL)]
+
+    def work(self, context: Context) -> Iterator[Event]:
+        """Convert."""
+        source = context.recipe.model
+        if source.torch_path is None:
+            yield StageDone(self.name, {"folder": str(source.mlx_path)})
+        else:
+            yield StageDone(self.name, _convert(source.torch_path, context))
+
+    def words(self, result: Mapping[str, Any]) -> list[str]:
+        """The conversion, or the folder that is used."""
+        return describe_conversion(result) if "loader" in result else [f"uses {result['folder']}"]
+
+
+def _convert(source: Path, context: Context) -> dict[str, Any]:
+    """Convert a foreign model into the run folder; what there is to say of it."""
+    from mlxlora_core.model.convert import convert
+    from mlxlora_core.model.events import result_of
+
+    recipe = context.recipe
+    loader = recipe.loader
+    events = convert(
+        source,
+        context.path / MODEL,
+        context.registry,
+        loader=loader.component.id if loader else None,
+        loader_options=loader.options if loader else None,
+        dtype=recipe.model.dtype,
+        file_format=recipe.model.format,
+        quantization=recipe.quantize,
+        quantize_config=recipe.quantize_config,
+        overwrite=True,
+    )
+    return result_of(events).values()

@@ -1,0 +1,65 @@
+"""What a stage of a run is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mlxlora_core.options import plain
+from mlxlora_core.plugins import Choice
+from mlxlora_core.runs.events import Event
+from mlxlora_core.runs.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mlxlora_core.runs.context import Context
+
+
+class Stage(ABC):
+    """A piece of a run that is done once for its inputs.
+
+    Importing one loads nothing heavy: :meth:`work` imports what it needs.
+
+    Attributes:
+        name: what the command line, ``run.json`` and the report call it.
+        builds_on: names of the stages whose outputs it reads; it is done again when they are.
+    """
+
+    name: ClassVar[str]
+    builds_on: ClassVar[tuple[str, ...]] = ()
+
+    def wanted(self, recipe: Recipe) -> bool:
+        """Whether a recipe asks for it."""
+        return True
+
+    @abstractmethod
+    def inputs(self, recipe: Recipe) -> Mapping[str, Any]:
+        """Plain values of all that the result depends on, beside the stages that it builds on."""
+
+    def outputs(self, folder: Path) -> list[str]:
+        """The files that it has written, relative to the run folder ``folder``; a change to one undoes it."""
+        return []
+
+    @abstractmethod
+    def work(self, context: Context) -> Iterator[Event]:
+        """Do it; the last event is a :class:`~mlxlora_core.runs.events.StageDone`.
+
+        Raises:
+            MlxloraError: it cannot be done.
+        """
+
+    def words(self, result: Mapping[str, Any]) -> list[str]:
+        """What came of it, in lines for a person."""
+        return []
+
+
+def identity_of(choice: Choice | None, config: Any = None) -> list[Any] | None:
+    """A component, the version of its plugin, its options, and what its section holds beside them.
+
+    None for a part that is left out.
+    """
+    if choice is None:
+        return None
+    component = choice.component
+    return [component.id, component.plugin.version, plain(choice.options), plain(config)]

@@ -1,0 +1,90 @@
+"""The conformance suite over every exporter that is registered, and what it must find."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxlora_core import plugins as registry
+from mlxlora_core.specs import Exporter
+from mlxlora_core.testing.exporter import ExporterSuite
+from mlxlora_core.values import ExportSource
+
+EXPORTERS = {c.spec.name: c.spec for c in registry.load(environ={registry.ALLOW_LIST: ""}).of("exporter")}
+
+
+class TestNpz(ExporterSuite):
+    spec = EXPORTERS["npz"]
+    option_sets = ({}, {"dtype": "float32"}, {"dtype": "float16"})
+
+    def read(self, folder: Path, options: Any) -> Mapping[str, np.ndarray]:
+        with np.load(folder / "weights.npz", allow_pickle=False) as archive:
+            return dict(archive)
+
+    def error_bound(self, options: Any) -> float:
+        return 2.0**-11 if options.dtype == "float16" else 0.0
+
+
+def test_every_exporter_is_tested() -> None:
+    assert {value.spec.name for name, value in globals().items() if name.startswith("Test")} == set(EXPORTERS)
+
+
+# --- what the suite must find -------------------------------------------------
+
+
+class Suite(TestNpz):
+    """The suite as a tool, for exporters that are broken on purpose."""
+
+    __test__ = False
+
+
+def changed(export: Any) -> Suite:
+    suite = Suite()
+    suite.spec = Exporter(name="bad", summary="s", export=export)
+    return suite
+
+
+def test_a_transposed_tensor_is_found(tmp_path: Path) -> None:
+    def export(source: ExportSource, target: Path, options: Any) -> None:
+        wrong = {n: replace(t, read=lambda t=t: mx.flip(t.read(), -1)) for n, t in source.tensors.items()}
+        TestNpz.spec.export(replace(source, tensors=wrong), target, TestNpz.spec.options())
+
+    with pytest.raises(AssertionError, match=r"tok_embeddings\.weight by"):
+        changed(export).test_an_independent_reader_finds_every_number(
+            TestNpz.spec.options(), "float32", tmp_path
+        )
+
+
+def test_one_that_keeps_what_it_reads_is_found(tmp_path: Path) -> None:
+    def export(source: ExportSource, target: Path, options: Any) -> None:
+        np.savez(target / "weights.npz", **{n: np.array(t) for n, t in _all(source).items()})
+
+    def _all(source: ExportSource) -> dict[str, mx.array]:
+        return {name: tensor.read() for name, tensor in source.tensors.items()}
+
+    with pytest.raises(AssertionError, match="it keeps what it has read"):
+        changed(export).test_tensors_are_let_go_one_after_another(None, tmp_path)
+
+
+def test_one_that_forgets_to_clear_up_is_found(tmp_path: Path) -> None:
+    def export(source: ExportSource, target: Path, options: Any) -> None:
+        (target / ".weights.tmp").write_bytes(b"x")
+
+    with pytest.raises(AssertionError):
+        changed(export).test_whole_files_and_nothing_else(None, tmp_path)
+
+
+def test_one_that_writes_the_time_is_found(tmp_path: Path) -> None:
+    count = iter(range(9))
+
+    def export(source: ExportSource, target: Path, options: Any) -> None:
+        (target / "model").write_text(str(next(count)))
+
+    with pytest.raises(AssertionError):
+        changed(export).test_the_same_model_gives_the_same_bytes(None, tmp_path)
