@@ -259,8 +259,7 @@ def _gradient(
     Micro-batches add nats, and gradients of nats; the one division by the
     number of tokens comes after the last of them.
     """
-    module: Any = model
-    value_and_grad = nn.value_and_grad(module, lambda batch: nats(model, batch))
+    value_and_grad = nn.value_and_grad(model, lambda batch: nats(model, batch))
     total: Any = None
     loss = Loss(0.0, 0)
     for start in range(0, len(rows), batch_size):
