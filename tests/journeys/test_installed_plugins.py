@@ -120,7 +120,7 @@ BROKEN = {
     "absent": (None, "ModuleNotFoundError: No module named 'absent'"),
     "stale": (None, "ModuleNotFoundError: No module named 'stale'"),
 }
-ADAPTER = "Adapter(name='lora', summary='s', wrap=lambda linear, o: linear, fuse=lambda module, w: w)"
+ADAPTER = "Adapter(name='lora', summary='s', wrap=lambda linear, place, o: linear, fuse=lambda module, w: w)"
 #: distributions that load, but are not quiet or stand in the way of a name
 AWKWARD = {
     "squatter": (HEAD + f"@hookimpl\ndef mlxlora_adapters(): return [{ADAPTER}]", "squatter"),
