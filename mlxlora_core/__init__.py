@@ -12,6 +12,8 @@ Plugins import ``mlxlora_core.api``, ``.ops`` and ``.files``.
 
 from __future__ import annotations
 
+from mlxlora_core.version import __version__
+
 TYPE_CHECKING = False  # typing itself takes longer to import than all the rest
 if TYPE_CHECKING:
     from typing import Any
@@ -29,8 +31,19 @@ if TYPE_CHECKING:
         train,
     )
 
-__version__ = "0.1.0"
-__all__ = ["Model", "evaluate", "export", "fuse", "generate", "load", "registry", "run", "stream", "train"]
+__all__ = [
+    "Model",
+    "__version__",
+    "evaluate",
+    "export",
+    "fuse",
+    "generate",
+    "load",
+    "registry",
+    "run",
+    "stream",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

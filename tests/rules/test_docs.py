@@ -85,7 +85,7 @@ def test_the_fields_that_all_specs_have() -> None:
         assert f"| `{field.name}: {field.type}` |" in text
 
 
-HANDED_OVER = ("ForeignModel", "LazyTensor", "Piece", "Row", "Rows", "Skipped", "RuntimeNote", "Place")
+HANDED_OVER = ("ForeignModel", "LazyTensor", "Piece", "Row", "Rows", "Skipped", "RuntimeStarted", "Place")
 GIVEN = ("ExportSource", "ExportAdapter", "RunInfo")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import mlxlora_core
-from mlxlora_core import __version__, cli
+from mlxlora_core import cli
 from mlxlora_core.errors import MlxloraError, ModelError, PluginError, ResourceError, SafetyError, UsageError
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as folders
@@ -23,7 +23,9 @@ from mlxlora_core.model.export import ExportReport, Fused, export, holds_only_an
 from mlxlora_core.model.fuse import fuse
 from mlxlora_core.model.weights import read_weights
 from mlxlora_core.plugins import Choice, Component, Plugin, Registry
-from mlxlora_core.specs import Exporter, ExportSource, NoOptions
+from mlxlora_core.specs import Exporter, NoOptions
+from mlxlora_core.values import ExportSource
+from mlxlora_core.version import __version__
 
 MakeModel = Callable[..., Path]
 TOKENS = mx.array([[1, 5, 7, 9, 300, 17, 44, 45]])
