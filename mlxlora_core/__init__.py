@@ -12,14 +12,17 @@ Plugins import ``mlxlora_core.api``, ``.ops`` and ``.files``.
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+from mlxlora_core.version import __version__
+
 __all__ = [
     "Model",
     "TrainReport",
     "TrainResult",
     "ValidReport",
+    "__version__",
     "errors",
     "evaluate",
+    "export",
     "fuse",
     "generate",
     "load",
@@ -32,7 +35,7 @@ __all__ = [
 TYPE_CHECKING = False  # typing itself takes longer to import than all the rest
 if TYPE_CHECKING:
     from mlxlora_core import errors
-    from mlxlora_core.python import evaluate, fuse, generate, run, stream, train
+    from mlxlora_core.python import evaluate, export, fuse, generate, run, stream, train
     from mlxlora_core.python_model import Model, load, registry
     from mlxlora_core.training.events import TrainReport, TrainResult, ValidReport
 else:  # a type checker would take any name for one that is here

@@ -22,6 +22,7 @@ from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.options import divide
 from mlxlora_core.plugins.blame import told
 from mlxlora_core.plugins.defaults import DEFAULT_RECIPE, DEFAULT_SAMPLER
+from mlxlora_core.plugins.sections import configure
 from mlxlora_core.python_model import Model, checked_seed, load, parsed, prepare, registry, texts
 from mlxlora_core.training.checkpoints import Start
 from mlxlora_core.training.events import TrainReport, TrainResult, ValidReport
@@ -37,6 +38,7 @@ from mlxlora_core.training.settings import (
 from mlxlora_core.training.sources import Rows, sources
 
 if TYPE_CHECKING:
+    from mlxlora_core.model.export import ExportReport
     from mlxlora_core.model.fuse import FuseReport
     from mlxlora_core.model.generate import Segment
     from mlxlora_core.runs.events import Event
@@ -50,6 +52,7 @@ __all__ = [
     "TrainResult",
     "ValidReport",
     "evaluate",
+    "export",
     "fuse",
     "generate",
     "load",
@@ -278,6 +281,51 @@ def fuse(
         from mlxlora_core.model.fuse import fuse as fused
 
         return result_of(fused(base, file, target, found, adapter, options, overwrite))
+
+
+def export(
+    model: str | os.PathLike[str],
+    to: str,
+    out: str | os.PathLike[str],
+    *,
+    adapter_file: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    plugins: Sequence[str] = (),
+    **options: Any,
+) -> ExportReport:
+    """Write a model, with or without an adapter, in the form of another tool.
+
+    Args:
+        model: a model folder.
+        to: the exporter.
+        out: the folder to write.
+        adapter_file: an adapter made for the model, to put into the weights.
+        overwrite: whether an export that is there may be replaced.
+        plugins: as for :func:`registry`.
+        options: of the exporter.
+
+    Returns:
+        Which files were written.
+
+    Raises:
+        UsageError: the target is the model; an option that there is not or that is out of range.
+        ModelError: the model or the adapter is damaged, or they do not fit.
+        SafetyError: the target holds something else.
+        LockedError: another run writes the target.
+        ResourceError: the disk is too small.
+        PluginError: no such exporter, or one that breaks its contract.
+    """
+    found = registry(plugins)
+    exporter, _ = configure(found.find("exporter", to), options)
+    folder, target = Path(model), Path(out)
+    with told(found.plugins), lock.hold(target):
+        prepare(found)
+        from mlxlora_core.model.events import result_of
+        from mlxlora_core.model.export import Fused
+        from mlxlora_core.model.export import export as exported
+
+        fused = Fused(Path(adapter_file)) if adapter_file is not None else None
+        return result_of(exported(folder, target, exporter, found, fused=fused, overwrite=overwrite))
 
 
 def run(

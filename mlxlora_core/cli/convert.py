@@ -1,21 +1,25 @@
-"""``mlxlora convert``."""
+"""``mlxlora convert``: a foreign model becomes a model folder."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError, listing
-from mlxlora_core.model.events import SpaceNeeded, describe_conversion
+from mlxlora_core.model.events import SpaceNeeded, TensorConverted, describe_conversion
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.defaults import DEFAULT_QUANTIZER
 from mlxlora_core.plugins.sections import QuantizeConfig
 from mlxlora_core.runs.recipe import check_sections, choose, overrides
+
+if TYPE_CHECKING:
+    from mlxlora_core.model.convert import ConvertReport
 
 
 @verb(
@@ -80,7 +84,7 @@ def command(
     read = choose("loader", loader, given.get("loader", {}), registry)[0] if loader else None
     hold(mlx_path)
     start(registry)
-    from mlxlora_core.model.convert import ConvertReport, convert
+    from mlxlora_core.model.convert import convert
 
     started = time.perf_counter()
     events = convert(
@@ -95,18 +99,23 @@ def command(
         quantize_config=which,
         overwrite=overwrite,
     )
-    result: dict[str, Any] = {}
-    with show.tensors("converting") as progress:
-        for event in events:
-            if isinstance(event, SpaceNeeded):
-                show.progress(event.text)
-            elif isinstance(event, ConvertReport):
-                result = event.values()
-            else:
-                progress(event.done, event.count)
+    result = _follow(events).values()
     if as_json:
         show.as_json(result)
         return
     for line in describe_conversion(result):
         click.echo(line)
     click.echo(f"{mlx_path} written in {time.perf_counter() - started:.1f} s")
+
+
+def _follow(events: Iterator[SpaceNeeded | TensorConverted | ConvertReport]) -> ConvertReport:
+    """Show how a conversion goes on; its report."""
+    with show.tensors("converting") as progress:
+        for event in events:
+            if isinstance(event, SpaceNeeded):
+                show.progress(event.text)
+            elif isinstance(event, TensorConverted):
+                progress(event.done, event.count)
+            else:
+                return event
+    raise AssertionError("the report comes last")

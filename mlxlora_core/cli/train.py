@@ -1,4 +1,4 @@
-"""``mlxlora train``."""
+"""``mlxlora train``: an adapter is trained on a dataset folder."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.sections import AdapterConfig
 from mlxlora_core.runs.observing import ObserverFailed, event_values, observed
 from mlxlora_core.runs.recipe import check_sections, choose, choose_observers, overrides
-from mlxlora_core.specs import RunInfo
 from mlxlora_core.training.checkpoints import Start, check_plugins, find, find_for
 from mlxlora_core.training.events import TrainEvent, TrainResult
 from mlxlora_core.training.settings import EvaluateConfig, GenerateConfig, SaveConfig, TrainConfig
+from mlxlora_core.values import RunInfo
 
 if TYPE_CHECKING:
     from mlxlora_core.training.session import AdapterFile, NewAdapter

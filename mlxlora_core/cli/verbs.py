@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
-from mlxlora_core import __version__
 from mlxlora_core.errors import ExitCode, MlxloraError, one_line
 from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.machine.signals import Interrupted
+from mlxlora_core.version import __version__
 
 #: verb -> what ``mlxlora --help`` says of it, so that help imports no verb
 VERBS = {

@@ -15,7 +15,7 @@ from mlxlora_core.files.jsonl import JsonLines, refuse_faults, scan_jsonl
 from mlxlora_core.files.zip_layout import ZipMember, read_zip_layout
 
 if TYPE_CHECKING:
-    from mlxlora_core.specs import LazyTensor
+    from mlxlora_core.values import LazyTensor
 
 __all__ = [
     "JsonLines",

@@ -30,7 +30,7 @@ from mlxlora_core.errors import MlxloraError, ModelError, ResourceError, listing
 from mlxlora_core.files import durable, tensor_header, zip_layout
 from mlxlora_core.files.input_file import name_of_open, open_regular, refuse_stand_in
 from mlxlora_core.files.tensor_checks import type_name
-from mlxlora_core.specs import LazyTensor
+from mlxlora_core.values import LazyTensor
 
 FINGERPRINT = "fingerprint"  # the metadata that tells what the tensors of a file are
 

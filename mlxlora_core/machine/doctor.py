@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxlora_core import __version__
 from mlxlora_core.errors import UsageError
 from mlxlora_core.machine.memory import memory_bytes, memory_limit_bytes
 from mlxlora_core.machine.processors import THREADS, cpu_quota, processors, thread_count
+from mlxlora_core.version import __version__
 
 #: distributions whose versions decide what works and how fast
 DISTRIBUTIONS = ("mlx", "numpy", "torch", "sentencepiece", "safetensors", "scipy-openblas32")

@@ -15,7 +15,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxlora_core import __version__
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing, nearest
 from mlxlora_core.files import tensor_file
 from mlxlora_core.files.tensor_checks import is_finite, mismatches, type_name
@@ -25,7 +24,8 @@ from mlxlora_core.options import divide, plain
 from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.sections import AdapterConfig, configure
-from mlxlora_core.specs import Place
+from mlxlora_core.values import Place
+from mlxlora_core.version import __version__
 
 ALL_LINEAR = "all-linear"
 METADATA = "mlxlora"

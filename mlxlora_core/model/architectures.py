@@ -14,7 +14,8 @@ from mlxlora_core.model.linears import linears
 from mlxlora_core.model.tokenizers import FILES
 from mlxlora_core.options import explain, parse, plain
 from mlxlora_core.plugins import Component, Registry
-from mlxlora_core.specs import Architecture, LazyTensor
+from mlxlora_core.specs import Architecture
+from mlxlora_core.values import LazyTensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 

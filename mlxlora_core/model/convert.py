@@ -25,7 +25,7 @@ from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.sections import QuantizeConfig
-from mlxlora_core.specs import LazyTensor
+from mlxlora_core.values import LazyTensor
 
 _NOT_THE_HEAD = QuantizeConfig()
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}

@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxlora_core import __version__
 from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.files.tensor_checks import type_name
@@ -29,7 +28,8 @@ from mlxlora_core.model.quantization import QUANTIZATION, QUANTIZED, QUANTIZER, 
 from mlxlora_core.model.tokenizers import tokenizer_files
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component, Registry
-from mlxlora_core.specs import ExportAdapter, ExportSource, LazyTensor
+from mlxlora_core.values import ExportAdapter, ExportSource, LazyTensor
+from mlxlora_core.version import __version__
 
 RECORD = "export.json"
 

@@ -39,7 +39,7 @@ from mlxlora_core.model.tokenizers import (
 )
 from mlxlora_core.model.weights import WEIGHTS, lazy_weights, read_weights, weight_files
 from mlxlora_core.plugins import Choice, Component, Registry
-from mlxlora_core.specs import LazyTensor
+from mlxlora_core.values import LazyTensor
 
 CONFIG = "config.json"
 

@@ -25,7 +25,7 @@ from mlxlora_core.model.tokenizers import (
 )
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.plugins import Component, Registry
-from mlxlora_core.specs import ForeignModel, LazyTensor
+from mlxlora_core.values import ForeignModel, LazyTensor
 
 
 @dataclass(frozen=True)

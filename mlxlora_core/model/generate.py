@@ -12,7 +12,7 @@ from mlxlora_core.errors import DataError, UsageError
 from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.plugins import Component
-from mlxlora_core.specs import Cache, Tokenizer
+from mlxlora_core.values import Cache, Tokenizer
 
 PREFILL_TOKENS = 512
 

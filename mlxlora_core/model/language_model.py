@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxlora_core.specs import Cache
+from mlxlora_core.values import Cache
 
 
 class LanguageModel(nn.Module):

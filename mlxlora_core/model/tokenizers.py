@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from mlxlora_core.errors import ModelError, listing
 from mlxlora_core.plugins import Component, Registry
-from mlxlora_core.specs import Piece
+from mlxlora_core.values import Piece
 
 FILES = "tokenizer_files"  # the key of config.json that names them
 DEFAULT_FILES = ("tokenizer.model",)  # of a model folder that names none
@@ -20,7 +20,7 @@ _RANKS = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
 class CheckedTokenizer:
     """What a plugin has opened; whatever it gives is held against the contract.
 
-    See :class:`mlxlora_core.specs.Tokenizer` for the members.
+    See :class:`mlxlora_core.values.Tokenizer` for the members.
 
     Attributes:
         component: who opened it.
@@ -43,7 +43,7 @@ class CheckedTokenizer:
         return self.stops if self.bos is None else self.stops | {self.bos}
 
     def encode(self, text: str, *, bos: bool = True, eos: bool = False) -> list[int]:
-        """As :meth:`mlxlora_core.specs.Tokenizer.encode`."""
+        """As :meth:`mlxlora_core.values.Tokenizer.encode`."""
         ids = self._opened.encode(text, bos=bos, eos=eos)
         if not isinstance(ids, list) or not all(map(self._is_id, ids)):
             self._refuse("encode", ids, f"a list of ids below {self.vocab_size}")
@@ -54,16 +54,16 @@ class CheckedTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """As :meth:`mlxlora_core.specs.Tokenizer.decode`."""
+        """As :meth:`mlxlora_core.values.Tokenizer.decode`."""
         return self.component.checked("decode", self._opened.decode(ids), str)
 
     def stream(self, ids: Iterable[int], every: int = 1) -> Iterator[str]:
-        """As :meth:`mlxlora_core.specs.Tokenizer.stream`."""
+        """As :meth:`mlxlora_core.values.Tokenizer.stream`."""
         for segment in self._opened.stream(ids, every):
             yield self.component.checked("stream", segment, str)
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
-        """As :meth:`mlxlora_core.specs.Tokenizer.render`."""
+        """As :meth:`mlxlora_core.values.Tokenizer.render`."""
         pieces = self._opened.render(messages)
         if not isinstance(pieces, Sequence) or not pieces:
             self._refuse("render", pieces, "a sequence of pieces")
@@ -121,7 +121,8 @@ def open_tokenizer(files: Mapping[str, Path], registry: Registry, where: Path) -
         )
     failed = "".join(f"; plugin {p} failed to load: {p.reason}" for p in registry.failed)
     raise ModelError(
-        f"no tokenizer opens {_shown(files)} (there is {listing(c.spec.name for c in known)}{failed})",
+        f"no tokenizer opens {listing(map(_shown, files.items()))}; "
+        f"there is {listing(c.spec.name for c in known)}{failed}",
         where=where,
         fix="install a plugin that opens it",
     )
@@ -167,13 +168,11 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _shown(files: Mapping[str, Path]) -> str:
-    """The names of files that nobody opens, and of a format that many of them have."""
-    ranks = [name for name, path in files.items() if path.is_file() and _is_ranks(path)]
-    said = f", of which {listing(ranks)} is a tiktoken (BPE) vocabulary as Llama 3 has it" if ranks else ""
-    return listing(files) + said
-
-
-def _is_ranks(path: Path) -> bool:
-    with path.open("rb") as file:
-        return _RANKS.match(file.read(4096)) is not None
+def _shown(file: tuple[str, Path]) -> str:
+    """The name of a file that nobody opens, and its format where that is one that many have."""
+    name, path = file
+    if not path.is_file():
+        return name
+    with path.open("rb") as opened:
+        ranks = _RANKS.match(opened.read(4096))
+    return f"{name} (a tiktoken vocabulary, as Llama 3 has it)" if ranks else name

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlxlora_core.errors import ModelError, SafetyError, listing
 from mlxlora_core.files import tensor_file
 from mlxlora_core.files.input_file import read_json
-from mlxlora_core.specs import LazyTensor
+from mlxlora_core.values import LazyTensor
 
 WEIGHTS = {"safetensors": "model.safetensors", "npz": "weights.npz"}
 

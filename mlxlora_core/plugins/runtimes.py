@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from mlxlora_core import specs
 from mlxlora_core.errors import PluginError, one_line
 from mlxlora_core.machine.device import use_exponential, use_for_products
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.plugins.checks import reason_of
 from mlxlora_core.plugins.lookup import Registry
 from mlxlora_core.plugins.plugin import Component
+from mlxlora_core.values import RuntimeStarted
 
 
-def start_runtimes(registry: Registry) -> list[specs.RuntimeNote]:
+def start_runtimes(registry: Registry) -> list[RuntimeStarted]:
     """Start every runtime, once a process, before MLX computes; return what they have to say.
 
     A runtime that raises is a warning and leaves the others alone.
@@ -24,16 +24,16 @@ def start_runtimes(registry: Registry) -> list[specs.RuntimeNote]:
 
 
 @cache
-def _start(component: Component) -> specs.RuntimeNote | None:
+def _start(component: Component) -> RuntimeStarted | None:
     """Start one, unless it is started already; what it has to say."""
     try:
-        note: specs.RuntimeNote | None = component.spec.start()
-        if note is not None and not isinstance(note, specs.RuntimeNote):
-            raise PluginError(f"start gives {type(note).__name__}, wanted RuntimeNote or None")
+        note: RuntimeStarted | None = component.spec.start()
+        if note is not None and not isinstance(note, RuntimeStarted):
+            raise PluginError(f"start gives {type(note).__name__}, wanted RuntimeStarted or None")
     except (KeyboardInterrupt, Interrupted):
         raise
     except BaseException as fault:
-        note = specs.RuntimeNote(f"runtime {component.id} failed: {reason_of(fault)}", warning=True)
+        note = RuntimeStarted(f"runtime {component.id} failed: {reason_of(fault)}", warning=True)
     if note is None:
         return None
     if note.set_threads is not None:

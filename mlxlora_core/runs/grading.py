@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.files.jsonl import read_jsonl
-from mlxlora_core.specs import Tokenizer
 from mlxlora_core.training.dataset import SPLITS
+from mlxlora_core.values import Tokenizer
 
 #: what questions test -> the splits that their rows are in
 TESTS: Mapping[str, tuple[str | None, ...]] = {

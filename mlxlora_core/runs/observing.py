@@ -19,8 +19,8 @@ from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component
 from mlxlora_core.plugins.checks import other_arguments, reason_of
-from mlxlora_core.specs import RunInfo, Watcher
 from mlxlora_core.training.events import SpikeReport, TrainReport, ValidReport, report_line
+from mlxlora_core.values import RunInfo, Watcher
 
 T = TypeVar("T")
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import tomli_w
 
-from mlxlora_core import __version__
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.context import Context
 from mlxlora_core.runs.events import Event, RunStarted, StageDone, StageStarted
@@ -25,7 +24,8 @@ from mlxlora_core.runs.plan import fingerprints
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.report import write_report
 from mlxlora_core.runs.stages import STAGES
-from mlxlora_core.specs import RunInfo
+from mlxlora_core.values import RunInfo
+from mlxlora_core.version import __version__
 
 
 def run(

@@ -7,10 +7,10 @@ can be checked on any machine.
 
 from __future__ import annotations
 
-from mlxlora_core import __version__
 from mlxlora_core.runs.folder import RunFolder, fingerprint
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.stages import STAGES
+from mlxlora_core.version import __version__
 
 
 def plan(recipe: Recipe) -> dict[str, bool]:

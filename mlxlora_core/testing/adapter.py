@@ -22,8 +22,9 @@ from mlx.utils import tree_flatten, tree_map
 from mlxlora_core.errors import UsageError
 from mlxlora_core.model.linears import QuantizedLinear, StackedLinear, dense_weight, linear_shape
 from mlxlora_core.options import NoOptions, parse, plain
-from mlxlora_core.specs import Adapter, Place
+from mlxlora_core.specs import Adapter
 from mlxlora_core.testing.stand_in import ROUNDING, choice
+from mlxlora_core.values import Place
 
 OUTPUTS, INPUTS, ROWS = 32, 64, 10
 ODD_SHAPES = ((1, 64), (64, 1), (33, 7), (129, 65))

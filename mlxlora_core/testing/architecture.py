@@ -31,8 +31,9 @@ from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import linear_shape, linears, parameters
 from mlxlora_core.model.ops import LARGE
 from mlxlora_core.options import explain, plain
-from mlxlora_core.specs import Architecture, LazyTensor
+from mlxlora_core.specs import Architecture
 from mlxlora_core.testing.forward import OnlyForward, gradients_of, in_parts, loss_of
+from mlxlora_core.values import LazyTensor
 
 #: what a whole number in a config may be instead
 IMPOSSIBLE = (10**18, 2.5, "7", True, [3], float("nan"))

@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 
 from mlxlora_core.options import parse
-from mlxlora_core.specs import ExportAdapter, Exporter, ExportSource, LazyTensor
+from mlxlora_core.specs import Exporter
+from mlxlora_core.values import ExportAdapter, ExportSource, LazyTensor
 
 #: a Llama of two layers: D 32, 4 heads of 8, 2 kv heads, F 64, V 50
 CONFIG: Mapping[str, Any] = {

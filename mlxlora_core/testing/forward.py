@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import parameters
-from mlxlora_core.specs import Cache
+from mlxlora_core.values import Cache
 
 
 class OnlyForward(nn.Module):

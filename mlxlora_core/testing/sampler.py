@@ -25,7 +25,8 @@ from mlxlora_core.errors import UsageError
 from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.options import parse
 from mlxlora_core.plugins import Component, Plugin
-from mlxlora_core.specs import Sampler, Transform
+from mlxlora_core.specs import Sampler
+from mlxlora_core.values import Transform
 
 _INF = math.inf
 _LONGEST = 24  # tokens of the longest text that is drawn

@@ -22,7 +22,8 @@ import pytest
 from mlxlora_core.errors import DataError, MlxloraError
 from mlxlora_core.model.tokenizers import CheckedTokenizer, is_plain_name
 from mlxlora_core.plugins import Component, Plugin
-from mlxlora_core.specs import Piece, TokenizerLoader
+from mlxlora_core.specs import TokenizerLoader
+from mlxlora_core.values import Piece
 
 Messages = Sequence[Mapping[str, Any]]
 

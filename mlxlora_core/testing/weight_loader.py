@@ -25,7 +25,8 @@ import pytest
 
 from mlxlora_core.errors import MlxloraError
 from mlxlora_core.model.tokenizers import is_plain_name
-from mlxlora_core.specs import ForeignModel, WeightLoader
+from mlxlora_core.specs import WeightLoader
+from mlxlora_core.values import ForeignModel
 
 # Opens and reads a checkpoint in a process of its own and prints how far the
 # memory in use rose after the first tensor, in bytes.

@@ -17,7 +17,7 @@ from mlxlora_core.files.jsonl import check_content
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice
 from mlxlora_core.plugins.sections import SplitConfig
-from mlxlora_core.specs import Row, Rows, Skipped
+from mlxlora_core.values import Row, Rows, Skipped
 
 SPLITS = ("train", "valid", "test")
 

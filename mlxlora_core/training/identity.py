@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from mlxlora_core import __version__
 from mlxlora_core.errors import ModelError, SettingsChanged
 from mlxlora_core.options import plain
 from mlxlora_core.training.checkpoints import Checkpoint
+from mlxlora_core.version import __version__
 
 if TYPE_CHECKING:
     from mlxlora_core.model.adapters import Adapted

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mlxlora_core.api import Runtime, RuntimeNote, hookimpl
+from mlxlora_core.api import Runtime, RuntimeStarted, hookimpl
 
 
 @hookimpl
@@ -18,7 +18,7 @@ def mlxlora_runtimes() -> Iterable[Runtime]:
     return [Runtime(name="openblas", summary="a fast BLAS under MLX's CPU backend on Linux", start=_start)]
 
 
-def _start() -> RuntimeNote | None:
+def _start() -> RuntimeStarted | None:
     from mlxlora_openblas.runtime import start
 
     return start()

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from functools import cache
 
-from mlxlora_core.api import MlxloraError, ResourceError, RuntimeNote, thread_count
+from mlxlora_core.api import MlxloraError, ResourceError, RuntimeStarted, thread_count
 
 _COST = (
     "a token of a reply takes 1.5 times as long, a prompt 1.3 times; "
@@ -15,7 +15,7 @@ _COST = (
 
 
 @cache
-def start() -> RuntimeNote | None:
+def start() -> RuntimeStarted | None:
     """Point MLX's matrix products at a fast BLAS; called again, it only repeats the note.
 
     Returns:
@@ -27,7 +27,7 @@ def start() -> RuntimeNote | None:
     try:
         return _start()
     except (MlxloraError, OSError, ValueError, RuntimeError) as fault:
-        return RuntimeNote(f"openblas: MLX's CPU backend stays as it was: {fault}", warning=True)
+        return RuntimeStarted(f"openblas: MLX's CPU backend stays as it was: {fault}", warning=True)
 
 
 def _computes_on_cpu() -> bool:
@@ -41,7 +41,7 @@ def _computes_on_cpu() -> bool:
     return mx.default_device().type == mx.DeviceType.cpu
 
 
-def _start() -> RuntimeNote | None:
+def _start() -> RuntimeStarted | None:
     """Point, check, and keep or put back.
 
     Raises:
@@ -77,7 +77,7 @@ def _start() -> RuntimeNote | None:
     works = exponential_works(exp)
     if not works and not advice:
         said += "; exponentials stay with MLX, whose products are not what sgemm.c expects"
-    return RuntimeNote(
+    return RuntimeStarted(
         f"openblas: {blas.title} under MLX's CPU backend{said}",
         set_threads=blas.set_threads,
         exp=exp if works else None,

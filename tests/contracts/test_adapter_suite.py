@@ -12,8 +12,8 @@ import pytest
 
 from mlxlora_core import plugins as registry
 from mlxlora_core.errors import UsageError
-from mlxlora_core.specs import Place
 from mlxlora_core.testing.adapter import INPUTS, LINEARS, OUTPUTS, AdapterSuite
+from mlxlora_core.values import Place
 
 ADAPTERS = {c.spec.name: c.spec for c in registry.load(environ={registry.ALLOW_LIST: ""}).of("adapter")}
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from mlxlora_core import plugins as registry
-from mlxlora_core.specs import Exporter, ExportSource
+from mlxlora_core.specs import Exporter
 from mlxlora_core.testing.exporter import ExporterSuite
+from mlxlora_core.values import ExportSource
 
 EXPORTERS = {c.spec.name: c.spec for c in registry.load(environ={registry.ALLOW_LIST: ""}).of("exporter")}
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from mlxlora_core import plugins as registry
-from mlxlora_core.specs import Observer, RunInfo
+from mlxlora_core.specs import Observer
 from mlxlora_core.testing.observer import ObserverSuite
+from mlxlora_core.values import RunInfo
 
 OBSERVERS = {c.spec.name: c.spec for c in registry.load(environ={registry.ALLOW_LIST: ""}).of("observer")}
 

@@ -471,7 +471,12 @@ def test_importing_it_imports_nothing_else() -> None:
 def test_every_public_name_is_there_when_it_is_asked_for() -> None:
     for name in mlxlora.__all__:
         (kind,) = run(f"import mlxlora_core as m; print(type(m.{name}).__name__)")
-        assert kind == ("module" if name == "errors" else kind) and kind in {"function", "type", "module"}
+        assert kind == ("module" if name == "errors" else kind) and kind in {
+            "function",
+            "type",
+            "module",
+            "str",
+        }
     assert mlxlora.__all__ == sorted(mlxlora.__all__) and set(mlxlora.__all__) <= set(dir(mlxlora))
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         mlxlora.trian  # noqa: B018 - looking at it is the test

@@ -148,7 +148,7 @@ def _tensors(tensors: Any) -> dict[str, Any]:
     from mlxlora_core.files import tensor_file
 
     return {
-        name: (tensor_file._TYPES[tensor.dtype], tuple(tensor.shape), _digest(tensor_file._bytes(tensor)))
+        name: (tensor_file.TYPES[tensor.dtype], tuple(tensor.shape), _digest(tensor_file._bytes(tensor)))
         for name, tensor in tensors.items()
     }
 

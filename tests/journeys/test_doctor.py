@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from mlxlora_core import __version__
 from mlxlora_core.machine import doctor as doctor_module
 from mlxlora_core.machine.doctor import Device, Threads, advice
+from mlxlora_core.version import __version__
 
 Command = Callable[..., Any]
 

@@ -112,7 +112,7 @@ BROKEN = {
     ),
     "newer-api": ("mlxlora_api = 99\n" + HOOK + f"return [{SPEC}]", "it needs plugin API 99, this is 2"),
     "other-spec": (
-        HOOK + "return [Adapter(name='a', summary='s', wrap=lambda a, b: a, fuse=lambda a, b: b)]",
+        HOOK + "return [Adapter(name='a', summary='s', wrap=lambda a, b, c: a, fuse=lambda a, b: b)]",
         "mlxlora_samplers gives Adapter, wanted Sampler",
     ),
     "bad-name": (HOOK + "return [Sampler(name='Top K', summary='s', build=build)]", "name 'Top K' does not"),
@@ -120,7 +120,9 @@ BROKEN = {
     "absent": (None, "ModuleNotFoundError: No module named 'absent'"),
     "stale": (None, "ModuleNotFoundError: No module named 'stale'"),
 }
-ADAPTER = "Adapter(name='lora', summary='s', wrap=lambda linear, o: linear, fuse=lambda module, w: w)"
+ADAPTER = (
+    "Adapter(name='lora', summary='s', wrap=lambda linear, place, options: linear, fuse=lambda module, w: w)"
+)
 #: distributions that load, but are not quiet or stand in the way of a name
 AWKWARD = {
     "squatter": (HEAD + f"@hookimpl\ndef mlxlora_adapters(): return [{ADAPTER}]", "squatter"),

@@ -279,6 +279,19 @@ def test_fuse_writes_the_folder_of_the_verb(
         mlxlora_core.fuse(model, tuned, tmp_path / "other", rank=8)
 
 
+def test_export_writes_the_folder_of_the_verb(
+    mlxlora: Command, model: Path, tuned: Path, tmp_path: Path
+) -> None:
+    on_base = ("--model", model, "--adapter-file", tuned, "--to", "npz", "--out", tmp_path / "verb")
+    verb = json.loads(mlxlora("export", *on_base, "--json").out)
+    report = mlxlora_core.export(model, "npz", tmp_path / "python", adapter_file=tuned)
+    assert asdict(report).keys() == verb.keys()
+    folders = [{p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("verb", "python")]
+    assert folders[0] == folders[1]
+    with pytest.raises(UsageError, match="has no option 'bits'"):
+        mlxlora_core.export(model, "npz", tmp_path / "other", bits=4)
+
+
 # --- a whole recipe -----------------------------------------------------------
 
 RECIPE = """

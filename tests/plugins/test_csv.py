@@ -11,8 +11,9 @@ from mlxlora_csv import start
 from mlxlora_csv.table import COLUMNS
 
 from mlxlora_core.errors import UsageError
-from mlxlora_core.specs import NoOptions, RunInfo
+from mlxlora_core.specs import NoOptions
 from mlxlora_core.training.session import report_line
+from mlxlora_core.values import RunInfo
 
 
 def watch(folder: Path, stem: str = "metrics") -> Any:

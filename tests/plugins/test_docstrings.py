@@ -21,7 +21,7 @@ from mlxlora_docstrings import DocstringOptions, build, graph, inputs, normalise
 
 from mlxlora_core.errors import DataError, UsageError
 from mlxlora_core.options import parse
-from mlxlora_core.specs import Row, Rows
+from mlxlora_core.values import Row, Rows
 
 ALL = ("mlx", "numpy", "torch")
 

@@ -12,7 +12,7 @@ from mlxlora_jsonl import JsonlOptions, build, inputs
 
 from mlxlora_core.errors import DataError, UsageError
 from mlxlora_core.options import parse
-from mlxlora_core.specs import Rows
+from mlxlora_core.values import Rows
 
 
 def write(path: Path, *texts: str) -> Path:

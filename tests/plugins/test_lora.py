@@ -16,8 +16,8 @@ from mlxlora_lora.linear import LoRALinear
 from mlxlora_core.errors import UsageError
 from mlxlora_core.model.linears import QuantizedLinear, StackedLinear, dense_weight
 from mlxlora_core.options import parse
-from mlxlora_core.specs import Place
 from mlxlora_core.testing.stand_in import choice
+from mlxlora_core.values import Place
 
 WIDTHS = (64, 96, 32)
 ROWS, RANK, SCALE = 7, 4, 3.0

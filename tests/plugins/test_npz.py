@@ -14,7 +14,7 @@ import pytest
 from mlxlora_npz import NpzOptions, export
 
 from mlxlora_core.errors import ModelError
-from mlxlora_core.specs import ExportAdapter, ExportSource, LazyTensor
+from mlxlora_core.values import ExportAdapter, ExportSource, LazyTensor
 
 
 def lazy(values: Any, dtype: str = "float32") -> LazyTensor:

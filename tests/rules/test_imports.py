@@ -25,12 +25,17 @@ DOORS = {"mlxlora_core.api", "mlxlora_core.ops", "mlxlora_core.files"}
 #: the rooms of core that every verb may import; the empty one is the door
 LIGHT_ROOMS = {"", "plugins", "files", "machine", "runs", "cli"}
 #: what reads or computes with tensors in them
-HEAVY_IN_LIGHT_ROOMS = {"mlxlora_core.ops", "mlxlora_core.files.tensor_file"}
+HEAVY_IN_LIGHT_ROOMS = {
+    "mlxlora_core.ops",
+    "mlxlora_core.files.tensor_checks",
+    "mlxlora_core.files.tensor_file",
+}
 #: what other rooms have that light ones need: settings, events, the record of a dataset, checkpoints as files
 LIGHT_IN_HEAVY_ROOMS = {
     "mlxlora_core.model.events",
     "mlxlora_core.training.settings",
     "mlxlora_core.training.dataset",
+    "mlxlora_core.training.sources",
     "mlxlora_core.training.events",
     "mlxlora_core.training.checkpoints",
     "mlxlora_core.training.identity",

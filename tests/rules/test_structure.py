@@ -64,6 +64,8 @@ def imported(path: Path, *, types: bool) -> set[str]:
 @pytest.mark.parametrize("types", [False, True], ids=["as it runs", "with imports for types"])
 def test_no_modules_import_each_other(types: bool) -> None:
     graph = {name: imported(path, types=types) - {name} for name, path in MODULES.items()}
+    if types:  # the door names for the type checker what it gives out once it is asked for
+        graph["mlxlora_core"] = imported(MODULES["mlxlora_core"], types=False)
     assert sum(map(len, graph.values())) > 200, "or nothing was read"
     try:
         TopologicalSorter(graph).prepare()

@@ -71,6 +71,17 @@ with signals.deferred() as pending:
     assert done.returncode == -number
 
 
+def test_where_nothing_was_installed_the_second_does_what_it_did_before() -> None:
+    """In Python, Ctrl-C twice is KeyboardInterrupt and not the end of the process."""
+    before = {number: signal.getsignal(number) for number in ALL}
+    with pytest.raises(KeyboardInterrupt), signals.deferred() as pending:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert pending.signum == signal.SIGTERM
+        assert {number: signal.getsignal(number) for number in ALL} == before
+        os.kill(os.getpid(), signal.SIGINT)
+    assert {number: signal.getsignal(number) for number in ALL} == before
+
+
 def test_handlers_are_put_back_even_when_a_signal_came() -> None:
     before = {number: signal.getsignal(number) for number in ALL}
     for send in (False, True):

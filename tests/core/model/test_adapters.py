@@ -21,10 +21,11 @@ from mlxlora_core.model.linears import linear_shape, linears, parameters
 from mlxlora_core.options import NoOptions
 from mlxlora_core.plugins import Choice, Component, Plugin, Registry
 from mlxlora_core.plugins.sections import AdapterConfig, configure
-from mlxlora_core.specs import Adapter, Place
+from mlxlora_core.specs import Adapter
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loop import train
 from mlxlora_core.training.settings import TrainConfig
+from mlxlora_core.values import Place
 
 MakeModel = Callable[..., Path]
 TOKENS = mx.array([[1, 5, 7, 9, 300, 17]])

@@ -14,7 +14,8 @@ from mlxlora_core.errors import ModelError, PluginError, SafetyError, UsageError
 from mlxlora_core.model import architectures
 from mlxlora_core.options import option
 from mlxlora_core.plugins import Component, Registry
-from mlxlora_core.specs import Architecture, LazyTensor
+from mlxlora_core.specs import Architecture
+from mlxlora_core.values import LazyTensor
 
 HERE = Path("model")
 

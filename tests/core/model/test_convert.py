@@ -22,7 +22,8 @@ from mlxlora_core.model.generate import decode
 from mlxlora_core.model.linears import dense_weight, linears
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.plugins import Choice, Component, Registry
-from mlxlora_core.specs import ForeignModel, LazyTensor, TokenizerLoader, WeightLoader
+from mlxlora_core.specs import TokenizerLoader, WeightLoader
+from mlxlora_core.values import ForeignModel, LazyTensor
 
 MakeCheckpoint = Callable[..., Path]
 MakeModel = Callable[..., Path]

@@ -13,7 +13,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxlora_core import __version__, cli
+import mlxlora_core
+from mlxlora_core import cli
 from mlxlora_core.errors import MlxloraError, ModelError, PluginError, ResourceError, SafetyError, UsageError
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as folders
@@ -22,7 +23,9 @@ from mlxlora_core.model.export import ExportReport, Fused, export, holds_only_an
 from mlxlora_core.model.fuse import fuse
 from mlxlora_core.model.weights import read_weights
 from mlxlora_core.plugins import Choice, Component, Plugin, Registry
-from mlxlora_core.specs import Exporter, ExportSource, NoOptions
+from mlxlora_core.specs import Exporter, NoOptions
+from mlxlora_core.values import ExportSource
+from mlxlora_core.version import __version__
 
 MakeModel = Callable[..., Path]
 TOKENS = mx.array([[1, 5, 7, 9, 300, 17, 44, 45]])
@@ -189,6 +192,16 @@ def test_bfloat16_is_refused_with_what_to_do_and_cast_when_asked(
     assert all(
         np.array_equal(a, np.array(want[n].astype(mx.float32))) for n, a in numbers(tmp_path / "out").items()
     )
+
+
+def test_python_exports_the_same_bytes(model_folder: MakeModel, registry: Registry, tmp_path: Path) -> None:
+    report = mlxlora_core.export(model_folder(), "npz", tmp_path / "out", dtype="float16")
+    exported(model_folder(), tmp_path / "want", registry, dtype="float16")
+    assert set(report.files) == {"weights.npz", "config.json", "tokenizer.model"}
+    for name in (*report.files, "export.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "want" / name).read_bytes()
+    with pytest.raises(UsageError, match="has no option 'type'"):
+        mlxlora_core.export(model_folder(), "npz", tmp_path / "other", type="float16")
 
 
 # --- memory -------------------------------------------------------------------

@@ -19,6 +19,7 @@ from mlxlora_core.machine import device
 from mlxlora_core.options import explain
 from mlxlora_core.plugins import ALLOW_LIST, Component, Plugin, Registry, load, start_runtimes
 from mlxlora_core.plugins.checks import FUNCTIONS
+from mlxlora_core.values import RuntimeStarted
 
 HEAD = """
 from dataclasses import dataclass
@@ -662,20 +663,24 @@ def test_a_runtime_that_fails_is_a_warning_and_leaves_the_others_alone() -> None
         raise SystemExit(3)
 
     found = runtimes(
-        fails, leaves, lambda: "done", lambda: None, lambda: specs.RuntimeNote("fast\x1b now", warning=False)
+        fails,
+        leaves,
+        lambda: "done",
+        lambda: None,
+        lambda: RuntimeStarted("fast\x1b now", warning=False),
     )
     notes = start_runtimes(found)
     assert [note.warning for note in notes] == [True, True, True, False]
     assert notes[0].text == "runtime fast:r0 failed: OSError: no library"
     assert notes[1].text == "runtime fast:r1 failed: it called sys.exit(3)"
-    assert notes[2].text == "runtime fast:r2 failed: start gives str, wanted RuntimeNote or None"
+    assert notes[2].text == "runtime fast:r2 failed: start gives str, wanted RuntimeStarted or None"
     assert notes[3].text == "fast\\x1b now"
 
 
 def test_what_a_runtime_sets_threads_with_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
     monkeypatch.setattr(device, "_setters", [])
-    start_runtimes(runtimes(lambda: specs.RuntimeNote("fast", set_threads=told.append)))
+    start_runtimes(runtimes(lambda: RuntimeStarted("fast", set_threads=told.append)))
     with device.product_threads(3):
         assert told == [3]
     assert told == [3, device.thread_count()]
@@ -683,7 +688,7 @@ def test_what_a_runtime_sets_threads_with_is_kept(monkeypatch: pytest.MonkeyPatc
 
 def test_the_exponential_of_a_runtime_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_exponentials", [])
-    start_runtimes(runtimes(lambda: specs.RuntimeNote("fast", exp=abs), lambda: specs.RuntimeNote("none")))
+    start_runtimes(runtimes(lambda: RuntimeStarted("fast", exp=abs), lambda: RuntimeStarted("none")))
     assert device._exponentials == [abs]
 
 

@@ -14,8 +14,9 @@ from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.plugins import Choice, Component, Plugin
 from mlxlora_core.runs.events import StageDone, StageStarted
 from mlxlora_core.runs.observing import ObserverFailed, event_values, observed
-from mlxlora_core.specs import NoOptions, Observer, RunInfo
+from mlxlora_core.specs import NoOptions, Observer
 from mlxlora_core.training.events import CheckpointSaved, Note, SpikeReport, TrainingStarted
+from mlxlora_core.values import RunInfo
 
 OWNER = Plugin("seen", "seen", "1", "installed", "seen")
 

@@ -15,10 +15,10 @@ from mlxlora_core.errors import DataError
 from mlxlora_core.files.jsonl import read_jsonl
 from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.plugins.sections import SplitConfig
-from mlxlora_core.specs import Piece, Row, Rows, Skipped
 from mlxlora_core.training.batches import epoch_order, fixed_rows, make_batch, steps_from
 from mlxlora_core.training.dataset import SPLITS, write_dataset
 from mlxlora_core.training.examples import Example, Examples, read_examples
+from mlxlora_core.values import Piece, Row, Rows, Skipped
 
 MakeExamples = Callable[..., tuple[Example, ...]]
 

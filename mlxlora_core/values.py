@@ -1,0 +1,259 @@
+"""What the functions of a plugin take and give: plain values, and what objects must be able to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a checkpoint that has not been read.
+
+    Attributes:
+        shape: its dimensions.
+        dtype: ``float16``, ``bfloat16``, ``float32`` and so on.
+        read: reads it; what it returns is not kept anywhere else.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], mx.array]
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """What a weight loader opened.
+
+    Attributes:
+        config: the model's own description, as the checkpoint spells it.
+        tokenizer: plain file name -> path of each file that the tokenizer is opened
+            from; a model folder keeps copies under these names.
+        tensors: name -> tensor, in the order in which reading is cheapest.
+    """
+
+    config: Mapping[str, Any]
+    tokenizer: Mapping[str, Path]
+    tensors: Mapping[str, LazyTensor]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a conversation in token ids.
+
+    Attributes:
+        ids: token ids, begin and end ids among them.
+        answer: whether it is what the assistant says, its end id included.
+    """
+
+    ids: tuple[int, ...]
+    answer: bool
+
+
+class Tokenizer(Protocol):
+    """Text <-> token ids, and conversations in the form that the model was tuned with."""
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are; they go from 0 up to this."""
+
+    @property
+    def bos(self) -> int | None:
+        """The id that begins a text, or None where texts begin without one."""
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """The ids of which each ends a text; one at least."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides which ids a text has."""
+
+    def encode(self, text: str, *, bos: bool = True, eos: bool = False) -> list[int]:
+        """Ids of a text; the begin id, if there is one, in front, and if asked an end id behind.
+
+        What looks like a special token in a text is text.
+
+        Raises:
+            DataError: half a surrogate pair, which no tokenizer has a token for.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; begin and end ids, and ids beyond the vocabulary, are no text."""
+
+    def stream(self, ids: Iterable[int], every: int = 1) -> Iterator[str]:
+        """The text of ids that follow others, in segments, one after every ``every`` ids.
+
+        The segments joined are the text of all ids. None is empty, and none
+        ends inside a character.
+        """
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Piece]:
+        """A conversation of ``{"role": ..., "content": ...}`` messages, in order.
+
+        After a last message of the user the pieces end where the answer would
+        begin. They are then a prefix of those of the same conversation with an
+        answer, so that generation is told what training was told.
+
+        Raises:
+            DataError: a conversation that this form cannot say.
+        """
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens that one layer has seen."""
+
+    @property
+    def offset(self) -> int:
+        """Tokens held."""
+
+    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append (B, K, T, E) keys and values; return all of them."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a linear stands in a model.
+
+    Attributes:
+        path: of the module, such as ``layers.3.attention.wq``.
+        layer: which of ``model.layers`` it is in, or None when it is in none.
+        shape: of its weight: (outputs, inputs), with the experts in front of a stacked one.
+    """
+
+    path: str
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row.
+
+    Attributes:
+        content: ``{"text": str}``, ``{"prompt": str, "completion": str}`` or
+            ``{"messages": [{"role": str, "content": str}, ...]}``.
+        group: rows of one group never stand in two splits; nothing is a group
+            of its own.
+        split: ``train``, ``valid`` or ``test``, when the source has settled it.
+    """
+
+    content: Mapping[str, Any]
+    group: str = ""
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A source, or a part of one, that gave no row, and why."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a dataset builder made.
+
+    Attributes:
+        rows: in an order that depends on the sources and options alone.
+        skipped: everything that was left out.
+        versions: source -> version, for the record.
+    """
+
+    rows: Sequence[Row]
+    skipped: Sequence[Skipped] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+Transform = Callable[["mx.array", Sequence[int]], "mx.array"]
+
+
+@dataclass(frozen=True)
+class ExportAdapter:
+    """The adapter of a model that is exported, beside the weights that it is fused into.
+
+    Attributes:
+        name: full id of the adapter.
+        options: its options, as plain values.
+        paths: module paths of the linears that it changes.
+        tensors: name -> parameter that was trained, as an adapter file holds it.
+        metadata: what its file says of itself, to be kept where there is a place for it.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    paths: tuple[str, ...]
+    tensors: Mapping[str, LazyTensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """A model to export.
+
+    Attributes:
+        config: config.json of a dense model: it says nothing of quantization.
+        tokenizer: file name -> file that the tokenizer is opened from.
+        tensors: parameter name -> tensor, dense, the adapter's change in it, in the
+            type that the base stores (a quantized weight: the type of its scales).
+        adapter: what was fused into the tensors, or None.
+    """
+
+    config: Mapping[str, Any]
+    tokenizer: Mapping[str, Path]
+    tensors: Mapping[str, LazyTensor]
+    adapter: ExportAdapter | None = None
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A training that begins.
+
+    Attributes:
+        folder: where a file of the observer's own goes.
+        name: of the recipe, or of the adapter file.
+        config: every setting, section by section, as plain values.
+        stem: what a file of the observer's own is called, without an ending.
+    """
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+    stem: str = "metrics"
+
+
+class Watcher(Protocol):
+    """What an observer starts: it is told of one run."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Something has happened: a mapping of plain values with ``kind``."""
+
+    def end(self, how: str) -> None:
+        """The run has ended: ``done``, ``interrupted`` or ``failed: ...``. Called once, at last."""
+
+
+@dataclass(frozen=True)
+class RuntimeStarted:
+    """What a runtime has to say, in one line.
+
+    Attributes:
+        text: what is in force, or what went wrong.
+        warning: whether the user should be told unasked.
+        set_threads: sets how many threads each matrix product takes from now
+            on, where the runtime can; mlxlora calls it between computations.
+        exp: the exponential of a float32 array of any shape on the CPU, where the
+            runtime has a faster one than MLX's; mlxlora never differentiates it.
+        advice: what would make it faster, in one line of ``mlxlora doctor``.
+    """
+
+    text: str
+    warning: bool = False
+    set_threads: Callable[[int], None] | None = None
+    exp: Callable[[mx.array], mx.array] | None = None
+    advice: str = ""
