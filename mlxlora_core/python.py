@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -38,13 +38,14 @@ from mlxlora_core.training.settings import (
 from mlxlora_core.training.sources import Rows, sources
 
 if TYPE_CHECKING:
+    from mlxlora_core.model.adapters import Adapted
     from mlxlora_core.model.export import ExportReport
     from mlxlora_core.model.fuse import FuseReport
     from mlxlora_core.model.generate import Segment
     from mlxlora_core.runs.events import Event
     from mlxlora_core.training.events import TrainEvent
     from mlxlora_core.training.loss import Loss
-    from mlxlora_core.training.session import Outputs
+    from mlxlora_core.training.session import Outputs, Source
 
 __all__ = [
     "Model",
@@ -52,6 +53,7 @@ __all__ = [
     "TrainResult",
     "ValidReport",
     "evaluate",
+    "export",
     "fuse",
     "generate",
     "load",
@@ -77,12 +79,11 @@ def train(
 ) -> Generator[TrainEvent, None, None]:
     """Train the adapter that is on a model, step by step as the reports are taken.
 
-    Nothing happens before the first one is asked for. A training that is left
-    in the middle keeps its lock and its hold on Ctrl-C until the generator is
-    closed or forgotten.
+    Nothing happens before the first one is asked for. A training that is left in the middle keeps
+    its lock and its hold on Ctrl-C until the generator is closed or forgotten.
 
     Args:
-        model: with an adapter on it, which goes on from its values; see :meth:`Model.attach`.
+        model: with an adapter on it, which goes on from its values.
         data: a dataset folder, rows to train on, or ``{"train": rows, "valid": rows}``.
         seed: of the order of rows and of dropout.
         adapter_file: write the adapter here at the end, and checkpoints beside it into
@@ -107,40 +108,49 @@ def train(
         PluginError: a plugin breaks its contract.
         KeyboardInterrupt: Ctrl-C; the step that it came in is done and saved.
     """
+    if resume and overwrite:
+        raise UsageError("resume goes on and overwrite begins anew; give one of them")
     ours, others = divide(options, SaveConfig)
     config = parsed(TrainConfig, others, "train", beside=(SaveConfig,))
     saving, number = parsed(SaveConfig, ours, "train"), checked_seed(seed, "train")
-    if resume and overwrite:
-        raise UsageError("resume goes on and overwrite begins anew; give one of them")
-    needless = [*ours, *(["resume"] if resume else [])]
-    if adapter_file is None and needless:
-        raise UsageError(
-            f"train: without adapter_file nothing is saved, and {listing(needless)} means nothing",
-            fix='name it: train(…, adapter_file="adapters.safetensors")',
-        )
+    if adapter_file is None:
+        _refuse_needless([*ours, *(["resume"] if resume else [])])
     adapted, rows = model.needed_adapter(), sources(data, "train", "valid")
     how = Start.RESUME if resume else Start.OVERWRITE if overwrite else Start.BEGIN
+    outputs = _outputs(adapter_file, metrics_file, saving)
+    return _train(model, adapted, rows, config, number, outputs, how)
 
-    def events() -> Generator[TrainEvent, None, None]:
-        from mlxlora_core.training.session import open_training
 
-        with ExitStack() as held:
-            held.enter_context(told(model.registry.plugins))
-            if adapter_file is not None:
-                held.enter_context(lock.hold(Path(adapter_file)))
-            session = open_training(
-                model.base,
-                adapted,
-                rows,
-                config,
-                model.registry,
-                seed=number,
-                outputs=_outputs(adapter_file, metrics_file, saving),
-                runtimes=model.runtimes,
-            )
-            yield from _followed(session.start(how))
+def _train(
+    model: Model,
+    adapted: Adapted,
+    rows: Mapping[str, Source],
+    config: TrainConfig,
+    seed: int,
+    outputs: Outputs,
+    how: Start,
+) -> Generator[TrainEvent, None, None]:
+    """The events of a training that is checked."""
+    from mlxlora_core.training.session import open_training
 
-    return events()
+    with ExitStack() as held:
+        held.enter_context(told(model.registry.plugins))
+        if outputs.adapter_file is not None:
+            held.enter_context(lock.hold(outputs.adapter_file))
+        plugins, runtimes = model.registry, model.runtimes
+        session = open_training(
+            model.base, adapted, rows, config, plugins, seed=seed, outputs=outputs, runtimes=runtimes
+        )
+        yield from _followed(session.start(how))
+
+
+def _refuse_needless(names: list[str]) -> None:
+    """Refuse options of saving where nothing is saved."""
+    if names:
+        raise UsageError(
+            f"train: without adapter_file nothing is saved, and {listing(names)} means nothing",
+            fix='name it: train(…, adapter_file="adapters.safetensors")',
+        )
 
 
 def evaluate(
