@@ -12,14 +12,13 @@ Plugins import ``mlxlora_core.api``, ``.ops`` and ``.files``.
 
 from __future__ import annotations
 
-from mlxlora_core.version import __version__
+from mlxlora_core.version import __version__ as __version__
 
 __all__ = [
     "Model",
     "TrainReport",
     "TrainResult",
     "ValidReport",
-    "__version__",
     "errors",
     "evaluate",
     "export",

@@ -9,32 +9,43 @@ the step under way end, saves it where there is a place for it, and raises
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+import signal
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
-from mlxlora_core.errors import UsageError
+from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.files import lock
+from mlxlora_core.machine.signals import Interrupted
+from mlxlora_core.options import divide
 from mlxlora_core.plugins.blame import told
 from mlxlora_core.plugins.defaults import DEFAULT_RECIPE, DEFAULT_SAMPLER
 from mlxlora_core.plugins.sections import configure
 from mlxlora_core.python_model import Model, checked_seed, load, parsed, prepare, registry, texts
-from mlxlora_core.python_train import followed, train
+from mlxlora_core.training.checkpoints import Start
 from mlxlora_core.training.events import TrainReport, TrainResult, ValidReport
 from mlxlora_core.training.settings import (
     BatchConfig,
     BatchOptions,
     EvaluateConfig,
     GenerateConfig,
+    SaveConfig,
+    TrainConfig,
+    TrainOptions,
 )
 from mlxlora_core.training.sources import Rows, sources
 
 if TYPE_CHECKING:
+    from mlxlora_core.model.adapters import Adapted
     from mlxlora_core.model.export import ExportReport
     from mlxlora_core.model.fuse import FuseReport
     from mlxlora_core.model.generate import Segment
     from mlxlora_core.runs.events import Event
+    from mlxlora_core.training.events import TrainEvent
     from mlxlora_core.training.loss import Loss
+    from mlxlora_core.training.session import Outputs, Source
 
 __all__ = [
     "Model",
@@ -51,6 +62,95 @@ __all__ = [
     "stream",
     "train",
 ]
+
+T = TypeVar("T")
+
+
+def train(
+    model: Model,
+    data: Rows,
+    *,
+    seed: int = 0,
+    adapter_file: str | os.PathLike[str] | None = None,
+    metrics_file: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    **options: Unpack[TrainOptions],
+) -> Generator[TrainEvent, None, None]:
+    """Train the adapter that is on a model, step by step as the reports are taken.
+
+    Nothing happens before the first one is asked for. A training that is left in the middle keeps
+    its lock and its hold on Ctrl-C until the generator is closed or forgotten.
+
+    Args:
+        model: with an adapter on it, which goes on from its values.
+        data: a dataset folder, rows to train on, or ``{"train": rows, "valid": rows}``.
+        seed: of the order of rows and of dropout.
+        adapter_file: write the adapter here at the end, and checkpoints beside it into
+            ``NAME.checkpoints``; without it nothing is saved.
+        metrics_file: write each report to this file, one JSON object a line.
+        resume: go on from the newest checkpoint.
+        overwrite: begin anew where a training has not ended.
+        options: as ``mlxlora train`` has them.
+
+    Yields:
+        Notes, reports as they are due, checkpoints as they are saved and, last, the
+        :class:`~mlxlora_core.training.events.TrainResult`.
+
+    Raises:
+        UsageError: no adapter is on the model, or an option that there is not or that is out of range.
+        DataError: rows that are not there, or that cannot be used.
+        ModelError: an adapter file whose name says no format, or checkpoints of another base or data.
+        SafetyError: a training that has not ended would be lost.
+        LockedError: another one writes the adapter file.
+        DivergedError: a loss or a gradient is not finite; the state before it is saved.
+        ResourceError: too little memory, or a file cannot be written.
+        PluginError: a plugin breaks its contract.
+        KeyboardInterrupt: Ctrl-C; the step that it came in is done and saved.
+    """
+    if resume and overwrite:
+        raise UsageError("resume goes on and overwrite begins anew; give one of them")
+    ours, others = divide(options, SaveConfig)
+    config = parsed(TrainConfig, others, "train", beside=(SaveConfig,))
+    saving, number = parsed(SaveConfig, ours, "train"), checked_seed(seed, "train")
+    if adapter_file is None:
+        _refuse_needless([*ours, *(["resume"] if resume else [])])
+    adapted, rows = model.needed_adapter(), sources(data, "train", "valid")
+    how = Start.RESUME if resume else Start.OVERWRITE if overwrite else Start.BEGIN
+    outputs = _outputs(adapter_file, metrics_file, saving)
+    return _train(model, adapted, rows, config, number, outputs, how)
+
+
+def _train(
+    model: Model,
+    adapted: Adapted,
+    rows: Mapping[str, Source],
+    config: TrainConfig,
+    seed: int,
+    outputs: Outputs,
+    how: Start,
+) -> Generator[TrainEvent, None, None]:
+    """The events of a training that is checked."""
+    from mlxlora_core.training.session import open_training
+
+    with ExitStack() as held:
+        held.enter_context(told(model.registry.plugins))
+        if outputs.adapter_file is not None:
+            held.enter_context(lock.hold(outputs.adapter_file))
+        plugins, runtimes = model.registry, model.runtimes
+        session = open_training(
+            model.base, adapted, rows, config, plugins, seed=seed, outputs=outputs, runtimes=runtimes
+        )
+        yield from _followed(session.start(how))
+
+
+def _refuse_needless(names: list[str]) -> None:
+    """Refuse options of saving where nothing is saved."""
+    if names:
+        raise UsageError(
+            f"train: without adapter_file nothing is saved, and {listing(names)} means nothing",
+            fix='name it: train(…, adapter_file="adapters.safetensors")',
+        )
 
 
 def evaluate(
@@ -226,15 +326,15 @@ def export(
     """
     found = registry(plugins)
     exporter, _ = configure(found.find("exporter", to), options)
-    folder, target = Path(model), Path(out)
+    base, target = Path(model), Path(out)
     with told(found.plugins), lock.hold(target):
         prepare(found)
         from mlxlora_core.model.events import result_of
         from mlxlora_core.model.export import Fused
         from mlxlora_core.model.export import export as exported
 
-        fused = Fused(Path(adapter_file)) if adapter_file is not None else None
-        return result_of(exported(folder, target, exporter, found, fused=fused, overwrite=overwrite))
+        adapter = Fused(Path(adapter_file)) if adapter_file is not None else None
+        return result_of(exported(base, target, exporter, found, fused=adapter, overwrite=overwrite))
 
 
 def run(
@@ -267,6 +367,30 @@ def run(
 
         with told(found.plugins), lock.hold(resolved.folder):
             notes = prepare(found)
-            yield from followed(pipeline.run(resolved, found, notes, "run(…)"))
+            yield from _followed(pipeline.run(resolved, found, notes, "run(…)"))
 
     return events()
+
+
+def _outputs(
+    adapter_file: str | os.PathLike[str] | None, metrics: str | os.PathLike[str] | None, saving: SaveConfig
+) -> Outputs:
+    """What a training writes: the adapter with checkpoints beside it, and a log."""
+    from mlxlora_core.training.session import Outputs
+
+    log = Path(metrics) if metrics is not None else None
+    outputs = Outputs(metrics=log, saving=saving, resume_command="train(…, resume=True)")
+    if adapter_file is None:
+        return outputs
+    target = Path(adapter_file)
+    return replace(outputs, adapter_file=target, checkpoints=target.with_name(f"{target.stem}.checkpoints"))
+
+
+def _followed(events: Iterator[T]) -> Generator[T, None, None]:
+    """Events to their end; a signal becomes what Python raises for it."""
+    try:
+        yield from events
+    except Interrupted as fault:
+        if fault.signum == signal.SIGINT:
+            raise KeyboardInterrupt(str(fault)) from fault
+        raise SystemExit(fault.exit_code) from fault

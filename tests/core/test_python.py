@@ -154,6 +154,8 @@ def test_what_is_wrong_with_a_training_is_told(model: mlxlora.Model, options: An
         (lambda m: mlxlora.load(m.folder, plugins=["no-such"]), UsageError, "no-such"),
         (lambda m: mlxlora.load(m.folder, adapter_file="no.npz"), ModelError, "no.npz"),
         (lambda m: mlxlora.fuse(m.folder, "no.npz", "out"), ModelError, "no.npz"),
+        (lambda m: mlxlora.export(m.folder, "nzp", "new/out"), PluginError, "did you mean 'npz'?"),
+        (lambda m: mlxlora.export(m.folder, "npz", "new/out", bits=4), UsageError, "has no option 'bits'"),
     ],
 )
 def test_what_is_wrong_is_one_line_of_the_documented_tree(

@@ -677,6 +677,19 @@ def test_a_runtime_that_fails_is_a_warning_and_leaves_the_others_alone() -> None
     assert notes[3].text == "fast\\x1b now"
 
 
+def test_a_runtime_is_started_once_whatever_else_is_chosen() -> None:
+    started: list[str] = []
+
+    def start() -> RuntimeStarted:
+        started.append("once")
+        return RuntimeStarted("fast")
+
+    for others in ([], [lambda: None]):
+        notes = start_runtimes(runtimes(start, *others))
+        assert [note.text for note in notes] == ["fast"]
+    assert started == ["once"]
+
+
 def test_what_a_runtime_sets_threads_with_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
     monkeypatch.setattr(device, "_setters", [])
