@@ -77,7 +77,7 @@ class WeightLoaderSuite:
         raise NotImplementedError
 
     def path(self, folder: Path) -> Path:
-        """What is opened of a checkpoint in ``folder``: the folder, or for a loader of files the file in it."""
+        """What is opened of a checkpoint in ``folder``: the folder, or for a loader of files one in it."""
         return folder
 
     def write_large(self, folder: Path, total_bytes: int) -> None:

@@ -9,8 +9,8 @@ import acme_eventlog
 import acme_int8
 import acme_mosaic
 import acme_rawbin
-import mosaic_model
 import mlx.core as mx
+import mosaic_model
 import numpy as np
 
 from mlxlora_core.testing.architecture import ArchitectureSuite

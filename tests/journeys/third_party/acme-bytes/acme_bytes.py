@@ -76,4 +76,6 @@ def open_files(files: Mapping[str, Path], options: NoOptions) -> ByteTokenizer:
 def mlxlora_tokenizers() -> Iterable[TokenizerLoader]:
     """The tokenizer."""
     summary = "one id a byte, and nothing in front of a text"
-    return [TokenizerLoader(name="bytes", summary=summary, detect=lambda files: NAME in files, open=open_files)]
+    return [
+        TokenizerLoader(name="bytes", summary=summary, detect=lambda files: NAME in files, open=open_files)
+    ]

@@ -1,4 +1,4 @@
-"""The family ``mosaic``: fused attention, half-split rotary positions, a mixture of experts; and its files."""
+"""The family ``mosaic``: fused attention, half-split rotary positions and a mixture; and its files."""
 
 from __future__ import annotations
 
@@ -160,7 +160,15 @@ def build(args: Args) -> LanguageModel:
     import mlx.core as mx
     import mlx.nn as nn
 
-    from mlxlora_core.ops import KVCache, LanguageModel, StackedLinear, attention, rms_norm, rotate, silu_times
+    from mlxlora_core.ops import (
+        KVCache,
+        LanguageModel,
+        StackedLinear,
+        attention,
+        rms_norm,
+        rotate,
+        silu_times,
+    )
 
     class Attention(nn.Module):
         def __init__(self) -> None:
@@ -219,7 +227,9 @@ def build(args: Args) -> LanguageModel:
         def embed(self, tokens: mx.array) -> mx.array:
             return self.tokens(tokens)
 
-        def run(self, hidden: mx.array, first: int = 0, last: int | None = None, cache: Any = None) -> mx.array:
+        def run(
+            self, hidden: mx.array, first: int = 0, last: int | None = None, cache: Any = None
+        ) -> mx.array:
             for i, block in list(enumerate(self.layers))[first:last]:
                 hidden = block(hidden, cache[i] if cache else None)
             return hidden
