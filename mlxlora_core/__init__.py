@@ -12,28 +12,14 @@ Plugins import ``mlxlora_core.api``, ``.ops`` and ``.files``.
 
 from __future__ import annotations
 
-from mlxlora_core.version import __version__
-
-TYPE_CHECKING = False  # typing itself takes longer to import than all the rest
-if TYPE_CHECKING:
-    from typing import Any
-
-    from mlxlora_core.python import (
-        Model,
-        evaluate,
-        export,
-        fuse,
-        generate,
-        load,
-        registry,
-        run,
-        stream,
-        train,
-    )
+from mlxlora_core.version import __version__ as __version__
 
 __all__ = [
     "Model",
-    "__version__",
+    "TrainReport",
+    "TrainResult",
+    "ValidReport",
+    "errors",
     "evaluate",
     "export",
     "fuse",
@@ -45,10 +31,22 @@ __all__ = [
     "train",
 ]
 
+TYPE_CHECKING = False  # typing itself takes longer to import than all the rest
+if TYPE_CHECKING:
+    from mlxlora_core import errors
+    from mlxlora_core.python import evaluate, export, fuse, generate, run, stream, train
+    from mlxlora_core.python_model import Model, load, registry
+    from mlxlora_core.training.events import TrainReport, TrainResult, ValidReport
+else:  # a type checker would take any name for one that is here
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        import importlib
+    def __getattr__(name):
+        from importlib import import_module
 
-        return getattr(importlib.import_module("mlxlora_core.python"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "errors":
+            return import_module("mlxlora_core.errors")
+        if name in __all__:
+            return getattr(import_module("mlxlora_core.python"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

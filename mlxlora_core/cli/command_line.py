@@ -1,4 +1,4 @@
-"""What was typed: the recipe that a name stands for, and the command that goes on."""
+"""The command that was typed, as the one that goes on with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mlxlora components``."""
+"""``mlxlora components``: what the plugins give, by kind."""
 
 from __future__ import annotations
 

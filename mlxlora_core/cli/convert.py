@@ -1,4 +1,4 @@
-"""``mlxlora convert``."""
+"""``mlxlora convert``: a foreign model becomes a model folder."""
 
 from __future__ import annotations
 

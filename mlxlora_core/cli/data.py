@@ -1,4 +1,4 @@
-"""``mlxlora data``."""
+"""``mlxlora data``: rows from a builder become a dataset folder."""
 
 from __future__ import annotations
 

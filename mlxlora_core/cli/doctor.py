@@ -1,4 +1,4 @@
-"""``mlxlora doctor``."""
+"""``mlxlora doctor``: what there is on this machine, and what would make it faster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mlxlora evaluate``."""
+"""``mlxlora evaluate``: loss and perplexity on held-out rows."""
 
 from __future__ import annotations
 

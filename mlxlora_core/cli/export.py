@@ -1,4 +1,4 @@
-"""``mlxlora export``."""
+"""``mlxlora export``: a model in the form of another tool."""
 
 from __future__ import annotations
 

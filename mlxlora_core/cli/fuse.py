@@ -1,4 +1,4 @@
-"""``mlxlora fuse``."""
+"""``mlxlora fuse``: an adapter's change goes into the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mlxlora generate``."""
+"""``mlxlora generate``: a prompt is continued."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mlxlora options``."""
+"""``mlxlora options``: the options of one component."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mlxlora plugins``."""
+"""``mlxlora plugins``: the plugins that were found, and why some are not active."""
 
 from __future__ import annotations
 

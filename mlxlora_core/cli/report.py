@@ -1,4 +1,4 @@
-"""``mlxlora report``."""
+"""``mlxlora report``: the page of a run, made again."""
 
 from __future__ import annotations
 

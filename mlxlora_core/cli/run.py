@@ -1,4 +1,4 @@
-"""``mlxlora run``."""
+"""``mlxlora run``: a whole recipe, stage by stage."""
 
 from __future__ import annotations
 

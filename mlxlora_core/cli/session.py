@@ -10,12 +10,11 @@ from typing import Any
 import click
 
 from mlxlora_core.cli import show
-from mlxlora_core.errors import MlxloraError, SettingsChanged, UsageError, one_line
+from mlxlora_core.errors import SettingsChanged, one_line
 from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_cpu
-from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.plugins import Registry, load, start_runtimes
-from mlxlora_core.plugins.blame import blamed
+from mlxlora_core.plugins.blame import told
 
 PLUGIN_OPTION = click.option(
     "-P",
@@ -54,14 +53,11 @@ def verb(
         def call(plugins: Sequence[str], **arguments: Any) -> Any:
             registry = open_registry(plugins, tolerant)
             try:
-                return function(registry, **arguments)
+                with told(registry.plugins):
+                    return function(registry, **arguments)
             except SettingsChanged as fault:
                 show.changes(fault.rows)
                 raise
-            except MlxloraError:
-                raise
-            except (Exception, SystemExit) as fault:
-                raise exhausted(fault) or blamed(registry.plugins, fault) or fault from fault
 
         for decorator in (DEBUG_OPTION, PLUGIN_OPTION, *reversed(decorators)):
             call = decorator(call)
@@ -101,13 +97,7 @@ def start(registry: Registry) -> list[str]:
     Raises:
         UsageError: MLX has no backend here.
     """
-    try:
-        prepare_cpu()
-    except ImportError as fault:
-        raise UsageError(
-            f"MLX cannot be used: {fault}",
-            fix="pip install 'mlxlora[cpu]', or 'mlxlora[cuda13]' for an NVIDIA GPU",
-        ) from fault
+    prepare_cpu()
     notes = start_runtimes(registry)
     for note in notes:
         if note.warning:

@@ -1,4 +1,4 @@
-"""``mlxlora train``."""
+"""``mlxlora train``: an adapter is trained on a dataset folder."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from mlxlora_core.errors import UsageError
 from mlxlora_core.machine.processors import thread_count
 
 if TYPE_CHECKING:
@@ -56,9 +57,17 @@ def prepare_cpu() -> None:
     than the arithmetic on them: adding two arrays of 33 MB takes 5 times as
     long. And it orders the operations of streams fairly only in graphs at most 20
     wide: in a wider one, as a training step is, the second stream waits for the first.
-    """
-    import mlx.core as mx
 
+    Raises:
+        UsageError: MLX has no backend here.
+    """
+    try:
+        import mlx.core as mx
+    except ImportError as fault:
+        raise UsageError(
+            f"MLX cannot be used: {fault}",
+            fix="pip install 'mlxlora[cpu]', or 'mlxlora[cuda13]' for an NVIDIA GPU",
+        ) from fault
     if on_cpu():
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         mx.set_cache_limit(min(total // 8, LARGEST_CACHE_BYTES))

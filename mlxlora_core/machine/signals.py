@@ -65,28 +65,30 @@ def uninstall() -> None:
 def deferred() -> Iterator[Pending]:
     """Let the first signal wait: it is noted in the value of this block, which looks when it suits.
 
-    A second signal ends the process at once, and a reader of the output that goes
-    away does not. When the block is left, handlers are what they were. In another
-    thread than the main one nothing is changed and nothing is noted, since signals
-    do not come there.
+    A second signal does at once what it did before the block, and after
+    :func:`install` ends the process; a reader of the output that goes away does not.
+    When the block is left, handlers are what they were. In another thread than the
+    main one nothing is changed and nothing is noted, since signals do not come there.
     """
     pending = Pending()
     if threading.current_thread() is not threading.main_thread():
         yield pending
         return
 
+    before = _handlers()
+    second = {n: signal.SIG_DFL if handler is _raise else handler for n, handler in before.items()}
+
     def note(signum: int, _: FrameType | None) -> None:
-        _handle(signal.SIG_DFL)
+        _put(second)
         pending.signum = signum
 
-    before = _handle(note)
+    _handle(note)
     if hasattr(signal, "SIGPIPE"):
         before[signal.SIGPIPE] = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
         yield pending
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        _put(before)
 
 
 def _raise(signum: int, _: FrameType | None) -> None:
@@ -94,15 +96,20 @@ def _raise(signum: int, _: FrameType | None) -> None:
     raise Interrupted(signum)
 
 
-def _handle(handler: Handler) -> dict[int, Handler]:
-    """Give each signal that is not ignored a handler; the handlers that they had.
+def _handle(handler: Handler) -> None:
+    """Give each signal that is not ignored a handler."""
+    _put(dict.fromkeys(_handlers(), handler))
+
+
+def _handlers() -> dict[int, Handler]:
+    """The handlers of the signals that are not ignored.
 
     One that was not set by Python cannot be put back and is left alone.
     """
-    before = {signum: signal.getsignal(signum) for signum in _ENDING}
-    changed: dict[int, Handler] = {
-        signum: held for signum, held in before.items() if held not in (signal.SIG_IGN, None)
-    }
-    for signum in changed:
+    held = {signum: signal.getsignal(signum) for signum in _ENDING}
+    return {signum: handler for signum, handler in held.items() if handler not in (signal.SIG_IGN, None)}
+
+
+def _put(handlers: dict[int, Handler]) -> None:
+    for signum, handler in handlers.items():
         signal.signal(signum, handler)
-    return changed

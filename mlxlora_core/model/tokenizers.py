@@ -121,7 +121,8 @@ def open_tokenizer(files: Mapping[str, Path], registry: Registry, where: Path) -
         )
     failed = "".join(f"; plugin {p} failed to load: {p.reason}" for p in registry.failed)
     raise ModelError(
-        f"no tokenizer opens {_shown(files)} (there is {listing(c.spec.name for c in known)}{failed})",
+        f"no tokenizer opens {listing(map(_shown, files.items()))}; "
+        f"there is {listing(c.spec.name for c in known)}{failed}",
         where=where,
         fix="install a plugin that opens it",
     )
@@ -167,13 +168,11 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _shown(files: Mapping[str, Path]) -> str:
-    """The names of files that nobody opens, and of a format that many of them have."""
-    ranks = [name for name, path in files.items() if path.is_file() and _is_ranks(path)]
-    said = f", of which {listing(ranks)} is a tiktoken (BPE) vocabulary as Llama 3 has it" if ranks else ""
-    return listing(files) + said
-
-
-def _is_ranks(path: Path) -> bool:
-    with path.open("rb") as file:
-        return _RANKS.match(file.read(4096)) is not None
+def _shown(file: tuple[str, Path]) -> str:
+    """The name of a file that nobody opens, and its format where that is one that many have."""
+    name, path = file
+    if not path.is_file():
+        return name
+    with path.open("rb") as opened:
+        ranks = _RANKS.match(opened.read(4096))
+    return f"{name} (a tiktoken vocabulary, as Llama 3 has it)" if ranks else name

@@ -6,7 +6,8 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,27 @@ def guarded(kind: str, spec: Spec, plugin: Plugin) -> Spec:
         if (function := getattr(spec, name)) is not None
     }
     return replace(spec, **functions)
+
+
+@contextmanager
+def told(plugins: Iterable[Plugin]) -> Iterator[None]:
+    """Inside, a limit of the machine and a fault in a plugin's code become what they are for the user.
+
+    What is neither goes on as it is: a defect of mlxlora.
+
+    Raises:
+        ResourceError: disk, memory or another limit is at its end.
+        PluginError: see :func:`blamed`.
+    """
+    try:
+        yield
+    except MlxloraError:
+        raise
+    except (Exception, SystemExit) as fault:
+        known = exhausted(fault) or blamed(plugins, fault)
+        if known is None:
+            raise
+        raise known from fault
 
 
 def blamed(plugins: Iterable[Plugin], fault: BaseException) -> PluginError | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 from mlxlora_core.errors import PluginError, one_line
 from mlxlora_core.machine.device import use_exponential, use_for_products
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.plugins.checks import reason_of
 from mlxlora_core.plugins.lookup import Registry
+from mlxlora_core.plugins.plugin import Component
 from mlxlora_core.values import RuntimeStarted
 
 
@@ -17,20 +19,25 @@ def start_runtimes(registry: Registry) -> list[RuntimeStarted]:
 
     A runtime that raises is a warning and leaves the others alone.
     """
-    notes = []
-    for component in registry.of("runtime"):
-        try:
-            note = component.spec.start()
-            if note is not None and not isinstance(note, RuntimeStarted):
-                raise PluginError(f"start gives {type(note).__name__}, wanted RuntimeStarted or None")
-        except (KeyboardInterrupt, Interrupted):
-            raise
-        except BaseException as fault:
-            note = RuntimeStarted(f"runtime {component.id} failed: {reason_of(fault)}", warning=True)
-        if note is not None:
-            if note.set_threads is not None:
-                use_for_products(note.set_threads)
-            if note.exp is not None:
-                use_exponential(note.exp)
-            notes.append(replace(note, text=one_line(note.text)))
-    return notes
+    notes = [_start(component) for component in registry.of("runtime")]
+    return [note for note in notes if note is not None]
+
+
+@cache
+def _start(component: Component) -> RuntimeStarted | None:
+    """Start one, unless it is started already; what it has to say."""
+    try:
+        note: RuntimeStarted | None = component.spec.start()
+        if note is not None and not isinstance(note, RuntimeStarted):
+            raise PluginError(f"start gives {type(note).__name__}, wanted RuntimeStarted or None")
+    except (KeyboardInterrupt, Interrupted):
+        raise
+    except BaseException as fault:
+        note = RuntimeStarted(f"runtime {component.id} failed: {reason_of(fault)}", warning=True)
+    if note is None:
+        return None
+    if note.set_threads is not None:
+        use_for_products(note.set_threads)
+    if note.exp is not None:
+        use_exponential(note.exp)
+    return replace(note, text=one_line(note.text))

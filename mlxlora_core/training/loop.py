@@ -26,6 +26,7 @@ from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.events import Report, SpikeReport, TrainReport, ValidReport
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loss import Loss, nats
+from mlxlora_core.training.optimizer import learning_rate
 from mlxlora_core.training.optimizer import make as make_optimizer
 from mlxlora_core.training.parallel import side_by_side
 from mlxlora_core.training.settings import TrainConfig
@@ -250,23 +251,6 @@ def train(
         yield from reports
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of the update ``step``, counted from 1.
-
-    Linear over the warm-up, up to the peak at its last step; then constant, or a
-    half cosine that would reach ``min_learning_rate`` one step after the last
-    (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5), so that every step moves.
-    """
-    if step < config.warmup:
-        return config.learning_rate * step / config.warmup
-    if config.schedule == "constant":
-        return config.learning_rate
-    peak = max(config.warmup, 1)
-    done = (step - peak) / (config.iters + 1 - peak)
-    span = config.learning_rate - config.min_learning_rate
-    return config.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))
-
-
 def _gradient(
     model: LanguageModel, examples: Sequence[Example], rows: Sequence[int], batch_size: int
 ) -> tuple[Loss, float, Any]:
@@ -275,8 +259,7 @@ def _gradient(
     Micro-batches add nats, and gradients of nats; the one division by the
     number of tokens comes after the last of them.
     """
-    module: Any = model
-    value_and_grad = nn.value_and_grad(module, lambda batch: nats(model, batch))
+    value_and_grad = nn.value_and_grad(model, lambda batch: nats(model, batch))
     total: Any = None
     loss = Loss(0.0, 0)
     for start in range(0, len(rows), batch_size):

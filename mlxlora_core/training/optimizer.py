@@ -1,4 +1,4 @@
-"""The optimizers: Adam, AdamW, and Muon for matrices with AdamW for what is none."""
+"""The optimizers (Adam, AdamW, Muon with AdamW for what is no matrix), and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -75,3 +75,20 @@ def orthogonal(matrix: mx.array) -> mx.array:
         square = x @ x.T
         x = a * x + (b * square + c * (square @ square)) @ x
     return x.T if tall else x
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of the update ``step``, counted from 1.
+
+    Linear over the warm-up, up to the peak at its last step; then constant, or a
+    half cosine that would reach ``min_learning_rate`` one step after the last
+    (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5), so that every step moves.
+    """
+    if step < config.warmup:
+        return config.learning_rate * step / config.warmup
+    if config.schedule == "constant":
+        return config.learning_rate
+    peak = max(config.warmup, 1)
+    done = (step - peak) / (config.iters + 1 - peak)
+    span = config.learning_rate - config.min_learning_rate
+    return config.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))

@@ -53,9 +53,9 @@ def side_by_side(
 
 
 @cache
-def _streams(count: int) -> list[mx.Stream]:
-    """Streams of the CPU; each has a thread that never ends."""
-    return [mx.new_stream(mx.Device(mx.cpu)) for _ in range(count)]
+def _streams(count: int) -> list[mx.ThreadLocalStream]:
+    """Streams of the CPU, which MLX binds to the thread that uses them; each has a thread that never ends."""
+    return [mx.new_thread_local_stream(mx.Device(mx.cpu)) for _ in range(count)]
 
 
 # Share of a training step outside matrix products, on one core (docs/performance.md).

@@ -158,9 +158,7 @@ def examples_of(split: str, source: Source, model: Model, config: BatchConfig) -
             source, split, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt
         )
     if not source.is_file():
-        raise DataError(
-            f"training needs {source.name}", where=source, fix="make the folder with: mlxlora data"
-        )
+        raise DataError(f"there is no {source.name}", where=source, fix="make the folder with: mlxlora data")
     return read_examples(source, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt)
 
 

@@ -1,11 +1,13 @@
 """How to train, evaluate and generate: the values, with their help and their ranges.
 
-Light on purpose: command-line options, recipe tables and docs are made from it.
+Light on purpose: command-line options, recipe tables and docs are made from it. The
+options of the Python interface stand here a second time, as a type checker wants them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from mlxlora_core.options import option
 
@@ -85,3 +87,33 @@ class GenerateConfig:
 
     num_tokens: int = option(100, help="tokens to generate at most", unit="tokens", minimum=1, letter="n")
     write_every: int = option(1, help="show text after every so many tokens", unit="tokens", minimum=1)
+
+
+class BatchOptions(TypedDict, total=False):
+    """The keys of :class:`BatchConfig` as keyword arguments."""
+
+    batch_size: int
+    max_seq_length: int
+    mask_prompt: bool
+
+
+class TrainOptions(BatchOptions, total=False):
+    """The keys of :class:`TrainConfig` and :class:`SaveConfig` as keyword arguments."""
+
+    iters: int
+    grad_accumulation: int
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    schedule: str
+    warmup: int
+    min_learning_rate: float
+    grad_clip: float | None
+    val_batches: int
+    steps_per_report: int
+    steps_per_eval: int
+    patience: int | None
+    on_nonfinite: str
+    save_every: int
+    save_minutes: float
+    keep: int

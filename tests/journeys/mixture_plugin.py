@@ -6,15 +6,15 @@ needed: each token is told by itself alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxlora_core.api import Architecture, hookimpl
-from mlxlora_core.ops import KVCache, StackedLinear
+from mlxlora_core.api import Architecture, hookimpl, option
+from mlxlora_core.ops import KVCache, LanguageModel, StackedLinear
 
 TOP = 2
 
@@ -23,12 +23,11 @@ TOP = 2
 class Args:
     """What config.json holds."""
 
-    model_type: str
-    dim: int
-    hidden: int
-    experts: int
-    n_layers: int
-    vocab_size: int
+    dim: int = option(help="D", minimum=1, maximum=1 << 20)
+    hidden: int = option(help="F", minimum=1, maximum=1 << 20)
+    experts: int = option(help="E", minimum=1, maximum=1 << 10)
+    n_layers: int = option(help="L", minimum=1, maximum=1 << 10)
+    vocab_size: int = option(help="V", minimum=1, maximum=1 << 20)
 
 
 class Mixture(nn.Module):
@@ -49,7 +48,7 @@ class Mixture(nn.Module):
         return x + (y * weights[..., None]).sum(axis=-2)
 
 
-class Model(nn.Module):
+class Model(LanguageModel):
     """Embedding, layers of experts, head."""
 
     head_path = "output"
@@ -66,9 +65,6 @@ class Model(nn.Module):
     def layers(self) -> list[Any]:
         """The blocks, which do not stand at a path called ``layers``."""
         return list(self.blocks)
-
-    def __call__(self, tokens: mx.array, cache: Sequence[KVCache] | None = None) -> mx.array:
-        return self.head(self.run(self.embed(tokens), cache=cache))
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Embeddings (B, T, D) of token ids (B, T)."""
@@ -91,8 +87,10 @@ class Model(nn.Module):
         return [KVCache() for _ in self.blocks]
 
 
-def config(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Args:
-    """The arguments in a config."""
+def read(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Args | None:
+    """The arguments in a config of a mixture."""
+    if raw.get("model_type") != "mixture":
+        return None
     return Args(**{name: raw[name] for name in Args.__dataclass_fields__})
 
 
@@ -104,9 +102,9 @@ def mlxlora_architectures() -> list[Architecture]:
             name="mixture",
             summary="experts in stacked linears",
             model_types=("mixture",),
-            detect=lambda raw: None,
-            config=config,
-            rename=lambda name: name,
+            args=Args,
+            read=read,
+            tensors=lambda found, args: found,
             build=Model,
         )
     ]

@@ -82,7 +82,7 @@ def plugins() -> registry.Registry:
 def test_dense_and_quantized_experts_compute_what_their_weights_say(
     mlxlora: Command, checkpoint: Path, plugins: registry.Registry, tmp_path: Path
 ) -> None:
-    exact = torch.load(checkpoint / "consolidated.00.pth")
+    exact = torch.load(checkpoint / "consolidated.00.pth", weights_only=True)
     for flags in ((), ("-q", "--q-bits", 8, "--q-group-size", 32)):
         folder = tmp_path / f"model{len(flags)}"
         arguments = ("--torch-path", checkpoint, "--mlx-path", folder, "--json", "-P", PLUGIN)

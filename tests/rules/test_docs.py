@@ -7,6 +7,8 @@ import dataclasses
 import importlib.util
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +259,27 @@ def _parsed(block: str) -> ast.Module:
     if all("->" in line for line in block.splitlines() if line.strip()):
         return ast.Module([], [])
     return ast.parse(block)
+
+
+# --- the floor plan -----------------------------------------------------------
+
+
+def test_the_floor_plan_is_that_of_the_code() -> None:
+    program = [sys.executable, str(DOCS / "make_architecture.py"), "--check"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr or "run: python docs/make_architecture.py"
+
+
+def test_the_straight_lines_lead_to_functions_that_are_there() -> None:
+    named = re.findall(r"`([a-z_/]+\.py):([A-Za-z_]+)`", page("architecture.md"))
+    assert len(named) > 20
+    for file, name in named:
+        tree = ast.parse((DOCS.parent / "mlxlora_core" / file).read_text("utf-8"))
+        assert name in {getattr(node, "name", "") for node in tree.body}, f"{file}:{name}"
+
+
+def test_the_answers_of_the_floor_plan_are_files_that_are_there() -> None:
+    answers = re.findall(r"^\| [^|]+\? \| `([^`]+)` \|", page("architecture.md"), re.MULTILINE)
+    assert len(answers) == 12
+    for answer in answers:
+        assert (DOCS.parent / "mlxlora_core" / answer).exists(), answer

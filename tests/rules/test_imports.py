@@ -34,6 +34,7 @@ HEAVY_IN_LIGHT_ROOMS = {
 LIGHT_IN_HEAVY_ROOMS = {
     "mlxlora_core.model.events",
     "mlxlora_core.training.settings",
+    "mlxlora_core.training.sources",
     "mlxlora_core.training.dataset",
     "mlxlora_core.training.events",
     "mlxlora_core.training.checkpoints",

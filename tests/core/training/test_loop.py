@@ -20,7 +20,8 @@ from mlxlora_core.training.batches import steps_from
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.events import TrainReport, ValidReport
 from mlxlora_core.training.examples import Example
-from mlxlora_core.training.loop import Training, learning_rate, train
+from mlxlora_core.training.loop import Training, train
+from mlxlora_core.training.optimizer import learning_rate
 from mlxlora_core.training.settings import TrainConfig
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other

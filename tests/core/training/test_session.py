@@ -150,7 +150,7 @@ def test_an_adapter_file_is_trained_on(session: Open, tmp_path: Path) -> None:
         ([{"text": "A layer."}, {"txet": "x"}, 7], DataError, "2 bad lines: train row 2: needs text"),
         ([{"text": ""}], DataError, "train rows: none of 1 rows has a token"),
         ([], DataError, "train rows: there is no row"),
-        (Path("nowhere/train.jsonl"), DataError, "training needs train.jsonl"),
+        (Path("nowhere/train.jsonl"), DataError, "there is no train.jsonl"),
     ],
 )
 def test_rows_that_are_none_are_refused(

@@ -20,7 +20,7 @@ from mlxlora_core.runs.stages.export import ExportStage
 from mlxlora_core.runs.stages.model import ModelStage
 from mlxlora_core.runs.stages.train import TrainStage
 
-FOLDER = Path(__file__).parents[4] / "mlxlora_core" / "run" / "stages"
+FOLDER = Path(__file__).parents[4] / "mlxlora_core" / "runs" / "stages"
 
 
 @pytest.fixture

@@ -1,0 +1,221 @@
+"""A model in Python: loaded, with an adapter put on it, and its adapter kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mlxlora_core.errors import UsageError
+from mlxlora_core.files import lock
+from mlxlora_core.machine.device import prepare_cpu
+from mlxlora_core.options import explain, option, parse
+from mlxlora_core.plugins import Registry, start_runtimes
+from mlxlora_core.plugins import load as load_plugins
+from mlxlora_core.plugins.blame import told
+from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
+from mlxlora_core.plugins.sections import configure
+
+if TYPE_CHECKING:
+    from mlxlora_core.model.adapters import Adapted
+    from mlxlora_core.model.folder import Model as Base
+
+T = TypeVar("T")
+
+
+class Model:
+    """A model, with or without an adapter on it; :func:`load` makes one.
+
+    Attributes:
+        folder: where it was read.
+        config: its config.json.
+        note: how the weights are held, where that makes it slower; else nothing.
+        runtimes: what the runtimes said of themselves.
+    """
+
+    def __init__(self, base: Base, registry: Registry, runtimes: Sequence[str]) -> None:
+        self.base, self.registry, self.runtimes = base, registry, runtimes
+        self.adapted: Adapted | None = None
+        self.folder, self.config, self.note = base.folder, base.config, base.note
+
+    def __repr__(self) -> str:
+        return f"<mlxlora model {str(self.folder)!r}, adapter {self.adapter or 'none'}>"
+
+    @property
+    def adapter(self) -> str | None:
+        """The name of the adapter that is on it, or None."""
+        return self.adapted.choice.component.spec.name if self.adapted is not None else None
+
+    def attach(self, adapter: str = DEFAULT_ADAPTER, *, seed: int = 0, **options: Any) -> Model:
+        """Put a new adapter on the model; the base is frozen.
+
+        Args:
+            adapter: its name.
+            seed: of its initial values; ``mlxlora train`` has one for these and for :func:`train`.
+            options: ``layers``, ``targets``, and those of the adapter, such as ``rank``.
+
+        Returns:
+            This model.
+
+        Raises:
+            UsageError: an adapter is on it already; an option that there is not or that is out of
+                range; a target that matches nothing.
+            PluginError: no such adapter, or one that breaks its contract.
+        """
+        from mlxlora_core.model import adapters
+
+        self._bare()
+        number = checked_seed(seed, "attach")
+        choice, config = configure(self.registry.find("adapter", adapter), options)
+        with told(self.registry.plugins):
+            self.adapted = adapters.attach(self.base, choice, config, number)
+        return self
+
+    def load_adapter(self, path: str | os.PathLike[str], adapter: str | None = None, **options: Any) -> Model:
+        """Put the adapter in a file on the model that it was made for.
+
+        Args:
+            path: an adapter file, ``.safetensors`` or ``.npz``.
+            adapter: insist on this one.
+            options: insist on these values.
+
+        Returns:
+            This model.
+
+        Raises:
+            UsageError: an adapter is on it already.
+            ModelError: the file is damaged, or of another base, adapter or set of options.
+        """
+        from mlxlora_core.model import adapters
+
+        self._bare()
+        with told(self.registry.plugins):
+            self.adapted = adapters.load(Path(path), self.base, self.registry, adapter, options)
+        return self
+
+    def save_adapter(self, path: str | os.PathLike[str]) -> None:
+        """Write the adapter that is on the model to ``.safetensors`` or ``.npz``.
+
+        Raises:
+            UsageError: none is on it.
+            ModelError: a name that says no format.
+            LockedError: a training writes this file.
+            DivergedError: a parameter is not finite; an older file is left as it is.
+            ResourceError: the disk is full, or the folder cannot be written.
+        """
+        from mlxlora_core.files import tensor_file
+        from mlxlora_core.model import adapters
+
+        target, adapted = Path(path), self.needed_adapter()
+        tensor_file.check_ending(target)
+        with told(self.registry.plugins), lock.hold(target):
+            adapters.save(target, self.base, adapted)
+
+    def needed_adapter(self) -> Adapted:
+        """The adapter that is on the model.
+
+        Raises:
+            UsageError: none is.
+        """
+        if self.adapted is None:
+            raise UsageError("no adapter is on the model", fix='put one on it: model.attach("lora")')
+        return self.adapted
+
+    def _bare(self) -> None:
+        if self.adapted is not None:
+            raise UsageError(f"adapter '{self.adapter}' is on the model already", fix="load the model anew")
+
+
+def registry(plugins: Sequence[str] = ()) -> Registry:
+    """The plugins that are there, and what they give.
+
+    Args:
+        plugins: as given with ``-P``: ``NAME`` requires one, ``no:NAME`` leaves one out,
+            ``./file.py`` adds a file.
+
+    Raises:
+        UsageError: a name that no plugin has.
+        PluginError: a plugin named here that cannot be loaded.
+    """
+    return load_plugins(texts(plugins, "plugins"))
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    adapter_file: str | os.PathLike[str] | None = None,
+    plugins: Sequence[str] = (),
+) -> Model:
+    """Read a model folder and, if it is named, the adapter for it.
+
+    Args:
+        path: a model folder, as ``mlxlora convert`` makes it.
+        adapter_file: an adapter file made for this model.
+        plugins: as for :func:`registry`.
+
+    Raises:
+        UsageError: MLX has no backend here.
+        ModelError: a part is absent, damaged or does not fit the others.
+        ResourceError: it does not fit into memory.
+        PluginError: no plugin builds its model_type or reads its tokenizer.
+    """
+    found = registry(plugins)
+    runtimes = prepare(found)
+    from mlxlora_core.model import folder
+
+    with told(found.plugins):
+        model = Model(folder.load(Path(path), found), found, runtimes)
+    return model.load_adapter(adapter_file) if adapter_file is not None else model
+
+
+def prepare(found: Registry) -> list[str]:
+    """Make the machine ready for MLX; what the runtimes say.
+
+    Raises:
+        UsageError: MLX has no backend here.
+    """
+    prepare_cpu()
+    return [note.text for note in start_runtimes(found)]
+
+
+def parsed(kind: type[T], values: Mapping[str, Any], owner: str, beside: Sequence[type[Any]] = ()) -> T:
+    """A value of options out of the keyword arguments of the function ``owner``.
+
+    Args:
+        kind: the dataclass of the options.
+        values: the arguments.
+        owner: which function.
+        beside: dataclasses of further options that it has, for messages.
+
+    Raises:
+        UsageError: all that is wrong with them.
+    """
+    others = [known.name for config in beside for known in explain(config)]
+    return parse(kind, values, owner=owner, spell=lambda name: f"{owner}: {name}", beside=others)
+
+
+def checked_seed(seed: int, owner: str) -> int:
+    """The seed that ``owner`` was given, if it is one.
+
+    Raises:
+        UsageError: it is none.
+    """
+    return parsed(_Seed, {"seed": seed}, owner).seed
+
+
+def texts(given: Sequence[str], name: str) -> tuple[str, ...]:
+    """Several texts; a single one, which Python takes for its letters, is refused.
+
+    Raises:
+        UsageError: one text instead of several.
+    """
+    if isinstance(given, str):
+        raise UsageError(f"{name}: wanted a list of texts, got {given!r}", fix=f"write [{given!r}]")
+    return tuple(given)
+
+
+@dataclass(frozen=True)
+class _Seed:
+    seed: int = option(0, help="seed of what is random", minimum=0, maximum=2**32 - 1)
