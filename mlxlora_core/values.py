@@ -201,7 +201,8 @@ class ExportSource:
         config: config.json of a dense model: it says nothing of quantization.
         tokenizer: file name -> file that the tokenizer is opened from.
         tensors: parameter name -> tensor, dense, the adapter's change in it, in the
-            type that the base stores (a quantized weight: the type of its scales).
+            type that the base stores (a quantized weight: that of its first part with
+            floating-point numbers in it, or float32).
         adapter: what was fused into the tensors, or None.
     """
 

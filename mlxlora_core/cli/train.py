@@ -94,9 +94,12 @@ def command(
     hold(adapter_file)
     found = find_for(asked.how, checkpoints)
     runtimes = start(registry)
+    from mlxlora_core.model.drawing import Drawing
     from mlxlora_core.training.session import Outputs, check_adapter_file, open_training
 
     check_adapter_file(adapter_file)
+    # A sampler that is faulty is told now and not when hours of training are over.
+    Drawing([(sampler.component, sampler.options) for sampler in asked.samplers], seed)
     base = load_base(model, registry)
     session = open_training(
         base,

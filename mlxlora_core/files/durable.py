@@ -78,7 +78,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add one line to a log in a single write, so that a reader never sees a part of it."""
+    """Add ``line`` and a line feed to a log in a single write, so that a reader never sees a part of it."""
     with _disk_faults(path), open(path, "ab") as file:
         file.write(utf8(line) + b"\n")
 

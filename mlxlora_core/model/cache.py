@@ -10,6 +10,9 @@ class KVCache:
 
     A token is written into spare room at the end of the buffer, so that what
     is already there is copied once every ``step`` tokens and not for each one.
+
+    Attributes:
+        offset: tokens held.
     """
 
     step = 256

@@ -59,5 +59,5 @@ def describe_conversion(result: Mapping[str, Any]) -> list[str]:
             f"the vocabulary has {result['padding']} more ids than the tokenizer; they stand for no text"
         )
     if result["left_dense"]:
-        lines.append(f"left dense, inputs do not divide by the group: {listing(result['left_dense'])}")
+        lines.append(f"left dense by the quantizer: {listing(result['left_dense'])}")
     return lines

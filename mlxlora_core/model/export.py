@@ -215,7 +215,7 @@ def _weight(
     wrapped: nn.Module | None,
 ) -> LazyTensor:
     """The dense weight of one linear, the adapter in it if it is ``wrapped``, in the type that is stored."""
-    if parts.keys() == {"weight"} and wrapped is None:
+    if wrapped is None and not isinstance(linear, QuantizedLinear):
         return parts["weight"]
     dtype = next((part.dtype for part in parts.values() if part.dtype in DTYPES), "float32")
 

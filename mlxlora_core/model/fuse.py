@@ -114,7 +114,7 @@ def _fused(
         wrapped: Any = modules[path]
         inner = wrapped.linear
         parts = [stored[f"{path}.{name}"].dtype for name in parameters(inner)]
-        dtype = next(part for part in parts if mx.issubdtype(part, mx.floating))
+        dtype = next((part for part in parts if mx.issubdtype(part, mx.floating)), mx.float32)
         before = dense_weight(inner).astype(mx.float32)
         weight = adapters.fused_weight(adapted.choice.component, wrapped, before)
         weight = cast(f"{path}.weight, with the adapter in it,", weight, dtype, folder)

@@ -44,7 +44,8 @@ class ArchitectureSuite:
 
     The model is filled with random float32 weights; keep it tiny. Subclass the
     suite once for each form that the family has: tied or not, with biases or
-    without, with grouped heads, with a window.
+    without, with grouped heads, with a window. A mixture is one form with every
+    expert chosen, and one with some of them that is not ``smooth``.
 
     Attributes:
         spec: the architecture.
@@ -55,6 +56,8 @@ class ArchitectureSuite:
         unused: names of those that the model has no use for.
         sizes: keys of ``raw`` that are whole numbers of at least 1.
         tokens: T of the sequences that are tried.
+        smooth: whether a small change of the weights changes the loss by little. It
+            jumps where a mixture chooses other experts, so that no slope is measured.
         tolerance: how far two ways to compute the same logits may lie apart.
     """
 
@@ -64,6 +67,7 @@ class ArchitectureSuite:
     unused: frozenset[str] = frozenset()
     sizes: tuple[str, ...]
     tokens = 13
+    smooth = True
     tolerance = 1e-4
 
     def reference(self, weights: Mapping[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
@@ -226,6 +230,8 @@ class ArchitectureSuite:
 
     def test_large_gradient_is_the_slope(self) -> None:
         """Along a random direction the loss changes as the gradient says."""
+        if not self.smooth:
+            pytest.skip("the suite says that the loss jumps")
         model = self.model()
         ids = self.many_ids(model)
         weights, gradients = parameters(model), gradients_of(model, ids)
