@@ -102,7 +102,7 @@ def test_a_compiler_that_fails_is_a_line_and_no_more(tmp_path: Path, command: st
 @needs_compiler
 def test_an_editable_install_has_the_library_beside_the_source(tmp_path: Path) -> None:
     root = tmp_path / "clone"
-    for name in ("pyproject.toml", "README.md", "LICENSE", "hatch_build.py", "mlxlora_core/__init__.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "hatch_build.py", "mlxlora_core/version.py"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     package = root / "plugins" / "mlxlora_openblas"

@@ -186,7 +186,8 @@ def test_attention_takes_every_form_of_mask_on_every_path(
 
     got = value_and_gradients(ours, q, k, v, numbers)
     agree(got[:4], want[:4])
-    agree(got[4:], want[4:], 1e-2 if kind == "float16" else 1e-5)
+    # A mask of one number sums 14720 terms that cancel to nothing, each rounded.
+    agree(got[4:], want[4:], 1e-2 if kind == "float16" else 1e-4)
 
 
 @pytest.mark.parametrize("length", [20, 40])
