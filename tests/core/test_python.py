@@ -470,6 +470,12 @@ def test_importing_it_imports_nothing_else() -> None:
     assert set(run(program)) <= {"mlxlora_core", "mlxlora_core.version", "__future__"}
 
 
+def test_no_public_name_is_that_of_a_module() -> None:
+    """Python would put the module in its place as soon as somebody imports it."""
+    inside = {path.stem for path in Path(mlxlora.__file__).parent.iterdir()}
+    assert inside & set(mlxlora.__all__) == {"errors"}
+
+
 def test_every_public_name_is_there_when_it_is_asked_for() -> None:
     for name in mlxlora.__all__:
         (kind,) = run(f"import mlxlora_core as m; print(type(m.{name}).__name__)")
