@@ -448,6 +448,32 @@ def test_an_adapter_that_fuses_to_another_shape(run: Run, environment: Any) -> N
     refused(run, environment, faulty, "adapter", "export", *files, "--to", "rawbin", "--out", "raw")
 
 
+def test_of_several_plugins_the_one_that_fails_is_blamed(run: Run, environment: Any) -> None:
+    """A tokenizer streams what an architecture computes with an adapter; the adapter alone is at fault."""
+    code = IMPORTS + ADAPTER.format(child="linear", fused="weight")
+    plugin = run.folder / "odd.py"
+    files = ("--model", "out/model", "--adapter-file", "late.safetensors", "-P", "./odd.py")
+
+    def mlxlora(*arguments: str) -> Any:
+        return environment.mlxlora(*arguments, *files, cwd=run.folder, PYTHONDONTWRITEBYTECODE="1")
+
+    plugin.write_text(code)
+    trained = mlxlora("train", "--adapter", "odd", "--data", "out/data", "--iters", "1")
+    assert trained.returncode == 0, trained.stderr
+    start = "    def __call__(self, x):\n"
+    plugin.write_text(code.replace(start, f"{start}        assert x.shape[1] > 1, 'one token'\n"))
+    done = mlxlora("generate", "--prompt", "After 1")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 8
+    assert "odd.py:" in line and "plugin odd (file) failed: AssertionError: one token" in line
+
+
+def test_a_prompt_without_a_token(run: Run, environment: Any) -> None:
+    done = environment.mlxlora("generate", "--model", "out/model", "--prompt", "", cwd=run.folder)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "the prompt is empty, and texts of this model have no begin token" in line
+
+
 def test_a_misspelt_name_in_the_list_of_plugins(run: Run, environment: Any) -> None:
     arguments = ("generate", "--model", "out/model", "--prompt", "x")
     listed = "bytes,int8,mosiac"
