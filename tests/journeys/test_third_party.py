@@ -423,6 +423,36 @@ def test_a_quantizer_that_gives_something_else(run: Run, environment: Any, fault
     refused(run, environment, QUANTIZERS[fault], "quantizer", *arguments)
 
 
+LIES = {
+    "arrays of numpy": (
+        "return mx.array(array)",
+        "return array",
+        "loader odd:mosaic-npz: open gives embed.weight that reads ndarray, wanted mlx.core.array",
+    ),
+    "another shape than told": (
+        "return mx.stack(",
+        "return mx.concatenate(",
+        "architecture odd:mosaic: tensors gives layers.0.mixture.gate.weight that reads (96, 32), "
+        "wanted (4, 24, 32), as told",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_tensor_that_is_not_what_was_told_of_it(
+    run: Run, environment: Any, tmp_path: Path, lie: str
+) -> None:
+    good, bad, said = LIES[lie]
+    code = (SOURCES / "acme-mosaic" / "acme_mosaic.py").read_text()
+    assert code.count(good) == 1
+    (tmp_path / "odd.py").write_text(code.replace(good, bad))
+    files = ("--torch-path", run.folder / "base.npz", "--mlx-path", "model")
+    done = environment.mlxlora("convert", "-P", "no:mosaic", "-P", "./odd.py", *files, cwd=tmp_path)
+    assert done.returncode == 8, done.stderr
+    assert done.stderr.splitlines()[-1] == f"mlxlora: {said}"
+    assert not (tmp_path / "model").exists()
+
+
 def test_an_adapter_without_its_linear_is_refused_before_it_trains(run: Run, environment: Any) -> None:
     said = "wrap gives a Scaled without the linear, wanted a module that keeps it as its child 'linear'"
     faulty = Faulty(ADAPTER.format(child="inner", fused="weight"), said)
