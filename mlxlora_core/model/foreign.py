@@ -70,7 +70,7 @@ def open_foreign(source: Path, registry: Registry, loader: str | None, options: 
     foreign = _checked(reader, reader.spec.open(source, options or reader.spec.options()))
     shapes = {name: tensor.shape for name, tensor in foreign.tensors.items()}
     architecture, args = architectures.read_foreign(foreign.config, shapes, registry, source)
-    found, unread = _watched(foreign.tensors)
+    found, unread = _watched(reader, foreign.tensors)
     tensors = architectures.model_tensors(architecture, found, args)
     model = architectures.build(architecture, args)
     faults = mismatches(tensors, parameters(model))
@@ -78,6 +78,10 @@ def open_foreign(source: Path, registry: Registry, loader: str | None, options: 
         raise ModelError("the tensors do not fit the config: " + "; ".join(faults), where=source)
     tokenizer = open_tokenizer(foreign.tokenizer, registry, source)
     check_vocabulary(tokenizer, model.vocab_size, source)
+    tensors = {
+        name: replace(tensor, read=partial(_read, architecture, "tensors", name, tensor))
+        for name, tensor in tensors.items()
+    }
     config = architectures.model_config(architecture, args, foreign.config)
     config[FILES] = list(tokenizer.files)
     return OpenedModel(reader, architecture, model, tensors, tokenizer, config, unread)
@@ -128,12 +132,24 @@ def _checked(reader: Component, given: Any) -> ForeignModel:
     return opened
 
 
-def _watched(found: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict[str, None]]:
+def _read(owner: Component, function: str, name: str, tensor: LazyTensor) -> mx.array:
+    """What a tensor reads, which must be what ``owner`` has told of it."""
+    value: Any = tensor.read()
+    if not isinstance(value, mx.array):
+        raise owner.breach(function, f"{name} that reads {type(value).__name__}", "mlx.core.array")
+    if value.shape != tuple(tensor.shape):
+        raise owner.breach(function, f"{name} that reads {value.shape}", f"{tuple(tensor.shape)}, as told")
+    return value
+
+
+def _watched(
+    reader: Component, found: Mapping[str, LazyTensor]
+) -> tuple[dict[str, LazyTensor], dict[str, None]]:
     """The same tensors, and the names of those that nobody has read so far."""
     unread = dict.fromkeys(found)
 
     def read(name: str) -> mx.array:
         unread.pop(name, None)
-        return found[name].read()
+        return _read(reader, "open", name, found[name])
 
     return {name: replace(tensor, read=partial(read, name)) for name, tensor in found.items()}, unread

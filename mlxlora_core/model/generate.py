@@ -57,7 +57,7 @@ def generate(
         write_every: tokens a segment.
 
     Raises:
-        UsageError: the prompt is no valid text, or does not fit into the model's context.
+        UsageError: the prompt is no valid text, has no token, or does not fit into the model's context.
         PluginError: a sampler gives what it should not.
         DivergedError: the logits of the model are not finite.
     """
@@ -65,6 +65,10 @@ def generate(
         ids = tokenizer.encode(prompt)
     except DataError as fault:
         raise UsageError(f"the prompt cannot be read: {fault.what}", fix=fault.fix) from fault
+    if not ids:
+        raise UsageError(
+            "the prompt is empty, and texts of this model have no begin token", fix="give a prompt"
+        )
     limit = model.context_tokens
     if limit is not None and len(ids) >= limit:
         raise UsageError(
@@ -78,14 +82,20 @@ def generate(
 
 def _segments(tokenizer: Tokenizer, tokens: Iterator[int], num_tokens: int, every: int) -> Iterator[Segment]:
     told = 0
+    faults: list[Exception] = []
 
     def counted() -> Iterator[int]:
         nonlocal told
-        for token in tokens:
-            told += 1
-            yield token
+        try:
+            for token in tokens:
+                told += 1
+                yield token
+        except Exception as fault:  # not through the tokenizer, which has no part in it
+            faults.append(fault)
 
     yield from map(Segment, tokenizer.stream(counted(), every))
+    if faults:
+        raise faults[0]
     yield Segment("", STOP if told < num_tokens else LENGTH)
 
 

@@ -57,11 +57,17 @@ def told(plugins: Iterable[Plugin]) -> Iterator[None]:
 
 
 def blamed(plugins: Iterable[Plugin], fault: BaseException) -> PluginError | None:
-    """An error that names the plugin of somebody else in whose code ``fault`` arose, or None."""
+    """An error that names the plugin of somebody else in whose code ``fault`` arose, or None.
+
+    Where one plugin has called another, such as an architecture an adapter, it is the innermost.
+    """
     foreign = [plugin for plugin in plugins if plugin.status == "active" and plugin.origin != "built-in"]
-    for plugin in foreign:
-        if place := _place(plugin, fault):
-            return PluginError(f"plugin {plugin} failed: {reason_of(fault)}", where=place)
+    files = [(plugin, _files(plugin)) for plugin in foreign]
+    for frame in reversed(traceback.extract_tb(fault.__traceback__)):
+        for plugin, own in files:
+            if frame.filename in own:
+                where = f"{frame.filename}:{frame.lineno}"
+                return PluginError(f"plugin {plugin} failed: {reason_of(fault)}", where=where)
     return None
 
 

@@ -423,6 +423,36 @@ def test_a_quantizer_that_gives_something_else(run: Run, environment: Any, fault
     refused(run, environment, QUANTIZERS[fault], "quantizer", *arguments)
 
 
+LIES = {
+    "arrays of numpy": (
+        "return mx.array(array)",
+        "return array",
+        "loader odd:mosaic-npz: open gives embed.weight that reads ndarray, wanted mlx.core.array",
+    ),
+    "another shape than told": (
+        "return mx.stack(",
+        "return mx.concatenate(",
+        "architecture odd:mosaic: tensors gives layers.0.mixture.gate.weight that reads (96, 32), "
+        "wanted (4, 24, 32), as told",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_tensor_that_is_not_what_was_told_of_it(
+    run: Run, environment: Any, tmp_path: Path, lie: str
+) -> None:
+    good, bad, said = LIES[lie]
+    code = (SOURCES / "acme-mosaic" / "acme_mosaic.py").read_text()
+    assert code.count(good) == 1
+    (tmp_path / "odd.py").write_text(code.replace(good, bad))
+    files = ("--torch-path", run.folder / "base.npz", "--mlx-path", "model")
+    done = environment.mlxlora("convert", "-P", "no:mosaic", "-P", "./odd.py", *files, cwd=tmp_path)
+    assert done.returncode == 8, done.stderr
+    assert done.stderr.splitlines()[-1] == f"mlxlora: {said}"
+    assert not (tmp_path / "model").exists()
+
+
 def test_an_adapter_without_its_linear_is_refused_before_it_trains(run: Run, environment: Any) -> None:
     said = "wrap gives a Scaled without the linear, wanted a module that keeps it as its child 'linear'"
     faulty = Faulty(ADAPTER.format(child="inner", fused="weight"), said)
@@ -446,6 +476,32 @@ def test_an_adapter_that_fuses_to_another_shape(run: Run, environment: Any) -> N
     assert trained.returncode == 0, trained.stderr
     refused(run, environment, faulty, "adapter", "fuse", *files, "--save-path", "fused")
     refused(run, environment, faulty, "adapter", "export", *files, "--to", "rawbin", "--out", "raw")
+
+
+def test_of_several_plugins_the_one_that_fails_is_blamed(run: Run, environment: Any) -> None:
+    """A tokenizer streams what an architecture computes with an adapter; the adapter alone is at fault."""
+    code = IMPORTS + ADAPTER.format(child="linear", fused="weight")
+    plugin = run.folder / "odd.py"
+    files = ("--model", "out/model", "--adapter-file", "late.safetensors", "-P", "./odd.py")
+
+    def mlxlora(*arguments: str) -> Any:
+        return environment.mlxlora(*arguments, *files, cwd=run.folder, PYTHONDONTWRITEBYTECODE="1")
+
+    plugin.write_text(code)
+    trained = mlxlora("train", "--adapter", "odd", "--data", "out/data", "--iters", "1")
+    assert trained.returncode == 0, trained.stderr
+    start = "    def __call__(self, x):\n"
+    plugin.write_text(code.replace(start, f"{start}        assert x.shape[1] > 1, 'one token'\n"))
+    done = mlxlora("generate", "--prompt", "After 1")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 8
+    assert "odd.py:" in line and "plugin odd (file) failed: AssertionError: one token" in line
+
+
+def test_a_prompt_without_a_token(run: Run, environment: Any) -> None:
+    done = environment.mlxlora("generate", "--model", "out/model", "--prompt", "", cwd=run.folder)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "the prompt is empty, and texts of this model have no begin token" in line
 
 
 def test_a_misspelt_name_in_the_list_of_plugins(run: Run, environment: Any) -> None:
