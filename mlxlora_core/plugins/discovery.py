@@ -49,9 +49,10 @@ def load(
         tolerant: whether a name in that list that no plugin has is a warning.
 
     Raises:
-        UsageError: a name after ``-P`` or in the list that no plugin has, or
-            one that is both required and left out.
-        PluginError: a plugin named with ``-P`` that cannot be loaded.
+        UsageError: a name after ``-P`` that no plugin has, or that is both
+            required and left out.
+        PluginError: a name in the list that no plugin has, or a plugin named
+            with ``-P`` that cannot be loaded.
     """
     environ = os.environ if environ is None else environ
     wanted, banned, files = _selection(select)
@@ -60,7 +61,7 @@ def load(
     allowed = _allow_list(environ)
     fault = _allow_list_fault([plugin for plugin, _ in found], allowed or ())
     if fault and not tolerant:
-        raise UsageError(fault, fix=f"correct {ALLOW_LIST}, or see: mlxlora plugins")
+        raise PluginError(fault, fix=f"correct {ALLOW_LIST}, or see: mlxlora plugins")
     plugins: list[Plugin] = []
     components: list[Component] = []
     for plugin, get in [*found, *map(_file_plugin, files)]:

@@ -286,7 +286,7 @@ def test_selection(crowd: Any, tmp_path: Path) -> None:
     assert active(MLXLORA_PLUGINS="") == (set(), set())
     assert active(MLXLORA_PLUGINS="twin-one, midway,elsewhere") == ({"twin-one"}, {"midway"})
     misspelt = crowd.mlxlora("components", cwd=tmp_path, MLXLORA_PLUGINS="twin-one,squater")
-    assert misspelt.returncode == 2
+    assert misspelt.returncode == 8
     assert "MLXLORA_PLUGINS names no plugin: 'squater' (did you mean 'squatter'?" in misspelt.stderr
     seen = crowd.mlxlora("plugins", cwd=tmp_path, MLXLORA_PLUGINS="squater")
     assert seen.returncode == 0 and seen.stderr.startswith("mlxlora: warning: MLXLORA_PLUGINS names no")

@@ -547,12 +547,12 @@ def test_selection(shelf: Shelf, environ: dict[str, str], select: list[str], sta
 def test_the_allow_list_names_plugins_that_are_there(shelf: Shelf) -> None:
     shelf.add("other-dist", SAMPLER.format(name="best"), entry="other", module="shelf_listed")
     environ = {ALLOW_LIST: "othr, mlxlora, other-dits,other"}
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(PluginError) as caught:
         load(environ=environ)
     message = str(caught.value)
     assert f"{ALLOW_LIST} names no plugin: 'othr', 'other-dits' (did you mean 'other'?" in message
     assert "did you mean 'other-dist'?" in message and "there is affine, " in message
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 8
     assert "shelf_listed" not in sys.modules, "it is told before anything is imported"
     found = load(environ=environ, tolerant=True)
     assert found.warnings == (caught.value.what,)
