@@ -88,7 +88,20 @@ __attribute__((target("avx2,fma"))) static void exp_avx2(size_t count, const flo
     exp_loop(count, x, y);
 }
 
+#ifndef AT_MOST_AVX2 /* which a test says, to see that loop too */
+__attribute__((target("avx512f,avx512dq,avx512vl,fma"))) static void exp_avx512(size_t count,
+                                                                               const float *restrict x,
+                                                                               float *restrict y) {
+    exp_loop(count, x, y);
+}
+#endif
+
 static exp_function *fastest_exp(void) {
+#ifndef AT_MOST_AVX2
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return exp_avx512;
+#endif
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? exp_avx2 : exp_any;
 }
 #else

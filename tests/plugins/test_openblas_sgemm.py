@@ -181,7 +181,11 @@ def test_the_check_at_the_start_finds_nothing_wrong(library: ctypes.CDLL, functi
 # --- the exponential ---------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[(), ("-DPORTABLE",)], ids=["as built", "for any processor"])
+@pytest.fixture(
+    scope="module",
+    params=[(), ("-DAT_MOST_AVX2",), ("-DPORTABLE",)],
+    ids=["as built", "avx2", "for any processor"],
+)
 def exp(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
