@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +12,6 @@ from mlx.utils import tree_flatten
 
 from mlxlora_core.errors import PluginError
 from mlxlora_core.machine import device
-from mlxlora_core.machine.device import compute_dtype
 from mlxlora_core.model import linears
 from mlxlora_core.model.linears import (
     QuantizedLinear,
@@ -230,43 +227,3 @@ class TestLinears:
     def test_parameters_of_a_base_are_found(self) -> None:
         linear = signs(nn.Linear(64, 8))
         assert set(dict(tree_flatten(linear.parameters()))) == {"signs", "sizes", "bias"}
-
-
-def test_compute_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    for dtype in (mx.float16, mx.bfloat16, mx.float32):
-        monkeypatch.setattr(device, "on_cpu", lambda: True)
-        assert compute_dtype(dtype) == mx.float32
-        monkeypatch.setattr(device, "on_cpu", lambda: False)
-        assert compute_dtype(dtype) == dtype
-
-
-def test_streams_are_ordered_fairly_on_a_cpu_unless_the_user_has_said_how(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    before = mx.set_cache_limit(0)
-    mx.set_cache_limit(before)
-    try:
-        for cpu, given, wanted in ((False, None, None), (True, "20", "20"), (True, None, str(2**20))):
-            monkeypatch.setattr(device, "on_cpu", lambda cpu=cpu: cpu)
-            monkeypatch.delenv(device.ORDER_WIDTH, raising=False)
-            if given:
-                monkeypatch.setenv(device.ORDER_WIDTH, given)
-            device.prepare_cpu()
-            assert os.environ.get(device.ORDER_WIDTH) == wanted
-    finally:
-        mx.set_cache_limit(before)
-    library = next(Path(mx.__file__).parent.glob("lib/libmlx.*"))
-    assert device.ORDER_WIDTH.encode() in library.read_bytes(), "MLX knows no such variable any more"
-
-
-def test_freed_buffers_are_kept_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    large_bytes = 48 * 2**20
-    before = mx.set_cache_limit(0)
-    try:
-        for cpu, kept in ((False, False), (True, True)):
-            monkeypatch.setattr(device, "on_cpu", lambda cpu=cpu: cpu)
-            device.prepare_cpu()
-            mx.eval(mx.zeros((large_bytes // 4,)) + 1)
-            assert (mx.get_cache_memory() >= large_bytes) == kept
-    finally:
-        mx.set_cache_limit(before)

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlxlora_core.machine import device
+from mlxlora_core.machine.device import compute_dtype
+
+
+def test_compute_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (mx.float16, mx.bfloat16, mx.float32):
+        monkeypatch.setattr(device, "on_cpu", lambda: True)
+        assert compute_dtype(dtype) == mx.float32
+        monkeypatch.setattr(device, "on_cpu", lambda: False)
+        assert compute_dtype(dtype) == dtype
+
+
+def test_streams_are_ordered_fairly_on_a_cpu_unless_the_user_has_said_how(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = mx.set_cache_limit(0)
+    mx.set_cache_limit(before)
+    try:
+        for cpu, given, wanted in ((False, None, None), (True, "20", "20"), (True, None, str(2**20))):
+            monkeypatch.setattr(device, "on_cpu", lambda cpu=cpu: cpu)
+            monkeypatch.delenv(device.ORDER_WIDTH, raising=False)
+            if given:
+                monkeypatch.setenv(device.ORDER_WIDTH, given)
+            device.prepare_cpu()
+            assert os.environ.get(device.ORDER_WIDTH) == wanted
+    finally:
+        mx.set_cache_limit(before)
+    library = next(Path(mx.__file__).parent.glob("lib/libmlx.*"))
+    assert device.ORDER_WIDTH.encode() in library.read_bytes(), "MLX knows no such variable any more"
+
+
+def test_freed_buffers_are_kept_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    large_bytes = 48 * 2**20
+    before = mx.set_cache_limit(0)
+    try:
+        for cpu, kept in ((False, False), (True, True)):
+            monkeypatch.setattr(device, "on_cpu", lambda cpu=cpu: cpu)
+            device.prepare_cpu()
+            mx.eval(mx.zeros((large_bytes // 4,)) + 1)
+            assert (mx.get_cache_memory() >= large_bytes) == kept
+    finally:
+        mx.set_cache_limit(before)
