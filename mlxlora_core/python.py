@@ -329,11 +329,11 @@ def export(
     base, target = Path(model), Path(out)
     with told(found.plugins), lock.hold(target):
         prepare(found)
+        from mlxlora_core.model.adapters import AdapterFile
         from mlxlora_core.model.events import result_of
-        from mlxlora_core.model.export import Fused
         from mlxlora_core.model.export import export as exported
 
-        adapter = Fused(Path(adapter_file)) if adapter_file is not None else None
+        adapter = AdapterFile(Path(adapter_file)) if adapter_file is not None else None
         return result_of(exported(base, target, exporter, found, fused=adapter, overwrite=overwrite))
 
 

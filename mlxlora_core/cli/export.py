@@ -52,10 +52,11 @@ def command(
     exporter, _ = choose("exporter", to, given.get("export", {}), registry)
     hold(out)
     start(registry)
-    from mlxlora_core.model.export import ExportReport, Fused, export
+    from mlxlora_core.model.adapters import AdapterFile
+    from mlxlora_core.model.export import ExportReport, export
 
     started = time.perf_counter()
-    fused = Fused(adapter_file, adapter, given.get("adapter", {})) if adapter_file else None
+    fused = AdapterFile(adapter_file, adapter, given.get("adapter", {})) if adapter_file else None
     with show.tensors("exporting") as progress:
         for event in export(
             model,

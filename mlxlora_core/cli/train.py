@@ -26,7 +26,8 @@ from mlxlora_core.training.settings import EvaluateConfig, GenerateConfig, SaveC
 from mlxlora_core.values import RunInfo
 
 if TYPE_CHECKING:
-    from mlxlora_core.training.session import AdapterFile, NewAdapter
+    from mlxlora_core.model.adapters import AdapterFile
+    from mlxlora_core.training.session import NewAdapter
 
 DEFAULT_ADAPTER_FILE = Path("adapters.safetensors")
 
@@ -177,7 +178,8 @@ def _check(registry: Registry, checkpoints: Path, given: dict[str, Any], *, spea
 
 def _adapter(asked: _Asked, path: Path | None) -> NewAdapter | AdapterFile:
     """The adapter to train: the one in a file, or a new one."""
-    from mlxlora_core.training.session import AdapterFile, NewAdapter
+    from mlxlora_core.model.adapters import AdapterFile
+    from mlxlora_core.training.session import NewAdapter
 
     if path is not None:
         return AdapterFile(path, asked.name, asked.values)

@@ -12,7 +12,7 @@ import os
 import stat
 from collections import Counter
 from io import BufferedReader
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO, NoReturn
 
 from mlxlora_core.errors import MlxloraError, ModelError, listing
@@ -23,6 +23,16 @@ _HEAD_BYTES = 512
 _MARK = b"\xef\xbb\xbf"
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml")
 _POINTER = b"version https://git-lfs"
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether ``name`` is that of a file in its own folder, on every system."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name not in ("", ".", "..")
+        and name == PurePosixPath(name).name == PureWindowsPath(name).name
+    )
 
 
 def open_regular(path: Path, kind: type[MlxloraError] = ModelError) -> BufferedReader:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -44,6 +44,21 @@ class Adapted:
     choice: Choice
     config: AdapterConfig
     paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter in a file, and what the caller insists on; see :func:`load`.
+
+    Attributes:
+        path: an adapter file.
+        name: the adapter that the caller insists on, or None.
+        values: options, and keys of :class:`AdapterConfig`, that the caller insists on.
+    """
+
+    path: Path
+    name: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 def attach(model: Model, choice: Choice, config: AdapterConfig, seed: int) -> Adapted:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
+from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.convert import DTYPES, cast
 from mlxlora_core.model.events import SpaceNeeded
 from mlxlora_core.model.folder import Model
@@ -59,22 +60,13 @@ class ExportReport:
     files: Mapping[str, int]
 
 
-@dataclass(frozen=True)
-class Fused:
-    """An adapter file to fuse into the model, and what the caller insists on (see ``adapters.load``)."""
-
-    path: Path
-    name: str | None = None
-    values: Mapping[str, Any] = field(default_factory=dict)
-
-
 def export(
     folder: Path,
     target: Path,
     exporter: Choice,
     registry: Registry,
     *,
-    fused: Fused | None = None,
+    fused: AdapterFile | None = None,
     overwrite: bool = False,
     told: Callable[[int, int], None] = lambda done, count: None,
 ) -> Iterator[SpaceNeeded | ExportReport]:
@@ -138,7 +130,7 @@ def _source(
     model: Model,
     stored: Mapping[str, LazyTensor],
     adapted: adapters.Adapted | None,
-    fused: Fused | None,
+    fused: AdapterFile | None,
     told: Callable[[int, int], None],
 ) -> ExportSource:
     """What the exporter gets."""

@@ -11,18 +11,13 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora_core.errors import ModelError, listing
+from mlxlora_core.files.input_file import is_plain_name
 from mlxlora_core.files.tensor_checks import mismatches
 from mlxlora_core.model import architectures
 from mlxlora_core.model.folder import CONFIG
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import parameters
-from mlxlora_core.model.tokenizers import (
-    FILES,
-    CheckedTokenizer,
-    check_vocabulary,
-    is_plain_name,
-    open_tokenizer,
-)
+from mlxlora_core.model.tokenizers import FILES, CheckedTokenizer, check_vocabulary, open_tokenizer
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.plugins import Component, Registry
 from mlxlora_core.values import ForeignModel, LazyTensor

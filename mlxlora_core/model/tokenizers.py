@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mlxlora_core.errors import ModelError, listing
+from mlxlora_core.files.input_file import is_plain_name
 from mlxlora_core.plugins import Component, Registry
 from mlxlora_core.values import Piece
 
@@ -138,16 +139,6 @@ def tokenizer_files(folder: Path, config: Mapping[str, Any]) -> dict[str, Path]:
     if not isinstance(names, (list, tuple)) or not names or not all(map(is_plain_name, names)):
         raise ModelError(f"{FILES} is {names!r}, wanted a list of file names", where=folder / "config.json")
     return {name: folder / name for name in names}
-
-
-def is_plain_name(name: Any) -> bool:
-    """Whether ``name`` is that of a file in its own folder, on every system."""
-    return (
-        isinstance(name, str)
-        and name.isprintable()
-        and name not in ("", ".", "..")
-        and name == PurePosixPath(name).name == PureWindowsPath(name).name
-    )
 
 
 def check_vocabulary(tokenizer: CheckedTokenizer, vocab_size: int, where: Path) -> None:

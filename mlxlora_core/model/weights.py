@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlxlora_core.errors import ModelError, SafetyError, listing
 from mlxlora_core.files import tensor_file
-from mlxlora_core.files.input_file import read_json
+from mlxlora_core.files.input_file import is_plain_name, read_json
 from mlxlora_core.values import LazyTensor
 
 WEIGHTS = {"safetensors": "model.safetensors", "npz": "weights.npz"}
@@ -90,7 +89,7 @@ def _is_inside(folder: Path, name: str) -> bool:
     A download cache keeps the files of a model in ``blobs`` beside ``snapshots``
     and links to them, so that a link to there is none to the outside.
     """
-    if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or not name.isprintable():
+    if not is_plain_name(name):
         return False
     try:
         root, target = folder.resolve(), (folder / name).resolve()

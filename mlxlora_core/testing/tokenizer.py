@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from mlxlora_core.errors import DataError, MlxloraError
-from mlxlora_core.model.tokenizers import CheckedTokenizer, is_plain_name
+from mlxlora_core.files.input_file import is_plain_name
+from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.plugins import Component, Plugin
 from mlxlora_core.specs import TokenizerLoader
 from mlxlora_core.values import Piece

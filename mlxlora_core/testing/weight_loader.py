@@ -24,7 +24,7 @@ import mlx.core as mx
 import pytest
 
 from mlxlora_core.errors import MlxloraError
-from mlxlora_core.model.tokenizers import is_plain_name
+from mlxlora_core.files.input_file import is_plain_name
 from mlxlora_core.specs import WeightLoader
 from mlxlora_core.values import ForeignModel
 

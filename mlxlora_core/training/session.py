@@ -18,7 +18,7 @@ from mlxlora_core.errors import DataError, DivergedError, UsageError
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.machine import signals
 from mlxlora_core.model import adapters
-from mlxlora_core.model.adapters import Adapted
+from mlxlora_core.model.adapters import Adapted, AdapterFile
 from mlxlora_core.model.folder import Model
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.sections import AdapterConfig
@@ -58,21 +58,6 @@ class NewAdapter:
 
     choice: Choice
     config: AdapterConfig = field(default_factory=AdapterConfig)
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """Train the adapter in a file on.
-
-    Attributes:
-        path: an adapter file.
-        name: the adapter that the caller insists on, or None.
-        values: options, and keys of :class:`AdapterConfig`, that the caller insists on.
-    """
-
-    path: Path
-    name: str | None = None
-    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

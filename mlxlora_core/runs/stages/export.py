@@ -38,7 +38,8 @@ class ExportStage(Stage):
 
     def work(self, context: Context) -> Iterator[Event]:
         """Export."""
-        from mlxlora_core.model.export import ExportReport, Fused, export
+        from mlxlora_core.model.adapters import AdapterFile
+        from mlxlora_core.model.export import ExportReport, export
 
         recipe, path = context.recipe, context.path
         assert recipe.export is not None, "else this stage is not wanted"
@@ -47,7 +48,7 @@ class ExportStage(Stage):
             path / EXPORT,
             recipe.export,
             context.registry,
-            fused=Fused(path / ADAPTER),
+            fused=AdapterFile(path / ADAPTER),
             overwrite=True,
         )
         for event in events:

@@ -6,24 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from fake_machine import machine
 
 from mlxlora_core.machine.memory import free_memory_bytes, memory_bytes, memory_limit_bytes
 from mlxlora_core.machine.processors import cpu_quota
-
-
-def machine(folder: Path, membership: str, files: Mapping[str, str]) -> Path:
-    """A root with /proc/self/cgroup and these files below /sys/fs/cgroup."""
-    (folder / "proc/self").mkdir(parents=True)
-    (folder / "proc/self/cgroup").write_text(membership)
-    for name, text in files.items():
-        path = folder / "sys/fs/cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    return folder
 
 
 @pytest.mark.parametrize(

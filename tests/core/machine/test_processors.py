@@ -1,24 +1,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from fake_machine import machine
 
 from mlxlora_core.errors import UsageError
 from mlxlora_core.machine.processors import cpu_quota, processors, thread_count
-
-
-def machine(folder: Path, membership: str, files: Mapping[str, str]) -> Path:
-    """A root with /proc/self/cgroup and these files below /sys/fs/cgroup."""
-    (folder / "proc/self").mkdir(parents=True)
-    (folder / "proc/self/cgroup").write_text(membership)
-    for name, text in files.items():
-        path = folder / "sys/fs/cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    return folder
 
 
 def test_threads_are_what_affinity_and_quota_leave(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,9 @@ from mlxlora_core import cli
 from mlxlora_core.errors import MlxloraError, ModelError, PluginError, ResourceError, SafetyError, UsageError
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as folders
+from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.events import result_of
-from mlxlora_core.model.export import ExportReport, Fused, export, holds_only_an_export
+from mlxlora_core.model.export import ExportReport, export, holds_only_an_export
 from mlxlora_core.model.fuse import fuse
 from mlxlora_core.model.weights import read_weights
 from mlxlora_core.plugins import Choice, Component, Plugin, Registry
@@ -36,7 +37,7 @@ def exported(
 ) -> ExportReport:
     """Export by ``npz``."""
     npz = registry.find("exporter", "npz")
-    fused = Fused(adapter) if adapter else None
+    fused = AdapterFile(adapter) if adapter else None
     return result_of(export(base, target, Choice(npz, npz.spec.options(**options)), registry, fused=fused))
 
 
@@ -232,7 +233,7 @@ def test_memory_does_not_grow_with_the_model(
         tmp_path / "out",
         Choice(npz, npz.spec.options()),
         registry,
-        fused=Fused(adapter),
+        fused=AdapterFile(adapter),
         told=lambda done, count: alive.append(mx.get_active_memory()),
     )
     result_of(events)

@@ -18,6 +18,7 @@ from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder_module
+from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.sections import configure
 from mlxlora_core.training.checkpoints import Start
@@ -29,7 +30,7 @@ from mlxlora_core.training.events import (
     TrainResult,
     ValidReport,
 )
-from mlxlora_core.training.session import AdapterFile, NewAdapter, Outputs, TrainingSession, open_training
+from mlxlora_core.training.session import NewAdapter, Outputs, TrainingSession, open_training
 from mlxlora_core.training.settings import SaveConfig, TrainConfig
 
 TEXTS = ["A layer scales the weights.", "The adapter keeps its inputs.", "This module reads a mask."]
