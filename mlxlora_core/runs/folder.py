@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.errors import DataError, SafetyError
-from mlxlora_core.files import durable
+from mlxlora_core.files import durable, leftovers
 
 RECORD = "run.json"
 RECIPE = "recipe.toml"
@@ -49,7 +49,7 @@ class RunFolder:
         Raises:
             SafetyError: the folder holds something that is no run.
         """
-        durable.clear_leftovers(self.path, RECORD)
+        leftovers.clear_leftovers(self.path, RECORD)
         if self.path.exists() and not self.record and (not self.path.is_dir() or any(self.path.iterdir())):
             raise SafetyError(
                 "holds something that is no run and was left alone",

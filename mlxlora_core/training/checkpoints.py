@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.errors import ModelError, PluginError, ResourceError, SafetyError, listing
-from mlxlora_core.files import durable
+from mlxlora_core.files import leftovers
 from mlxlora_core.plugins import Registry
 
 SCHEMA = 1
@@ -121,7 +121,7 @@ def find_for(how: Start, folder: Path) -> Found:
     if how is Start.RESUME:
         return find_to_resume(folder)
     if how is Start.CONTINUE:
-        durable.clear_leftovers(folder, "step-*")
+        leftovers.clear_leftovers(folder, "step-*")
         return find(folder)
     return find_to_begin(folder, overwrite=how is Start.OVERWRITE)
 
@@ -133,7 +133,7 @@ def find_to_resume(folder: Path) -> Found:
         ModelError: there is none.
         MlxloraError: as :func:`find`.
     """
-    durable.clear_leftovers(folder, "step-*")
+    leftovers.clear_leftovers(folder, "step-*")
     found = find(folder)
     if found.valid:
         return found
@@ -152,7 +152,7 @@ def find_to_begin(folder: Path, *, overwrite: bool) -> Found:
         SafetyError: they are.
         MlxloraError: as :func:`find`.
     """
-    durable.clear_leftovers(folder, "step-*")
+    leftovers.clear_leftovers(folder, "step-*")
     found = find(folder)
     there = found.valid or found.damaged
     if there and not overwrite and not (found.valid and found.valid[0].finished):

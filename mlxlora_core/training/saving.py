@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora_core.errors import DivergedError, ModelError, PluginError, ResourceError, listing
-from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files import durable, leftovers, tensor_file
 from mlxlora_core.files.tensor_checks import is_finite
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapters import Adapted, trainable
@@ -130,7 +130,7 @@ class CheckpointFolder:
         try:
             self._write(step)
         except ResourceError:
-            if not durable.clear_leftovers(self.path, "*"):
+            if not leftovers.clear_leftovers(self.path, "*"):
                 raise
             self._write(step)  # the room that a dead process held is free now
         self._valid.append(step)

@@ -11,6 +11,7 @@ import pytest
 
 from mlxlora_core.errors import ResourceError, SafetyError
 from mlxlora_core.files import durable
+from mlxlora_core.files.leftovers import temporary_name
 
 
 def names(folder: Path) -> list[str]:
@@ -243,7 +244,7 @@ with durable.new_file(Path(sys.argv[1])):
 """
     assert run(code, path).returncode == -9
     assert len(names(tmp_path)) == 1 and not path.exists()
-    living = tmp_path / f".{path.name}.{os.getppid()}.tmp"
+    living = tmp_path / temporary_name(path.name, os.getppid(), "tmp")
     living.write_text("still at work")
     durable.write_text(path, "new")
     assert names(tmp_path) == sorted([path.name, living.name])
@@ -260,7 +261,7 @@ def test_the_mode_of_an_older_file_is_kept(tmp_path: Path) -> None:
 def test_a_temporary_name_that_is_taken_is_not_written_through(tmp_path: Path) -> None:
     path, elsewhere = tmp_path / "file", tmp_path / "elsewhere"
     elsewhere.write_text("precious")
-    (tmp_path / f".file.{os.getpid()}.tmp").symlink_to(elsewhere)
+    (tmp_path / temporary_name("file", os.getpid(), "tmp")).symlink_to(elsewhere)
     durable.write_text(path, "new")
     assert elsewhere.read_text() == "precious" and path.read_text() == "new"
 
@@ -277,15 +278,3 @@ def test_a_folder_goes_at_once_and_one_can_be_put_aside(tmp_path: Path) -> None:
     durable.put_aside(tmp_path / "two", "damaged")
     assert names(tmp_path) == ["damaged-two-1", "damaged-two-2"]
     assert (tmp_path / "damaged-two-1" / "file").read_text() == "two"
-
-
-def test_what_dead_processes_left_is_cleared_by_name(tmp_path: Path) -> None:
-    dead, alive = 2**22 + 1, os.getppid()
-    mine = [f".step-1.{dead}.tmp", f".step-2.{dead}.gone"]
-    kept = [f".step-1.{alive}.tmp", f".other-1.{dead}.tmp", f".step-1.{dead}.txt", ".step-1.x.tmp"]
-    for name in (*mine, *kept):
-        (tmp_path / name).mkdir()
-    (tmp_path / f".step-3.{dead}.old").mkdir()
-    assert durable.clear_leftovers(tmp_path, "step-*") == 3
-    assert names(tmp_path) == sorted([*kept, "step-3"])
-    assert durable.clear_leftovers(tmp_path / "nowhere", "*") == 0
