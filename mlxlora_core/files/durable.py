@@ -273,6 +273,23 @@ def check_file(path: Path) -> None:
         probe.unlink()
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a folder in which nothing could be written at the end of long work; it need not be there.
+
+    Raises:
+        ResourceError: it cannot be written.
+        SafetyError: something that is no folder is there.
+    """
+    place = place_of(path)
+    with _disk_faults(path):
+        if os.path.lexists(place) and not place.is_dir():
+            raise SafetyError("is no folder, and a folder is wanted", where=path, fix="move it away")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        probe = beside(place / "probe" if place.is_dir() else place, NEW)
+        probe.mkdir(0o700)
+        probe.rmdir()
+
+
 def _created(temporary: Path, target: Path) -> BinaryIO:
     """A new file that nobody may read who may not read the one that it is to replace."""
     try:

@@ -171,6 +171,17 @@ def load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
             raise ModelError(f"is damaged or no {path.suffix} file: {fault}", where=path) from fault
 
 
+def stated(path: Path) -> dict[str, str]:
+    """What a file says of itself, read without a look at its tensors; nothing where that cannot be read."""
+    try:
+        with open_regular(path) as file:
+            if path.suffix == ".npz":
+                return _comment(_npz_layout(file, path).comment)
+            return tensor_header.read_metadata(file, path)
+    except MlxloraError:
+        return {}
+
+
 def lazy(path: Path) -> tuple[dict[str, LazyTensor], str]:
     """The tensors of a file, each read when it is asked for and kept nowhere, and the fingerprint it states.
 

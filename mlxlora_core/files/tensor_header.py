@@ -101,6 +101,19 @@ def read_safetensors(file: BinaryIO, path: Path) -> dict[str, str]:
     return metadata
 
 
+def read_metadata(file: BinaryIO, path: Path) -> dict[str, str]:
+    """The metadata of an open ``.safetensors``, whatever its tensors are.
+
+    Raises:
+        ModelError: there is no header.
+    """
+    try:
+        header = json.loads(_header(file, os.fstat(file.fileno()).st_size, path))
+        return {k: v for k, v in (header.get(METADATA) or {}).items() if isinstance(v, str)}
+    except (ValueError, AttributeError, RecursionError) as reason:
+        raise _damaged(f"its header is no JSON: {reason}", path) from None
+
+
 def _header(file: BinaryIO, size: int, path: Path) -> str:
     """The JSON at the head of a file of ``size`` bytes, which is left at the first byte behind it."""
     refuse_stand_in(file, path)

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing, nearest
 from mlxlora_core.files import tensor_file
+from mlxlora_core.files.targets import is_written
 from mlxlora_core.files.tensor_checks import is_finite, mismatches, type_name
 from mlxlora_core.model.folder import Model
 from mlxlora_core.model.linears import is_packed, layers_by_path, linear_shape, linears, parameters, replace
@@ -114,12 +115,23 @@ def _checked(component: Component, linear: nn.Module, module: Any) -> nn.Module:
     return wrapped
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file is an adapter file that mlxlora has written, by what its header tells."""
+    try:
+        record = json.loads(tensor_file.stated(path)[METADATA])
+    except (KeyError, ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and {"adapter", "paths", "base"} <= record.keys()
+
+
 def save(path: Path, model: Model, adapted: Adapted) -> None:
     """Write the adapter's parameters, with what they belong to, to ``.safetensors`` or ``.npz``.
 
     Raises:
+        SafetyError: a file that is no adapter of ours is there.
         DivergedError: a parameter is not finite; an older file is left as it is.
     """
+    is_written(path, is_ours)
     tensors = trainable(model.module)
     poisoned = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if poisoned:

@@ -42,7 +42,8 @@ from mlxlora_core.training.events import (
     ValidReport,
 )
 from mlxlora_core.training.examples import Example, Examples
-from mlxlora_core.training.session import NewAdapter, Outputs, TrainingSession, open_training
+from mlxlora_core.training.outputs import Outputs
+from mlxlora_core.training.session import NewAdapter, TrainingSession, open_training
 from mlxlora_core.training.settings import SaveConfig, TrainConfig
 
 EVERY = SaveConfig(save_every=1, save_minutes=1e9, keep=1000)
