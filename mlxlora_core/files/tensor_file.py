@@ -32,7 +32,7 @@ from mlxlora_core.files.input_file import name_of_open, open_regular, refuse_sta
 from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.values import LazyTensor
 
-FINGERPRINT = "fingerprint"  # the metadata that tells what the tensors of a file are
+FINGERPRINT = tensor_header.FINGERPRINT
 
 #: the types that a file can hold, as safetensors calls them
 TYPES = {
@@ -173,11 +173,11 @@ def load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 def stated(path: Path) -> dict[str, str]:
     """What a file says of itself, read without a look at its tensors; nothing where that cannot be read."""
+    if path.suffix != ".npz":
+        return tensor_header.stated(path)
     try:
         with open_regular(path) as file:
-            if path.suffix == ".npz":
-                return _comment(_npz_layout(file, path).comment)
-            return tensor_header.read_metadata(file, path)
+            return _comment(_npz_layout(file, path).comment)
     except MlxloraError:
         return {}
 

@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from mlxlora_core.errors import ModelError, ResourceError
-from mlxlora_core.files.input_file import AGAIN, name_of_open, read_exactly, refuse_stand_in
+from mlxlora_core.files.input_file import AGAIN, name_of_open, open_regular, read_exactly, refuse_stand_in
 
 if TYPE_CHECKING:
     import numpy as np
 
 TENSORS_LIMIT = 100_000  # of one file
 METADATA = "__metadata__"  # the key that safetensors reserves
+FINGERPRINT = "fingerprint"  # the metadata that tells what the tensors of a file are
 #: the types of safetensors that are read -> bytes an element
 ITEM_BYTES = {
     "BOOL": 1,
@@ -99,6 +100,15 @@ def read_safetensors(file: BinaryIO, path: Path) -> dict[str, str]:
             raise _damaged(f"tensor {name} {fault}", path)
     _check_layout(file, tensors, start, size, path)
     return metadata
+
+
+def stated(path: Path) -> dict[str, str]:
+    """The metadata of a ``.safetensors``, whatever its tensors are; nothing where there is none to read."""
+    try:
+        with open_regular(path) as file:
+            return read_metadata(file, path)
+    except ModelError:
+        return {}
 
 
 def read_metadata(file: BinaryIO, path: Path) -> dict[str, str]:

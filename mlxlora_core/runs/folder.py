@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.errors import DataError, SafetyError
-from mlxlora_core.files import durable, leftovers
+from mlxlora_core.errors import DataError
+from mlxlora_core.files import durable
 
 RECORD = "run.json"
 RECIPE = "recipe.toml"
@@ -46,16 +46,8 @@ class RunFolder:
     def begin(self, facts: Mapping[str, Any], recipe_text: str) -> None:
         """Make the folder, and write the recipe and the facts of this run.
 
-        Raises:
-            SafetyError: the folder holds something that is no run.
+        Whether it may is for :func:`mlxlora_core.runs.places.check_run` to say.
         """
-        leftovers.clear_leftovers(self.path, RECORD)
-        if self.path.exists() and not self.record and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise SafetyError(
-                "holds something that is no run and was left alone",
-                where=self.path,
-                fix="name another folder with --set run.folder=DIR",
-            )
         kept = {key: self.record.get(key, {}) for key in ("started", "stages")}
         self.record = {**facts, **kept}
         self._save()  # first, so that a folder that a killed run began is known again

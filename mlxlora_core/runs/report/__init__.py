@@ -11,12 +11,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from mlxlora_core.errors import ModelError
 from mlxlora_core.files import durable
+from mlxlora_core.files.input_file import read_whole
+from mlxlora_core.files.targets import is_written
 from mlxlora_core.runs.folder import REPORT
 from mlxlora_core.runs.report.facts import read_facts
-from mlxlora_core.runs.report.page import page
+from mlxlora_core.runs.report.page import MARKS, page
 
 BINS = 40  # of a histogram at most
+_PAGE_BYTES = 1 << 30
 
 
 def write_report(folder: Path) -> Path:
@@ -24,11 +28,22 @@ def write_report(folder: Path) -> Path:
 
     Raises:
         DataError: no run folder, or one whose record is damaged.
+        SafetyError: a page that mlxlora has not written is there.
         ResourceError: it cannot be written.
     """
     path = folder / REPORT
+    is_written(path, is_report)
     durable.write_text(path, page(read_facts(folder)))
     return path
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report, by what stands in it."""
+    try:
+        content = read_whole(path, _PAGE_BYTES)
+    except ModelError:
+        return False
+    return any(mark in content for mark in MARKS)
 
 
 def length_counts(lengths: Sequence[int]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxlora_core.errors import DataError, MlxloraError, ModelError, ResourceError, SafetyError, UsageError
+from mlxlora_core.errors import DataError, MlxloraError, ModelError, SafetyError, UsageError
 from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.model import adapters
