@@ -14,9 +14,45 @@ from mlxlora_core.plugins.defaults import DEFAULT_SAMPLER
 
 T = TypeVar("T")
 
+
+class PathType(click.ParamType):
+    """The path of a file or folder that is read or written, whose name at least makes sense.
+
+    Attributes:
+        writes: ``file`` or ``folder``, where it is written; or nothing.
+    """
+
+    name = "path"
+
+    def __init__(self, writes: str = "") -> None:
+        self.writes = writes
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The value as a path."""
+        if not str(value) or "\0" in str(value):
+            self.fail(f"wanted a path, got {str(value)!r}", param, ctx)
+        return Path(value)
+
+
+class NameOrPathType(PathType):
+    """A path, or a name that stands for one, as it was given."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The text, which is a path at least."""
+        super().convert(value, param, ctx)
+        return value
+
+
+INPUT, OUTPUT_FILE, OUTPUT_FOLDER = PathType(), PathType("file"), PathType("folder")
+NAME_OR_PATH = NameOrPathType()
+
 # What several verbs have, and mean the same by.
-MODEL = click.option("--model", type=Path, default=Path("mlx_model"), show_default=True, help="Model folder.")
-ADAPTER_FILE = click.option("--adapter-file", type=Path, help="Adapter file to put on the model.")
+MODEL = click.option(
+    "--model", type=INPUT, default=Path("mlx_model"), show_default=True, help="Model folder."
+)
+ADAPTER_FILE = click.option("--adapter-file", type=INPUT, help="Adapter file to put on the model.")
 ADAPTER = click.option("--adapter", help="Insist on this adapter. [default: what the file says]")
 SAMPLER = click.option(
     "--sampler", default=DEFAULT_SAMPLER, show_default=True, help="Samplers, in order: NAME or NAME,NAME."
@@ -30,7 +66,7 @@ SEED = click.option(
 def data(files: str) -> Callable[[Any], Any]:
     """The option for a dataset folder, of which a verb reads ``files``."""
     return click.option(
-        "--data", type=Path, default=Path("data"), show_default=True, help=f"Folder with {files}."
+        "--data", type=INPUT, default=Path("data"), show_default=True, help=f"Folder with {files}."
     )
 
 

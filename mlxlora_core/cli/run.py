@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mlxlora_core.cli import show
+from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.command_line import resume_command
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import one_line
@@ -27,7 +27,7 @@ from mlxlora_core.training.events import Note
 
 
 @verb(
-    click.argument("recipe", required=False, metavar="[RECIPE]"),
+    click.argument("recipe", required=False, metavar="[RECIPE]", type=declare.NAME_OR_PATH),
     click.option(
         "--dry-run", is_flag=True, help="Show every value, where it comes from, and what would be done."
     ),

@@ -49,12 +49,12 @@ DEFAULT_ADAPTER_FILE = Path("adapters.safetensors")
     ),
     click.option(
         "--adapter-file",
-        type=Path,
+        type=declare.OUTPUT_FILE,
         default=DEFAULT_ADAPTER_FILE,
         show_default=True,
         help="Adapter file to write, .safetensors or .npz.",
     ),
-    click.option("--resume-adapter-file", type=Path, help="Start from these adapter weights."),
+    click.option("--resume-adapter-file", type=declare.INPUT, help="Start from these adapter weights."),
     declare.flags(TrainConfig),
     declare.flags(SaveConfig),
     click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of this training."),
@@ -65,7 +65,9 @@ DEFAULT_ADAPTER_FILE = Path("adapters.safetensors")
     ),
     declare.SEED,
     click.option(
-        "--metrics-file", type=Path, help="Write every report to this file, one JSON object a line."
+        "--metrics-file",
+        type=declare.OUTPUT_FILE,
+        help="Write every report to this file, one JSON object a line.",
     ),
     click.option(
         "--observer",
