@@ -53,7 +53,7 @@ def measure(
     model: Model, data: Path, batches: BatchConfig, config: EvaluateConfig, *, quiet: bool
 ) -> dict[str, Any]:
     """Loss on ``test.jsonl``; printed unless ``quiet``."""
-    from mlxlora_core.training.evaluation import evaluate
+    from mlxlora_core.training.evaluation import evaluating
     from mlxlora_core.training.examples import read_examples
 
     rows = read_examples(
@@ -62,7 +62,10 @@ def measure(
         max_seq_length=model.sequence_limit(batches.max_seq_length),
         mask_prompt=batches.mask_prompt,
     )
-    loss = evaluate(model.language_model, rows.examples, batches.batch_size, config.test_batches)
+    events = evaluating(
+        "test loss", model.language_model, rows.examples, batches.batch_size, config.test_batches
+    )
+    loss = show.to_its_end(events)
     if not quiet:
         click.echo(f"test loss {loss.mean:.4f}, perplexity {loss.perplexity:.3f}, {loss.tokens} tokens")
     return {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens, "rows": len(rows)}
