@@ -18,7 +18,13 @@ COMMON = "Options"  # what options stand under that no section has
 
 # What several verbs have, and mean the same by.
 MODEL = click.option("--model", type=Path, default=Path("mlx_model"), show_default=True, help="Model folder.")
-ADAPTER_FILE = click.option("--adapter-file", type=Path, help="Adapter file to put on the model.")
+DEFAULT_ADAPTER_FILE = Path("adapters.safetensors")  # what train writes, and others read where it is
+ADAPTER_FILE = click.option(
+    "--adapter-file",
+    type=Path,
+    help=f"Adapter file to put on the model. [default: {DEFAULT_ADAPTER_FILE}, where that is]",
+)
+NO_ADAPTER = click.option("--no-adapter", is_flag=True, help="Take the model as it is.")
 ADAPTER = click.option("--adapter", help="Insist on this adapter. [default: what the file says]")
 SAMPLER = click.option(
     "--sampler", default=DEFAULT_SAMPLER, show_default=True, help="Samplers, in order: NAME or NAME,NAME."

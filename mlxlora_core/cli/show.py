@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -56,12 +58,36 @@ def warning(text: str) -> None:
     progress(f"mlxlora: warning: {one_line(text)}")
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a plain table on stdout, columns as wide as their longest cell."""
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]], width: int | None = None) -> None:
+    """Print a plain table on stdout.
+
+    Args:
+        headings: one a column.
+        rows: their cells.
+        width: columns of text that lines have at most, by breaking the longest cells; None is as many
+            as it takes.
+    """
     cells = [list(headings), *([one_line(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
+    if width is not None:
+        _narrow(widths, width - len("  ") * (len(widths) - 1))
+        cells = [line for row in cells for line in _broken(row, widths)]
     for row in cells:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        click.echo("  ".join(cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)).rstrip())
+
+
+def _broken(row: Sequence[str], widths: Sequence[int]) -> Iterator[list[str]]:
+    """A row as the lines that it needs."""
+    parts = [textwrap.wrap(cell, max(wide, 1)) for cell, wide in zip(row, widths, strict=True)]
+    yield from (list(line) for line in zip_longest(*parts, fillvalue=""))
+
+
+def _narrow(widths: list[int], total: int) -> None:
+    """Take from the widest columns until all together are at most ``total`` wide."""
+    while sum(widths) > total:
+        widest = widths.index(max(widths))
+        others = max(width for i, width in enumerate(widths) if i != widest)
+        widths[widest] -= max(1, min(sum(widths) - total, widths[widest] - others))
 
 
 def plugin(found: Plugin) -> dict[str, object]:

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from mlxlora_core.model.adapters import AdapterFile
     from mlxlora_core.training.session import NewAdapter
 
-DEFAULT_ADAPTER_FILE = Path("adapters.safetensors")
-
 
 @verb(
     declare.section(
@@ -54,7 +52,7 @@ DEFAULT_ADAPTER_FILE = Path("adapters.safetensors")
         click.option(
             "--adapter-file",
             type=Path,
-            default=DEFAULT_ADAPTER_FILE,
+            default=declare.DEFAULT_ADAPTER_FILE,
             show_default=True,
             help="Adapter file to write, .safetensors or .npz.",
         ),
