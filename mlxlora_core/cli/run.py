@@ -68,19 +68,23 @@ def _follow(events: Iterator[Event]) -> None:
     """Show the events of a run on stderr."""
     words = {stage.name: stage.words for stage in STAGES}
     place = ""
-    with show.training() as display:
+    with show.Bar() as bar:
+        display = show.training(bar)
         for event in events:
             if isinstance(event, RunStarted):
                 for note in event.notes:
-                    show.progress(note)
+                    bar.say(note)
             elif isinstance(event, StageStarted):
                 place = f"[{event.stage}]"
-                show.progress(f"{place} {'done already' if event.skipped else '…'}")
+                bar.say(f"{place} {'done already' if event.skipped else '…'}")
+                if not event.skipped:
+                    bar.wait(event.stage)
             elif isinstance(event, StageDone):
+                bar.end()
                 for line in words[event.stage](event.result):
-                    show.progress(f"{place} {line}")
+                    bar.say(f"{place} {line}")
             elif isinstance(event, Note):
-                show.progress(f"{place} {event.text}")
+                bar.say(f"{place} {event.text}")
             elif isinstance(event, ObserverFailed):
                 show.warning(event.text)
             else:

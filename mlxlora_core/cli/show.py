@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -121,25 +121,23 @@ def to_its_end(work: Generator[Advanced, None, T]) -> T:
             bar.move(event.what, event.done, event.count)
 
 
-@contextmanager
-def training() -> Iterator[Callable[[TrainEvent], None]]:
-    """A function that shows each event of a training, over a bar that shows how far it is."""
-    with Bar() as bar:
-        steps = 0
+def training(bar: Bar) -> Callable[[TrainEvent], None]:
+    """A function that shows each event of a training, above and in a bar."""
+    steps = 0
 
-        def show(event: TrainEvent) -> None:
-            nonlocal steps
-            if isinstance(event, Advanced):
-                bar.move(event.what, event.done, event.count)
-            elif isinstance(event, TrainingStarted):
-                steps = event.steps
-                bar.move("training", event.step, event.steps)
-            elif isinstance(event, Note):
-                bar.say(event.text)
-            elif not isinstance(event, TrainResult):
-                bar.say(report(event, steps))
+    def show(event: TrainEvent) -> None:
+        nonlocal steps
+        if isinstance(event, Advanced):
+            bar.move(event.what, event.done, event.count)
+        elif isinstance(event, TrainingStarted):
+            steps = event.steps
+            bar.move("training", event.step, event.steps)
+        elif isinstance(event, Note):
+            bar.say(event.text)
+        elif not isinstance(event, TrainResult):
+            bar.say(report(event, steps))
 
-        yield show
+    return show
 
 
 class Bar:
@@ -164,31 +162,43 @@ class Bar:
         else:
             self._progress.console.print(line, markup=False)
 
+    def wait(self, what: str) -> None:
+        """Show that work goes on of which nobody knows how much there is."""
+        self._begin(what, counted=False)
+
     def move(self, what: str, done: int, count: int) -> None:
         """Show that ``done`` of ``count`` are done of the work called ``what``."""
         if what != self._what:
-            self._begin(what, done, count)
+            self._begin(what, counted=True)
         if self._progress is not None:
             self._progress.update(self._task, completed=done, total=count)
         elif what != "training" and time.monotonic() - self._told > SECONDS_A_LINE:  # a training reports
             self._told = time.monotonic()
             progress(f"{what}: {done} of {count}")
         if done == count:
-            self._end()
+            self.end()
 
-    def _begin(self, what: str, done: int, count: int) -> None:
-        self._end()
+    def _begin(self, what: str, *, counted: bool) -> None:
+        self.end()
         self._what, self._told = what, time.monotonic()
         if not sys.stderr.isatty():
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-        bar = Progress(*columns, console=_screen(), transient=True)
+        far = (MofNCompleteColumn(), TimeRemainingColumn(compact=True)) if counted else (TimeElapsedColumn(),)
+        bar = Progress(TextColumn(what), BarColumn(), *far, console=_screen(), transient=True)
         self._progress = self._stack.enter_context(bar)
-        self._task = bar.add_task(what, total=count, completed=done)
+        self._task = bar.add_task(what, total=None)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Take the bar away."""
         self._stack.close()
         self._progress, self._what = None, ""
 

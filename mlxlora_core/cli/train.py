@@ -217,7 +217,8 @@ def _info(adapter_file: Path, model: Path, data: Path, asked: _Asked) -> RunInfo
 def _follow(events: Iterator[TrainEvent | ObserverFailed]) -> TrainResult:
     """Show a training to its end; what it has come to."""
     result = None
-    with show.training() as display:
+    with show.Bar() as bar:
+        display = show.training(bar)
         for event in events:
             if isinstance(event, ObserverFailed):
                 show.warning(event.text)
