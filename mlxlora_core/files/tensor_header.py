@@ -102,6 +102,18 @@ def read_safetensors(file: BinaryIO, path: Path) -> dict[str, str]:
     return metadata
 
 
+def read_entries(file: BinaryIO, path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the bytes of an open ``.safetensors`` begin, and what its header says of each tensor, checked.
+
+    Raises:
+        MlxloraError: as :func:`read_safetensors`.
+    """
+    read_safetensors(file, path)
+    tensors = json.loads(_header(file, os.fstat(file.fileno()).st_size, path))
+    tensors.pop(METADATA, None)
+    return file.tell(), tensors
+
+
 def stated(path: Path) -> dict[str, str]:
     """The metadata of a ``.safetensors``, whatever its tensors are; nothing where there is none to read."""
     try:
