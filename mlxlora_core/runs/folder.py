@@ -98,11 +98,6 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
 
-def stats(folder: Path, names: Iterable[str]) -> dict[str, Any]:
-    """name -> size and time of change."""
-    return {name: file_stat(folder / name) for name in names}
-
-
 def file_stat(path: Path) -> list[int] | None:
     """Size in bytes and time of change in nanoseconds, or None for no file."""
     try:
