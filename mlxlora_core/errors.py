@@ -23,6 +23,10 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
 
+LINE_BYTES = 1900  # of an error at most, so that its end is seen on any screen and kept in any log
+_PLACE_BYTES = 400  # of a path, or of what to do
+_SHORTEST = 20
+
 
 class ExitCode(IntEnum):
     """What the process tells its caller."""
@@ -55,9 +59,10 @@ class MlxloraError(Exception):
         super().__init__(what)
 
     def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
-        remedy = f". Fix: {self.fix}" if self.fix else ""
-        return one_line(f"{place}{self.what}{remedy}")
+        place = f"{brief(self.where, _PLACE_BYTES)}: " if self.where else ""
+        remedy = f". Fix: {brief(self.fix, _PLACE_BYTES)}" if self.fix else ""
+        room = LINE_BYTES - len(utf8(place)) - len(utf8(remedy))
+        return f"{place}{brief(self.what, room)}{remedy}"
 
 
 class UsageError(MlxloraError):
@@ -115,6 +120,24 @@ def one_line(text: object) -> str:
     can move the cursor, clear the screen or forge a second message.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def brief(text: object, limit_bytes: int = LINE_BYTES) -> str:
+    """``text`` on one line as :func:`one_line` gives it, with the middle left out of one that is long."""
+    whole = str(text)
+    keep = limit_bytes
+    while True:
+        head, tail = keep * 2 // 3, keep // 3
+        cut = whole if len(whole) <= keep else f"{whole[:head]} ... {whole[len(whole) - tail :]}"
+        line = one_line(cut)
+        if len(utf8(line)) <= limit_bytes or keep < _SHORTEST:
+            return line
+        keep = min(keep - 5, keep * 7 // 8)  # for what is left out is told, and letters take several bytes
+
+
+def utf8(text: str) -> bytes:
+    """``text`` in UTF-8. Half a surrogate pair, which UTF-8 cannot hold, becomes what JSON writes for it."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def listing(items: Iterable[object], limit: int = 10) -> str:
