@@ -21,6 +21,7 @@ _LINES = {
     "valid": {"step", "loss", "tokens", "seconds"},
     "spike": {"step", "loss", "median"},
 }
+_LINE_HEAD = b'{"kind": "'
 _STEMS = ("train", "valid", "validation", "val", "dev", "test", "dataset")
 _MODEL_FILES = (
     "config.json",
@@ -82,14 +83,31 @@ def held(outputs: Outputs) -> Iterator[None]:
     """Keep every other training from all that this one writes, by whatever name another one knows it.
 
     Raises:
+        UsageError: two outputs go to one place.
         LockedError: another one has it.
         MlxloraError: as :func:`~mlxlora_core.files.lock.hold`.
     """
     with ExitStack() as locks:
-        for path in (outputs.adapter_file, outputs.checkpoints, outputs.metrics):
-            if path is not None:
-                locks.enter_context(lock.hold(path))
+        for path in _places(outputs):
+            locks.enter_context(lock.hold(path))
         yield
+
+
+def _places(outputs: Outputs) -> list[Path]:
+    """What is written.
+
+    Raises:
+        UsageError: two outputs go to one place.
+    """
+    paths = [
+        path for path in (outputs.adapter_file, outputs.checkpoints, outputs.metrics) if path is not None
+    ]
+    places: dict[Path, Path] = {}
+    for path in paths:
+        other = places.setdefault(durable.place_of(path), path)
+        if other is not path:
+            raise UsageError(f"two outputs go here ({other})", where=path, fix="name another place for one")
+    return paths
 
 
 def check_outputs(outputs: Outputs, inputs: Iterable[Path] = ()) -> None:
@@ -106,14 +124,8 @@ def check_outputs(outputs: Outputs, inputs: Iterable[Path] = ()) -> None:
         ResourceError: a folder cannot be written.
     """
     read = list(inputs)
-    places: dict[Path, Path] = {}
-    for path in (outputs.adapter_file, outputs.checkpoints, outputs.metrics):
-        if path is None:
-            continue
+    for path in _places(outputs):
         refuse_inputs(path, read)
-        other = places.setdefault(durable.place_of(path), path)
-        if other is not path:
-            raise UsageError(f"two outputs go here ({other})", where=path, fix="name another file for one")
     if outputs.adapter_file is not None:
         _is_adapter_there(outputs.adapter_file)
     if outputs.checkpoints is not None:
@@ -152,9 +164,13 @@ def is_log(path: Path) -> bool:
     """Whether each line of a file, but for one that is torn at its end, is one of a training's log."""
     try:
         with open_regular(path, DataError) as file:
-            return all(_is_report(line) for line in file if line.endswith(b"\n"))
+            return all(_is_report(line) if line.endswith(b"\n") else _is_torn(line) for line in file)
     except (DataError, OSError):
         return False
+
+
+def _is_torn(line: bytes) -> bool:
+    return line.startswith(_LINE_HEAD) or _LINE_HEAD.startswith(line)
 
 
 def _is_report(line: bytes) -> bool:
