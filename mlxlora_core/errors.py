@@ -23,9 +23,8 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
 
-LINE_BYTES = 1900  # of an error at most, so that its end is seen on any screen and kept in any log
-_PLACE_BYTES = 400  # of a path, or of what to do
-_SHORTEST = 20
+LINE_BYTES = 1900  # of an error on the screen, at most
+_GAP = " \u2026 "
 
 
 class ExitCode(IntEnum):
@@ -59,10 +58,9 @@ class MlxloraError(Exception):
         super().__init__(what)
 
     def __str__(self) -> str:
-        place = f"{brief(self.where, _PLACE_BYTES)}: " if self.where else ""
-        remedy = f". Fix: {brief(self.fix, _PLACE_BYTES)}" if self.fix else ""
-        room = LINE_BYTES - len(utf8(place)) - len(utf8(remedy))
-        return f"{place}{brief(self.what, room)}{remedy}"
+        place = f"{self.where}: " if self.where else ""
+        remedy = f". Fix: {self.fix}" if self.fix else ""
+        return bounded(place, self.what, remedy)
 
 
 class UsageError(MlxloraError):
@@ -122,22 +120,38 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def brief(text: object, limit_bytes: int = LINE_BYTES) -> str:
-    """``text`` on one line as :func:`one_line` gives it, with the middle left out of one that is long."""
-    whole = str(text)
-    keep = limit_bytes
-    while True:
-        head, tail = keep * 2 // 3, keep // 3
-        cut = whole if len(whole) <= keep else f"{whole[:head]} ... {whole[len(whole) - tail :]}"
-        line = one_line(cut)
-        if len(utf8(line)) <= limit_bytes or keep < _SHORTEST:
-            return line
-        keep = min(keep - 5, keep * 7 // 8)  # for what is left out is told, and letters take several bytes
+def bounded(*parts: object) -> str:
+    """Texts one after another on one line as :func:`one_line`, within :data:`LINE_BYTES` in UTF-8.
+
+    Where they are longer together, the longest lose their middle: a name of a
+    megabyte hides neither the file that it stands in nor what to do.
+    """
+    # Nothing is escaped that is cut off anyway.
+    lines = [one_line(_ends(str(part), 2 * LINE_BYTES)) for part in parts]
+    sizes = [len(line.encode()) for line in lines]
+    left, room = LINE_BYTES, LINE_BYTES
+    for rest, size in zip(range(len(sizes), 0, -1), sorted(sizes), strict=True):
+        room = left // rest  # what each of those that are still left may have
+        left -= min(size, room)
+    return "".join(line if len(line.encode()) <= room else _cut(line, room) for line in lines)
 
 
-def utf8(text: str) -> bytes:
-    """``text`` in UTF-8. Half a surrogate pair, which UTF-8 cannot hold, becomes what JSON writes for it."""
-    return text.encode("utf-8", "backslashreplace")
+def _ends(text: str, letters: int) -> str:
+    """``text`` without its middle, where it has more than ``letters``."""
+    return text if len(text) <= letters else f"{text[: letters // 2]}{_GAP}{text[-letters // 2 :]}"
+
+
+def _cut(line: str, size: int) -> str:
+    """The start of ``line`` and its end, in ``size`` bytes."""
+    data, kept = line.encode(), size - len(_GAP.encode())
+    start, end = data[: kept * 2 // 3], data[-(kept // 3) :]
+    return start.decode(errors="ignore") + _GAP + end.decode(errors="ignore")
+
+
+def short(text: object, letters: int) -> str:
+    """A text as it is, or the start of one that is longer than ``letters``."""
+    text = str(text)
+    return text if len(text) <= letters else text[: letters - 1] + "\u2026"
 
 
 def listing(items: Iterable[object], limit: int = 10) -> str:
