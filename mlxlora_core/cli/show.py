@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from mlxlora_core.errors import one_line
+from mlxlora_core.errors import bounded, one_line, short
+from mlxlora_core.files.documents import finite
 from mlxlora_core.plugins import Plugin
 from mlxlora_core.training.events import (
     CheckpointSaved,
@@ -20,15 +21,20 @@ from mlxlora_core.training.events import (
     TrainResult,
 )
 
+_CELL_LETTERS = 300  # of a setting that is told
+
 
 def as_json(value: Any) -> None:
-    """Print one JSON document on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print one JSON document on stdout; a number that is not finite is null beside a word."""
+    click.echo(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def changes(rows: Iterable[tuple[str, str, str]]) -> None:
     """Print a table of settings that differ on stderr."""
-    cells = [("setting", "begun with", "now"), *((one_line(a), one_line(b), one_line(c)) for a, b, c in rows)]
+    cells = [
+        ("setting", "begun with", "now"),
+        *(tuple(one_line(short(cell, _CELL_LETTERS)) for cell in row) for row in rows),
+    ]
     widths = [max(len(row[i]) for row in cells) for i in range(3)]
     for row in cells:
         progress("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -42,7 +48,7 @@ def progress(line: str) -> None:
 
 def warning(text: str) -> None:
     """Print a warning on stderr, on one line."""
-    progress(f"mlxlora: warning: {one_line(text)}")
+    progress(f"mlxlora: warning: {bounded(text)}")
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -15,7 +15,7 @@ from mlx.utils import tree_unflatten
 
 from mlxlora_core.errors import ModelError, listing
 from mlxlora_core.files import durable
-from mlxlora_core.files.input_file import read_json
+from mlxlora_core.files.documents import read_json
 from mlxlora_core.files.tensor_checks import mismatches
 from mlxlora_core.machine.device import compute_dtype
 from mlxlora_core.machine.memory import free_memory_bytes, require_memory

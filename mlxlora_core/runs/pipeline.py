@@ -20,7 +20,7 @@ from mlxlora_core.runs.events import Event, RunStarted, StageDone, StageStarted
 from mlxlora_core.runs.folder import METRICS, RunFolder
 from mlxlora_core.runs.grading import summarize
 from mlxlora_core.runs.observing import event_values, observed
-from mlxlora_core.runs.plan import fingerprints
+from mlxlora_core.runs.plan import fingerprints, is_done
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.report import write_report
 from mlxlora_core.runs.stages import STAGES
@@ -71,7 +71,7 @@ def _do_stages(context: Context, marks: Mapping[str, str]) -> Iterator[Event]:
     folder = context.folder
     for stage in (stage for stage in STAGES if stage.name in marks):
         mark = marks[stage.name]
-        skipped = folder.holds(stage.name, mark)
+        skipped = is_done(stage, mark, folder, context.recipe)
         yield StageStarted(stage.name, skipped)
         if skipped:
             continue

@@ -28,10 +28,10 @@ def training(facts: Facts) -> Html | None:
         series.append(("test", "test rows (held out), before and after"))
     size = None
     if result:
+        share = result["trainable_parameters"] / max(result["parameters"], 1)
         size = (
             f"{result['trainable_parameters']:,} of {result['parameters']:,} parameters trained "
-            f"({result['trainable_parameters'] / result['parameters']:.2%}), "
-            f"on {len(result['adapted'])} linears."
+            f"({share:.2%}), on {len(result['adapted'])} linears."
         )
     return element(
         "section",
@@ -51,7 +51,7 @@ def training(facts: Facts) -> Html | None:
 
 
 def _steps_table(facts: Facts) -> Html:
-    by_step: dict[float, dict[str, str]] = {}
+    by_step: dict[int, dict[str, str]] = {}
     columns = (
         ("loss", "{:.4f}", 1),
         ("learning_rate", "{:.2e}", 1),
@@ -74,7 +74,7 @@ def _steps_table(facts: Facts) -> Html:
     return table(
         caption,
         ("step", "train loss", "valid loss", "learning rate", "tokens/s", "peak GB"),
-        [(f"{step:g}", *(by_step[step].get(key, "") for key in keys)) for step in chosen],
+        [(step, *(by_step[step].get(key, "") for key in keys)) for step in chosen],
         numbers=range(6),
     )
 
@@ -109,9 +109,9 @@ def dataset(facts: Facts) -> Html | None:
 
 
 def _narrowed(facts: Facts, result: Mapping[str, Any]) -> list[str]:
-    section = facts.recipe["data"]
+    section = facts.recipe.get("data", {})
     given = {key: value for key, value in section.items() if key not in ("use", "options")}
-    given |= section.get("options", {})
+    given |= _options(section)
     chosen = {key: given[key] for key in given if facts.record["origins"].get(f"data.{key}") != DEFAULT}
     lines = [f"Asked for: {listing(f'{key} = {shown(value)}' for key, value in chosen.items())}."]
     lines.append(
@@ -139,6 +139,12 @@ def _narrowed(facts: Facts, result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _options(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of a component in a section of a recipe."""
+    options = section.get("options", {})
+    return options if isinstance(options, dict) else {}
+
+
 def _skipped(skipped: Sequence[Mapping[str, str]]) -> Html | None:
     if not skipped:
         return None
@@ -164,7 +170,7 @@ def values(facts: Facts) -> Html:
     for name, origin in sorted(facts.record["origins"].items()):
         section, _, key = name.partition(".")
         given = facts.recipe.get(section, {})
-        value = given.get(key, given.get("options", {}).get(key))
+        value = given.get(key, _options(given).get(key))
         (left if origin == DEFAULT else chosen).append((name, shown(value), origin))
     heads = ("value", "", "from")
     return element(
@@ -187,9 +193,7 @@ def origins(facts: Facts) -> Html:
     about = [
         ("mlxlora", record["mlxlora"]),
         ("seed", record["seed"]),
-        ("system", machine["system"]),
-        ("python", machine["python"]),
-        ("cores", machine["cores"]),
+        *((name, machine.get(name, "not known")) for name in ("system", "python", "cores")),
         *(("runtime", note) for note in record["runtime"]),
     ]
     sources = facts.results.get("data", {"versions": {}})["versions"]

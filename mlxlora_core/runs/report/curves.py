@@ -1,0 +1,95 @@
+"""The curves of a report: read from ``metrics.jsonl`` line by line, and thinned to what a page can show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlxlora_core.errors import DataError
+from mlxlora_core.files.documents import parse_json
+from mlxlora_core.files.forms import UNSOUND, Number, Option, Table, Text, Whole, sound
+from mlxlora_core.files.input_file import open_regular
+
+Reports = Sequence[Mapping[str, Any]]
+
+POINTS = 2000  # of a curve that is drawn, about
+
+_LINE_BYTES = 1 << 16  # a report has a few hundred
+_LOG_BYTES = 256 << 20  # a million reports
+_FIGURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
+
+#: a line of metrics.jsonl that a report is drawn from; a figure that is null is left out
+LINE_FORM = Table(
+    {
+        "kind": Text(("train", "valid")),
+        "step": Whole(),
+        "loss": Number(),
+        **dict.fromkeys(_FIGURES[1:], Option(Number())),
+    }
+)
+
+
+def read_curves(path: Path) -> tuple[Reports, Reports]:
+    """The reports of training and the validations in a log, each in the order of their steps.
+
+    What is no whole report is passed over: a line that is being written, a
+    loss that is not finite, whatever else somebody has put there. Of two
+    reports of one step the later counts.
+
+    Raises:
+        DataError: it is no regular file, cannot be read, or is longer than any log.
+    """
+    found: dict[str, dict[int, Mapping[str, Any]]] = {"train": {}, "valid": {}}
+    for line in _lines(path):
+        try:
+            report, _ = sound(LINE_FORM, parse_json(line, path, DataError))
+        except DataError:
+            continue
+        if report is not UNSOUND:
+            found[report["kind"]][report["step"]] = {key: report[key] for key in _KEPT if key in report}
+    train, valid = ([steps[step] for step in sorted(steps)] for steps in found.values())
+    return train, valid
+
+
+_KEPT = ("step", *_FIGURES)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a log that are not too long; none of a log that is not there."""
+    try:
+        path.lstat()
+    except OSError:
+        return
+    read = 0
+    with open_regular(path, DataError) as file:
+        while line := file.readline(_LINE_BYTES):
+            read += len(line)
+            if read > _LOG_BYTES:
+                raise DataError(f"is longer than {_LOG_BYTES >> 20} MiB", where=path)
+            yield line
+
+
+def thinned(reports: Reports, figures: Sequence[str] = _FIGURES, points: int = POINTS) -> Reports:
+    """At most ``points`` reports of a curve, or a few more, with the extremes of every figure among them.
+
+    Args:
+        reports: in the order of their steps.
+        figures: of these the extremes are kept.
+        points: how many.
+
+    Returns:
+        The first and the last report and, of stretches of equal numbers of
+        reports, the one that is lowest and the one that is highest in each figure.
+    """
+    if len(reports) <= points:
+        return reports
+    kept = {0, len(reports) - 1}
+    stretches = max(points // (2 * len(figures)), 1)
+    for part in range(stretches):
+        here = range(part * len(reports) // stretches, (part + 1) * len(reports) // stretches)
+        for figure in figures:
+            there = [i for i in here if figure in reports[i]]
+            if there:
+                kept |= {end(there, key=lambda i: reports[i][figure]) for end in (min, max)}
+    return [reports[i] for i in sorted(kept)]
