@@ -43,12 +43,12 @@ def changes(rows: Iterable[tuple[str, str, str]]) -> None:
 def progress(line: str) -> None:
     """Print one line of progress on stderr; where nobody reads it any more, the work goes on."""
     with suppress(BrokenPipeError):
-        click.echo(line, err=True)
+        click.echo(bounded(line), err=True)
 
 
 def warning(text: str) -> None:
     """Print a warning on stderr, on one line."""
-    progress(f"mlxlora: warning: {bounded(text)}")
+    progress(f"mlxlora: warning: {text}")
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

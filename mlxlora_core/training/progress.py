@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mlxlora_core.files.forms import Items, Map, Number, Table, Text, Whole, form_of
@@ -64,5 +64,6 @@ STATE_FORM = Table(
 
 def read_progress(state: Mapping[str, Any]) -> Progress:
     """What a state that agrees with :data:`STATE_FORM` says."""
-    values = {name: state[name] for name in _PROGRESS.keys}
-    return Progress(**values | {"recent": tuple(state["recent"]), "window": Window(**state["window"])})
+    values = {field.name: state[field.name] for field in fields(Progress)}
+    window = Window(**{field.name: state["window"][field.name] for field in fields(Window)})
+    return Progress(**values | {"recent": tuple(state["recent"]), "window": window})

@@ -8,8 +8,9 @@ from typing import Any
 
 from mlxlora_core.errors import DataError
 from mlxlora_core.files.documents import parse_json
-from mlxlora_core.files.forms import UNSOUND, Number, Option, Table, Text, Whole, sound
+from mlxlora_core.files.forms import UNSOUND, sound
 from mlxlora_core.files.input_file import open_regular
+from mlxlora_core.training.metrics import FIGURES, REPORT_FORM
 
 Reports = Sequence[Mapping[str, Any]]
 
@@ -17,17 +18,8 @@ POINTS = 2000  # of a curve that is drawn, about
 
 _LINE_BYTES = 1 << 16  # a report has a few hundred
 _LOG_BYTES = 256 << 20  # a million reports
-_FIGURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
-
-#: a line of metrics.jsonl that a report is drawn from; a figure that is null is left out
-LINE_FORM = Table(
-    {
-        "kind": Text(("train", "valid")),
-        "step": Whole(),
-        "loss": Number(),
-        **dict.fromkeys(_FIGURES[1:], Option(Number())),
-    }
-)
+_CURVES = ("loss", *FIGURES)
+_KEPT = ("step", *_CURVES)
 
 
 def read_curves(path: Path) -> tuple[Reports, Reports]:
@@ -43,16 +35,13 @@ def read_curves(path: Path) -> tuple[Reports, Reports]:
     found: dict[str, dict[int, Mapping[str, Any]]] = {"train": {}, "valid": {}}
     for line in _lines(path):
         try:
-            report, _ = sound(LINE_FORM, parse_json(line, path, DataError))
+            report, _ = sound(REPORT_FORM, parse_json(line, path, DataError))
         except DataError:
             continue
         if report is not UNSOUND:
             found[report["kind"]][report["step"]] = {key: report[key] for key in _KEPT if key in report}
     train, valid = ([steps[step] for step in sorted(steps)] for steps in found.values())
     return train, valid
-
-
-_KEPT = ("step", *_FIGURES)
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -63,14 +52,17 @@ def _lines(path: Path) -> Iterator[bytes]:
         return
     read = 0
     with open_regular(path, DataError) as file:
-        while line := file.readline(_LINE_BYTES):
-            read += len(line)
-            if read > _LOG_BYTES:
-                raise DataError(f"is longer than {_LOG_BYTES >> 20} MiB", where=path)
-            yield line
+        try:
+            while line := file.readline(_LINE_BYTES):
+                read += len(line)
+                if read > _LOG_BYTES:
+                    raise DataError(f"is longer than {_LOG_BYTES >> 20} MiB", where=path)
+                yield line
+        except OSError as fault:
+            raise DataError(f"cannot be read: {fault.strerror}", where=path) from fault
 
 
-def thinned(reports: Reports, figures: Sequence[str] = _FIGURES, points: int = POINTS) -> Reports:
+def thinned(reports: Reports, figures: Sequence[str] = _CURVES, points: int = POINTS) -> Reports:
     """At most ``points`` reports of a curve, or a few more, with the extremes of every figure among them.
 
     Args:
