@@ -112,16 +112,14 @@ def _has_just_changed(path: Path) -> bool:
 # --- texts to values ----------------------------------------------------------
 
 
-def parse_json(
-    data: bytes, where: str | Path, kind: type[MlxloraError] = ModelError, fix: str = "mend it"
-) -> Any:
+def parse_json(data: bytes, where: str | Path, kind: type[MlxloraError] = ModelError, fix: str = "") -> Any:
     """The value that JSON says.
 
     Args:
         data: UTF-8, with or without a byte order mark.
         where: for messages.
         kind: the error to raise.
-        fix: what to do about a fault.
+        fix: what to do about a fault; left empty, to mend the file.
 
     Raises:
         MlxloraError: of ``kind``: it is no UTF-8 or no JSON (with line and column),
@@ -132,12 +130,12 @@ def parse_json(
         _refuse_odd(value)
     except json.JSONDecodeError as fault:
         place = f"{where}:{fault.lineno}:{fault.colno}"
-        raise kind(f"is no JSON: {fault.msg}", where=place, fix=fix) from None
+        raise kind(f"is no JSON: {fault.msg}", where=place, fix=fix or "mend it") from None
     except UnicodeDecodeError as fault:
-        raise _no_utf8(data, fault, where, kind) from None
+        raise _no_utf8(data, fault, where, kind, fix) from None
     except (ValueError, RecursionError) as fault:
         why = _TOO_DEEP if isinstance(fault, RecursionError) else fault
-        raise kind(f"is no usable JSON: {why}", where=where, fix=fix) from None
+        raise kind(f"is no usable JSON: {why}", where=where, fix=fix or "mend it") from None
     return value
 
 
@@ -169,10 +167,10 @@ _TOO_DEEP = f"more than {DEPTH} lists and objects stand in each other"
 
 
 def _no_utf8(
-    data: bytes, fault: UnicodeDecodeError, where: str | Path, kind: type[MlxloraError]
+    data: bytes, fault: UnicodeDecodeError, where: str | Path, kind: type[MlxloraError], fix: str = ""
 ) -> MlxloraError:
     line = data.count(b"\n", 0, fault.start) + 1
-    return kind("is not UTF-8", where=f"{where}:{line}", fix="save it as UTF-8")
+    return kind("is not UTF-8", where=f"{where}:{line}", fix=fix or "save it as UTF-8")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

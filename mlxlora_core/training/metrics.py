@@ -12,6 +12,8 @@ from mlxlora_core.files.forms import UNSOUND, Number, Option, Table, Text, Whole
 
 #: figures of a report that are drawn, beside its loss
 FIGURES = ("learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
+#: figures of which a time is made
+TIMES = ("steps_per_second", "seconds")
 
 #: a line that can be drawn; a figure that is null is left out
 REPORT_FORM = Table(
@@ -19,7 +21,7 @@ REPORT_FORM = Table(
         "kind": Text(("train", "valid")),
         "step": Whole(),
         "loss": Number(),
-        **dict.fromkeys(FIGURES, Option(Number())),
+        **dict.fromkeys((*FIGURES, *TIMES), Option(Number())),
     }
 )
 

@@ -10,10 +10,20 @@ from typing import Any
 
 from mlxlora_core.errors import DataError
 from mlxlora_core.files.documents import parse_toml, read_settled
+from mlxlora_core.files.forms import Map, Number, Option, Plain, Table, Text, Whole, sound
 from mlxlora_core.files.input_file import read_whole
 from mlxlora_core.runs.folder import METRICS, RECIPE, RECORD, RunFolder
 from mlxlora_core.runs.recipe_source import RECIPE_BYTES
 from mlxlora_core.runs.report.curves import Reports, read_curves
+
+_SETTINGS = Table(
+    {
+        "iters": Option(Whole(least=1)),
+        "warmup": Option(Whole()),
+        "learning_rate": Option(Number()),
+        "schedule": Option(Text()),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -37,12 +47,16 @@ class Facts:
     faults: tuple[str, ...] = ()
 
     @property
+    def train_settings(self) -> Mapping[str, Any]:
+        """The sound settings of ``[train]`` that a report says something about."""
+        settings: Mapping[str, Any] = sound(_SETTINGS, self.recipe.get("train", {}))[0]
+        return settings
+
+    @property
     def steps(self) -> int:
         """The steps that the recipe asks for, or else those that were reported."""
-        asked = self.recipe.get("train", {}).get("iters")
-        if type(asked) is int and 0 < asked <= 2**53:
-            return asked
-        return max((report["step"] for report in (*self.train[-1:], *self.valid[-1:])), default=0)
+        reported = max((report["step"] for report in (*self.train[-1:], *self.valid[-1:])), default=0)
+        return int(self.train_settings.get("iters", reported))
 
 
 def read_facts(folder: Path) -> Facts:
@@ -79,7 +93,5 @@ def _recipe(path: Path) -> tuple[Mapping[str, Mapping[str, Any]], list[str]]:
         document, _ = parse_toml(data, Path(path.name), DataError)
     except DataError as fault:
         return {}, [str(fault)]
-    odd = [
-        f"{path.name}: {name} is no table" for name, value in document.items() if not isinstance(value, dict)
-    ]
-    return {name: value for name, value in document.items() if isinstance(value, dict)}, odd
+    sections, faults = sound(Map(Map(Plain())), document)
+    return sections, [f"{path.name}: {fault}" for fault in faults]

@@ -153,6 +153,7 @@ def _drawn(facts: Facts) -> dict[str, Any]:
     ]
     return {
         "steps": facts.steps,
+        "warmup": facts.train_settings.get("warmup", 0),
         "train": list(thinned(facts.train)),
         "valid": list(thinned(facts.valid, ("loss",))),
         "ends": ends,
