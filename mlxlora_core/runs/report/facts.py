@@ -68,7 +68,7 @@ def read_facts(folder: Path) -> Facts:
     """
     run = read_settled(lambda: _begun(folder), folder / RECORD)
     record = run.record
-    recipe, faults = read_settled(lambda: _recipe(folder / RECIPE), folder / RECIPE)
+    recipe, faults = _recipe(folder / RECIPE)
     inputs, stages = record["inputs"], record["stages"]
     results = {n: stage["result"] for n, stage in stages.items() if stage["inputs"] == inputs.get(n)}
     # Metrics of an earlier training stay until the next one begins.
@@ -86,12 +86,14 @@ def _begun(folder: Path) -> RunFolder:
 
 def _recipe(path: Path) -> tuple[Mapping[str, Mapping[str, Any]], list[str]]:
     """The sections of a recipe, and what is wrong with it."""
-    if not os.path.lexists(path):
-        return {}, [f"{path.name}: there is no such file"]
-    data = read_whole(path, RECIPE_BYTES, DataError)
+
+    def read() -> Mapping[str, Any]:
+        return parse_toml(read_whole(path, RECIPE_BYTES, DataError), path, DataError)[0]
+
     try:
-        document, _ = parse_toml(data, Path(path.name), DataError)
+        sections, faults = sound(Map(Map(Plain())), read_settled(read, path))
     except DataError as fault:
+        if os.path.lexists(path) and not path.is_file():
+            raise
         return {}, [str(fault)]
-    sections, faults = sound(Map(Map(Plain())), document)
     return sections, [f"{path.name}: {fault}" for fault in faults]
