@@ -216,11 +216,12 @@ class Strict(Form):
 class Table(Form):
     """An object of known keys; one that it lacks, or that is not sound, spoils it unless its form forgives.
 
-    What stands under other keys, as a newer version may write them, stays
-    where it is plain.
+    What stands under other keys, as another version may write them, stays
+    where it is plain, and where the table is not ``closed``.
     """
 
     keys: Mapping[str, Form]
+    closed: bool = False
 
     def take(self, value: Any, at: At, faults: Faults) -> Any:
         """The table."""
@@ -230,7 +231,7 @@ class Table(Form):
         for key, form in self.keys.items():
             there = key in value
             taken[key] = form.take(value[key], (at, key), faults) if there else form.lacking(at, key, faults)
-        for key in value.keys() - self.keys.keys():
+        for key in [] if self.closed else value.keys() - self.keys.keys():
             taken[key] = Option(Plain()).take(value[key], (at, key), faults)
         if UNSOUND in taken.values():
             return UNSOUND

@@ -70,7 +70,7 @@ RESULT_FORMS: Mapping[str, Form] = {
     "model": Map(Plain()),
     "data": Table(
         {
-            "rows": Table({"train": Whole(), "valid": Whole(), "test": Whole()}),
+            "rows": Table({"train": Whole(), "valid": Whole(), "test": Whole()}, closed=True),
             "groups": Whole(),
             "repeated_rows": Whole(),
             "rows_in_two_splits": Whole(),
@@ -98,9 +98,10 @@ SUMMARY_FORM = Table(
 # Size and time of change, as :func:`~mlxlora_core.runs.folder.file_stat` gives them.
 _FILES = Strict(Map(Maybe(Items(Whole(least=-(2**63)), least=2, most=2))))
 
-#: stage -> what run.json keeps of one that was done
-STAGE_FORMS: Mapping[str, Form] = {
-    stage: Table({"inputs": Text(), "files": _FILES, "result": form}) for stage, form in RESULT_FORMS.items()
+# stage -> what run.json keeps of one that was done
+_STAGES: Mapping[str, Form] = {
+    stage: Option(Table({"inputs": Text(), "files": _FILES, "result": form}))
+    for stage, form in RESULT_FORMS.items()
 }
 
 #: run.json; what is not sound in it counts as not done
@@ -115,7 +116,7 @@ RECORD_FORM = Table(
         "origins": Else(Map(Text()), dict),
         "inputs": Else(Map(Text()), dict),
         "started": Else(Map(Text()), dict),
-        "stages": Else(Table({stage: Option(form) for stage, form in STAGE_FORMS.items()}), dict),
+        "stages": Else(Table(_STAGES, closed=True), dict),
         "summary": Option(SUMMARY_FORM),
     }
 )

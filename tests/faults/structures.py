@@ -41,7 +41,7 @@ def _another(place: Place, draw: random.Random) -> None:
 
 def _number(place: Place, draw: random.Random) -> None:
     value = place[0][place[1]]
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
         changes = (
             -value,
             value + 1,
@@ -73,9 +73,11 @@ def _duplicate(place: Place, draw: random.Random) -> None:
 def _add(place: Place, draw: random.Random) -> None:
     container = place[0]
     if isinstance(container, dict):
-        container[draw.choice(("x", "", "\x1b[31m", "a.b", "\ud800", "y" * 500))] = draw.choice(_OTHERS)
+        container[draw.choice(("x", "", "\x1b[31m", "a.b", "\ud800", "y" * 500))] = copy.deepcopy(
+            draw.choice(_OTHERS)
+        )
     else:
-        container.append(draw.choice(_OTHERS))
+        container.append(copy.deepcopy(draw.choice(_OTHERS)))
 
 
 def _swap(place: Place, draw: random.Random) -> None:
