@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.errors import (
-    MlxloraError,
     ModelError,
     PluginError,
     ResourceError,
@@ -217,7 +216,7 @@ def check_plugins(found: Found, registry: Registry) -> None:
         )
 
 
-class _Damaged(MlxloraError):
+class _Damaged(ModelError):
     """Why a folder is no checkpoint."""
 
 
