@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import tomllib
 import types
@@ -23,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
+from urllib.parse import unquote_to_bytes
 
 from mlxlora_core.errors import UsageError, listing, nearest
 
@@ -249,7 +251,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return path_text(value) if isinstance(value, Path) else value
 
 
 def _items(value: Any) -> list[Any]:
@@ -301,10 +303,28 @@ def _str(value: Any) -> str:
     raise ValueError(f"wanted text, got {_shown(value)}")
 
 
+def path_text(path: Path) -> str:
+    """A path as a text that every file can hold: one that is no UTF-8 as a ``file://`` address."""
+    text = str(path)
+    return text if _is_unicode(text) else path.absolute().as_uri()
+
+
+def text_path(text: str) -> Path:
+    """The path that :func:`path_text` told."""
+    if not text.startswith("file:///"):
+        return Path(text)
+    return Path(os.fsdecode(unquote_to_bytes(text.removeprefix("file://"))))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold it: bytes of a file name that are none come as halves of surrogate pairs."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _path(value: Any) -> Path:
     if isinstance(value, Path) or (isinstance(value, str) and value and "\0" not in value):
         try:
-            return Path(value).expanduser()
+            return text_path(str(value)).expanduser()
         except RuntimeError as fault:  # ~ of a user that is not there
             raise ValueError(f"wanted a path, got {str(value)!r} ({fault})") from fault
     raise ValueError(f"wanted a path, got {value!r}")

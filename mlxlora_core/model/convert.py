@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlxlora_core.errors import ModelError, UsageError
 from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files.targets import paths_in, refuse_inputs
 from mlxlora_core.files.tensor_checks import is_finite, type_name
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import folder as model_folder
@@ -113,6 +114,7 @@ def convert(
         What the disk must hold, each tensor as it is written, and the report.
 
     Raises:
+        UsageError: the target is the source, or holds it.
         ModelError: a part is absent or damaged, or tensors do not fit (all listed).
         SafetyError: the target holds something else, or a file wants to run code.
         ResourceError: the disk is too small.
@@ -121,6 +123,7 @@ def convert(
         raise UsageError("npz cannot hold bfloat16", fix="use --dtype float16, or --format safetensors")
     ours = model_folder.holds_only_a_model
     durable.check_target(target, overwrite=overwrite, ours=ours)
+    refuse_inputs(target, [source, *paths_in(loader_options)])
     opened = open_foreign(source, registry, loader, loader_options)
     tensors, model = opened.tensors, opened.model
     packed = _to_quantize(model, quantize_config) if quantization else set()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.errors import DataError, SafetyError
+from mlxlora_core.errors import DataError
 from mlxlora_core.files import durable
 from mlxlora_core.files.documents import finite, read_sound
 from mlxlora_core.runs.results import RECORD_FORM
@@ -51,16 +51,8 @@ class RunFolder:
     def begin(self, facts: Mapping[str, Any], recipe_text: str) -> None:
         """Make the folder, and write the recipe and the facts of this run.
 
-        Raises:
-            SafetyError: the folder holds something that is no run.
+        Whether it may is for :func:`mlxlora_core.runs.places.check_run` to say.
         """
-        durable.clear_leftovers(self.path, RECORD)
-        if self.path.exists() and not self.record and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise SafetyError(
-                "holds something that is no run and was left alone",
-                where=self.path,
-                fix="name another folder with --set run.folder=DIR",
-            )
         kept = {key: self.record.get(key, {}) for key in ("started", "stages")}
         self.record = {**facts, **kept}
         self._save()  # first, so that a folder that a killed run began is known again
@@ -109,11 +101,6 @@ def fingerprint(inputs: Mapping[str, Any]) -> str:
 def files(folder: Path) -> list[str]:
     """The names of the files in a folder, sorted; none if it is not there."""
     return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-
-
-def stats(folder: Path, names: Iterable[str]) -> dict[str, Any]:
-    """name -> size and time of change."""
-    return {name: file_stat(folder / name) for name in names}
 
 
 def file_stat(path: Path) -> list[int] | None:

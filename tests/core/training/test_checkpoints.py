@@ -25,6 +25,7 @@ from mlxlora_core.errors import (
     SafetyError,
     SettingsChanged,
 )
+from mlxlora_core.files.leftovers import temporary_name
 from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
@@ -41,7 +42,8 @@ from mlxlora_core.training.events import (
     ValidReport,
 )
 from mlxlora_core.training.examples import Example, Examples
-from mlxlora_core.training.session import NewAdapter, Outputs, TrainingSession, open_training
+from mlxlora_core.training.outputs import Outputs
+from mlxlora_core.training.session import NewAdapter, TrainingSession, open_training
 from mlxlora_core.training.settings import SaveConfig, TrainConfig
 
 EVERY = SaveConfig(save_every=1, save_minutes=1e9, keep=1000)
@@ -527,12 +529,13 @@ def test_a_reader_of_a_checkpoint_that_is_pruned_reads_on(
 def test_what_is_half_removed_or_half_written_is_no_checkpoint(trained: Path, tmp_path: Path) -> None:
     folder = only(trained, tmp_path / "c", 4)
     dead = 2**22 + 1
-    for name in (f".step-0000008.{dead}.gone", f".step-0000009.{dead}.tmp"):
-        shutil.copytree(trained / "step-0000009", folder / name)
-    shutil.copytree(trained / "step-0000009", folder / f".step-0000009.{os.getppid()}.tmp")
+    for name, ending in (("step-0000008", "gone"), ("step-0000009", "tmp")):
+        shutil.copytree(trained / "step-0000009", folder / temporary_name(name, dead, ending))
+    living = temporary_name("step-0000009", os.getppid(), "tmp")
+    shutil.copytree(trained / "step-0000009", folder / living)
     (folder / f".notes.{dead}.tmp").write_text("of somebody else")
     assert [c.step for c in find_to_resume(folder).valid] == [4]
-    left = [f".notes.{dead}.tmp", f".step-0000009.{os.getppid()}.tmp", "step-0000004"]
+    left = [f".notes.{dead}.tmp", living, "step-0000004"]
     assert names(folder) == sorted(left), "a living process keeps what it works on"
 
 
