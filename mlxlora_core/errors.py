@@ -23,8 +23,8 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
 
-LINE_BYTES = 1900  # of an error at most, so that its end is seen on any screen and kept in any log
-_GAP = " ... "
+LINE_BYTES = 1900  # of an error on the screen, at most
+_GAP = " \u2026 "
 
 
 class ExitCode(IntEnum):
@@ -60,7 +60,7 @@ class MlxloraError(Exception):
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         remedy = f". Fix: {self.fix}" if self.fix else ""
-        return brief(place, self.what, remedy)
+        return bounded(place, self.what, remedy)
 
 
 class UsageError(MlxloraError):
@@ -120,16 +120,16 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def brief(*parts: object, limit_bytes: int = LINE_BYTES) -> str:
-    """Texts one after another on one line as :func:`one_line`, in so many bytes of UTF-8.
+def bounded(*parts: object) -> str:
+    """Texts one after another on one line as :func:`one_line`, within :data:`LINE_BYTES` in UTF-8.
 
     Where they are longer together, the longest lose their middle: a name of a
     megabyte hides neither the file that it stands in nor what to do.
     """
     # Nothing is escaped that is cut off anyway.
-    lines = [one_line(_ends(str(part), 2 * limit_bytes)) for part in parts]
+    lines = [one_line(_ends(str(part), 2 * LINE_BYTES)) for part in parts]
     sizes = [len(line.encode()) for line in lines]
-    left = room = limit_bytes
+    left, room = LINE_BYTES, LINE_BYTES
     for rest, size in zip(range(len(sizes), 0, -1), sorted(sizes), strict=True):
         room = left // rest  # what each of those that are still left may have
         left -= min(size, room)
@@ -152,11 +152,6 @@ def short(text: object, letters: int) -> str:
     """A text as it is, or the start of one that is longer than ``letters``."""
     text = str(text)
     return text if len(text) <= letters else text[: letters - 1] + "\u2026"
-
-
-def utf8(text: str) -> bytes:
-    """``text`` in UTF-8. Half a surrogate pair, which UTF-8 cannot hold, becomes what JSON writes for it."""
-    return text.encode("utf-8", "backslashreplace")
 
 
 def listing(items: Iterable[object], limit: int = 10) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mlxlora_core.cli import declare, show
-from mlxlora_core.errors import SettingsChanged, brief
+from mlxlora_core.errors import SettingsChanged, bounded
 from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.plugins import Registry, load, start_runtimes
@@ -88,7 +88,7 @@ def open_registry(plugins: Sequence[str], tolerant: bool = False) -> Registry:
     for plugin in registry.failed:
         click.echo(
             "mlxlora: "
-            + brief(
+            + bounded(
                 f"plugin {plugin} failed to load: ",
                 plugin.reason,
                 f" (leave it out with -P no:{plugin.name})",
@@ -117,5 +117,5 @@ def start(registry: Registry) -> list[str]:
     notes = start_runtimes(registry)
     for note in notes:
         if note.warning:
-            click.echo(f"mlxlora: {brief(note.text)}", err=True)
+            click.echo(f"mlxlora: {bounded(note.text)}", err=True)
     return [note.text for note in notes]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlxlora_core.errors import brief, one_line, short
+from mlxlora_core.errors import bounded, one_line, short
 from mlxlora_core.files.documents import finite
 from mlxlora_core.plugins import Plugin
 from mlxlora_core.training.events import (
@@ -55,7 +55,7 @@ def changes(rows: Iterable[tuple[str, str, str]]) -> None:
 def progress(line: str) -> None:
     """Print one line of progress on stderr; where nobody reads it any more, the work goes on."""
     with suppress(BrokenPipeError):
-        click.echo(brief(line), err=True)
+        click.echo(bounded(line), err=True)
 
 
 def warning(text: str) -> None:
@@ -165,7 +165,7 @@ class Bar:
         if self._progress is None:
             progress(line)
         else:
-            self._progress.console.print(brief(line), markup=False)
+            self._progress.console.print(bounded(line), markup=False)
 
     def wait(self, what: str) -> None:
         """Show that work goes on of which nobody knows how much there is."""

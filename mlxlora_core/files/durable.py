@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlxlora_core.errors import ResourceError, SafetyError, utf8
+from mlxlora_core.errors import ResourceError, SafetyError
 from mlxlora_core.files.exchange import exchange
 from mlxlora_core.files.leftovers import GONE, NEW, OLD, beside, clear_leftovers
 
@@ -103,6 +103,11 @@ def version(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def utf8(text: str) -> bytes:
+    """``text`` in UTF-8. Half a surrogate pair, which UTF-8 cannot hold, becomes what JSON writes for it."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 @contextmanager

@@ -12,12 +12,11 @@ from typing import Any
 import pluggy
 
 from mlxlora_core import hookspecs, specs
-from mlxlora_core.errors import PluginError, brief, listing, nearest
+from mlxlora_core.errors import PluginError, bounded, listing, nearest
 from mlxlora_core.options import check_declaration, explain
 from mlxlora_core.plugins.plugin import KINDS, Component
 from mlxlora_core.plugins.sections import config_of
 
-_REASON_LETTERS, _REASON_BYTES = 100_000, 500  # read of what an exception says, and told of it
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _PART = re.compile(r"(?!bias$)[A-Za-z][A-Za-z0-9_]*")
 
@@ -189,11 +188,11 @@ def other_arguments(function: Callable[..., Any], arguments: Sequence[str]) -> s
 def reason_of(fault: BaseException) -> str:
     """What an exception says, on one line; even one that fails when it is asked."""
     if isinstance(fault, SystemExit):
-        return brief(f"it called sys.exit({fault.code!r})")
+        return bounded(f"it called sys.exit({fault.code!r})")
     try:
         text = str(fault)
     except Exception:
         text = "(its message cannot be shown)"
     if not isinstance(fault, PluginError):
         text = f"{type(fault).__name__}: {text}"
-    return brief(" ".join(text[:_REASON_LETTERS].split()), limit_bytes=_REASON_BYTES)
+    return bounded(" ".join(text.split()))

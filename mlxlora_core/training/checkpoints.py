@@ -212,6 +212,7 @@ def find_to_begin(folder: Path, *, overwrite: bool) -> Found:
     """
     leftovers.clear_leftovers(folder, "step-*")
     found = find(folder)
+    refuse_strange([folder for folder in found.strange if folder in found.damaged])
     there = found.valid or found.damaged
     if there and not overwrite and not (found.valid and found.valid[0].finished):
         where = f"step {found.valid[0].step}" if found.valid else "none of them verifies"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlxlora_core.errors import LINE_BYTES, ModelError, brief, short
+from mlxlora_core.errors import LINE_BYTES, ModelError, bounded, short
 
 
 @pytest.mark.parametrize("letter", ["x", "\x1b", "é", "\U0001f600", "\ud800", "\n", "\u202e"])
@@ -14,7 +14,7 @@ def test_whatever_is_long_loses_its_middle(letter: str, part: str) -> None:
     error = ModelError(**{**said, part: "begin" + letter * 3_000_000 + "end"})
     line = str(error)
     assert len(line.encode()) <= LINE_BYTES and line.isprintable()
-    assert "begin" in line and "end" in line and " ... " in line
+    assert "begin" in line and "end" in line and " … " in line
     assert all(text in line for key, text in said.items() if key != part)
 
 
@@ -26,8 +26,8 @@ def test_all_parts_are_cut_where_all_are_long() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 600, LINE_BYTES])
 def test_what_fits_stays_as_it_is(count: int) -> None:
-    assert brief("x" * count) == "x" * count
-    assert brief("x" * (count // 2), "y" * (count // 2)) == "x" * (count // 2) + "y" * (count // 2)
+    assert bounded("x" * count) == "x" * count
+    assert bounded("x" * (count // 2), "y" * (count // 2)) == "x" * (count // 2) + "y" * (count // 2)
 
 
 def test_a_short_text() -> None:
