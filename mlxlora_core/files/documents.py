@@ -1,4 +1,4 @@
-"""Documents in JSON and TOML: read whole and brief, and held against a form.
+"""Documents in JSON and TOML: read whole and bounded, and held against a form.
 
 Whatever stands in such a file, it becomes values that later work can stand,
 or one line: no key is there twice, no number is infinite or none, nothing is
