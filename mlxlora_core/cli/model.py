@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -105,7 +106,8 @@ def measure(
     )
     loss = show.to_its_end(events)
     if not quiet:
-        click.echo(f"test loss {loss.mean:.4f}, perplexity {loss.perplexity:.3f}, {loss.tokens} tokens")
+        perplexity = f"{loss.perplexity:.3f}" if math.isfinite(loss.perplexity) else "infinite"
+        click.echo(f"test loss {loss.mean:.4f}, perplexity {perplexity}, {loss.tokens} tokens")
     return {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens, "rows": len(rows)}
 
 

@@ -18,6 +18,7 @@ from mlxlora_core.plugins.defaults import DEFAULT_RECIPE
 from mlxlora_core.runs import pipeline
 from mlxlora_core.runs.events import Event, RunStarted, StageDone, StageStarted
 from mlxlora_core.runs.folder import REPORT, RunFolder
+from mlxlora_core.runs.grading import describe_change
 from mlxlora_core.runs.observing import ObserverFailed
 from mlxlora_core.runs.plan import plan
 from mlxlora_core.runs.recipe import Recipe
@@ -120,7 +121,7 @@ def _summary(recipe: Recipe, record: dict[str, Any]) -> None:
     for split, loss in summary["losses"].items():
         click.echo(
             f"held-out loss ({split}, {after['losses'][split]['tokens']} tokens): {loss['before']:.4f} -> "
-            f"{loss['after']:.4f} nats a token ({loss['change']:+.1%})"
+            f"{loss['after']:.4f} nats a token ({describe_change(loss['change'])})"
         )
     for test, meaning in (
         ("memory", "about training rows (memory)"),

@@ -17,8 +17,10 @@ from io import BufferedReader
 from pathlib import Path
 
 from mlxlora_core.errors import MlxloraError, ModelError
+from mlxlora_core.files.documents import read_form
 from mlxlora_core.files.durable import write_json
-from mlxlora_core.files.input_file import open_regular, read_json
+from mlxlora_core.files.forms import Map, Table, Text, Whole
+from mlxlora_core.files.input_file import open_regular
 from mlxlora_core.files.tensor_header import read_entries
 from mlxlora_core.machine.processors import processors
 
@@ -40,6 +42,7 @@ _TYPES = {
 _PART_BYTES = 4 << 20  # read at a time
 _LARGE_BYTES = 64 << 20  # a smaller file is read sooner than it is looked up
 _CACHED_BYTES = 64 << 20
+_PROOF_FORM = Table({"state": Map(Whole(most=2**64)), "digests": Map(Text())})
 _SETTLED_NS = 2 * 10**9  # a clock may be so coarse that a change just after is not seen
 
 Digests = dict[str, str]
@@ -142,13 +145,12 @@ def _remembered(file: BufferedReader, path: Path, what: str, make: Callable[[], 
 
 def _recall(proof: Path, state: Mapping[str, int]) -> Digests | None:
     try:
-        told = read_json(proof, _CACHED_BYTES)
-        if told["state"] != state:
-            return None
-        digests = {name: str(digest) for name, digest in told["digests"].items()}
-        return digests if all(len(bytes.fromhex(digest)) == 32 for digest in digests.values()) else None
-    except (MlxloraError, ValueError, TypeError, KeyError, AttributeError):
+        told = read_form(proof, _PROOF_FORM, _CACHED_BYTES)
+        digests: Digests = told["digests"]
+        sound = told["state"] == state and all(len(bytes.fromhex(text)) == 32 for text in digests.values())
+    except (MlxloraError, ValueError):
         return None
+    return digests if sound else None
 
 
 def _state(file: BufferedReader) -> dict[str, int]:

@@ -42,6 +42,7 @@ ITEM_BYTES = {
 
 _HEADER_BYTES = 100_000_000  # the format's own limit
 _PARTS = 10 * TENSORS_LIMIT  # a tensor of four axes has 10; each takes memory when it is parsed
+_METADATA_ENTRIES, _METADATA_LETTERS = 10_000, 16 << 20  # far more than any tool writes
 _NPY_HEADER_BYTES = 10_000  # numpy's own limit
 _NAME_LETTERS = 512
 _AXES = 32
@@ -89,8 +90,8 @@ def read_safetensors(file: BinaryIO, path: Path) -> dict[str, str]:
     if not isinstance(tensors, dict):
         raise _damaged("its header is no JSON object", path)
     metadata = tensors.pop(METADATA, None) or {}  # MLX writes null when there is none
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(f"its {METADATA} is no JSON of names and texts", path)
+    if fault := _metadata_fault(metadata):
+        raise _damaged(f"its {METADATA} {fault}", path)
     if len(tensors) > TENSORS_LIMIT:
         raise _damaged(f"it has more than {TENSORS_LIMIT} tensors", path)
     for name, entry in tensors.items():
@@ -162,6 +163,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"key or tensor {name[:_NAME_LETTERS]} stands there twice")
     return content
+
+
+def _metadata_fault(metadata: Any) -> str:
+    """Why metadata cannot be, or nothing; there is a copy of it wherever a model goes."""
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        return "is no JSON of names and texts"
+    letters = sum(len(name) + len(value) for name, value in metadata.items())
+    if len(metadata) > _METADATA_ENTRIES or letters > _METADATA_LETTERS:
+        most = f"{_METADATA_ENTRIES} of {_METADATA_LETTERS}"
+        return f"has {len(metadata)} entries of {letters} letters, wanted at most {most}"
+    return ""
 
 
 def _entry_fault(entry: Any) -> str:

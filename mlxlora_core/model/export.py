@@ -15,7 +15,8 @@ import mlx.nn as nn
 
 from mlxlora_core.errors import ModelError, listing
 from mlxlora_core.files import durable, tensor_file
-from mlxlora_core.files.input_file import read_json
+from mlxlora_core.files.documents import read_form
+from mlxlora_core.files.forms import Map, Table, Text, Whole
 from mlxlora_core.files.targets import check_output_folder, paths_in
 from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.machine.disk import require_disk
@@ -35,6 +36,9 @@ from mlxlora_core.version import __version__
 
 RECORD = "export.json"
 _RECORD_BYTES = 16 << 20
+
+#: what shows an export to be one of ours
+RECORD_FORM = Table({"exporter": Text(), "versions": Map(Text()), "files": Map(Whole())})
 
 #: what config.json says of quantization, which the tensors of an export are free of
 _QUANTIZED = {QUANTIZER, QUANTIZATION, QUANTIZED}
@@ -116,13 +120,11 @@ def export(
 def holds_only_an_export(folder: Path) -> bool:
     """Whether everything in ``folder`` is what an export has written there."""
     try:
-        record = read_json(folder / RECORD, _RECORD_BYTES)
-        if not {"exporter", "versions", "files"} <= record.keys():
-            return False
-        found = {path for path in _walk(folder) if path.is_symlink() or not path.is_dir()}
-        return found == {folder / name for name in (RECORD, *record["files"])}
-    except (ModelError, TypeError, AttributeError):
+        record = read_form(folder / RECORD, RECORD_FORM, _RECORD_BYTES)
+    except ModelError:
         return False
+    found = {path for path in _walk(folder) if path.is_symlink() or not path.is_dir()}
+    return found == {folder / name for name in (RECORD, *record["files"])}
 
 
 # --- the source ---------------------------------------------------------------

@@ -15,7 +15,7 @@ from mlx.utils import tree_unflatten
 
 from mlxlora_core.errors import ModelError, listing
 from mlxlora_core.files import durable, tensor_file
-from mlxlora_core.files.input_file import read_json
+from mlxlora_core.files.documents import read_json
 from mlxlora_core.files.targets import hold_only_files
 from mlxlora_core.files.tensor_checks import mismatches
 from mlxlora_core.machine.device import compute_dtype

@@ -10,8 +10,9 @@ import mlx.core as mx
 
 from mlxlora_core.errors import ModelError, SafetyError, listing
 from mlxlora_core.files import tensor_file
+from mlxlora_core.files.documents import read_json
 from mlxlora_core.files.fingerprints import combine
-from mlxlora_core.files.input_file import is_plain_name, read_json
+from mlxlora_core.files.input_file import is_plain_name
 from mlxlora_core.values import LazyTensor
 
 T = TypeVar("T")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mlxlora_core.errors import DataError
 from mlxlora_core.files import durable
+from mlxlora_core.files.documents import finite, read_sound
+from mlxlora_core.runs.results import RECORD_FORM
 
 RECORD = "run.json"
 RECIPE = "recipe.toml"
@@ -21,27 +24,29 @@ MODEL = "model"
 DATA = "data"
 EXPORT = "export"
 
+_RECORD_BYTES = 64 << 20
+_AWAY = "move the folder away, or name another"
+
 
 class RunFolder:
     """A folder and its ``run.json``.
 
     Attributes:
         path: the folder.
-        record: what ``run.json`` holds.
+        record: the sound part of what ``run.json`` holds (see :mod:`mlxlora_core.runs.results`);
+            nothing where there is none.
+        faults: what in it is not sound, in words.
 
     Raises:
-        DataError: ``run.json`` cannot be read.
+        DataError: ``run.json`` cannot be read, or is no record of a run.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.record: dict[str, Any] = {}
-        try:
-            self.record = dict(json.loads((path / RECORD).read_text("utf-8")))
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, TypeError) as fault:
-            raise DataError(f"cannot be read: {fault}", where=path / RECORD, fix="remove it") from fault
+        self.faults: list[str] = []
+        if os.path.lexists(path / RECORD):
+            self.record, self.faults = read_sound(path / RECORD, RECORD_FORM, _RECORD_BYTES, DataError, _AWAY)
 
     def begin(self, facts: Mapping[str, Any], recipe_text: str) -> None:
         """Make the folder, and write the recipe and the facts of this run.
@@ -56,7 +61,7 @@ class RunFolder:
     def holds(self, stage: str, fingerprint: str) -> bool:
         """Whether a stage was done for these inputs and its files are as it left them."""
         done = self.record.get("stages", {}).get(stage)
-        if not done or done["inputs"] != fingerprint:
+        if done is None or done["inputs"] != fingerprint:
             return False
         return all(file_stat(self.path / name) == stat for name, stat in done["files"].items())
 
@@ -71,7 +76,7 @@ class RunFolder:
         stages[stage] = {
             "inputs": fingerprint,
             "files": {name: file_stat(self.path / name) for name in outputs},
-            "result": dict(result),
+            "result": finite(result),
         }
         self._save()
 
@@ -102,6 +107,6 @@ def file_stat(path: Path) -> list[int] | None:
     """Size in bytes and time of change in nanoseconds, or None for no file."""
     try:
         stat = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # or a name that no file can have
         return None
     return [stat.st_size, stat.st_mtime_ns]

@@ -22,7 +22,7 @@ from mlxlora_core.runs.folder import METRICS, RECORD, RunFolder
 from mlxlora_core.runs.grading import summarize
 from mlxlora_core.runs.observing import event_values, observed
 from mlxlora_core.runs.places import check_run
-from mlxlora_core.runs.plan import fingerprints
+from mlxlora_core.runs.plan import fingerprints, is_done
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.report import write_report
 from mlxlora_core.runs.stages import STAGES
@@ -51,7 +51,8 @@ def run(
     check_run(recipe, folder.record)
     marks = fingerprints(recipe)
     folder.begin(_facts(recipe, registry, runtimes) | {"inputs": marks}, tomli_w.dumps(recipe.values()))
-    yield RunStarted(tuple(runtimes))
+    unsound = (f"warning: not sound, and taken as not done: {fault}" for fault in folder.faults)
+    yield RunStarted((*runtimes, *unsound))
     context = Context(recipe, registry, folder, runtimes, resume_command)
     info = RunInfo(folder.path, recipe.name, recipe.values())
     yield from observed(_do_all(context, marks), recipe.observe, info, event_values)
@@ -76,7 +77,7 @@ def _do_stages(context: Context, marks: Mapping[str, str]) -> Iterator[Event]:
     folder = context.folder
     for stage in (stage for stage in STAGES if stage.name in marks):
         mark = marks[stage.name]
-        skipped = folder.holds(stage.name, mark)
+        skipped = is_done(stage, mark, folder, context.recipe)
         yield StageStarted(stage.name, skipped)
         if skipped:
             continue

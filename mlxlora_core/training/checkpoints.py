@@ -26,19 +26,47 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.errors import ModelError, PluginError, ResourceError, SafetyError, listing
+from mlxlora_core.errors import (
+    ModelError,
+    PluginError,
+    ResourceError,
+    SafetyError,
+    listing,
+)
 from mlxlora_core.files import leftovers
-from mlxlora_core.files.input_file import read_json
+from mlxlora_core.files.documents import read_json
+from mlxlora_core.files.forms import Flag, Form, Map, Option, Plain, Table, Text, Whole, shown, sound
 from mlxlora_core.files.targets import hold_only_files
 from mlxlora_core.files.tensor_header import FINGERPRINT, stated
 from mlxlora_core.plugins import Registry
+from mlxlora_core.training.progress import STATE_FORM
 
 SCHEMA = 1
 MANIFEST = "MANIFEST.json"
 ADAPTER, OPTIMIZER, STATE = PARTS = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 
 _NAME = re.compile(r"step-([0-9]{7,})")
-_MANIFEST_BYTES = 16 * 2**20  # far more than any manifest has
+_JSON_BYTES = 16 * 2**20  # far more than any manifest or state has
+
+_FILE = Table({"bytes": Whole(), "sha256": Text()})
+_PLUGIN = Table({"distribution": Text(), "version": Text()})
+
+#: what MANIFEST.json is held against
+MANIFEST_FORM = Table(
+    {
+        "schema": Whole(least=1),
+        "step": Whole(),
+        "finished": Flag(),
+        "files": Table(dict.fromkeys(PARTS, _FILE)),
+        "base": Text(),
+        "tokenizer": Option(Text()),
+        "data": Map(Text()),
+        "settings": Map(Plain()),
+        "plugins": Map(_PLUGIN),
+        "versions": Map(Text()),
+        "sha256": Text(),
+    }
+)
 
 
 class Start(Enum):
@@ -57,10 +85,12 @@ class Checkpoint:
     Attributes:
         folder: where it is.
         manifest: what ``MANIFEST.json`` holds.
+        state: what ``state.json`` holds.
     """
 
     folder: Path
     manifest: Mapping[str, Any]
+    state: Mapping[str, Any]
 
     @property
     def step(self) -> int:
@@ -109,9 +139,9 @@ def find(folder: Path) -> Found:
     valid, damaged = [], {}
     for name in sorted(names, key=step_of, reverse=True):
         try:
-            valid.append(Checkpoint(folder / name, _verified(folder / name)))
+            valid.append(_verified(folder / name))
         except _Damaged as fault:
-            damaged[folder / name] = str(fault)
+            damaged[folder / name] = fault.what
     strange = [folder / name for name in names if not is_ours(folder / name)]
     return Found(tuple(valid), damaged, tuple(strange))
 
@@ -132,7 +162,7 @@ def is_ours(folder: Path) -> bool:
 
 def _is_manifest(path: Path) -> bool:
     try:
-        manifest = read_json(path, _MANIFEST_BYTES)
+        manifest = read_json(path, _JSON_BYTES)
     except ModelError:
         return False
     return isinstance(manifest, dict) and {"schema", "step", "files", "sha256"} <= manifest.keys()
@@ -229,7 +259,7 @@ def check_plugins(found: Found, registry: Registry) -> None:
         )
 
 
-class _Damaged(Exception):
+class _Damaged(ModelError):
     """Why a folder is no checkpoint."""
 
 
@@ -239,36 +269,55 @@ def step_of(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _verified(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are what it says."""
-    path = folder / MANIFEST
-    try:
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > _MANIFEST_BYTES:
-            raise _Damaged(f"there is no {MANIFEST}")
-        manifest = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as fault:
-        raise _Damaged(f"{MANIFEST} cannot be read: {fault}") from fault
-    schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if not isinstance(schema, int):
+def _verified(folder: Path) -> Checkpoint:
+    """A checkpoint whose files are what its manifest says.
+
+    Raises:
+        _Damaged: it is none.
+        ModelError: a newer mlxlora has made it.
+    """
+    manifest = _read_part(folder / MANIFEST)
+    if type(manifest) is not dict or type(manifest.get("schema")) is not int or manifest["schema"] < 1:
         raise _Damaged(f"{MANIFEST} is not one of mlxlora")
-    if schema > SCHEMA:
+    if manifest["schema"] > SCHEMA:
         raise ModelError(
-            f"was made by a newer mlxlora (format {schema}, this one knows {SCHEMA})",
+            f"was made by a newer mlxlora (format {shown(manifest['schema'])}, this one knows {SCHEMA})",
             where=folder,
             fix="upgrade with: pip install --upgrade mlxlora",
         )
-    kinds = {"step": int, "finished": bool, "files": dict, "base": str, "data": dict, "settings": dict}
-    kinds |= {"plugins": dict, "versions": dict}
-    odd = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
-    if odd:
-        raise _Damaged(f"{MANIFEST} lacks {listing(odd)}")
-    if manifest.pop("sha256", None) != digest(manifest):
+    _require_form(MANIFEST_FORM, manifest, MANIFEST)
+    if manifest.pop("sha256") != digest(manifest):
         raise _Damaged(f"{MANIFEST} is not what was written")
-    if manifest["step"] != step_of(folder.name) or manifest["files"].keys() != set(PARTS):
+    if manifest["step"] != step_of(folder.name):
         raise _Damaged(f"{MANIFEST} is that of another checkpoint")
-    for name, facts in manifest["files"].items():
-        _check_part(folder / name, facts)
-    return dict(manifest)
+    for name in PARTS:
+        _check_part(folder / name, manifest["files"][name])
+    state = _read_part(folder / STATE)
+    _require_form(STATE_FORM, state, STATE)
+    if state["step"] != manifest["step"]:
+        raise _Damaged(f"{STATE} is of step {state['step']}, wanted {manifest['step']}")
+    return Checkpoint(folder, manifest, state)
+
+
+def _read_part(path: Path) -> Any:
+    """The value in one of the JSON files of a checkpoint."""
+    try:
+        return read_json(_required(path), _JSON_BYTES, _Damaged)
+    except _Damaged as fault:
+        raise _Damaged(f"{path.name} {fault.what}") from fault
+
+
+def _required(path: Path) -> Path:
+    if path.is_symlink() or not path.is_file():
+        raise _Damaged("is not there" if not path.exists() else "is a link or no regular file")
+    return path
+
+
+def _require_form(form: Form, value: Any, name: str) -> None:
+    """Refuse what does not agree with its form; nothing of a checkpoint is made up."""
+    faults = sound(form, value)[1]
+    if faults:
+        raise _Damaged(f"{name} is not what mlxlora writes: {listing(faults, 3)}")
 
 
 def _check_part(path: Path, stated: Mapping[str, Any]) -> None:
@@ -280,8 +329,8 @@ def _check_part(path: Path, stated: Mapping[str, Any]) -> None:
             raise _Damaged(f"{path.name} has {size} bytes, {stated['bytes']} were written")
         if sha256(path) != stated["sha256"]:
             raise _Damaged(f"{path.name} is not what was written")
-    except (OSError, KeyError, TypeError) as fault:
-        raise _Damaged(f"{path.name} cannot be read: {fault}") from fault
+    except OSError as fault:
+        raise _Damaged(f"{path.name} cannot be read: {fault.strerror}") from fault
 
 
 def digest(manifest: Mapping[str, Any]) -> str:

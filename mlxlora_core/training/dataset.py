@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 
 from mlxlora_core.errors import DataError, ModelError, listing
 from mlxlora_core.files import durable
-from mlxlora_core.files.input_file import read_json
+from mlxlora_core.files.documents import read_form
+from mlxlora_core.files.forms import Map, Plain, Table, Text, Whole
 from mlxlora_core.files.jsonl import check_content
 from mlxlora_core.files.targets import check_output_folder, hold_only_files, paths_in
 from mlxlora_core.options import plain
@@ -24,6 +25,17 @@ from mlxlora_core.values import Row, Rows, Skipped
 SPLITS = ("train", "valid", "test")
 
 RECORD = "dataset.json"
+
+#: what shows a dataset folder to be one of ours
+RECORD_FORM = Table(
+    {
+        "rows": Map(Whole()),
+        "groups": Whole(),
+        "builder": Text(),
+        "split": Map(Plain()),
+        "versions": Map(Text()),
+    }
+)
 _RECORD_BYTES = 256 << 20  # it may list many sources that were skipped
 
 
@@ -60,11 +72,10 @@ def build_dataset(
 def holds_only_a_dataset(folder: Path) -> bool:
     """Whether everything in ``folder`` is what mlxlora writes into a dataset folder, by its record."""
     try:
-        record = read_json(folder / RECORD, _RECORD_BYTES)
-        written = {"rows", "groups", "builder", "split", "versions"} <= record.keys()
-    except (ModelError, AttributeError):
+        read_form(folder / RECORD, RECORD_FORM, _RECORD_BYTES)
+    except ModelError:
         return False
-    return written and hold_only_files(folder, [RECORD, *(f"{split}.jsonl" for split in SPLITS)])
+    return hold_only_files(folder, [RECORD, *(f"{split}.jsonl" for split in SPLITS)])
 
 
 def write_dataset(

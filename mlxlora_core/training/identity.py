@@ -169,8 +169,8 @@ def _data_fingerprint(examples: Sequence[Example]) -> str:
 def _free(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> set[str]:
     """The settings that cannot change what comes after ``step``."""
     free = {"steps_per_report", "on_nonfinite"}  # a training that ends ends the same with either policy
-    if old["patience"] is None and new["patience"] is None:
+    if old.get("patience", _ABSENT) is None and new["patience"] is None:
         free |= {"steps_per_eval", "val_batches"}
-        if old["schedule"] == new["schedule"] == "constant" and new["iters"] >= step:
+        if old.get("schedule") == new["schedule"] == "constant" and new["iters"] >= step:
             free.add("iters")
     return free

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlxlora_core.errors import DataError, SafetyError, UsageError
+from mlxlora_core.errors import DataError, ModelError, SafetyError, UsageError
 from mlxlora_core.files import durable, lock
+from mlxlora_core.files.documents import parse_json
 from mlxlora_core.files.input_file import open_regular
 from mlxlora_core.files.targets import is_written, refuse_inputs
 from mlxlora_core.training.checkpoints import Start
@@ -175,7 +175,7 @@ def _is_torn(line: bytes) -> bool:
 
 def _is_report(line: bytes) -> bool:
     try:
-        told = json.loads(line)
+        told = parse_json(line, "")
         return isinstance(told, dict) and _LINES[told["kind"]] <= told.keys()
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ModelError, TypeError, KeyError):
         return False

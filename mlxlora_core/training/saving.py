@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxlora_core.errors import DivergedError, ModelError, PluginError, ResourceError, listing
+from mlxlora_core.errors import DivergedError, PluginError, ResourceError, listing
 from mlxlora_core.files import durable, leftovers, tensor_file
 from mlxlora_core.files.tensor_checks import is_finite
 from mlxlora_core.model import adapters
@@ -25,7 +24,6 @@ from mlxlora_core.training.checkpoints import (
     PARTS,
     SCHEMA,
     STATE,
-    Checkpoint,
     Found,
     Start,
     digest,
@@ -37,7 +35,8 @@ from mlxlora_core.training.checkpoints import (
 )
 from mlxlora_core.training.events import CheckpointSaved
 from mlxlora_core.training.identity import Identity
-from mlxlora_core.training.loop import Progress, Training, Window
+from mlxlora_core.training.loop import Training
+from mlxlora_core.training.progress import read_progress
 
 
 class CheckpointFolder:
@@ -106,7 +105,7 @@ class CheckpointFolder:
         # The others are behind: no step will be written there any more.
         refuse_strange([folder for folder in found.strange if step_of(folder.name) > newest.step])
         notes = [*found.notes, *self._identity.compare(newest, fix)]
-        progress, self._resumed = _read_state(newest)
+        progress, self._resumed = read_progress(newest.state), list(newest.state["resumed"])
         adapters.fill(newest.folder / ADAPTER, self._model)
         tensors, _ = tensor_file.load(newest.folder / OPTIMIZER)
         training.restore(progress, tensors)
@@ -197,22 +196,6 @@ class CheckpointFolder:
 
     def _folder(self, step: int) -> Path:
         return self.path / f"step-{step:07}"
-
-
-def _read_state(checkpoint: Checkpoint) -> tuple[Progress, list[dict[str, Any]]]:
-    """Where a checkpoint stands, and where its training was taken up before."""
-    path = checkpoint.folder / STATE
-    try:
-        state = json.loads(path.read_text("utf-8"))
-        resumed = list(state.pop("resumed"))
-        del state["seed"]  # the settings hold it too
-        window = Window(**state.pop("window"))
-        progress = Progress(**state | {"recent": tuple(state["recent"]), "window": window})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as fault:
-        raise ModelError(f"is no state of a training: {fault}", where=path) from fault
-    if progress.step != checkpoint.step:
-        raise ModelError(f"is of step {progress.step}, wanted {checkpoint.step}", where=path)
-    return progress, resumed
 
 
 def _check_written(path: Path) -> None:

@@ -22,6 +22,7 @@ from mlxlora_core.model.adapters import Adapted, AdapterFile
 from mlxlora_core.model.folder import Model
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.sections import AdapterConfig
+from mlxlora_core.training import metrics
 from mlxlora_core.training.checkpoints import Found, Start
 from mlxlora_core.training.events import (
     Advanced,
@@ -201,9 +202,9 @@ class TrainingSession:
 
     def _train(self) -> Iterator[Advanced | Report | CheckpointSaved]:
         """Make the steps that are left."""
-        saving, metrics = self._outputs.saving, self._outputs.metrics
-        if metrics is not None:
-            _trim(metrics, self.training.progress.step)
+        saving, log = self._outputs.saving, self._outputs.metrics
+        if log is not None:
+            metrics.trim(log, self.training.progress.step)
         with signals.deferred() as pending:
             saved_at = time.monotonic()
             try:
@@ -316,18 +317,3 @@ def _words_on_rows(split: str, rows: Examples) -> Iterator[Note]:
         yield Note(f"warning: {rows.cut} {split} rows were cut, {share:.1%} of all tokens are lost")
     if rows.empty:
         yield Note(f"warning: {rows.empty} {split} rows have no token that counts and were left out")
-
-
-def _trim(metrics: Path, step: int) -> None:
-    """Leave only the whole lines of a log up to ``step``; none of them at the start."""
-    lines = metrics.read_bytes().split(b"\n") if step and metrics.is_file() else []
-    kept = [line.decode() + "\n" for line in lines if _step_of(line) <= step]
-    durable.write_text(metrics, "".join(kept))
-
-
-def _step_of(line: bytes) -> float:
-    """The step of a line of a log; infinite for one that is torn."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return math.inf

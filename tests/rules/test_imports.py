@@ -38,6 +38,8 @@ LIGHT_IN_HEAVY_ROOMS = {
     "mlxlora_core.training.dataset",
     "mlxlora_core.training.events",
     "mlxlora_core.training.checkpoints",
+    "mlxlora_core.training.metrics",
+    "mlxlora_core.training.progress",
     "mlxlora_core.training.identity",
     "mlxlora_core.training.outputs",
 }

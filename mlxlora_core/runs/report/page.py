@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Any
 
 from mlxlora_core.errors import listing
 from mlxlora_core.runs.report.answers import questions, verdict
+from mlxlora_core.runs.report.curves import thinned
 from mlxlora_core.runs.report.facts import Facts
 from mlxlora_core.runs.report.html import Html, data, element, join
+from mlxlora_core.runs.report.parts import in_nats
 from mlxlora_core.runs.report.sections import dataset, origins, training, values
 
 SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "report.js")
@@ -72,6 +74,7 @@ def _head(facts: Facts) -> Html:
         element("h1", record["recipe"]),
         element("p", _in_words(facts), class_="lead"),
         _progress(facts),
+        _unread(facts),
     )
 
 
@@ -83,12 +86,7 @@ def _in_words(facts: Facts) -> Html | str:
     said: list[object] = []
     for split, loss in summary["losses"].items():
         if split == "test" or len(summary["losses"]) == 1:
-            moved = "fell" if loss["change"] < 0 else "rose"
-            said += [
-                f"Held-out loss ({split}) ",
-                element("strong", f"{moved} by {abs(loss['change']):.0%}"),
-                ". ",
-            ]
+            said += [f"Held-out loss ({split}) ", element("strong", _moved(loss)), ". "]
     memory = summary["questions"]["memory"]
     if memory["questions"]:
         marks = memory["first_sentence"]
@@ -100,6 +98,27 @@ def _in_words(facts: Facts) -> Html | str:
     return join(*said) if said else "Nothing was held out and nothing asked."
 
 
+def _moved(loss: Mapping[str, Any]) -> str:
+    """``fell by 12%``, of a loss before and after."""
+    fell = loss["after"] < loss["before"]
+    if loss["change"] is None or abs(loss["change"]) > 1:
+        return f"{'fell' if fell else 'rose'} from {in_nats(loss['before'])} to {in_nats(loss['after'])}"
+    return f"{'fell' if fell else 'rose'} by {abs(loss['change']):.0%}"
+
+
+def _unread(facts: Facts) -> Html | None:
+    """What is in the folder and not on the page."""
+    if not facts.faults:
+        return None
+    return element(
+        "div",
+        element("p", "Some of the run folder could not be read and is not on this page:"),
+        element("ul", *(element("li", fault) for fault in facts.faults)),
+        class_="notice",
+        role="status",
+    )
+
+
 def _progress(facts: Facts) -> Html | None:
     """Where a run that is not at its end stands."""
     if "summary" in facts.record:
@@ -107,9 +126,8 @@ def _progress(facts: Facts) -> Html | None:
     stages = facts.record["inputs"]  # in the order in which they are done
     open_stages = [stage for stage in stages if stage not in facts.results]
     done = listing(stage for stage in stages if stage in facts.results)
-    steps = facts.recipe["train"]["iters"]
     at_train = facts.train and open_stages[:1] == ["train"]
-    place = f" (step {facts.train[-1]['step']} of {steps})" if at_train else ""
+    place = f" (step {facts.train[-1]['step']} of {facts.steps})" if at_train else ""
     text = (
         f"Done: {done}. To be done: {listing(open_stages)}{place}. This page is made of what is there so far."
     )
@@ -137,10 +155,10 @@ def _drawn(facts: Facts) -> dict[str, Any]:
         for split in facts.results[stage]["losses"]
     ]
     return {
-        "steps": facts.recipe["train"]["iters"],
-        "warmup": facts.recipe["train"].get("warmup", 0),
-        "train": [dict(report) for report in facts.train],
-        "valid": [dict(report) for report in facts.valid],
+        "steps": facts.steps,
+        "warmup": facts.train_settings.get("warmup", 0),
+        "train": list(thinned(facts.train)),
+        "valid": list(thinned(facts.valid, ("loss",))),
         "ends": ends,
         "lengths": train.get("lengths"),
         "limit": train.get("max_seq_length"),

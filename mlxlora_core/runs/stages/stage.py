@@ -50,6 +50,10 @@ class Stage(ABC):
             MlxloraError: it cannot be done.
         """
 
+    def fits(self, result: Mapping[str, Any], recipe: Recipe) -> bool:
+        """Whether a result that was read back can be one of this recipe; else the stage is done again."""
+        return True
+
     def words(self, result: Mapping[str, Any]) -> list[str]:
         """What came of it, in lines for a person."""
         return []
