@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,10 @@ def test_the_plugins_in_the_box_have_sources() -> None:
     assert all(digests) and len(set(digests)) > 5
 
 
-def test_an_edit_within_a_second_that_keeps_the_size_runs(tmp_path: Path) -> None:
+def test_an_edit_within_a_second_that_keeps_the_size_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path = tmp_path / "odd.py"
     text = (
         "from mlxlora_core.api import NoOptions, Sampler, hookimpl\n"
