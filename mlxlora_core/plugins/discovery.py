@@ -248,7 +248,7 @@ def _import_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise PluginError(f"not a Python file: {path}")
     if isinstance(spec.loader, SourceFileLoader):
-        spec.loader = _FreshLoader(spec.name, os.fspath(path))
+        spec.loader = _FreshLoader(spec.name, os.path.abspath(path))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up by name
     try:
