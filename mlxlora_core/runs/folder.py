@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ CHECKPOINTS = "checkpoints"
 MODEL = "model"
 DATA = "data"
 EXPORT = "export"
+
+RUN_FOLDER = "--set run.folder=DIR"  # how a user names another
 
 _RECORD_BYTES = 64 << 20
 _AWAY = "move the folder away, or name another"
@@ -48,19 +50,28 @@ class RunFolder:
         if os.path.lexists(path / RECORD):
             self.record, self.faults = read_sound(path / RECORD, RECORD_FORM, _RECORD_BYTES, DataError, _AWAY)
 
-    def begin(self, facts: Mapping[str, Any], recipe_text: str) -> None:
-        """Make the folder, and write the recipe and the facts of this run.
+    def check(self, beside: Callable[[str], bool] = lambda name: False, option: str = RUN_FOLDER) -> None:
+        """Refuse a folder that no run has begun and that holds something.
+
+        Args:
+            beside: whether a name is of what may be there all the same.
+            option: by which another folder is named.
 
         Raises:
             SafetyError: the folder holds something that is no run.
         """
         durable.clear_leftovers(self.path, RECORD)
-        if self.path.exists() and not self.record and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.record or not self.path.exists():
+            return
+        if not self.path.is_dir() or not all(beside(path.name) for path in self.path.iterdir()):
             raise SafetyError(
                 "holds something that is no run and was left alone",
                 where=self.path,
-                fix="name another folder with --set run.folder=DIR",
+                fix=f"name another folder with {option}",
             )
+
+    def begin(self, facts: Mapping[str, Any], recipe_text: str) -> None:
+        """Make the folder, and write the recipe and the facts of this run; :meth:`check` comes before."""
         kept = {key: self.record.get(key, {}) for key in ("started", "stages")}
         self.record = {**facts, **kept}
         self._save()  # first, so that a folder that a killed run began is known again

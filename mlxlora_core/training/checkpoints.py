@@ -221,6 +221,11 @@ class _Damaged(MlxloraError):
     """Why a folder is no checkpoint."""
 
 
+def is_checkpoint(name: str) -> bool:
+    """Whether something in a folder of checkpoints is one by its name, sound or put aside as damaged."""
+    return _step(re.sub(r"^damaged-(.*)-\d+$", r"\1", name)) > 0
+
+
 def _step(name: str) -> int:
     """The step in the name of a checkpoint, or 0."""
     match = _NAME.fullmatch(name)

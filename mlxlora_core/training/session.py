@@ -212,6 +212,7 @@ class TrainingSession:
                 yield Note(text)
             yield TrainingStarted(self.training.progress.step, self.training.config.iters)
             yield from self._train()
+        yield from self._warning()
         adapter_step = self._take_best()
         if self._outputs.adapter_file is not None:
             adapters.save(self._outputs.adapter_file, self.model, self.adapted)
@@ -282,6 +283,23 @@ class TrainingSession:
         if self.checkpoints is None:
             return f"interrupted at step {step}; nothing was saved"
         return f"interrupted; step {step} is saved. Go on with: {self._outputs.resume_command}"
+
+    def _warning(self) -> Iterator[Note]:
+        """A word where the validation is worse at the end than it was at first."""
+        progress, config = self.training.progress, self.training.config
+        first, last = progress.first_loss, self._losses.get(ValidReport)
+        if first is None or last is None or last <= first:
+            return
+        best = ""
+        if progress.best_loss is not None and progress.best_loss < first:
+            best = f"; it was best after step {progress.best_step} ({progress.best_loss:.4f})"
+        advice = "fewer --iters, a lower --learning-rate or more rows"
+        if config.patience is None:
+            advice += ", or --patience 3, which keeps the best"
+        yield Note(
+            f"warning: the validation loss is worse than before training ({first:.4f} -> {last:.4f}){best}. "
+            f"Try {advice}"
+        )
 
     def _take_best(self) -> int:
         """Put the adapter of the best validation on the model where patience asks for it; its step."""
