@@ -140,19 +140,12 @@ def command(
         outputs=Outputs(adapter_file, checkpoints, metrics_file, asked.save, resume_command(resume=True)),
         runtimes=runtimes,
     )
-    record = TrainingRecord(
-        folder,
-        circumstances(adapter_file.stem, seed, _origins(given), registry, runtimes),
-        _settings(asked, model, data, seed),
-        length_counts(session.rows["train"].lengths),
-    )
-    events = observed(
-        record.keep(session.start(asked.how, found)),
-        asked.observers,
-        _info(adapter_file, model, data, asked),
-        event_values,
-    )
-    trained = _follow(events)
+    facts = circumstances(adapter_file.stem, seed, _origins(given), registry, runtimes)
+    lengths = length_counts(session.rows["train"].lengths)
+    record = TrainingRecord(folder, facts, _settings(asked, model, data, seed), lengths)
+    events = record.keep(session.start(asked.how, found))
+    info = _info(adapter_file, model, data, asked)
+    trained = _follow(observed(events, asked.observers, info, event_values))
     of_best = f", of step {trained.adapter_step}, the best" if asked.train.patience is not None else ""
     show.progress(f"{adapter_file} written{of_best}; {checkpoints / REPORT} shows the training")
     result: dict[str, Any] = {"adapter_file": str(adapter_file), **asdict(trained)}

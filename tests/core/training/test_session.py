@@ -109,12 +109,13 @@ def test_what_is_written_changes_nothing(session: Open, tmp_path: Path) -> None:
 def test_a_validation_that_ends_worse_than_it_began_is_told(session: Open, tmp_path: Path) -> None:
     good = [event.text for event in session().start() if isinstance(event, Note)]
     assert not any("validation" in text for text in good)
-    broken = session(learning_rate=5.0, outputs=Outputs(checkpoints=tmp_path / "c"))
+    worse = {"rows": {**ROWS, "valid": [{"text": "0123456789 QWXZ #@!"}]}, "learning_rate": 0.5}
+    broken = session(**worse, iters=30, outputs=Outputs(checkpoints=tmp_path / "c"))
     events = list(broken.start())
     losses = [event.loss for event in events if isinstance(event, ValidReport)]
     told = [event.text for event in events if isinstance(event, Note) and "validation" in event.text]
     assert len(told) == 1 and f"({losses[0]:.4f} -> {losses[-1]:.4f})" in told[0] and "--patience" in told[0]
-    again = session(learning_rate=5.0, outputs=Outputs(checkpoints=tmp_path / "c"), iters=7)
+    again = session(**worse, iters=31, outputs=Outputs(checkpoints=tmp_path / "c"))
     list(again.start(Start.RESUME))
     assert again.training.progress.first_loss == losses[0], "a training that was resumed knows it too"
 
