@@ -36,8 +36,8 @@ def test_a_text_row_counts_whole_but_for_its_begin_token(tmp_path: Path, tokeniz
     ("prompt", "completion", "answer"),
     [
         ("Q: what?\nA:", " a layer", " a layer"),
-        ("Q: what?\nA: ", "a layer", " a layer"),  # the space belongs to the piece of the answer
-        ("th", "e", " the"),  # one piece over the boundary is the answer's
+        ("Q: what?\nA: ", "a layer", "a layer"),  # a text has the space in one piece with the answer
+        ("th", "e", "e"),  # and this is one piece
         ("Q", "", ""),
         ("", "the weights", " the weights"),
         ("é", "😀", "😀"),
@@ -52,7 +52,9 @@ def test_a_prompt_ends_where_the_answer_begins(
     ]
     (whole,) = read(tmp_path, tokenizer, row, {"text": "x"}).examples[:1]
     assert masked.tokens.tolist() == whole.tokens.tolist()
-    assert masked.tokens.tolist() == tokenizer.encode(prompt + completion, eos=True)
+    asked = tokenizer.encode(prompt)
+    assert masked.tokens.tolist()[: len(asked)] == asked
+    assert tokenizer.decode(masked.tokens.tolist()) == prompt + completion
     ids = masked.tokens[masked.mask].tolist()
     assert ids.pop() == 2
     assert tokenizer.decode(ids) == answer
