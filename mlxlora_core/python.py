@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.files import lock
+from mlxlora_core.files.jsonl import check_content
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.options import divide
 from mlxlora_core.plugins.blame import told
@@ -193,7 +194,7 @@ def evaluate(
 
 def stream(
     model: Model,
-    prompt: str,
+    prompt: str | Sequence[Mapping[str, Any]],
     *,
     sampler: str = DEFAULT_SAMPLER,
     num_tokens: int = GenerateConfig().num_tokens,
@@ -205,7 +206,8 @@ def stream(
 
     Args:
         model: with or without an adapter on it.
-        prompt: text to continue.
+        prompt: text to continue; or messages, of which the last waits for an answer, in the form of the
+            model's tokenizer.
         sampler: one, or several in a row: ``"repetition-penalty,top-p"``.
         num_tokens: how many at most.
         write_every: tokens a segment.
@@ -221,8 +223,8 @@ def stream(
         DivergedError: the model's logits are not finite.
         ResourceError: too little memory.
     """
-    if not isinstance(prompt, str):
-        raise UsageError(f"prompt: wanted text, got {type(prompt).__name__}", fix="give one prompt at a time")
+    if not isinstance(prompt, str) and (fault := check_content({"messages": prompt})):
+        raise UsageError(f"prompt: wanted text or messages: {fault}", fix="give one prompt at a time")
     config = parsed(GenerateConfig, {"num_tokens": num_tokens, "write_every": write_every}, "generate")
     number = checked_seed(seed, "generate")
     from mlxlora_core.model.generate import generate as segments
@@ -245,7 +247,7 @@ def stream(
     return events()
 
 
-def generate(model: Model, prompt: str, **options: Any) -> str:
+def generate(model: Model, prompt: str | Sequence[Mapping[str, Any]], **options: Any) -> str:
     """The continuation of a prompt; see :func:`stream`, which has the same arguments."""
     return "".join(segment.text for segment in stream(model, prompt, **options))
 

@@ -62,6 +62,8 @@ def measure(
         max_seq_length=model.sequence_limit(batches.max_seq_length),
         mask_prompt=batches.mask_prompt,
     )
+    for words in rows.words("test"):
+        show.progress(words)
     loss = evaluate(model.language_model, rows.examples, batches.batch_size, config.test_batches)
     if not quiet:
         click.echo(f"test loss {loss.mean:.4f}, perplexity {loss.perplexity:.3f}, {loss.tokens} tokens")
@@ -90,17 +92,20 @@ def continue_prompt(
 ) -> Segment:
     """Continue a prompt; segments are printed as they come unless ``quiet``."""
     from mlxlora_core.model.generate import generate, whole
+    from mlxlora_core.model.prompts import words_on
 
-    started = time.perf_counter()
+    started, asked = time.perf_counter(), config.asked(prompt)
     segments = generate(
         model.language_model,
         model.tokenizer,
-        prompt,
+        asked,
         [(sampler.component, sampler.options) for sampler in samplers],
         num_tokens=config.num_tokens,
         seed=seed,
         write_every=config.write_every,
     )
+    for words in words_on(model.tokenizer, asked):
+        show.progress(words)
     text = whole(segments if quiet else _shown(segments))
     show.progress(f"{time.perf_counter() - started:.2f} s")
     return text

@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlxlora_core.errors import DataError, listing, one_line
+from mlxlora_core.model.special_texts import special_texts
+from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.values import Tokenizer
 
 #: a text, or ``{"role": …, "content": …}`` messages of which the last one waits for an answer
@@ -40,17 +43,40 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """The ids of what a model is asked, begin id in front.
 
     Raises:
-        DataError: half a surrogate pair, or a conversation that the tokenizer's form cannot say.
+        DataError: half a surrogate pair, or a conversation that the tokenizer's form cannot say or
+            that waits for no answer.
     """
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
-    return [token for piece in tokenizer.render(prompt) for token in piece.ids]
+    pieces = tokenizer.render(prompt)
+    if pieces[-1].answer:
+        raise DataError("messages that are asked must not end with an answer")
+    return [token for piece in pieces for token in piece.ids]
 
 
-def chat_prompt(question: str, system: str | None = None) -> list[dict[str, str]]:
-    """A conversation of one question, behind a system message where there is one."""
-    first = [{"role": "system", "content": system}] if system is not None else []
-    return [*first, {"role": "user", "content": question}]
+def words_on(tokenizer: CheckedTokenizer, prompt: Prompt) -> Iterator[str]:
+    """A line on each reason why a model may be told something else than a prompt seems to say.
+
+    Raises:
+        DataError: half a surrogate pair.
+    """
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    special = {name for text in texts for name in special_texts(text, tokenizer.special_texts)}
+    taken = {name for name in special if is_taken(tokenizer, name)}
+    names, letters = (listing(map(one_line, sorted(found))) for found in (taken, special - taken))
+    if taken:
+        yield f"warning: {names} in the prompt is taken for the token of that name"
+    if special - taken:
+        chat = "; --chat asks in the form of the tokenizer" if isinstance(prompt, str) else ""
+        yield f"warning: {letters} in the prompt is text: letters, and no token{chat}"
+    if any(tokenizer.decode(tokenizer.encode(text)) != text for text in texts):
+        yield "warning: the tokenizer lacks or changes characters of the prompt: it is told another text"
+
+
+def is_taken(tokenizer: Tokenizer, special: str) -> bool:
+    """Whether a text that is written as a token is becomes that token, instead of its letters."""
+    ids = tokenizer.encode(special, bos=False)
+    return any(tokenizer.decode([token]).strip() == special for token in ids)
 
 
 def continued(tokenizer: Tokenizer, prompt: str, completion: str) -> Continued:

@@ -11,9 +11,10 @@ import numpy as np
 
 from mlxlora_core.errors import DataError
 from mlxlora_core.files.jsonl import FAULTS_TOLD, JsonLines, check_content, read_jsonl, refuse_faults
-from mlxlora_core.model.prompts import continued, prompt_ids
+from mlxlora_core.model.prompts import continued, is_taken, prompt_ids
+from mlxlora_core.model.special_texts import special_texts
 from mlxlora_core.model.tokenizers import CheckedTokenizer
-from mlxlora_core.training.findings import Finding, Findings, counted, look, special_texts, texts
+from mlxlora_core.training.findings import Finding, Findings, counted, look, texts
 from mlxlora_core.values import Piece
 
 LONG_ROW_TOKENS = 2048  # a row longer than that is told
@@ -74,7 +75,7 @@ class Examples:
             share = self.cut_tokens / (self.tokens + self.cut_tokens)
             yield f"warning: {self.cut} {split} rows were cut, {share:.1%} of all tokens are lost"
         if self.empty:
-            yield f"warning: {counted(self.empty, split)} left out, with no token that counts"
+            yield f"warning: {self.empty} {split} rows have no token that counts and were left out"
         yield from self.findings.sentences(split)
         if self.conversations and self.chat_form:
             yield f"{counted(self.conversations, split)} of messages, put into {self.chat_form}"
@@ -216,7 +217,8 @@ class _RowReader:
             self.findings.add(finding, place)
         if not self._comes_back():
             self.findings.add(Finding.CHANGED, place)
-        special = special_texts(content, self._tokenizer.special_texts)
+        known = self._tokenizer.special_texts
+        special = {name for text in texts(content) for name in special_texts(text, known)}
         for finding, taken in ((Finding.SPECIAL, False), (Finding.TAKEN, True)):
             if names := sorted(text for text in special if self._is_taken(text) is taken):
                 self.findings.add(finding, place, names)
@@ -239,10 +241,17 @@ class _RowReader:
         pieces = self._tokenizer.render(messages)
         if not pieces[-1].answer:
             raise DataError("messages must end with an answer of the assistant")
-        before = [token for piece in pieces[:-1] for token in piece.ids]
-        if len(messages) > 1 and prompt_ids(self._tokenizer, messages[:-1]) != before:
+        if not self._is_asked_so(messages[:-1], pieces[:-1]):
             self._found.append(Finding.ASKED_OTHERWISE)
         return pieces
+
+    def _is_asked_so(self, messages: Sequence[Mapping[str, Any]], pieces: Sequence[Piece]) -> bool:
+        """Whether messages without their last answer have the ids that stand before it."""
+        try:
+            ids = prompt_ids(self._tokenizer, messages) if messages else []
+        except DataError:  # nobody can ask it
+            return False
+        return ids == [token for piece in pieces for token in piece.ids]
 
     def _comes_back(self) -> bool:
         """Whether all texts of the row stand in what its ids are decoded to."""
@@ -258,10 +267,9 @@ class _RowReader:
         return True
 
     def _is_taken(self, text: str) -> bool:
-        """Whether a special text becomes one token instead of its letters."""
+        """As :func:`is_taken`, asked once for each text."""
         if text not in self._taken:
-            ids = self._tokenizer.encode(text, bos=False)
-            self._taken[text] = any(self._tokenizer.decode([token]).strip() == text for token in ids)
+            self._taken[text] = is_taken(self._tokenizer, text)
         return self._taken[text]
 
 

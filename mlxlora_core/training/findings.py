@@ -6,26 +6,16 @@ What a tokenizer does to a row is added by those who have one.
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from mlxlora_core.errors import listing
+from mlxlora_core.errors import listing, one_line
 
 _NAMES_TOLD = 6
-# What is spelt as tokens are that are no text, and which of it many models have.
-_SHAPE = re.compile(r"<</?SYS>>|<[^<>\s]{1,60}>|\[[^\[\]\s]{1,60}\]")
-_KNOWN = re.compile(
-    r"</?s>|<(?:bos|eos|pad|unk|mask|sep|cls)>"
-    r"|<\|[^|]+\|>|<\uff5c[^\uff5c]+\uff5c>"
-    r"|<(?:start|end)_of_(?:turn|image)>|<end_of_utterance>|<</?SYS>>"
-    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS)\]|\[TOOL_CALLS\]"
-    r"|<(?:PRE|SUF|MID|EOT)>|<fim_(?:prefix|middle|suffix|pad)>"
-)
 # White space, and what is neither seen nor takes any room.
 _NOTHING = {"Cc", "Cf", "Zl", "Zp", "Zs"}
 
@@ -79,7 +69,7 @@ class Findings:
         """
         for finding in Finding:
             if count := self.rows[finding]:
-                names = [name for name, _ in self.names[finding].most_common()]
+                names = [one_line(name) for name, _ in self.names[finding].most_common()]
                 said = finding.value.format(names=listing(names, _NAMES_TOLD))
                 warning = "" if finding in _SOUND else "warning: "
                 yield f"{warning}{counted(count, kind)} {said} (the first: {self.first[finding]})"
@@ -118,14 +108,3 @@ def texts(content: Mapping[str, Any]) -> list[str]:
 def is_blank(text: str) -> bool:
     """Whether nothing in a text is seen: it is empty, or white space and the like."""
     return not text.strip() or all(unicodedata.category(letter) in _NOTHING for letter in text)
-
-
-def special_texts(content: Mapping[str, Any], names: Set[str] = frozenset()) -> set[str]:
-    """What a row holds that is written as tokens are that begin and end texts and turns.
-
-    Args:
-        content: of the row.
-        names: such texts of one tokenizer, beside those of many.
-    """
-    spelt = {match for text in texts(content) for match in _SHAPE.findall(text)}
-    return {text for text in spelt if text in names or _KNOWN.fullmatch(text)}
