@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any
 
 from mlxlora_core.errors import listing, one_line
+from mlxlora_core.model.special_texts import special_texts
 
 _NAMES_TOLD = 6
 # White space, and what is neither seen nor takes any room.
@@ -83,7 +84,7 @@ def counted(count: int, kind: str) -> str:
 def look(content: Mapping[str, Any]) -> list[Finding]:
     """What there is to tell of a row whatever the tokenizer is, but for the special texts in it."""
     if "text" in content:
-        return [Finding.BLANK] if content["text"] and is_blank(content["text"]) else []
+        return [Finding.BLANK] if is_blank(content["text"]) else []
     if "prompt" in content:
         blank = is_blank(content["completion"])
         return [Finding.BLANK if is_blank(content["prompt"]) else Finding.NO_ANSWER] if blank else []
@@ -95,6 +96,17 @@ def look(content: Mapping[str, Any]) -> list[Finding]:
         found.append(Finding.NO_QUESTION)
     if any(text != text.strip() and not is_blank(text) for _, text in said):
         found.append(Finding.EDGES)
+    return found
+
+
+def findings_in(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Findings:
+    """What there is to tell of (place, content) rows before there is a tokenizer."""
+    found = Findings()
+    for place, content in rows:
+        for finding in look(content):
+            found.add(finding, place)
+        if special := {name for text in texts(content) for name in special_texts(text)}:
+            found.add(Finding.SPECIAL, place, sorted(special))
     return found
 
 

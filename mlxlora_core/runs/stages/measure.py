@@ -75,8 +75,8 @@ def _words(model: Model, context: Context, expected: Mapping[str, Expected]) -> 
         words = list(words_on(model.tokenizer, ask.asked(prompt)))
         if prompt in expected and not expected[prompt].told:
             words.append(
-                "warning: the prompt ends inside a token of its row, which says it in other tokens; "
-                "leave out the white space at its end"
+                "warning: the prompt ends inside a token of its row, which has other tokens there; "
+                "end it where a word ends, without the white space behind"
             )
         yield from (f"{line} ({_shortened(prompt)})" for line in words)
 
