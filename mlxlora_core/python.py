@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.files import lock
-from mlxlora_core.files.jsonl import check_content
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.options import divide
 from mlxlora_core.plugins.blame import told
@@ -223,8 +222,11 @@ def stream(
         DivergedError: the model's logits are not finite.
         ResourceError: too little memory.
     """
-    if not isinstance(prompt, str) and (fault := check_content({"messages": prompt})):
-        raise UsageError(f"prompt: wanted text or messages: {fault}", fix="give one prompt at a time")
+    if not (isinstance(prompt, str) or _are_messages(prompt)):
+        raise UsageError(
+            f"prompt: wanted text, or messages of role and content, got {type(prompt).__name__}",
+            fix="give one prompt at a time",
+        )
     config = parsed(GenerateConfig, {"num_tokens": num_tokens, "write_every": write_every}, "generate")
     number = checked_seed(seed, "generate")
     from mlxlora_core.model.generate import generate as segments
@@ -245,6 +247,15 @@ def stream(
             )
 
     return events()
+
+
+def _are_messages(prompt: object) -> bool:
+    """Whether a prompt is a conversation."""
+    return isinstance(prompt, Sequence) and all(
+        isinstance(message, Mapping) and isinstance(message.get(key), str)
+        for message in prompt
+        for key in ("role", "content")
+    )
 
 
 def generate(model: Model, prompt: str | Sequence[Mapping[str, Any]], **options: Any) -> str:

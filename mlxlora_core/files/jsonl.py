@@ -39,11 +39,6 @@ _WANTED = "text, or prompt and completion, or messages"
 _ONE_A_LINE = "wanted one object a line (jq -c . makes them)"
 _KEY_LETTERS = 40  # so much of a key is told
 
-# Where others put what a message says beside its content; without it the row would say something else.
-_SAID_BESIDE = ("tool_calls", "function_call", "reasoning_content", "thinking", "audio", "images")
-_OFFERED = ("tools", "functions")
-_NOT_TRAINED = "which mlxlora does not train on (write it into the content, or leave the row out)"
-
 
 @dataclass(frozen=True)
 class JsonLines:
@@ -122,8 +117,7 @@ def check_content(content: object) -> str | None:
     if len(shapes) > 1:
         return f"has {' and '.join('/'.join(keys) for keys in shapes)}, wanted only one of these"
     if shapes == [("messages",)]:
-        offered = next((key for key in _OFFERED if content.get(key)), None)
-        return _check_messages(content["messages"]) or (offered and f"has {offered}, {_NOT_TRAINED}")
+        return _check_messages(content["messages"])
     return next((fault for key in shapes[0] if (fault := _check_text(key, content[key]))), None)
 
 
@@ -133,10 +127,6 @@ def _check_messages(messages: object) -> str | None:
     for place, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             return f"message {place} is {_kind(message)}, wanted {{role, content}}"
-        if beside := [key for key in _SAID_BESIDE if message.get(key)]:
-            return f"message {place} has {beside[0]}, {_NOT_TRAINED}"
-        if message.get("weight", 1) != 1:
-            return f"message {place} has a weight other than 1, which mlxlora does not heed"
         for key in ("role", "content"):
             if key not in message:
                 return f"message {place} has no {key}; it has {_keys(message)}"
