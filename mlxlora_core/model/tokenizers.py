@@ -38,6 +38,7 @@ class CheckedTokenizer:
         self.stops: frozenset[int] = self._take("stops", "a frozenset of ids", self._are_stops)
         self.fingerprint: str = self._take("fingerprint", "a text", lambda v: isinstance(v, str) and v != "")
         self.chat_form: str = self._take("chat_form", "a text", lambda v: isinstance(v, str), "")
+        self.chat_warning: str = self._take("chat_warning", "a text", lambda v: isinstance(v, str), "")
         self.special_texts: frozenset[str] = self._take(
             "special_texts", "a frozenset of texts", _are_texts, frozenset()
         )

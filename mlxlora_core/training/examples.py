@@ -47,6 +47,7 @@ class Examples:
         findings: what there is to tell of the rows.
         conversations: how many of them are conversations.
         chat_form: the form that these were put into, in words.
+        chat_warning: what speaks against it.
     """
 
     examples: tuple[Example, ...]
@@ -57,6 +58,7 @@ class Examples:
     findings: Findings = field(default_factory=Findings)
     conversations: int = 0
     chat_form: str = ""
+    chat_warning: str = ""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -78,7 +80,10 @@ class Examples:
             yield f"warning: {self.empty} {split} rows have no token that counts and were left out"
         yield from self.findings.sentences(split)
         if self.conversations and self.chat_form:
-            yield f"{counted(self.conversations, split)} of messages, put into {self.chat_form}"
+            warning, though = (
+                ("warning: ", f", though {self.chat_warning}") if self.chat_warning else ("", "")
+            )
+            yield f"{warning}{counted(self.conversations, split)} of messages in {self.chat_form}{though}"
 
 
 def read_examples(
@@ -174,6 +179,7 @@ def make_examples(
         reader.findings,
         reader.conversations,
         tokenizer.chat_form,
+        tokenizer.chat_warning,
     )
 
 

@@ -1,7 +1,7 @@
 """Conversations in the forms of Llama 2 and of Mistral.
 
-Which of them a vocabulary has is read off its pieces: one with control pieces
-``[INST]`` and ``[/INST]`` is Mistral's from its second version on, one with the
+Which of them a vocabulary has is read off its pieces: one with pieces of their own
+for ``[INST]`` and ``[/INST]`` is Mistral's from its second version on, one with the
 pieces of Mistral's first version is that, and any other is taken for Llama's.
 
 Sources: Touvron et al. 2023, arXiv:2307.09288, and its reference code;
@@ -17,7 +17,7 @@ from typing import Any
 
 from mlxlora_core.api import DataError, Piece, listing
 
-#: control pieces around what a user says, and around a system message
+#: pieces around what a user says, and around a system message
 ASK, ASKED = "[INST]", "[/INST]"
 SYSTEM, SYSTEM_END = "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"
 
@@ -39,14 +39,14 @@ class Vocabulary:
         begin: the id that begins a text.
         end: the id that ends an answer.
         adds_space: whether a space is put in front of each text that is encoded.
-        control: piece -> id of the control pieces.
+        named: text -> id of the pieces that are no ordinary text.
         encode: ids of a text, without those that begin and end one.
     """
 
     begin: int
     end: int
     adds_space: bool
-    control: Mapping[str, int]
+    named: Mapping[str, int]
     encode: Callable[[str], list[int]]
 
 
@@ -130,8 +130,8 @@ def _mistral(form: Form, conversation: Conversation, vocabulary: Vocabulary) -> 
     """
     begin, system, found = [vocabulary.begin], conversation.system, []
     if form is Form.MISTRAL_7 and system:
-        control = vocabulary.control
-        begin += [control[SYSTEM], *vocabulary.encode(system), control[SYSTEM_END]]
+        named = vocabulary.named
+        begin += [named[SYSTEM], *vocabulary.encode(system), named[SYSTEM_END]]
         system = ""
     for prompt, answer in conversation.turns:
         said = f"{system}\n\n{prompt}" if system else prompt
@@ -146,4 +146,4 @@ def _question(form: Form, said: str, vocabulary: Vocabulary) -> list[int]:
     """What a user says, between what begins and ends it."""
     if form is Form.MISTRAL_1:
         return vocabulary.encode(f"{ASK} {said} {ASKED}")
-    return [vocabulary.control[ASK], *vocabulary.encode(said), vocabulary.control[ASKED]]
+    return [vocabulary.named[ASK], *vocabulary.encode(said), vocabulary.named[ASKED]]

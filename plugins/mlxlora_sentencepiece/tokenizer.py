@@ -54,7 +54,7 @@ class SentencePieceTokenizer:
             self._model.encode(SPACE)  # faults of the unknown piece and of normalisation show here
         except (RuntimeError, ValueError) as fault:
             raise ModelError(f"is not a SentencePiece model: {fault}", where=path) from fault
-        self._defined = frozenset(filter(_TOKEN.fullmatch, (piece.strip(SPACE) for piece in defined)))
+        self._defined = defined
         self._texts: dict[int, bytes] = {}  # id -> what it adds to a text
         self.path = path
         self.fingerprint = hashlib.sha256(content).hexdigest()
@@ -115,18 +115,21 @@ class SentencePieceTokenizer:
         """
         return pieces(self._form, messages, self._vocabulary)
 
-    @cached_property
+    @property
     def chat_form(self) -> str:
         """The form of :meth:`render` in words."""
-        known = {*self._control, *self._defined}
-        others = [piece for piece in _OTHER_FORMS if piece in known]
-        but = f", though the vocabulary has {listing(others)} for another" if others else ""
-        return f"{self._form.value}{but}"
+        return self._form.value
 
-    @cached_property
+    @property
+    def chat_warning(self) -> str:
+        """What speaks against that form, or nothing."""
+        others = [piece for piece in _OTHER_FORMS if piece in self._named]
+        return f"the vocabulary has {listing(others)} for another form" if others else ""
+
+    @property
     def special_texts(self) -> frozenset[str]:
         """How the pieces are written that are no ordinary text."""
-        return frozenset({*self._control, *self._defined, self._model.id_to_piece(self._model.unk_id())})
+        return frozenset({*self._named, self._model.id_to_piece(self._model.unk_id())})
 
     def _bytes(self, token: int) -> bytes:
         """What one id adds to a text; one beyond the vocabulary, which a padded model has, adds nothing."""
@@ -148,9 +151,8 @@ class SentencePieceTokenizer:
     @cached_property
     def _form(self) -> Form:
         """The form of conversations that goes with the vocabulary."""
-        control = self._control
-        if ASK in control and ASKED in control:
-            return Form.MISTRAL_7 if SYSTEM in control and SYSTEM_END in control else Form.MISTRAL_2
+        if {ASK, ASKED} <= self._named.keys():
+            return Form.MISTRAL_7 if {SYSTEM, SYSTEM_END} <= self._named.keys() else Form.MISTRAL_2
         count, digest = MISTRAL_1
         if self.vocab_size < count:
             return Form.LLAMA_2
@@ -165,15 +167,20 @@ class SentencePieceTokenizer:
             begin=self.bos,
             end=self.eos,
             adds_space=self._adds_space,
-            control=self._control,
+            named=self._named,
             encode=lambda text: self.encode(text, bos=False),
         )
 
     @cached_property
-    def _control(self) -> dict[str, int]:
-        """Control pieces, and their ids."""
-        found = [token for token in range(self.vocab_size) if self._model.is_control(token)]
-        return {self._model.id_to_piece(token): token for token in found}
+    def _named(self) -> dict[str, int]:
+        """Text -> id of the pieces that are no ordinary text, control pieces and user-defined ones."""
+        control = [token for token in range(self.vocab_size) if self._model.is_control(token)]
+        defined = {
+            text: self._model.piece_to_id(piece)
+            for piece in self._defined
+            if _TOKEN.fullmatch(text := piece.strip(SPACE))
+        }
+        return defined | {self._model.id_to_piece(token): token for token in control}
 
     @cached_property
     def _adds_space(self) -> bool:

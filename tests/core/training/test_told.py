@@ -6,7 +6,6 @@ import io
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,9 @@ from mlxlora_core.training.examples import Examples, examples_in_memory
 from mlxlora_core.training.findings import Finding
 
 ROWS = 1000
-LINES = [f"Q: What is widget {i}?\nA: It is {i * 7} of café, naïve as The Quick brown fox." for i in range(300)]
+LINES = [
+    f"Q: What is widget {i}?\nA: It is {i * 7} of café, naïve as The Quick brown fox." for i in range(300)
+]
 
 KINDS: dict[str, dict[str, Any]] = {
     "as Llama": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
@@ -120,9 +121,7 @@ def read(tokenizer: CheckedTokenizer, rows: Sequence[dict[str, Any]]) -> Example
     return examples_in_memory(rows, "train", tokenizer, max_seq_length=100_000)
 
 
-def test_training_is_told_of_a_prompt_what_generation_is_told(
-    kind: str, tokenizer: CheckedTokenizer
-) -> None:
+def test_training_is_told_of_a_prompt_what_generation_is_told(kind: str, tokenizer: CheckedTokenizer) -> None:
     """And where the text cannot be kept, the row is warned of."""
     warned = Counter[Finding]()
     for row in random_rows():
