@@ -222,24 +222,20 @@ def stream(
         DivergedError: the model's logits are not finite.
         ResourceError: too little memory.
     """
-    if not (isinstance(prompt, str) or _are_messages(prompt)):
-        raise UsageError(
-            f"prompt: wanted text, or messages of role and content, got {type(prompt).__name__}",
-            fix="give one prompt at a time",
-        )
     config = parsed(GenerateConfig, {"num_tokens": num_tokens, "write_every": write_every}, "generate")
     number = checked_seed(seed, "generate")
     from mlxlora_core.model.generate import generate as segments
+    from mlxlora_core.model.prompts import checked
     from mlxlora_core.runs.recipe import choose_samplers
 
-    chosen = choose_samplers(sampler, options, model.registry)
+    asked, chosen = checked(prompt), choose_samplers(sampler, options, model.registry)
 
     def events() -> Generator[Segment, None, None]:
         with told(model.registry.plugins):
             yield from segments(
                 model.base.language_model,
                 model.base.tokenizer,
-                prompt,
+                asked,
                 [(choice.component, choice.options) for choice in chosen],
                 num_tokens=config.num_tokens,
                 seed=number,
@@ -247,15 +243,6 @@ def stream(
             )
 
     return events()
-
-
-def _are_messages(prompt: object) -> bool:
-    """Whether a prompt is a conversation."""
-    return isinstance(prompt, Sequence) and all(
-        isinstance(message, Mapping) and isinstance(message.get(key), str)
-        for message in prompt
-        for key in ("role", "content")
-    )
 
 
 def generate(model: Model, prompt: str | Sequence[Mapping[str, Any]], **options: Any) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlxlora_core.errors import DataError, listing, one_line
+from mlxlora_core.errors import DataError, UsageError, listing, one_line
 from mlxlora_core.model.special_texts import special_texts
 from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.values import Tokenizer
@@ -52,6 +52,26 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     if pieces[-1].answer:
         raise DataError("messages that are asked must not end with an answer")
     return [token for piece in pieces for token in piece.ids]
+
+
+def checked(prompt: object) -> Prompt:
+    """What somebody gives as a prompt, if it can be one.
+
+    Raises:
+        UsageError: neither text nor messages.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Sequence) and all(map(_is_message, prompt)):
+        return prompt
+    raise UsageError(
+        f"prompt: wanted text, or messages of role and content, got {type(prompt).__name__}",
+        fix="give one prompt at a time",
+    )
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(value.get(k), str) for k in ("role", "content"))
 
 
 def words_on(tokenizer: CheckedTokenizer, prompt: Prompt) -> Iterator[str]:

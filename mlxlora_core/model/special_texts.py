@@ -6,7 +6,7 @@ import re
 from collections.abc import Set
 
 # What is spelt as such tokens are, and which of it many models have.
-_SHAPE = re.compile(r"<</?SYS>>|<[^<>\s]{1,60}>|\[[^\[\]\s]{1,60}\]")
+_SHAPE = re.compile(r"<</?SYS>>|<[^<>\[\]\s]{1,60}>|\[[^\[\]<>\s]{1,60}\]")
 _KNOWN = re.compile(
     r"</?s>|<(?:bos|eos|pad|unk|mask|sep|cls)>"
     r"|<\|[\w.:/-]+\|>|<\uff5c[\w\u2581.-]+\uff5c>"

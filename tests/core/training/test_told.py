@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
+from mlxlora_core.errors import DataError
 from mlxlora_core.model.prompts import continued, prompt_ids
 from mlxlora_core.model.tokenizers import CheckedTokenizer, open_tokenizer
 from mlxlora_core.plugins import Registry
@@ -125,22 +126,23 @@ def test_training_is_told_of_a_prompt_what_generation_is_told(kind: str, tokeniz
     """And where the text cannot be kept, the row is warned of."""
     warned = Counter[Finding]()
     for row in random_rows():
-        if "prompt" in row and not (row["prompt"] + row["completion"]):
-            continue  # left out, which is told
         try:
-            (example,) = read(tokenizer, [row, {"text": "x"}]).examples[:1]
-            found = read(tokenizer, [row]).findings.rows
-        except Exception as fault:
-            assert "none of 1 rows" in str(fault)
+            rows = read(tokenizer, [row])
+        except DataError as fault:
+            assert "none of 1 rows" in fault.what
             continue
-        ids = prompt_ids(tokenizer, asked(row))
-        assert example.tokens.tolist()[: len(ids)] == ids, row
-        if "prompt" in row and tokenizer.decode(example.tokens.tolist()) != row["prompt"] + row["completion"]:
+        told, ids, found = (
+            rows.examples[0].tokens.tolist(),
+            prompt_ids(tokenizer, asked(row)),
+            rows.findings.rows,
+        )
+        assert told[: len(ids)] == ids, row
+        if "prompt" in row and tokenizer.decode(told) != row["prompt"] + row["completion"]:
             assert found[Finding.CHANGED], row
         warned.update(found.keys())
     assert not warned[Finding.ASKED_OTHERWISE]
     assert warned[Finding.SPECIAL] and warned[Finding.NO_ANSWER] and warned[Finding.CHANGED]
-    assert bool(warned[Finding.APART]) is (kind != "normalised" or warned[Finding.APART] > 0)
+    assert warned[Finding.APART] or kind not in FAITHFUL
 
 
 def test_a_tokenizer_that_keeps_texts_keeps_them_over_boundaries(
@@ -155,4 +157,4 @@ def test_a_tokenizer_that_keeps_texts_keeps_them_over_boundaries(
             found = continued(tokenizer, row["prompt"], row["completion"])
             assert tokenizer.decode([*found.asked, *found.answered]) == row["prompt"] + row["completion"]
             apart += found.apart
-    assert apart > 20
+    assert apart
