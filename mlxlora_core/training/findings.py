@@ -35,7 +35,7 @@ class Finding(Enum):
         "when the prompt is asked (white space is best put at the front of the completion)"
     )
     CHANGED = "with characters that the tokenizer lacks or changes: their tokens are those of another text"
-    ASKED_OTHERWISE = "that begin otherwise than they are asked: the tokenizer's form depends on the answer"
+    ASKED_OTHERWISE = "with another beginning than when they are asked: the form depends on the answer"
 
 
 #: those that are as they should be, and are told for the record
