@@ -196,6 +196,8 @@ def stream(
     prompt: str | Sequence[Mapping[str, Any]],
     *,
     sampler: str = DEFAULT_SAMPLER,
+    chat: bool = GenerateConfig().chat,
+    system: str = GenerateConfig().system,
     num_tokens: int = GenerateConfig().num_tokens,
     write_every: int = GenerateConfig().write_every,
     seed: int = 0,
@@ -205,9 +207,10 @@ def stream(
 
     Args:
         model: with or without an adapter on it.
-        prompt: text to continue; or messages, of which the last waits for an answer, in the form of the
-            model's tokenizer.
+        prompt: text to continue, or messages in the form of the model's tokenizer.
         sampler: one, or several in a row: ``"repetition-penalty,top-p"``.
+        chat: whether a text is asked as a user's message, in that form.
+        system: message in front of it.
         num_tokens: how many at most.
         write_every: tokens a segment.
         seed: of what is drawn.
@@ -222,13 +225,13 @@ def stream(
         DivergedError: the model's logits are not finite.
         ResourceError: too little memory.
     """
-    config = parsed(GenerateConfig, {"num_tokens": num_tokens, "write_every": write_every}, "generate")
-    number = checked_seed(seed, "generate")
+    given = {"chat": chat, "system": system, "num_tokens": num_tokens, "write_every": write_every}
+    config, number = parsed(GenerateConfig, given, "generate"), checked_seed(seed, "generate")
     from mlxlora_core.model.generate import generate as segments
     from mlxlora_core.model.prompts import checked
     from mlxlora_core.runs.recipe import choose_samplers
 
-    asked, chosen = checked(prompt), choose_samplers(sampler, options, model.registry)
+    asked, chosen = checked(prompt, config), choose_samplers(sampler, options, model.registry)
 
     def events() -> Generator[Segment, None, None]:
         with told(model.registry.plugins):

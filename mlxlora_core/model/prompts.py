@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from mlxlora_core.errors import DataError, UsageError, listing, one_line
 from mlxlora_core.model.special_texts import special_texts
@@ -22,6 +22,13 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 # What a completion is put behind, to see which ids it has where it does not begin a text.
 _BEFORE = ("\n", "x", ".", "0", "\u00e9", "A: ")
+
+
+class Asking(Protocol):
+    """How a text is asked."""
+
+    def asked(self, text: str) -> Prompt:
+        """The text itself, or a conversation of this one question."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,18 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     return [token for piece in pieces for token in piece.ids]
 
 
-def checked(prompt: object) -> Prompt:
+def checked(prompt: object, config: Asking) -> Prompt:
     """What somebody gives as a prompt, if it can be one.
+
+    Args:
+        prompt: a text or messages.
+        config: how a text is asked.
 
     Raises:
         UsageError: neither text nor messages.
     """
     if isinstance(prompt, str):
-        return prompt
+        return config.asked(prompt)
     if isinstance(prompt, Sequence) and all(map(_is_message, prompt)):
         return prompt
     raise UsageError(

@@ -264,6 +264,10 @@ def test_attributes_out_of_range_fail(tmp_path: Path) -> None:
         {"stops": {257}},
         {"stops": frozenset([258])},
         {"stops": None},
+        {"chat_form": 3},
+        {"chat_warning": None},
+        {"special_texts": {"<s>"}},
+        {"special_texts": frozenset([""])},
     ):
         fails(spoilt(**bad).test_a_text_comes_back_as_it_was, tmp_path, PluginError)
 
