@@ -43,8 +43,6 @@ from mlxlora_core.training.memory import training_memory
 from mlxlora_core.training.saving import CheckpointFolder
 from mlxlora_core.training.settings import BatchConfig, SaveConfig, TrainConfig
 
-LONG_ROW_TOKENS = 2048  # a row longer than that is told
-
 #: where rows come from: a ``.jsonl`` file, rows in memory, or rows that are tokenized already
 Source = Path | Sequence[Mapping[str, Any]] | Examples
 
@@ -204,7 +202,7 @@ class TrainingSession:
                 they were.
         """
         for split, rows in self.rows.items():
-            yield from _words_on_rows(split, rows)
+            yield from map(Note, rows.words(split))
         yield Note(self._size())
         with training_memory(self.model, self.rows["train"], self.training.config.batch_size) as said:
             yield Note(said)
@@ -348,15 +346,3 @@ def _put_on(
     if isinstance(adapter, AdapterFile):
         return adapters.load(adapter.path, model, registry, adapter.name, adapter.values)
     return adapters.attach(model, adapter.choice, adapter.config, seed)
-
-
-def _words_on_rows(split: str, rows: Examples) -> Iterator[Note]:
-    """A word on rows that are long, that were cut, and that were left out."""
-    longest = max(len(example.tokens) for example in rows.examples)
-    if longest > LONG_ROW_TOKENS:
-        yield Note(f"warning: {split} has rows of up to {longest} tokens; long rows take much memory")
-    if rows.cut:
-        share = rows.cut_tokens / (rows.tokens + rows.cut_tokens)
-        yield Note(f"warning: {rows.cut} {split} rows were cut, {share:.1%} of all tokens are lost")
-    if rows.empty:
-        yield Note(f"warning: {rows.empty} {split} rows have no token that counts and were left out")
