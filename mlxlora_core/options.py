@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
 import tomllib
 import types
@@ -24,9 +23,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
-from urllib.parse import unquote_to_bytes
 
 from mlxlora_core.errors import UsageError, listing, nearest
+from mlxlora_core.path_text import path_text, text_path
 
 T = TypeVar("T")
 
@@ -301,24 +300,6 @@ def _str(value: Any) -> str:
     if isinstance(value, str):
         return value
     raise ValueError(f"wanted text, got {_shown(value)}")
-
-
-def path_text(path: Path) -> str:
-    """A path as a text that every file can hold: one that is no UTF-8 as a ``file://`` address."""
-    text = str(path)
-    return text if _is_unicode(text) else path.absolute().as_uri()
-
-
-def text_path(text: str) -> Path:
-    """The path that :func:`path_text` told."""
-    if not text.startswith("file:///"):
-        return Path(text)
-    return Path(os.fsdecode(unquote_to_bytes(text.removeprefix("file://"))))
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold it: bytes of a file name that are none come as halves of surrogate pairs."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _path(value: Any) -> Path:

@@ -126,11 +126,11 @@ def _of_tensors(file: BufferedReader, path: Path) -> Digests:
 
 def _remembered(file: BufferedReader, path: Path, what: str, make: Callable[[], Digests]) -> Digests:
     """Digests of an open file: those of before where nothing about it has changed, and else new ones."""
-    state = _state(file)
-    if state["size"] < _LARGE_BYTES:
+    state, folder = _state(file), _cache()
+    if state["size"] < _LARGE_BYTES or folder is None:
         return make()
     name = hashlib.sha256(f"{what} {state['device']} {state['inode']}".encode()).hexdigest()
-    proof = _cache() / f"{name}.json"
+    proof = folder / f"{name}.json"
     known = _recall(proof, state)
     if known is not None:
         return known
@@ -165,8 +165,8 @@ def _state(file: BufferedReader) -> dict[str, int]:
     }
 
 
-def _cache() -> Path:
-    """The folder of what is remembered from one run to the next."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(named) if os.path.isabs(named) else Path(os.path.expanduser("~")) / ".cache"
-    return root / "mlxlora" / "digests"
+def _cache() -> Path | None:
+    """The folder of what is remembered from one run to the next, or None where there is no home."""
+    named, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
+    root = named if os.path.isabs(named) else os.path.join(home, ".cache")
+    return Path(root, "mlxlora", "digests") if os.path.isabs(root) else None

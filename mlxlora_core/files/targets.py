@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.errors import SafetyError, UsageError
-from mlxlora_core.files.durable import place_of, refuse_odd_file
+from mlxlora_core.files.durable import check_target, place_of, refuse_odd_file
 
 
 def refuse_inputs(target: Path, inputs: Iterable[Path]) -> None:
@@ -40,6 +40,27 @@ def refuse_inputs(target: Path, inputs: Iterable[Path]) -> None:
                 where=target,
                 fix="name another place to write to",
             )
+
+
+def check_output_folder(
+    target: Path, inputs: Iterable[Path], *, overwrite: bool, ours: Callable[[Path], bool]
+) -> None:
+    """Refuse a folder to write that is somebody else's, that is read too, or that is there already.
+
+    Args:
+        target: to write.
+        inputs: what is read for it.
+        overwrite: whether the caller agreed to replace a folder of ours.
+        ours: whether a folder holds what mlxlora writes there, and nothing else.
+
+    Raises:
+        SafetyError: it holds something else, or is ours and not to be overwritten.
+        UsageError: as :func:`refuse_inputs`.
+        ResourceError: it cannot be looked into.
+    """
+    check_target(target, overwrite=True, ours=ours)
+    refuse_inputs(target, inputs)
+    check_target(target, overwrite=overwrite, ours=ours)
 
 
 def is_written(path: Path, ours: Callable[[Path], bool]) -> bool:

@@ -17,7 +17,7 @@ from mlxlora_core.errors import ModelError, listing
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.files.documents import read_form
 from mlxlora_core.files.forms import Map, Table, Text, Whole
-from mlxlora_core.files.targets import paths_in, refuse_inputs
+from mlxlora_core.files.targets import check_output_folder, paths_in
 from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import adapters
@@ -98,8 +98,8 @@ def export(
         ResourceError: the disk is too small.
         PluginError: the exporter leaves nothing, or what it must not.
     """
-    refuse_inputs(target, [folder, *([fused.path] if fused else []), *paths_in(exporter.options)])
-    durable.check_target(target, overwrite=overwrite, ours=holds_only_an_export)
+    read = [folder, *([fused.path] if fused else []), *paths_in(exporter.options)]
+    check_output_folder(target, read, overwrite=overwrite, ours=holds_only_an_export)
     model, stored = model_folder.outline(folder, registry)
     adapted = adapters.load(fused.path, model, registry, fused.name, fused.values) if fused else None
     source = _source(model, stored, adapted, fused, told)

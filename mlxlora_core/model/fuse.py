@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora_core.files import durable, tensor_file
-from mlxlora_core.files.targets import refuse_inputs
+from mlxlora_core.files.targets import check_output_folder
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
@@ -80,9 +80,8 @@ def fuse(
         SafetyError: the target holds something else.
         ResourceError: the disk is too small.
     """
-    refuse_inputs(target, [folder, adapter])
     ours = model_folder.holds_only_a_model
-    durable.check_target(target, overwrite=overwrite, ours=ours)
+    check_output_folder(target, [folder, adapter], overwrite=overwrite, ours=ours)
     yield SpaceNeeded(require_disk(sum(path.stat().st_size for path in model_folder.files(folder)), target))
     model = model_folder.load(folder, registry)
     probe = _probe(model)

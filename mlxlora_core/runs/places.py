@@ -61,9 +61,7 @@ def _refuse_other_folder(folder: Path, record: Mapping[str, Any]) -> None:
     place = durable.place_of(folder)
     if place.is_dir() and not any(place.iterdir()):
         return
-    known = {"mlxlora": str, "started": dict, "stages": dict}
-    is_run = all(isinstance(record.get(key), kind) for key, kind in known.items())
-    if place.exists() and not (place.is_dir() and is_run):
+    if place.exists() and not (place.is_dir() and record):
         raise SafetyError(
             "holds something that is no run and was left alone",
             where=folder,

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.errors import UsageError, listing, nearest
-from mlxlora_core.options import NoOptions, option, path_text, plain, text_path
+from mlxlora_core.options import NoOptions, option, plain
+from mlxlora_core.path_text import path_text, text_path
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.sections import AdapterConfig, QuantizeConfig, SplitConfig, configure

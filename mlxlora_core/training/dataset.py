@@ -16,7 +16,7 @@ from mlxlora_core.files import durable
 from mlxlora_core.files.documents import read_form
 from mlxlora_core.files.forms import Map, Plain, Table, Text, Whole
 from mlxlora_core.files.jsonl import check_content
-from mlxlora_core.files.targets import hold_only_files, paths_in, refuse_inputs
+from mlxlora_core.files.targets import check_output_folder, hold_only_files, paths_in
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice
 from mlxlora_core.plugins.sections import SplitConfig
@@ -59,8 +59,8 @@ def build_dataset(
         DataError: no rows, or none left to train on.
         PluginError: the builder gives something else.
     """
-    refuse_inputs(folder, paths_in(choice.options))
-    durable.check_target(folder, overwrite=overwrite, ours=holds_only_a_dataset)
+    read = paths_in(choice.options)
+    check_output_folder(folder, read, overwrite=overwrite, ours=holds_only_a_dataset)
     builder, options = choice.component, choice.options
     rows = builder.checked("build", builder.spec.build(options), Rows)
     for row in rows.rows:

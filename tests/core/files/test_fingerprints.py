@@ -126,3 +126,15 @@ def test_a_cache_that_cannot_be_written_is_none(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     (tmp_path / "rows").write_bytes(b"rows")
     assert content_digest(tmp_path / "rows") == hashlib.sha256(b"rows").hexdigest()
+
+
+def test_without_a_home_nothing_is_kept_and_nothing_is_left_in_the_working_directory(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for named in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", named)
+        monkeypatch.setenv("HOME", "relative")
+        (tmp_path / "rows").write_bytes(b"rows")
+        assert content_digest(tmp_path / "rows") == hashlib.sha256(b"rows").hexdigest()
+        assert [path.name for path in tmp_path.iterdir()] == ["rows"]

@@ -138,8 +138,9 @@ def test_a_folder_that_no_run_has_made_stays(
     (tmp_path / "run" / "notes.txt").write_text("precious")
     if record is not None:
         (tmp_path / "run" / "run.json").write_text(record)
-    with pytest.raises(SafetyError, match="no run"):
+    with pytest.raises(MlxloraError) as caught:
         list(pipeline.run(recipe(), registry))
+    assert caught.value.exit_code == (5 if record is None else 3)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(
         ["notes.txt", *(["run.json"] if record is not None else [])]
     )
