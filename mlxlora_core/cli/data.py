@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlxlora_core.cli import show
+from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
@@ -19,7 +19,7 @@ SHOWN_SKIPPED = 10
 
 @verb(
     click.option("--builder", required=True, help="Dataset builder."),
-    click.option("--out", type=Path, required=True, help="Folder to write."),
+    click.option("--out", type=declare.OUTPUT_FOLDER, required=True, help="Folder to write."),
     click.option(
         "--package",
         "packages",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlxlora_core.cli import show
+from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.session import verb
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.defaults import DEFAULT_RECIPE
@@ -15,7 +15,7 @@ from mlxlora_core.runs.report import write_report
 from mlxlora_core.runs.report.facts import read_facts
 
 
-@verb(click.argument("run", required=False, type=Path))
+@verb(click.argument("run", required=False, type=declare.INPUT))
 def command(registry: Registry, run: Path | None) -> None:
     """Write the report of a run folder again, also while the run is going on.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mlxlora_core.cli import show
+from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.command_line import question_command, resume_command
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import one_line
@@ -31,7 +31,7 @@ LINE = 100  # columns of what --dry-run shows
 
 
 @verb(
-    click.argument("recipe", required=False, metavar="[RECIPE]"),
+    click.argument("recipe", required=False, metavar="[RECIPE]", type=declare.NAME_OR_PATH),
     click.option(
         "--dry-run", is_flag=True, help="Show every value, where it comes from, and what would be done."
     ),

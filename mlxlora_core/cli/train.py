@@ -12,7 +12,7 @@ import click
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.command_line import resume_command
 from mlxlora_core.cli.model import chosen_samplers, continue_prompt, load_base, measure
-from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain, plain
 from mlxlora_core.plugins import Choice, Registry
@@ -33,6 +33,14 @@ from mlxlora_core.runs.report import length_counts
 from mlxlora_core.runs.training_record import TrainingRecord, open_folder
 from mlxlora_core.training.checkpoints import Start, check_plugins, find, find_for
 from mlxlora_core.training.events import TrainEvent, TrainResult
+from mlxlora_core.training.outputs import (
+    Outputs,
+    check_outputs,
+    checkpoints_of,
+    held,
+    inputs_of,
+    refuse_finished,
+)
 from mlxlora_core.training.settings import (
     BatchConfig,
     EvaluateConfig,
@@ -62,21 +70,27 @@ if TYPE_CHECKING:
         ),
         click.option(
             "--adapter-file",
-            type=Path,
+            type=declare.OUTPUT_FILE,
             default=declare.DEFAULT_ADAPTER_FILE,
             show_default=True,
             help="Adapter file to write, .safetensors or .npz.",
         ),
-        click.option("--resume-adapter-file", type=Path, help="Start from these adapter weights."),
+        click.option("--resume-adapter-file", type=declare.INPUT, help="Start from these adapter weights."),
     ),
     declare.section("Training", declare.flags(TrainConfig, BatchConfig), declare.SEED),
     declare.section(
         "Checkpoints and reports",
         declare.flags(SaveConfig),
         click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of this training."),
-        click.option("--overwrite", is_flag=True, help="Begin anew where a training has not ended."),
         click.option(
-            "--metrics-file", type=Path, help="Write every report to this file, one JSON object a line."
+            "--overwrite",
+            is_flag=True,
+            help="Begin anew where a training has not ended, or has left its adapter.",
+        ),
+        click.option(
+            "--metrics-file",
+            type=declare.OUTPUT_FILE,
+            help="Write every report to this file, one JSON object a line.",
         ),
         click.option(
             "--observer",
@@ -118,15 +132,17 @@ def command(
     the adapter file, NAME.checkpoints; --resume goes on from the newest. So
     does report.html, a page that shows the training.
     """
-    checkpoints = adapter_file.with_name(f"{adapter_file.stem}.checkpoints")
+    checkpoints = checkpoints_of(adapter_file)
     asked = _check(registry, checkpoints, given, speaks=prompt is not None)
-    hold(adapter_file)
+    outputs = Outputs(adapter_file, checkpoints, metrics_file, asked.save, resume_command(resume=True))
+    click.get_current_context().with_resource(held(outputs))
+    check_outputs(outputs, inputs_of(model, data, resume_adapter_file))
     found, folder = find_for(asked.how, checkpoints), open_folder(checkpoints)
+    refuse_finished(adapter_file, asked.how)
     runtimes = start(registry)
     from mlxlora_core.model.drawing import Drawing
-    from mlxlora_core.training.session import Outputs, check_adapter_file, open_training
+    from mlxlora_core.training.session import open_training
 
-    check_adapter_file(adapter_file)
     # A sampler that is faulty is told now and not when hours of training are over.
     Drawing([(sampler.component, sampler.options) for sampler in asked.samplers], seed)
     base = load_base(model, registry)
@@ -137,7 +153,7 @@ def command(
         asked.train,
         registry,
         seed=seed,
-        outputs=Outputs(adapter_file, checkpoints, metrics_file, asked.save, resume_command(resume=True)),
+        outputs=outputs,
         runtimes=runtimes,
     )
     facts = circumstances(adapter_file.stem, seed, _origins(given), registry, runtimes)

@@ -213,32 +213,6 @@ class Strict(Form):
 
 
 @dataclass(frozen=True)
-class Table(Form):
-    """An object of known keys; one that it lacks, or that is not sound, spoils it unless its form forgives.
-
-    What stands under other keys, as another version may write them, stays
-    where it is plain, and where the table is not ``closed``.
-    """
-
-    keys: Mapping[str, Form]
-    closed: bool = False
-
-    def take(self, value: Any, at: At, faults: Faults) -> Any:
-        """The table."""
-        if not isinstance(value, dict):
-            return faults.add(at, f"wanted an object, got {shown(value)}")
-        taken: dict[str, Any] = {}
-        for key, form in self.keys.items():
-            there = key in value
-            taken[key] = form.take(value[key], (at, key), faults) if there else form.lacking(at, key, faults)
-        for key in [] if self.closed else value.keys() - self.keys.keys():
-            taken[key] = Option(Plain()).take(value[key], (at, key), faults)
-        if UNSOUND in taken.values():
-            return UNSOUND
-        return {key: part for key, part in taken.items() if part is not LEFT_OUT}
-
-
-@dataclass(frozen=True)
 class Option(Form):
     """A value of a table that may be left out, and is where it is not sound."""
 
@@ -252,6 +226,34 @@ class Option(Form):
     def lacking(self, at: At, key: str, faults: Faults) -> Any:
         """Nothing."""
         return LEFT_OUT
+
+
+@dataclass(frozen=True)
+class Table(Form):
+    """An object of known keys; one that it lacks, or that is not sound, spoils it unless its form forgives.
+
+    What stands under other keys, as another version may write them, is of the
+    form ``others``; where that is None, it is left out.
+    """
+
+    keys: Mapping[str, Form]
+    others: Form | None = Option(Plain())
+
+    def take(self, value: Any, at: At, faults: Faults) -> Any:
+        """The table."""
+        if not isinstance(value, dict):
+            return faults.add(at, f"wanted an object, got {shown(value)}")
+        taken: dict[str, Any] = {}
+        for key, form in self.keys.items():
+            there = key in value
+            taken[key] = form.take(value[key], (at, key), faults) if there else form.lacking(at, key, faults)
+        others = self.others
+        if others is not None:
+            rest = value.keys() - self.keys.keys()
+            taken |= {key: others.take(value[key], (at, key), faults) for key in rest}
+        if UNSOUND in taken.values():
+            return UNSOUND
+        return {key: part for key, part in taken.items() if part is not LEFT_OUT}
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from mlxlora_core.errors import ModelError, ResourceError
-from mlxlora_core.files.input_file import AGAIN, name_of_open, read_exactly, refuse_stand_in
+from mlxlora_core.files.input_file import AGAIN, name_of_open, open_regular, read_exactly, refuse_stand_in
 
 if TYPE_CHECKING:
     import numpy as np
 
 TENSORS_LIMIT = 100_000  # of one file
 METADATA = "__metadata__"  # the key that safetensors reserves
+FINGERPRINT = "fingerprint"  # the metadata that tells what the tensors of a file are
 #: the types of safetensors that are read -> bytes an element
 ITEM_BYTES = {
     "BOOL": 1,
@@ -100,6 +101,40 @@ def read_safetensors(file: BinaryIO, path: Path) -> dict[str, str]:
             raise _damaged(f"tensor {name} {fault}", path)
     _check_layout(file, tensors, start, size, path)
     return metadata
+
+
+def read_entries(file: BinaryIO, path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the bytes of an open ``.safetensors`` begin, and what its header says of each tensor, checked.
+
+    Raises:
+        MlxloraError: as :func:`read_safetensors`.
+    """
+    read_safetensors(file, path)
+    tensors = json.loads(_header(file, os.fstat(file.fileno()).st_size, path))
+    tensors.pop(METADATA, None)
+    return file.tell(), tensors
+
+
+def stated(path: Path) -> dict[str, str]:
+    """The metadata of a ``.safetensors``, whatever its tensors are; nothing where there is none to read."""
+    try:
+        with open_regular(path) as file:
+            return read_metadata(file, path)
+    except ModelError:
+        return {}
+
+
+def read_metadata(file: BinaryIO, path: Path) -> dict[str, str]:
+    """The metadata of an open ``.safetensors``, whatever its tensors are.
+
+    Raises:
+        ModelError: there is no header.
+    """
+    try:
+        header = json.loads(_header(file, os.fstat(file.fileno()).st_size, path))
+        return {k: v for k, v in (header.get(METADATA) or {}).items() if isinstance(v, str)}
+    except (ValueError, AttributeError, RecursionError) as reason:
+        raise _damaged(f"its header is no JSON: {reason}", path) from None
 
 
 def _header(file: BinaryIO, size: int, path: Path) -> str:

@@ -19,6 +19,7 @@ from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing, 
 from mlxlora_core.files import tensor_file
 from mlxlora_core.files.documents import parse_form
 from mlxlora_core.files.forms import Items, Map, Option, Plain, Strict, Table, Text
+from mlxlora_core.files.targets import is_written
 from mlxlora_core.files.tensor_checks import is_finite, mismatches, type_name
 from mlxlora_core.model.folder import Model
 from mlxlora_core.model.linears import is_packed, layers_by_path, linear_shape, linears, parameters, replace
@@ -127,12 +128,23 @@ def _checked(component: Component, linear: nn.Module, module: Any) -> nn.Module:
     return wrapped
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file is an adapter file that mlxlora has written, by what its header tells."""
+    try:
+        _record(tensor_file.stated(path), path)
+    except ModelError:
+        return False
+    return METADATA in tensor_file.stated(path)
+
+
 def save(path: Path, model: Model, adapted: Adapted) -> None:
     """Write the adapter's parameters, with what they belong to, to ``.safetensors`` or ``.npz``.
 
     Raises:
+        SafetyError: a file that is no adapter of ours is there.
         DivergedError: a parameter is not finite; an older file is left as it is.
     """
+    is_written(path, is_ours)
     tensors = trainable(model.module)
     poisoned = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if poisoned:

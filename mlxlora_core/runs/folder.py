@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.errors import DataError, SafetyError
+from mlxlora_core.errors import DataError
 from mlxlora_core.files import durable
 from mlxlora_core.files.documents import finite, read_sound
 from mlxlora_core.runs.results import RECORD_FORM
@@ -23,8 +23,6 @@ CHECKPOINTS = "checkpoints"
 MODEL = "model"
 DATA = "data"
 EXPORT = "export"
-
-RUN_FOLDER = "--set run.folder=DIR"  # how a user names another
 
 _RECORD_BYTES = 64 << 20
 _AWAY = "move the folder away, or name another"
@@ -50,28 +48,11 @@ class RunFolder:
         if os.path.lexists(path / RECORD):
             self.record, self.faults = read_sound(path / RECORD, RECORD_FORM, _RECORD_BYTES, DataError, _AWAY)
 
-    def check(self, beside: Callable[[str], bool] = lambda name: False, option: str = RUN_FOLDER) -> None:
-        """Refuse a folder that no run has begun and that holds something.
-
-        Args:
-            beside: whether a name is of what may be there all the same.
-            option: by which another folder is named.
-
-        Raises:
-            SafetyError: the folder holds something that is no run.
-        """
-        durable.clear_leftovers(self.path, RECORD)
-        if self.record or not self.path.exists():
-            return
-        if not self.path.is_dir() or not all(beside(path.name) for path in self.path.iterdir()):
-            raise SafetyError(
-                "holds something that is no run and was left alone",
-                where=self.path,
-                fix=f"name another folder with {option}",
-            )
-
     def begin(self, facts: Mapping[str, Any], recipe_text: str) -> None:
-        """Make the folder, and write the recipe and the facts of this run; :meth:`check` comes before."""
+        """Make the folder, and write the recipe and the facts of this run.
+
+        Whether it may is for :func:`mlxlora_core.runs.places.check_run` to say.
+        """
         kept = {key: self.record.get(key, {}) for key in ("started", "stages")}
         self.record = {**facts, **kept}
         self._save()  # first, so that a folder that a killed run began is known again
@@ -120,11 +101,6 @@ def fingerprint(inputs: Mapping[str, Any]) -> str:
 def files(folder: Path) -> list[str]:
     """The names of the files in a folder, sorted; none if it is not there."""
     return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-
-
-def stats(folder: Path, names: Iterable[str]) -> dict[str, Any]:
-    """name -> size and time of change."""
-    return {name: file_stat(folder / name) for name in names}
 
 
 def file_stat(path: Path) -> list[int] | None:

@@ -14,12 +14,14 @@ from typing import Any
 
 import tomli_w
 
+from mlxlora_core.files import leftovers
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.context import Context
 from mlxlora_core.runs.events import Event, RunStarted, StageDone, StageStarted
-from mlxlora_core.runs.folder import METRICS, RunFolder
+from mlxlora_core.runs.folder import METRICS, RECORD, RunFolder
 from mlxlora_core.runs.grading import summarize
 from mlxlora_core.runs.observing import event_values, observed
+from mlxlora_core.runs.places import check_run
 from mlxlora_core.runs.plan import fingerprints, is_done
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.report import write_report
@@ -40,12 +42,14 @@ def run(
         resume_command: the command that goes on with this run.
 
     Raises:
+        UsageError: the run would write over what it reads.
         SafetyError: the run folder holds something that no run has made.
         MlxloraError: as the stages raise.
     """
+    leftovers.clear_leftovers(recipe.folder, RECORD)
     folder = RunFolder(recipe.folder)
+    check_run(recipe, folder.record)
     marks = fingerprints(recipe)
-    folder.check()
     facts = circumstances(recipe.name, recipe.run.seed, recipe.origins, registry, runtimes)
     folder.begin(facts | {"inputs": marks}, tomli_w.dumps(recipe.values()))
     unsound = (f"warning: not sound, and taken as not done: {fault}" for fault in folder.faults)

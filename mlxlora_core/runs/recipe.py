@@ -21,6 +21,7 @@ from typing import Any
 
 from mlxlora_core.errors import UsageError, listing, nearest
 from mlxlora_core.options import NoOptions, option, plain
+from mlxlora_core.path_text import path_text, text_path
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.sections import AdapterConfig, QuantizeConfig, SplitConfig, configure
@@ -39,6 +40,10 @@ class RunConfig:
 
     folder: str = option("", help="run folder to make; left empty, runs/NAME of the recipe")
     seed: int = option(0, help="seed of everything that is random", minimum=0, maximum=2**32 - 1)
+
+    def __post_init__(self) -> None:
+        if "\0" in self.folder:
+            raise ValueError(f"wanted a folder, got {self.folder!r}")
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Recipe:
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.run.folder or f"runs/{self.name}")
+        return text_path(self.run.folder or f"runs/{self.name}")
 
     def values(self) -> dict[str, Any]:
         """What ``recipe.toml`` holds: sections of plain values, without the parts left out."""
@@ -113,6 +118,8 @@ class Recipe:
                 out[section] = {"use": value.component.id, **without_none(plain(config)), **options}
             elif value is not None:
                 out[section] = without_none(plain(value))
+        if self.run.folder:
+            out["run"]["folder"] = path_text(self.folder)
         return out
 
 

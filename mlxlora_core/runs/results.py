@@ -70,7 +70,7 @@ RESULT_FORMS: Mapping[str, Form] = {
     "model": Map(Plain()),
     "data": Table(
         {
-            "rows": Table({"train": Whole(), "valid": Whole(), "test": Whole()}, closed=True),
+            "rows": Table({"train": Whole(), "valid": Whole(), "test": Whole()}, others=None),
             "groups": Whole(),
             "repeated_rows": Whole(),
             "rows_in_two_splits": Whole(),
@@ -98,11 +98,13 @@ SUMMARY_FORM = Table(
 # Size and time of change, as :func:`~mlxlora_core.runs.folder.file_stat` gives them.
 _FILES = Strict(Map(Maybe(Items(Whole(least=-(2**63)), least=2, most=2))))
 
-# stage -> what run.json keeps of one that was done
-_STAGES: Mapping[str, Form] = {
-    stage: Option(Table({"inputs": Text(), "files": _FILES, "result": form}))
-    for stage, form in RESULT_FORMS.items()
-}
+
+def _stage(result: Form) -> Form:
+    """What run.json keeps of a stage that was done."""
+    return Option(Table({"inputs": Text(), "files": _FILES, "result": result}))
+
+
+_STAGES = Table({stage: _stage(form) for stage, form in RESULT_FORMS.items()}, others=_stage(Map(Plain())))
 
 #: run.json; what is not sound in it counts as not done
 RECORD_FORM = Table(
@@ -116,7 +118,7 @@ RECORD_FORM = Table(
         "origins": Else(Map(Text()), dict),
         "inputs": Else(Map(Text()), dict),
         "started": Else(Map(Text()), dict),
-        "stages": Else(Table(_STAGES, closed=True), dict),
+        "stages": Else(_STAGES, dict),
         "summary": Option(SUMMARY_FORM),
     }
 )

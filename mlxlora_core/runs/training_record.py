@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 import tomli_w
 
 from mlxlora_core.files import durable
-from mlxlora_core.runs.folder import METRICS, RunFolder, fingerprint
-from mlxlora_core.runs.report import write_report
+from mlxlora_core.files.targets import is_written
+from mlxlora_core.runs.folder import METRICS, RECIPE, REPORT, RunFolder, fingerprint
+from mlxlora_core.runs.places import is_recipe
+from mlxlora_core.runs.report import is_report, write_report
 from mlxlora_core.training import metrics
-from mlxlora_core.training.checkpoints import is_checkpoint
 from mlxlora_core.training.events import (
     SpikeReport,
     TrainingStarted,
@@ -25,6 +26,7 @@ from mlxlora_core.training.events import (
     ValidReport,
     report_line,
 )
+from mlxlora_core.training.outputs import is_log
 
 T = TypeVar("T")
 
@@ -35,12 +37,13 @@ def open_folder(path: Path) -> RunFolder:
     """The folder of checkpoints of a training, to keep its record in.
 
     Raises:
-        SafetyError: it holds something that no training has made.
+        SafetyError: a file of the name of one of the record is of somebody else.
         DataError: the record of an earlier training in it cannot be read.
     """
-    folder = RunFolder(path)
-    folder.check(is_checkpoint, "--adapter-file")
-    return folder
+    for name, ours in ((RECIPE, is_recipe), (METRICS, is_log), (REPORT, is_report)):
+        durable.check_file(path / name)
+        is_written(path / name, ours)
+    return RunFolder(path)
 
 
 @dataclass(frozen=True)

@@ -20,23 +20,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from mlxlora_core.errors import (
-    MlxloraError,
     ModelError,
     PluginError,
     ResourceError,
     SafetyError,
     listing,
 )
-from mlxlora_core.files import durable
+from mlxlora_core.files import leftovers
 from mlxlora_core.files.documents import read_json
 from mlxlora_core.files.forms import Flag, Form, Map, Option, Plain, Table, Text, Whole, shown, sound
+from mlxlora_core.files.targets import hold_only_files
+from mlxlora_core.files.tensor_header import FINGERPRINT, stated
 from mlxlora_core.plugins import Registry
 from mlxlora_core.training.progress import STATE_FORM
 
@@ -109,10 +110,12 @@ class Found:
     Attributes:
         valid: checkpoints that verify, newest first.
         damaged: folder -> why it does not verify, newest first.
+        strange: those of both that mlxlora has not written, or that hold files of somebody else too.
     """
 
     valid: tuple[Checkpoint, ...]
     damaged: Mapping[Path, str]
+    strange: tuple[Path, ...] = ()
 
     @property
     def notes(self) -> list[str]:
@@ -130,16 +133,39 @@ def find(folder: Path) -> Found:
     if folder.exists() and not folder.is_dir():
         raise ModelError("is no folder of checkpoints", where=folder, fix="move it away")
     try:
-        names = [path.name for path in folder.iterdir() if _step(path.name)] if folder.is_dir() else []
+        names = [path.name for path in folder.iterdir() if step_of(path.name)] if folder.is_dir() else []
     except OSError as fault:
         raise ResourceError(f"cannot be read: {fault.strerror}", where=folder) from fault
     valid, damaged = [], {}
-    for name in sorted(names, key=_step, reverse=True):
+    for name in sorted(names, key=step_of, reverse=True):
         try:
             valid.append(_verified(folder / name))
         except _Damaged as fault:
             damaged[folder / name] = fault.what
-    return Found(tuple(valid), damaged)
+    strange = [folder / name for name in names if not is_ours(folder / name)]
+    return Found(tuple(valid), damaged, tuple(strange))
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that mlxlora has written, sound or not, and holds nothing else.
+
+    Its manifest shows that, or else the header of one of its files.
+    """
+    try:
+        if folder.is_symlink() or not folder.is_dir() or not hold_only_files(folder, [MANIFEST, *PARTS]):
+            return False
+        empty = not any(folder.iterdir())
+    except OSError:
+        return False
+    return empty or _is_manifest(folder / MANIFEST) or any(FINGERPRINT in stated(folder / n) for n in PARTS)
+
+
+def _is_manifest(path: Path) -> bool:
+    try:
+        manifest = read_json(path, _JSON_BYTES)
+    except ModelError:
+        return False
+    return isinstance(manifest, dict) and {"schema", "step", "files", "sha256"} <= manifest.keys()
 
 
 def find_for(how: Start, folder: Path) -> Found:
@@ -147,13 +173,13 @@ def find_for(how: Start, folder: Path) -> Found:
 
     Raises:
         ModelError: there is none to resume.
-        SafetyError: a training that has not ended would be lost.
+        SafetyError: a training that has not ended, or what mlxlora has not written, would be lost.
         MlxloraError: as :func:`find`.
     """
     if how is Start.RESUME:
         return find_to_resume(folder)
     if how is Start.CONTINUE:
-        durable.clear_leftovers(folder, "step-*")
+        leftovers.clear_leftovers(folder, "step-*")
         return find(folder)
     return find_to_begin(folder, overwrite=how is Start.OVERWRITE)
 
@@ -165,7 +191,7 @@ def find_to_resume(folder: Path) -> Found:
         ModelError: there is none.
         MlxloraError: as :func:`find`.
     """
-    durable.clear_leftovers(folder, "step-*")
+    leftovers.clear_leftovers(folder, "step-*")
     found = find(folder)
     if found.valid:
         return found
@@ -181,11 +207,12 @@ def find_to_begin(folder: Path, *, overwrite: bool) -> Found:
     """The checkpoints in a folder, none of which is of a training that can go on unless ``overwrite``.
 
     Raises:
-        SafetyError: they are.
+        SafetyError: they are, or something else stands there that mlxlora has not written.
         MlxloraError: as :func:`find`.
     """
-    durable.clear_leftovers(folder, "step-*")
+    leftovers.clear_leftovers(folder, "step-*")
     found = find(folder)
+    refuse_strange([folder for folder in found.strange if folder in found.damaged])
     there = found.valid or found.damaged
     if there and not overwrite and not (found.valid and found.valid[0].finished):
         where = f"step {found.valid[0].step}" if found.valid else "none of them verifies"
@@ -194,7 +221,22 @@ def find_to_begin(folder: Path, *, overwrite: bool) -> Found:
             where=folder,
             fix="go on with --resume, or begin anew with --overwrite",
         )
+    refuse_strange(found.strange)
     return found
+
+
+def refuse_strange(folders: Sequence[Path]) -> None:
+    """Refuse to remove or to replace what has the name of a checkpoint and holds what is none of ours.
+
+    Raises:
+        SafetyError: there is such a folder.
+    """
+    if folders:
+        raise SafetyError(
+            "has the name of a checkpoint, holds what mlxlora has not written, and was left alone",
+            where=folders[0],
+            fix="move it away",
+        )
 
 
 def check_plugins(found: Found, registry: Registry) -> None:
@@ -217,16 +259,11 @@ def check_plugins(found: Found, registry: Registry) -> None:
         )
 
 
-class _Damaged(MlxloraError):
+class _Damaged(ModelError):
     """Why a folder is no checkpoint."""
 
 
-def is_checkpoint(name: str) -> bool:
-    """Whether something in a folder of checkpoints is one by its name, sound or put aside as damaged."""
-    return _step(re.sub(r"^damaged-(.*)-\d+$", r"\1", name)) > 0
-
-
-def _step(name: str) -> int:
+def step_of(name: str) -> int:
     """The step in the name of a checkpoint, or 0."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match else 0
@@ -251,7 +288,7 @@ def _verified(folder: Path) -> Checkpoint:
     _require_form(MANIFEST_FORM, manifest, MANIFEST)
     if manifest.pop("sha256") != digest(manifest):
         raise _Damaged(f"{MANIFEST} is not what was written")
-    if manifest["step"] != _step(folder.name):
+    if manifest["step"] != step_of(folder.name):
         raise _Damaged(f"{MANIFEST} is that of another checkpoint")
     for name in PARTS:
         _check_part(folder / name, manifest["files"][name])

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora_core.errors import DivergedError, PluginError, ResourceError, listing
-from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files import durable, leftovers, tensor_file
 from mlxlora_core.files.tensor_checks import is_finite
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapters import Adapted, trainable
@@ -28,7 +28,10 @@ from mlxlora_core.training.checkpoints import (
     Start,
     digest,
     find_for,
+    is_ours,
+    refuse_strange,
     sha256,
+    step_of,
 )
 from mlxlora_core.training.events import CheckpointSaved
 from mlxlora_core.training.identity import Identity
@@ -87,6 +90,7 @@ class CheckpointFolder:
 
     def _begin(self, found: Found) -> list[str]:
         """Begin anew: the checkpoints that were found go, and those that do not verify are put aside."""
+        refuse_strange(found.strange)
         for folder in found.damaged:
             durable.put_aside(folder, "damaged")
         # The newest goes last, so that what is left tells the same until then.
@@ -98,6 +102,8 @@ class CheckpointFolder:
     def _resume(self, found: Found, fix: str) -> list[str]:
         """Go on from the newest checkpoint; ``fix`` is what to do about other settings."""
         training, newest = self._training, found.valid[0]
+        # The others are behind: no step will be written there any more.
+        refuse_strange([folder for folder in found.strange if step_of(folder.name) > newest.step])
         notes = [*found.notes, *self._identity.compare(newest, fix)]
         progress, self._resumed = read_progress(newest.state), list(newest.state["resumed"])
         adapters.fill(newest.folder / ADAPTER, self._model)
@@ -129,7 +135,7 @@ class CheckpointFolder:
         try:
             self._write(step)
         except ResourceError:
-            if not durable.clear_leftovers(self.path, "*"):
+            if not leftovers.clear_leftovers(self.path, "*"):
                 raise
             self._write(step)  # the room that a dead process held is free now
         self._valid.append(step)
@@ -184,7 +190,8 @@ class CheckpointFolder:
     def _prune(self, keep: int) -> None:
         """Remove what is neither among the newest nor the best; what does not verify is never touched."""
         for step in [s for s in self._valid[:-keep] if s != self._training.progress.best_step]:
-            durable.remove_folder(self._folder(step))
+            if is_ours(self._folder(step)):  # else somebody has put a file beside
+                durable.remove_folder(self._folder(step))
             self._valid.remove(step)
 
     def _folder(self, step: int) -> Path:

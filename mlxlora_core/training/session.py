@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlxlora_core.errors import DataError, DivergedError, UsageError
-from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files import durable
 from mlxlora_core.machine import signals
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapters import Adapted, AdapterFile
@@ -40,6 +40,7 @@ from mlxlora_core.training.examples import Examples, examples_in_memory, read_ex
 from mlxlora_core.training.identity import identify
 from mlxlora_core.training.loop import Training
 from mlxlora_core.training.memory import training_memory
+from mlxlora_core.training.outputs import Outputs, check_outputs, inputs_of, refuse_finished
 from mlxlora_core.training.saving import CheckpointFolder
 from mlxlora_core.training.settings import BatchConfig, SaveConfig, TrainConfig
 
@@ -58,25 +59,6 @@ class NewAdapter:
 
     choice: Choice
     config: AdapterConfig = field(default_factory=AdapterConfig)
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a training leaves on the disk; what is None is not written.
-
-    Attributes:
-        adapter_file: the adapter, at the end.
-        checkpoints: the folder of checkpoints; without one a training cannot be gone on with.
-        metrics: each report as a line of JSON.
-        saving: when checkpoints are written.
-        resume_command: the command that goes on with this training, told when it is interrupted.
-    """
-
-    adapter_file: Path | None = None
-    checkpoints: Path | None = None
-    metrics: Path | None = None
-    saving: SaveConfig = field(default_factory=SaveConfig)
-    resume_command: str = ""
 
 
 def open_training(
@@ -104,13 +86,16 @@ def open_training(
 
     Raises:
         DataError: rows that are not there, or that cannot be used.
-        UsageError: settings that do not fit the rows or the model.
+        UsageError: settings that do not fit the rows or the model; an output that is an input.
         ModelError: an adapter file that does not fit, or an output whose name says no format.
+        SafetyError: an output that mlxlora has not written is there.
         ResourceError: an output that could not be written.
     """
     outputs = outputs or Outputs()
-    if outputs.adapter_file is not None:
-        check_adapter_file(outputs.adapter_file)
+    named = adapter.path if isinstance(adapter, AdapterFile) else None
+    check_outputs(
+        outputs, inputs_of(model.folder, None, named, *(p for p in rows.values() if isinstance(p, Path)))
+    )
     splits = {name: examples_of(name, source, model, config) for name, source in rows.items()}
     adapted = _put_on(model, adapter, registry, seed)
     valid = splits["valid"].examples if "valid" in splits else ()
@@ -145,17 +130,6 @@ def examples_of(split: str, source: Source, model: Model, config: BatchConfig) -
     if not source.is_file():
         raise DataError(f"there is no {source.name}", where=source, fix="make the folder with: mlxlora data")
     return read_examples(source, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt)
-
-
-def check_adapter_file(path: Path) -> None:
-    """Refuse an adapter file that could not be written at the end.
-
-    Raises:
-        ModelError: a name that says no format.
-        ResourceError: its folder cannot be written.
-    """
-    tensor_file.check_ending(path)
-    durable.check_file(path)
 
 
 class TrainingSession:
@@ -194,13 +168,14 @@ class TrainingSession:
         Raises:
             SettingsChanged: the training to go on with was begun with other settings.
             ModelError: it is of another base or of other data, or there is none.
-            SafetyError: one that has not ended would be lost.
+            SafetyError: one that has not ended, or an adapter that is there, would be lost.
             Interrupted: a signal came; the step it came in is done and saved.
             DivergedError: a loss or a gradient is not finite; the state before it is saved.
             PluginError: the base has changed.
             ResourceError: too little memory, or a file cannot be written; checkpoints before are as
                 they were.
         """
+        refuse_finished(self._outputs.adapter_file, how)
         for split, rows in self.rows.items():
             yield from map(Note, rows.words(split))
         yield Note(self._size())

@@ -43,6 +43,7 @@ LIGHT_IN_HEAVY_ROOMS = {
     "mlxlora_core.training.metrics",
     "mlxlora_core.training.progress",
     "mlxlora_core.training.identity",
+    "mlxlora_core.training.outputs",
 }
 LIGHT_LIBRARIES = {"click", "pluggy", "rich", "tomli_w"}
 

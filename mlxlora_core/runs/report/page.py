@@ -17,6 +17,8 @@ from mlxlora_core.runs.report.parts import in_nats
 from mlxlora_core.runs.report.sections import dataset, origins, training, values
 
 SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "report.js")
+#: what every report holds, one of the two; the second stood in those of before
+MARKS = (b'<meta name="generator" content="mlxlora">', " · mlxlora run</title>".encode())
 LICENCES = ("vendor/d3.LICENSE", "vendor/plot.LICENSE")
 
 
@@ -28,6 +30,7 @@ def page(facts: Facts) -> str:
         "head",
         element("meta", charset="utf-8"),
         element("meta", http_equiv="Content-Security-Policy", content=_policy(scripts)),
+        element("meta", name="generator", content="mlxlora"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("meta", name="referrer", content="no-referrer"),

@@ -84,8 +84,11 @@ def test_a_table(value: object, taken: object, faults: list[str]) -> None:
     assert all(words.startswith(start) for words, start in zip(told, faults, strict=True))
 
 
-def test_a_closed_table_has_nothing_else() -> None:
-    assert sound(Table({"a": Whole()}, closed=True), {"a": 1, "b": 2}) == ({"a": 1}, [])
+def test_other_keys_of_a_table() -> None:
+    value = {"a": 1, "b": 2, "c": "x"}
+    assert sound(Table({"a": Whole()}, others=None), value) == ({"a": 1}, [])
+    assert sound(Table({"a": Whole()}, others=Option(Whole())), value)[0] == {"a": 1, "b": 2}
+    assert sound(Table({"a": Whole()}, others=Whole()), value)[0] is UNSOUND
 
 
 def test_nothing_is_forgiven_inside_strict() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxlora_core.errors import DataError, MlxloraError, ModelError, ResourceError, UsageError
+from mlxlora_core.errors import DataError, MlxloraError, ModelError, SafetyError, UsageError
 from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.model import adapters
@@ -30,7 +30,8 @@ from mlxlora_core.training.events import (
     TrainResult,
     ValidReport,
 )
-from mlxlora_core.training.session import NewAdapter, Outputs, TrainingSession, open_training
+from mlxlora_core.training.outputs import Outputs
+from mlxlora_core.training.session import NewAdapter, TrainingSession, open_training
 from mlxlora_core.training.settings import SaveConfig, TrainConfig
 
 TEXTS = ["A layer scales the weights.", "The adapter keeps its inputs.", "This module reads a mask."]
@@ -187,7 +188,7 @@ def test_an_adapter_file_that_cannot_be_written_is_refused_at_once(session: Open
     with pytest.raises(ModelError, match=r"wanted \.safetensors or \.npz"):
         session(outputs=Outputs(adapter_file=tmp_path / "a.bin"))
     (tmp_path / "a.npz").mkdir()
-    with pytest.raises(ResourceError):
+    with pytest.raises(SafetyError, match="no regular file"):
         session(outputs=Outputs(adapter_file=tmp_path / "a.npz"))
 
 
