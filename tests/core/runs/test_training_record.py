@@ -91,7 +91,7 @@ def test_a_report_can_be_made_of_a_training_that_was_killed(
     assert "To be done: train" in page(folder)
 
 
-@pytest.mark.parametrize("name", ["report.html", "run.json", "metrics.jsonl", "notes.txt"])
+@pytest.mark.parametrize("name", ["report.html", "run.json", "metrics.jsonl", "recipe.toml"])
 def test_a_folder_of_somebody_else_is_left_alone(train: Train, tmp_path: Path, name: str) -> None:
     theirs = tmp_path / "a.checkpoints" / name
     theirs.parent.mkdir()
