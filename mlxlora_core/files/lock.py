@@ -17,11 +17,14 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from mlxlora_core.errors import LockedError, ResourceError, SafetyError
+from mlxlora_core.errors import LockedError, ModelError, ResourceError, SafetyError
+from mlxlora_core.files.documents import parse_form
 from mlxlora_core.files.durable import place_of
+from mlxlora_core.files.forms import Map, Text
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # the same in every container of a machine
 _HEAD = b'{"process": "'  # how each lock file begins
+_HOLDER_FORM = Map(Text())
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 _NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 
@@ -125,10 +128,10 @@ def _myself() -> dict[str, str]:
 def _holder(descriptor: int) -> dict[str, str]:
     """What a lock file tells; nothing when its holder has not written it yet."""
     try:
-        told = json.loads(os.pread(descriptor, 4096, 0))
-        return {str(key): str(value) for key, value in told.items()}
-    except (ValueError, AttributeError):
+        holder: dict[str, str] = parse_form(os.pread(descriptor, 4096, 0), _HOLDER_FORM, "")
+    except ModelError:
         return {}
+    return holder
 
 
 def _name(holder: dict[str, str]) -> str:

@@ -8,19 +8,19 @@ from pathlib import Path
 from mlxlora_core.errors import DataError
 from mlxlora_core.files import durable
 from mlxlora_core.files.documents import parse_json
-from mlxlora_core.files.forms import UNSOUND, Number, Option, Table, Text, Whole, sound
+from mlxlora_core.files.forms import UNSOUND, Maybe, Number, Option, Table, Text, Whole, sound
 
 #: figures of a report that are drawn, beside its loss
 FIGURES = ("learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
 #: figures of which a time is made
 TIMES = ("steps_per_second", "seconds")
 
-#: a line that can be drawn; a figure that is null is left out
+#: a line that is drawn; one whose loss is null was not finite, and another figure that is null is left out
 REPORT_FORM = Table(
     {
         "kind": Text(("train", "valid")),
         "step": Whole(),
-        "loss": Number(),
+        "loss": Maybe(Number()),
         **dict.fromkeys((*FIGURES, *TIMES), Option(Number())),
     }
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,46 @@ _CURVES = ("loss", *FIGURES)
 _KEPT = ("step", *_CURVES, *TIMES)
 
 
-def read_curves(path: Path) -> tuple[Reports, Reports]:
-    """The reports of training and the validations in a log, each in the order of their steps.
+@dataclass(frozen=True)
+class Curves:
+    """What a log has to draw.
 
-    What is no whole report is passed over: a line that is being written, a
-    loss that is not finite, whatever else somebody has put there. Of two
-    reports of one step the later counts.
+    Attributes:
+        train: reports of training in the order of their steps; only finite numbers.
+        valid: validations in the order of their steps.
+        not_finite: how many of both had a loss that is not finite.
+    """
+
+    train: Reports = ()
+    valid: Reports = ()
+    not_finite: int = 0
+
+
+def read_curves(path: Path) -> Curves:
+    """The reports of training and the validations in a log.
+
+    What is no whole report is passed over: a line that is being written,
+    whatever else somebody has put there. Of two reports of one step the later
+    counts.
 
     Raises:
         DataError: it is no regular file, cannot be read, or is longer than any log.
     """
     found: dict[str, dict[int, Mapping[str, Any]]] = {"train": {}, "valid": {}}
+    not_finite = 0
     for line in _lines(path):
         try:
             report, _ = sound(REPORT_FORM, parse_json(line, path, DataError))
         except DataError:
             continue
-        if report is not UNSOUND:
+        if report is UNSOUND:
+            continue
+        if report["loss"] is None:
+            not_finite += 1
+        else:
             found[report["kind"]][report["step"]] = {key: report[key] for key in _KEPT if key in report}
     train, valid = ([steps[step] for step in sorted(steps)] for steps in found.values())
-    return train, valid
+    return Curves(train, valid, not_finite)
 
 
 def _lines(path: Path) -> Iterator[bytes]:

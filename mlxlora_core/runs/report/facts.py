@@ -14,7 +14,7 @@ from mlxlora_core.files.forms import Map, Number, Option, Plain, Table, Text, Wh
 from mlxlora_core.files.input_file import read_whole
 from mlxlora_core.runs.folder import METRICS, RECIPE, RECORD, RunFolder
 from mlxlora_core.runs.recipe_source import RECIPE_BYTES
-from mlxlora_core.runs.report.curves import Reports, read_curves
+from mlxlora_core.runs.report.curves import Curves, Reports, read_curves
 
 _SETTINGS = Table(
     {
@@ -34,17 +34,31 @@ class Facts:
         record: ``run.json``, as :data:`~mlxlora_core.runs.results.RECORD_FORM` describes it.
         recipe: ``recipe.toml``, section -> key -> value.
         results: stage -> what it found, of the stages that are done for this recipe.
-        train: reports of training in the order of their steps; only finite numbers.
-        valid: validations in the order of their steps.
+        curves: what was reported of the training.
         faults: what is in the folder and could not be used, in words.
     """
 
     record: Mapping[str, Any]
     recipe: Mapping[str, Mapping[str, Any]]
     results: Mapping[str, Any] = field(default_factory=dict)
-    train: Reports = ()
-    valid: Reports = ()
+    curves: Curves = field(default_factory=Curves)
     faults: tuple[str, ...] = ()
+
+    @property
+    def train(self) -> Reports:
+        """Reports of training in the order of their steps; only finite numbers."""
+        return self.curves.train
+
+    @property
+    def valid(self) -> Reports:
+        """Validations in the order of their steps."""
+        return self.curves.valid
+
+    @property
+    def is_run(self) -> bool:
+        """Whether more was done than to train, or is to be."""
+        stages: Mapping[str, str] = self.record["inputs"]
+        return stages.keys() != {"train"}
 
     @property
     def train_settings(self) -> Mapping[str, Any]:
@@ -73,8 +87,8 @@ def read_facts(folder: Path) -> Facts:
     results = {n: stage["result"] for n, stage in stages.items() if stage["inputs"] == inputs.get(n)}
     # Metrics of an earlier training stay until the next one begins.
     ours = "train" in inputs and record["started"].get("train") == inputs["train"]
-    train, valid = read_settled(lambda: read_curves(folder / METRICS), folder / METRICS) if ours else ((), ())
-    return Facts(record, recipe, results, train, valid, (*run.faults, *faults))
+    curves = read_settled(lambda: read_curves(folder / METRICS), folder / METRICS) if ours else Curves()
+    return Facts(record, recipe, results, curves, (*run.faults, *faults))
 
 
 def _begun(folder: Path) -> RunFolder:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlxlora_core.errors import listing
 from mlxlora_core.runs.recipe import DEFAULT
+from mlxlora_core.runs.report.curves import Curves
 from mlxlora_core.runs.report.facts import Facts
 from mlxlora_core.runs.report.html import Html, element
 from mlxlora_core.runs.report.parts import counted, figure, note, shown, table
@@ -19,7 +20,7 @@ ROWS_SHOWN = 40  # of a table that only samples a longer list
 
 def training(facts: Facts) -> Html | None:
     """What was reported on the way: charts, and the same as a table."""
-    if not facts.train and not facts.valid:
+    if facts.curves == Curves():
         return None
     result = facts.results.get("train")
     series = [("train", "training rows")]
@@ -35,6 +36,9 @@ def training(facts: Facts) -> Html | None:
             f"{result['trainable_parameters']:,} of {result['parameters']:,} parameters trained "
             f"({share:.2%}), on {len(result['adapted'])} linears.",
         )
+    odd = facts.curves.not_finite
+    if odd:
+        said.append(f"Not drawn: {counted(odd, 'report')} with a loss that is not finite.")
     return element(
         "section",
         element("h2", "Training"),

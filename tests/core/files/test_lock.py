@@ -90,8 +90,14 @@ def test_a_lock_that_another_machine_left_is_not_taken(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"proc', b"\0" * 40, b'{"process": "1", "ho'])
-def test_a_lock_file_that_was_not_written_to_its_end_is_free(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b'{"proc', b"\0" * 40, b'{"process": "1", "ho'),
+        *(b'{"process": "1", "x": ' + b"[" * 4000, b'{"process": "1", "host": 5}', b'{"process": "\xff"}'),
+    ],
+)
+def test_a_lock_file_that_tells_nothing_is_free(tmp_path: Path, content: bytes) -> None:
     (tmp_path / ".run.lock").write_bytes(content)
     with lock.hold(tmp_path / "run"):
         pass

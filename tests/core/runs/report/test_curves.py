@@ -14,6 +14,7 @@ from made_run import write_run
 from mlxlora_core.errors import DataError
 from mlxlora_core.runs.report import write_report
 from mlxlora_core.runs.report.curves import POINTS, read_curves, thinned
+from mlxlora_core.training.events import TrainReport, report_line
 
 FIGURES = ("loss", "grad_norm")
 
@@ -75,14 +76,26 @@ def test_a_line_that_is_no_report_is_passed_over(tmp_path: Path, line: bytes) ->
     path = tmp_path / "metrics.jsonl"
     good = b'{"kind": "train", "step": %d, "loss": 1.5}'
     path.write_bytes(b"\n".join([good % 1, line, good % 2]))
-    train, valid = read_curves(path)
-    assert [report["step"] for report in train] == [1, 2] and valid == []
+    curves = read_curves(path)
+    assert [report["step"] for report in curves.train] == [1, 2] and curves.valid == []
+    assert curves.not_finite == (b'"loss": null' in line)
 
 
 def test_a_figure_that_is_none_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 3, "loss": 1, "grad_norm": null, "learning_rate": "x"}\n')
-    assert read_curves(path)[0] == [{"step": 3, "loss": 1}]
+    assert read_curves(path).train == [{"step": 3, "loss": 1}]
+
+
+@pytest.mark.parametrize(("count", "said"), [(0, None), (1, "1 report with"), (2, "2 reports with")])
+def test_losses_that_are_not_finite_are_told(tmp_path: Path, count: int, said: str | None) -> None:
+    folder = write_run(tmp_path / "run", steps=5)
+    with open(folder / "metrics.jsonl", "a") as file:
+        for step in range(count):
+            odd = TrainReport(10 + step, float("nan"), 1e-3, float("inf"), 1.0, 1.0, 9, 9)
+            file.write(json.dumps(report_line(odd)) + "\n")
+    page = write_report(folder).read_text()
+    assert (f"{said} a loss that is not finite" in page) if said else ("not finite" not in page)
 
 
 def test_a_log_beyond_all_measure_is_refused(tmp_path: Path) -> None:
