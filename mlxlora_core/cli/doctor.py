@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, verb
 from mlxlora_core.errors import one_line
@@ -83,8 +81,8 @@ def _print(facts: dict[str, Any]) -> None:
     )
     rows.append(("versions", ", ".join(f"{k} {v or 'missing'}" for k, v in facts["versions"].items())))
     for what, text in rows:
-        click.echo(f"{what:<10}{one_line(text)}")
-    click.echo()
+        show.result(f"{what:<10}{one_line(text)}")
+    show.result()
     show.table(
         ("plugin", "distribution", "version", "origin", "status"),
         [
@@ -94,10 +92,10 @@ def _print(facts: dict[str, Any]) -> None:
     )
     for plugin in facts["plugins"]:
         if plugin["reason"]:
-            click.echo(one_line(f"{plugin['name']}: {plugin['status']}: {plugin['reason']}"))
-    click.echo()
+            show.result(one_line(f"{plugin['name']}: {plugin['status']}: {plugin['reason']}"))
+    show.result()
     for line in facts["advice"] or ["nothing to install or to set for more speed"]:
-        click.echo(f"advice    {one_line(line)}")
+        show.result(f"advice    {one_line(line)}")
 
 
 def _computing(device: Any, products: Any) -> list[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from mlxlora_core.runs.recipe import check_sections, overrides
 from mlxlora_core.training.settings import GenerateConfig
 
 PROMPT_BYTES = 16 << 20
+SILENCE_SECONDS = 10  # for what comes from a stdin that does not block
 
 
 @verb(
@@ -53,19 +56,51 @@ def command(
     given = overrides(sets)
     check_sections(given, ("adapter", "sampler"))
     chosen = chosen_samplers(registry, sampler, temp, given.get("sampler", {}))
+    text = _stdin() if prompt == "-" else prompt
     start(registry)
     base = load_adapted(model, adapter_file, adapter, given.get("adapter", {}), registry)
-    text = _stdin() if prompt == "-" else prompt
     result = continue_prompt(base, text, chosen, config, seed, quiet=as_json)
     if as_json:
         show.as_json({"prompt": text, "text": result.text, "finish": result.finish})
 
 
 def _stdin() -> str:
-    content = sys.stdin.buffer.read(PROMPT_BYTES + 1)
+    """What stdin holds, to its end.
+
+    Raises:
+        UsageError: it is closed, cannot be read, keeps silent though it does not block, is too
+            long or no text.
+    """
+    if sys.stdin is None:
+        raise UsageError("stdin is closed", fix="give the prompt after -p")
+    try:
+        content = _read(sys.stdin.fileno())
+    except OSError as fault:
+        raise UsageError(f"stdin cannot be read: {fault.strerror}", fix="give the prompt after -p") from fault
     if len(content) > PROMPT_BYTES:
         raise UsageError(f"stdin holds more than {PROMPT_BYTES >> 20} MiB", fix="shorten the prompt")
     try:
         return content.decode()
     except UnicodeDecodeError as fault:
         raise UsageError(f"stdin is not UTF-8: {fault}") from fault
+
+
+def _read(descriptor: int) -> bytes:
+    """All that a descriptor gives, up to a byte more than a prompt may have.
+
+    Raises:
+        OSError: it cannot be read, or does not block and has had nothing for :data:`SILENCE_SECONDS`.
+    """
+    content = bytearray()
+    while len(content) <= PROMPT_BYTES:
+        try:
+            part = os.read(descriptor, PROMPT_BYTES + 1 - len(content))
+        except BlockingIOError:
+            # Somebody who types may take his time.
+            if not select.select([descriptor], [], [], None if os.isatty(descriptor) else SILENCE_SECONDS)[0]:
+                raise
+            continue
+        if not part:
+            break
+        content += part
+    return bytes(content)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import click
 
 from mlxlora_core.cli import show
 from mlxlora_core.errors import UsageError
@@ -64,7 +61,7 @@ def measure(
     )
     loss = evaluate(model.language_model, rows.examples, batches.batch_size, config.test_batches)
     if not quiet:
-        click.echo(f"test loss {loss.mean:.4f}, perplexity {loss.perplexity:.3f}, {loss.tokens} tokens")
+        show.result(f"test loss {loss.mean:.4f}, perplexity {loss.perplexity:.3f}, {loss.tokens} tokens")
     return {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens, "rows": len(rows)}
 
 
@@ -109,6 +106,5 @@ def continue_prompt(
 def _shown(segments: Iterable[Segment]) -> Iterator[Segment]:
     """The segments, each printed as it comes; the last ends the line."""
     for segment in segments:
-        click.echo(segment.text, nl=segment.finish is not None)
-        sys.stdout.flush()
+        show.result(segment.text, end="" if segment.finish is None else "\n")
         yield segment

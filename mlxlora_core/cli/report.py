@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mlxlora_core.cli import show
 from mlxlora_core.cli.session import verb
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.defaults import DEFAULT_RECIPE
@@ -20,4 +21,4 @@ def command(registry: Registry, run: Path | None) -> None:
     RUN is a run folder; without one, that of the demo. The report is
     report.html in it, and its path is printed.
     """
-    click.echo(write_report(run or read(find_recipe(DEFAULT_RECIPE, registry), (), registry).folder))
+    show.result(write_report(run or read(find_recipe(DEFAULT_RECIPE, registry), (), registry).folder))

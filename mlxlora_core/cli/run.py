@@ -56,7 +56,7 @@ def command(
         show.as_json(record)
     else:
         _summary(resolved, record)
-        click.echo(f"{resolved.folder / REPORT} shows the run; {time.perf_counter() - started:.1f} s")
+        show.result(f"{resolved.folder / REPORT} shows the run; {time.perf_counter() - started:.1f} s")
 
 
 def _follow(events: Iterator[Event]) -> None:
@@ -91,9 +91,9 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
         ("value", "", "from"),
         [(name, _value(values, name), origin) for name, origin in sorted(recipe.origins.items())],
     )
-    click.echo()
+    show.result()
     for stage, will in todo.items():
-        click.echo(f"{stage}: {'would be done' if will else 'done already'}")
+        show.result(f"{stage}: {'would be done' if will else 'done already'}")
 
 
 def _value(values: dict[str, Any], name: str) -> str:
@@ -108,7 +108,7 @@ def _summary(recipe: Recipe, record: dict[str, Any]) -> None:
     before, after = (record["stages"][stage]["result"] for stage in ("before", "after"))
     summary = record["summary"]
     for split, loss in summary["losses"].items():
-        click.echo(
+        show.result(
             f"held-out loss ({split}, {after['losses'][split]['tokens']} tokens): {loss['before']:.4f} -> "
             f"{loss['after']:.4f} nats a token ({loss['change']:+.1%})"
         )
@@ -119,7 +119,7 @@ def _summary(recipe: Recipe, record: dict[str, Any]) -> None:
         asked = summary["questions"][test]
         if asked["questions"]:
             sentence, exact, count = asked["first_sentence"], asked["exact"], asked["questions"]
-            click.echo(
+            show.result(
                 f"{count} question{'s'[: count - 1]} {meaning}: first sentence exact {sentence['before']} -> "
                 f"{sentence['after']}, whole answer exact {exact['before']} -> {exact['after']}"
             )
@@ -127,18 +127,18 @@ def _summary(recipe: Recipe, record: dict[str, Any]) -> None:
         return
     pairs = list(zip(before["answers"], after["answers"], strict=True))
     if any(new["expected"] is not None for _, new in pairs):
-        click.echo()
+        show.result()
         show.table(
             ("question", "row", "before", "after"),
             [(_short(new["prompt"]), new["split"] or "none", _mark(old), _mark(new)) for old, new in pairs],
         )
-        click.echo("\u2713 first sentence exact, \u2713\u2713 whole answer exact")
+        show.result("\u2713 first sentence exact, \u2713\u2713 whole answer exact")
     old, new = pairs[0]
-    click.echo()
-    click.echo(one_line(old["prompt"]))
-    click.echo(f"  before:{_indented(old['text'])}")
-    click.echo(f"  after: {_indented(new['text'])}")
-    click.echo()
+    show.result()
+    show.result(one_line(old["prompt"]))
+    show.result(f"  before:{_indented(old['text'])}")
+    show.result(f"  after: {_indented(new['text'])}")
+    show.result()
 
 
 def _short(prompt: str) -> str:

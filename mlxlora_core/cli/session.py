@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mlxlora_core.cli import show
+from mlxlora_core.cli import show, streams
 from mlxlora_core.errors import SettingsChanged, one_line
 from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_cpu
@@ -53,7 +53,7 @@ def verb(
         def call(plugins: Sequence[str], **arguments: Any) -> Any:
             registry = open_registry(plugins, tolerant)
             try:
-                with told(registry.plugins):
+                with told(registry.plugins), streams.apart():
                     return function(registry, **arguments)
             except SettingsChanged as fault:
                 show.changes(fault.rows)
@@ -74,11 +74,8 @@ def open_registry(plugins: Sequence[str], tolerant: bool = False) -> Registry:
     for warning in registry.warnings:
         show.warning(warning)
     for plugin in registry.failed:
-        click.echo(
-            f"mlxlora: plugin {one_line(plugin)} failed to load: {plugin.reason} "
-            f"(leave it out with -P no:{one_line(plugin.name)})",
-            err=True,
-        )
+        leave = f"leave it out with -P no:{plugin.name}"
+        show.progress(one_line(f"mlxlora: plugin {plugin} failed to load: {plugin.reason} ({leave})"))
     return registry
 
 
@@ -101,5 +98,5 @@ def start(registry: Registry) -> list[str]:
     notes = start_runtimes(registry)
     for note in notes:
         if note.warning:
-            click.echo(f"mlxlora: {one_line(note.text)}", err=True)
+            show.progress(f"mlxlora: {one_line(note.text)}")
     return [note.text for note in notes]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import click
-
+from mlxlora_core.cli import streams
 from mlxlora_core.errors import one_line
 from mlxlora_core.plugins import Plugin
 from mlxlora_core.training.events import (
@@ -21,9 +21,19 @@ from mlxlora_core.training.events import (
 )
 
 
+def result(text: object = "", end: str = "\n") -> None:
+    """Print a result on stdout, a line unless ``end`` says otherwise; a terminal gets it at once."""
+    stream = streams.results()
+    stream.write(f"{text}{end}")
+    if stream.isatty() or not end:
+        stream.flush()
+
+
 def as_json(value: Any) -> None:
-    """Print one JSON document on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print one JSON document on stdout; what is no letter, or has no place in the encoding, is escaped."""
+    encoding = getattr(streams.results(), "encoding", None) or "utf-8"
+    document = json.dumps(value, indent=2, ensure_ascii=not encoding.lower().startswith("utf"))
+    result("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in document))
 
 
 def changes(rows: Iterable[tuple[str, str, str]]) -> None:
@@ -35,9 +45,9 @@ def changes(rows: Iterable[tuple[str, str, str]]) -> None:
 
 
 def progress(line: str) -> None:
-    """Print one line of progress on stderr; where nobody reads it any more, the work goes on."""
-    with suppress(BrokenPipeError):
-        click.echo(line, err=True)
+    """Print one line of progress on stderr, control characters made visible."""
+    sys.stderr.write(f"{streams.visible(line)}\n")
+    sys.stderr.flush()
 
 
 def warning(text: str) -> None:
@@ -50,7 +60,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     cells = [list(headings), *([one_line(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
     for row in cells:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        result("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def plugin(found: Plugin) -> dict[str, object]:
@@ -78,7 +88,7 @@ def tensors(what: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True)
+    console = Console(file=streams.terminal())
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, count: bar.update(task, completed=done, total=count)
@@ -110,18 +120,13 @@ def _bar(begin: TrainingStarted) -> Iterator[Callable[[Report | CheckpointSaved]
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    class Screen(Console):
-        def on_broken_pipe(self) -> None:  # rich's own ends the process, and stdout with it
-            self.quiet = True
-
-    console = Screen(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(file=streams.terminal(), highlight=False, soft_wrap=True)
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("training", total=begin.steps, completed=begin.step)
 
         def show(line: Report | CheckpointSaved) -> None:
-            with suppress(BrokenPipeError):
-                console.print(report(line, begin.steps), markup=False)
+            console.print(report(line, begin.steps), markup=False)
             bar.update(task, completed=line.step)
 
         yield show
