@@ -17,6 +17,8 @@ from contextlib import suppress
 from mlxlora_core.cli import streams
 from mlxlora_core.machine import signals
 
+_end = os._exit  # as it is before plugins are kept from it
+
 #: how long threads and exit functions of plugins may go on when all is done
 GRACE_SECONDS = 5.0
 
@@ -50,14 +52,13 @@ def execute(arguments: list[str]) -> int:
 
 def _see_to_the_end(code: int) -> None:
     """Let the process end with ``code`` also when a thread or an exit function of a plugin does not end."""
-    end = getattr(os._exit, "real", os._exit)  # plugins are kept from ending the process
 
     def watch() -> None:
         time.sleep(GRACE_SECONDS)
         left = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
         what = ", ".join(map(_described, left)) or "an exit function"
-        sys.stderr.write(f"mlxlora: warning: {what} does not end and is left behind\n")
-        end(code)
+        sys.stderr.write(f"mlxlora: warning: still at work, and left behind: {what}\n")
+        _end(code)
 
     with suppress(RuntimeError):  # no thread can be had, and so there is none to wait for
         threading.Thread(target=watch, daemon=True).start()

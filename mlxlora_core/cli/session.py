@@ -10,11 +10,12 @@ from typing import Any
 import click
 
 from mlxlora_core.cli import declare, show, streams
-from mlxlora_core.errors import SettingsChanged, one_line
+from mlxlora_core.errors import SettingsChanged, listing, one_line
 from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.plugins import Registry, load, start_runtimes
 from mlxlora_core.plugins.blame import told
+from mlxlora_core.plugins.surroundings import kept
 
 PLUGIN_OPTION = click.option(
     "-P",
@@ -64,7 +65,8 @@ def verb(
         def call(plugins: Sequence[str], **arguments: Any) -> Any:
             registry = open_registry(plugins, tolerant)
             try:
-                with told(registry.plugins), streams.apart():
+                foreign = listing([p for p in registry.plugins if p.components and p.origin != "built-in"])
+                with streams.apart(), told(registry.plugins), kept(f"one of {foreign}", foreign != "none"):
                     return function(registry, **arguments)
             except SettingsChanged as fault:
                 show.changes(fault.rows)

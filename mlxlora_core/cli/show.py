@@ -204,8 +204,15 @@ class Bar:
         far = (MofNCompleteColumn(), TimeRemainingColumn(compact=True)) if counted else (TimeElapsedColumn(),)
         title = TextColumn("{task.description}", markup=False)
         # Whatever else is printed goes on through the streams that escape it, not through rich.
-        plain = {"redirect_stdout": False, "redirect_stderr": False}
-        bar = Progress(title, BarColumn(), *far, console=_screen(), transient=True, **plain)
+        bar = Progress(
+            title,
+            BarColumn(),
+            *far,
+            console=_screen(),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         self._progress = self._stack.enter_context(bar)
         self._task = bar.add_task(streams.visible(what), total=None)
 

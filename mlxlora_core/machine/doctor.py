@@ -31,7 +31,7 @@ DISTRIBUTIONS = ("mlx", "numpy", "torch", "sentencepiece", "safetensors", "scipy
 _SIDE_CPU, _SIDE_GPU = 512, 4096
 _MEASURE_SECONDS = 0.3
 _CHILD_SECONDS = 60
-_MOST_PRODUCTS = 10_000
+_MOST_PRODUCTS = 200
 
 _CPU = "pip install 'mlxlora[cpu]'"
 _CUDA = "pip install 'mlxlora[cuda13]'"

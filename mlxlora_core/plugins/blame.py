@@ -51,7 +51,7 @@ def told(plugins: Iterable[Plugin]) -> Iterator[None]:
     """
     try:
         yield
-    except (MlxloraError, GeneratorExit):
+    except MlxloraError:
         raise
     except BaseException as fault:
         known = None if is_ours(fault) else exhausted(fault) or blamed(plugins, fault)

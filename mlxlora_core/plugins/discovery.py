@@ -227,10 +227,10 @@ def _load_one(plugin: Plugin, get: Callable[[], Any]) -> tuple[Plugin, list[Comp
     it, and its prints go to stderr, since stdout holds results alone.
     """
     try:
-        with kept(f"plugin {plugin}", look=plugin.origin != "built-in") as also:
-            also.append("environ")
+        with kept(f"plugin {plugin}", look=plugin.origin != "built-in") as watch:
+            watch.environ = True
             collected = [(kind, guarded(kind, spec, plugin)) for kind, spec in collect_specs(get())]
-            also.clear()  # one that is loaded may have set variables
+            watch.environ = False  # one that is loaded may have set variables
     except BaseException as fault:
         if is_ours(fault):
             raise

@@ -17,14 +17,20 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from mlxlora_core.errors import one_line
+from mlxlora_core.errors import PluginError, one_line
 from mlxlora_core.machine import signals
 
-_HIGH = 500  # duplicates of the standard streams stand above it, out of the way of who closes all that is low
+_HIGH = (60_000, 4_000, 500, 3)  # where duplicates of the standard streams begin, away from who closes all
+_UNTOUCHED = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}  # numpy's own settings
+_end = os._exit  # as it is before plugins are kept from it
+_CORE = str(Path(__file__).parents[1])
 _TIMERS = {signal.ITIMER_REAL: "real", signal.ITIMER_VIRTUAL: "virtual", signal.ITIMER_PROF: "profiling"}
 _LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 _SIGNALS = sorted(n for n in signal.valid_signals() if n < 32 and n not in (signal.SIGKILL, signal.SIGSTOP))
@@ -47,35 +53,60 @@ class ProcessEnded(SystemExit):
         super().__init__(70)
 
 
+@dataclass
+class Watch:
+    """What is put back at the end of a block of :func:`kept`.
+
+    Attributes:
+        environ: whether all environment variables are put back, and not only those that are gone.
+        changed: what was changed, once the block is left.
+    """
+
+    environ: bool = False
+    changed: tuple[str, ...] = ()
+
+
 @contextmanager
-def kept(who: str, look: bool = True) -> Iterator[list[str]]:
+def kept(who: str, look: bool = True) -> Iterator[Watch]:
     """Inside, prints go to stderr; what has been changed around the block is put back when it is left.
 
     Args:
         who: the plugin, and what of it is called.
         look: whether to look for changes, which takes a fraction of a millisecond.
 
-    Yields:
-        A list; names in it that stand there at the end are put back whatever they are: ``environ``.
-
     Warns:
         PluginWarning: what was changed.
+
+    Raises:
+        PluginError: standard streams were closed beyond recall.
     """
-    also: list[str] = []
+    watch, process = Watch(), os.getpid()
     # Other threads have no signals, and the main one may change the rest meanwhile.
     look = look and threading.current_thread() is threading.main_thread()
     before = _Before() if look else None
     try:
         with redirect_stdout(sys.stderr):
-            yield also
+            yield watch
     finally:
-        if before is not None and (changed := before.put_back(also)):
-            what = ", ".join(dict.fromkeys(changed))
-            warnings.warn(f"{one_line(who)} changed {one_line(what)}; it is put back", PluginWarning, 1)
+        if os.getpid() != process:  # a child that a plugin has forked, and that would do all the rest again
+            _end(70)
+        if before is not None:
+            watch.changed = tuple(dict.fromkeys(before.put_back(watch.environ)))
+        if watch.changed:
+            what = one_line(", ".join(watch.changed))
+            if before is not None and before.lost:
+                raise PluginError(f"{who} has closed {what}, which cannot be opened again")
+            warnings.warn(f"{one_line(who)} has changed {what}, which is put back", PluginWarning, 1)
 
 
 class _Before:
-    """The surroundings as they are when it is made."""
+    """The surroundings as they are when it is made.
+
+    Attributes:
+        lost: whether something could not be put back.
+    """
+
+    lost = False
 
     def __init__(self) -> None:
         self._folder = _working_folder()
@@ -90,19 +121,21 @@ class _Before:
         self._builtins = dict(vars(builtins))
         self._limits = {number: resource.getrlimit(number) for number in _LIMITS.values()}
         self._environ = dict(os.environ)
-        self._floating = _numpy().geterr() if _numpy() else None
+        self._floating = _numpy().geterr() if _numpy() else _UNTOUCHED
+        self._modules = dict(sys.modules)
         self._files = {number: _file(number) for number in (0, 1, 2)}
         self._copies = {n: _copy(n) for n, file in self._files.items() if file is not None}
 
-    def put_back(self, also: Collection[str]) -> list[str]:
+    def put_back(self, environ: bool) -> list[str]:
         """Put everything back; what had been changed, in words."""
         parts: list[Callable[[], Iterator[str]]] = [
-            self._put_files, self._put_places, self._put_handlers, self._put_interpreter, self._put_path
+            self._put_interpreter, self._put_files, self._put_places, self._put_handlers, self._put_path
         ]  # fmt: skip
         changed = [what for part in parts for what in part()]
-        if "environ" in also and dict(os.environ) != self._environ:
+        wanted = self._environ if environ else {**self._environ, **os.environ}
+        if dict(os.environ) != wanted:
             os.environ.clear()
-            os.environ.update(self._environ)
+            os.environ.update(wanted)
             changed.append("environment variables")
         return changed
 
@@ -113,9 +146,10 @@ class _Before:
             if file is not None and _file(number) != file:
                 if copy is not None and _file(copy) == file:
                     os.dup2(copy, number, inheritable=True)
-                elif _file(number) is None:
+                else:
                     os.dup2(os.open(os.devnull, os.O_RDWR), number, inheritable=True)
-                yield f"the standard {_STREAMS[number][3:]}put" if number < 2 else "the standard error"
+                    self.lost = True
+                yield _STREAMS[number]
             if copy is not None and _file(copy) == file:
                 os.close(copy)
         for name, stream in self._streams.items():
@@ -153,7 +187,10 @@ class _Before:
                 yield f"the {_TIMERS[which]} timer"
 
     def _put_interpreter(self) -> Iterator[str]:
-        """Settings of Python and its libraries."""
+        """Modules that were taken away, and settings of Python and its libraries."""
+        if self._modules.keys() - sys.modules.keys():
+            sys.modules.update(self._modules)
+            yield "sys.modules"
         if sys.getrecursionlimit() != self._recursion:
             sys.setrecursionlimit(self._recursion)
             yield "the recursion limit"
@@ -163,7 +200,7 @@ class _Before:
         if locale.setlocale(locale.LC_ALL) != self._locale:
             locale.setlocale(locale.LC_ALL, self._locale)
             yield "the locale"
-        if self._floating is not None and _numpy().geterr() != self._floating:
+        if _numpy() and _numpy().geterr() != self._floating:
             _numpy().seterr(**self._floating)
             yield "numpy's error handling"
         for name, value in self._builtins.items():
@@ -173,8 +210,8 @@ class _Before:
         yield from self._put_filters()
 
     def _put_filters(self) -> Iterator[str]:
-        """Filters of warnings; those for one message or module, as libraries have them, may stay."""
-        new = [one for one in warnings.filters if one not in self._filters and (one[1] or one[3])]
+        """Filters of warnings; those for some warnings, as libraries have them, may stay."""
+        new = [one for one in warnings.filters if one not in self._filters and not _silences_all(one)]
         wanted = [*new, *self._filters]
         if len(wanted) != len(warnings.filters):
             warnings.resetwarnings()
@@ -215,15 +252,25 @@ def _refusing(name: str, real: Callable[..., Any], is_foreign: Callable[[str], b
     owner = os.getpid()
 
     def call(*arguments: Any, **named: Any) -> Any:
-        frame: Any = sys._getframe(1)
-        while os.getpid() == owner and frame is not None:  # a child that was forked may end itself
-            if is_foreign(frame.f_code.co_filename):
-                raise ProcessEnded(f"os.{name}({', '.join(map(repr, arguments))})")
-            frame = frame.f_back
-        return real(*arguments, **named)
+        files = _calling_files()
+        if os.getpid() != owner or not any(map(is_foreign, files)):  # a forked child may end itself
+            return real(*arguments, **named)
+        if any(file.startswith(_CORE) for file in files):
+            raise ProcessEnded(f"os.{name}({', '.join(map(repr, arguments))})")
+        return None  # an exit function, when all is done: nobody is left to be told
 
     call.real = real  # type: ignore[attr-defined]  # so that it is wrapped once
     return call
+
+
+def _calling_files() -> list[str]:
+    """The source files of all functions that are being called, but for this one."""
+    files = []
+    caller: FrameType | None = sys._getframe(2)
+    while caller is not None:
+        files.append(caller.f_code.co_filename)
+        caller = caller.f_back
+    return files
 
 
 # --- reading ------------------------------------------------------------------
@@ -254,10 +301,16 @@ def _file(number: int) -> tuple[int, int] | None:
 
 def _copy(number: int) -> int | None:
     """A duplicate of a descriptor, with a high number where there may be one."""
-    for lowest in (_HIGH, 3):
+    for lowest in _HIGH:
         with suppress(OSError, ValueError):
             return fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, lowest)
     return None
+
+
+def _silences_all(one: Any) -> bool:
+    """Whether a filter of warnings is for every warning."""
+    _, message, category, module, _ = one
+    return message is None and module is None and category is Warning
 
 
 def _height(limit: int) -> float:

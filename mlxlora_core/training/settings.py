@@ -28,7 +28,7 @@ class TrainConfig(BatchConfig):
     iters: int = option(1000, help="optimizer updates", unit="steps", minimum=1)
     grad_accumulation: int = option(1, help="batches a step", minimum=1)
     optimizer: str = option("adam", help="the optimizer", choices=("adam", "adamw", "muon"))
-    learning_rate: float = option(1e-5, help="peak learning rate", above=0, maximum=100)
+    learning_rate: float = option(1e-5, help="peak learning rate", above=0)
     weight_decay: float = option(
         0.01, help="decoupled weight decay, of adamw and muon", minimum=0, maximum=100
     )

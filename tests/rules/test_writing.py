@@ -15,6 +15,8 @@ SOURCES = sorted([*(ROOT / "mlxlora_core").rglob("*.py"), *(ROOT / "plugins").rg
 EXCEPT = {
     "mlxlora_core/files/durable.py": "is the writer",
     "mlxlora_core/files/lock.py": "a lock is no product; it is taken and left in place",
+    "mlxlora_core/cli/streams.py": "writes to the standard streams",
+    "mlxlora_core/plugins/surroundings.py": "opens nowhere in the place of a stream that is closed",
     "mlxlora_core/files/input_file.py": "opens to read; its flags stand in a variable",
     "plugins/mlxlora_docstrings/packages.py": "a request in a temporary folder, for a child",
     "plugins/mlxlora_docstrings/child.py": "its answer there, and a setting of the kernel's",
