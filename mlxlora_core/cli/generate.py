@@ -11,11 +11,12 @@ from typing import Any
 import click
 
 from mlxlora_core.cli import declare, show
-from mlxlora_core.cli.model import asked_adapter, chosen_samplers, continue_prompt, load_adapted
+from mlxlora_core.cli.model import asked_adapter, chosen_samplers, continue_prompt, load_adapted, tell_bare
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.recipe import check_sections, overrides
+from mlxlora_core.runs.samplers import check_samplers
 from mlxlora_core.training.settings import GenerateConfig
 
 PROMPT_BYTES = 16 << 20
@@ -61,8 +62,10 @@ def command(
     chosen = chosen_samplers(registry, sampler, temp, given.get("sampler", {}))
     text = _stdin() if prompt == "-" else prompt
     start(registry)
+    check_samplers(chosen)
     base = load_adapted(model, asked, registry)
     result = continue_prompt(base, text, chosen, config, seed, quiet=as_json)
+    tell_bare(asked)
     if as_json:
         answer = {"prompt": text, "text": result.text, "finish": result.finish}
         show.as_json({"adapter_file": asked and str(asked.path), **answer})

@@ -67,12 +67,11 @@ def asked_adapter(
 
 
 def load_adapted(folder: Path, asked: AskedAdapter | None, registry: Registry) -> Model:
-    """A model with the adapter that is asked for; which one answers is told."""
+    """A model with the adapter that is asked for; which one answers is told, see also :func:`tell_bare`."""
     from mlxlora_core.model import adapters
 
     model = load_base(folder, registry)
     if asked is None:
-        show.progress("no adapter: this is the model itself")
         return model
     try:
         adapted = adapters.load(asked.path, model, registry, asked.name, asked.values)
@@ -82,6 +81,12 @@ def load_adapted(folder: Path, asked: AskedAdapter | None, registry: Registry) -
         raise
     show.progress(f"with the {adapted.choice.component.id} adapter of {asked.path}")
     return model
+
+
+def tell_bare(asked: AskedAdapter | None) -> None:
+    """Tell that it was no adapter that answered; after the work, so that an error is one line."""
+    if asked is None:
+        show.progress("no adapter: this is the model itself")
 
 
 def measure(

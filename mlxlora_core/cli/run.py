@@ -22,6 +22,7 @@ from mlxlora_core.runs.observing import ObserverFailed
 from mlxlora_core.runs.plan import plan
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.recipe_source import find_recipe, read
+from mlxlora_core.runs.samplers import check_samplers
 from mlxlora_core.runs.stages import STAGES
 from mlxlora_core.training.events import Note
 
@@ -48,10 +49,12 @@ def command(
     """
     resolved = read(find_recipe(recipe or DEFAULT_RECIPE, registry), sets, registry)
     if dry_run:
+        check_samplers(resolved.sampler)
         _dry_run(resolved, as_json)
         return
     hold(resolved.folder)
     runtimes = start(registry)
+    check_samplers(resolved.sampler)
     started = time.perf_counter()
     _follow(pipeline.run(resolved, registry, runtimes, resume_command(resume=False)))
     record = RunFolder(resolved.folder).record

@@ -20,6 +20,7 @@ from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.sections import AdapterConfig
 from mlxlora_core.runs.observing import ObserverFailed, event_values, observed
 from mlxlora_core.runs.recipe import check_sections, choose, choose_observers, overrides
+from mlxlora_core.runs.samplers import check_samplers
 from mlxlora_core.training.checkpoints import Start, check_plugins, find, find_for
 from mlxlora_core.training.events import TrainEvent, TrainResult
 from mlxlora_core.training.settings import (
@@ -111,12 +112,11 @@ def command(
     hold(adapter_file)
     found = find_for(asked.how, checkpoints)
     runtimes = start(registry)
-    from mlxlora_core.model.drawing import Drawing
     from mlxlora_core.training.session import Outputs, check_adapter_file, open_training
 
     check_adapter_file(adapter_file)
     # A sampler that is faulty is told now and not when hours of training are over.
-    Drawing([(sampler.component, sampler.options) for sampler in asked.samplers], seed)
+    check_samplers(asked.samplers)
     base = load_base(model, registry)
     session = open_training(
         base,
