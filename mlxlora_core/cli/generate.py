@@ -11,7 +11,14 @@ from typing import Any
 import click
 
 from mlxlora_core.cli import declare, show
-from mlxlora_core.cli.model import asked_adapter, chosen_samplers, continue_prompt, load_adapted, tell_bare
+from mlxlora_core.cli.model import (
+    asked_adapter,
+    chosen_samplers,
+    continue_prompt,
+    given_text,
+    load_adapted,
+    tell_bare,
+)
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.plugins import Registry
@@ -60,7 +67,7 @@ def command(
     asked = asked_adapter(adapter_file, no_adapter, adapter, given.get("adapter", {}))
     check_sections(given, ("adapter", "sampler"))
     chosen = chosen_samplers(registry, sampler, temp, given.get("sampler", {}))
-    text = _stdin() if prompt == "-" else prompt
+    text = _stdin() if prompt == "-" else given_text(prompt)
     start(registry)
     check_samplers(chosen)
     base = load_adapted(model, asked, registry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,14 @@ def chosen_samplers(
             raise UsageError(f"--temp: sampler '{use}' has no temperature", fix="leave --temp out")
         values = {**values, TEMPERATURE: temp}
     return choose_samplers(use, values, registry)
+
+
+def given_text(argument: str) -> str:
+    """A text of the command line: bytes that the encoding of the locale does not have are UTF-8."""
+    try:
+        return argument if argument.isprintable() else os.fsencode(argument).decode("utf-8")
+    except UnicodeError:  # told where it is encoded
+        return argument
 
 
 def continue_prompt(

@@ -11,7 +11,7 @@ import click
 
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.command_line import resume_command
-from mlxlora_core.cli.model import chosen_samplers, continue_prompt, load_base, measure
+from mlxlora_core.cli.model import chosen_samplers, continue_prompt, given_text, load_base, measure
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import plain
@@ -138,7 +138,7 @@ def command(
     if test:
         result["test"] = measure(base, data, asked.train, asked.evaluate, quiet=as_json)
     if prompt is not None:
-        said = continue_prompt(base, prompt, asked.samplers, asked.generate, seed, quiet=as_json)
+        said = continue_prompt(base, given_text(prompt), asked.samplers, asked.generate, seed, quiet=as_json)
         result |= {"text": said.text, "finish": said.finish}
     if as_json:
         show.as_json(result)
