@@ -34,6 +34,7 @@ _CORE = str(Path(__file__).parents[1])
 _TIMERS = {signal.ITIMER_REAL: "real", signal.ITIMER_VIRTUAL: "virtual", signal.ITIMER_PROF: "profiling"}
 _LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 _SIGNALS = sorted(n for n in signal.valid_signals() if n < 32 and n not in (signal.SIGKILL, signal.SIGSTOP))
+_told: set[str] = set()  # what was warned of: once is enough
 _STREAMS = ("stdin", "stdout", "stderr")
 
 
@@ -75,7 +76,7 @@ def kept(who: str, look: bool = True) -> Iterator[Watch]:
         look: whether to look for changes, which takes a fraction of a millisecond.
 
     Warns:
-        PluginWarning: what was changed.
+        PluginWarning: what was changed, the first time.
 
     Raises:
         PluginError: standard streams were closed beyond recall.
@@ -96,7 +97,10 @@ def kept(who: str, look: bool = True) -> Iterator[Watch]:
             what = one_line(", ".join(watch.changed))
             if before is not None and before.lost:
                 raise PluginError(f"{who} has closed {what}, which cannot be opened again")
-            warnings.warn(f"{one_line(who)} has changed {what}, which is put back", PluginWarning, 1)
+            told = f"{one_line(who)} has changed {what}, which is put back"
+            if told not in _told:
+                _told.add(told)
+                warnings.warn(told, PluginWarning, 1)
 
 
 class _Before:
