@@ -171,7 +171,7 @@ MEMORY = [
 ]
 
 
-@pytest.mark.parametrize(("when", "fault"), zip(WHEN, MEMORY, strict=True), ids=WHEN)
+@pytest.mark.parametrize(("when", "fault"), list(zip(WHEN, MEMORY, strict=True)), ids=WHEN)
 def test_memory_that_runs_out_in_a_plugin_is_6(
     tmp_path: Path, tiny_model: Path, fault: str, when: str
 ) -> None:
