@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.cli import declare, show
-from mlxlora_core.cli.model import asked_adapter, load_adapted, measure, tell_bare
+from mlxlora_core.cli.model import asked_adapter, load_adapted, measure
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.recipe import check_sections, overrides
@@ -46,8 +46,8 @@ def command(
     asked = asked_adapter(adapter_file, no_adapter, adapter, given.get("adapter", {}))
     check_sections(given, ("adapter",))
     start(registry)
-    base = load_adapted(model, asked, registry)
+    base, said = load_adapted(model, asked, registry)
     result = measure(base, data, batches, config, quiet=as_json)
-    tell_bare(asked)
+    show.progress(said)
     if as_json:
         show.as_json({"adapter_file": asked and str(asked.path), **result})

@@ -17,7 +17,6 @@ from mlxlora_core.cli.model import (
     continue_prompt,
     given_text,
     load_adapted,
-    tell_bare,
 )
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.errors import UsageError
@@ -70,9 +69,9 @@ def command(
     text = _stdin() if prompt == "-" else given_text(prompt)
     start(registry)
     check_samplers(chosen)
-    base = load_adapted(model, asked, registry)
+    base, said = load_adapted(model, asked, registry)
     result = continue_prompt(base, text, chosen, config, seed, quiet=as_json)
-    tell_bare(asked)
+    show.progress(said)
     if as_json:
         answer = {"prompt": text, "text": result.text, "finish": result.finish}
         show.as_json({"adapter_file": asked and str(asked.path), **answer})

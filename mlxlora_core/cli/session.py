@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mlxlora_core.cli import declare, show, streams
-from mlxlora_core.errors import SettingsChanged, listing, one_line
+from mlxlora_core.errors import SettingsChanged, bounded, listing
 from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.plugins import Registry, load, start_runtimes
@@ -88,8 +88,8 @@ def open_registry(plugins: Sequence[str], tolerant: bool = False) -> Registry:
     for warning in registry.warnings:
         show.warning(warning)
     for plugin in registry.failed:
-        leave = f"leave it out with -P no:{plugin.name}"
-        show.progress(one_line(f"mlxlora: plugin {plugin} failed to load: {plugin.reason} ({leave})"))
+        leave = f" (leave it out with -P no:{plugin.name})"
+        show.progress("mlxlora: " + bounded(f"plugin {plugin} failed to load: ", plugin.reason, leave))
     return registry
 
 
@@ -112,5 +112,5 @@ def start(registry: Registry) -> list[str]:
     notes = start_runtimes(registry)
     for note in notes:
         if note.warning:
-            show.progress(f"mlxlora: {one_line(note.text)}")
+            show.progress(f"mlxlora: {bounded(note.text)}")
     return [note.text for note in notes]

@@ -12,7 +12,8 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxlora_core.cli import streams
-from mlxlora_core.errors import one_line
+from mlxlora_core.errors import bounded, one_line, short
+from mlxlora_core.files.documents import finite
 from mlxlora_core.plugins import Plugin
 from mlxlora_core.training.events import (
     Advanced,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_CELL_LETTERS = 300  # of a setting that is told
 SECONDS_A_LINE = 30  # between two lines of progress, where there is no terminal
 
 
@@ -42,15 +44,23 @@ def result(text: object = "", end: str = "\n") -> None:
 
 
 def as_json(value: Any) -> None:
-    """Print one JSON document on stdout; what is no letter, or has no place in the encoding, is escaped."""
+    """Print one JSON document on stdout.
+
+    A number that is not finite is null beside a word; what is no letter, or has no place in
+    the encoding of stdout, is escaped.
+    """
     encoding = getattr(streams.results(), "encoding", None) or "utf-8"
-    document = json.dumps(value, indent=2, ensure_ascii=not encoding.lower().startswith("utf"))
+    in_ascii = not encoding.lower().startswith("utf")
+    document = json.dumps(finite(value), indent=2, ensure_ascii=in_ascii, allow_nan=False)
     result("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in document))
 
 
 def changes(rows: Iterable[tuple[str, str, str]]) -> None:
     """Print a table of settings that differ on stderr."""
-    cells = [("setting", "begun with", "now"), *((one_line(a), one_line(b), one_line(c)) for a, b, c in rows)]
+    cells = [
+        ("setting", "begun with", "now"),
+        *(tuple(one_line(short(cell, _CELL_LETTERS)) for cell in row) for row in rows),
+    ]
     widths = [max(len(row[i]) for row in cells) for i in range(3)]
     for row in cells:
         progress("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -58,13 +68,13 @@ def changes(rows: Iterable[tuple[str, str, str]]) -> None:
 
 def progress(line: str) -> None:
     """Print one line of progress on stderr, control characters made visible."""
-    sys.stderr.write(f"{streams.visible(line)}\n")
+    sys.stderr.write(f"{bounded(line)}\n")
     sys.stderr.flush()
 
 
 def warning(text: str) -> None:
     """Print a warning on stderr, on one line."""
-    progress(f"mlxlora: warning: {one_line(text)}")
+    progress(f"mlxlora: warning: {text}")
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], width: int | None = None) -> None:
@@ -169,7 +179,7 @@ class Bar:
         if self._progress is None:
             progress(line)
         else:
-            self._progress.console.print(streams.visible(line), markup=False)
+            self._progress.console.print(bounded(line), markup=False)
 
     def wait(self, what: str) -> None:
         """Show that work goes on of which nobody knows how much there is."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mlxlora_core.errors import ExitCode, MlxloraError, one_line
+from mlxlora_core.errors import ExitCode, MlxloraError, bounded
 from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.version import __version__
@@ -105,5 +105,5 @@ def _tell(fault: BaseException) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    sys.stderr.write(f"mlxlora: {one_line(message)}\n")
+    sys.stderr.write(f"mlxlora: {bounded(message)}\n")
     return code
