@@ -33,15 +33,27 @@ one JSON document. A component is named by its name or by its full id `PLUGIN:NA
 TAIL = """\
 - 128 + n: ended by signal n
 
-Every failure is one line on stderr that says what, where and what to do; `--debug` adds the traceback.
+Every failure is one line on stderr that says what, where and what to do; `--debug` puts the traceback before
+it and changes no exit code.
+
+## Terminals, pipes and logs
+
+What cannot be told on stderr is not told, and the work goes on: a log on a full disk or at its size limit, a
+terminal that was closed, a stream that is closed or that nobody reads. A result that cannot be written to
+stdout is exit code 6; a reader of stdout that goes away ends the verb as it ends any program, and a stdout
+that is closed is no fault. Only results go to stdout, whatever a plugin prints.
+
+On a terminal, control characters in what a model, a row, a package, a plugin or a file name brings are shown
+as `\\x1b`, and so are those that change the direction of a line; other text is shown as it is. On stderr this
+is so everywhere. In a pipe or a file the text of a model on stdout is exact, and `--json` writes such
+characters as JSON's `\\u001b`. Characters that the encoding of a stream does not have are written as escapes.
 
 ## Signals
 
 SIGINT (Ctrl-C), SIGTERM and SIGHUP end a verb with 130, 143 and 129. Training finishes its step and saves
 first ([checkpoints](checkpoints.md)); every other verb ends at once, removes its temporary files and the
 child processes that read packages, and leaves no target behind. A second signal ends the process on the
-spot. A signal that was ignored at the start, as under `nohup`, stays ignored. When the reader of its output
-goes away, training goes on to its end, and every other verb ends as any program does.
+spot. A signal that was ignored at the start, as under `nohup`, stays ignored.
 
 ## One at a time
 

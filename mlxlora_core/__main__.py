@@ -1,6 +1,10 @@
 """``python -m mlxlora_core`` is ``mlxlora``."""
 
-from mlxlora_core.cli import main
+import sys
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the working folder, whose modules are none of ours
+    from mlxlora_core.cli import main
+
     main()

@@ -32,6 +32,7 @@ T = TypeVar("T")
 _TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}
 _SHOWN_LETTERS = 80  # so much of a wrong value is told
+_LEAST, _MOST = 1e-37, 1e38  # a float32, in which models compute, makes 0 or infinity of what is beyond
 
 
 def option(
@@ -291,8 +292,10 @@ def _float(value: Any) -> float:
             number = float(value)
         except (ValueError, OverflowError):
             number = math.nan
-        if math.isfinite(number):
+        if math.isfinite(number) and (number == 0 or _LEAST <= abs(number) <= _MOST):
             return number
+        if math.isfinite(number):
+            raise ValueError(f"wanted 0 or a number from {_LEAST} to {_MOST}, got {_shown(value)}")
     raise ValueError(f"wanted a finite number, got {_shown(value)}")
 
 

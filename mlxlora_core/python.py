@@ -367,9 +367,11 @@ def run(
 
     def events() -> Generator[Event, None, None]:
         from mlxlora_core.runs import pipeline
+        from mlxlora_core.runs.samplers import check_samplers
 
         with told(found.plugins), lock.hold(resolved.folder):
             notes = prepare(found)
+            check_samplers(resolved.sampler)
             yield from _followed(pipeline.run(resolved, found, notes, "run(…)"))
 
     return events()

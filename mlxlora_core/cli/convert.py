@@ -108,8 +108,8 @@ def command(
         show.as_json(result)
         return
     for line in describe_conversion(result):
-        click.echo(line)
-    click.echo(f"{mlx_path} written in {time.perf_counter() - started:.1f} s")
+        show.result(line)
+    show.result(f"{mlx_path} written in {time.perf_counter() - started:.1f} s")
 
 
 def _follow(events: Iterator[SpaceNeeded | TensorConverted | ConvertReport]) -> ConvertReport:

@@ -58,7 +58,7 @@ def command(
         show.as_json(record)
         return
     counts = record["rows"]
-    click.echo(f"{out}: {counts['train']} train, {counts['valid']} valid, {counts['test']} test rows")
+    show.result(f"{out}: {counts['train']} train, {counts['valid']} valid, {counts['test']} test rows")
     for skipped in record["skipped"][:SHOWN_SKIPPED]:
         show.progress(f"skipped {skipped['source']}: {skipped['reason']}")
     if len(record["skipped"]) > SHOWN_SKIPPED:

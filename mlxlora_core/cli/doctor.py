@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import click
 
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, verb
@@ -70,7 +69,12 @@ def _products(registry: Registry, device: doctor.Device) -> tuple[_Products, lis
     notes = start_runtimes(registry)
     by = "; ".join(note.text for note in notes if not note.warning) or _NO_RUNTIME
     advice = [line for note in notes for line in (note.text if note.warning else "", note.advice) if line]
-    return _Products(by, doctor.matmul_gflops(), stock), advice
+    return _Products(by, _known(doctor.matmul_gflops()), _known(stock)), advice
+
+
+def _known(rate: float | None) -> float | None:
+    """A rate that could be measured, else None."""
+    return rate if rate is not None and math.isfinite(rate) else None
 
 
 def _print(facts: dict[str, Any]) -> None:
@@ -83,8 +87,8 @@ def _print(facts: dict[str, Any]) -> None:
     )
     rows.append(("versions", ", ".join(f"{k} {v or 'missing'}" for k, v in facts["versions"].items())))
     for what, text in rows:
-        click.echo(f"{what:<10}{one_line(text)}")
-    click.echo()
+        show.result(f"{what:<10}{one_line(text)}")
+    show.result()
     show.table(
         ("plugin", "distribution", "version", "origin", "status"),
         [
@@ -94,10 +98,10 @@ def _print(facts: dict[str, Any]) -> None:
     )
     for plugin in facts["plugins"]:
         if plugin["reason"]:
-            click.echo(one_line(f"{plugin['name']}: {plugin['status']}: {plugin['reason']}"))
-    click.echo()
+            show.result(one_line(f"{plugin['name']}: {plugin['status']}: {plugin['reason']}"))
+    show.result()
     for line in facts["advice"] or ["nothing to install or to set for more speed"]:
-        click.echo(f"advice    {one_line(line)}")
+        show.result(f"advice    {one_line(line)}")
 
 
 def _computing(device: Any, products: Any) -> list[tuple[str, str]]:
@@ -105,8 +109,10 @@ def _computing(device: Any, products: Any) -> list[tuple[str, str]]:
     if products is None:
         return [("device", f"none: {device['error']}")]
     stock = products["stock_gflops"]
+    if products["gflops"] is None:
+        return [("device", device["name"]), ("products", "unknown: the clock stands still")]
     rate = f"{products['gflops']:.1f} GFLOP/s"
-    if stock is not None:
+    if stock:
         rate += f", {products['gflops'] / stock:.1f} times stock ({stock:.1f})"
     kind = (
         device["kind"] if device["kind"] == device["backend"] else f"{device['kind']} ({device['backend']})"

@@ -75,4 +75,4 @@ def command(
     if as_json:
         show.as_json(asdict(report))
     else:
-        click.echo(f"{describe_export(asdict(report))}; {time.perf_counter() - started:.1f} s")
+        show.result(f"{describe_export(asdict(report))}; {time.perf_counter() - started:.1f} s")

@@ -63,7 +63,7 @@ def _show(report: FuseReport, save_path: Path, as_json: bool) -> None:
     if as_json:
         show.as_json(asdict(report))
         return
-    click.echo(
+    show.result(
         f"{save_path}: {report.linears} linears fused; logits are {report.distance:.2e} from the adapted "
         f"ones (largest difference {report.largest_difference:.2e}, same most likely token at "
         f"{report.same_argmax:.1%} of positions); the base is {report.base_distance:.2e} from them"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import click
 
 from mlxlora_core.cli import show
 from mlxlora_core.cli.declare import DEFAULT_ADAPTER_FILE
@@ -107,7 +105,7 @@ def measure(
     loss = show.to_its_end(events)
     if not quiet:
         perplexity = f"{loss.perplexity:.3f}" if math.isfinite(loss.perplexity) else "infinite"
-        click.echo(f"test loss {loss.mean:.4f}, perplexity {perplexity}, {loss.tokens} tokens")
+        show.result(f"test loss {loss.mean:.4f}, perplexity {perplexity}, {loss.tokens} tokens")
     return {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens, "rows": len(rows)}
 
 
@@ -126,6 +124,14 @@ def chosen_samplers(
             raise UsageError(f"--temp: sampler '{use}' has no temperature", fix="leave --temp out")
         values = {**values, TEMPERATURE: temp}
     return choose_samplers(use, values, registry)
+
+
+def given_text(argument: str) -> str:
+    """A text of the command line: bytes that the encoding of the locale does not have are UTF-8."""
+    try:
+        return argument if argument.isprintable() else os.fsencode(argument).decode("utf-8")
+    except UnicodeError:  # told where it is encoded
+        return argument
 
 
 def continue_prompt(
@@ -155,6 +161,5 @@ def continue_prompt(
 def _shown(segments: Iterable[Segment]) -> Iterator[Segment]:
     """The segments, each printed as it comes; the last ends the line."""
     for segment in segments:
-        click.echo(segment.text, nl=segment.finish is not None)
-        sys.stdout.flush()
+        show.result(segment.text, end="" if segment.finish is None else "\n")
         yield segment

@@ -26,13 +26,13 @@ def command(registry: Registry, kind: str, name: str, as_json: bool) -> None:
         records = [_record(option) | {"section": False} for option in own]
         show.as_json(records + [_record(option) | {"section": True} for option in section])
         return
-    click.echo(f"{kind} {component.id}: {component.spec.summary}")
+    show.result(f"{kind} {component.id}: {component.spec.summary}")
     if own:
         _show("option", own)
     else:
-        click.echo("It has no options.")
+        show.result("It has no options.")
     if section:
-        click.echo(f"In the section of every {kind}, beside use:")
+        show.result(f"In the section of every {kind}, beside use:")
         _show("key", section)
 
 

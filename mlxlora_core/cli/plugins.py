@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import click
-
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, verb
 from mlxlora_core.errors import one_line
@@ -32,4 +30,4 @@ def command(registry: Registry, as_json: bool) -> None:
     )
     for plugin in registry.plugins:
         if plugin.reason:
-            click.echo(f"{one_line(plugin.name)}: {plugin.status}: {plugin.reason}")
+            show.result(f"{one_line(plugin.name)}: {plugin.status}: {plugin.reason}")

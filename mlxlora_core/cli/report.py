@@ -27,4 +27,4 @@ def command(registry: Registry, run: Path | None) -> None:
     facts = read_facts(folder)
     for fault in facts.faults:
         show.warning(f"left out of the report: {fault}")
-    click.echo(write_report(folder, facts))
+    show.result(write_report(folder, facts))

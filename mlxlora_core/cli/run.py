@@ -23,6 +23,7 @@ from mlxlora_core.runs.observing import ObserverFailed
 from mlxlora_core.runs.plan import plan
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.recipe_source import find_recipe, read
+from mlxlora_core.runs.samplers import check_samplers
 from mlxlora_core.runs.stages import STAGES
 from mlxlora_core.training.events import Note
 
@@ -49,10 +50,12 @@ def command(
     """
     resolved = read(find_recipe(recipe or DEFAULT_RECIPE, registry), sets, registry)
     if dry_run:
+        check_samplers(resolved.sampler)
         _dry_run(resolved, as_json)
         return
     hold(resolved.folder)
     runtimes = start(registry)
+    check_samplers(resolved.sampler)
     started = time.perf_counter()
     _follow(pipeline.run(resolved, registry, runtimes, resume_command(resume=False)))
     record = RunFolder(resolved.folder).record
@@ -60,9 +63,9 @@ def command(
         show.as_json(record)
     else:
         _summary(resolved, record)
-        click.echo(f"{resolved.folder / REPORT} shows the run; {time.perf_counter() - started:.1f} s")
+        show.result(f"{resolved.folder / REPORT} shows the run; {time.perf_counter() - started:.1f} s")
         plugins = click.get_current_context().params["plugins"]
-        click.echo(f"To ask the tuned model:\n  {question_command(resolved, plugins)}")
+        show.result(f"To ask the tuned model:\n  {question_command(resolved, plugins)}")
 
 
 def _follow(events: Iterator[Event]) -> None:
@@ -102,9 +105,9 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
         [(name, _value(values, name), origin) for name, origin in sorted(recipe.origins.items())],
         width=LINE,
     )
-    click.echo()
+    show.result()
     for stage, will in todo.items():
-        click.echo(f"{stage}: {'would be done' if will else 'done already'}")
+        show.result(f"{stage}: {'would be done' if will else 'done already'}")
 
 
 def _value(values: dict[str, Any], name: str) -> str:
@@ -119,7 +122,7 @@ def _summary(recipe: Recipe, record: dict[str, Any]) -> None:
     before, after = (record["stages"][stage]["result"] for stage in ("before", "after"))
     summary = record["summary"]
     for split, loss in summary["losses"].items():
-        click.echo(
+        show.result(
             f"held-out loss ({split}, {after['losses'][split]['tokens']} tokens): {loss['before']:.4f} -> "
             f"{loss['after']:.4f} nats a token ({describe_change(loss['change'])})"
         )
@@ -130,7 +133,7 @@ def _summary(recipe: Recipe, record: dict[str, Any]) -> None:
         asked = summary["questions"][test]
         if asked["questions"]:
             sentence, exact, count = asked["first_sentence"], asked["exact"], asked["questions"]
-            click.echo(
+            show.result(
                 f"{count} question{'s'[: count - 1]} {meaning}: first sentence exact {sentence['before']} -> "
                 f"{sentence['after']}, whole answer exact {exact['before']} -> {exact['after']}"
             )
@@ -138,21 +141,21 @@ def _summary(recipe: Recipe, record: dict[str, Any]) -> None:
         return
     pairs = list(zip(before["answers"], after["answers"], strict=True))
     if any(new["expected"] is not None for _, new in pairs):
-        click.echo()
+        show.result()
         show.table(
             ("question", "row", "before", "after"),
             [(_short(new["prompt"]), new["split"] or "none", _mark(old), _mark(new)) for old, new in pairs],
         )
-        click.echo("\u2713 first sentence exact, \u2713\u2713 whole answer exact")
+        show.result("\u2713 first sentence exact, \u2713\u2713 whole answer exact")
     asked = [pair for pair in pairs if pair[1]["expected"] is None] or pairs[:1]
     for old, new in asked[:SHOWN_ANSWERS]:
-        click.echo()
-        click.echo(one_line(old["prompt"]))
-        click.echo(f"  before: {_indented(old['text'])}")
-        click.echo(f"  after:  {_indented(new['text'])}")
-    click.echo()
+        show.result()
+        show.result(one_line(old["prompt"]))
+        show.result(f"  before: {_indented(old['text'])}")
+        show.result(f"  after:  {_indented(new['text'])}")
+    show.result()
     if len(asked) > SHOWN_ANSWERS:
-        click.echo(f"{len(asked) - SHOWN_ANSWERS} more answers are in the report")
+        show.result(f"{len(asked) - SHOWN_ANSWERS} more answers are in the report")
 
 
 def _short(prompt: str) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 
 import click
 
-from mlxlora_core.cli import declare, show
-from mlxlora_core.errors import SettingsChanged, bounded
+from mlxlora_core.cli import declare, show, streams
+from mlxlora_core.errors import SettingsChanged, bounded, listing
 from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.plugins import Registry, load, start_runtimes
 from mlxlora_core.plugins.blame import told
+from mlxlora_core.plugins.surroundings import kept
 
 PLUGIN_OPTION = click.option(
     "-P",
@@ -64,7 +65,8 @@ def verb(
         def call(plugins: Sequence[str], **arguments: Any) -> Any:
             registry = open_registry(plugins, tolerant)
             try:
-                with told(registry.plugins):
+                foreign = listing([p for p in registry.plugins if p.components and p.origin != "built-in"])
+                with streams.apart(), told(registry.plugins), kept(f"one of {foreign}", foreign != "none"):
                     return function(registry, **arguments)
             except SettingsChanged as fault:
                 show.changes(fault.rows)
@@ -86,15 +88,8 @@ def open_registry(plugins: Sequence[str], tolerant: bool = False) -> Registry:
     for warning in registry.warnings:
         show.warning(warning)
     for plugin in registry.failed:
-        click.echo(
-            "mlxlora: "
-            + bounded(
-                f"plugin {plugin} failed to load: ",
-                plugin.reason,
-                f" (leave it out with -P no:{plugin.name})",
-            ),
-            err=True,
-        )
+        leave = f" (leave it out with -P no:{plugin.name})"
+        show.progress("mlxlora: " + bounded(f"plugin {plugin} failed to load: ", plugin.reason, leave))
     return registry
 
 
@@ -117,5 +112,5 @@ def start(registry: Registry) -> list[str]:
     notes = start_runtimes(registry)
     for note in notes:
         if note.warning:
-            click.echo(f"mlxlora: {bounded(note.text)}", err=True)
+            show.progress(f"mlxlora: {bounded(note.text)}")
     return [note.text for note in notes]

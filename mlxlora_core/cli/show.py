@@ -7,12 +7,11 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import click
-
+from mlxlora_core.cli import streams
 from mlxlora_core.errors import bounded, one_line, short
 from mlxlora_core.files.documents import finite
 from mlxlora_core.plugins import Plugin
@@ -36,9 +35,24 @@ _CELL_LETTERS = 300  # of a setting that is told
 SECONDS_A_LINE = 30  # between two lines of progress, where there is no terminal
 
 
+def result(text: object = "", end: str = "\n") -> None:
+    """Print a result on stdout, a line unless ``end`` says otherwise; a terminal gets it at once."""
+    stream = streams.results()
+    stream.write(f"{text}{end}")
+    if stream.isatty() or not end:
+        stream.flush()
+
+
 def as_json(value: Any) -> None:
-    """Print one JSON document on stdout; a number that is not finite is null beside a word."""
-    click.echo(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+    """Print one JSON document on stdout.
+
+    A number that is not finite is null beside a word; what is no letter, or has no place in
+    the encoding of stdout, is escaped.
+    """
+    encoding = getattr(streams.results(), "encoding", None) or "utf-8"
+    in_ascii = not encoding.lower().startswith("utf")
+    document = json.dumps(finite(value), indent=2, ensure_ascii=in_ascii, allow_nan=False)
+    result("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in document))
 
 
 def changes(rows: Iterable[tuple[str, str, str]]) -> None:
@@ -53,9 +67,9 @@ def changes(rows: Iterable[tuple[str, str, str]]) -> None:
 
 
 def progress(line: str) -> None:
-    """Print one line of progress on stderr; where nobody reads it any more, the work goes on."""
-    with suppress(BrokenPipeError):
-        click.echo(bounded(line), err=True)
+    """Print one line of progress on stderr, control characters made visible."""
+    sys.stderr.write(f"{bounded(line)}\n")
+    sys.stderr.flush()
 
 
 def warning(text: str) -> None:
@@ -78,7 +92,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], width: int 
         _narrow(widths, width - len("  ") * (len(widths) - 1))
         cells = [line for row in cells for line in _broken(row, widths)]
     for row in cells:
-        click.echo("  ".join(cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)).rstrip())
+        result("  ".join(cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)).rstrip())
 
 
 def _broken(row: Sequence[str], widths: Sequence[int]) -> Iterator[list[str]]:
@@ -198,9 +212,19 @@ class Bar:
         )
 
         far = (MofNCompleteColumn(), TimeRemainingColumn(compact=True)) if counted else (TimeElapsedColumn(),)
-        bar = Progress(TextColumn(what), BarColumn(), *far, console=_screen(), transient=True)
+        title = TextColumn("{task.description}", markup=False)
+        # Whatever else is printed goes on through the streams that escape it, not through rich.
+        bar = Progress(
+            title,
+            BarColumn(),
+            *far,
+            console=_screen(),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         self._progress = self._stack.enter_context(bar)
-        self._task = bar.add_task(what, total=None)
+        self._task = bar.add_task(streams.visible(what), total=None)
 
     def end(self) -> None:
         """Take the bar away."""
@@ -212,8 +236,4 @@ def _screen() -> Console:
     """stderr, for a bar and the lines above it."""
     from rich.console import Console
 
-    class Screen(Console):
-        def on_broken_pipe(self) -> None:  # rich's own ends the process, and stdout with it
-            self.quiet = True
-
-    return Screen(stderr=True, highlight=False, soft_wrap=True)
+    return Console(file=streams.terminal(), highlight=False, soft_wrap=True)

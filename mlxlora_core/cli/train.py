@@ -11,7 +11,7 @@ import click
 
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.command_line import resume_command
-from mlxlora_core.cli.model import chosen_samplers, continue_prompt, load_base, measure
+from mlxlora_core.cli.model import chosen_samplers, continue_prompt, given_text, load_base, measure
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain, plain
@@ -30,6 +30,7 @@ from mlxlora_core.runs.recipe import (
     without_none,
 )
 from mlxlora_core.runs.report import length_counts
+from mlxlora_core.runs.samplers import check_samplers
 from mlxlora_core.runs.training_record import TrainingRecord, open_folder
 from mlxlora_core.training.checkpoints import Start, check_plugins, find, find_for
 from mlxlora_core.training.events import TrainEvent, TrainResult
@@ -140,11 +141,10 @@ def command(
     found, folder = find_for(asked.how, checkpoints), open_folder(checkpoints)
     refuse_finished(adapter_file, asked.how)
     runtimes = start(registry)
-    from mlxlora_core.model.drawing import Drawing
     from mlxlora_core.training.session import open_training
 
     # A sampler that is faulty is told now and not when hours of training are over.
-    Drawing([(sampler.component, sampler.options) for sampler in asked.samplers], seed)
+    check_samplers(asked.samplers)
     base = load_base(model, registry)
     session = open_training(
         base,
@@ -168,7 +168,7 @@ def command(
     if test:
         result["test"] = measure(base, data, asked.train, asked.evaluate, quiet=as_json)
     if prompt is not None:
-        said = continue_prompt(base, prompt, asked.samplers, asked.generate, seed, quiet=as_json)
+        said = continue_prompt(base, given_text(prompt), asked.samplers, asked.generate, seed, quiet=as_json)
         result |= {"text": said.text, "finish": said.finish}
     if as_json:
         show.as_json(result)

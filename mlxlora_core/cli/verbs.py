@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from typing import Any
 
 import click
@@ -83,8 +84,8 @@ def execute(arguments: list[str]) -> int:
     except click.Abort as fault:  # click's word for it
         raise KeyboardInterrupt from fault
     except BaseException as fault:
-        if debug and not isinstance(fault, SystemExit):
-            raise
+        if debug and not isinstance(fault, click.UsageError):
+            sys.stderr.write("".join(traceback.format_exception(fault)))
         return _tell(fault)
 
 
@@ -99,12 +100,10 @@ def _tell(fault: BaseException) -> int:
     known = fault if isinstance(fault, MlxloraError) else exhausted(fault)
     if known is not None:
         return _say(str(known), known.exit_code)
-    if isinstance(fault, SystemExit):
-        return fault.code if isinstance(fault.code, int) else ExitCode.DEFECT
     what = f"{type(fault).__name__}: {fault}"
     return _say(f"a defect of mlxlora: {what}. Fix: report it with what --debug prints", ExitCode.DEFECT)
 
 
 def _say(message: str, code: int) -> int:
-    click.echo(f"mlxlora: {bounded(message)}", err=True)
+    sys.stderr.write(f"mlxlora: {bounded(message)}\n")
     return code

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mlxlora_core.errors import UsageError
+from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.machine.processors import thread_count
 
 if TYPE_CHECKING:
@@ -60,11 +61,12 @@ def prepare_cpu() -> None:
 
     Raises:
         UsageError: MLX has no backend here.
+        ResourceError: there is too little memory to load it.
     """
     try:
         import mlx.core as mx
     except ImportError as fault:
-        raise UsageError(
+        raise exhausted(fault) or UsageError(
             f"MLX cannot be used: {fault}",
             fix="pip install 'mlxlora[cpu]', or 'mlxlora[cuda13]' for an NVIDIA GPU",
         ) from fault

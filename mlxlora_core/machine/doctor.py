@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlxlora_core.errors import ResourceError, UsageError
+from mlxlora_core.machine.children import safe_environment, safe_python
 from mlxlora_core.machine.memory import memory_bytes, memory_limit_bytes
 from mlxlora_core.machine.processors import THREADS, cpu_quota, processors, thread_count
 from mlxlora_core.version import __version__
@@ -30,6 +31,7 @@ DISTRIBUTIONS = ("mlx", "numpy", "torch", "sentencepiece", "safetensors", "scipy
 _SIDE_CPU, _SIDE_GPU = 512, 4096
 _MEASURE_SECONDS = 0.3
 _CHILD_SECONDS = 60
+_MOST_PRODUCTS = 200
 
 _CPU = "pip install 'mlxlora[cpu]'"
 _CUDA = "pip install 'mlxlora[cuda13]'"
@@ -112,7 +114,7 @@ def device() -> Device:
 def matmul_gflops() -> float:
     """GFLOP/s of ``a @ b.T``, a linear layer: float32 on a CPU, float16 on a GPU; takes half a second.
 
-    A product of (M, K) and (K, N) is 2 M K N floating-point operations.
+    A product of (M, K) and (K, N) is 2 M K N floating-point operations. NaN when the clock stands still.
 
     Raises:
         ImportError: there is no MLX.
@@ -124,19 +126,26 @@ def matmul_gflops() -> float:
     a, b = (mx.random.normal((side, side)).astype(mx.float16 if on_gpu else mx.float32) for _ in range(2))
     mx.eval(a @ b.T)
     found: list[float] = []
-    while len(found) < 2 or sum(found) < _MEASURE_SECONDS:
+    while len(found) < _MOST_PRODUCTS and (len(found) < 2 or sum(found) < _MEASURE_SECONDS):
         began = time.perf_counter()
         mx.eval(a @ b.T)
         found.append(time.perf_counter() - began)
-    return 2e-9 * side**3 / statistics.median(found)
+    median = statistics.median(found)
+    return 2e-9 * side**3 / median if median > 0 else math.nan
 
 
 def stock_matmul_gflops() -> float | None:
     """As :func:`matmul_gflops`, in a process where no runtime has been started; None if that fails."""
-    code = "from mlxlora_core.machine import matmul_gflops; print(matmul_gflops())"
+    code = "from mlxlora_core.machine.doctor import matmul_gflops; print(matmul_gflops())"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=_CHILD_SECONDS
+            safe_python("-c", code),
+            env=safe_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_CHILD_SECONDS,
         )
         return float(done.stdout)
     except (OSError, ValueError, subprocess.SubprocessError):
@@ -146,7 +155,7 @@ def stock_matmul_gflops() -> float | None:
 def threads() -> Threads:
     """Processors and threads of this process."""
     try:
-        count = thread_count()
+        count: int | None = thread_count()
     except UsageError:
         count = None
     return Threads(os.cpu_count() or 1, processors(), cpu_quota(), os.environ.get(THREADS, ""), count)

@@ -19,12 +19,28 @@ LIMITS = {
     errno.EMFILE,
     errno.ENFILE,
     errno.ENOMEM,
+    errno.EAGAIN,
+    errno.ENOLCK,
+    errno.ENOBUFS,
     errno.ENAMETOOLONG,
     errno.ELOOP,
 }
 
-#: what MLX says, on any backend, when it gets no memory
-_NO_MEMORY = ("unable to allocate", "out of memory", "insufficient memory", "maximum allowed buffer size")
+#: what MLX says, on any backend, and what PyTorch, NumPy, C++ and the loader of libraries say without memory
+_NO_MEMORY = (
+    "unable to allocate",
+    "out of memory",
+    "insufficient memory",
+    "not enough memory",
+    "maximum allowed buffer size",
+    "can't allocate",
+    "cannot allocate",
+    "could not allocate",
+    "failed to allocate",
+    "bad_alloc",
+    "failed to map segment",
+    "can't start new thread",
+)
 
 #: what MLX says when a GPU gives up
 _NO_GPU = ("command buffer execution failed", "cuda error", "gpu timeout")
@@ -32,19 +48,31 @@ _NO_GPU = ("command buffer execution failed", "cuda error", "gpu timeout")
 
 def exhausted(fault: BaseException) -> ResourceError | None:
     """The error that a fault of disk, memory, GPU or a limit is for the user; None for any other fault."""
-    if isinstance(fault, MemoryError) or (
-        isinstance(fault, RuntimeError) and any(words in str(fault).lower() for words in _NO_MEMORY)
-    ):
+    said = _said(fault)
+    if isinstance(fault, MemoryError) or _tells(fault, said, _NO_MEMORY):
         return ResourceError(
-            f"there is not enough memory{f': {fault}' if str(fault) else ''}",
+            f"there is not enough memory{f': {said}' if said else ''}",
             fix="use a smaller model, smaller batches or shorter rows",
         )
-    if isinstance(fault, RuntimeError) and any(words in str(fault).lower() for words in _NO_GPU):
+    if isinstance(fault, RuntimeError) and _tells(fault, said, _NO_GPU):
         return ResourceError(f"the GPU gave up: {fault}", fix="give the same command again")
     if isinstance(fault, OSError) and fault.errno in LIMITS:
         where = os.fsdecode(fault.filename) if isinstance(fault.filename, (str, bytes)) else ""
         return ResourceError(str(fault.strerror), where=where, fix="free it, raise the limit or name another")
     return None
+
+
+def _said(fault: BaseException) -> str:
+    """What an exception says, even one that fails when it is asked."""
+    try:
+        return str(fault)
+    except Exception:
+        return ""
+
+
+def _tells(fault: BaseException, said: str, words: tuple[str, ...]) -> bool:
+    """Whether a library says one of ``words``: as RuntimeError, and as ImportError while it is loaded."""
+    return isinstance(fault, (RuntimeError, ImportError)) and any(word in said.lower() for word in words)
 
 
 def readable_bytes(count: int) -> str:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
+_changes = 0
+
+
 class Interrupted(BaseException):
     """A signal ended the work; no ``except Exception`` takes it for a fault.
 
@@ -66,9 +69,9 @@ def deferred() -> Iterator[Pending]:
     """Let the first signal wait: it is noted in the value of this block, which looks when it suits.
 
     A second signal does at once what it did before the block, and after
-    :func:`install` ends the process; a reader of the output that goes away does not.
-    When the block is left, handlers are what they were. In another thread than the
-    main one nothing is changed and nothing is noted, since signals do not come there.
+    :func:`install` ends the process. When the block is left, handlers are what they
+    were. In another thread than the main one nothing is changed and nothing is noted,
+    since signals do not come there.
     """
     pending = Pending()
     if threading.current_thread() is not threading.main_thread():
@@ -83,12 +86,22 @@ def deferred() -> Iterator[Pending]:
         pending.signum = signum
 
     _handle(note)
-    if hasattr(signal, "SIGPIPE"):
-        before[signal.SIGPIPE] = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
         yield pending
     finally:
         _put(before)
+
+
+def changes() -> int:
+    """How often handlers were changed here; other changes are not ours."""
+    return _changes
+
+
+def is_ours(fault: BaseException) -> bool:
+    """Whether an exception is a signal's, and not one that somebody has raised by hand."""
+    if isinstance(fault, KeyboardInterrupt):
+        return signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return isinstance(fault, Interrupted)
 
 
 def _raise(signum: int, _: FrameType | None) -> None:
@@ -111,5 +124,7 @@ def _handlers() -> dict[int, Handler]:
 
 
 def _put(handlers: dict[int, Handler]) -> None:
+    global _changes
+    _changes += 1
     for signum, handler in handlers.items():
         signal.signal(signum, handler)

@@ -341,7 +341,10 @@ def _attach_tensors(
     tensors: Mapping[str, mx.array],
 ) -> Adapted:
     """Wrap and fill; when the tensors do not fit, the model is left as it was."""
-    adapted = _wrap(model, choice, config, chosen, seed=0)
+    try:
+        adapted = _wrap(model, choice, config, chosen, seed=0)
+    except UsageError as fault:  # the options are those of the file
+        raise ModelError(fault.what, where=path) from fault
     places = trainable(model.module)
     faults = mismatches(tensors, places)
     if not faults:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mlxlora_core.errors import DivergedError
 from mlxlora_core.plugins import Component, check_call
+from mlxlora_core.plugins.surroundings import kept
 
 
 class Drawing:
@@ -31,6 +32,8 @@ class Drawing:
             for component, options in samplers
         ]
         self._seed = seed
+        # Looking around after each token would cost too much; once must do.
+        self._harmless = {c.id for c, _ in self._transforms if c.plugin.origin == "built-in"}
 
     def __call__(self, logits: mx.array, tokens: Sequence[int]) -> int:
         """The id that follows the ids ``tokens``.
@@ -51,8 +54,12 @@ class Drawing:
         history = tuple(tokens)
         highest = []
         for component, transform in self._transforms:
-            logits = _changed(component, transform(logits, history), logits)
+            with kept(f"sampler {component.id}", look=component.id not in self._harmless) as watch:
+                changed = transform(logits, history)
+            logits = _changed(component, changed, logits)
             highest.append(logits.max())  # computed only where there is a fault to find
+            if not watch.changed:
+                self._harmless.add(component.id)
         values = np.array(logits)
         if not np.isfinite(values.max()):
             self._blame([float(value) for value in highest])

@@ -188,7 +188,7 @@ def other_arguments(function: Callable[..., Any], arguments: Sequence[str]) -> s
 def reason_of(fault: BaseException) -> str:
     """What an exception says, on one line; even one that fails when it is asked."""
     if isinstance(fault, SystemExit):
-        return bounded(f"it called sys.exit({fault.code!r})")
+        return bounded(f"it called {getattr(fault, 'call', f'sys.exit({fault.code!r})')}")
     try:
         text = str(fault)
     except Exception:

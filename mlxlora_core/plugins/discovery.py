@@ -14,7 +14,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from importlib.machinery import SourceFileLoader
@@ -23,11 +22,13 @@ from types import ModuleType
 from typing import Any
 
 from mlxlora_core.errors import PluginError, UsageError, listing, nearest
-from mlxlora_core.machine.signals import Interrupted
-from mlxlora_core.plugins.blame import guarded
+from mlxlora_core.machine.limits import exhausted
+from mlxlora_core.machine.signals import is_ours
+from mlxlora_core.plugins.blame import files_of, guarded
 from mlxlora_core.plugins.checks import collect_specs, reason_of
 from mlxlora_core.plugins.lookup import Registry
 from mlxlora_core.plugins.plugin import DISTRIBUTION, Component, Plugin, Status, normal_name
+from mlxlora_core.plugins.surroundings import kept, refuse_endings
 
 GROUP = "mlxlora"
 ALLOW_LIST = "MLXLORA_PLUGINS"
@@ -54,6 +55,7 @@ def load(
             required and left out.
         PluginError: a name in the list that no plugin has, or a plugin named
             with ``-P`` that cannot be loaded.
+        ResourceError: a plugin named with ``-P`` finds too little memory, or another limit is reached.
     """
     environ = os.environ if environ is None else environ
     wanted, banned, files = _selection(select)
@@ -65,11 +67,16 @@ def load(
         raise PluginError(fault, fix=f"correct {ALLOW_LIST}, or see: mlxlora plugins")
     plugins: list[Plugin] = []
     components: list[Component] = []
+    foreign: list[Plugin] = []
     for plugin, get in [*found, *map(_file_plugin, files)]:
         status = _chosen(plugin, wanted, banned, allowed)
         if status:
             plugins.append(replace(plugin, status=status[0], reason=status[1]))
             continue
+        if plugin.origin != "built-in":
+            foreign.append(plugin)
+            if len(foreign) == 1:
+                refuse_endings(lambda file: any(file in files_of(one) for one in foreign))
         plugin, gained = _load_one(plugin, get)
         plugins.append(plugin)
         components += gained
@@ -77,7 +84,8 @@ def load(
             plugin.origin == "file" or any(plugin.answers_to(name) for name in wanted)
         ):
             what = f"plugin {plugin} failed to load: {plugin.reason}"
-            raise PluginError(what, where=plugin.value) from plugin.fault
+            known = exhausted(plugin.fault) if plugin.fault else None
+            raise known or PluginError(what, where=plugin.value) from plugin.fault
     return Registry(plugins, components, [fault] if fault else [])
 
 
@@ -220,11 +228,13 @@ def _load_one(plugin: Plugin, get: Callable[[], Any]) -> tuple[Plugin, list[Comp
     it, and its prints go to stderr, since stdout holds results alone.
     """
     try:
-        with redirect_stdout(sys.stderr):
+        with kept(f"plugin {plugin}", look=plugin.origin != "built-in") as watch:
+            watch.environ = True
             collected = [(kind, guarded(kind, spec, plugin)) for kind, spec in collect_specs(get())]
-    except (KeyboardInterrupt, Interrupted):
-        raise
+            watch.environ = False  # one that is loaded may have set variables
     except BaseException as fault:
+        if is_ours(fault):
+            raise
         return replace(plugin, status="error", reason=reason_of(fault), fault=fault), []
     plugin = replace(plugin, components=tuple((kind, spec.name) for kind, spec in collected))
     return plugin, [Component(kind, spec, plugin) for kind, spec in collected]

@@ -7,10 +7,11 @@ from functools import cache
 
 from mlxlora_core.errors import PluginError, one_line
 from mlxlora_core.machine.device import use_exponential, use_for_products
-from mlxlora_core.machine.signals import Interrupted
+from mlxlora_core.machine.signals import is_ours
 from mlxlora_core.plugins.checks import reason_of
 from mlxlora_core.plugins.lookup import Registry
 from mlxlora_core.plugins.plugin import Component
+from mlxlora_core.plugins.surroundings import kept
 from mlxlora_core.values import RuntimeStarted
 
 
@@ -27,12 +28,13 @@ def start_runtimes(registry: Registry) -> list[RuntimeStarted]:
 def _start(component: Component) -> RuntimeStarted | None:
     """Start one, unless it is started already; what it has to say."""
     try:
-        note: RuntimeStarted | None = component.spec.start()
+        with kept(f"runtime {component.id}", look=component.plugin.origin != "built-in"):
+            note: RuntimeStarted | None = component.spec.start()
         if note is not None and not isinstance(note, RuntimeStarted):
             raise PluginError(f"start gives {type(note).__name__}, wanted RuntimeStarted or None")
-    except (KeyboardInterrupt, Interrupted):
-        raise
     except BaseException as fault:
+        if is_ours(fault):
+            raise
         note = RuntimeStarted(f"runtime {component.id} failed: {reason_of(fault)}", warning=True)
     if note is None:
         return None

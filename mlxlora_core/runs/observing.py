@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mlxlora_core.errors import MlxloraError
 from mlxlora_core.files.documents import finite
-from mlxlora_core.machine.signals import Interrupted
+from mlxlora_core.machine.signals import Interrupted, is_ours
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component
 from mlxlora_core.plugins.checks import other_arguments, reason_of
+from mlxlora_core.plugins.surroundings import kept
 from mlxlora_core.training.events import Advanced, SpikeReport, TrainReport, ValidReport, report_line
 from mlxlora_core.values import RunInfo, Watcher
 
@@ -87,18 +87,18 @@ class _Watchers:
     """The watchers that have not broken."""
 
     def __init__(self) -> None:
-        self._active: dict[str, Watcher] = {}
+        self._active: dict[str, tuple[Component, Watcher]] = {}
 
     def start(self, observers: Iterable[Choice], info: RunInfo) -> Iterator[ObserverFailed]:
         for choice in observers:
             component = choice.component
             try:
-                with redirect_stdout(sys.stderr):
+                with _apart(component, "start"):
                     watcher = component.spec.start(copy.deepcopy(info), choice.options)
-                self._active[component.id] = _checked(component, watcher)
-            except (KeyboardInterrupt, Interrupted):
-                raise
+                self._active[component.id] = component, _checked(component, watcher)
             except BaseException as fault:
+                if is_ours(fault):
+                    raise
                 yield _failed(component.id, "start", fault)
 
     def tell(self, event: Mapping[str, Any]) -> Iterator[ObserverFailed]:
@@ -108,15 +108,20 @@ class _Watchers:
         yield from self._each("end", lambda watcher: watcher.end(how))
 
     def _each(self, what: str, call: Callable[[Watcher], None]) -> Iterator[ObserverFailed]:
-        for name, watcher in list(self._active.items()):
+        for name, (component, watcher) in list(self._active.items()):
             try:
-                with redirect_stdout(sys.stderr):  # stdout holds the result of the verb
+                with _apart(component, what):
                     call(watcher)
-            except (KeyboardInterrupt, Interrupted):
-                raise
             except BaseException as fault:
+                if is_ours(fault):
+                    raise
                 del self._active[name]
                 yield _failed(name, what, fault)
+
+
+def _apart(component: Component, what: str) -> AbstractContextManager[Any]:
+    """What a watcher's function runs in: stdout holds the result of the verb."""
+    return kept(f"observer {component.id}, in {what},", look=component.plugin.origin != "built-in")
 
 
 def _checked(component: Component, watcher: Any) -> Watcher:

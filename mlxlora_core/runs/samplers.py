@@ -12,7 +12,7 @@ from typing import Any
 
 from mlxlora_core.errors import UsageError, listing, nearest
 from mlxlora_core.options import explain
-from mlxlora_core.plugins import Component
+from mlxlora_core.plugins import Choice, Component, check_call
 
 TEMPERATURE = "temp"
 
@@ -108,3 +108,17 @@ def _fault(key: str, takers: Sequence[int], components: Sequence[Component]) -> 
     known = sorted({option for component in components for option in _options(component)})
     there_is = f"{nearest(name, known)}they have {listing(known, 20)}"
     return f"{kind}s {listing(called)} have no option '{name}' ({there_is})"
+
+
+def check_samplers(choices: Iterable[Choice]) -> None:
+    """Build the samplers of others once, so that what they refuse is told before the work and not after it.
+
+    The options of those that come along are known to be good, and they need MLX.
+
+    Raises:
+        UsageError: an option that a sampler refuses.
+        PluginError: one that builds no function of logits and ids.
+    """
+    for component, options in ((choice.component, choice.options) for choice in choices):
+        if component.plugin.origin != "built-in":
+            check_call(component, "build", component.spec.build(options), "logits", "tokens")

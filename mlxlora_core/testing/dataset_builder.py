@@ -25,6 +25,7 @@ import pytest
 
 from mlxlora_core.errors import DataError, one_line
 from mlxlora_core.files.jsonl import check_content
+from mlxlora_core.machine.children import safe_python
 from mlxlora_core.options import explain, parse
 from mlxlora_core.plugins.sections import SplitConfig
 from mlxlora_core.specs import DatasetBuilder
@@ -124,7 +125,7 @@ class DatasetBuilderSuite:
         build: Any = self.spec.build
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         done = subprocess.run(
-            [sys.executable, "-c", _BUILD, build.__module__, build.__qualname__, str(given), str(out)],
+            safe_python("-c", _BUILD, build.__module__, build.__qualname__, str(given), str(out)),
             env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": hash_seed},
             cwd=elsewhere,
             capture_output=True,

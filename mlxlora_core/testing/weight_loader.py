@@ -16,7 +16,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import pytest
 
 from mlxlora_core.errors import MlxloraError
 from mlxlora_core.files.input_file import is_plain_name
+from mlxlora_core.machine.children import safe_python
 from mlxlora_core.specs import WeightLoader
 from mlxlora_core.values import ForeignModel
 
@@ -185,7 +185,7 @@ class WeightLoaderSuite:
         """Reading a large checkpoint takes hardly more memory than reading its first tensor."""
         self.write_large(tmp_path, self.large_bytes)
         try:
-            command = [sys.executable, "-c", _MEASURE, self.spec.name, str(self.path(tmp_path))]
+            command = safe_python("-c", _MEASURE, self.spec.name, str(self.path(tmp_path)))
             done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         finally:
             shutil.rmtree(tmp_path)  # pytest keeps folders of earlier runs

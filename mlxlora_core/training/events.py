@@ -20,7 +20,7 @@ class TrainReport:
         loss: nats per counted token over these steps; NaN when none was sound.
         learning_rate: of the last step.
         grad_norm: of the last step, before clipping.
-        steps_per_second: only the time of training steps counts.
+        steps_per_second: only the time of training steps counts; NaN when the clock stood still.
         tokens_per_second: counted tokens.
         trained_tokens: counted tokens since the start.
         peak_memory_bytes: most that MLX has held.

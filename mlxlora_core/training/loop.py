@@ -180,8 +180,8 @@ class Training:
             loss=window.nats / window.tokens if window.tokens else math.nan,
             learning_rate=rate,
             grad_norm=norm,
-            steps_per_second=window.steps / window.seconds,
-            tokens_per_second=window.tokens / window.seconds,
+            steps_per_second=_rate(window.steps, window.seconds),
+            tokens_per_second=_rate(window.tokens, window.seconds),
             trained_tokens=self.progress.trained_tokens,
             peak_memory_bytes=mx.get_peak_memory(),
             clipped=window.clipped,
@@ -238,6 +238,11 @@ def _gradient(
     total = tree_map(lambda g: g / loss.tokens, total)
     squares = [leaf.astype(mx.float32).square().sum() for leaf in dict(tree_flatten(total)).values()]
     return loss, math.sqrt(float(mx.stack(squares).sum())), total
+
+
+def _rate(count: int, seconds: float) -> float:
+    """How many a second; NaN where the clock stood still or went back."""
+    return count / seconds if seconds > 0 else math.nan
 
 
 def _diverged(loss: Loss, step: int, rows: Sequence[int], recent: Sequence[float]) -> DivergedError:

@@ -29,7 +29,9 @@ class TrainConfig(BatchConfig):
     grad_accumulation: int = option(1, help="batches a step", minimum=1)
     optimizer: str = option("adam", help="the optimizer", choices=("adam", "adamw", "muon"))
     learning_rate: float = option(1e-5, help="peak learning rate", above=0)
-    weight_decay: float = option(0.01, help="decoupled weight decay, of adamw and muon", minimum=0)
+    weight_decay: float = option(
+        0.01, help="decoupled weight decay, of adamw and muon", minimum=0, maximum=100
+    )
     schedule: str = option("constant", help="learning rate after the warm-up", choices=("constant", "cosine"))
     warmup: int = option(0, help="steps over which the learning rate rises from 0", unit="steps", minimum=0)
     min_learning_rate: float = option(0.0, help="where the cosine schedule ends", minimum=0)

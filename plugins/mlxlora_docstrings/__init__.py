@@ -29,7 +29,7 @@ class DocstringOptions:
         choices=("import", "static"),
     )
     time_limit: float = option(
-        120.0, help="longest that reading one package may take", unit="seconds", above=0
+        120.0, help="longest that reading one package may take", unit="seconds", above=0, maximum=10_000_000
     )
 
     def __post_init__(self) -> None:

@@ -18,7 +18,9 @@ class LoRAOptions:
     """How large the update is."""
 
     rank: int = option(8, help="rank of the update", minimum=1)
-    scale: float = option(2.0, help="factor on the update, alpha / rank in the paper; any number but 0")
+    scale: float = option(
+        2.0, help="factor on the update, alpha / rank in the paper; not 0", minimum=-10_000, maximum=10_000
+    )
     dropout: float = option(
         0.0, help="share of the inputs of the update dropped while training", minimum=0, below=1
     )

@@ -121,3 +121,15 @@ def undocumented(node: ast.AST, place: str) -> Iterator[str]:
 def test_everything_public_has_a_docstring() -> None:
     trees = [(ast.parse(path.read_text("utf-8"), path), str(path.relative_to(ROOT))) for path in FILES]
     assert [place for tree, name in trees for place in undocumented(tree, name)] == []
+
+
+# --- output -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((CORE / "cli").glob("*.py")), ids=lambda path: path.name)
+def test_results_and_messages_go_through_one_place(path: Path) -> None:
+    """``show.result`` and ``show.progress``: what ``click.echo`` prints within a verb is no result."""
+    calls = [
+        ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Call)
+    ]
+    assert not {"click.echo", "click.secho", "print", "sys.stdout.write"} & set(calls)

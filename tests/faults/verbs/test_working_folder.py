@@ -1,0 +1,114 @@
+"""No process that mlxlora starts looks for modules in the folder that it is started in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlxlora_core.machine.children import safe_environment, safe_python
+
+#: runs a verb and tells which modules were imported, those of its child processes among them
+LIST = """
+import json, os, subprocess, sys
+from pathlib import Path
+from mlxlora_core import cli
+folder = Path(sys.argv.pop(1))
+code = cli.execute(sys.argv[1:])
+assert code in (0, 3, 5), code
+names = {name.partition(".")[0] for name in sys.modules}
+(folder / "names.json").write_text(json.dumps(sorted(names)))
+"""
+
+#: what any verb may import, though not where this test has seen it
+ALSO = {"statistics", "decimal", "random", "subprocess", "mlx", "numpy", "torch", "griffe", "csv", "email"}
+
+VERBS = {
+    "doctor": "",
+    "plugins": "",
+    "components": "",
+    "options": "sampler top-p",
+    "convert": "--torch-path $CHECKPOINT --mlx-path $OUT/model",
+    "data": "--builder docstrings --package pluggy --out $OUT/rows",
+    "train": "--model $MODEL --data $ROWS --adapter-file $OUT/a.safetensors --iters 1 --observer csv",
+    "evaluate": "--model $MODEL --data $ROWS",
+    "generate": "--model $MODEL -p A -n 2",
+    "fuse": "--model $MODEL --adapter-file $ADAPTER --save-path $OUT/fused",
+    "export": "--model $MODEL --to npz --out $OUT/export",
+    "run": "demo --dry-run",
+    "report": "$OUT/none",
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_module_that_lies_around_is_not_run(
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    tiny_model: Path,
+    tiny_rows: Path,
+    tiny_adapter: Path,
+    verb: str,
+) -> None:
+    out, here = tmp_path / "out", tmp_path / "here"
+    out.mkdir()
+    here.mkdir()
+    places = {"$CHECKPOINT": tiny_checkpoint, "$MODEL": tiny_model, "$ROWS": tiny_rows}
+    line = VERBS[verb]
+    for name, path in {**places, "$ADAPTER": tiny_adapter, "$OUT": out}.items():
+        line = line.replace(name, str(path))
+    environment = {**os.environ, "MLXLORA_PLUGINS": ""}
+    listed = subprocess.run(
+        [sys.executable, "-c", LIST, str(tmp_path), verb, *line.split()],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert listed.returncode == 0, listed.stderr
+    names = set(json.loads((tmp_path / "names.json").read_text())) | ALSO
+    assert len(names) > 100
+    for name in names - {"__main__"}:
+        (here / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r} + ' ')\n")
+    for path in out.iterdir():
+        path.rename(tmp_path / f"before-{path.name}")
+    # As the installed script is, in a folder of its own.
+    (out / "mlxlora").write_text("from mlxlora_core.cli import main\nmain()\n")
+    done = subprocess.run(
+        [sys.executable, str(out / "mlxlora"), verb, *line.split()],
+        env=environment, cwd=here, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
+    assert done.returncode in (0, 3, 5), done.stderr
+
+
+def test_neither_does_python_m_once_it_has_found_us(tmp_path: Path, tiny_model: Path) -> None:
+    """Python itself looks there for what -m names, and for what it needs to find that."""
+    for name in ("click", "pluggy", "rich", "numpy", "mlx", "difflib", "tomllib", "mlxlora_lora", "json"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\n")
+    command = [sys.executable, "-m", "mlxlora_core", "generate", "--model", str(tiny_model), "-p", "A"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not (tmp_path / "ran").exists(), done.stderr
+
+
+def test_an_entry_point_that_lies_around_is_no_plugin(tmp_path: Path) -> None:
+    (tmp_path / "evil-1.dist-info").mkdir()
+    (tmp_path / "evil-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1\n")
+    (tmp_path / "evil-1.dist-info" / "entry_points.txt").write_text("[mlxlora]\nevil = evil\n")
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    command = ["env", "-u", "MLXLORA_PLUGINS", sys.executable, "-m", "mlxlora_core", "plugins"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "evil" not in done.stdout
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("path", ["", ":", ":/nowhere", "/nowhere:", "/a::/b"])
+def test_an_empty_entry_of_the_path_is_not_where_a_child_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", path)
+    (tmp_path / "planted.py").touch()
+    done = subprocess.run(
+        safe_python("-c", "import planted"), env=safe_environment(), cwd=tmp_path, capture_output=True
+    )
+    assert b"No module named 'planted'" in done.stderr
