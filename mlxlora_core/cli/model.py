@@ -53,7 +53,7 @@ def measure(
     model: Model, data: Path, batches: BatchConfig, config: EvaluateConfig, *, quiet: bool
 ) -> dict[str, Any]:
     """Loss on ``test.jsonl``; printed unless ``quiet``."""
-    from mlxlora_core.training.evaluation import evaluate
+    from mlxlora_core.training.evaluation import evaluate, room_for
     from mlxlora_core.training.examples import read_examples
 
     rows = read_examples(
@@ -62,7 +62,9 @@ def measure(
         max_seq_length=model.sequence_limit(batches.max_seq_length),
         mask_prompt=batches.mask_prompt,
     )
-    loss = evaluate(model.language_model, rows.examples, batches.batch_size, config.test_batches)
+    most, said = room_for(model.language_model, rows.examples, batches.batch_size)
+    show.progress(said)
+    loss = evaluate(model.language_model, rows.examples, batches.batch_size, config.test_batches, most)
     if not quiet:
         click.echo(f"test loss {loss.mean:.4f}, perplexity {loss.perplexity:.3f}, {loss.tokens} tokens")
     return {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens, "rows": len(rows)}
@@ -100,6 +102,7 @@ def continue_prompt(
         num_tokens=config.num_tokens,
         seed=seed,
         write_every=config.write_every,
+        told=show.progress,
     )
     text = whole(segments if quiet else _shown(segments))
     show.progress(f"{time.perf_counter() - started:.2f} s")

@@ -9,9 +9,13 @@ import mlx.core as mx
 from mlxlora_core.errors import ModelError, SafetyError, listing
 from mlxlora_core.files import tensor_file
 from mlxlora_core.files.input_file import is_plain_name, read_json
+from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.values import LazyTensor
 
 WEIGHTS = {"safetensors": "model.safetensors", "npz": "weights.npz"}
+
+#: what to do about weights that do not fit into memory
+SMALLER = "use a smaller model, or one that is quantized (mlxlora convert -q)"
 
 INDEX = "model.safetensors.index.json"
 
@@ -24,8 +28,11 @@ def read_weights(folder: Path) -> tuple[dict[str, mx.array], str]:
     Raises:
         ModelError: no weights, a damaged file, or a shard that is absent.
         SafetyError: the index names a file outside the folder.
+        ResourceError: they do not fit into memory.
     """
     files = weight_files(folder)
+    # Before anything is read: where no fingerprint is stated, all tensors are read for one.
+    require_memory(sum(path.stat().st_size for path in files if path.is_file()), "the model", SMALLER)
     tensors: dict[str, mx.array] = {}
     stated = ""
     for path in files:
