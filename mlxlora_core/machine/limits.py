@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 
 from mlxlora_core.errors import ResourceError
 
@@ -26,25 +27,36 @@ LIMITS = {
 #: what MLX says, on any backend, when it gets no memory
 _NO_MEMORY = ("unable to allocate", "out of memory", "insufficient memory", "maximum allowed buffer size")
 
+#: what the dynamic linker says when it gets no memory for a library
+_NO_LIBRARY = ("failed to map segment", "cannot allocate memory")
+
 #: what MLX says when a GPU gives up
 _NO_GPU = ("command buffer execution failed", "cuda error", "gpu timeout")
 
 
 def exhausted(fault: BaseException) -> ResourceError | None:
     """The error that a fault of disk, memory, GPU or a limit is for the user; None for any other fault."""
-    if isinstance(fault, MemoryError) or (
-        isinstance(fault, RuntimeError) and any(words in str(fault).lower() for words in _NO_MEMORY)
+    if (
+        isinstance(fault, MemoryError)
+        or (isinstance(fault, RuntimeError) and _says(fault, _NO_MEMORY))
+        or (isinstance(fault, ImportError) and _says(fault, _NO_LIBRARY))
     ):
         return ResourceError(
             f"there is not enough memory{f': {fault}' if str(fault) else ''}",
             fix="use a smaller model, smaller batches or shorter rows",
         )
-    if isinstance(fault, RuntimeError) and any(words in str(fault).lower() for words in _NO_GPU):
+    if isinstance(fault, RuntimeError) and _says(fault, _NO_GPU):
         return ResourceError(f"the GPU gave up: {fault}", fix="give the same command again")
     if isinstance(fault, OSError) and fault.errno in LIMITS:
         where = os.fsdecode(fault.filename) if isinstance(fault.filename, (str, bytes)) else ""
         return ResourceError(str(fault.strerror), where=where, fix="free it, raise the limit or name another")
     return None
+
+
+def _says(fault: BaseException, words: Iterable[str]) -> bool:
+    """Whether a fault says any of these words."""
+    said = str(fault).lower()
+    return any(text in said for text in words)
 
 
 def readable_bytes(count: int) -> str:
