@@ -135,7 +135,7 @@ def _memory(source: ExportSource, adapted: adapters.Adapted | None, *, packed: b
     fused = {f"{path}.weight" for path in adapted.paths} if adapted else set()
     # One that is expanded, or gets an adapter's change, is float32 on the way.
     each = (
-        math.prod(tensor.shape) * (16 if packed or name in fused else 2 * getattr(mx, tensor.dtype).size)
+        math.prod(tensor.shape) * (16 if packed or name in fused else getattr(mx, tensor.dtype).size * 3 // 2)
         for name, tensor in source.tensors.items()
     )
     return require_memory(max(each), "exporting", "export where there is more memory")
