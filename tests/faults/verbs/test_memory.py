@@ -156,9 +156,9 @@ def test_what_is_said_is_taken_within_a_factor_of_one_and_a_half(
 @pytest.fixture
 def verbs(tmp_path: Path, tiny_checkpoint: Path, tiny_model: Path) -> dict[str, list[object]]:
     """A small piece of work for each verb, with rows and prompts that are long for what is allowed."""
-    data = write_rows(tmp_path / "data", 32, 2000)
-    reading = ["--model", tiny_model, "--data", data, "--batch-size", 32]
-    long = "the adapter keeps the weights " * 300
+    data = write_rows(tmp_path / "data", 8, 800)
+    reading = ["--model", tiny_model, "--data", data, "--batch-size", 8]
+    long = "the adapter keeps the weights " * 120
     return {
         "train": ["train", *reading, "--iters", 1, "--adapter-file", tmp_path / "a.safetensors"],
         "evaluate": ["evaluate", *reading],
@@ -179,7 +179,7 @@ def assert_ends_well(child: subprocess.CompletedProcess[str]) -> None:
 @pytest.mark.parametrize("verb", ["train", "evaluate", "generate", "convert", "export"])
 def test_under_few_addresses_a_verb_ends_well_or_with_6(verbs: dict[str, list[object]], verb: str) -> None:
     codes = []
-    for megabytes in (100, 250, 450, 660, 720, 800, 1100, 2500):
+    for megabytes in (100, 250, 690, 760, 2500):
         _, _, child = done(["prlimit", f"--as={megabytes * 10**6}"], *verbs[verb])
         assert_ends_well(child)
         codes.append(child.returncode)
@@ -214,7 +214,7 @@ def test_in_a_control_group_of_little_more_than_is_said_a_verb_ends_well_or_with
     said, _, _ = done([], *verbs[verb])
     limit = next(p for n in ("memory.limit_in_bytes", "memory.max") if (p := group / n).exists())
     enter = ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh"]
-    for share in (1.2, 0.9, 0.6):
+    for share in (1.2, 0.6):
         limit.write_text(str(int(said * share)))
         _, _, child = done(
             enter, *verbs[verb], *(["--overwrite"] if verb not in ("evaluate", "generate") else [])
