@@ -25,6 +25,9 @@ _START_BYTES, _THREAD_BYTES = 320 << 20, 112 << 20
 #: of that, what a thread takes only when it first computes
 _LATER_BYTES = 48 << 20
 
+#: memory that loading takes
+_LOADED_BYTES = 56 << 20
+
 
 def memory_limit_bytes(root: Path = ROOT) -> int | None:
     """The memory that control groups let this process and its neighbours in the group take, or None."""
@@ -47,16 +50,20 @@ def free_in_groups_bytes(root: Path = ROOT) -> int | None:
 
 
 def require_start() -> None:
-    """Refuse to load MLX where ``ulimit -v`` leaves too few addresses for it, numpy and their threads.
+    """Refuse to load MLX where limits leave too little for it, numpy and their threads.
 
-    An OpenBLAS that gets none ends the process with 1 and a line of its own. So
-    that it takes fewer, numpy's own has one thread.
+    An OpenBLAS that gets no addresses ends the process with 1 and a line of its
+    own. So that it takes fewer where ``ulimit -v`` limits them, numpy's own has
+    one thread.
 
     Raises:
-        ResourceError: there are too few.
+        ResourceError: there is too little.
     """
-    space = _address_space(ROOT)
-    if space is None or "mlx.core" in sys.modules:
+    if "mlx.core" in sys.modules:
+        return
+    if free_in_groups_bytes() is not None:
+        require_memory(_LOADED_BYTES, "mlxlora", "allow its control group more")
+    if _address_space(ROOT) is None:
         return
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     require_memory(_START_BYTES + thread_count() * _THREAD_BYTES, "mlxlora", "raise ulimit -v")

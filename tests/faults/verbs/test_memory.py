@@ -211,7 +211,8 @@ def test_in_a_control_group_of_little_more_than_is_said_a_verb_ends_well_or_with
     verbs: dict[str, list[object]], verb: str, group: Path
 ) -> None:
     """And in one of less; the kernel kills a process that takes more."""
-    said, _, _ = done([], *verbs[verb])
+    said, _, first = done([], *verbs[verb])
+    assert said and first.returncode == 0, first.stderr
     limit = next(p for n in ("memory.limit_in_bytes", "memory.max") if (p := group / n).exists())
     enter = ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh"]
     for share in (1.2, 0.6):
