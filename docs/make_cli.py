@@ -67,11 +67,13 @@ there any more. Readers need no lock, since what they read appears whole: `gener
 
 ## Disk and memory
 
-Before long work both are said on stderr: what is needed and what is free. What cannot end well is refused
-with exit code 6 before anything is written. Free memory is the least of what the machine, its control
-groups and `ulimit -v` leave. The need of training is an estimate, right within a factor of two. MLX's CPU
-backend cannot report an allocation that fails: under a limit that the estimate did not foresee the process
-is ended by the system, and the last checkpoint goes on.
+Before long work both are said on stderr: what is needed and what can be had. What cannot end well is
+refused with exit code 6 before anything is written. The need of memory is an estimate of what the process
+holds at most, with what is loaded, right within a factor of 1.5: resident memory, or addresses where
+`ulimit -v` is what is nearest to its end, or the memory of the GPU. What can be had is the least of what the
+machine, its control groups and `ulimit -v` allow. Where a batch that is only measured or a prompt does not
+fit whole, it is taken in smaller parts. Where there turns out to be too little at work, the process ends
+with one line and 6, and the last checkpoint goes on.
 """
 
 _MEANINGS = {

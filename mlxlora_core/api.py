@@ -21,6 +21,7 @@ from mlxlora_core.errors import (
     listing,
 )
 from mlxlora_core.hookspecs import hookimpl
+from mlxlora_core.machine.memory import free_in_groups_bytes
 from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.options import NoOptions, option, parse
 from mlxlora_core.specs import (
@@ -89,6 +90,7 @@ __all__ = [
     "UsageError",
     "Watcher",
     "WeightLoader",
+    "free_in_groups_bytes",
     "hookimpl",
     "listing",
     "option",

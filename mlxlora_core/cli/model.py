@@ -88,7 +88,7 @@ def measure(
     model: Model, data: Path, batches: BatchConfig, config: EvaluateConfig, *, quiet: bool
 ) -> dict[str, Any]:
     """Loss on ``test.jsonl``; printed unless ``quiet``."""
-    from mlxlora_core.training.evaluation import evaluating
+    from mlxlora_core.training.evaluation import evaluating, room_for
     from mlxlora_core.training.examples import read_examples
 
     rows = read_examples(
@@ -99,8 +99,11 @@ def measure(
     )
     for words in rows.words("test"):
         show.progress(words)
+    language_model = model.language_model
+    most, said = room_for(language_model, rows.examples, batches.batch_size)
+    show.progress(said)
     events = evaluating(
-        "test loss", model.language_model, rows.examples, batches.batch_size, config.test_batches
+        "test loss", language_model, rows.examples, batches.batch_size, config.test_batches, most
     )
     loss = show.to_its_end(events)
     if not quiet:
@@ -150,6 +153,7 @@ def continue_prompt(
         num_tokens=config.num_tokens,
         seed=seed,
         write_every=config.write_every,
+        told=show.progress,
     )
     for words in words_on(model.tokenizer, asked):
         show.progress(words)

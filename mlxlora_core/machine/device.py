@@ -6,19 +6,23 @@ and nowhere else. MLX is imported only where it is asked for.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from mlxlora_core.errors import UsageError
 from mlxlora_core.machine.limits import exhausted
+from mlxlora_core.machine.memory import free_memory_bytes, require_start
 from mlxlora_core.machine.processors import thread_count
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 LARGEST_CACHE_BYTES = 4 * 2**30
+
+_MMAP_THRESHOLD = -3  # a parameter of mallopt
 
 #: environment variable of MLX: how wide a graph may be and still be ordered breadth first
 ORDER_WIDTH = "MLX_BFS_MAX_WIDTH"
@@ -59,10 +63,14 @@ def prepare_cpu() -> None:
     long. And it orders the operations of streams fairly only in graphs at most 20
     wide: in a wider one, as a training step is, the second stream waits for the first.
 
+    How much it keeps follows what this process may take. Work that has told how
+    much it needs sets it anew.
+
     Raises:
         UsageError: MLX has no backend here.
-        ResourceError: there is too little memory to load it.
+        ResourceError: this process may not take enough memory to load it.
     """
+    require_start()
     try:
         import mlx.core as mx
     except ImportError as fault:
@@ -71,9 +79,19 @@ def prepare_cpu() -> None:
             fix="pip install 'mlxlora[cpu]', or 'mlxlora[cuda13]' for an NVIDIA GPU",
         ) from fault
     if on_cpu():
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        mx.set_cache_limit(min(total // 8, LARGEST_CACHE_BYTES))
+        _give_back()
+        mx.set_cache_limit(min((free_memory_bytes() or 0) // 8, LARGEST_CACHE_BYTES))
         os.environ.setdefault(ORDER_WIDTH, str(2**20))
+
+
+def _give_back() -> None:
+    """Let the C library give back at once what is freed in pieces above a megabyte, where it is glibc.
+
+    Else it keeps up to 32 MB of each for itself, which no limit of MLX counts,
+    and the process takes up to twice what MLX holds. Source: mallopt(3).
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def use_for_products(set_threads: Callable[[int], None]) -> None:

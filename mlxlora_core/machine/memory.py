@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,17 @@ from pathlib import Path
 from mlxlora_core.errors import ResourceError
 from mlxlora_core.machine.control_groups import ROOT, control_groups, read_number, read_words
 from mlxlora_core.machine.limits import readable_bytes
+from mlxlora_core.machine.processors import thread_count
+
+# Addresses that loading takes: for libraries and what they hold, and for each thread to compute with its
+# stack, a heap of the C library, and buffers of BLAS. Measured with mlx 0.32.4 and OpenBLAS 0.3.34.
+_START_BYTES, _THREAD_BYTES = 320 << 20, 112 << 20
+
+#: of that, what a thread takes only when it first computes
+_LATER_BYTES = 48 << 20
+
+#: memory that loading takes
+_LOADED_BYTES = 56 << 20
 
 
 def memory_limit_bytes(root: Path = ROOT) -> int | None:
@@ -28,11 +40,33 @@ def free_memory_bytes(root: Path = ROOT) -> int | None:
     Where the system does not tell what is available, the memory of the machine
     stands for it; None where it does not tell that either.
     """
-    total, available = memory_bytes(root)
-    rooms = [total if available is None else available, _address_space(root)]
-    rooms += [group.limit_bytes - group.taken_bytes for group in _memory_groups(root)]
-    known = [room for room in rooms if room is not None]
-    return max(0, min(known)) if known else None
+    return min((room.free for room in _rooms(root)), default=None)
+
+
+def free_in_groups_bytes(root: Path = ROOT) -> int | None:
+    """What control groups that limit memory leave this process, or None."""
+    left = [group.limit_bytes - group.taken_bytes for group in _memory_groups(root)]
+    return max(0, min(left)) if left else None
+
+
+def require_start() -> None:
+    """Refuse to load MLX where limits leave too little for it, numpy and their threads.
+
+    An OpenBLAS that gets no addresses ends the process with 1 and a line of its
+    own. So that it takes fewer where ``ulimit -v`` limits them, numpy's own has
+    one thread.
+
+    Raises:
+        ResourceError: there is too little.
+    """
+    if "mlx.core" in sys.modules:
+        return
+    if free_in_groups_bytes() is not None:
+        require_memory(_LOADED_BYTES, "mlxlora", "allow its control group more")
+    if _address_space(ROOT) is None:
+        return
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    require_memory(_START_BYTES + thread_count() * _THREAD_BYTES, "mlxlora", "raise ulimit -v")
 
 
 def memory_bytes(root: Path = ROOT) -> tuple[int | None, int | None]:
@@ -78,13 +112,42 @@ def _reclaimable(folder: Path) -> int:
     return int(stated.get("total_inactive_file", stated.get("inactive_file", 0)))
 
 
+@dataclass(frozen=True)
+class _Room:
+    """What there is of one kind of memory: how much of it this process holds, and may take yet."""
+
+    held: int
+    free: int
+    kind: str
+
+
+def _rooms(root: Path) -> list[_Room]:
+    """All kinds that are known."""
+    addresses, resident = _held(root)
+    total, available = memory_bytes(root)
+    machine = total if available is None else available
+    rooms = [] if machine is None else [_Room(resident, machine, "memory")]
+    left = free_in_groups_bytes(root)
+    if left is not None:
+        rooms.append(_Room(resident, left, "memory"))
+    space = _address_space(root)
+    if space is not None:
+        later = thread_count() * _LATER_BYTES
+        rooms.append(_Room(addresses + later, max(0, space - later), "addresses (ulimit -v)"))
+    return rooms
+
+
+def _held(root: Path) -> tuple[int, int]:
+    """Bytes of addresses and of memory that this process holds; 0 where the system does not say."""
+    taken = read_words(root / "proc/self/statm") or ["0", "0"]
+    return int(taken[0]) * resource.getpagesize(), int(taken[1]) * resource.getpagesize()
+
+
 def _address_space(root: Path) -> int | None:
     """What RLIMIT_AS leaves of addresses."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
-    taken = read_words(root / "proc/self/statm")
-    if allowed == resource.RLIM_INFINITY or not taken:
-        return None
-    return allowed - int(taken[0]) * resource.getpagesize()
+    addresses, _ = _held(root)
+    return None if allowed == resource.RLIM_INFINITY or not addresses else allowed - addresses
 
 
 def _kilobytes(text: str) -> int:
@@ -93,7 +156,10 @@ def _kilobytes(text: str) -> int:
 
 
 def require_memory(need: int, work: str, fix: str) -> str:
-    """What ``work`` will need of memory and what is free, in words.
+    """What ``work`` will need of memory, with what this process holds, and what it may have, in words.
+
+    Where addresses are limited (``ulimit -v``) and are what is nearest to its
+    end, the figures are of addresses, and else of memory.
 
     Args:
         need: bytes, beyond what this process holds.
@@ -103,11 +169,26 @@ def require_memory(need: int, work: str, fix: str) -> str:
     Raises:
         ResourceError: less is free.
     """
-    free = free_memory_bytes()
-    if free is None:
+    rooms = [*_rooms(ROOT), *_device_room()]
+    if not rooms:
         return f"{work} needs about {readable_bytes(need)} of memory"
-    if need > free:
-        raise ResourceError(
-            f"{work} needs about {readable_bytes(need)} of memory, {readable_bytes(free)} are free", fix=fix
-        )
-    return f"{work} needs about {readable_bytes(need)} of memory, {readable_bytes(free)} are free"
+    tight = max(rooms, key=lambda room: (room.held + need) / max(1, room.held + room.free))
+    said = (
+        f"{work} needs about {readable_bytes(tight.held + need)} of {tight.kind} in all, "
+        f"{readable_bytes(tight.held + tight.free)} can be had"
+    )
+    if need > tight.free:
+        raise ResourceError(said, fix=fix)
+    return said
+
+
+def _device_room() -> list[_Room]:
+    """The memory of a GPU, where MLX computes on one and tells of it."""
+    mx = sys.modules.get("mlx.core")  # whoever has not loaded it does not use it
+    if mx is None or mx.default_device().type == mx.DeviceType.cpu:
+        return []
+    told, held = mx.device_info(), mx.get_active_memory()
+    most = told.get("max_recommended_working_set_size") or told.get("memory_size")
+    free = told.get("free_memory", most - held if most else None)
+    # What MLX keeps for reuse it gives away when it needs room.
+    return [] if free is None else [_Room(held, max(0, int(free) + mx.get_cache_memory()), "GPU memory")]

@@ -120,10 +120,10 @@ def build(component: Component, args: Any) -> LanguageModel:
     layers = getattr(model, "layers", None)
     if not isinstance(layers, list) or not layers or not all(isinstance(x, nn.Module) for x in layers):
         raise component.breach("build", f"layers of type {type(layers).__name__}", "a list of modules")
-    for name in ("vocab_size", "context_tokens"):
+    for name in ("vocab_size", "context_tokens", "heads"):
         size = getattr(model, name, "")
-        unbounded = name == "context_tokens" and size is None
-        if not unbounded and (type(size) is not int or size < 1):
+        untold = name != "vocab_size" and size is None
+        if not untold and (type(size) is not int or size < 1):
             raise component.breach("build", f"{name} {size!r}", "a whole number above 0")
     head = getattr(model, "head_path", None)
     if not isinstance(head, str) or (head and head not in dict(linears(model))):

@@ -15,6 +15,7 @@ from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.files.targets import check_output_folder, paths_in
 from mlxlora_core.files.tensor_checks import is_finite, type_name
 from mlxlora_core.machine.disk import require_disk
+from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.events import SpaceNeeded, TensorConverted
 from mlxlora_core.model.folder import CONFIG
@@ -111,13 +112,13 @@ def convert(
         overwrite: whether a model folder that is there may be replaced.
 
     Yields:
-        What the disk must hold, each tensor as it is written, and the report.
+        What disk and memory must hold, each tensor as it is written, and the report.
 
     Raises:
         UsageError: the target is the source, or holds it.
         ModelError: a part is absent or damaged, or tensors do not fit (all listed).
         SafetyError: the target holds something else, or a file wants to run code.
-        ResourceError: the disk is too small.
+        ResourceError: disk or memory is too small.
     """
     if file_format == "npz" and dtype == "bfloat16":
         raise UsageError("npz cannot hold bfloat16", fix="use --dtype float16, or --format safetensors")
@@ -126,7 +127,8 @@ def convert(
     opened = open_foreign(source, registry, loader, loader_options)
     tensors, model = opened.tensors, opened.model
     packed = _to_quantize(model, quantize_config) if quantization else set()
-    yield SpaceNeeded(_need(tensors, packed, DTYPES[dtype], target))
+    disk = _need(tensors, packed, DTYPES[dtype], target)
+    yield SpaceNeeded(f"{disk}; {_memory(tensors, packed, DTYPES[dtype])}")
     tally = _Tally()
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as folder:
         stream = _stored(tensors, packed, DTYPES[dtype], quantization, tally, source)
@@ -171,6 +173,31 @@ def _need(tensors: Mapping[str, LazyTensor], packed: Collection[str], dtype: mx.
     dense = sum(math.prod(tensor.shape) for name, tensor in tensors.items() if name not in packed)
     said = require_disk(dense * dtype.size, target)
     return f"{said}, not counting what is quantized" if packed else said
+
+
+def _memory(tensors: Mapping[str, LazyTensor], packed: Collection[str], dtype: mx.Dtype) -> str:
+    """What the largest tensor will need of memory, in words, once the loader has what it reads with.
+
+    Raises:
+        ResourceError: less is free.
+    """
+    sizes = {name: math.prod(tensor.shape) for name, tensor in tensors.items()}
+    mx.eval(tensors[min(sizes, key=sizes.__getitem__)].read())
+    need = max(
+        size
+        * (
+            2 * getattr(mx, tensors[name].dtype).size + 13
+            if name in packed
+            else _bytes_each(tensors[name], dtype)
+        )
+        for name, size in sizes.items()
+    )
+    return require_memory(need, "converting", "convert where there is more memory")
+
+
+def _bytes_each(tensor: LazyTensor, dtype: mx.Dtype) -> int:
+    """What each number of a tensor takes that is read, cast, and written."""
+    return int(getattr(mx, tensor.dtype).size) + 2 * dtype.size
 
 
 def _stored(

@@ -20,6 +20,7 @@ from mlxlora_core.files.forms import Map, Table, Text, Whole
 from mlxlora_core.files.targets import check_output_folder, paths_in
 from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.machine.disk import require_disk
+from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.adapters import AdapterFile
@@ -89,13 +90,13 @@ def export(
             takes the tensors at its own pace.
 
     Yields:
-        What the disk must hold, and the report.
+        What disk and memory must hold, and the report.
 
     Raises:
         UsageError: the target is the base, or holds the adapter.
         ModelError: the base or the adapter is damaged, or they do not fit.
         SafetyError: the target holds something else.
-        ResourceError: the disk is too small.
+        ResourceError: disk or memory is too small.
         PluginError: the exporter leaves nothing, or what it must not.
     """
     read = [folder, *([fused.path] if fused else []), *paths_in(exporter.options)]
@@ -105,7 +106,9 @@ def export(
     source = _source(model, stored, adapted, fused, told)
     sizes = {name: math.prod(tensor.shape) for name, tensor in source.tensors.items()}
     need = sum(size * getattr(mx, source.tensors[name].dtype).size for name, size in sizes.items())
-    yield SpaceNeeded(require_disk(need, target))
+    yield SpaceNeeded(
+        f"{require_disk(need, target)}; {_memory(source, adapted, packed=model.quantization is not None)}"
+    )
     with durable.new_folder(target, overwrite=overwrite, ours=holds_only_an_export) as new:
         component = exporter.component
         given = component.spec.export(source, new, exporter.options)
@@ -125,6 +128,21 @@ def holds_only_an_export(folder: Path) -> bool:
         return False
     found = {path for path in _walk(folder) if path.is_symlink() or not path.is_dir()}
     return found == {folder / name for name in (RECORD, *record["files"])}
+
+
+def _memory(source: ExportSource, adapted: adapters.Adapted | None, *, packed: bool) -> str:
+    """What the largest tensor will need of memory, in words.
+
+    Raises:
+        ResourceError: less is free.
+    """
+    fused = {f"{path}.weight" for path in adapted.paths} if adapted else set()
+    # One that is expanded, or gets an adapter's change, is float32 on the way.
+    each = (
+        math.prod(tensor.shape) * (16 if packed or name in fused else getattr(mx, tensor.dtype).size * 3 // 2)
+        for name, tensor in source.tensors.items()
+    )
+    return require_memory(max(each), "exporting", "export where there is more memory")
 
 
 # --- the source ---------------------------------------------------------------

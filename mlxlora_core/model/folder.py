@@ -38,7 +38,7 @@ from mlxlora_core.model.tokenizers import (
     open_tokenizer,
     tokenizer_files,
 )
-from mlxlora_core.model.weights import WEIGHTS, lazy_weights, read_weights, weight_files
+from mlxlora_core.model.weights import SMALLER, WEIGHTS, lazy_weights, read_weights, weight_files
 from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.values import LazyTensor
 
@@ -49,7 +49,6 @@ EXPANDED_SHARE = 0.5
 #: stacks of the four threads that MLX reads files with; where one cannot start, it waits forever
 READERS_BYTES = 4 * 2**23
 _CONFIG_BYTES = 1 << 20
-SMALLER = "use a smaller model, or one that is quantized (mlxlora convert -q)"
 
 
 @dataclass(frozen=True)

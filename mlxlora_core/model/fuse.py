@@ -19,8 +19,9 @@ from mlxlora_core.model.convert import cast
 from mlxlora_core.model.events import SpaceNeeded
 from mlxlora_core.model.folder import CONFIG, Model
 from mlxlora_core.model.linears import QuantizedLinear, dense_weight, parameters
+from mlxlora_core.model.memory import require_for
 from mlxlora_core.model.quantization import pack
-from mlxlora_core.model.weights import WEIGHTS, read_weights
+from mlxlora_core.model.weights import SMALLER, WEIGHTS, read_weights, weight_files
 from mlxlora_core.plugins import Registry
 
 PROBE_TOKENS = 64
@@ -72,18 +73,19 @@ def fuse(
         overwrite: whether a model folder that is there may be replaced.
 
     Yields:
-        What the disk must hold, and the report.
+        What the disk must hold, what memory, and the report.
 
     Raises:
         UsageError: the target is the base, or holds the adapter.
         ModelError: the adapter does not fit the base.
         SafetyError: the target holds something else.
-        ResourceError: the disk is too small.
+        ResourceError: disk or memory is too small.
     """
     ours = model_folder.holds_only_a_model
     check_output_folder(target, [folder, adapter], overwrite=overwrite, ours=ours)
     yield SpaceNeeded(require_disk(sum(path.stat().st_size for path in model_folder.files(folder)), target))
     model = model_folder.load(folder, registry)
+    yield SpaceNeeded(_memory(model, folder))
     probe = _probe(model)
     base = _logits(model, probe)
     adapted = adapters.load(adapter, model, registry, name, values)
@@ -98,6 +100,17 @@ def fuse(
         durable.copy_file(folder / CONFIG, new / CONFIG)
         fused = _logits(model_folder.load(new, registry), probe)
     yield _report(target, len(adapted.paths), base, tuned, fused)
+
+
+def _memory(model: Model, folder: Path) -> str:
+    """What fusing needs of memory beside the base, in words: its tensors as stored, and the fused model.
+
+    Raises:
+        ResourceError: less is free.
+    """
+    held = sum(tensor.nbytes for tensor in parameters(model.module).values())
+    stored = sum(path.stat().st_size for path in weight_files(folder))
+    return require_for(held + stored * 3 // 2, "fusing", SMALLER)
 
 
 def _fused(

@@ -11,11 +11,10 @@ import mlx.core as mx
 from mlxlora_core.errors import DataError, UsageError
 from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.memory import CACHE_STEP, PARTS, require_growth, room_for_prompt
 from mlxlora_core.model.prompts import Prompt, prompt_ids
 from mlxlora_core.plugins import Component
 from mlxlora_core.values import Cache, Tokenizer
-
-PREFILL_TOKENS = 512
 
 #: what ended a text: an end token, or the limit on its tokens
 STOP, LENGTH = "stop", "length"
@@ -44,6 +43,7 @@ def generate(
     num_tokens: int,
     seed: int,
     write_every: int = 1,
+    told: Callable[[str], None] = lambda words: None,
 ) -> Iterator[Segment]:
     """The text that follows ``prompt``; the same seed gives the same text, however long.
 
@@ -56,12 +56,14 @@ def generate(
         num_tokens: how many at most; an end token or a full context stops earlier.
         seed: of the random keys, from 0 to 2**32 - 1.
         write_every: tokens a segment.
+        told: called with what the prompt needs of memory, in words, before it is read.
 
     Raises:
         UsageError: the prompt is no valid text, is none in the form of the tokenizer, has no token, or
             does not fit into the model's context.
         PluginError: a sampler gives what it should not.
         DivergedError: the logits of the model are not finite.
+        ResourceError: there is too little memory for the prompt, or in the end for the text.
     """
     try:
         ids = prompt_ids(tokenizer, prompt)
@@ -78,7 +80,10 @@ def generate(
         )
     if limit is not None:
         num_tokens = min(num_tokens, limit - len(ids))
-    tokens = decode(model, ids, Drawing(samplers, seed), num_tokens=num_tokens, stops=tokenizer.stops)
+    part, words = room_for_prompt(model, len(ids), num_tokens)
+    told(words)
+    draw = Drawing(samplers, seed)
+    tokens = decode(model, ids, draw, num_tokens=num_tokens, stops=tokenizer.stops, part_tokens=part)
     return _segments(tokenizer, tokens, num_tokens, write_every)
 
 
@@ -114,6 +119,7 @@ def decode(
     *,
     num_tokens: int,
     stops: Collection[int],
+    part_tokens: int = PARTS[0],
 ) -> Iterator[int]:
     """Token ids that follow the ids ``prompt``, up to ``num_tokens`` or one of ``stops``.
 
@@ -123,13 +129,19 @@ def decode(
         draw: the id that follows, from logits (1, V) in float32 and all ids before it.
         num_tokens: how many at most.
         stops: ids that end the text, and do not come.
+        part_tokens: how many of the prompt are read at a time.
+
+    Raises:
+        ResourceError: the text becomes too long for the memory that is left.
     """
     model.eval()
     cache = model.make_cache()
     tokens = list(prompt)
     unseen = tokens[:]
     for _ in range(num_tokens):
-        token = draw(forward(model, unseen, cache), tokens)
+        if len(tokens) % CACHE_STEP == 0:
+            require_growth(model)
+        token = draw(forward(model, unseen, cache, part_tokens), tokens)
         if token in stops:
             return
         yield token
@@ -137,10 +149,12 @@ def decode(
         unseen = [token]
 
 
-def forward(model: LanguageModel, tokens: Sequence[int], cache: Sequence[Cache]) -> mx.array:
+def forward(
+    model: LanguageModel, tokens: Sequence[int], cache: Sequence[Cache], part_tokens: int = PARTS[0]
+) -> mx.array:
     """Logits (1, V), float32, after ``tokens``, of which there is one at least, went into ``cache``."""
-    for start in range(0, len(tokens), PREFILL_TOKENS):
-        part = mx.array([tokens[start : start + PREFILL_TOKENS]])
+    for start in range(0, len(tokens), part_tokens):
+        part = mx.array([tokens[start : start + part_tokens]])
         hidden = model.run(model.embed(part), cache=cache)
         mx.eval(hidden)
     return model.head(hidden[:, -1]).astype(mx.float32)

@@ -22,12 +22,14 @@ class LanguageModel(nn.Module):
             to the embedding.
         vocab_size: V.
         context_tokens: longest sequence it was made for, or None.
+        heads: of queries in a layer, for estimates of memory; None where it does not tell.
     """
 
     layers: list[nn.Module]
     head_path: str
     vocab_size: int
     context_tokens: int | None
+    heads: int | None = None
 
     def __call__(self, tokens: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
         """Logits (B, T, V) of token ids (B, T) that follow those in ``cache``."""

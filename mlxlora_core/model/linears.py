@@ -221,6 +221,11 @@ def is_packed(module: nn.Module) -> bool:
     return isinstance(module, (QuantizedLinear, nn.QuantizedLinear))
 
 
+def is_stored(module: nn.Module) -> bool:
+    """Whether ``module`` is a dense linear that is expanded for each product."""
+    return isinstance(module, (StoredLinear, StoredStackedLinear))
+
+
 def linear_shape(linear: nn.Module) -> tuple[int, ...]:
     """(outputs, inputs) of a dense or quantized linear, (experts, outputs, inputs) of a stack.
 

@@ -13,11 +13,15 @@ from mlxlora_core.files import tensor_file
 from mlxlora_core.files.documents import read_json
 from mlxlora_core.files.fingerprints import combine
 from mlxlora_core.files.input_file import is_plain_name
+from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.values import LazyTensor
 
 T = TypeVar("T")
 
 WEIGHTS = {"safetensors": "model.safetensors", "npz": "weights.npz"}
+
+#: what to do about weights that do not fit into memory
+SMALLER = "use a smaller model, or one that is quantized (mlxlora convert -q)"
 
 INDEX = "model.safetensors.index.json"
 
@@ -30,7 +34,11 @@ def read_weights(folder: Path) -> tuple[dict[str, mx.array], str]:
     Raises:
         ModelError: no weights, a damaged file, or a shard that is absent.
         SafetyError: the index names a file outside the folder.
+        ResourceError: they do not fit into memory.
     """
+    # Before anything is read: where their digests are not kept, all tensors are read for them.
+    sizes = (path.stat().st_size for path in weight_files(folder) if path.is_file())
+    require_memory(sum(sizes), "the model", SMALLER)
     return _whole(folder, lambda path: tensor_file.load(path)[0])
 
 

@@ -52,6 +52,11 @@ def make_batch(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
     return Batch(mx.array(inputs), mx.array(np.flatnonzero(mask)), mx.array(targets[mask]))
 
 
+def longest_of(examples: Sequence[Example]) -> int:
+    """Tokens of the longest of some examples; 1 where there is none."""
+    return max((len(example.tokens) for example in examples), default=1)
+
+
 def epoch_order(examples: Sequence[Example], rows_a_step: int, seed: int, epoch: int) -> list[list[int]]:
     """The rows of each step of one epoch: every row once, rows of like length together.
 

@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 
 from mlxlora_core.errors import DivergedError
+from mlxlora_core.machine.memory import free_memory_bytes
 from mlxlora_core.model.language_model import LanguageModel
-from mlxlora_core.training.batches import fixed_rows
+from mlxlora_core.model.memory import Sizes, fits, measuring_bytes, require_for, sizes_of
+from mlxlora_core.training.batches import fixed_rows, longest_of
 from mlxlora_core.training.events import Advanced
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loss import Loss, nats
 from mlxlora_core.training.parallel import side_by_side
 
+#: of the memory that is free, what may be taken where not all is enough for a batch
+SHARE = 0.7
 
-def evaluate(model: LanguageModel, examples: Sequence[Example], batch_size: int, batches: int = -1) -> Loss:
+
+def room_for(model: LanguageModel, examples: Sequence[Example], batch_size: int) -> tuple[int, str]:
+    """How many bytes of memory measuring the loss on examples may take, and in words what it needs.
+
+    That is what the longest batch takes, or as much as is free; rows are then
+    measured fewer at a time.
+
+    Raises:
+        ResourceError: there is too little for the longest row.
+    """
+    sizes, longest = sizes_of(model), longest_of(examples)
+    need = measuring_bytes(sizes, min(batch_size, len(examples)), longest)
+    if not fits(need):
+        free = int(SHARE * (free_memory_bytes() or 0))
+        need = min(need, max(free, measuring_bytes(sizes, 1, longest)))
+    return need, require_for(need, "measuring the loss", "lower --max-seq-length, or use a smaller model")
+
+
+def evaluate(
+    model: LanguageModel,
+    examples: Sequence[Example],
+    batch_size: int,
+    batches: int = -1,
+    most_bytes: int | None = None,
+) -> Loss:
     """The loss of a model on examples; see :func:`evaluating`, which has the same arguments."""
-    work = evaluating("", model, examples, batch_size, batches)
+    work = evaluating("", model, examples, batch_size, batches, most_bytes)
     while True:
         try:
             next(work)
@@ -27,7 +55,12 @@ def evaluate(model: LanguageModel, examples: Sequence[Example], batch_size: int,
 
 
 def evaluating(
-    what: str, model: LanguageModel, examples: Sequence[Example], batch_size: int, batches: int = -1
+    what: str,
+    model: LanguageModel,
+    examples: Sequence[Example],
+    batch_size: int,
+    batches: int = -1,
+    most_bytes: int | None = None,
 ) -> Generator[Advanced, None, Loss]:
     """The loss of a model on examples, as the value of the generator; how far it is after each batch.
 
@@ -37,18 +70,25 @@ def evaluating(
         examples: tokenized rows, one at least.
         batch_size: rows a batch; it does not change the loss of the rows.
         batches: how many batches, from rows all over ``examples``; -1 is all of them.
+        most_bytes: of memory that it may take; fewer rows at a time are measured where a batch
+            takes more, but one at least. None is what :func:`room_for` finds.
 
     Raises:
         DivergedError: the loss is not finite.
+        ResourceError: there is too little memory.
     """
+    if most_bytes is None:
+        most_bytes, _ = room_for(model, examples, batch_size)
+    sizes = sizes_of(model)
     was_training = model.training
     model.eval()
     total = Loss(0.0, 0)
     try:
         parts = list(fixed_rows(examples, batch_size, batches))
         for done, rows in enumerate(parts, start=1):
-            for part, value in side_by_side(partial(nats, model), examples, rows):
-                total += Loss(float(value), part.counted_tokens)
+            for few in _that_fit(sizes, examples, rows, most_bytes):
+                for part, value in side_by_side(partial(nats, model), examples, few):
+                    total += Loss(float(value), part.counted_tokens)
             yield Advanced(what, done, len(parts))
     finally:
         model.train(was_training)
@@ -58,3 +98,14 @@ def evaluating(
             fix="check the weights, or train with a lower --learning-rate",
         )
     return total
+
+
+def _that_fit(
+    sizes: Sizes, examples: Sequence[Example], rows: Sequence[int], most_bytes: int
+) -> Iterator[Sequence[int]]:
+    """The rows of a batch in parts that take at most so much memory, or one by one."""
+    longest = longest_of([examples[row] for row in rows])
+    count = len(rows)
+    while count > 1 and measuring_bytes(sizes, count, longest) > most_bytes:
+        count -= -(-count // 8)
+    return (rows[start : start + count] for start in range(0, len(rows), count))

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.errors import ModelError, SettingsChanged
+from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.options import plain
 from mlxlora_core.plugins.sources import source_digest
 from mlxlora_core.training.checkpoints import Checkpoint
@@ -143,6 +144,7 @@ def identify(
             "python": platform.python_version(),
             "system": platform.platform(),
             "processor": platform.processor() or platform.machine(),
+            "cores": str(thread_count()),  # which rows are dealt to
             "runtimes": "; ".join(runtimes),
         },
     )

@@ -53,6 +53,7 @@ class Training:
     Attributes:
         progress: where it stands; what a step has changed is in it when the
             step's reports are given.
+        validation_bytes: of memory that a validation may take; None is what is free.
 
     Raises:
         UsageError: patience without rows to validate on.
@@ -71,6 +72,7 @@ class Training:
         if config.patience is not None and not valid_set:
             raise UsageError("patience needs rows to validate on", fix="leave it out, or add valid.jsonl")
         self.config, self.seed, self.progress = config, seed, Progress()
+        self.validation_bytes: int | None = None
         self._model, self._train_set, self._valid_set = model, train_set, valid_set
         module: Any = model
         self._module = module
@@ -191,7 +193,13 @@ class Training:
     def _validate(self, step: int) -> ValidReport:
         started = time.perf_counter()
         try:
-            loss = evaluate(self._model, self._valid_set, self.config.batch_size, self.config.val_batches)
+            loss = evaluate(
+                self._model,
+                self._valid_set,
+                self.config.batch_size,
+                self.config.val_batches,
+                self.validation_bytes,
+            )
         except DivergedError:  # the update before it was sound, so that the next step has the last word
             return ValidReport(step, math.nan, 0, time.perf_counter() - started)
         return ValidReport(step, loss.mean, loss.tokens, time.perf_counter() - started)

@@ -2,58 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from mlxlora_core.errors import ResourceError
 from mlxlora_core.machine.limits import exhausted
-from mlxlora_core.machine.memory import require_memory
+from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.model.adapters import trainable
 from mlxlora_core.model.folder import Model
 from mlxlora_core.model.linears import layers_by_path, linear_shape, linears
+from mlxlora_core.model.memory import fits, measuring_bytes, require_for, sizes_of
+from mlxlora_core.training.batches import longest_of
 from mlxlora_core.training.examples import Examples
 
 _OPTIMIZER_BYTES = 16  # a weight, its gradient and two moments, each float32
-_HEAD_WIDTH = 64  # of attention, where a model does not tell: few are narrower
+#: of what goes into and comes out of a layer's linears, the share that is kept for the gradient
+_KEPT_WIDTH, _KEPT_INPUTS = 0.85, 0.3
+#: words of logits that stand in memory at once, and scores of the layer whose gradient is computed
+_LOGITS, _SCORES, _WIDTH = 5, 1.5, 1.5
+
+FIX = "lower --batch-size, --max-seq-length or --lora-layers"
 
 
 def training_bytes(model: Model, rows: Examples, batch_size: int) -> int:
-    """An estimate of what training will take beyond what is loaded, in bytes; right within a factor of 2.
+    """An estimate of what a step takes beyond what is loaded, in bytes; right within a factor of 1.5.
 
-    For each token of the longest batch, what goes into and comes out of every
-    linear from the lowest adapted layer up, three logits a word, and the scores
-    of attention, all float32; for each weight of the adapter the optimizer's
-    numbers.
+    From the lowest adapted layer up, what the gradient needs is kept: most of
+    what goes into and comes out of the linears, and the scores of attention. At
+    the top come the logits, below them the gradient of a layer. For each weight
+    of the adapter there are the optimizer's numbers. See :mod:`mlxlora_core.model.memory`.
     """
-    adapter = trainable(model.module)
-    layer_of = layers_by_path(model.language_model)
-    trained = {layer for name in adapter if (layer := layer_of(name)) is not None}
-    count = len(model.language_model.layers)
-    first = min(trained, default=count)
-    shapes = [(layer_of(path), linear_shape(linear)[-2:]) for path, linear in linears(model.module)]
-    width = sum(sum(shape) for layer, shape in shapes if layer is not None and layer >= first)
-    longest = max(len(example.tokens) for example in rows.examples)
+    sizes = sizes_of(model.language_model)
+    longest = longest_of(rows.examples)
     batch = min(batch_size, len(rows))
-    heads = max(1, min(shape[1] for _, shape in shapes) // _HEAD_WIDTH)
-    scores = batch * longest**2 * heads * (count - first)
-    logits = 3 * model.language_model.vocab_size
-    tokens = batch * longest * (width + logits)
-    return 4 * (tokens + scores) + _OPTIMIZER_BYTES * sum(tensor.size for tensor in adapter.values())
+    trained = _adapted_inputs(model)
+    first = min(trained, default=len(sizes.widths))
+    scores = sizes.scores(batch, longest, longest)
+    kept = sum(
+        batch * longest * (_KEPT_WIDTH * width + _KEPT_INPUTS * trained.get(layer, 0)) + scores
+        for layer, width in enumerate(sizes.widths)
+        if layer >= first
+    )
+    gradient = _WIDTH * batch * longest * max(sizes.widths, default=0) + _SCORES * scores
+    most = max(
+        _LOGITS * 4 * batch * longest * sizes.vocab_size,
+        int(gradient * sizes.number_bytes) + sizes.expanded_bytes,
+    )
+    adapter = sum(tensor.size for tensor in trainable(model.module).values())
+    return int(kept * sizes.number_bytes) + most + _OPTIMIZER_BYTES * adapter
+
+
+def _adapted_inputs(model: Model) -> dict[int, int]:
+    """For each layer with an adapter, the sum of the inputs of the linears that have one."""
+    layer_of = layers_by_path(model.language_model)
+    adapted = {name.rpartition(".")[0] for name in trainable(model.module)}
+    inputs: dict[int, int] = {layer: 0 for name in adapted if (layer := layer_of(name)) is not None}
+    for path, linear in linears(model.module):
+        layer = layer_of(path)
+        if layer in inputs and any(path == name or path.startswith(f"{name}.") for name in adapted):
+            inputs[layer] += linear_shape(linear)[-1]
+    return inputs
+
+
+def _validation_bytes(model: Model, rows: Examples, batch_size: int) -> int:
+    """What a row for each core takes in a validation, or a single one where those do not fit."""
+    sizes, longest = sizes_of(model.language_model), longest_of(rows.examples)
+    side_by_side = measuring_bytes(sizes, min(batch_size, len(rows), thread_count()), longest)
+    return side_by_side if fits(side_by_side) else measuring_bytes(sizes, 1, longest)
 
 
 @contextmanager
-def training_memory(model: Model, rows: Examples, batch_size: int) -> Iterator[str]:
-    """Refuse training that does not fit into memory; the value is what it needs, in words.
+def training_memory(model: Model, rows: Mapping[str, Examples], batch_size: int) -> Iterator[tuple[int, str]]:
+    """Refuse training that does not fit into memory; the value is what it needs, in bytes and in words.
+
+    A validation is to take no more than that: what a row for each core takes is in it.
+
+    Args:
+        model: with the adapter that trains.
+        rows: split -> its examples.
+        batch_size: rows a batch.
 
     Raises:
         ResourceError: too little is free, or there turns out to be too little.
     """
-    fix = "lower --batch-size, --max-seq-length or --lora-layers"
-    need = training_bytes(model, rows, batch_size)
-    said = require_memory(need, "training", fix)
+    need = training_bytes(model, rows["train"], batch_size)
+    if "valid" in rows:
+        need = max(need, _validation_bytes(model, rows["valid"], batch_size))
+    said = require_for(need, "training", FIX)
     try:
-        yield said
+        yield need, said
     except (MemoryError, RuntimeError) as fault:
         if exhausted(fault) is None:
             raise
-        raise ResourceError(f"there is not enough memory although {said}: {fault}", fix=fix) from fault
+        raise ResourceError(f"there is not enough memory although {said}: {fault}", fix=FIX) from fault

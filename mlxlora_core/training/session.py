@@ -179,7 +179,8 @@ class TrainingSession:
         for split, rows in self.rows.items():
             yield from map(Note, rows.words(split))
         yield Note(self._size())
-        with training_memory(self.model, self.rows["train"], self.training.config.batch_size) as said:
+        with training_memory(self.model, self.rows, self.training.config.batch_size) as (need, said):
+            self.training.validation_bytes = need
             yield Note(said)
             for text in self._take_up(how, found):
                 yield Note(text)

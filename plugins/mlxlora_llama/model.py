@@ -115,11 +115,13 @@ class Model(LanguageModel):
         head_path: ``output``, or nothing when the head is the embedding.
         vocab_size: V.
         context_tokens: longest sequence it was made for, or None.
+        heads: H.
     """
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.vocab_size, self.context_tokens = args.vocab_size, args.max_seq_len
+        self.heads = args.n_heads
         self.sliding_window = args.sliding_window
         self.head_path = "" if args.tie_word_embeddings else "output"
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)

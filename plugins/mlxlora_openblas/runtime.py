@@ -22,7 +22,7 @@ def start() -> RuntimeStarted | None:
         What is in force, or as a warning why MLX stays as it was; nothing where
         MLX does not compute on a Linux CPU through a BLAS.
     """
-    if sys.platform != "linux" or not _computes_on_cpu():
+    if not computes_on_cpu():
         return None
     try:
         return _start()
@@ -30,8 +30,10 @@ def start() -> RuntimeStarted | None:
         return RuntimeStarted(f"openblas: MLX's CPU backend stays as it was: {fault}", warning=True)
 
 
-def _computes_on_cpu() -> bool:
-    """Whether MLX is there and has nothing but a CPU to compute on."""
+def computes_on_cpu() -> bool:
+    """Whether this is Linux, and MLX is there and has nothing but a CPU to compute on."""
+    if sys.platform != "linux":
+        return False
     try:
         import mlx.core as mx
     except ImportError:  # whoever needs MLX will say what to install

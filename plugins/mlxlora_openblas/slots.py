@@ -1,4 +1,4 @@
-"""Where libmlx.so keeps, in memory, the addresses of the BLAS functions that it calls.
+"""Where libmlx.so keeps, in memory, the addresses of functions of other libraries that it calls.
 
 A shared library reaches a function of another one through a slot in its data
 that the dynamic linker fills in. Nothing of the library's code is changed, and
@@ -18,7 +18,8 @@ from mlxlora_core.api import ResourceError
 from mlxlora_openblas.elf import imports
 
 _LIBRARY = re.compile(r"/libmlx\.so[^/]*$")
-_FUNCTION = re.compile(r"cblas_[a-z]gemm")
+#: the products of a BLAS
+PRODUCTS = "cblas_[a-z]gemm"
 _PROTECTION = {"r": mmap.PROT_READ, "w": mmap.PROT_WRITE, "x": mmap.PROT_EXEC}
 
 
@@ -75,8 +76,11 @@ class Slot:
             raise OSError(code, f"mprotect of the slot of {self.function}: {os.strerror(code)}")
 
 
-def mlx_slots() -> list[Slot]:
-    """The slots of the ``cblas_*gemm`` functions in the loaded libmlx.so; none when it links no BLAS.
+def mlx_slots(names: str = PRODUCTS) -> list[Slot]:
+    """The slots of functions in the loaded libmlx.so; none when it takes no such function from others.
+
+    Args:
+        names: a pattern for the names of the functions.
 
     Raises:
         OSError: the library or the map of memory cannot be read.
@@ -87,7 +91,7 @@ def mlx_slots() -> list[Slot]:
     if not loaded:
         return []
     base = min(m.start for m in loaded)
-    places = [(name, base + at) for name, at in imports(Path(loaded[0].path)) if _FUNCTION.fullmatch(name)]
+    places = [(name, base + at) for name, at in imports(Path(loaded[0].path)) if re.fullmatch(names, name)]
     slots = [Slot(name, at, m.protection) for name, at in places for m in loaded if at in m]
     if len(slots) != len(places) or not all(_holds_function(slot, loaded) for slot in slots):
         raise ResourceError("what is in memory is not what the file says", where=loaded[0].path)

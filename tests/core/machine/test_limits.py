@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,11 +75,57 @@ def test_a_disk_is_asked_where_the_target_will_be(tmp_path: Path) -> None:
 
 
 def test_more_than_there_is_is_refused_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 2_000_000_000)
-    assert require_memory(1_999_999_999, "it", "") == "it needs about 2.00 GB of memory, 2.00 GB are free"
+    """What the process holds is in both."""
+    room = memory._Room(held=500_000_000, free=2_000_000_000, kind="memory")
+    monkeypatch.setattr(memory, "_rooms", lambda root: [room])
+    words = "it needs about 2.50 GB of memory in all, 2.50 GB can be had"
+    assert require_memory(2_000_000_000, "it", "") == words
     with pytest.raises(
-        ResourceError, match=r"^it needs about 3\.00 GB of memory, 2\.00 GB are free. Fix: rest$"
+        ResourceError, match=r"^it needs about 3\.50 GB of memory in all, 2\.50 GB can be had. Fix: rest$"
     ):
         require_memory(3_000_000_000, "it", "rest")
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda: None)
+    monkeypatch.setattr(memory, "_rooms", lambda root: [])
     assert require_memory(10**15, "it", "") == "it needs about 1000000.00 GB of memory"
+
+
+def test_the_figures_are_of_what_is_nearest_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process holds more addresses than memory, and a machine may have little beside its limit."""
+    addresses = memory._Room(900, 1000, "addresses (ulimit -v)")
+    for free, words in ((10_000, "of addresses \\(ulimit -v\\) in all"), (300, "of memory in all")):
+        rooms = [memory._Room(100, free, "memory"), addresses]
+        monkeypatch.setattr(memory, "_rooms", lambda root, rooms=rooms: rooms)
+        with pytest.raises(ResourceError, match=words):
+            require_memory(1001, "it", "")
+
+
+@pytest.mark.parametrize(
+    ("told", "free"),
+    [
+        ({"free_memory": 700, "total_memory": 1000}, 700),
+        ({"max_recommended_working_set_size": 900, "memory_size": 1000}, 600),
+        ({"memory_size": 1000}, 700),
+    ],
+    ids=["CUDA", "Metal", "Metal, of old"],
+)
+def test_on_a_gpu_it_is_the_memory_of_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, told: dict[str, int], free: int
+) -> None:
+    gpu = SimpleNamespace(
+        default_device=lambda: SimpleNamespace(type="gpu"),
+        DeviceType=SimpleNamespace(cpu="cpu"),
+        device_info=lambda: told,
+        get_active_memory=lambda: 300,
+        get_cache_memory=lambda: 0,
+    )
+    monkeypatch.setitem(sys.modules, "mlx.core", gpu)
+    monkeypatch.setattr(memory, "_rooms", lambda root: [memory._Room(0, 10**9, "memory")])
+    assert memory._device_room() == [memory._Room(300, free, "GPU memory")]
+    require_memory(free, "it", "")
+    with pytest.raises(ResourceError, match="of GPU memory in all"):
+        require_memory(free + 1, "it", "")
+
+
+def test_a_library_that_finds_no_room_is_6() -> None:
+    fault = ImportError("libgomp.so.1: failed to map segment from shared object")
+    assert "there is not enough memory" in str(exhausted(fault))
+    assert exhausted(ImportError("libgomp.so.1: cannot open shared object file")) is None

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlxlora_core.errors import ModelError, PluginError, ResourceError, SafetyError
 from mlxlora_core.files import tensor_file
+from mlxlora_core.machine import memory
 from mlxlora_core.machine.device import on_cpu
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as folders
@@ -420,6 +421,6 @@ def test_a_bias_is_added_to_a_weight_that_is_expanded_on_use() -> None:
 def test_what_is_stored_must_fit(
     model_folder: MakeModel, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlxlora_core.machine.memory.free_memory_bytes", lambda: 1000)
-    with pytest.raises(ResourceError, match=r"the model needs about .* of memory, .* are free"):
+    monkeypatch.setattr(memory, "_rooms", lambda root: [memory._Room(0, 1000, "memory")])
+    with pytest.raises(ResourceError, match=r"the model needs about .* of memory in all, 0.00 MB can be had"):
         folders.load(model_folder(dtype="float16"), registry)

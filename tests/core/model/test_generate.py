@@ -7,9 +7,10 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxlora_core.errors import UsageError
+from mlxlora_core.errors import ResourceError, UsageError
+from mlxlora_core.machine import memory as machine
 from mlxlora_core.model import folder as folders
-from mlxlora_core.model import generate as generate_module
+from mlxlora_core.model import memory
 from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.folder import Model
 from mlxlora_core.model.generate import Segment, decode, generate, whole
@@ -106,18 +107,26 @@ def test_greedy_tokens_are_those_of_the_whole_sequence_run_again_each_time(model
     assert len(set(ids)) > 3
 
 
-def test_a_prompt_is_read_in_parts_as_well_as_whole(
-    model: Model, stand_in: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def ids(language_model: Any) -> list[int]:
+def test_a_prompt_is_read_in_parts_as_well_as_whole(model: Model, stand_in: Callable[..., Any]) -> None:
+    def ids(language_model: Any, part: int = 512) -> list[int]:
         prompt = [1, 5, 9, 30, 2, 7, 7, 8, 11, 40]
-        return list(decode(language_model, prompt, greedy, num_tokens=20, stops=()))
+        return list(decode(language_model, prompt, greedy, num_tokens=20, stops=(), part_tokens=part))
 
     for language_model in (model.language_model, stand_in()):
         whole = ids(language_model)
         for length in (1, 3, 10):
-            monkeypatch.setattr(generate_module, "PREFILL_TOKENS", length)
-            assert ids(language_model) == whole
+            assert ids(language_model, length) == whole
+
+
+def test_a_text_that_outgrows_memory_ends_with_a_line(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came before it was given out."""
+    given = []
+    with pytest.raises(ResourceError, match="another 256 tokens of the text needs about"):
+        for token in decode(model.language_model, [1, 5], greedy, num_tokens=10**12, stops=()):
+            given.append(token)
+            monkeypatch.setattr(memory, "free_memory_bytes", lambda: 1000)
+            monkeypatch.setattr(machine, "_rooms", lambda root: [machine._Room(0, 1000, "memory")])
+    assert len(given) == 254
 
 
 def test_a_sampler_gets_the_ids_so_far_and_float32(model: Model) -> None:
