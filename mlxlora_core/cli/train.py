@@ -11,7 +11,7 @@ import click
 
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.command_line import resume_command
-from mlxlora_core.cli.model import chosen_samplers, continue_prompt, load_base, measure
+from mlxlora_core.cli.model import chosen_samplers, continue_prompt, load_base, measure, read_test
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import plain
@@ -29,6 +29,7 @@ from mlxlora_core.training.settings import (
     SaveConfig,
     TrainConfig,
 )
+from mlxlora_core.training.sources import SplitRows, read_data
 from mlxlora_core.values import RunInfo
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     declare.section(
         "Model and data",
         declare.MODEL,
-        declare.data("train.jsonl and valid.jsonl"),
+        declare.data("train.jsonl and, to validate on, valid.jsonl"),
+        declare.COLUMNS,
         declare.flags(BatchConfig),
     ),
     declare.section(
@@ -108,6 +110,7 @@ def command(
     """
     checkpoints = adapter_file.with_name(f"{adapter_file.stem}.checkpoints")
     asked = _check(registry, checkpoints, given, speaks=prompt is not None)
+    rows = _rows(data, given["columns"], test=test)
     hold(adapter_file)
     found = find_for(asked.how, checkpoints)
     runtimes = start(registry)
@@ -118,10 +121,11 @@ def command(
     # A sampler that is faulty is told now and not when hours of training are over.
     Drawing([(sampler.component, sampler.options) for sampler in asked.samplers], seed)
     base = load_base(model, registry)
+    held_out = read_test(base, rows["test"], asked.train) if test else None
     session = open_training(
         base,
         _adapter(asked, resume_adapter_file),
-        {split: data / f"{split}.jsonl" for split in ("train", "valid")},
+        {split: rows[split] for split in ("train", "valid") if split in rows},
         asked.train,
         registry,
         seed=seed,
@@ -135,8 +139,8 @@ def command(
     of_best = f", of step {trained.adapter_step}, the best" if asked.train.patience is not None else ""
     show.progress(f"{adapter_file} written{of_best}")
     result: dict[str, Any] = {"adapter_file": str(adapter_file), **asdict(trained)}
-    if test:
-        result["test"] = measure(base, data, asked.train, asked.evaluate, quiet=as_json)
+    if held_out is not None:
+        result["test"] = measure(base, held_out, asked.train, asked.evaluate, quiet=as_json)
     if prompt is not None:
         said = continue_prompt(base, prompt, asked.samplers, asked.generate, seed, quiet=as_json)
         result |= {"text": said.text, "finish": said.finish}
@@ -190,6 +194,12 @@ def _check(registry: Registry, checkpoints: Path, given: dict[str, Any], *, spea
         evaluate=declare.config_from(EvaluateConfig, given),
         generate=declare.config_from(GenerateConfig, given),
     )
+
+
+def _rows(data: Path, columns: tuple[str, ...], *, test: bool) -> dict[str, SplitRows]:
+    """The rows of all splits that there are: a bad row of any of them is told, as the verb data does."""
+    wanted, optional = (("train", "test"), ("valid",)) if test else (("train",), ("valid", "test"))
+    return read_data(data, wanted, optional, declare.columns_from(columns))
 
 
 def _adapter(asked: _Asked, path: Path | None) -> NewAdapter | AdapterFile:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.files.jsonl import read_jsonl
-from mlxlora_core.training.dataset import SPLITS
+from mlxlora_core.files.data_path import SPLITS
+from mlxlora_core.files.rows import read_rows
 from mlxlora_core.values import Tokenizer
 
 #: what questions test -> the splits that their rows are in
@@ -59,7 +59,7 @@ def find_expected(folder: Path, prompts: Sequence[str], tokenizer: Tokenizer) ->
     for split in SPLITS:
         path = folder / f"{split}.jsonl"
         if path.is_file() and path.stat().st_size > 0:
-            for _, content in read_jsonl(path):
+            for _, content in read_rows(path):
                 for prompt, text in _continued(content, prompts, tokenizer):
                     found[prompt].append(Expected(split, text))
     return {prompt: rows[0] for prompt, rows in found.items() if len({row.text for row in rows}) == 1}

@@ -13,15 +13,12 @@ from typing import Any, BinaryIO
 
 from mlxlora_core.errors import DataError, listing
 from mlxlora_core.files import durable
-from mlxlora_core.files.jsonl import check_content
+from mlxlora_core.files.data_path import RECORD, SPLITS
+from mlxlora_core.files.row_shapes import check_content
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice
 from mlxlora_core.plugins.sections import SplitConfig
 from mlxlora_core.values import Row, Rows, Skipped
-
-SPLITS = ("train", "valid", "test")
-
-RECORD = "dataset.json"
 
 
 def build_dataset(

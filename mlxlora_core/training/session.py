@@ -7,14 +7,13 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlxlora_core.errors import DataError, DivergedError, UsageError
+from mlxlora_core.errors import DivergedError, UsageError
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.machine import signals
 from mlxlora_core.model import adapters
@@ -35,17 +34,19 @@ from mlxlora_core.training.events import (
     ValidReport,
     report_line,
 )
-from mlxlora_core.training.examples import Examples, examples_in_memory, read_examples
+from mlxlora_core.training.examples import Examples, make_examples
 from mlxlora_core.training.identity import identify
 from mlxlora_core.training.loop import Training
 from mlxlora_core.training.memory import training_memory
 from mlxlora_core.training.saving import CheckpointFolder
 from mlxlora_core.training.settings import BatchConfig, SaveConfig, TrainConfig
+from mlxlora_core.training.sources import SplitRows
 
-LONG_ROW_TOKENS = 2048  # a row longer than that is told
+# what decides where rows are cut
+CONTEXT, OPTION = "the context of the model", "max_seq_length"
 
-#: where rows come from: a ``.jsonl`` file, rows in memory, or rows that are tokenized already
-Source = Path | Sequence[Mapping[str, Any]] | Examples
+#: the rows of a split: read, or tokenized already
+Source = SplitRows | Examples
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def open_training(
     outputs = outputs or Outputs()
     if outputs.adapter_file is not None:
         check_adapter_file(outputs.adapter_file)
-    splits = {name: examples_of(name, source, model, config) for name, source in rows.items()}
+    splits = {name: examples_of(source, model, config) for name, source in rows.items()}
     adapted = _put_on(model, adapter, registry, seed)
     valid = splits["valid"].examples if "valid" in splits else ()
     training = Training(model.language_model, splits["train"].examples, valid, config, seed)
@@ -124,28 +125,28 @@ def open_training(
     return TrainingSession(model, adapted, splits, training, outputs, folder)
 
 
-def examples_of(split: str, source: Source, model: Model, config: BatchConfig) -> Examples:
+def examples_of(source: Source, model: Model, config: BatchConfig) -> Examples:
     """The examples of a split.
 
     Args:
-        split: its name.
-        source: where its rows come from.
+        source: its rows.
         model: whose tokenizer and context they are for.
-        config: how they are read.
+        config: how they are cut and masked.
 
     Raises:
-        DataError: rows that are not there, or that cannot be used.
+        DataError: rows that cannot be tokenized, or none that can be used.
     """
     if isinstance(source, Examples):
         return source
-    limit = model.sequence_limit(config.max_seq_length)
-    if not isinstance(source, Path):
-        return examples_in_memory(
-            source, split, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt
-        )
-    if not source.is_file():
-        raise DataError(f"there is no {source.name}", where=source, fix="make the folder with: mlxlora data")
-    return read_examples(source, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt)
+    examples = make_examples(
+        source.rows,
+        source.name,
+        model.tokenizer,
+        max_seq_length=model.sequence_limit(config.max_seq_length),
+        mask_prompt=config.mask_prompt,
+    )
+    context = model.sequence_limit(config.max_seq_length) < config.max_seq_length
+    return replace(examples, notes=source.notes, limited_by=CONTEXT if context else OPTION)
 
 
 def check_adapter_file(path: Path) -> None:
@@ -203,7 +204,9 @@ class TrainingSession:
                 they were.
         """
         for split, rows in self.rows.items():
-            yield from _words_on_rows(split, rows)
+            yield from map(Note, rows.words(split))
+        if "valid" not in self.rows:
+            yield Note("there are no rows to validate on (a file valid.jsonl): training without validation")
         yield Note(self._size())
         with training_memory(self.model, self.rows["train"], self.training.config.batch_size) as said:
             yield Note(said)
@@ -329,18 +332,6 @@ def _put_on(
     if isinstance(adapter, AdapterFile):
         return adapters.load(adapter.path, model, registry, adapter.name, adapter.values)
     return adapters.attach(model, adapter.choice, adapter.config, seed)
-
-
-def _words_on_rows(split: str, rows: Examples) -> Iterator[Note]:
-    """A word on rows that are long, that were cut, and that were left out."""
-    longest = max(len(example.tokens) for example in rows.examples)
-    if longest > LONG_ROW_TOKENS:
-        yield Note(f"warning: {split} has rows of up to {longest} tokens; long rows take much memory")
-    if rows.cut:
-        share = rows.cut_tokens / (rows.tokens + rows.cut_tokens)
-        yield Note(f"warning: {rows.cut} {split} rows were cut, {share:.1%} of all tokens are lost")
-    if rows.empty:
-        yield Note(f"warning: {rows.empty} {split} rows have no token that counts and were left out")
 
 
 def _trim(metrics: Path, step: int) -> None:

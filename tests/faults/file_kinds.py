@@ -413,9 +413,9 @@ class Jsonl(Subject):
         self.good = [lines.encode(), b"\xef\xbb\xbf" + lines.replace("\n", "\r\n\n").encode()]
 
     def parse(self) -> Any:
-        from mlxlora_core.files.jsonl import read_jsonl
+        from mlxlora_core.files.rows import read_rows
 
-        return read_jsonl(self.path)
+        return read_rows(self.path)
 
     def reference(self) -> Any:
         rows = []
