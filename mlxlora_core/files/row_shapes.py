@@ -30,10 +30,16 @@ _ROLES = {
 _CALLS = ("tool_calls", "function_call")
 _KEYS_TOLD = 6
 #: pairs of columns that people ask and answer in, for the advice in a message
-_ASKED = ("question", "query", "instruction", "input", "user", "problem", "source", "prompt")
-_ANSWERED = ("answer", "response", "output", "assistant", "solution", "target", "completion", "chosen")
-_TALKS = ("conversation", "dialogue", "dialog", "chat", "turns")
-_TEXTS = ("content", "body", "document", "sentence")
+_ASKED = (
+    *("question", "query", "instruction", "input", "inputs", "input_text", "user", "human", "problem"),
+    *("source", "prompt", "q"),
+)
+_ANSWERED = (
+    *("answer", "response", "output", "outputs", "output_text", "assistant", "bot", "solution", "target"),
+    *("targets", "target_text", "completion", "chosen", "a"),
+)
+_TALKS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
+_TEXTS = ("text", "content", "body", "document", "sentence")
 
 
 class RowFault(ValueError):
@@ -137,6 +143,8 @@ def _shape_of(row: Mapping[str, Any], value: Mapping[str, Any], outer: Mapping[s
     """The one shape that a row has, its columns named as they are read."""
     asked = [shape for shape in _SHAPES if outer.keys() & {*shape.keys, *shape.beside}] if outer else []
     found = [shape for shape in asked or _SHAPES if row.keys() >= shape.needs]
+    if len(found) > 1:  # a table of rows of several shapes has null where a row is of another
+        found = [shape for shape in found if all(row[key] is not None for key in shape.keys)] or found
     if len(found) == 1:
         return found[0]
     if found:
@@ -226,7 +234,7 @@ class _Reading:
         """One message, whatever its keys are called."""
         if not isinstance(message, Mapping):
             raise RowFault(f"{place} is {_kind(message)}, wanted {{role, content}}")
-        old = "from" in message and "role" not in message
+        old = message.get("from") is not None and message.get("role") is None
         role_key = self._columns.get("role", "from" if old else "role")
         content_key = self._columns.get("content", "value" if old else "content")
         if calls := [key for key in _CALLS if message.get(key)]:

@@ -35,10 +35,6 @@ _FOREIGN = (
     (b"\x00\x00\xfe\xff", "UTF-32"),
     (b"\xff\xfe", "UTF-16"),
     (b"\xfe\xff", "UTF-16"),
-    (b"{\x00", "UTF-16LE"),
-    (b"\x00{", "UTF-16BE"),
-    (b"[\x00", "UTF-16LE"),
-    (b"\x00[", "UTF-16BE"),
     (b"\x1f\x8b", "gzip"),
     (b"PK\x03\x04", "zip"),
     (b"PAR1", "parquet"),
@@ -223,12 +219,22 @@ def _open(path: Path) -> Iterator[BufferedReader]:
 def _pass_mark(file: BufferedReader, path: Path) -> None:
     """Go past a UTF-8 byte order mark, and refuse what is no UTF-8 text by its first bytes."""
     start = file.peek(4)
-    for mark, encoding in _FOREIGN:
-        if start.startswith(mark):
-            fix = _REMEDIES.get(encoding, f"iconv -f {encoding} -t UTF-8")
-            raise DataError(f"is {encoding}, wanted UTF-8 text", where=path, fix=fix)
+    if encoding := _encoding(start):
+        fix = _REMEDIES.get(encoding, f"iconv -f {encoding} -t UTF-8")
+        raise DataError(f"is {encoding}, wanted UTF-8 text", where=path, fix=fix)
     if start.startswith(_BOM):
         file.seek(len(_BOM))
+
+
+def _encoding(start: bytes) -> str:
+    """What a file is that begins so, if it is no UTF-8 text; nothing where it may be."""
+    for mark, encoding in _FOREIGN:
+        if start.startswith(mark):
+            return encoding
+    low, high = start[:1], start[1:2]  # of letters of one byte, the other one is zero
+    if high == b"\0" < low:
+        return "UTF-16LE"
+    return "UTF-16BE" if low == b"\0" < high else ""
 
 
 def _told(place: str, kind: Kind) -> str:

@@ -80,6 +80,19 @@ READ: dict[str, tuple[Any, dict[str, Any]]] = {
         {"instruction": "Add.", "input": "1 1", "output": "2"},
         {"prompt": INSTRUCTED_WITH_INPUT, "completion": "2"},
     ),
+    "null where another shape is": (
+        {"text": None, "prompt": "a", "completion": "b", "messages": None},
+        {"prompt": "a", "completion": "b"},
+    ),
+    "null keys of messages": (
+        {
+            "conversations": [
+                {"from": "human", "value": "hi", "role": None, "content": None},
+                {"role": "assistant", "content": "ho", "from": None, "value": None},
+            ]
+        },
+        TALK,
+    ),
     "no calls": (
         {"messages": [said((U, "hi"))[0], {"role": A, "content": "ho", "tool_calls": None}]},
         TALK,
@@ -189,6 +202,7 @@ ODD: dict[str, tuple[Any, str]] = {
         "a part of content of message 1 holds half a surrogate pair",
     ),
     "list": ([], "is an empty list, wanted an object"),
+    "null in all of two shapes": ({"text": None, "messages": None}, "has text and messages, wanted only one"),
     "none": (None, "is null, wanted an object"),
 }
 
@@ -302,6 +316,8 @@ def test_columns_that_mean_nothing_are_refused(texts: list[str], told: str) -> N
         ({"input": 1, "output": 2}, "prompt=input,completion=output"),
         ({"dialog": 1}, "messages=dialog"),
         ({"body": 1}, "text=body"),
+        ({"Text": 1}, "text=Text"),
+        ({"Prompt": 1, "Completion": 1}, "prompt=Prompt,completion=Completion"),
         ({"x": 1}, "prompt=question,completion=answer"),
     ],
 )

@@ -299,6 +299,10 @@ ODD = {
         "1 bad line: FILE:1: is one JSON object over several lines",
     ),
     "utf16.json": ('[{"text": "a"}]'.encode("utf-16-le"), "FILE: is UTF-16LE, wanted UTF-8 text"),
+    "utf16.csv": ("text\na".encode("utf-16-le"), "FILE: is UTF-16LE, wanted UTF-8 text"),
+    "utf16be.csv": ("text\na".encode("utf-16-be"), "FILE: is UTF-16BE, wanted UTF-8 text"),
+    "single.jsonl": (b"{'text': 'a'}", "FILE:1: no JSON: Expecting property name enclosed in double quotes"),
+    "joined.jsonl": (b'{"text": "a"}{"text": "b"}', "FILE:1: has more than one JSON value"),
     "cells.csv": (
         b"text,n\na\nb,1,2\nc,3\n",
         "2 bad lines: FILE:2: has 1 cells, the heading 2 (2 of this kind: 2, 3)",
