@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +19,21 @@ _NAMES = {
     "valid": ("valid", "validation", "val", "dev", "eval"),
     "test": ("test", "testing"),
 }
+_PART = re.compile(r"-\d+-of-\d+")
 _SPLIT_OF = {name: split for split, names in _NAMES.items() for name in names}
 _NO_ROWS = (RECORD, "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The files of rows at a data path.
+    """The files of rows at a data path, one at least.
 
     Attributes:
-        splits: split -> its file, for the splits that a file of the folder is named after.
+        splits: split -> its files, for the splits that files of the folder are named after.
         others: the files that are named after none; the file itself, where the path is one.
     """
 
-    splits: Mapping[str, Path]
+    splits: Mapping[str, tuple[Path, ...]]
     others: tuple[Path, ...] = ()
 
 
@@ -39,10 +41,11 @@ def find_data(path: Path) -> DataFiles:
     """The files of rows at a path.
 
     A split may be called as people call it (``val``, ``validation``, ``dev``,
-    ``eval`` for ``valid``) and have any ending that rows have.
+    ``eval`` for ``valid``), have any ending that rows have, and lie in parts
+    (``train-00000-of-00002.jsonl``).
 
     Raises:
-        DataError: there is nothing, the folder cannot be read, or two files are of one split.
+        DataError: there is no file of rows, the folder cannot be read, or two files could be one split.
     """
     try:
         if not path.is_dir():
@@ -54,21 +57,27 @@ def find_data(path: Path) -> DataFiles:
         absent = isinstance(fault, FileNotFoundError)
         what = "there is no such file or folder" if absent else f"cannot be read: {reason}"
         raise DataError(what, where=path) from fault
-    splits: dict[str, Path] = {}
-    others = []
-    for name in names:
-        file = path / name
-        if name.startswith(".") or file.suffix.lower() not in ENDINGS or name in _NO_ROWS:
-            continue
-        split = _SPLIT_OF.get(file.stem.lower())
-        if split is None:
-            others.append(file)
-        elif split in splits:
-            both = f"{splits[split].name} and {name}"
-            raise DataError(f"{both} could both be the {split} rows", where=path, fix="take one of them away")
-        else:
-            splits[split] = file
-    return DataFiles({split: splits[split] for split in SPLITS if split in splits}, tuple(others))
+    files = [path / name for name in names if not name.startswith(".") and name not in _NO_ROWS]
+    files = [file for file in files if file.suffix.lower() in ENDINGS]
+    if not files:
+        what = f"there is no file of rows in this folder ({' or '.join(ENDINGS)}); there is {listing(names)}"
+        raise DataError(what, where=path)
+    found: dict[str | None, list[Path]] = {}
+    for file in files:
+        found.setdefault(_SPLIT_OF.get(_PART.sub("", file.stem.lower())), []).append(file)
+    splits = {split: tuple(found[split]) for split in SPLITS if split in found}
+    for split, several in splits.items():
+        if len({_PART.sub("", file.name) for file in several}) > 1 or not all(
+            _is_part(f) for f in several[1:]
+        ):
+            what = f"{' and '.join(file.name for file in several[:2])} could both be the {split} rows"
+            raise DataError(what, where=path, fix="take one of them away")
+    return DataFiles(splits, tuple(found.get(None, ())))
+
+
+def _is_part(file: Path) -> bool:
+    """Whether a file is one part of several."""
+    return _PART.search(file.stem) is not None
 
 
 def absence(path: Path, split: str) -> DataError:

@@ -221,7 +221,10 @@ def _pretty(data: bytes) -> str:
 def _syntax(line: bytes, fault: json.JSONDecodeError) -> str:
     """What is wrong with a line that is no JSON."""
     if fault.msg == "Extra data":
-        return f"has more than one JSON value (the second at column {fault.colno}), {_ONE_A_LINE}"
+        if line.endswith(b",") and fault.colno == len(fault.doc):
+            return f"has a comma behind the value, {_ONE_A_LINE} and no more"
+        second = f"the second at column {fault.colno}"
+        return f"has more than one JSON value ({second}), {_ONE_A_LINE} (jq -c . makes them)"
     if line in (b"{", b"[", b"[{"):
         return f"opens what is not closed on it, {_ONE_A_LINE} (jq -c . makes them)"
     return f"no JSON: {fault.msg} at column {fault.colno}"

@@ -112,7 +112,7 @@ def read_row(value: object, columns: Mapping[str, str] | None = None) -> PlainRo
     content = shape.read(reading, row)
     form = "" if content.keys() == shape.needs else " and ".join(shape.keys)
     unread = _unread(value, shape, outer) if len(value) > len(shape.keys) else []
-    return PlainRow(content, form, (*map(short, unread), *sorted(reading.unread)))
+    return PlainRow(content, form, (*unread, *sorted(reading.unread)))
 
 
 def check_content(content: object) -> str | None:
@@ -136,7 +136,7 @@ def _unread(value: Mapping[Any, Any], shape: _Shape, outer: Mapping[str, str]) -
     read = {*shape.keys, *shape.beside}
     columns = {name: column for name, column in outer.items() if name in read}
     read = (read - columns.keys()) | {*columns.values()}
-    return [str(key) for key, held in value.items() if key not in read and _holds(held)]
+    return [_named(key) for key, held in value.items() if key not in read and _holds(held)]
 
 
 def _shape_of(row: Mapping[str, Any], value: Mapping[str, Any], outer: Mapping[str, str]) -> _Shape:
@@ -168,7 +168,9 @@ def _advice(value: Mapping[str, Any]) -> str:
     asked, answered = first(_ASKED), first(_ANSWERED)
     talk, text = first(_TALKS), first(_TEXTS)
     guess = "prompt=question,completion=answer"
-    if asked and answered:
+    if names.get("instruction") == "instruction" and answered:
+        guess = f"output={answered}" + (f",input={names['context']}" if "context" in names else "")
+    elif asked and answered:
         guess = f"prompt={asked},completion={answered}"
     elif talk:
         guess = f"messages={talk}"
@@ -341,4 +343,9 @@ def _kind(value: object) -> str:
 def _keys(content: Mapping[Any, Any]) -> str:
     if not content:
         return "no keys"
-    return "the keys " + listing((short(str(key)) or "''" for key in content), _KEYS_TOLD)
+    return "the keys " + listing(map(_named, content), _KEYS_TOLD)
+
+
+def _named(key: object) -> str:
+    """A key in a message; one that is empty is seen, too."""
+    return short(str(key)) or "''"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,49 +101,57 @@ def _read_files(
     """As :func:`read_data`, of a data path."""
     files = find_data(path)
     paths = _paths(path, files, wanted, optional)
-    found: dict[str, RowFile] = {}
+    found: dict[str, list[RowFile]] = {split: [] for split in paths}
     unreadable = []
-    for split, file in paths.items():
-        try:
-            found[split] = scan_rows(file, columns)
-        except DataError as fault:
-            unreadable.append(fault)
+    for split, parts in paths.items():
+        for part in parts:
+            try:
+                found[split].append(scan_rows(part, columns))
+            except DataError as fault:
+                unreadable.append(fault)
     if unreadable:
         raise unreadable[0] if len(unreadable) == 1 else DataError("; ".join(map(str, unreadable)))
-    refuse_faults(found.values())
+    refuse_faults([held for parts in found.values() for held in parts])
     for split in wanted:
-        refuse_empty(found[split])
-    unread = [f"not read: {listing(file.name for file in files.others)} of {path}"] if files.splits else []
-    beside = unread if files.others else []
-    return {
-        split: _of_file(split, held, [*_words(split, held), *(beside if split == wanted[0] else [])])
-        for split, held in found.items()
-        if held.rows
-    }
+        if not any(held.rows for held in found[split]):
+            refuse_empty(found[split][0])
+    read = {split: _of_files(split, parts) for split, parts in found.items() if any(p.rows for p in parts)}
+    first = wanted[0]
+    return read | {first: replace(read[first], notes=(*read[first].notes, *_beside(path, files, first)))}
 
 
 def _paths(
     path: Path, files: DataFiles, wanted: Sequence[str], optional: Sequence[str]
-) -> Mapping[str, Path]:
-    """split -> its file; a single file is all of the first split that must be there."""
-    paths = files.splits or ({} if path.is_dir() else {wanted[0]: path})
+) -> Mapping[str, Sequence[Path]]:
+    """split -> its files; where none is named after a split, all are of the first that must be there."""
+    paths = files.splits or {wanted[0]: files.others}
     for split in wanted:
+        if split not in paths and files.splits:
+            raise absence(path, split)
         if split not in paths:
-            raise (
-                absence(path, split)
-                if path.is_dir()
-                else DataError(
-                    f"is one file, of {wanted[0]} rows, and {split} rows are wanted too",
-                    where=path,
-                    fix=f"name a folder with a file for each: {', '.join(wanted)}",
-                )
+            raise DataError(
+                f"has no file named after a split, so that all of it is {wanted[0]} rows; {split} rows are "
+                "wanted too",
+                where=path,
+                fix=f"name a folder with files for {' and '.join(wanted)}",
             )
     return {split: paths[split] for split in (*wanted, *optional) if split in paths}
 
 
-def _of_file(split: str, found: RowFile, notes: Sequence[str]) -> SplitRows:
-    rows = [(f"{found.path}:{line}", content) for line, content in found.rows]
-    return SplitRows(str(found.path), rows, tuple(notes))
+def _of_files(split: str, files: Sequence[RowFile]) -> SplitRows:
+    """The rows of a split out of its files."""
+    rows = [(f"{held.path}:{line}", content) for held in files for line, content in held.rows]
+    notes = [note for held in files for note in _words(split, held)]
+    return SplitRows(listing(held.path for held in files), rows, tuple(notes))
+
+
+def _beside(path: Path, files: DataFiles, split: str) -> Iterator[str]:
+    """What there is to tell of the files of a folder."""
+    names = listing(file.name for file in files.others)
+    if files.splits and files.others:
+        yield f"not read: {names} of {path}"
+    elif len(files.others) > 1 or files.others[:1] not in ((), (path,)):
+        yield f"no file of {path} is named after a split: all rows are {split} rows ({names})"
 
 
 def _words(split: str, found: RowFile) -> Iterator[str]:

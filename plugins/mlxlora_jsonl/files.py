@@ -65,14 +65,12 @@ def find_sources(options: JsonlOptions) -> tuple[list[Source], list[Skipped]]:
     unread: list[Skipped] = []
     if options.path is not None:
         found = find_data(options.path)
-        sources = [Source(path, split) for split, path in found.splits.items()]
+        sources = [Source(path, split) for split, paths in found.splits.items() for path in paths]
         if found.splits:
             reason = "it stands beside files of the splits train, valid or test, and only those are read"
             unread = [Skipped(str(path), reason) for path in found.others]
         else:
             sources = [Source(path) for path in found.others]
-        if not sources:
-            raise DataError("there is no file of rows in this folder", where=options.path)
     seen = {source.path for source in sources}
     sources += [Source(path) for path in dict.fromkeys(options.files) if path not in seen]
     return sources, unread

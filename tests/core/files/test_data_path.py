@@ -15,7 +15,8 @@ def names(folder: Path, *files: str) -> tuple[dict[str, str], list[str]]:
     for name in files:
         (folder / name).touch()
     found = find_data(folder)
-    return {split: path.name for split, path in found.splits.items()}, [path.name for path in found.others]
+    splits = {split: "+".join(path.name for path in paths) for split, paths in found.splits.items()}
+    return splits, [path.name for path in found.others]
 
 
 @pytest.mark.parametrize(
@@ -34,8 +35,8 @@ def names(folder: Path, *files: str) -> tuple[dict[str, str], list[str]]:
         (["train.jsonl", "extra.jsonl", "notes.md"], ["train.jsonl"], ["extra.jsonl"]),
         (["train.jsonl", "dataset.json", "._train.jsonl", "dataset_info.json"], ["train.jsonl"], []),
         (["b.csv", "a.jsonl"], [], ["a.jsonl", "b.csv"]),
-        (["train-00000-of-00002.jsonl"], [], ["train-00000-of-00002.jsonl"]),
-        ([], [], []),
+        (["train-0-of-2.json", "train-1-of-2.json"], ["train-0-of-2.json+train-1-of-2.json"], []),
+        (["train_old.jsonl", "test-2.jsonl"], [], ["test-2.jsonl", "train_old.jsonl"]),
     ],
 )
 def test_files_of_a_folder(tmp_path: Path, files: list[str], splits: list[str], others: list[str]) -> None:
@@ -46,7 +47,14 @@ def test_files_of_a_folder(tmp_path: Path, files: list[str], splits: list[str], 
 
 @pytest.mark.parametrize(
     "files",
-    [("valid.jsonl", "val.jsonl"), ("dev.json", "validation.csv"), ("train.json", "train.jsonl")],
+    [
+        ("valid.jsonl", "val.jsonl"),
+        ("dev.json", "validation.csv"),
+        ("train.json", "train.jsonl"),
+        ("train-0-of-1.jsonl", "train.jsonl"),
+        ("train-0-of-2.jsonl", "train-1-of-2.json"),
+        ("val-0-of-2.csv", "dev-1-of-2.csv"),
+    ],
 )
 def test_two_files_of_one_split_are_refused(tmp_path: Path, files: tuple[str, str]) -> None:
     with pytest.raises(DataError, match=r"could both be the (valid|train) rows") as caught:
@@ -63,6 +71,15 @@ def test_a_path_may_be_a_file(tmp_path: Path) -> None:
 def test_what_is_not_there_is_told(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError):
         find_data(tmp_path / name)
+
+
+@pytest.mark.parametrize("names", [(), ("train.jsonl.gz", "train.txt"), ("dataset.json", "._train.jsonl")])
+def test_a_folder_without_rows_is_told_with_what_there_is(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match="there is no file of rows in this folder") as caught:
+        find_data(tmp_path)
+    assert str(caught.value).endswith(f"there is {', '.join(sorted(names)) or 'none'}")
 
 
 def test_a_split_that_is_absent_is_told_with_what_there_is(tmp_path: Path) -> None:

@@ -313,6 +313,7 @@ def test_columns_that_mean_nothing_are_refused(texts: list[str], told: str) -> N
     [
         ({"question": 1, "answer": 2}, "prompt=question,completion=answer"),
         ({"Instruction": 1, "Response": 2}, "prompt=Instruction,completion=Response"),
+        ({"instruction": 1, "response": 2, "context": 3}, "output=response,input=context"),
         ({"input": 1, "output": 2}, "prompt=input,completion=output"),
         ({"dialog": 1}, "messages=dialog"),
         ({"body": 1}, "text=body"),

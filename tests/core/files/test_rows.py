@@ -303,6 +303,10 @@ ODD = {
     "utf16be.csv": ("text\na".encode("utf-16-be"), "FILE: is UTF-16BE, wanted UTF-8 text"),
     "single.jsonl": (b"{'text': 'a'}", "FILE:1: no JSON: Expecting property name enclosed in double quotes"),
     "joined.jsonl": (b'{"text": "a"}{"text": "b"}', "FILE:1: has more than one JSON value"),
+    "commas.jsonl": (
+        b'{"text": "a"},\n{"text": "b"},\n',
+        "2 bad lines: FILE:1: has a comma behind the value, wanted one object a line and no more (2 of",
+    ),
     "cells.csv": (
         b"text,n\na\nb,1,2\nc,3\n",
         "2 bad lines: FILE:2: has 1 cells, the heading 2 (2 of this kind: 2, 3)",

@@ -44,8 +44,25 @@ def test_a_file_is_the_rows_of_the_first_split(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ROWS)
     assert contents(training(path)) == {"train": ROWS}
     assert contents(read_data(path, ("test",))) == {"test": ROWS}
-    with pytest.raises(DataError, match="is one file, of train rows, and test rows are wanted too"):
+    with pytest.raises(DataError, match=r"all of it is train rows; test rows are wanted too"):
         read_data(path, ("train", "test"), ("valid",))
+
+
+def test_a_folder_without_names_of_splits_is_all_of_the_first(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", ROWS[:1])
+    write(tmp_path / "b.jsonl", ROWS[1:])
+    (read,) = training(tmp_path).values()
+    assert contents({"train": read}) == {"train": ROWS}
+    told = f"no file of {tmp_path} is named after a split: all rows are train rows (a.jsonl, b.jsonl)"
+    assert read.notes == (told,)
+
+
+def test_a_split_may_lie_in_parts(tmp_path: Path) -> None:
+    write(tmp_path / "train-00000-of-00002.jsonl", ROWS[:1])
+    write(tmp_path / "train-00001-of-00002.jsonl", ROWS[1:])
+    (read,) = training(tmp_path).values()
+    assert contents({"train": read}) == {"train": ROWS}
+    assert read.rows[1][0] == f"{tmp_path}/train-00001-of-00002.jsonl:1" and read.notes == ()
 
 
 def test_a_split_without_rows_is_none(tmp_path: Path) -> None:
