@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ _NAMES = {
     "valid": ("valid", "validation", "val", "dev", "eval"),
     "test": ("test", "testing"),
 }
-_PART = re.compile(r"-\d+-of-\d+")
+_PART = re.compile(r"-(\d+)-of-(\d+)$")
 _SPLIT_OF = {name: split for split, names in _NAMES.items() for name in names}
 _NO_ROWS = (RECORD, "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
@@ -67,17 +67,24 @@ def find_data(path: Path) -> DataFiles:
         found.setdefault(_SPLIT_OF.get(_PART.sub("", file.stem.lower())), []).append(file)
     splits = {split: tuple(found[split]) for split in SPLITS if split in found}
     for split, several in splits.items():
-        if len({_PART.sub("", file.name) for file in several}) > 1 or not all(
-            _is_part(f) for f in several[1:]
-        ):
-            what = f"{' and '.join(file.name for file in several[:2])} could both be the {split} rows"
-            raise DataError(what, where=path, fix="take one of them away")
+        if fault := _not_one(several):
+            raise DataError(
+                f"{fault} the {split} rows", where=path, fix="leave one file, or all parts of one"
+            )
     return DataFiles(splits, tuple(found.get(None, ())))
 
 
-def _is_part(file: Path) -> bool:
-    """Whether a file is one part of several."""
-    return _PART.search(file.stem) is not None
+def _not_one(files: Sequence[Path]) -> str:
+    """Why files are not one split, whole or in all of its parts."""
+    parts = [_PART.search(file.stem) for file in files]
+    found = [part for part in parts if part]
+    stems = {(_PART.sub("", file.stem), file.suffix) for file in files}
+    if len(files) > 1 and (len(found) < len(files) or len(stems) > 1):
+        return f"{files[0].name} and {files[1].name} could both be"
+    counts = {int(part[2]) for part in found}
+    if found and counts != {len(found)}:
+        return f"there are {len(found)} of {listing(sorted(counts))} parts of"
+    return ""
 
 
 def absence(path: Path, split: str) -> DataError:

@@ -62,6 +62,19 @@ def test_two_files_of_one_split_are_refused(tmp_path: Path, files: tuple[str, st
     assert all(name in str(caught.value) for name in files)
 
 
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["train-00001-of-00003.jsonl"], "there are 1 of 3 parts of the train rows"),
+        (["val-0-of-3.csv", "val-1-of-3.csv"], "there are 2 of 3 parts of the valid rows"),
+        (["test-0-of-1.csv", "test-0-of-2.csv"], "there are 2 of 1, 2 parts of the test rows"),
+    ],
+)
+def test_parts_that_are_missing_are_told(tmp_path: Path, files: list[str], told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        names(tmp_path, *files)
+
+
 def test_a_path_may_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").touch()
     assert find_data(tmp_path / "train.jsonl").others == (tmp_path / "train.jsonl",)
