@@ -67,10 +67,8 @@ def find_data(path: Path) -> DataFiles:
         found.setdefault(_SPLIT_OF.get(_PART.sub("", file.stem.lower())), []).append(file)
     splits = {split: tuple(found[split]) for split in SPLITS if split in found}
     for split, several in splits.items():
-        if fault := _not_one(several):
-            raise DataError(
-                f"{fault} the {split} rows", where=path, fix="leave one file, or all parts of one"
-            )
+        if odd := _not_one(several):
+            raise DataError(f"{odd} the {split} rows", where=path, fix="leave one file, or all parts of one")
     return DataFiles(splits, tuple(found.get(None, ())))
 
 

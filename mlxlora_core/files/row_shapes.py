@@ -247,7 +247,7 @@ class _Reading:
         more = [key for key in message if key not in (role_key, content_key) and _holds(message[key])]
         self.unread |= {f"{short(str(key))} of messages" for key in more}
         role = _text(f"role of {place}", message[role_key])
-        known = _ROLES.get(role.strip().lower())
+        known = _ROLES.get(role.lower())
         if known is None:
             raise RowFault(f"role of {place} is {short(role)!r}, wanted system, user or assistant")
         return {"role": known, "content": _content(f"content of {place}", message[content_key])}
