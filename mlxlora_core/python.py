@@ -143,6 +143,7 @@ def _train(
         session = open_training(
             model.base, adapted, rows, config, plugins, seed=seed, outputs=outputs, runtimes=runtimes
         )
+        del rows  # of which there are tokens now
         yield from _followed(session.start(how))
 
 

@@ -121,17 +121,18 @@ def command(
     # A sampler that is faulty is told now and not when hours of training are over.
     Drawing([(sampler.component, sampler.options) for sampler in asked.samplers], seed)
     base = load_base(model, registry)
-    held_out = read_test(base, rows["test"], asked.train) if test else None
+    held_out = read_test(base, rows.pop("test"), asked.train) if test else None
     session = open_training(
         base,
         _adapter(asked, resume_adapter_file),
-        {split: rows[split] for split in ("train", "valid") if split in rows},
+        rows,
         asked.train,
         registry,
         seed=seed,
         outputs=Outputs(adapter_file, checkpoints, metrics_file, asked.save, resume_command(resume=True)),
         runtimes=runtimes,
     )
+    rows.clear()  # of which there are tokens now
     events = session.start(asked.how, found)
     trained = _follow(
         observed(events, asked.observers, _info(adapter_file, model, data, asked), event_values)
@@ -197,9 +198,10 @@ def _check(registry: Registry, checkpoints: Path, given: dict[str, Any], *, spea
 
 
 def _rows(data: Path, columns: tuple[str, ...], *, test: bool) -> dict[str, SplitRows]:
-    """The rows of all splits that there are: a bad row of any of them is told, as the verb data does."""
+    """The rows to train with; those to test on are read in any case, for a bad one is refused as by data."""
     wanted, optional = (("train", "test"), ("valid",)) if test else (("train",), ("valid", "test"))
-    return read_data(data, wanted, optional, declare.columns_from(columns))
+    rows = read_data(data, wanted, optional, declare.columns_from(columns))
+    return {split: rows[split] for split in (*wanted, "valid") if split in rows}
 
 
 def _adapter(asked: _Asked, path: Path | None) -> NewAdapter | AdapterFile:

@@ -27,13 +27,18 @@ class SplitRows:
 
     Attributes:
         name: what errors call them.
-        rows: (place, content) of each.
+        parts: what stands before the number of a row, and (number, content) of each, one after another.
         notes: what there is to tell of their reading.
     """
 
     name: str
-    rows: Sequence[tuple[str, Mapping[str, Any]]]
+    parts: Sequence[tuple[str, Sequence[tuple[int, Mapping[str, Any]]]]]
     notes: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """(place, content) of each row."""
+        return ((f"{place}{number}", row) for place, rows in self.parts for number, row in rows)
 
 
 def read_data(
@@ -140,9 +145,9 @@ def _paths(
 
 def _of_files(split: str, files: Sequence[RowFile]) -> SplitRows:
     """The rows of a split out of its files."""
-    rows = [(f"{held.path}:{line}", content) for held in files for line, content in held.rows]
     notes = [note for held in files for note in _words(split, held)]
-    return SplitRows(listing(held.path for held in files), rows, tuple(notes))
+    parts = [(f"{held.path}:", held.rows) for held in files]
+    return SplitRows(listing(held.path for held in files), parts, tuple(notes))
 
 
 def _beside(path: Path, files: DataFiles, split: str) -> Iterator[str]:
@@ -167,18 +172,19 @@ def _in_memory(
     split: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, faults: Faults
 ) -> SplitRows:
     """Rows that stand in no file; what is wrong with them goes to ``faults``."""
-    good, forms, unread = [], Counter[str](), Counter[str]()
+    place, good = f"{split} row ", []
+    forms, unread = Counter[str](), Counter[str]()
     for number, content in enumerate(rows, start=1):
         try:
             row = read_row(content, columns)
         except RowFault as fault:
-            faults.add(f"{split} row ", number, str(fault), fault.fix)
+            faults.add(place, number, str(fault), fault.fix)
             continue
-        good.append((f"{split} row {number}", row.content))
+        good.append((number, row.content))
         forms.update([row.form] if row.form else [])
         unread.update(row.unread)
     told = RowFile(Path(), forms=forms, unread=unread)
-    return SplitRows(f"{split} rows", good, tuple(_words(split, told)))
+    return SplitRows(f"{split} rows", [(place, good)], tuple(_words(split, told)))
 
 
 def _check_names(splits: Iterable[object]) -> None:

@@ -36,7 +36,7 @@ def test_of_a_folder_the_splits_that_there_are_are_read(tmp_path: Path, text: bo
     write(tmp_path / "more.jsonl", ROWS)
     read = training(str(tmp_path) if text else tmp_path)
     assert contents(read) == {"train": ROWS, "valid": ROWS[:1]}
-    assert read["train"].rows[1][0] == f"{tmp_path}/train.jsonl:2"
+    assert list(read["train"].rows)[1][0] == f"{tmp_path}/train.jsonl:2"
     assert read["train"].notes == (f"not read: more.jsonl of {tmp_path}",)
 
 
@@ -62,7 +62,7 @@ def test_a_split_may_lie_in_parts(tmp_path: Path) -> None:
     write(tmp_path / "train-00001-of-00002.jsonl", ROWS[1:])
     (read,) = training(tmp_path).values()
     assert contents({"train": read}) == {"train": ROWS}
-    assert read.rows[1][0] == f"{tmp_path}/train-00001-of-00002.jsonl:1" and read.notes == ()
+    assert list(read.rows)[1][0] == f"{tmp_path}/train-00001-of-00002.jsonl:1" and read.notes == ()
 
 
 def test_a_split_without_rows_is_none(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_rows_in_memory_and_in_a_file_are_read_alike(tmp_path: Path) -> None:
     )
     columns = columns_from({"messages": "conversations"})
     (mapped,) = read_data(rows, ("train",), columns=columns).values()
-    assert mapped.rows == one.rows
+    assert mapped.parts == one.parts
 
 
 @pytest.mark.parametrize(
