@@ -87,12 +87,13 @@ def columns_from(given: Mapping[str, str] | Iterable[str], spell: str = "columns
     """Which column each thing is read from, as a caller says it.
 
     Args:
-        given: ``{"prompt": "question"}`` or ``["prompt=question"]``.
+        given: ``{"prompt": "question"}``, ``["prompt=question"]`` or ``"prompt=question"``.
         spell: what the caller calls it, for messages.
 
     Raises:
         UsageError: it is no such thing.
     """
+    given = given.split(",") if isinstance(given, str) else given
     pairs = given.items() if isinstance(given, Mapping) else given
     try:
         return parse_columns(pair if isinstance(pair, str) else "=".join(map(str, pair)) for pair in pairs)

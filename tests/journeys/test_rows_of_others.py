@@ -261,5 +261,7 @@ def test_what_was_cut_is_told_with_the_limit(mlxlora: Command, model: Path, tmp_
     options = ("--model", model, "--data", data, "--max-seq-length", 8)
     done = mlxlora("train", *options, "--iters", 1, "--adapter-file", tmp_path / "a.safetensors")
     assert "warning: 1 train rows were cut at 8 tokens (max_seq_length), " in done.err
-    done = mlxlora("evaluate", *options, "--no-adapter")
-    assert "warning: 6 test rows were cut at 8 tokens (max_seq_length), " in done.err
+    told = "warning: 6 test rows were cut at 8 tokens (max_seq_length), "
+    assert told in mlxlora("evaluate", *options, "--no-adapter").err
+    run = verbs(data, "", model, tmp_path)["run"]
+    assert mlxlora(*run, "--set", "train.max_seq_length=8").err.count(told) == 1

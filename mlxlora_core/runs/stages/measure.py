@@ -12,7 +12,7 @@ from mlxlora_core.runs.folder import DATA
 from mlxlora_core.runs.grading import Expected, find_expected, grade
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.stages.stage import Stage, identity_of
-from mlxlora_core.training.events import Advanced
+from mlxlora_core.training.events import Advanced, Note
 
 if TYPE_CHECKING:
     from mlxlora_core.model.folder import Model
@@ -65,6 +65,8 @@ def _loss(model: Model, split: str, context: Context) -> Generator[Event, None, 
     from mlxlora_core.training.evaluation import evaluating
 
     rows, recipe = context.rows(split, model), context.recipe
+    if split == "test" and context.adapted is None:  # of the other splits it is told when training begins
+        yield from map(Note, rows.words(split))
     loss = yield from evaluating(
         f"{split} loss",
         model.language_model,

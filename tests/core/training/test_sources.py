@@ -164,5 +164,6 @@ def test_a_split_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_columns_that_mean_nothing_are_a_matter_of_usage() -> None:
     assert columns_from(["prompt=a"]) == columns_from({"prompt": "a"}) == {"prompt": "a"}
+    assert columns_from("prompt=a,completion=b") == {"prompt": "a", "completion": "b"}
     with pytest.raises(UsageError, match="--columns: nothing is read as 'x'"):
         columns_from(["x=a"], "--columns")
