@@ -136,17 +136,20 @@ def continue_prompt(
 ) -> Segment:
     """Continue a prompt; segments are printed as they come unless ``quiet``."""
     from mlxlora_core.model.generate import generate, whole
+    from mlxlora_core.model.prompts import words_on
 
-    started = time.perf_counter()
+    started, asked = time.perf_counter(), config.asked(prompt)
     segments = generate(
         model.language_model,
         model.tokenizer,
-        prompt,
+        asked,
         [(sampler.component, sampler.options) for sampler in samplers],
         num_tokens=config.num_tokens,
         seed=seed,
         write_every=config.write_every,
     )
+    for words in words_on(model.tokenizer, asked):
+        show.progress(words)
     text = whole(segments if quiet else _shown(segments))
     show.progress(f"{time.perf_counter() - started:.2f} s")
     return text

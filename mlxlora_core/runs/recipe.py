@@ -26,7 +26,7 @@ from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.sections import AdapterConfig, QuantizeConfig, SplitConfig, configure
 from mlxlora_core.runs import samplers
 from mlxlora_core.runs.requirements import PluginsConfig
-from mlxlora_core.training.settings import EvaluateConfig, SaveConfig, TrainConfig
+from mlxlora_core.training.settings import ChatConfig, EvaluateConfig, SaveConfig, TrainConfig
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -56,7 +56,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class AskConfig:
+class AskConfig(ChatConfig):
     """What to ask the model before and after it is tuned."""
 
     prompts: tuple[str, ...] = option((), help="prompts; none asks nothing")
