@@ -189,9 +189,9 @@ def refuse_empty(found: RowFile) -> None:
 def left_out(found: RowFile) -> Iterator[str]:
     """What a file holds that no row is made of, though it is no fault; in words."""
     if found.blank_lines:
-        yield f"{found.blank_lines} blank lines"
+        yield f"{found.blank_lines} blank line{'s'[: found.blank_lines - 1]}"
     if found.unread:
-        keys = (f"{key} ({count} rows)" for key, count in found.unread.items())
+        keys = (f"{key} ({count} row{'s'[: count - 1]})" for key, count in found.unread.items())
         yield f"keys that are not read: {listing(keys)}"
 
 

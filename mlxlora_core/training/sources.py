@@ -164,7 +164,7 @@ def _words(split: str, found: RowFile) -> Iterator[str]:
     """What there is to tell of the rows of a split."""
     for form, count in found.forms.items():
         plain = "prompt and completion" if form.startswith("instruction") else "messages"
-        yield f"{count} {split} rows of {form} are read as {plain}"
+        yield f"{count} {split} row{'s'[: count - 1]} of {form}, read as {plain}"
     for what in left_out(found):
         yield f"{split}: {what}"
 

@@ -58,7 +58,7 @@ def test_keys_that_nobody_reads_are_left_out(write: Any) -> None:
     assert [content for _, content in found.rows] == [A, {"messages": said}]
     assert found.unread == {"id": 1, "prompt": 1, "name of messages": 1}
     assert list(left_out(found)) == [
-        "keys that are not read: id (1 rows), prompt (1 rows), name of messages (1 rows)"
+        "keys that are not read: id (1 row), prompt (1 row), name of messages (1 row)"
     ]
 
 

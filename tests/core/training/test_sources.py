@@ -125,8 +125,8 @@ def test_rows_in_memory_and_in_a_file_are_read_alike(tmp_path: Path) -> None:
         one.notes
         == two.notes
         == (
-            "1 train rows of conversations are read as messages",
-            "train: keys that are not read: id (1 rows)",
+            "1 train row of conversations, read as messages",
+            "train: keys that are not read: id (1 row)",
         )
     )
     columns = columns_from({"messages": "conversations"})
