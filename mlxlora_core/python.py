@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
@@ -45,7 +44,8 @@ if TYPE_CHECKING:
     from mlxlora_core.runs.events import Event
     from mlxlora_core.training.events import TrainEvent
     from mlxlora_core.training.loss import Loss
-    from mlxlora_core.training.session import Outputs, Source
+    from mlxlora_core.training.outputs import Outputs
+    from mlxlora_core.training.session import Source
 
 __all__ = [
     "Model",
@@ -99,8 +99,9 @@ def train(
         UsageError: no adapter is on the model, or an option that there is not or that is out of range.
         DataError: rows that are not there, or that cannot be used.
         ModelError: an adapter file whose name says no format, or checkpoints of another base or data.
-        SafetyError: a training that has not ended would be lost.
-        LockedError: another one writes the adapter file.
+        SafetyError: a training that has not ended, or an adapter that is there, would be lost; a
+            file that mlxlora has not written is there.
+        LockedError: another one writes the same files.
         DivergedError: a loss or a gradient is not finite; the state before it is saved.
         ResourceError: too little memory, or a file cannot be written.
         PluginError: a plugin breaks its contract.
@@ -130,13 +131,12 @@ def _train(
     how: Start,
 ) -> Generator[TrainEvent, None, None]:
     """The events of a training that is checked."""
+    from mlxlora_core.training.outputs import held, refuse_finished
     from mlxlora_core.training.session import open_training
 
-    with ExitStack() as held:
-        held.enter_context(told(model.registry.plugins))
-        if outputs.adapter_file is not None:
-            held.enter_context(lock.hold(outputs.adapter_file))
+    with told(model.registry.plugins), held(outputs):
         plugins, runtimes = model.registry, model.runtimes
+        refuse_finished(outputs.adapter_file, how)
         session = open_training(
             model.base, adapted, rows, config, plugins, seed=seed, outputs=outputs, runtimes=runtimes
         )
@@ -380,14 +380,14 @@ def _outputs(
     adapter_file: str | os.PathLike[str] | None, metrics: str | os.PathLike[str] | None, saving: SaveConfig
 ) -> Outputs:
     """What a training writes: the adapter with checkpoints beside it, and a log."""
-    from mlxlora_core.training.session import Outputs
+    from mlxlora_core.training.outputs import Outputs, checkpoints_of
 
     log = Path(metrics) if metrics is not None else None
     outputs = Outputs(metrics=log, saving=saving, resume_command="train(…, resume=True)")
     if adapter_file is None:
         return outputs
     target = Path(adapter_file)
-    return replace(outputs, adapter_file=target, checkpoints=target.with_name(f"{target.stem}.checkpoints"))
+    return replace(outputs, adapter_file=target, checkpoints=checkpoints_of(target))
 
 
 def _followed(events: Iterator[T]) -> Generator[T, None, None]:

@@ -19,7 +19,7 @@ SHOWN_SKIPPED = 10
 
 @verb(
     click.option("--builder", required=True, help="Dataset builder."),
-    click.option("--out", type=Path, required=True, help="Folder to write."),
+    click.option("--out", type=declare.OUTPUT_FOLDER, required=True, help="Folder to write."),
     click.option(
         "--package",
         "packages",

@@ -50,7 +50,8 @@ def command(
     check_sections(given, ("adapter",))
     rows = read_data(data, ("test",), columns=declare.columns_from(columns))["test"]
     start(registry)
-    base = load_adapted(model, asked, registry)
+    base, said = load_adapted(model, asked, registry)
     result = measure(base, read_test(base, rows, batches), batches, config, quiet=as_json)
+    show.progress(said)
     if as_json:
         show.as_json({"adapter_file": asked and str(asked.path), **result})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -71,22 +72,20 @@ def asked_adapter(
     return None
 
 
-def load_adapted(folder: Path, asked: AskedAdapter | None, registry: Registry) -> Model:
-    """A model with the adapter that is asked for; which one answers is told."""
+def load_adapted(folder: Path, asked: AskedAdapter | None, registry: Registry) -> tuple[Model, str]:
+    """A model with the adapter that is asked for, and which one that is in words."""
     from mlxlora_core.model import adapters
 
     model = load_base(folder, registry)
     if asked is None:
-        show.progress("no adapter: this is the model itself")
-        return model
+        return model, "without an adapter: this was the model itself"
     try:
         adapted = adapters.load(asked.path, model, registry, asked.name, asked.values)
     except ModelError as fault:
         if not asked.named:
             fault.fix = "name another with --adapter-file, or take the model as it is: --no-adapter"
         raise
-    show.progress(f"with the {adapted.choice.component.id} adapter of {asked.path}")
-    return model
+    return model, f"with the {adapted.choice.component.id} adapter of {asked.path}"
 
 
 def read_test(model: Model, rows: SplitRows, batches: BatchConfig) -> Examples:
@@ -110,7 +109,8 @@ def measure(
     )
     loss = show.to_its_end(events)
     if not quiet:
-        click.echo(f"test loss {loss.mean:.4f}, perplexity {loss.perplexity:.3f}, {loss.tokens} tokens")
+        perplexity = f"{loss.perplexity:.3f}" if math.isfinite(loss.perplexity) else "infinite"
+        click.echo(f"test loss {loss.mean:.4f}, perplexity {perplexity}, {loss.tokens} tokens")
     return {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens, "rows": len(rows)}
 
 

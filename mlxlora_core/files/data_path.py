@@ -85,6 +85,11 @@ def _not_one(files: Sequence[Path]) -> str:
     return ""
 
 
+def file_names() -> list[str]:
+    """Every name that a file of rows, or the record of a data folder, may have; parts are left aside."""
+    return [RECORD, *(f"{name}{ending}" for name in _SPLIT_OF for ending in ENDINGS)]
+
+
 def absence(path: Path, split: str) -> DataError:
     """The error for a split that a folder has no file for."""
     try:

@@ -6,6 +6,7 @@ whether what was learned carries over. The two are counted apart.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ TESTS: Mapping[str, tuple[str | None, ...]] = {
 }
 
 _FIRST_SENTENCE = re.compile(r"\s*\S.*?(?:[.!?](?=\s)|(?=\s*\n[^\S\n]*\n)|(?=\s*\Z))", re.DOTALL)
+
+
+_MUCH = 100  # from this relative change on, per cent are no good measure
 
 
 @dataclass(frozen=True)
@@ -165,14 +169,15 @@ def summarize(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, 
 
     Returns:
         ``losses`` (held-out: split -> nats a counted token ``before``, ``after``,
-        and ``change``, relative to before) and ``questions`` (``memory`` about rows to
-        train on, ``held_out`` about others, ``no_row``: how many there are, and how
-        many were answered with the exact first sentence and exactly to the end).
+        and ``change``, relative to before, or None where that is no finite number) and
+        ``questions`` (``memory`` about rows to train on, ``held_out`` about others,
+        ``no_row``: how many there are, and how many were answered with the exact
+        first sentence and exactly to the end).
     """
     losses = {}
-    for split, loss in after["losses"].items():
-        was = before["losses"][split]["loss"]
-        losses[split] = {"before": was, "after": loss["loss"], "change": loss["loss"] / was - 1}
+    for split in (split for split in after["losses"] if split in before["losses"]):
+        was, now = before["losses"][split]["loss"], after["losses"][split]["loss"]
+        losses[split] = {"before": was, "after": now, "change": change(was, now)}
     stages = {"before": before["answers"], "after": after["answers"]}
     questions: dict[str, Any] = {}
     for test, splits in TESTS.items():
@@ -187,3 +192,16 @@ def summarize(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, 
                     name: sum(answer[mark] for answer in answers) for name, answers in asked.items()
                 }
     return {"losses": losses, "questions": questions}
+
+
+def change(before: float, after: float) -> float | None:
+    """How much a loss has changed, relative to before; None where that is no finite number."""
+    relative = after / before - 1 if before else math.inf
+    return relative if math.isfinite(relative) else None
+
+
+def describe_change(relative: float | None, form: str = "+.1%") -> str:
+    """A relative change in words: per cent, or how many times where that is no good measure."""
+    if relative is None:
+        return "beyond measure"
+    return f"{relative:{form}}" if abs(relative) < _MUCH else f"{relative + 1:.3g} times"

@@ -8,19 +8,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlxlora_core.errors import DivergedError, UsageError
-from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files import durable
 from mlxlora_core.machine import signals
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapters import Adapted, AdapterFile
 from mlxlora_core.model.folder import Model
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.sections import AdapterConfig
+from mlxlora_core.training import metrics
 from mlxlora_core.training.checkpoints import Found, Start
 from mlxlora_core.training.events import (
     Advanced,
@@ -38,6 +38,7 @@ from mlxlora_core.training.examples import Examples, make_examples
 from mlxlora_core.training.identity import identify
 from mlxlora_core.training.loop import Training
 from mlxlora_core.training.memory import training_memory
+from mlxlora_core.training.outputs import Outputs, check_outputs, inputs_of, refuse_finished
 from mlxlora_core.training.saving import CheckpointFolder
 from mlxlora_core.training.settings import BatchConfig, SaveConfig, TrainConfig
 from mlxlora_core.training.sources import SplitRows
@@ -60,25 +61,6 @@ class NewAdapter:
 
     choice: Choice
     config: AdapterConfig = field(default_factory=AdapterConfig)
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a training leaves on the disk; what is None is not written.
-
-    Attributes:
-        adapter_file: the adapter, at the end.
-        checkpoints: the folder of checkpoints; without one a training cannot be gone on with.
-        metrics: each report as a line of JSON.
-        saving: when checkpoints are written.
-        resume_command: the command that goes on with this training, told when it is interrupted.
-    """
-
-    adapter_file: Path | None = None
-    checkpoints: Path | None = None
-    metrics: Path | None = None
-    saving: SaveConfig = field(default_factory=SaveConfig)
-    resume_command: str = ""
 
 
 def open_training(
@@ -106,13 +88,15 @@ def open_training(
 
     Raises:
         DataError: rows that are not there, or that cannot be used.
-        UsageError: settings that do not fit the rows or the model.
+        UsageError: settings that do not fit the rows or the model; an output that is an input.
         ModelError: an adapter file that does not fit, or an output whose name says no format.
+        SafetyError: an output that mlxlora has not written is there.
         ResourceError: an output that could not be written.
     """
     outputs = outputs or Outputs()
-    if outputs.adapter_file is not None:
-        check_adapter_file(outputs.adapter_file)
+    named = adapter.path if isinstance(adapter, AdapterFile) else None
+    read = [path for source in rows.values() if isinstance(source, SplitRows) for path in source.files]
+    check_outputs(outputs, inputs_of(model.folder, None, named, *read))
     splits = {name: examples_of(source, model, config) for name, source in rows.items()}
     adapted = _put_on(model, adapter, registry, seed)
     valid = splits["valid"].examples if "valid" in splits else ()
@@ -147,17 +131,6 @@ def examples_of(source: Source, model: Model, config: BatchConfig) -> Examples:
     )
     context = model.sequence_limit(config.max_seq_length) < config.max_seq_length
     return replace(examples, notes=source.notes, limited_by=CONTEXT if context else OPTION)
-
-
-def check_adapter_file(path: Path) -> None:
-    """Refuse an adapter file that could not be written at the end.
-
-    Raises:
-        ModelError: a name that says no format.
-        ResourceError: its folder cannot be written.
-    """
-    tensor_file.check_ending(path)
-    durable.check_file(path)
 
 
 class TrainingSession:
@@ -196,13 +169,14 @@ class TrainingSession:
         Raises:
             SettingsChanged: the training to go on with was begun with other settings.
             ModelError: it is of another base or of other data, or there is none.
-            SafetyError: one that has not ended would be lost.
+            SafetyError: one that has not ended, or an adapter that is there, would be lost.
             Interrupted: a signal came; the step it came in is done and saved.
             DivergedError: a loss or a gradient is not finite; the state before it is saved.
             PluginError: the base has changed.
             ResourceError: too little memory, or a file cannot be written; checkpoints before are as
                 they were.
         """
+        refuse_finished(self._outputs.adapter_file, how)
         for split, rows in self.rows.items():
             yield from map(Note, rows.words(split))
         if "valid" not in self.rows:
@@ -214,6 +188,7 @@ class TrainingSession:
                 yield Note(text)
             yield TrainingStarted(self.training.progress.step, self.training.config.iters)
             yield from self._train()
+        yield from self._warning()
         adapter_step = self._take_best()
         if self._outputs.adapter_file is not None:
             adapters.save(self._outputs.adapter_file, self.model, self.adapted)
@@ -229,9 +204,9 @@ class TrainingSession:
 
     def _train(self) -> Iterator[Advanced | Report | CheckpointSaved]:
         """Make the steps that are left."""
-        saving, metrics = self._outputs.saving, self._outputs.metrics
-        if metrics is not None:
-            _trim(metrics, self.training.progress.step)
+        saving, log = self._outputs.saving, self._outputs.metrics
+        if log is not None:
+            metrics.trim(log, self.training.progress.step)
         with signals.deferred() as pending:
             saved_at = time.monotonic()
             try:
@@ -285,6 +260,23 @@ class TrainingSession:
             return f"interrupted at step {step}; nothing was saved"
         return f"interrupted; step {step} is saved. Go on with: {self._outputs.resume_command}"
 
+    def _warning(self) -> Iterator[Note]:
+        """A word where the validation is worse at the end than it was at first."""
+        progress, config = self.training.progress, self.training.config
+        first, last = progress.first_loss, self._losses.get(ValidReport)
+        if first is None or last is None or last <= first:
+            return
+        best = ""
+        if progress.best_loss is not None and progress.best_loss < first:
+            best = f"; it was best after step {progress.best_step} ({progress.best_loss:.4f})"
+        advice = "fewer --iters, a lower --learning-rate or more rows"
+        if config.patience is None:
+            advice += ", or --patience 3, which keeps the best"
+        yield Note(
+            f"warning: the validation loss is worse than before training ({first:.4f} -> {last:.4f}){best}. "
+            f"Try {advice}"
+        )
+
     def _take_best(self) -> int:
         """Put the adapter of the best validation on the model where patience asks for it; its step."""
         progress = self.training.progress
@@ -332,18 +324,3 @@ def _put_on(
     if isinstance(adapter, AdapterFile):
         return adapters.load(adapter.path, model, registry, adapter.name, adapter.values)
     return adapters.attach(model, adapter.choice, adapter.config, seed)
-
-
-def _trim(metrics: Path, step: int) -> None:
-    """Leave only the whole lines of a log up to ``step``; none of them at the start."""
-    lines = metrics.read_bytes().split(b"\n") if step and metrics.is_file() else []
-    kept = [line.decode() + "\n" for line in lines if _step_of(line) <= step]
-    durable.write_text(metrics, "".join(kept))
-
-
-def _step_of(line: bytes) -> float:
-    """The step of a line of a log; infinite for one that is torn."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return math.inf

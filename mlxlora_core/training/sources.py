@@ -29,11 +29,13 @@ class SplitRows:
         name: what errors call them.
         parts: what stands before the number of a row, and (number, content) of each, one after another.
         notes: what there is to tell of their reading.
+        files: that they were read from.
     """
 
     name: str
     parts: Sequence[tuple[str, Sequence[tuple[int, Mapping[str, Any]]]]]
     notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
     @property
     def rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -148,7 +150,8 @@ def _of_files(split: str, files: Sequence[RowFile]) -> SplitRows:
     """The rows of a split out of its files."""
     notes = [note for held in files for note in _words(split, held)]
     parts = [(f"{held.path}:", held.rows) for held in files]
-    return SplitRows(listing(held.path for held in files), parts, tuple(notes))
+    paths = tuple(held.path for held in files)
+    return SplitRows(listing(paths), parts, tuple(notes), paths)
 
 
 def _beside(path: Path, files: DataFiles, split: str) -> Iterator[str]:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxlora_core.api import DataError, Row, Rows, Skipped
-from mlxlora_core.files import RowFile, find_data, left_out, parse_columns, refuse_faults, scan_rows
+from mlxlora_core.files import (
+    RowFile,
+    content_digest,
+    find_data,
+    left_out,
+    parse_columns,
+    refuse_faults,
+    scan_rows,
+)
 from mlxlora_jsonl import JsonlOptions
 
 
@@ -44,15 +52,8 @@ def build_rows(options: JsonlOptions) -> Rows:
 
 
 def file_states(options: JsonlOptions) -> dict[str, str]:
-    """Path -> size and time of change, of every file that would be read."""
-    states = {}
-    for source in find_sources(options)[0]:
-        try:
-            state = source.path.stat()
-        except (OSError, ValueError) as fault:
-            raise DataError(f"cannot be read: {fault}", where=source.path) from fault
-        states[str(source.path)] = f"{state.st_size} bytes, changed {state.st_mtime_ns}"
-    return states
+    """Path -> digest of its bytes, of every file that would be read."""
+    return {str(s.path): content_digest(s.path, DataError) for s in find_sources(options)[0]}
 
 
 def find_sources(options: JsonlOptions) -> tuple[list[Source], list[Skipped]]:

@@ -40,7 +40,10 @@ LIGHT_IN_HEAVY_ROOMS = {
     "mlxlora_core.training.findings",
     "mlxlora_core.training.events",
     "mlxlora_core.training.checkpoints",
+    "mlxlora_core.training.metrics",
+    "mlxlora_core.training.progress",
     "mlxlora_core.training.identity",
+    "mlxlora_core.training.outputs",
 }
 LIGHT_LIBRARIES = {"click", "pluggy", "rich", "tomli_w"}
 

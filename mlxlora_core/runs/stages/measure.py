@@ -65,6 +65,10 @@ class MeasureStage(Stage):
             yield Advanced("answering", len(answers), len(prompts))
         yield StageDone(self.name, {"losses": losses, "answers": answers})
 
+    def fits(self, result: Mapping[str, Any], recipe: Recipe) -> bool:
+        """Whether it has an answer to each prompt."""
+        return tuple(answer["prompt"] for answer in result["answers"]) == recipe.generate.prompts
+
     def words(self, result: Mapping[str, Any]) -> list[str]:
         """The losses."""
         return [f"{split} loss {loss['loss']:.4f}" for split, loss in result["losses"].items()]
