@@ -224,7 +224,7 @@ def convert(value: Any, wanted: Any) -> Any:
             return None
         wanted = next(kind for kind in get_args(wanted) if kind is not type(None))
     if get_origin(wanted) is tuple:
-        return tuple(convert(item, get_args(wanted)[0]) for item in _items(value))
+        return tuple(convert(item, get_args(wanted)[0]) for item in items(value))
     if wanted not in _READERS:
         raise TypeError(f"an option cannot be of type {wanted}, wanted {_SUPPORTED}")
     return _READERS[wanted](value)
@@ -254,7 +254,12 @@ def plain(value: Any) -> Any:
     return path_text(value) if isinstance(value, Path) else value
 
 
-def _items(value: Any) -> list[Any]:
+def items(value: Any) -> list[Any]:
+    """The items of a list, or of the text of one: ``a,b`` or ``["a", "b"]``.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if isinstance(value, (list, tuple)):
         return list(value)
     if not isinstance(value, str):

@@ -34,7 +34,7 @@ from mlxlora_core.training.settings import (
     TrainConfig,
     TrainOptions,
 )
-from mlxlora_core.training.sources import Rows, sources
+from mlxlora_core.training.sources import Rows, columns_from, read_data
 
 if TYPE_CHECKING:
     from mlxlora_core.model.adapters import Adapted
@@ -70,6 +70,7 @@ def train(
     model: Model,
     data: Rows,
     *,
+    columns: Mapping[str, str] | Sequence[str] = (),
     seed: int = 0,
     adapter_file: str | os.PathLike[str] | None = None,
     metrics_file: str | os.PathLike[str] | None = None,
@@ -79,23 +80,20 @@ def train(
 ) -> Generator[TrainEvent, None, None]:
     """Train the adapter that is on a model, step by step as the reports are taken.
 
-    Nothing happens before the first one is asked for. A training that is left in the middle keeps
-    its lock and its hold on Ctrl-C until the generator is closed or forgotten.
+    Rows are read at once; all else begins when the first report is asked for. A training that is
+    left in the middle keeps its lock and its hold on Ctrl-C until the generator is closed or forgotten.
 
     Args:
         model: with an adapter on it, which goes on from its values.
-        data: a dataset folder, rows to train on, or ``{"train": rows, "valid": rows}``.
+        data: a folder, a file or rows to train on, or ``{"train": rows, "valid": rows}``.
+        columns: what is read -> the column that it is read from: ``{"prompt": "question"}``.
         seed: of the order of rows and of dropout.
         adapter_file: write the adapter here at the end, and checkpoints beside it into
             ``NAME.checkpoints``; without it nothing is saved.
-        metrics_file: write each report to this file, one JSON object a line.
-        resume: go on from the newest checkpoint.
-        overwrite: begin anew where a training has not ended, or has left its adapter.
-        options: as ``mlxlora train`` has them.
+        metrics_file, resume, overwrite, options: as ``mlxlora train`` has them.
 
     Yields:
-        Notes, reports as they are due, checkpoints as they are saved and, last, the
-        :class:`~mlxlora_core.training.events.TrainResult`.
+        Notes, reports as they are due, checkpoints as they are saved and, last, the ``TrainResult``.
 
     Raises:
         UsageError: no adapter is on the model, or an option that there is not or that is out of range.
@@ -116,7 +114,8 @@ def train(
     saving, number = parsed(SaveConfig, ours, "train"), checked_seed(seed, "train")
     if adapter_file is None:
         _refuse_needless([*ours, *(["resume"] if resume else [])])
-    adapted, rows = model.needed_adapter(), sources(data, "train", "valid")
+    adapted = model.needed_adapter()
+    rows = read_data(data, ("train",), ("valid",), columns_from(columns))
     how = Start.RESUME if resume else Start.OVERWRITE if overwrite else Start.BEGIN
     outputs = _outputs(adapter_file, metrics_file, saving)
     return _train(model, adapted, rows, config, number, outputs, how)
@@ -141,6 +140,7 @@ def _train(
         session = open_training(
             model.base, adapted, rows, config, plugins, seed=seed, outputs=outputs, runtimes=runtimes
         )
+        del rows  # of which there are tokens now
         yield from _followed(session.start(how))
 
 
@@ -158,6 +158,7 @@ def evaluate(
     data: Rows,
     *,
     split: str = "test",
+    columns: Mapping[str, str] | Sequence[str] = (),
     test_batches: int = EvaluateConfig().test_batches,
     **options: Unpack[BatchOptions],
 ) -> Loss:
@@ -165,14 +166,14 @@ def evaluate(
 
     Args:
         model: to measure.
-        data: a dataset folder, rows, or the rows of each split.
+        data: a dataset folder, a file, rows, or the rows of each split.
         split: which split of a folder or of several.
+        columns: as for :func:`train`.
         test_batches: how many batches, from rows all over; -1 is all.
         options: as ``mlxlora evaluate`` has them.
 
     Returns:
-        The sum of ``nats`` and the number of counted ``tokens``, with their ``mean`` and the
-        ``perplexity``.
+        The sum of ``nats`` and of counted ``tokens``, with their ``mean`` and the ``perplexity``.
 
     Raises:
         UsageError: an option that there is not or that is out of range.
@@ -182,12 +183,12 @@ def evaluate(
     """
     config = parsed(BatchConfig, options, "evaluate", beside=(EvaluateConfig,))
     batches = parsed(EvaluateConfig, {"test_batches": test_batches}, "evaluate").test_batches
-    source = sources(data, split)[split]
+    source = read_data(data, (split,), columns=columns_from(columns))[split]
     from mlxlora_core.training import evaluation
     from mlxlora_core.training.session import examples_of
 
     with told(model.registry.plugins):
-        examples = examples_of(split, source, model.base, config).examples
+        examples = examples_of(source, model.base, config).examples
         return evaluation.evaluate(model.base.language_model, examples, config.batch_size, batches)
 
 

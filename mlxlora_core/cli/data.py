@@ -26,6 +26,7 @@ SHOWN_SKIPPED = 10
         multiple=True,
         help="Package to read, for builders that read packages. May be repeated.",
     ),
+    declare.COLUMNS,
     click.option("--overwrite", is_flag=True, help="Replace a dataset folder that is there."),
     SETS_OPTION,
     JSON_OPTION,
@@ -35,6 +36,7 @@ def command(
     builder: str,
     out: Path,
     packages: tuple[str, ...],
+    columns: tuple[str, ...],
     overwrite: bool,
     sets: tuple[str, ...],
     as_json: bool,
@@ -47,8 +49,11 @@ def command(
     """
     values = _values(sets)
     if packages:
-        _check_packages(registry, builder)
+        _check_option(registry, builder, "packages", "--package")
         values["packages"] = packages
+    if columns:
+        _check_option(registry, builder, "columns", "--columns")
+        values["columns"] = [f"{name}={column}" for name, column in declare.columns_from(columns).items()]
     chosen, config = choose("builder", builder, values, registry)
     hold(out)
     with show.Bar() as bar:
@@ -75,7 +80,8 @@ def _values(sets: tuple[str, ...]) -> dict[str, object]:
     return dict(overrides(full).get("data", {}))
 
 
-def _check_packages(registry: Registry, builder: str) -> None:
+def _check_option(registry: Registry, builder: str, name: str, spelled: str) -> None:
+    """Refuse what a builder has no option for."""
     options = registry.find("builder", builder).spec.options
-    if "packages" not in {known.name for known in explain(options)}:
-        raise UsageError(f"--package: builder '{builder}' reads no packages", fix="leave --package out")
+    if name not in {known.name for known in explain(options)}:
+        raise UsageError(f"{spelled}: builder '{builder}' reads no {name}", fix=f"leave {spelled} out")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlxlora_core.options import Option, explain, parse
+from mlxlora_core.options import Option, explain, items, parse
 from mlxlora_core.plugins.defaults import DEFAULT_SAMPLER
+from mlxlora_core.training import sources
 
 T = TypeVar("T")
 
@@ -74,12 +75,31 @@ TEMP = click.option("--temp", help="Sampling temperature; 0 is argmax. [default:
 SEED = click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed."
 )
+COLUMNS = click.option(
+    "--columns",
+    multiple=True,
+    metavar="NAME=COLUMN",
+    help="Read NAME from this column, such as prompt=question,completion=answer. May be repeated.",
+)
+
+
+def columns_from(given: tuple[str, ...]) -> dict[str, str]:
+    """What is read -> the column that it is read from, from the texts of ``--columns``.
+
+    Raises:
+        UsageError: a text that is no such thing.
+    """
+    return sources.columns_from((item for text in given for item in items(text)), "--columns")
 
 
 def data(files: str) -> Callable[[Any], Any]:
     """The option for a dataset folder, of which a verb reads ``files``."""
     return click.option(
-        "--data", type=INPUT, default=Path("data"), show_default=True, help=f"Folder with {files}."
+        "--data",
+        type=INPUT,
+        default=Path("data"),
+        show_default=True,
+        help=f"Folder with {files}, or one file.",
     )
 
 

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.cli import declare, show
-from mlxlora_core.cli.model import asked_adapter, load_adapted, measure
+from mlxlora_core.cli.model import asked_adapter, load_adapted, measure, read_test
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.recipe import check_sections, overrides
 from mlxlora_core.training.settings import BatchConfig, EvaluateConfig
+from mlxlora_core.training.sources import read_data
 
 
 @verb(
     declare.MODEL,
     declare.data("test.jsonl"),
+    declare.COLUMNS,
     declare.ADAPTER_FILE,
     declare.NO_ADAPTER,
     declare.ADAPTER,
@@ -28,6 +30,7 @@ def command(
     registry: Registry,
     model: Path,
     data: Path,
+    columns: tuple[str, ...],
     adapter_file: Path | None,
     no_adapter: bool,
     adapter: str | None,
@@ -45,9 +48,10 @@ def command(
     given = overrides(sets)
     asked = asked_adapter(adapter_file, no_adapter, adapter, given.get("adapter", {}))
     check_sections(given, ("adapter",))
+    rows = read_data(data, ("test",), columns=declare.columns_from(columns))["test"]
     start(registry)
     base, said = load_adapted(model, asked, registry)
-    result = measure(base, data, batches, config, quiet=as_json)
+    result = measure(base, read_test(base, rows, batches), batches, config, quiet=as_json)
     show.progress(said)
     if as_json:
         show.as_json({"adapter_file": asked and str(asked.path), **result})

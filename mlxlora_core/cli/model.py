@@ -18,10 +18,12 @@ from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.runs.recipe import choose_samplers
 from mlxlora_core.runs.samplers import TEMPERATURE, names
 from mlxlora_core.training.settings import BatchConfig, EvaluateConfig, GenerateConfig
+from mlxlora_core.training.sources import SplitRows
 
 if TYPE_CHECKING:
     from mlxlora_core.model.folder import Model
     from mlxlora_core.model.generate import Segment
+    from mlxlora_core.training.examples import Examples
 
 
 def load_base(folder: Path, registry: Registry) -> Model:
@@ -84,21 +86,22 @@ def load_adapted(folder: Path, asked: AskedAdapter | None, registry: Registry) -
     return model, f"with the {adapted.choice.component.id} adapter of {asked.path}"
 
 
-def measure(
-    model: Model, data: Path, batches: BatchConfig, config: EvaluateConfig, *, quiet: bool
-) -> dict[str, Any]:
-    """Loss on ``test.jsonl``; printed unless ``quiet``."""
-    from mlxlora_core.training.evaluation import evaluating, room_for
-    from mlxlora_core.training.examples import read_examples
+def read_test(model: Model, rows: SplitRows, batches: BatchConfig) -> Examples:
+    """The test set as examples; what there is to tell of it is told."""
+    from mlxlora_core.training.session import examples_of
 
-    rows = read_examples(
-        data / "test.jsonl",
-        model.tokenizer,
-        max_seq_length=model.sequence_limit(batches.max_seq_length),
-        mask_prompt=batches.mask_prompt,
-    )
-    for words in rows.words("test"):
-        show.progress(words)
+    examples = examples_of(rows, model, batches)
+    for text in examples.words("test"):
+        show.progress(text)
+    return examples
+
+
+def measure(
+    model: Model, rows: Examples, batches: BatchConfig, config: EvaluateConfig, *, quiet: bool
+) -> dict[str, Any]:
+    """Loss on the test set; printed unless ``quiet``."""
+    from mlxlora_core.training.evaluation import evaluating, room_for
+
     language_model = model.language_model
     most, said = room_for(language_model, rows.examples, batches.batch_size)
     show.progress(said)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ import click
 
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.command_line import resume_command
-from mlxlora_core.cli.model import chosen_samplers, continue_prompt, given_text, load_base, measure
+from mlxlora_core.cli.model import chosen_samplers, continue_prompt, given_text, load_base, measure, read_test
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain, plain
@@ -49,6 +49,7 @@ from mlxlora_core.training.settings import (
     SaveConfig,
     TrainConfig,
 )
+from mlxlora_core.training.sources import SplitRows, read_data
 from mlxlora_core.values import RunInfo
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ if TYPE_CHECKING:
     declare.section(
         "Model and data",
         declare.MODEL,
-        declare.data("train.jsonl and valid.jsonl"),
+        declare.data("train.jsonl and, to validate on, valid.jsonl"),
+        declare.COLUMNS,
         declare.flags(BatchConfig),
     ),
     declare.section(
@@ -140,22 +142,25 @@ def command(
     check_outputs(outputs, inputs_of(model, data, resume_adapter_file))
     found, folder = find_for(asked.how, checkpoints), open_folder(checkpoints)
     refuse_finished(adapter_file, asked.how)
+    rows = _rows(data, asked.columns, test=test)
     runtimes = start(registry)
     from mlxlora_core.training.session import open_training
 
     # A sampler that is faulty is told now and not when hours of training are over.
     check_samplers(asked.samplers)
     base = load_base(model, registry)
+    held_out = read_test(base, rows.pop("test"), asked.train) if test else None
     session = open_training(
         base,
         _adapter(asked, resume_adapter_file),
-        {split: data / f"{split}.jsonl" for split in ("train", "valid")},
+        rows,
         asked.train,
         registry,
         seed=seed,
         outputs=outputs,
         runtimes=runtimes,
     )
+    rows.clear()  # of which there are tokens now
     facts = circumstances(adapter_file.stem, seed, _origins(given), registry, runtimes)
     lengths = length_counts(session.rows["train"].lengths)
     record = TrainingRecord(folder, facts, _settings(asked, model, data, seed), lengths)
@@ -165,8 +170,8 @@ def command(
     of_best = f", of step {trained.adapter_step}, the best" if asked.train.patience is not None else ""
     show.progress(f"{adapter_file} written{of_best}; {checkpoints / REPORT} shows the training")
     result: dict[str, Any] = {"adapter_file": str(adapter_file), **asdict(trained)}
-    if test:
-        result["test"] = measure(base, data, asked.train, asked.evaluate, quiet=as_json)
+    if held_out is not None:
+        result["test"] = measure(base, held_out, asked.train, asked.evaluate, quiet=as_json)
     if prompt is not None:
         said = continue_prompt(base, given_text(prompt), asked.samplers, asked.generate, seed, quiet=as_json)
         result |= {"text": said.text, "finish": said.finish}
@@ -194,6 +199,7 @@ class _Asked:
     save: SaveConfig
     evaluate: EvaluateConfig
     generate: GenerateConfig
+    columns: Mapping[str, str]
 
 
 def _check(registry: Registry, checkpoints: Path, given: dict[str, Any], *, speaks: bool) -> _Asked:
@@ -219,7 +225,15 @@ def _check(registry: Registry, checkpoints: Path, given: dict[str, Any], *, spea
         save=declare.config_from(SaveConfig, given),
         evaluate=declare.config_from(EvaluateConfig, given),
         generate=declare.config_from(GenerateConfig, given),
+        columns=declare.columns_from(given["columns"]),
     )
+
+
+def _rows(data: Path, columns: Mapping[str, str], *, test: bool) -> dict[str, SplitRows]:
+    """The rows to train with; those to test on are read in any case, for a bad one is refused as by data."""
+    wanted, optional = (("train", "test"), ("valid",)) if test else (("train",), ("valid", "test"))
+    rows = read_data(data, wanted, optional, columns)
+    return {split: rows[split] for split in (*wanted, "valid") if split in rows}
 
 
 def _adapter(asked: _Asked, path: Path | None) -> NewAdapter | AdapterFile:
@@ -235,10 +249,11 @@ def _adapter(asked: _Asked, path: Path | None) -> NewAdapter | AdapterFile:
 def _settings(asked: _Asked, model: Path, data: Path, seed: int) -> dict[str, Any]:
     """What the training was begun with, in the sections of a recipe."""
     choice, config = asked.adapter
+    columns = [f"{name}={column}" for name, column in asked.columns.items()]
     sections = {
         "run": {"seed": seed},
         "model": {"mlx_path": str(model)},
-        "data": {"use": "jsonl", "options": {"path": str(data)}},
+        "data": {"use": "jsonl", "options": {"path": str(data), "columns": columns}},
         "adapter": {"use": choice.component.id, **plain(config), "options": plain(choice.options)},
         "train": plain(asked.train),
         "checkpoints": plain(asked.save),

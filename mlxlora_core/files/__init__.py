@@ -1,4 +1,4 @@
-"""Bytes in and out: durable writing, locks, safe reading, tensor files, JSON Lines.
+"""Bytes in and out: durable writing, locks, safe reading, tensor files, rows.
 
 What is named here is for plugins: reading files of strangers without waiting
 for a pipe, following a stand-in or trusting a size, and writing files that are
@@ -9,24 +9,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxlora_core.files.data_path import DataFiles, find_data
 from mlxlora_core.files.documents import read_json
 from mlxlora_core.files.durable import append_line, copy_file, new_file, write_json, write_text
 from mlxlora_core.files.fingerprints import content_digest
 from mlxlora_core.files.input_file import open_regular, read_exactly, read_some, refuse_stand_in
-from mlxlora_core.files.jsonl import JsonLines, refuse_faults, scan_jsonl
+from mlxlora_core.files.row_shapes import parse_columns
+from mlxlora_core.files.rows import RowFile, left_out, refuse_faults, scan_rows
 from mlxlora_core.files.zip_layout import ZipMember, read_zip_layout
 
 if TYPE_CHECKING:
     from mlxlora_core.values import LazyTensor
 
 __all__ = [
-    "JsonLines",
+    "DataFiles",
+    "RowFile",
     "ZipMember",
     "append_line",
     "content_digest",
     "copy_file",
+    "find_data",
+    "left_out",
     "new_file",
     "open_regular",
+    "parse_columns",
     "read_exactly",
     "read_json",
     "read_some",
@@ -34,7 +40,7 @@ __all__ = [
     "refuse_faults",
     "refuse_stand_in",
     "save_tensors",
-    "scan_jsonl",
+    "scan_rows",
     "write_json",
     "write_text",
 ]

@@ -1,171 +1,174 @@
-"""Rows in JSON Lines: one JSON object a line, UTF-8, read with every fault told by file and line.
+"""JSON in files of rows: one value a line, or one array; every fault is told by its line.
 
-It knows nothing of tokens or splits. A row is one of ``{text}``,
-``{prompt, completion}`` and ``{messages: [{role, content}, ...]}``; other keys
-of a row are left out.
+It knows nothing of what a row is, see :mod:`mlxlora_core.files.row_shapes`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
-from pathlib import Path
 from typing import Any
 
-from mlxlora_core.errors import DataError, listing
-from mlxlora_core.files.input_file import open_regular
-
 LINE_BYTES = 16 << 20  # the longest line that is read
-FAULTS_TOLD = 5  # bad lines of all files that an error names
+WHOLE_BYTES = 1 << 30  # the largest file that is read whole
 
-_BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
-# The first bytes of files that are no UTF-8 text, and what they are; the longest first.
-_FOREIGN = (
-    (b"\xff\xfe\x00\x00", "UTF-32"),
-    (b"\x00\x00\xfe\xff", "UTF-32"),
-    (b"\xff\xfe", "UTF-16"),
-    (b"\xfe\xff", "UTF-16"),
-    (b"{\x00", "UTF-16LE"),
-    (b"\x00{", "UTF-16BE"),
-    (b"\x1f\x8b", "gzip"),
-)
-_SHAPES = (("text",), ("prompt", "completion"), ("messages",))
-_WANTED = "text, or prompt and completion, or messages"
-_ONE_A_LINE = "wanted one object a line (jq -c . makes them)"
+_SPACE = re.compile(r"[ \t\r\n]*")
+_ONE_A_LINE = "wanted one object a line"
 _KEY_LETTERS = 40  # so much of a key is told
 
 
 @dataclass(frozen=True)
-class JsonLines:
-    """What one file holds.
+class Record:
+    """What stands at one place of a file.
 
     Attributes:
-        rows: (line number, content) of the good lines; content has the keys of its shape and no other.
-        blank_lines: how many lines had nothing on them.
-        faults: ``file:line: fault`` of the first bad lines.
-        fault_count: how many bad lines there are.
+        line: where it begins, from 1.
+        value: what it holds; nothing where there is a fault.
+        fault: what is wrong with it.
+        blank: whether there is nothing there.
     """
 
-    rows: list[tuple[int, dict[str, Any]]]
-    blank_lines: int
-    faults: list[str]
-    fault_count: int
+    line: int
+    value: Any = None
+    fault: str = ""
+    blank: bool = False
 
 
-def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, content) of every row of a file.
+class _Decoder(json.JSONDecoder):
+    """A decoder that notes what JSON allows or Python does, though something would be lost by it.
 
-    Raises:
-        DataError: the file cannot be read, has a bad line (the first are told, with
-            the count of all), or has no row.
+    Attributes:
+        noted: what was wrong with the values decoded since it was cleared.
     """
-    lines = scan_jsonl(path)
-    refuse_faults([lines])
-    if not lines.rows:
-        blank = f" but {lines.blank_lines} blank lines" if lines.blank_lines else ""
-        raise DataError(f"there is no row in it{blank}", where=path)
-    return lines.rows
+
+    def __init__(self) -> None:
+        self.noted: list[str] = []
+        super().__init__(object_pairs_hook=self._object, parse_constant=self._constant)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """A JSON object; of a key that it has twice, one of the values would be lost."""
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            self.noted.append(f"has the key {short(twice)} twice")
+        return content
+
+    def _constant(self, name: str) -> None:
+        self.noted.append(f"holds {name}, which is no JSON")
 
 
-def scan_jsonl(path: Path) -> JsonLines:
-    """All rows and all faults of a file.
+def read_lines(file: BufferedReader) -> Iterator[Record]:
+    """Each line of JSON Lines; a file that is pretty-printed is told once and not line by line."""
+    start, first, decoder = file.tell(), True, _Decoder()
+    for number, line in enumerate(_lines(file), 1):
+        if not line:
+            yield Record(number, blank=True)
+            continue
+        record = _parse(number, line, decoder)
+        if first and record.fault and line[:1] in b"[{":
+            after = file.tell()
+            file.seek(start)
+            if pretty := _pretty(file.read(WHOLE_BYTES)):
+                yield Record(number, fault=pretty)
+                return
+            file.seek(after)
+        first = False
+        yield record
 
-    Raises:
-        DataError: it is missing, no regular file, unreadable, or no UTF-8 text.
+
+def begins_array(file: BufferedReader) -> bool:
+    """Whether the first thing in a file is the bracket of an array."""
+    start, begin = file.tell(), b""
+    while not begin and (part := file.read(1 << 16)):
+        begin = part.lstrip(_BLANK)[:1]
+    file.seek(start)
+    return begin == b"["
+
+
+def read_text(file: BufferedReader) -> tuple[str, Record | None]:
+    """The rest of a file as text, or else what is wrong with it."""
+    data = file.read(WHOLE_BYTES + 1)
+    if len(data) > WHOLE_BYTES:
+        return "", Record(1, fault=f"is larger than {WHOLE_BYTES >> 30} GiB, wanted JSON Lines at that size")
+    try:
+        return data.decode(), None
+    except UnicodeDecodeError as fault:
+        line = data.count(b"\n", 0, fault.start) + 1
+        column = fault.start - data.rfind(b"\n", 0, fault.start)
+        return "", Record(line, fault=_bad_byte(data[fault.start], column))
+
+
+def read_array(file: BufferedReader) -> Iterator[Record]:
+    """Each element of the one array in a file; what is no JSON ends it, since nothing after it is sure."""
+    text, unreadable = read_text(file)
+    if unreadable is not None:
+        yield unreadable
+        return
+    decoder, scan = _Decoder(), _Scan(text)
+    scan.skip(1 + text.index("["))
+    if scan.letter != "]":
+        while True:
+            line, begin = scan.line, scan.place
+            decoder.noted.clear()
+            try:
+                value, end = decoder.raw_decode(text, begin)
+            except (json.JSONDecodeError, RecursionError, ValueError) as fault:
+                yield _no_element(fault, scan)
+                return
+            yield Record(line, value, "".join(decoder.noted[:1]))
+            scan.skip(end)
+            if scan.letter != ",":
+                break
+            scan.skip(scan.place + 1)
+    if scan.letter != "]":
+        yield Record(scan.line, fault=f"no JSON: Expecting ',' or ']' at column {scan.column}")
+        return
+    scan.skip(scan.place + 1)
+    if scan.letter:
+        yield Record(scan.line, fault=f"has more behind the end of the array, at column {scan.column}")
+
+
+class _Scan:
+    """A place in a text, with its line counted along.
+
+    Attributes:
+        place: where it stands.
+        line: of that place, from 1.
     """
-    rows: list[tuple[int, dict[str, Any]]] = []
-    faults: list[str] = []
-    blank = fault_count = 0
-    with _open(path) as file:
-        for number, line in enumerate(_lines(file), 1):
-            if not line:
-                blank += 1
-                continue
-            content, fault = _parse(line)
-            if not fault:
-                rows.append((number, content))
-                continue
-            fault_count += 1
-            if len(faults) < FAULTS_TOLD:
-                faults.append(f"{path}:{number}: {fault}")
-    return JsonLines(rows, blank, faults, fault_count)
+
+    def __init__(self, text: str) -> None:
+        self._text, self.place, self.line = text, 0, 1
+
+    @property
+    def letter(self) -> str:
+        """What stands there; nothing at the end."""
+        return self._text[self.place : self.place + 1]
+
+    @property
+    def column(self) -> int:
+        """Of that place, from 1."""
+        return self.place - self._text.rfind("\n", 0, self.place)
+
+    def skip(self, place: int) -> None:
+        """Go on to ``place``, and over the white space behind it."""
+        space = _SPACE.match(self._text, place)
+        end = space.end() if space else place
+        self.line += self._text.count("\n", self.place, end)
+        self.place = end
 
 
-def refuse_faults(files: Iterable[JsonLines]) -> None:
-    """Raise one DataError that names the first bad lines of all ``files`` and how many there are."""
-    files = list(files)
-    count = sum(lines.fault_count for lines in files)
-    if count:
-        told = [fault for lines in files for fault in lines.faults][:FAULTS_TOLD]
-        rest = f"; and {count - len(told)} more" if count > len(told) else ""
-        total = "1 bad line" if count == 1 else f"{count} bad lines"
-        raise DataError(f"{total}: {'; '.join(told)}{rest}")
-
-
-def check_content(content: object) -> str | None:
-    """Why ``content`` is no row, or None when it is one."""
-    if not isinstance(content, dict):
-        return f"is {_kind(content)}, wanted an object with {_WANTED}"
-    shapes = [keys for keys in _SHAPES if content.keys() >= {*keys}]
-    if not shapes:
-        return f"needs {_WANTED}; it has {_keys(content)}"
-    if len(shapes) > 1:
-        return f"has {' and '.join('/'.join(keys) for keys in shapes)}, wanted only one of these"
-    if shapes == [("messages",)]:
-        return _check_messages(content["messages"])
-    return next((fault for key in shapes[0] if (fault := _check_text(key, content[key]))), None)
-
-
-def _check_messages(messages: object) -> str | None:
-    if not isinstance(messages, list) or not messages:
-        return f"messages is {_kind(messages)}, wanted a list of at least one {{role, content}}"
-    for place, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            return f"message {place} is {_kind(message)}, wanted {{role, content}}"
-        for key in ("role", "content"):
-            if key not in message:
-                return f"message {place} has no {key}; it has {_keys(message)}"
-            if fault := _check_text(f"{key} of message {place}", message[key]):
-                return fault
-    return None
-
-
-def _check_text(name: str, text: object) -> str | None:
-    if not isinstance(text, str):
-        return f"{name} is {_kind(text)}, wanted a string"
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as fault:
-            return f"{name} holds half a surrogate pair ({text[fault.start]!r}), which is no character"
-    return None
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[BufferedReader]:
-    """The file, read up to its first line."""
-    with open_regular(path, DataError) as file:
-        try:
-            _pass_mark(file, path)
-            yield file
-        except OSError as fault:
-            raise DataError(f"cannot be read: {fault.strerror}", where=path) from fault
-
-
-def _pass_mark(file: BufferedReader, path: Path) -> None:
-    """Go past a UTF-8 byte order mark, and refuse what is no UTF-8 text by its first bytes."""
-    start = file.peek(4)
-    for mark, encoding in _FOREIGN:
-        if start.startswith(mark):
-            fix = "gunzip it" if encoding == "gzip" else f"iconv -f {encoding} -t UTF-8"
-            raise DataError(f"is {encoding}, wanted UTF-8 text", where=path, fix=fix)
-    if start.startswith(_BOM):
-        file.seek(len(_BOM))
+def _no_element(fault: Exception, scan: _Scan) -> Record:
+    """What is wrong where an array goes on with no value."""
+    if isinstance(fault, json.JSONDecodeError):
+        lines = fault.doc.count("\n", scan.place, fault.pos)
+        return Record(scan.line + lines, fault=f"no JSON: {fault.msg} at column {fault.colno}")
+    deep = isinstance(fault, RecursionError)
+    return Record(scan.line, fault="is nested too deeply" if deep else str(fault))
 
 
 def _lines(file: BufferedReader) -> Iterator[bytes]:
@@ -179,69 +182,58 @@ def _lines(file: BufferedReader) -> Iterator[bytes]:
             line = file.readline(LINE_BYTES + 1)
 
 
-def _parse(line: bytes) -> tuple[dict[str, Any], str]:
-    """The content of one line, or what is wrong with it."""
+def _parse(number: int, line: bytes, decoder: _Decoder) -> Record:
+    """One line, or what is wrong with it."""
+    decoder.noted.clear()
     if len(line) > LINE_BYTES:
-        return {}, f"is longer than {LINE_BYTES >> 20} MiB"
+        return Record(number, fault=f"is longer than {LINE_BYTES >> 20} MiB")
     try:
-        value = _DECODER.decode(line.decode())
+        value = decoder.decode(line.decode())
     except UnicodeDecodeError as fault:
-        return {}, f"byte 0x{line[fault.start]:02x} at byte {fault.start + 1} is not UTF-8"
+        return Record(number, fault=_bad_byte(line[fault.start], fault.start + 1))
     except json.JSONDecodeError as fault:
-        return {}, _syntax(line, fault)
+        return Record(number, fault=_syntax(line, fault))
     except RecursionError:
-        return {}, "is nested too deeply"
-    except ValueError as fault:  # a key twice, NaN, a number with thousands of digits
-        return {}, str(fault)
+        return Record(number, fault="is nested too deeply")
+    except ValueError as fault:  # a number with thousands of digits
+        return Record(number, fault=str(fault))
+    if decoder.noted:
+        return Record(number, fault=decoder.noted[0])
     if isinstance(value, list):
-        return {}, "is an array, wanted one object a line (jq -c '.[]' makes them)"
-    wrong = check_content(value)
-    return ({}, wrong) if wrong else (_kept(value), "")
+        return Record(number, fault=f"is an array, {_ONE_A_LINE} (jq -c '.[]' makes them)")
+    return Record(number, value)
+
+
+def _pretty(data: bytes) -> str:
+    """What a file is that goes on with one value over several lines; nothing for any other."""
+    try:
+        text = data.decode().lstrip()
+        value, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return ""
+    what, query = ("array", ".[]") if isinstance(value, list) else ("object", ".")
+    if "\n" not in text[:end] or (what == "array" and text[end:].strip()):
+        return ""
+    name = "; or name the file .json" if what == "array" else ""
+    return f"is one JSON {what} over several lines, {_ONE_A_LINE} (jq -c '{query}' makes them{name})"
 
 
 def _syntax(line: bytes, fault: json.JSONDecodeError) -> str:
     """What is wrong with a line that is no JSON."""
     if fault.msg == "Extra data":
-        return f"has more than one JSON value (the second at column {fault.colno}), {_ONE_A_LINE}"
+        if line.endswith(b",") and fault.colno == len(fault.doc):
+            return f"has a comma behind the value, {_ONE_A_LINE} and no more"
+        second = f"the second at column {fault.colno}"
+        return f"has more than one JSON value ({second}), {_ONE_A_LINE} (jq -c . makes them)"
     if line in (b"{", b"[", b"[{"):
-        return f"opens what is not closed on it, {_ONE_A_LINE}"
+        return f"opens what is not closed on it, {_ONE_A_LINE} (jq -c . makes them)"
     return f"no JSON: {fault.msg} at column {fault.colno}"
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that it has twice is a fault, since one of the values would be lost."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"has the key {_short(twice)} twice")
-    return content
+def _bad_byte(byte: int, column: int) -> str:
+    return f"byte 0x{byte:02x} at byte {column} is not UTF-8"
 
 
-def _constant(name: str) -> None:
-    raise ValueError(f"holds {name}, which is no JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
-
-
-def _kept(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A checked row without the keys that nobody reads."""
-    if "messages" in content:
-        return {"messages": [{"role": m["role"], "content": m["content"]} for m in content["messages"]]}
-    return {key: content[key] for key in (_SHAPES[0] if "text" in content else _SHAPES[1])}
-
-
-def _kind(value: object) -> str:
-    """The JSON type of a value, as one would say it."""
-    if value is None:
-        return "null"
-    names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
-    return names.get(type(value), "an object") if value != [] else "an empty list"
-
-
-def _keys(content: Mapping[str, Any]) -> str:
-    return "the keys " + listing(map(_short, content)) if content else "no keys"
-
-
-def _short(key: str) -> str:
+def short(key: str) -> str:
+    """So much of a key that a message stays short."""
     return key if len(key) <= _KEY_LETTERS else key[:_KEY_LETTERS] + "..."

@@ -10,6 +10,7 @@ from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.folder import ADAPTER, DATA, MODEL, RunFolder
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.training.events import Note
+from mlxlora_core.training.sources import read_data
 
 if TYPE_CHECKING:
     from mlxlora_core.model.adapters import Adapted
@@ -85,14 +86,9 @@ class Context:
         Raises:
             DataError: they cannot be read.
         """
-        from mlxlora_core.training.examples import read_examples
+        from mlxlora_core.training.session import examples_of
 
         if split not in self._rows:
-            config = self.recipe.train
-            self._rows[split] = read_examples(
-                self.path / DATA / f"{split}.jsonl",
-                model.tokenizer,
-                max_seq_length=model.sequence_limit(config.max_seq_length),
-                mask_prompt=config.mask_prompt,
-            )
+            rows = read_data(self.path / DATA / f"{split}.jsonl", (split,))[split]
+            self._rows[split] = examples_of(rows, model, self.recipe.train)
         return self._rows[split]

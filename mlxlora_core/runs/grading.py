@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.files.jsonl import read_jsonl
-from mlxlora_core.training.dataset import SPLITS
+from mlxlora_core.files.data_path import SPLITS
+from mlxlora_core.files.rows import read_rows
 from mlxlora_core.training.settings import ChatConfig
 from mlxlora_core.values import Tokenizer
 
@@ -76,7 +76,7 @@ def find_expected(
     for split in SPLITS:
         path = folder / f"{split}.jsonl"
         if path.is_file() and path.stat().st_size > 0:
-            for _, content in read_jsonl(path):
+            for _, content in read_rows(path):
                 for question, text, told in _continued(content, questions, tokenizer):
                     found[question.prompt].append(Expected(split, text, told))
     return {prompt: rows[0] for prompt, rows in found.items() if len({row.text for row in rows}) == 1}

@@ -24,12 +24,13 @@ from typing import Any
 import pytest
 
 from mlxlora_core.errors import DataError, one_line
-from mlxlora_core.files.jsonl import check_content
+from mlxlora_core.files.data_path import SPLITS
+from mlxlora_core.files.row_shapes import check_content
 from mlxlora_core.machine.children import safe_python
 from mlxlora_core.options import explain, parse
 from mlxlora_core.plugins.sections import SplitConfig
 from mlxlora_core.specs import DatasetBuilder
-from mlxlora_core.training.dataset import SPLITS, write_dataset
+from mlxlora_core.training.dataset import write_dataset
 from mlxlora_core.values import Rows
 
 # Builds in a process of its own and prints what came out.

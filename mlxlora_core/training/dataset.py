@@ -13,19 +13,16 @@ from typing import Any, BinaryIO
 
 from mlxlora_core.errors import DataError, ModelError, listing
 from mlxlora_core.files import durable
+from mlxlora_core.files.data_path import RECORD, SPLITS
 from mlxlora_core.files.documents import read_form
 from mlxlora_core.files.forms import Map, Plain, Table, Text, Whole
-from mlxlora_core.files.jsonl import check_content
+from mlxlora_core.files.row_shapes import check_content
 from mlxlora_core.files.targets import check_output_folder, hold_only_files, paths_in
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice
 from mlxlora_core.plugins.sections import SplitConfig
 from mlxlora_core.training.findings import findings_in
 from mlxlora_core.values import Row, Rows, Skipped
-
-SPLITS = ("train", "valid", "test")
-
-RECORD = "dataset.json"
 
 #: what shows a dataset folder to be one of ours
 RECORD_FORM = Table(

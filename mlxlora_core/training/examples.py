@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxlora_core.errors import DataError
-from mlxlora_core.files.jsonl import FAULTS_TOLD, JsonLines, check_content, read_jsonl, refuse_faults
+from mlxlora_core.errors import DataError, listing
 from mlxlora_core.model.prompts import continued, is_taken, prompt_ids
 from mlxlora_core.model.special_texts import special_texts
 from mlxlora_core.model.tokenizers import CheckedTokenizer
@@ -48,6 +47,9 @@ class Examples:
         conversations: how many of them are conversations.
         chat_form: the form that these were put into, in words.
         chat_warning: what speaks against it.
+        notes: what there is to tell of the rows that they are made of.
+        limit: tokens that an example may have.
+        limited_by: what decides that, in words.
     """
 
     examples: tuple[Example, ...]
@@ -59,6 +61,9 @@ class Examples:
     conversations: int = 0
     chat_form: str = ""
     chat_warning: str = ""
+    notes: tuple[str, ...] = ()
+    limit: int = 0
+    limited_by: str = ""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -70,12 +75,14 @@ class Examples:
 
     def words(self, split: str) -> Iterator[str]:
         """A line on all that somebody should know of the rows, which are those of ``split``."""
+        yield from self.notes
         longest = max(len(example.tokens) for example in self.examples)
         if longest > LONG_ROW_TOKENS:
             yield f"warning: {split} has rows of up to {longest} tokens; long rows take much memory"
         if self.cut:
             share = self.cut_tokens / (self.tokens + self.cut_tokens)
-            yield f"warning: {self.cut} {split} rows were cut, {share:.1%} of all tokens are lost"
+            limit = f"{self.limit} tokens{f' ({self.limited_by})' if self.limited_by else ''}"
+            yield f"warning: {self.cut} {split} rows were cut at {limit}, {share:.1%} of all tokens are lost"
         if self.empty:
             yield f"warning: {self.empty} {split} rows have no token that counts and were left out"
         yield from self.findings.sentences(split)
@@ -84,57 +91,6 @@ class Examples:
                 ("warning: ", f", though {self.chat_warning}") if self.chat_warning else ("", "")
             )
             yield f"{warning}{counted(self.conversations, split)} of messages in {self.chat_form}{though}"
-
-
-def read_examples(
-    path: Path, tokenizer: CheckedTokenizer, *, max_seq_length: int, mask_prompt: bool = False
-) -> Examples:
-    """Read and tokenize one split.
-
-    Args:
-        path: a ``.jsonl`` file.
-        tokenizer: turns text into ids.
-        max_seq_length: longer rows are cut, and counted.
-        mask_prompt: whether only completions and answers count in the loss.
-
-    Raises:
-        DataError: the file is absent, malformed (every bad line as file:line),
-            or has no row that can be used.
-    """
-    rows = ((f"{path}:{line}", content) for line, content in read_jsonl(path))
-    return make_examples(rows, path, tokenizer, max_seq_length=max_seq_length, mask_prompt=mask_prompt)
-
-
-def examples_in_memory(
-    rows: Sequence[Mapping[str, Any]],
-    name: str,
-    tokenizer: CheckedTokenizer,
-    *,
-    max_seq_length: int,
-    mask_prompt: bool = False,
-) -> Examples:
-    """Tokenize rows that stand in no file; see :func:`read_examples`.
-
-    Args:
-        rows: of the shapes that a line of a ``.jsonl`` file may have.
-        name: what errors call them.
-        tokenizer: turns text into ids.
-        max_seq_length: longer rows are cut, and counted.
-        mask_prompt: whether only completions and answers count in the loss.
-
-    Raises:
-        DataError: no row, one of another shape (the first are told, with the count
-            of all), or none that can be used.
-    """
-    if not rows:
-        raise DataError("there is no row", where=f"{name} rows")
-    found = {f"{name} row {i}": check_content(row) for i, row in enumerate(rows, start=1)}
-    faults = [f"{place}: {fault}" for place, fault in found.items() if fault]
-    refuse_faults([JsonLines([], 0, faults[:FAULTS_TOLD], len(faults))])
-    placed = zip(found, rows, strict=True)
-    return make_examples(
-        placed, f"{name} rows", tokenizer, max_seq_length=max_seq_length, mask_prompt=mask_prompt
-    )
 
 
 def make_examples(
@@ -147,17 +103,26 @@ def make_examples(
 ) -> Examples:
     """Examples of rows, each with the place that an error names.
 
+    Args:
+        rows: (place, content) of each, of a plain shape.
+        where: what they are called together.
+        tokenizer: turns text into ids.
+        max_seq_length: longer rows are cut, and counted.
+        mask_prompt: whether only completions and answers count in the loss.
+
     Raises:
         DataError: a row that cannot be tokenized, or none that can be used.
     """
     reader = _RowReader(tokenizer, mask_prompt)
     examples, lengths, cut, cut_tokens, empty = [], [], 0, 0, 0
+    refused: dict[tuple[str, str], list[str]] = {}
     specials = list(tokenizer.specials)
     for place, content in rows:
         try:
             whole = reader.read(content)
         except DataError as fault:
-            raise DataError(fault.what, where=place, fix=fault.fix) from fault
+            refused.setdefault((fault.what, fault.fix), []).append(place)
+            continue
         example = Example(whole.tokens[:max_seq_length], whole.mask[:max_seq_length])
         if len(whole.tokens) > max_seq_length:
             cut, cut_tokens = cut + 1, cut_tokens + len(whole.tokens) - max_seq_length
@@ -168,6 +133,8 @@ def make_examples(
             reader.tell(place)
         else:
             empty += 1
+    if refused:
+        raise _refusal(refused)
     if not examples:
         raise DataError(f"none of {empty} rows has a token that counts in the loss", where=where)
     return Examples(
@@ -180,7 +147,18 @@ def make_examples(
         reader.conversations,
         tokenizer.chat_form,
         tokenizer.chat_warning,
+        limit=max_seq_length,
     )
+
+
+def _refusal(refused: Mapping[tuple[str, str], Sequence[str]]) -> DataError:
+    """The error for (fault, fix) -> the places of rows that cannot be tokenized."""
+    words = [
+        f"{places[0]}: {what}" + (f" ({len(places)} rows: {listing(places, 3)})" if places[1:] else "")
+        for (what, _), places in refused.items()
+    ]
+    fix = next((fix for _, fix in refused if fix), "")
+    return DataError(listing(words, 3), fix=fix)
 
 
 class _RowReader:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlxlora_core.errors import DataError, ModelError, SafetyError, UsageError
 from mlxlora_core.files import durable, lock
+from mlxlora_core.files.data_path import file_names
 from mlxlora_core.files.documents import parse_json
 from mlxlora_core.files.input_file import open_regular
 from mlxlora_core.files.targets import is_written, refuse_inputs
@@ -22,7 +23,6 @@ _LINES = {
     "spike": {"step", "loss", "median"},
 }
 _LINE_HEAD = b'{"kind": "'
-_STEMS = ("train", "valid", "validation", "val", "dev", "test", "dataset")
 _MODEL_FILES = (
     "config.json",
     "model.safetensors",
@@ -62,8 +62,7 @@ def inputs_of(model: Path, data: Path | None = None, *files: Path | None) -> lis
     """
     read = [model, *(model / name for name in _MODEL_FILES)]
     if data is not None:
-        kinds = (".jsonl", ".json", ".csv")
-        read += [data, *(data / f"{stem}{kind}" for stem in _STEMS for kind in kinds)]
+        read += [data, *(data / name for name in file_names())]
     return [*read, *(path for path in files if path is not None)]
 
 

@@ -7,14 +7,12 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlxlora_core.errors import DataError, DivergedError, UsageError
+from mlxlora_core.errors import DivergedError, UsageError
 from mlxlora_core.files import durable
 from mlxlora_core.machine import signals
 from mlxlora_core.model import adapters
@@ -36,16 +34,20 @@ from mlxlora_core.training.events import (
     ValidReport,
     report_line,
 )
-from mlxlora_core.training.examples import Examples, examples_in_memory, read_examples
+from mlxlora_core.training.examples import Examples, make_examples
 from mlxlora_core.training.identity import identify
 from mlxlora_core.training.loop import Training
 from mlxlora_core.training.memory import training_memory
 from mlxlora_core.training.outputs import Outputs, check_outputs, inputs_of, refuse_finished
 from mlxlora_core.training.saving import CheckpointFolder
 from mlxlora_core.training.settings import BatchConfig, SaveConfig, TrainConfig
+from mlxlora_core.training.sources import SplitRows
 
-#: where rows come from: a ``.jsonl`` file, rows in memory, or rows that are tokenized already
-Source = Path | Sequence[Mapping[str, Any]] | Examples
+# what decides where rows are cut
+CONTEXT, OPTION = "the context of the model", "max_seq_length"
+
+#: the rows of a split: read, or tokenized already
+Source = SplitRows | Examples
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,9 @@ def open_training(
     """
     outputs = outputs or Outputs()
     named = adapter.path if isinstance(adapter, AdapterFile) else None
-    check_outputs(
-        outputs, inputs_of(model.folder, None, named, *(p for p in rows.values() if isinstance(p, Path)))
-    )
-    splits = {name: examples_of(name, source, model, config) for name, source in rows.items()}
+    read = [path for source in rows.values() if isinstance(source, SplitRows) for path in source.files]
+    check_outputs(outputs, inputs_of(model.folder, None, named, *read))
+    splits = {name: examples_of(source, model, config) for name, source in rows.items()}
     adapted = _put_on(model, adapter, registry, seed)
     valid = splits["valid"].examples if "valid" in splits else ()
     training = Training(model.language_model, splits["train"].examples, valid, config, seed)
@@ -108,28 +109,28 @@ def open_training(
     return TrainingSession(model, adapted, splits, training, outputs, folder)
 
 
-def examples_of(split: str, source: Source, model: Model, config: BatchConfig) -> Examples:
+def examples_of(source: Source, model: Model, config: BatchConfig) -> Examples:
     """The examples of a split.
 
     Args:
-        split: its name.
-        source: where its rows come from.
+        source: its rows.
         model: whose tokenizer and context they are for.
-        config: how they are read.
+        config: how they are cut and masked.
 
     Raises:
-        DataError: rows that are not there, or that cannot be used.
+        DataError: rows that cannot be tokenized, or none that can be used.
     """
     if isinstance(source, Examples):
         return source
-    limit = model.sequence_limit(config.max_seq_length)
-    if not isinstance(source, Path):
-        return examples_in_memory(
-            source, split, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt
-        )
-    if not source.is_file():
-        raise DataError(f"there is no {source.name}", where=source, fix="make the folder with: mlxlora data")
-    return read_examples(source, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt)
+    examples = make_examples(
+        source.rows,
+        source.name,
+        model.tokenizer,
+        max_seq_length=model.sequence_limit(config.max_seq_length),
+        mask_prompt=config.mask_prompt,
+    )
+    context = model.sequence_limit(config.max_seq_length) < config.max_seq_length
+    return replace(examples, notes=source.notes, limited_by=CONTEXT if context else OPTION)
 
 
 class TrainingSession:
@@ -178,6 +179,8 @@ class TrainingSession:
         refuse_finished(self._outputs.adapter_file, how)
         for split, rows in self.rows.items():
             yield from map(Note, rows.words(split))
+        if "valid" not in self.rows:
+            yield Note("there are no rows to validate on (a file valid.jsonl): training without validation")
         yield Note(self._size())
         with training_memory(self.model, self.rows, self.training.config.batch_size) as (need, said):
             self.training.validation_bytes = need

@@ -1,4 +1,4 @@
-"""Dataset builder ``jsonl``: rows that one already has, in JSON Lines files."""
+"""Dataset builder ``jsonl``: rows that one already has, in JSON Lines, JSON arrays or tables."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxlora_core.api import DatasetBuilder, Rows, hookimpl, option
+from mlxlora_core.files import parse_columns
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,17 @@ class JsonlOptions:
 
     path: Path | None = option(
         None,
-        help="a file, or a folder: one with train.jsonl, valid.jsonl or test.jsonl keeps its splits, "
-        "of any other all .jsonl files are read",
+        help="a file, or a folder: one with train, valid or test files keeps its splits, "
+        "of any other all files of rows are read",
     )
     files: tuple[Path, ...] = option((), help="files to read beside path")
 
+    columns: tuple[str, ...] = option(
+        (), help="which column is which, such as prompt=question, completion=answer"
+    )
+
     def __post_init__(self) -> None:
+        parse_columns(self.columns)
         if self.path is None and not self.files:
             raise ValueError("path or files is required: there is nothing to read")
 
@@ -49,11 +55,11 @@ def inputs(options: JsonlOptions) -> Mapping[str, str]:
 
 @hookimpl
 def mlxlora_dataset_builders() -> list[DatasetBuilder]:
-    """JSON Lines."""
+    """Files of rows."""
     return [
         DatasetBuilder(
             name="jsonl",
-            summary="Rows that you already have, in JSON Lines files",
+            summary="Rows that you already have, in JSON Lines, JSON arrays or tables",
             options=JsonlOptions,
             build=build,
             inputs=inputs,

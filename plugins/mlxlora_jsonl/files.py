@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxlora_core.api import DataError, Row, Rows, Skipped
-from mlxlora_core.files import JsonLines, content_digest, refuse_faults, scan_jsonl
+from mlxlora_core.files import (
+    RowFile,
+    content_digest,
+    find_data,
+    left_out,
+    parse_columns,
+    refuse_faults,
+    scan_rows,
+)
 from mlxlora_jsonl import JsonlOptions
-
-SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -28,19 +34,20 @@ def build_rows(options: JsonlOptions) -> Rows:
         DataError: a file that cannot be read, bad lines, or no row at all.
     """
     sources, unread = find_sources(options)
+    columns = parse_columns(options.columns)
     faults, read = [], []
     for source in sources:
         try:
-            read.append((source, scan_jsonl(source.path)))
+            read.append((source, scan_rows(source.path, columns)))
         except DataError as fault:
             faults.append(fault)
     if faults:
         raise faults[0] if len(faults) == 1 else DataError("; ".join(map(str, faults)))
-    refuse_faults([lines for _, lines in read])
-    rows = [Row(content, split=source.split) for source, lines in read for _, content in lines.rows]
+    refuse_faults([found for _, found in read])
+    rows = [Row(content, split=source.split) for source, found in read for _, content in found.rows]
     if not rows:
         raise DataError(f"there is no row in {', '.join(str(source.path) for source in sources)}")
-    skipped = [skip for source, lines in read for skip in _left_out(source, lines)]
+    skipped = [skip for source, found in read for skip in _left_out(source, found)]
     return Rows(rows, [*unread, *skipped])
 
 
@@ -53,28 +60,25 @@ def find_sources(options: JsonlOptions) -> tuple[list[Source], list[Skipped]]:
     """The files that the options name, each once, and the files beside them that are not read.
 
     Raises:
-        DataError: a folder without a ``.jsonl`` file.
+        DataError: a folder without a file of rows, or with two for one split.
     """
-    sources, unread = [], []
-    if options.path is not None and options.path.is_dir():
-        inside = sorted(path for path in options.path.iterdir() if path.suffix == ".jsonl")
-        if not inside:
-            raise DataError("there is no .jsonl file in this folder", where=options.path)
-        settled = [Source(path, path.stem) for path in inside if path.stem in SPLITS]
-        sources = settled or [Source(path) for path in inside]
-        if settled:
-            reason = "it stands beside train.jsonl, valid.jsonl or test.jsonl, and only those are read"
-            unread = [Skipped(str(path), reason) for path in inside if path.stem not in SPLITS]
-    elif options.path is not None:
-        sources = [Source(options.path)]
+    sources: list[Source] = []
+    unread: list[Skipped] = []
+    if options.path is not None:
+        found = find_data(options.path)
+        sources = [Source(path, split) for split, paths in found.splits.items() for path in paths]
+        if found.splits:
+            reason = "it stands beside files of the splits train, valid or test, and only those are read"
+            unread = [Skipped(str(path), reason) for path in found.others]
+        else:
+            sources = [Source(path) for path in found.others]
     seen = {source.path for source in sources}
     sources += [Source(path) for path in dict.fromkeys(options.files) if path not in seen]
     return sources, unread
 
 
-def _left_out(source: Source, lines: JsonLines) -> Iterator[Skipped]:
+def _left_out(source: Source, found: RowFile) -> Iterator[Skipped]:
     """What a file holds that gives no row, though it is no fault."""
-    if lines.blank_lines:
-        yield Skipped(str(source.path), f"{lines.blank_lines} blank lines")
-    if not lines.rows:
+    yield from (Skipped(str(source.path), what) for what in left_out(found))
+    if not found.rows:
         yield Skipped(str(source.path), "there is no row in it")

@@ -63,7 +63,8 @@ class TestJsonl(DatasetBuilderSuite):
     def sources(self, folder: Path) -> Mapping[str, Any]:
         rows: list[dict[str, Any]] = [{"text": f"row {i}"} for i in range(20)]
         rows.append({"prompt": "a", "completion": "b"})
-        rows.append({"messages": [{"role": "user", "content": "é"}], "source": "elsewhere"})
+        asked, said = {"role": "user", "content": "é"}, {"role": "assistant", "content": "è"}
+        rows.append({"messages": [asked, said], "source": "elsewhere"})
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return {"path": folder / "rows.jsonl"}
 

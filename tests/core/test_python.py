@@ -127,10 +127,10 @@ def test_what_is_wrong_with_a_training_is_told(model: mlxlora.Model, options: An
         (
             lambda m: mlxlora.evaluate(m, Path("nowhere")),
             DataError,
-            "nowhere/test.jsonl: there is no test.jsonl",
+            "nowhere: there is no such file or folder",
         ),
         (lambda m: mlxlora.evaluate(m, [{"txt": "x"}]), DataError, "test row 1: needs text"),
-        (lambda m: mlxlora.evaluate(m, "x", split="valid"), DataError, "x/valid.jsonl"),
+        (lambda m: mlxlora.evaluate(m, "x", split="valid"), DataError, "x: there is no such file"),
         (
             lambda m: mlxlora.generate(m, ["A", "B"]),
             UsageError,

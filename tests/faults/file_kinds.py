@@ -413,24 +413,43 @@ class Jsonl(Subject):
         self.good = [lines.encode(), b"\xef\xbb\xbf" + lines.replace("\n", "\r\n\n").encode()]
 
     def parse(self) -> Any:
-        from mlxlora_core.files.jsonl import read_jsonl
+        from mlxlora_core.files.rows import read_rows
 
-        return read_jsonl(self.path)
+        return read_rows(self.path)
 
     def reference(self) -> Any:
-        rows = []
-        for number, line in enumerate(self.path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-            if line.strip(b" \t\r\n"):
-                row = json.loads(line.decode())
-                shapes = (("text",), ("prompt", "completion"), ("messages",))
-                (keys,) = (keys for keys in shapes if set(keys) <= set(row))
-                kept = {key: row[key] for key in keys}
-                if "messages" in kept:
-                    kept["messages"] = [
-                        {key: m[key] for key in ("role", "content")} for m in kept["messages"]
-                    ]
-                rows.append((number, kept))
-        return rows
+        lines = enumerate(self.path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
+        return [
+            (number, _plain(json.loads(line.decode()))) for number, line in lines if line.strip(b" \t\r\n")
+        ]
+
+
+class JsonArray(Subject):
+    """Rows in one array."""
+
+    def prepare(self) -> None:
+        self.path = self.folder / "train.json"
+        self.good = [json.dumps(_ROWS).encode(), json.dumps(_ROWS, indent=1, ensure_ascii=False).encode()]
+
+    def parse(self) -> Any:
+        from mlxlora_core.files.rows import read_rows
+
+        return [content for _, content in read_rows(self.path)]
+
+    def reference(self) -> Any:
+        return [_plain(row) for row in json.loads(self.path.read_bytes())]
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a plain shape without the keys that nobody reads."""
+    shapes = (("text",), ("prompt", "completion"), ("messages",))
+    (keys,) = (keys for keys in shapes if set(keys) <= set(row))
+    kept = {key: row[key] for key in keys}
+    if "messages" in kept:
+        kept["messages"] = [
+            {"role": said["role"].lower(), "content": said["content"]} for said in kept["messages"]
+        ]
+    return kept
 
 
 class Recipe(Subject):
@@ -499,6 +518,7 @@ KINDS: dict[str, type[Subject]] = {
     "config": Config,
     "index": Index,
     "jsonl": Jsonl,
+    "json_array": JsonArray,
     "recipe": Recipe,
     "adapter": Adapter,
 }

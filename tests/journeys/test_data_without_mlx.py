@@ -31,6 +31,7 @@ def without(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_these_libraries_are_absent_there(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text('{"text": "a"}\n')
     done = without("evaluate", "--model", tmp_path, "--data", tmp_path)
     assert done.returncode == 2 and "MLX cannot be used" in done.stderr
 

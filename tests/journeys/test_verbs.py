@@ -482,6 +482,7 @@ def test_what_core_decides_is_set_and_explained_as_an_option_is(
     assert {r["name"]: r["section"] for r in records} == {
         "path": False,
         "files": False,
+        "columns": False,
         "test_set_size": True,
         "split_seed": True,
         "write_batch_size": True,

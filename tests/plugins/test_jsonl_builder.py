@@ -41,7 +41,7 @@ def test_a_file_is_left_for_mlxlora_to_split(tmp_path: Path) -> None:
 def test_a_folder_with_splits_keeps_them(tmp_path: Path) -> None:
     for name in ("valid", "train", "test", "more"):
         write(tmp_path / f"{name}.jsonl", f"{name} row")
-    assert rows(path=tmp_path) == [("test row", "test"), ("train row", "train"), ("valid row", "valid")]
+    assert rows(path=tmp_path) == [("train row", "train"), ("valid row", "valid"), ("test row", "test")]
     reason = skipped(build(options(path=tmp_path)))["more.jsonl"]
     assert "only those are read" in reason
 
@@ -62,7 +62,7 @@ def test_files_come_after_path_and_each_once(tmp_path: Path) -> None:
 def test_rows_of_all_shapes_come_through(tmp_path: Path) -> None:
     given: list[dict[str, Any]] = [
         {"prompt": "p", "completion": "c"},
-        {"messages": [{"role": "user", "content": "hi"}]},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
         {"text": ""},
     ]
     path = tmp_path / "rows.jsonl"
@@ -107,12 +107,25 @@ def test_one_bad_file_keeps_its_place_and_remedy(tmp_path: Path) -> None:
     assert (caught.value.where, caught.value.fix) == (str(path), "iconv -f UTF-16 -t UTF-8")
 
 
-@pytest.mark.parametrize("names", [(), ("rows.json",)])
+@pytest.mark.parametrize("names", [(), ("rows.txt", "dataset.json", ".rows.jsonl")])
 def test_a_folder_without_rows_is_an_error(tmp_path: Path, names: tuple[str, ...]) -> None:
     for name in names:
         write(tmp_path / name, "a")
-    with pytest.raises(DataError, match=r"there is no \.jsonl file in this folder"):
+    with pytest.raises(DataError, match="there is no file of rows in this folder"):
         build(options(path=tmp_path))
+
+
+def test_columns_are_read_as_the_options_say(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question,answer\nhow?,so\n")
+    (row,) = build(options(path=tmp_path, columns="prompt=question, completion=answer")).rows
+    assert row.content == {"prompt": "how?", "completion": "so"}
+    with pytest.raises(UsageError, match="nothing is read as 'promt' \\(did you mean 'prompt'"):
+        options(path=tmp_path, columns="promt=question")
+
+
+def test_keys_that_are_not_read_are_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "id": 1}\n{"text": "b", "id": 2, "url": ""}\n')
+    assert skipped(build(options(path=tmp_path))) == {"rows.jsonl": "keys that are not read: id (2 rows)"}
 
 
 def test_something_to_read_is_required() -> None:

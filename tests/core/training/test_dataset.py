@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from mlxlora_core.errors import DataError
-from mlxlora_core.files.jsonl import read_jsonl
+from mlxlora_core.files.data_path import SPLITS
+from mlxlora_core.files.rows import read_rows
 from mlxlora_core.plugins.sections import SplitConfig
-from mlxlora_core.training.dataset import SPLITS, write_dataset
+from mlxlora_core.training.dataset import write_dataset
 from mlxlora_core.values import Row, Rows, Skipped
 
 
@@ -141,7 +142,7 @@ def test_a_split_that_there_is_not_is_an_error_and_no_row_is_lost(tmp_path: Path
 def test_odd_characters_come_back(tmp_path: Path) -> None:
     odd = ["a\u2028b\u2029c\x85d", "\r\n\t\0", "\ufeffx", "é😀", '"\\', "\x1b[2J"]
     write(tmp_path, [Row({"text": text}) for text in odd], test_set_size=0.0)
-    assert [content["text"] for _, content in read_jsonl(tmp_path / "train.jsonl")] == odd
+    assert [content["text"] for _, content in read_rows(tmp_path / "train.jsonl")] == odd
 
 
 def test_rows_that_could_not_be_read_back_are_skipped_with_the_reason(tmp_path: Path) -> None:

@@ -9,13 +9,16 @@ import pytest
 
 from mlxlora_core.errors import DataError
 from mlxlora_core.model.tokenizers import CheckedTokenizer
-from mlxlora_core.training.examples import Example, Examples, read_examples
+from mlxlora_core.training.examples import Example, Examples, make_examples
+from mlxlora_core.training.sources import read_data
 from mlxlora_core.values import Piece
 
 
 def read(tmp_path: Path, tokenizer: CheckedTokenizer, *rows: dict[str, Any], **options: Any) -> Examples:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_examples(tmp_path / "train.jsonl", tokenizer, **{"max_seq_length": 512, **options})
+    held = read_data(tmp_path, ("train",))["train"]
+    settings = {"max_seq_length": 512, "mask_prompt": False, **options}
+    return make_examples(held.rows, held.name, tokenizer, **settings)
 
 
 def counted(example: Example, tokenizer: CheckedTokenizer) -> str:
@@ -77,18 +80,14 @@ def test_every_assistant_turn_counts_and_no_begin_token_does(
     assert (whole.tokens == tokenizer.bos).sum() == 2
 
 
-@pytest.mark.parametrize("roles", [("assistant",), ("user", "user"), ("system",), ("a", "b")])
+@pytest.mark.parametrize(
+    "roles", [("assistant",), ("user", "user"), ("system",), ("a", "b"), ("user", "assistant", "user")]
+)
 def test_messages_that_make_no_turns_are_refused(
     tmp_path: Path, tokenizer: CheckedTokenizer, roles: tuple[str, ...]
 ) -> None:
     row = {"messages": [{"role": role, "content": "x"} for role in roles]}
-    with pytest.raises(DataError, match=r"train.jsonl:2: messages must alternate user, assistant"):
-        read(tmp_path, tokenizer, {"text": "a"}, row)
-
-
-def test_a_conversation_without_a_last_answer_is_refused(tmp_path: Path, tokenizer: CheckedTokenizer) -> None:
-    row = {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]}
-    with pytest.raises(DataError, match=r"train.jsonl:2: messages must end with an answer of the assistant"):
+    with pytest.raises(DataError, match=r"train.jsonl:2: .*(message|role)"):
         read(tmp_path, tokenizer, {"text": "a"}, row)
 
 
@@ -173,6 +172,8 @@ def test_text_rows_have_no_prompt_to_mask(tmp_path: Path, tokenizer: CheckedToke
     rows = {"prompt": "a", "completion": "b"}, {"text": "x"}
     with pytest.raises(DataError, match=r"train.jsonl:2: a \{text\} row has no prompt to mask. Fix: leave"):
         read(tmp_path, tokenizer, *rows, mask_prompt=True)
+    with pytest.raises(DataError, match=r"mask \(4 rows: .*:2, .*:4, .*:6 and 1 more\)\. Fix"):
+        read(tmp_path, tokenizer, *rows * 4, mask_prompt=True)
     assert len(read(tmp_path, tokenizer, *rows)) == 2
 
 

@@ -33,6 +33,7 @@ from mlxlora_core.training.events import (
 from mlxlora_core.training.outputs import Outputs
 from mlxlora_core.training.session import NewAdapter, TrainingSession, open_training
 from mlxlora_core.training.settings import SaveConfig, TrainConfig
+from mlxlora_core.training.sources import read_data
 
 TEXTS = ["A layer scales the weights.", "The adapter keeps its inputs.", "This module reads a mask."]
 ROWS = {"train": [{"text": text} for text in TEXTS * 2], "valid": [{"text": TEXTS[0]}]}
@@ -58,7 +59,8 @@ def session(model_folder: Callable[..., Path], registry: Registry) -> Open:
         new = NewAdapter(*configure(lora, {"rank": 2, "layers": 1}))
         model = model_folder_module.load(model_folder(), registry)
         config = TrainConfig(**BASIC | settings)
-        return open_training(model, adapter or new, rows, config, registry, outputs=outputs)
+        read = read_data(rows, ("train",), ("valid",))
+        return open_training(model, adapter or new, read, config, registry, outputs=outputs)
 
     return make
 
@@ -71,12 +73,12 @@ def same(one: dict[str, mx.array], other: dict[str, mx.array]) -> bool:
     return one.keys() == other.keys() and all(mx.array_equal(one[name], other[name]) for name in one)
 
 
-def write(folder: Path) -> dict[str, Path]:
+def write(folder: Path) -> Path:
     """The rows as files."""
     folder.mkdir()
     for split, rows in ROWS.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {split: folder / f"{split}.jsonl" for split in ROWS}
+    return folder
 
 
 def test_rows_in_memory_and_rows_in_files_train_the_same(session: Open, tmp_path: Path) -> None:
@@ -141,7 +143,7 @@ def test_the_result_says_what_was_done(session: Open) -> None:
     assert result.valid_loss == [e.loss for e in events if isinstance(e, ValidReport)][-1]
     assert json.dumps(asdict(result))
     texts = [event.text for event in events if isinstance(event, Note)]
-    assert texts[0].startswith("warning: 1 train rows were cut, ")
+    assert texts[0].startswith("warning: 1 train rows were cut at 40 tokens (max_seq_length), ")
     assert texts[1] == "warning: 1 train rows have no token that counts and were left out"
     assert "trainable" in texts[2] and texts[3].startswith("training needs about ")
 
@@ -173,14 +175,14 @@ def test_an_adapter_file_is_trained_on(session: Open, tmp_path: Path) -> None:
         ([{"text": "A layer."}, {"txet": "x"}, 7], DataError, "2 bad lines: train row 2: needs text"),
         ([{"text": ""}], DataError, "train rows: none of 1 rows has a token"),
         ([], DataError, "train rows: there is no row"),
-        (Path("nowhere/train.jsonl"), DataError, "there is no train.jsonl"),
+        (Path("nowhere"), DataError, "nowhere: there is no such file or folder"),
     ],
 )
 def test_rows_that_are_none_are_refused(
     session: Open, rows: Any, error: type[MlxloraError], words: str
 ) -> None:
     with pytest.raises(error) as caught:
-        session({"train": rows})
+        session(rows)
     assert words in str(caught.value)
 
 

@@ -15,7 +15,7 @@ from mlxlora_core.errors import DataError
 from mlxlora_core.model.prompts import continued, prompt_ids
 from mlxlora_core.model.tokenizers import CheckedTokenizer, open_tokenizer
 from mlxlora_core.plugins import Registry
-from mlxlora_core.training.examples import Examples, examples_in_memory
+from mlxlora_core.training.examples import Examples, make_examples
 from mlxlora_core.training.findings import Finding
 
 ROWS = 1000
@@ -119,7 +119,8 @@ def asked(row: dict[str, Any]) -> Any:
 
 
 def read(tokenizer: CheckedTokenizer, rows: Sequence[dict[str, Any]]) -> Examples:
-    return examples_in_memory(rows, "train", tokenizer, max_seq_length=100_000)
+    placed = ((f"train row {number}", row) for number, row in enumerate(rows, start=1))
+    return make_examples(placed, "train rows", tokenizer, max_seq_length=100_000, mask_prompt=False)
 
 
 def test_training_is_told_of_a_prompt_what_generation_is_told(kind: str, tokenizer: CheckedTokenizer) -> None:

@@ -96,7 +96,7 @@ def test_rows_that_are_cut_are_told_with_the_share_that_is_lost(
 ) -> None:
     arguments = ("--data", tiny_rows, "--adapter-file", tmp_path / "a.npz", "--iters", 1)
     _, err = said(capfd, 0, "train", "--model", tiny_model, *arguments, "--max-seq-length", 10)
-    assert "warning: 8 train rows were cut, " in err and "% of all tokens are lost" in err
+    assert "warning: 8 train rows were cut at " in err and "% of all tokens are lost" in err
 
 
 # --- paths and surroundings ---------------------------------------------------
