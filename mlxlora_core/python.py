@@ -218,7 +218,7 @@ def stream(
         options: of the samplers, such as ``temp``.
 
     Yields:
-        Segments with their ``text``; ``finish`` of the last one is ``stop`` or ``length``.
+        Segments with their ``text``; ``finish`` of the last one is ``stop``, ``length`` or ``context``.
 
     Raises:
         UsageError: an option that there is not or that is out of range; a prompt that does not fit.

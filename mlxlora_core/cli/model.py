@@ -144,7 +144,7 @@ def continue_prompt(
     model: Model, prompt: str, samplers: Sequence[Choice], config: GenerateConfig, seed: int, *, quiet: bool
 ) -> Segment:
     """Continue a prompt; segments are printed as they come unless ``quiet``."""
-    from mlxlora_core.model.generate import generate, whole
+    from mlxlora_core.model.generate import CONTEXT, generate, whole
     from mlxlora_core.model.prompts import words_on
 
     started, asked = time.perf_counter(), config.asked(prompt)
@@ -161,7 +161,10 @@ def continue_prompt(
     for words in words_on(model.tokenizer, asked):
         show.progress(words)
     text = whole(segments if quiet else _shown(segments))
-    show.progress(f"{time.perf_counter() - started:.2f} s")
+    full = ""
+    if text.finish == CONTEXT:
+        full = f"; the model's context is full, at {model.language_model.context_tokens} tokens"
+    show.progress(f"{time.perf_counter() - started:.2f} s{full}")
     return text
 
 

@@ -144,21 +144,18 @@ def command(
     refuse_finished(adapter_file, asked.how)
     rows = _rows(data, asked.columns, test=test)
     runtimes = start(registry)
+    from mlxlora_core.model.generate import fitting_ids
     from mlxlora_core.training.session import open_training
 
     # A sampler that is faulty is told now and not when hours of training are over.
     check_samplers(asked.samplers)
     base = load_base(model, registry)
     held_out = read_test(base, rows.pop("test"), asked.train) if test else None
+    if prompt is not None:  # one that does not fit is told now, too
+        fitting_ids(base.language_model, base.tokenizer, asked.generate.asked(given_text(prompt)))
+    adapter = _adapter(asked, resume_adapter_file)
     session = open_training(
-        base,
-        _adapter(asked, resume_adapter_file),
-        rows,
-        asked.train,
-        registry,
-        seed=seed,
-        outputs=outputs,
-        runtimes=runtimes,
+        base, adapter, rows, asked.train, registry, seed=seed, outputs=outputs, runtimes=runtimes
     )
     rows.clear()  # of which there are tokens now
     facts = circumstances(adapter_file.stem, seed, _origins(given), registry, runtimes)

@@ -16,8 +16,8 @@ from mlxlora_core.model.prompts import Prompt, prompt_ids
 from mlxlora_core.plugins import Component
 from mlxlora_core.values import Cache, Tokenizer
 
-#: what ended a text: an end token, or the limit on its tokens
-STOP, LENGTH = "stop", "length"
+#: what ended a text: an end token, the limit on its tokens, or the end of the model's context
+STOP, LENGTH, CONTEXT = "stop", "length", "context"
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class Segment:
 
     Attributes:
         text: it; of the last one nothing.
-        finish: what ended the text, ``stop`` (an end token) or ``length`` (as many
-            tokens as were asked for, or a full context); None while it goes on.
+        finish: what ended the text, ``stop`` (an end token), ``length`` (as many
+            tokens as were asked for) or ``context`` (the context of the model is
+            full); None while it goes on.
     """
 
     text: str
@@ -65,6 +66,23 @@ def generate(
         DivergedError: the logits of the model are not finite.
         ResourceError: there is too little memory for the prompt, or in the end for the text.
     """
+    ids = fitting_ids(model, tokenizer, prompt)
+    end, limit = LENGTH, model.context_tokens
+    if limit is not None and num_tokens > limit - len(ids):
+        end, num_tokens = CONTEXT, limit - len(ids)
+    part, words = room_for_prompt(model, len(ids), num_tokens)
+    told(words)
+    draw = Drawing(samplers, seed)
+    tokens = decode(model, ids, draw, num_tokens=num_tokens, stops=tokenizer.stops, part_tokens=part)
+    return _segments(tokenizer, tokens, num_tokens, write_every, end)
+
+
+def fitting_ids(model: LanguageModel, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The ids of a prompt that fits into the context of a model with room for a token.
+
+    Raises:
+        UsageError: it does not, or is none; as :func:`generate`.
+    """
     try:
         ids = prompt_ids(tokenizer, prompt)
     except DataError as fault:
@@ -78,16 +96,12 @@ def generate(
         raise UsageError(
             f"the prompt has {len(ids)} tokens, the model's context holds {limit}", fix="shorten the prompt"
         )
-    if limit is not None:
-        num_tokens = min(num_tokens, limit - len(ids))
-    part, words = room_for_prompt(model, len(ids), num_tokens)
-    told(words)
-    draw = Drawing(samplers, seed)
-    tokens = decode(model, ids, draw, num_tokens=num_tokens, stops=tokenizer.stops, part_tokens=part)
-    return _segments(tokenizer, tokens, num_tokens, write_every)
+    return ids
 
 
-def _segments(tokenizer: Tokenizer, tokens: Iterator[int], num_tokens: int, every: int) -> Iterator[Segment]:
+def _segments(
+    tokenizer: Tokenizer, tokens: Iterator[int], num_tokens: int, every: int, end: str
+) -> Iterator[Segment]:
     told = 0
     faults: list[Exception] = []
 
@@ -103,7 +117,7 @@ def _segments(tokenizer: Tokenizer, tokens: Iterator[int], num_tokens: int, ever
     yield from map(Segment, tokenizer.stream(counted(), every))
     if faults:
         raise faults[0]
-    yield Segment("", STOP if told < num_tokens else LENGTH)
+    yield Segment("", STOP if told < num_tokens else end)
 
 
 def whole(segments: Iterable[Segment]) -> Segment:

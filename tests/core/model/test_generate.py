@@ -207,7 +207,9 @@ def test_it_ends_where_the_context_is_full(stand_in: Callable[..., Any], tokeniz
     for room in (1, 5):
         model = stand_in(vocab_size=320, context_tokens=length + room)
         told = segments(model, scripted([40] * 99), tokenizer, num_tokens=50)
-        assert whole(told) == Segment(tokenizer.decode([40] * room), "length")
+        assert whole(told) == Segment(tokenizer.decode([40] * room), "context")
+        exact = segments(model, scripted([40] * 99), tokenizer, num_tokens=room)
+        assert whole(exact).finish == "length", "as many as were asked for, and no more was"
     unlimited = stand_in(vocab_size=320, context_tokens=None)
     assert text(unlimited, scripted([40] * 99), tokenizer, num_tokens=50) == tokenizer.decode([40] * 50)
 
