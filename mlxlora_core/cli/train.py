@@ -54,6 +54,8 @@ from mlxlora_core.values import RunInfo
 
 if TYPE_CHECKING:
     from mlxlora_core.model.adapters import AdapterFile
+    from mlxlora_core.model.folder import Model
+    from mlxlora_core.training.examples import Examples
     from mlxlora_core.training.session import NewAdapter
 
 
@@ -166,14 +168,9 @@ def command(
     trained = _follow(observed(events, asked.observers, info, event_values))
     of_best = f", of step {trained.adapter_step}, the best" if asked.train.patience is not None else ""
     show.progress(f"{adapter_file} written{of_best}; {checkpoints / REPORT} shows the training")
-    result: dict[str, Any] = {"adapter_file": str(adapter_file), **asdict(trained)}
-    if held_out is not None:
-        result["test"] = measure(base, held_out, asked.train, asked.evaluate, quiet=as_json)
-    if prompt is not None:
-        said = continue_prompt(base, given_text(prompt), asked.samplers, asked.generate, seed, quiet=as_json)
-        result |= {"text": said.text, "finish": said.finish}
+    after = _after(base, held_out, prompt, asked, seed, quiet=as_json)
     if as_json:
-        show.as_json(result)
+        show.as_json({"adapter_file": str(adapter_file), **asdict(trained), **after})
 
 
 @dataclass(frozen=True)
@@ -231,6 +228,19 @@ def _rows(data: Path, columns: Mapping[str, str], *, test: bool) -> dict[str, Sp
     wanted, optional = (("train", "test"), ("valid",)) if test else (("train",), ("valid", "test"))
     rows = read_data(data, wanted, optional, columns)
     return {split: rows[split] for split in (*wanted, "valid") if split in rows}
+
+
+def _after(
+    base: Model, held_out: Examples | None, prompt: str | None, asked: _Asked, seed: int, *, quiet: bool
+) -> dict[str, Any]:
+    """What comes after a training: the loss on the test set, and the answer to a prompt."""
+    result: dict[str, Any] = {}
+    if held_out is not None:
+        result["test"] = measure(base, held_out, asked.train, asked.evaluate, quiet=quiet)
+    if prompt is not None:
+        said = continue_prompt(base, given_text(prompt), asked.samplers, asked.generate, seed, quiet=quiet)
+        result |= {"text": said.text, "finish": said.finish}
+    return result
 
 
 def _adapter(asked: _Asked, path: Path | None) -> NewAdapter | AdapterFile:
