@@ -259,8 +259,8 @@ def _settings(asked: _Asked, model: Path, data: Path, seed: int) -> dict[str, An
     columns = [f"{name}={column}" for name, column in asked.columns.items()]
     sections = {
         "run": {"seed": seed},
-        "model": {"mlx_path": str(model)},
-        "data": {"use": "jsonl", "options": {"path": str(data), "columns": columns}},
+        "model": {"mlx_path": plain(model)},
+        "data": {"use": "jsonl", "options": {"path": plain(data), "columns": columns}},
         "adapter": {"use": choice.component.id, **plain(config), "options": plain(choice.options)},
         "train": plain(asked.train),
         "checkpoints": plain(asked.save),
@@ -280,8 +280,8 @@ def _origins(given: dict[str, Any]) -> dict[str, str]:
 def _info(adapter_file: Path, model: Path, data: Path, asked: _Asked) -> RunInfo:
     """What observers are told of the training before it begins."""
     settings = {
-        "model": str(model),
-        "data": str(data),
+        "model": plain(model),
+        "data": plain(data),
         "adapter": {**plain(asked.adapter[0].options), **plain(asked.adapter[1])},
         "train": plain(asked.train),
         "checkpoints": plain(asked.save),

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from mlxlora_core.errors import DataError
 from mlxlora_core.files import durable
 from mlxlora_core.files.documents import finite, read_sound
@@ -48,15 +50,15 @@ class RunFolder:
         if os.path.lexists(path / RECORD):
             self.record, self.faults = read_sound(path / RECORD, RECORD_FORM, _RECORD_BYTES, DataError, _AWAY)
 
-    def begin(self, facts: Mapping[str, Any], recipe_text: str) -> None:
-        """Make the folder, and write the recipe and the facts of this run.
+    def begin(self, facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+        """Make the folder, and write the recipe, as plain values, and the facts of this run.
 
         Whether it may is for :func:`mlxlora_core.runs.places.check_run` to say.
         """
         kept = {key: self.record.get(key, {}) for key in ("started", "stages")}
         self.record = {**facts, **kept}
         self._save()  # first, so that a folder that a killed run began is known again
-        durable.write_text(self.path / RECIPE, recipe_text)
+        durable.write_text(self.path / RECIPE, tomli_w.dumps(_in_unicode(recipe)))
 
     def holds(self, stage: str, fingerprint: str) -> bool:
         """Whether a stage was done for these inputs and its files are as it left them."""
@@ -91,6 +93,15 @@ class RunFolder:
 
     def _save(self) -> None:
         durable.write_json(self.path / RECORD, self.record)
+
+
+def _in_unicode(value: Any) -> Any:
+    """A plain value, with U+FFFD for what is no text: TOML has no way to write half a surrogate pair."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    if isinstance(value, Mapping):
+        return {key: _in_unicode(item) for key, item in value.items()}
+    return [_in_unicode(item) for item in value] if isinstance(value, list) else value
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-import tomli_w
-
 from mlxlora_core.files import leftovers
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.context import Context
@@ -51,7 +49,7 @@ def run(
     check_run(recipe, folder.record)
     marks = fingerprints(recipe)
     facts = circumstances(recipe.name, recipe.run.seed, recipe.origins, registry, runtimes)
-    folder.begin(facts | {"inputs": marks}, tomli_w.dumps(recipe.values()))
+    folder.begin(facts | {"inputs": marks}, recipe.values())
     unsound = (f"warning: not sound, and taken as not done: {fault}" for fault in folder.faults)
     yield RunStarted((*runtimes, *unsound))
     context = Context(recipe, registry, folder, runtimes, resume_command)

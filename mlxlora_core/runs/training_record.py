@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tomli_w
-
 from mlxlora_core.files import durable
 from mlxlora_core.files.targets import is_written
 from mlxlora_core.runs.folder import METRICS, RECIPE, REPORT, RunFolder, fingerprint
@@ -75,7 +73,7 @@ class TrainingRecord:
         try:
             for event in events:
                 if isinstance(event, TrainingStarted):
-                    self.folder.begin({**self.facts, "inputs": {STAGE: mark}}, tomli_w.dumps(self.settings))
+                    self.folder.begin({**self.facts, "inputs": {STAGE: mark}}, self.settings)
                     self.folder.start(STAGE, mark)
                     metrics.trim(log, event.step)
                     begun = True

@@ -27,7 +27,7 @@ FACTS = {
 def path(tmp_path: Path) -> Path:
     """A run folder in which the stage ``model`` is done."""
     folder = RunFolder(tmp_path / "run")
-    folder.begin(FACTS, "")
+    folder.begin(FACTS, {})
     (folder.path / "file").write_text("x")
     folder.start("model", "m")
     folder.keep("model", "m", ["file"], {"folder": "somewhere", "ratio": float("inf")})
@@ -78,7 +78,7 @@ def test_what_was_written_is_read(path: Path) -> None:
 def test_what_is_not_sound_is_not_done(path: Path, place: tuple[str, ...], value: object) -> None:
     folder = changed(path, place, value)
     assert not folder.holds("model", "m") and folder.faults and "stages" in folder.faults[0]
-    folder.begin(FACTS, "")
+    folder.begin(FACTS, {})
     folder.start("model", "m")
     folder.keep("model", "m", ["file"], {"folder": "again"})
     assert RunFolder(path).holds("model", "m") and RunFolder(path).faults == []
@@ -98,6 +98,6 @@ def test_what_is_no_record_is_refused(path: Path, content: str) -> None:
 
 def test_a_started_that_is_odd_is_made_again(path: Path) -> None:
     folder = changed(path, ("started",), [])
-    folder.begin(FACTS, "")
+    folder.begin(FACTS, {})
     folder.start("data", "d")
     assert RunFolder(path).record["started"] == {"data": "d"}

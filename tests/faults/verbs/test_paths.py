@@ -6,6 +6,7 @@ The options are read off the commands and off what plugins declare, so that a ne
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -327,3 +328,19 @@ def test_a_plugin_file_at_each_path(
 def test_each_verb_that_takes_a_path_is_tried() -> None:
     assert {verb for verb, _ in path_options()} == WORKING.keys()
     assert "data.path" in recipe_options() and "model.torch_path" in recipe_options()
+
+
+def test_a_training_whose_paths_are_no_utf_8_is_taken_up_and_shown(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, rows, adapter = (os.fsdecode(name) for name in (b"m\xff", b"d\xfe", b"a\xfd.safetensors"))
+    shutil.copytree(base.model, model)
+    shutil.copytree(base.rows, rows)
+    given = WORKING["train"](base) | {"model": model, "data": rows, "adapter_file": adapter}
+    assert cli.execute(line("train", given)) == 0
+    assert cli.execute([*line("train", given), "--overwrite"]) == 0
+    assert cli.execute([*line("train", given), "--iters", "2", "--resume"]) == 0
+    capfd.readouterr()
+    assert cli.execute(["report", os.fsdecode(b"a\xfd.checkpoints")]) == 0
+    assert "warning" not in capfd.readouterr().err
