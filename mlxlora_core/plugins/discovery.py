@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -229,6 +230,14 @@ def _load_one(plugin: Plugin, get: Callable[[], Any]) -> tuple[Plugin, list[Comp
     return plugin, [Component(kind, spec, plugin) for kind, spec in collected]
 
 
+class _FreshLoader(SourceFileLoader):
+    """Compiles a file each time: kept byte code is told by size and second, which an edit may leave."""
+
+    def path_stats(self, path: Any) -> Mapping[str, Any]:
+        """Nothing that byte code could be told by."""
+        raise OSError
+
+
 def _import_file(path: Path) -> ModuleType:
     """The module in a file that was named with -P."""
     if not path.is_file():
@@ -238,6 +247,8 @@ def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"mlxlora_file_{path.stem}_{unique}", path)
     if spec is None or spec.loader is None:
         raise PluginError(f"not a Python file: {path}")
+    if isinstance(spec.loader, SourceFileLoader):
+        spec.loader = _FreshLoader(spec.name, os.fspath(path))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up by name
     try:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,24 @@ def test_what_has_no_source_has_no_digest(tmp_path: Path) -> None:
 def test_the_plugins_in_the_box_have_sources() -> None:
     digests = [source_digest(plugin) for plugin in load().plugins]
     assert all(digests) and len(set(digests)) > 5
+
+
+def test_an_edit_within_a_second_that_keeps_the_size_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "odd.py"
+    text = (
+        "from mlxlora_core.api import NoOptions, Sampler, hookimpl\n"
+        "@hookimpl\n"
+        "def mlxlora_samplers():\n"
+        "    return [Sampler(name='one', summary='x', options=NoOptions, build=lambda o: None)]\n"
+    )
+    names = []
+    for name in ("one", "two"):
+        path.write_text(text.replace("one", name))
+        os.utime(path, (1e9, 1e9))
+        plugin = next(p for p in load([str(path)]).plugins if p.origin == "file")
+        names.append(plugin.components)
+    assert names == [(("sampler", "one"),), (("sampler", "two"),)]
+    assert [p.name for p in tmp_path.iterdir()] == ["odd.py"], "no byte code is left beside"
