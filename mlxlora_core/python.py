@@ -193,9 +193,11 @@ def evaluate(
 
 def stream(
     model: Model,
-    prompt: str,
+    prompt: str | Sequence[Mapping[str, Any]],
     *,
     sampler: str = DEFAULT_SAMPLER,
+    chat: bool = GenerateConfig().chat,
+    system: str = GenerateConfig().system,
     num_tokens: int = GenerateConfig().num_tokens,
     write_every: int = GenerateConfig().write_every,
     seed: int = 0,
@@ -205,8 +207,10 @@ def stream(
 
     Args:
         model: with or without an adapter on it.
-        prompt: text to continue.
+        prompt: text to continue, or messages in the form of the model's tokenizer.
         sampler: one, or several in a row: ``"repetition-penalty,top-p"``.
+        chat: whether a text is asked as a user's message, in that form.
+        system: message in front of it.
         num_tokens: how many at most.
         write_every: tokens a segment.
         seed: of what is drawn.
@@ -221,21 +225,20 @@ def stream(
         DivergedError: the model's logits are not finite.
         ResourceError: too little memory.
     """
-    if not isinstance(prompt, str):
-        raise UsageError(f"prompt: wanted text, got {type(prompt).__name__}", fix="give one prompt at a time")
-    config = parsed(GenerateConfig, {"num_tokens": num_tokens, "write_every": write_every}, "generate")
-    number = checked_seed(seed, "generate")
+    given = {"chat": chat, "system": system, "num_tokens": num_tokens, "write_every": write_every}
+    config, number = parsed(GenerateConfig, given, "generate"), checked_seed(seed, "generate")
     from mlxlora_core.model.generate import generate as segments
+    from mlxlora_core.model.prompts import checked
     from mlxlora_core.runs.recipe import choose_samplers
 
-    chosen = choose_samplers(sampler, options, model.registry)
+    asked, chosen = checked(prompt, config), choose_samplers(sampler, options, model.registry)
 
     def events() -> Generator[Segment, None, None]:
         with told(model.registry.plugins):
             yield from segments(
                 model.base.language_model,
                 model.base.tokenizer,
-                prompt,
+                asked,
                 [(choice.component, choice.options) for choice in chosen],
                 num_tokens=config.num_tokens,
                 seed=number,
@@ -245,7 +248,7 @@ def stream(
     return events()
 
 
-def generate(model: Model, prompt: str, **options: Any) -> str:
+def generate(model: Model, prompt: str | Sequence[Mapping[str, Any]], **options: Any) -> str:
     """The continuation of a prompt; see :func:`stream`, which has the same arguments."""
     return "".join(segment.text for segment in stream(model, prompt, **options))
 

@@ -63,6 +63,8 @@ def command(
         show.progress(f"skipped {skipped['source']}: {skipped['reason']}")
     if len(record["skipped"]) > SHOWN_SKIPPED:
         show.progress(f"{len(record['skipped']) - SHOWN_SKIPPED} more skipped, see {out / 'dataset.json'}")
+    for line in record["findings"]:
+        show.progress(line)
     if record["rows_in_two_splits"]:
         show.progress(f"warning: {record['rows_in_two_splits']} rows stand in more than one split")
 

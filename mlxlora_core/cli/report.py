@@ -19,8 +19,9 @@ from mlxlora_core.runs.report.facts import read_facts
 def command(registry: Registry, run: Path | None) -> None:
     """Write the report of a run folder again, also while the run is going on.
 
-    RUN is a run folder; without one, that of the demo. The report is
-    report.html in it, and its path is printed.
+    RUN is a run folder, or the folder of checkpoints of a training; without
+    one, the run folder of the demo. The report is report.html in it, and its
+    path is printed.
     """
     folder = run or read(find_recipe(DEFAULT_RECIPE, registry), (), registry).folder
     facts = read_facts(folder)

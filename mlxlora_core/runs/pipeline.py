@@ -50,7 +50,8 @@ def run(
     folder = RunFolder(recipe.folder)
     check_run(recipe, folder.record)
     marks = fingerprints(recipe)
-    folder.begin(_facts(recipe, registry, runtimes) | {"inputs": marks}, tomli_w.dumps(recipe.values()))
+    facts = circumstances(recipe.name, recipe.run.seed, recipe.origins, registry, runtimes)
+    folder.begin(facts | {"inputs": marks}, tomli_w.dumps(recipe.values()))
     unsound = (f"warning: not sound, and taken as not done: {fault}" for fault in folder.faults)
     yield RunStarted((*runtimes, *unsound))
     context = Context(recipe, registry, folder, runtimes, resume_command)
@@ -88,12 +89,22 @@ def _do_stages(context: Context, marks: Mapping[str, str]) -> Iterator[Event]:
             yield event
 
 
-def _facts(recipe: Recipe, registry: Registry, runtimes: Sequence[str]) -> dict[str, Any]:
-    """What run.json says of the run beside its stages."""
+def circumstances(
+    name: str, seed: int, origins: Mapping[str, str], registry: Registry, runtimes: Sequence[str]
+) -> dict[str, Any]:
+    """What run.json says beside the stages.
+
+    Args:
+        name: of the recipe.
+        seed: of the run.
+        origins: ``section.key`` -> where its value comes from.
+        registry: the plugins that are there.
+        runtimes: what the runtimes said.
+    """
     return {
         "mlxlora": __version__,
-        "recipe": recipe.name,
-        "seed": recipe.run.seed,
+        "recipe": name,
+        "seed": seed,
         "plugins": {
             p.name: f"{p.distribution} {p.version}".strip() for p in registry.plugins if p.components
         },
@@ -103,5 +114,5 @@ def _facts(recipe: Recipe, registry: Registry, runtimes: Sequence[str]) -> dict[
             "python": platform.python_version(),
             "cores": os.cpu_count(),
         },
-        "origins": dict(recipe.origins),
+        "origins": dict(origins),
     }

@@ -20,6 +20,7 @@ from mlxlora_core.files.targets import check_output_folder, hold_only_files, pat
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice
 from mlxlora_core.plugins.sections import SplitConfig
+from mlxlora_core.training.findings import findings_in
 from mlxlora_core.values import Row, Rows, Skipped
 
 SPLITS = ("train", "valid", "test")
@@ -116,9 +117,21 @@ def write_dataset(
         **plain(made_by),
         "split": plain(config),
         "skipped": [{"source": s.source, "reason": s.reason} for s in skipped],
+        "findings": _findings(by_split),
     }
     durable.write_json(folder / RECORD, record)
     return record
+
+
+def _findings(by_split: Mapping[str, Sequence[Row]]) -> list[str]:
+    """A line on each thing that somebody should know of the rows."""
+    return [
+        line
+        for name, rows in by_split.items()
+        for line in findings_in(
+            (f"{name}.jsonl:{number}", row.content) for number, row in enumerate(rows, start=1)
+        ).sentences(name)
+    ]
 
 
 def _sound(rows: Sequence[Row]) -> tuple[list[Row], list[Skipped]]:

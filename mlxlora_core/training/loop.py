@@ -109,7 +109,10 @@ class Training:
         rows = steps_from(self._train_set, self.config.rows_a_step, self.seed, self.progress.step)
         try:
             if self._valid_set and self.progress.step == 0:
-                yield (self._validate(0),)
+                first = self._validate(0)
+                if math.isfinite(first.loss):
+                    self.progress = replace(self.progress, first_loss=first.loss)
+                yield (first,)
             while not self.finished:
                 yield tuple(self._step(next(rows)))
         finally:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from mlxlora_core.files.forms import Items, Map, Number, Table, Text, Whole, form_of
+from mlxlora_core.files.forms import Items, Map, Number, Option, Table, Text, Whole, form_of
 
 SPIKE_STEPS = 20  # last losses that one is held against
 
@@ -32,6 +32,7 @@ class Progress:
         trained_tokens: counted tokens of all updates.
         skipped: steps that made no update, being not finite.
         recent: the last finite losses, at most :data:`SPIKE_STEPS`.
+        first_loss: that of the validation before the first step, or None.
         best_loss: the lowest loss of a validation after a step, or None.
         best_step: the step of that validation.
         worse: validations since then.
@@ -42,6 +43,7 @@ class Progress:
     trained_tokens: int = 0
     skipped: int = 0
     recent: tuple[float, ...] = ()
+    first_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
     worse: int = 0
@@ -55,6 +57,7 @@ _RESUMED = Table({"step": Whole(), "versions": Map(Text())})
 STATE_FORM = Table(
     {
         **_PROGRESS.keys,
+        "first_loss": Option(_PROGRESS.keys["first_loss"]),  # a state of before says nothing of it
         "recent": Items(Number(), most=SPIKE_STEPS),
         "seed": Whole(),
         "resumed": Items(_RESUMED),
@@ -64,6 +67,6 @@ STATE_FORM = Table(
 
 def read_progress(state: Mapping[str, Any]) -> Progress:
     """What a state that agrees with :data:`STATE_FORM` says."""
-    values = {field.name: state[field.name] for field in fields(Progress)}
+    values = {field.name: state[field.name] for field in fields(Progress) if field.name in state}
     window = Window(**{field.name: state["window"][field.name] for field in fields(Window)})
     return Progress(**values | {"recent": tuple(state["recent"]), "window": window})

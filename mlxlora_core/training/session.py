@@ -44,8 +44,6 @@ from mlxlora_core.training.outputs import Outputs, check_outputs, inputs_of, ref
 from mlxlora_core.training.saving import CheckpointFolder
 from mlxlora_core.training.settings import BatchConfig, SaveConfig, TrainConfig
 
-LONG_ROW_TOKENS = 2048  # a row longer than that is told
-
 #: where rows come from: a ``.jsonl`` file, rows in memory, or rows that are tokenized already
 Source = Path | Sequence[Mapping[str, Any]] | Examples
 
@@ -179,7 +177,7 @@ class TrainingSession:
         """
         refuse_finished(self._outputs.adapter_file, how)
         for split, rows in self.rows.items():
-            yield from _words_on_rows(split, rows)
+            yield from map(Note, rows.words(split))
         yield Note(self._size())
         with training_memory(self.model, self.rows["train"], self.training.config.batch_size) as said:
             yield Note(said)
@@ -187,6 +185,7 @@ class TrainingSession:
                 yield Note(text)
             yield TrainingStarted(self.training.progress.step, self.training.config.iters)
             yield from self._train()
+        yield from self._warning()
         adapter_step = self._take_best()
         if self._outputs.adapter_file is not None:
             adapters.save(self._outputs.adapter_file, self.model, self.adapted)
@@ -258,6 +257,23 @@ class TrainingSession:
             return f"interrupted at step {step}; nothing was saved"
         return f"interrupted; step {step} is saved. Go on with: {self._outputs.resume_command}"
 
+    def _warning(self) -> Iterator[Note]:
+        """A word where the validation is worse at the end than it was at first."""
+        progress, config = self.training.progress, self.training.config
+        first, last = progress.first_loss, self._losses.get(ValidReport)
+        if first is None or last is None or last <= first:
+            return
+        best = ""
+        if progress.best_loss is not None and progress.best_loss < first:
+            best = f"; it was best after step {progress.best_step} ({progress.best_loss:.4f})"
+        advice = "fewer --iters, a lower --learning-rate or more rows"
+        if config.patience is None:
+            advice += ", or --patience 3, which keeps the best"
+        yield Note(
+            f"warning: the validation loss is worse than before training ({first:.4f} -> {last:.4f}){best}. "
+            f"Try {advice}"
+        )
+
     def _take_best(self) -> int:
         """Put the adapter of the best validation on the model where patience asks for it; its step."""
         progress = self.training.progress
@@ -305,15 +321,3 @@ def _put_on(
     if isinstance(adapter, AdapterFile):
         return adapters.load(adapter.path, model, registry, adapter.name, adapter.values)
     return adapters.attach(model, adapter.choice, adapter.config, seed)
-
-
-def _words_on_rows(split: str, rows: Examples) -> Iterator[Note]:
-    """A word on rows that are long, that were cut, and that were left out."""
-    longest = max(len(example.tokens) for example in rows.examples)
-    if longest > LONG_ROW_TOKENS:
-        yield Note(f"warning: {split} has rows of up to {longest} tokens; long rows take much memory")
-    if rows.cut:
-        share = rows.cut_tokens / (rows.tokens + rows.cut_tokens)
-        yield Note(f"warning: {rows.cut} {split} rows were cut, {share:.1%} of all tokens are lost")
-    if rows.empty:
-        yield Note(f"warning: {rows.empty} {split} rows have no token that counts and were left out")

@@ -55,6 +55,12 @@ class Facts:
         return self.curves.valid
 
     @property
+    def is_run(self) -> bool:
+        """Whether more was done than to train, or is to be."""
+        stages: Mapping[str, str] = self.record["inputs"]
+        return stages.keys() != {"train"}
+
+    @property
     def train_settings(self) -> Mapping[str, Any]:
         """The sound settings of ``[train]`` that a report says something about."""
         settings: Mapping[str, Any] = sound(_SETTINGS, self.recipe.get("train", {}))[0]

@@ -35,10 +35,14 @@ def page(facts: Facts) -> str:
         element("meta", name="color-scheme", content="light dark"),
         element("meta", name="referrer", content="no-referrer"),
         element("link", rel="icon", href="data:,"),
-        element("title", f"{name} · mlxlora run"),
+        element("title", f"{name} · {_verb(facts)}"),
         element("style", Html(_asset("report.css"))),
     )
-    parts = (verdict, questions, training, dataset, values, origins)
+    parts = (
+        (verdict, questions, training, dataset, values, origins)
+        if facts.is_run
+        else (training, values, origins)
+    )
     body = element(
         "body",
         element("main", _head(facts), *(part(facts) for part in parts), _foot(facts)),
@@ -70,7 +74,7 @@ def _head(facts: Facts) -> Html:
     record = facts.record
     return element(
         "header",
-        element("p", "mlxlora run", class_="over"),
+        element("p", _verb(facts), class_="over"),
         element("h1", record["recipe"]),
         element("p", _in_words(facts), class_="lead"),
         _progress(facts),
@@ -78,8 +82,14 @@ def _head(facts: Facts) -> Html:
     )
 
 
+def _verb(facts: Facts) -> str:
+    return "mlxlora run" if facts.is_run else "mlxlora train"
+
+
 def _in_words(facts: Facts) -> Html | str:
     """What came of it, in a sentence or two."""
+    if not facts.is_run:
+        return _in_losses(facts)
     summary = facts.record.get("summary")
     if summary is None:
         return "This run has not come to its end."
@@ -96,6 +106,16 @@ def _in_words(facts: Facts) -> Html | str:
             f" with the exact first sentence; the base answered {marks['before'] or 'none'}.",
         ]
     return join(*said) if said else "Nothing was held out and nothing asked."
+
+
+def _in_losses(facts: Facts) -> str:
+    """How the losses of a training that no run is around have moved."""
+    said = [
+        f"The {name} loss went from {in_nats(reports[0]['loss'])} to {in_nats(reports[-1]['loss'])}."
+        for name, reports in (("training", facts.train), ("validation", facts.valid))
+        if reports
+    ]
+    return " ".join(said) or "No step has been reported yet."
 
 
 def _moved(loss: Mapping[str, Any]) -> str:
@@ -121,7 +141,7 @@ def _unread(facts: Facts) -> Html | None:
 
 def _progress(facts: Facts) -> Html | None:
     """Where a run that is not at its end stands."""
-    if "summary" in facts.record:
+    if "summary" in facts.record or (not facts.is_run and "train" in facts.results):
         return None
     stages = facts.record["inputs"]  # in the order in which they are done
     open_stages = [stage for stage in stages if stage not in facts.results]
