@@ -31,6 +31,13 @@ def test_damage_is_refused_in_one_line_or_harmless(kind: str, material: Path) ->
     assert tally.refused > COUNT // 2, "or nothing was damaged"
 
 
+class Endless(ModelError):
+    """An error that is no short line."""
+
+    def __str__(self) -> str:
+        return "a" * 3000
+
+
 class Defective(file_kinds.Index):
     """A parser with every fault that the harness is there to find; which, the length of the file tells."""
 
@@ -39,7 +46,7 @@ class Defective(file_kinds.Index):
         if len(content) == 1:
             raise KeyError("a traceback")
         if len(content) == 2:
-            raise ModelError("a" * 3000)
+            raise Endless("told")
         if len(content) == 3:
             os.abort()
         if len(content) == 4:

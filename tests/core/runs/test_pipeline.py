@@ -20,6 +20,7 @@ from mlxlora_core.runs.plan import fingerprints, plan
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.recipe_source import read
 from mlxlora_core.runs.report import write_report
+from mlxlora_core.runs.report.facts import read_facts
 from mlxlora_core.runs.stages import STAGES
 from mlxlora_core.runs.stages.stage import Stage
 from mlxlora_core.training.events import CheckpointSaved, Note, TrainingStarted, TrainReport, TrainResult
@@ -123,6 +124,14 @@ def test_a_stage_is_done_again_when_one_that_it_builds_on_is(recipe: Recipe, reg
         "seed": ["before", "train", "after"],
         "checkpoints": [],
     }
+
+
+def test_what_a_run_writes_agrees_with_its_description(recipe: Recipe, registry: Registry) -> None:
+    list(pipeline.run(recipe, registry))
+    folder = RunFolder(recipe.folder)
+    assert folder.faults == [] and folder.record == json.loads((recipe.folder / "run.json").read_text())
+    assert folder.record["summary"] and folder.record["stages"].keys() == folder.record["inputs"].keys()
+    assert read_facts(recipe.folder).faults == ()
 
 
 def test_a_stage_of_ones_own_is_one_entry(
