@@ -10,7 +10,7 @@ K kv heads, E head width, F mlp width, V vocabulary, L layers, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +110,8 @@ class Architecture(Spec):
         build: a model with uninitialised parameters.
         default_targets: names of the linears that adapters take when nobody says
             which; empty for every one in a layer.
+        notes: what ``read`` assumed of such a config, and what it derived that the
+            config should have stated: a sentence each, told when it is converted.
     """
 
     model_types: tuple[str, ...]
@@ -118,6 +120,7 @@ class Architecture(Spec):
     tensors: Callable[[Mapping[str, LazyTensor], Any], Mapping[str, LazyTensor]]
     build: Callable[[Any], LanguageModel]
     default_targets: tuple[str, ...] = ()
+    notes: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Sequence[str]] | None = None
 
 
 # --- adapters -----------------------------------------------------------------

@@ -35,11 +35,14 @@ class ForeignModel:
         tokenizer: plain file name -> path of each file that the tokenizer is opened
             from; a model folder keeps copies under these names.
         tensors: name -> tensor, in the order in which reading is cheapest.
+        notes: what was done to the checkpoint that its owner may not expect, such as
+            names that were shortened: a sentence each, told when it is converted.
     """
 
     config: Mapping[str, Any]
     tokenizer: Mapping[str, Path]
     tensors: Mapping[str, LazyTensor]
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ class ConvertReport:
         left_dense: linears that the quantizer left as they are.
         relative_error: ‖w - ŵ‖ / ‖w‖ over all quantized weights.
         left_out: tensors of the checkpoint that the model has no use for.
-        padding: ids of the model that stand for no piece of its tokenizer.
+        padding: ids of the model that stand for no piece of its tokenizer; they are never drawn.
+        notes: what was assumed of the checkpoint, or done to it, that its owner may not expect.
     """
 
     folder: str
@@ -70,6 +71,7 @@ class ConvertReport:
     relative_error: float
     left_out: tuple[str, ...]
     padding: int
+    notes: tuple[str, ...]
 
     @property
     def bits_per_weight(self) -> float:
@@ -234,4 +236,5 @@ def _report(target: Path, opened: OpenedModel, size: int, tally: _Tally) -> Conv
         relative_error=(tally.squared_error / tally.squared_weight) ** 0.5 if tally.squared_weight else 0.0,
         left_out=tuple(opened.unread),
         padding=opened.model.vocab_size - opened.tokenizer.vocab_size,
+        notes=tuple(opened.notes),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ class OpenedModel:
         config: what config.json will hold.
         unread: tensors of the checkpoint that nobody has read so far; what is
             left when all of ``tensors`` are read has no use here.
+        notes: what the loader and the architecture did or assumed that its owner may not expect.
     """
 
     loader: Component
@@ -45,6 +46,7 @@ class OpenedModel:
     tokenizer: CheckedTokenizer
     config: dict[str, Any]
     unread: Collection[str]
+    notes: Sequence[str]
 
 
 def open_foreign(source: Path, registry: Registry, loader: str | None, options: Any) -> OpenedModel:
@@ -79,7 +81,8 @@ def open_foreign(source: Path, registry: Registry, loader: str | None, options: 
     }
     config = architectures.model_config(architecture, args, foreign.config)
     config[FILES] = list(tokenizer.files)
-    return OpenedModel(reader, architecture, model, tensors, tokenizer, config, unread)
+    notes = [*foreign.notes, *architectures.foreign_notes(architecture, foreign.config, shapes)]
+    return OpenedModel(reader, architecture, model, tensors, tokenizer, config, unread, notes)
 
 
 def find_loader(source: Path, registry: Registry, name: str | None) -> Component:
@@ -119,6 +122,7 @@ def _checked(reader: Component, given: Any) -> ForeignModel:
     for name, tensor in opened.tensors.items():
         reader.checked("open", name, str)
         reader.checked("open", tensor, LazyTensor)
+    architectures.checked_notes(reader, "open", opened.notes)
     taken = {CONFIG, *WEIGHTS.values()}
     for name, path in opened.tokenizer.items():
         if not is_plain_name(name) or name in taken:

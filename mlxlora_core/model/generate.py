@@ -76,7 +76,12 @@ def generate(
         )
     if limit is not None:
         num_tokens = min(num_tokens, limit - len(ids))
-    tokens = decode(model, ids, Drawing(samplers, seed), num_tokens=num_tokens, stops=tokenizer.stops)
+    drawing = Drawing(samplers, seed)
+
+    def draw(logits: mx.array, tokens: Sequence[int]) -> int:
+        return drawing(logits[:, : tokenizer.vocab_size], tokens)  # ids beyond it are padding, and no text
+
+    tokens = decode(model, ids, draw, num_tokens=num_tokens, stops=tokenizer.stops)
     return _segments(tokenizer, tokens, num_tokens, write_every)
 
 

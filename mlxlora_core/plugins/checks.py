@@ -27,7 +27,12 @@ _RESERVED = {"use", "options"}
 FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "loader": {"detect": ("path",), "open": ("path", "options")},
     "tokenizer": {"detect": ("files",), "open": ("files", "options")},
-    "architecture": {"read": ("config", "shapes"), "tensors": ("found", "args"), "build": ("args",)},
+    "architecture": {
+        "read": ("config", "shapes"),
+        "tensors": ("found", "args"),
+        "build": ("args",),
+        "notes": ("config", "shapes"),
+    },
     "adapter": {"wrap": ("linear", "place", "options"), "fuse": ("module", "weight")},
     "quantizer": {
         "quantize": ("weight", "options"),
