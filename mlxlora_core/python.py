@@ -23,7 +23,7 @@ from mlxlora_core.options import divide
 from mlxlora_core.plugins.blame import told
 from mlxlora_core.plugins.defaults import DEFAULT_RECIPE, DEFAULT_SAMPLER
 from mlxlora_core.plugins.sections import configure
-from mlxlora_core.python_model import Model, checked_seed, load, parsed, prepare, registry, texts
+from mlxlora_core.python_model import Model, allows, checked_seed, load, parsed, prepare, registry, texts
 from mlxlora_core.training.checkpoints import Start
 from mlxlora_core.training.events import TrainReport, TrainResult, ValidReport
 from mlxlora_core.training.settings import (
@@ -256,6 +256,8 @@ def fuse(
     save_path: str | os.PathLike[str],
     *,
     adapter: str | None = None,
+    base_mismatch: str = "refuse",
+    dequantize: bool = False,
     overwrite: bool = False,
     plugins: Sequence[str] = (),
     **options: Any,
@@ -267,6 +269,8 @@ def fuse(
         adapter_file: an adapter made for it.
         save_path: the folder to write.
         adapter: insist on this one.
+        base_mismatch: ``allow`` to put it on another base than its own, such as the same model in other bits.
+        dequantize: write a dense model where the base is quantized.
         overwrite: whether a model folder that is there may be replaced.
         plugins: as for :func:`registry`.
         options: insist on these values of the adapter.
@@ -286,10 +290,12 @@ def fuse(
     base, file, target = Path(model), Path(adapter_file), Path(save_path)
     with told(found.plugins), lock.hold(target):
         prepare(found)
+        from mlxlora_core.model.adapters import AdapterFile
         from mlxlora_core.model.events import result_of
         from mlxlora_core.model.fuse import fuse as fused
 
-        return result_of(fused(base, file, target, found, adapter, options, overwrite))
+        held = AdapterFile(file, adapter, options, allows(base_mismatch))
+        return result_of(fused(base, held, target, found, dequantize=dequantize, overwrite=overwrite))
 
 
 def export(
@@ -298,6 +304,7 @@ def export(
     out: str | os.PathLike[str],
     *,
     adapter_file: str | os.PathLike[str] | None = None,
+    base_mismatch: str = "refuse",
     overwrite: bool = False,
     plugins: Sequence[str] = (),
     **options: Any,
@@ -309,6 +316,7 @@ def export(
         to: the exporter.
         out: the folder to write.
         adapter_file: an adapter made for the model, to put into the weights.
+        base_mismatch: as for :func:`fuse`.
         overwrite: whether an export that is there may be replaced.
         plugins: as for :func:`registry`.
         options: of the exporter.
@@ -333,7 +341,8 @@ def export(
         from mlxlora_core.model.events import result_of
         from mlxlora_core.model.export import export as exported
 
-        adapter = AdapterFile(Path(adapter_file)) if adapter_file is not None else None
+        any_base = allows(base_mismatch)
+        adapter = AdapterFile(Path(adapter_file), any_base=any_base) if adapter_file is not None else None
         return result_of(exported(base, target, exporter, found, fused=adapter, overwrite=overwrite))
 
 

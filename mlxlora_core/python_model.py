@@ -73,16 +73,25 @@ class Model:
             self.adapted = adapters.attach(self.base, choice, config, number)
         return self
 
-    def load_adapter(self, path: str | os.PathLike[str], adapter: str | None = None, **options: Any) -> Model:
+    def load_adapter(
+        self,
+        path: str | os.PathLike[str],
+        adapter: str | None = None,
+        *,
+        base_mismatch: str = "refuse",
+        **options: Any,
+    ) -> Model:
         """Put the adapter in a file on the model that it was made for.
 
         Args:
             path: an adapter file, ``.safetensors`` or ``.npz``.
             adapter: insist on this one.
-            options: insist on these values.
+            base_mismatch: ``allow`` to put it on another base than its own, such as the same model
+                in other bits.
+            options: insist on these values; those of a file of another tool that does not say them.
 
         Returns:
-            This model.
+            This model. What was assumed of the file is told in ``adapted.notes``.
 
         Raises:
             UsageError: an adapter is on it already.
@@ -92,7 +101,8 @@ class Model:
 
         self._bare()
         with told(self.registry.plugins):
-            self.adapted = adapters.load(Path(path), self.base, self.registry, adapter, options)
+            file = adapters.AdapterFile(Path(path), adapter, options, allows(base_mismatch))
+            self.adapted = adapters.load_file(file, self.base, self.registry)
         return self
 
     def save_adapter(self, path: str | os.PathLike[str]) -> None:
@@ -146,6 +156,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     adapter_file: str | os.PathLike[str] | None = None,
+    base_mismatch: str = "refuse",
     plugins: Sequence[str] = (),
 ) -> Model:
     """Read a model folder and, if it is named, the adapter for it.
@@ -153,6 +164,7 @@ def load(
     Args:
         path: a model folder, as ``mlxlora convert`` makes it.
         adapter_file: an adapter file made for this model.
+        base_mismatch: as for :meth:`Model.load_adapter`.
         plugins: as for :func:`registry`.
 
     Raises:
@@ -167,7 +179,9 @@ def load(
 
     with told(found.plugins):
         model = Model(folder.load(Path(path), found), found, runtimes)
-    return model.load_adapter(adapter_file) if adapter_file is not None else model
+    if adapter_file is None:
+        return model
+    return model.load_adapter(adapter_file, base_mismatch=base_mismatch)
 
 
 def prepare(found: Registry) -> list[str]:
@@ -203,6 +217,17 @@ def checked_seed(seed: int, owner: str) -> int:
         UsageError: it is none.
     """
     return parsed(_Seed, {"seed": seed}, owner).seed
+
+
+def allows(base_mismatch: str) -> bool:
+    """Whether an adapter may go on another base than its own.
+
+    Raises:
+        UsageError: neither ``refuse`` nor ``allow``.
+    """
+    if base_mismatch not in ("refuse", "allow"):
+        raise UsageError(f"base_mismatch: wanted 'refuse' or 'allow', got {base_mismatch!r}")
+    return base_mismatch == "allow"
 
 
 def texts(given: Sequence[str], name: str) -> tuple[str, ...]:

@@ -18,6 +18,13 @@ T = TypeVar("T")
 MODEL = click.option("--model", type=Path, default=Path("mlx_model"), show_default=True, help="Model folder.")
 ADAPTER_FILE = click.option("--adapter-file", type=Path, help="Adapter file to put on the model.")
 ADAPTER = click.option("--adapter", help="Insist on this adapter. [default: what the file says]")
+BASE_MISMATCH = click.option(
+    "--base-mismatch",
+    type=click.Choice(["refuse", "allow"]),
+    default="refuse",
+    show_default=True,
+    help="Whether an adapter may go on another base than its own, such as the same model in other bits.",
+)
 SAMPLER = click.option(
     "--sampler", default=DEFAULT_SAMPLER, show_default=True, help="Samplers, in order: NAME or NAME,NAME."
 )

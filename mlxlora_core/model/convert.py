@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxlora_core.errors import ModelError, UsageError
+from mlxlora_core.errors import ModelError, UsageError, listing
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.files.tensor_checks import is_finite, type_name
 from mlxlora_core.machine.disk import require_disk
@@ -39,6 +39,7 @@ class _Tally:
     parameters: int = 0
     quantized: list[str] = field(default_factory=list)
     left_dense: list[str] = field(default_factory=list)
+    widths: set[int] = field(default_factory=set)
     squared_error: float = 0.0
     squared_weight: float = 0.0
 
@@ -115,6 +116,7 @@ def convert(
         What the disk must hold, each tensor as it is written, and the report.
 
     Raises:
+        UsageError: the quantizer leaves every linear as it is.
         ModelError: a part is absent or damaged, or tensors do not fit (all listed).
         SafetyError: the target holds something else, or a file wants to run code.
         ResourceError: the disk is too small.
@@ -137,6 +139,8 @@ def convert(
                 yield TensorConverted(written, tally.tensors, len(tensors))
             else:
                 size = written.bytes
+        if quantization is not None and not tally.quantized:
+            raise _nothing_quantized(quantization, tally)
         for name, path in opened.tokenizer.files.items():
             durable.copy_file(path, folder / name)
         config = dict(opened.config)
@@ -206,6 +210,7 @@ def _quantized(
     packed = pack(weight, quantization)
     if packed is None:
         tally.left_dense.append(path)
+        tally.widths.add(weight.shape[-1])
         yield f"{path}.weight", weight
         return
     exact = weight.astype(mx.float32)
@@ -213,6 +218,18 @@ def _quantized(
     tally.squared_error += float((packed.weight - exact).square().sum())
     tally.squared_weight += float(exact.square().sum())
     yield from ((f"{path}.{name}", part) for name, part in packed.parts.items())
+
+
+def _nothing_quantized(quantization: Choice, tally: _Tally) -> UsageError:
+    """The error for a model of which the quantizer takes no linear, so that it would be no smaller."""
+    options = ", ".join(f"{key} {value}" for key, value in plain(quantization.options).items())
+    widths = listing(sorted(tally.widths))
+    name = quantization.component.spec.name
+    return UsageError(
+        f"nothing is quantized: quantizer '{name}' ({options}) leaves all {len(tally.left_dense)} linears "
+        f"as they are, which have {widths} inputs",
+        fix="choose options that take them, such as a --q-group-size that divides these, or leave -q out",
+    )
 
 
 def _quantized_config(quantization: Choice, paths: Collection[str]) -> dict[str, Any]:

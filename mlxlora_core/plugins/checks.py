@@ -32,8 +32,13 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "tensors": ("found", "args"),
         "build": ("args",),
         "notes": ("config", "shapes"),
+        "foreign_linear": ("path", "args"),
     },
-    "adapter": {"wrap": ("linear", "place", "options"), "fuse": ("module", "weight")},
+    "adapter": {
+        "wrap": ("linear", "place", "options"),
+        "fuse": ("module", "weight"),
+        "recognise": ("path", "shapes"),
+    },
     "quantizer": {
         "quantize": ("weight", "options"),
         "dequantize": ("parts", "options"),

@@ -203,7 +203,8 @@ class TrainingSession:
         """
         for split, rows in self.rows.items():
             yield from _words_on_rows(split, rows)
-        yield Note(self._size())
+        for text in (*self.adapted.notes, self._size()):
+            yield Note(text)
         with training_memory(self.model, self.rows["train"], self.training.config.batch_size) as said:
             yield Note(said)
             for text in self._take_up(how, found):
@@ -325,7 +326,7 @@ def _put_on(
     if isinstance(adapter, Adapted):
         return adapter
     if isinstance(adapter, AdapterFile):
-        return adapters.load(adapter.path, model, registry, adapter.name, adapter.values)
+        return adapters.load_file(adapter, model, registry)
     return adapters.attach(model, adapter.choice, adapter.config, seed)
 
 
