@@ -9,21 +9,29 @@ the step under way end, saves it where there is a place for it, and raises
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.files import lock
-from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.options import divide
 from mlxlora_core.plugins.blame import told
 from mlxlora_core.plugins.defaults import DEFAULT_RECIPE, DEFAULT_SAMPLER
 from mlxlora_core.plugins.sections import configure
-from mlxlora_core.python_model import Model, allows, checked_seed, load, parsed, prepare, registry, texts
+from mlxlora_core.python_model import (
+    Model,
+    checked_seed,
+    file_of,
+    followed,
+    load,
+    parsed,
+    prepare,
+    registry,
+    texts,
+)
 from mlxlora_core.training.checkpoints import Start
 from mlxlora_core.training.events import TrainReport, TrainResult, ValidReport
 from mlxlora_core.training.settings import (
@@ -62,8 +70,6 @@ __all__ = [
     "stream",
     "train",
 ]
-
-T = TypeVar("T")
 
 
 def train(
@@ -141,7 +147,7 @@ def _train(
         session = open_training(
             model.base, adapted, rows, config, plugins, seed=seed, outputs=outputs, runtimes=runtimes
         )
-        yield from _followed(session.start(how))
+        yield from followed(session.start(how))
 
 
 def _refuse_needless(names: list[str]) -> None:
@@ -287,15 +293,14 @@ def fuse(
         PluginError: no such plugin, or one that breaks its contract.
     """
     found = registry(plugins)
-    base, file, target = Path(model), Path(adapter_file), Path(save_path)
+    base, target = Path(model), Path(save_path)
     with told(found.plugins), lock.hold(target):
         prepare(found)
-        from mlxlora_core.model.adapters import AdapterFile
         from mlxlora_core.model.events import result_of
         from mlxlora_core.model.fuse import fuse as fused
 
-        held = AdapterFile(file, adapter, options, allows(base_mismatch))
-        return result_of(fused(base, held, target, found, dequantize=dequantize, overwrite=overwrite))
+        file = file_of(adapter_file, base_mismatch, adapter, options)
+        return result_of(fused(base, file, target, found, dequantize=dequantize, overwrite=overwrite))
 
 
 def export(
@@ -337,12 +342,10 @@ def export(
     base, target = Path(model), Path(out)
     with told(found.plugins), lock.hold(target):
         prepare(found)
-        from mlxlora_core.model.adapters import AdapterFile
         from mlxlora_core.model.events import result_of
         from mlxlora_core.model.export import export as exported
 
-        any_base = allows(base_mismatch)
-        adapter = AdapterFile(Path(adapter_file), any_base=any_base) if adapter_file is not None else None
+        adapter = file_of(adapter_file, base_mismatch) if adapter_file is not None else None
         return result_of(exported(base, target, exporter, found, fused=adapter, overwrite=overwrite))
 
 
@@ -376,7 +379,7 @@ def run(
 
         with told(found.plugins), lock.hold(resolved.folder):
             notes = prepare(found)
-            yield from _followed(pipeline.run(resolved, found, notes, "run(…)"))
+            yield from followed(pipeline.run(resolved, found, notes, "run(…)"))
 
     return events()
 
@@ -393,13 +396,3 @@ def _outputs(
         return outputs
     target = Path(adapter_file)
     return replace(outputs, adapter_file=target, checkpoints=target.with_name(f"{target.stem}.checkpoints"))
-
-
-def _followed(events: Iterator[T]) -> Generator[T, None, None]:
-    """Events to their end; a signal becomes what Python raises for it."""
-    try:
-        yield from events
-    except Interrupted as fault:
-        if fault.signum == signal.SIGINT:
-            raise KeyboardInterrupt(str(fault)) from fault
-        raise SystemExit(fault.exit_code) from fault

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxlora_core.errors import UsageError
 from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_cpu
+from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.options import explain, option, parse
 from mlxlora_core.plugins import Registry, start_runtimes
 from mlxlora_core.plugins import load as load_plugins
 from mlxlora_core.plugins.blame import told
 from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.sections import configure
+from mlxlora_core.training.events import Advanced
 
 if TYPE_CHECKING:
-    from mlxlora_core.model.adapters import Adapted
+    from mlxlora_core.model.adapters import Adapted, AdapterFile
     from mlxlora_core.model.folder import Model as Base
 
 T = TypeVar("T")
@@ -101,7 +105,7 @@ class Model:
 
         self._bare()
         with told(self.registry.plugins):
-            file = adapters.AdapterFile(Path(path), adapter, options, allows(base_mismatch))
+            file = file_of(path, base_mismatch, adapter, options)
             self.adapted = adapters.load_file(file, self.base, self.registry)
         return self
 
@@ -219,15 +223,22 @@ def checked_seed(seed: int, owner: str) -> int:
     return parsed(_Seed, {"seed": seed}, owner).seed
 
 
-def allows(base_mismatch: str) -> bool:
-    """Whether an adapter may go on another base than its own.
+def file_of(
+    path: str | os.PathLike[str],
+    base_mismatch: str,
+    adapter: str | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> AdapterFile:
+    """An adapter file, and what is insisted on of it.
 
     Raises:
-        UsageError: neither ``refuse`` nor ``allow``.
+        UsageError: ``base_mismatch`` is neither ``refuse`` nor ``allow``.
     """
+    from mlxlora_core.model.adapters import AdapterFile
+
     if base_mismatch not in ("refuse", "allow"):
         raise UsageError(f"base_mismatch: wanted 'refuse' or 'allow', got {base_mismatch!r}")
-    return base_mismatch == "allow"
+    return AdapterFile(Path(path), adapter, options, base_mismatch == "allow")
 
 
 def texts(given: Sequence[str], name: str) -> tuple[str, ...]:
@@ -244,3 +255,13 @@ def texts(given: Sequence[str], name: str) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class _Seed:
     seed: int = option(0, help="seed of what is random", minimum=0, maximum=2**32 - 1)
+
+
+def followed(events: Iterator[T]) -> Generator[T, None, None]:
+    """Events to their end, but for those that only move a bar; a signal becomes what Python raises for it."""
+    try:
+        yield from (event for event in events if not isinstance(event, Advanced))
+    except Interrupted as fault:
+        if fault.signum == signal.SIGINT:
+            raise KeyboardInterrupt(str(fault)) from fault
+        raise SystemExit(fault.exit_code) from fault

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import click
@@ -60,7 +61,7 @@ def command(
     started = time.perf_counter()
     values, any_base = given.get("adapter", {}), base_mismatch == "allow"
     fused = AdapterFile(adapter_file, adapter, values, any_base) if adapter_file else None
-    with show.tensors("exporting") as progress:
+    with show.Bar() as bar:
         for event in export(
             model,
             out,
@@ -68,7 +69,7 @@ def command(
             registry,
             fused=fused,
             overwrite=overwrite,
-            told=progress,
+            told=partial(bar.move, "exporting"),
         ):
             if isinstance(event, ExportReport):
                 report = event

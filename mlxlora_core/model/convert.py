@@ -139,15 +139,24 @@ def convert(
                 yield TensorConverted(written, tally.tensors, len(tensors))
             else:
                 size = written.bytes
-        if quantization is not None and not tally.quantized:
-            raise _nothing_quantized(quantization, tally)
-        for name, path in opened.tokenizer.files.items():
-            durable.copy_file(path, folder / name)
-        config = dict(opened.config)
-        if quantization is not None:
-            config |= _quantized_config(quantization, tally.quantized)
-        durable.write_json(folder / CONFIG, config)
+        _write_beside(folder, opened, quantization, tally)
     yield _report(target, opened, size, tally)
+
+
+def _write_beside(folder: Path, opened: OpenedModel, quantization: Choice | None, tally: _Tally) -> None:
+    """Write what stands beside the weights: the tokenizer's files and config.json.
+
+    Raises:
+        UsageError: nothing was quantized that should have been.
+    """
+    config = dict(opened.config)
+    if quantization is not None:
+        if not tally.quantized:
+            raise _nothing_quantized(quantization, tally)
+        config |= _quantized_config(quantization, tally.quantized)
+    for name, path in opened.tokenizer.files.items():
+        durable.copy_file(path, folder / name)
+    durable.write_json(folder / CONFIG, config)
 
 
 def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:

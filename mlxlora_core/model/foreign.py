@@ -17,6 +17,7 @@ from mlxlora_core.model import architectures
 from mlxlora_core.model.folder import CONFIG
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import parameters
+from mlxlora_core.model.strangers import known_as
 from mlxlora_core.model.tokenizers import FILES, CheckedTokenizer, check_vocabulary, open_tokenizer
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.plugins import Component, Registry
@@ -106,6 +107,8 @@ def find_loader(source: Path, registry: Registry, name: str | None) -> Component
         ids = [component.id for component in found]
         raise ModelError(f"{listing(ids)} can read this {what}", where=source, fix=f"add --loader {ids[0]}")
     failed = "".join(f"; plugin {p} failed to load: {p.reason}" for p in registry.failed)
+    known = known_as(source)
+    what += f", which is {known}" if known else ""
     raise ModelError(
         f"no weight loader knows this {what} (there is {listing(c.spec.name for c in loaders)}{failed})",
         where=source,
