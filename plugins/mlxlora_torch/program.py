@@ -75,6 +75,7 @@ _LITERALS = {
 }
 _PROTOCOL = 2  # of torch.save
 _AXES = 32
+_MOST_INSTRUCTIONS = 1_000_000  # some 30 a tensor, of which the largest models have a few thousand a file
 #: what to do about a file that holds more, or other things, than plain tensors
 RESAVE = (
     "save plain tensors: torch.save({k: v.detach().clone() for k, v in model.state_dict().items()}, path)"
@@ -163,7 +164,9 @@ class _Machine:
         """The value that the program leaves behind."""
         protocol = 0
         try:
-            for name, argument in _instructions(program):
+            for count, (name, argument) in enumerate(_instructions(program)):
+                if count == _MOST_INSTRUCTIONS:
+                    raise _Damaged(f"it has more than {count} instructions")
                 protocol = argument if name == "PROTO" else protocol
                 self.step(name, argument)
             result = self.stack.pop()
