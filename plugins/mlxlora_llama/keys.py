@@ -17,7 +17,7 @@ from mlxlora_core.api import listing
 #: values of a key by which what it stands for is off
 _OFF: tuple[Any, ...] = (False, 0, "none", "None", "off")
 _DEFAULT_ROPE = {"rope_type": "default"}
-_SHOWN_LETTERS = 60
+_SHOWN_LETTERS, _SHOWN_KEYS = 60, 8
 
 #: keys that say what is computed here anyway -> the values that say so
 _AS_BUILT: dict[str, tuple[Any, ...]] = {
@@ -93,15 +93,20 @@ def faults(raw: Mapping[str, Any], arguments: Collection[str]) -> list[str]:
                     f"{show(key)}: got {show_value(value)}, which asks for {what}; that is not supported"
                 )
         elif not _HARMLESS.fullmatch(key.lower()):
-            near = difflib.get_close_matches(key.lower(), arguments, n=1, cutoff=0.8)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            unknown.append(f"{show(key)} {show_value(value)}{hint}")
+            unknown.append(key)
     if unknown:
-        told.append(
-            f"unknown: {listing(unknown)}; a key may change what the model computes, so take out "
-            "only what does not"
-        )
-    return told[:20]
+        # A hint takes its time, and a file may hold any number of keys.
+        shown = [_hinted(key, raw[key], arguments) for key in unknown[:_SHOWN_KEYS]]
+        words = listing([*shown, *unknown[_SHOWN_KEYS:]], _SHOWN_KEYS)
+        advice = "a key may change what the model computes, so take out only what does not"
+        return [*told[:_SHOWN_KEYS], f"unknown: {words}; {advice}"]
+    return told[:_SHOWN_KEYS]
+
+
+def _hinted(key: str, value: Any, arguments: Collection[str]) -> str:
+    """An unknown key with its value, and the argument that it may be a slip of."""
+    near = difflib.get_close_matches(key.lower()[:_SHOWN_LETTERS], arguments, n=1, cutoff=0.8)
+    return f"{show(key)} {show_value(value)}" + (f" (did you mean {near[0]!r}?)" if near else "")
 
 
 def show(key: str) -> str:
