@@ -165,7 +165,8 @@ def _stated(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         del stated["vocab_size"]
     if stated.get("model_type") == _MISTRAL_TYPE:
         del stated["model_type"]
-    if raw.get(_WINDOW_USED) is False:
+    window = stated.get("sliding_window")
+    if raw.get(_WINDOW_USED) is False or window is False or window in ([], {}):
         stated.pop("sliding_window", None)
     return stated, names
 

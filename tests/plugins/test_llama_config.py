@@ -335,6 +335,12 @@ def test_a_window_that_is_stated_and_not_used_does_not_count() -> None:
     assert config({**WHOLE, "use_sliding_window": True}, {}) == config(WHOLE, {})
 
 
+@pytest.mark.parametrize("off", [False, [], {}, None])
+def test_a_window_that_is_off_is_none(off: Any) -> None:
+    assert config({**WHOLE, "sliding_window": off}, {}).sliding_window is None
+    assert config({**MISTRAL_7B, "sliding_window": off}, {}).rope_theta == 1e6
+
+
 @pytest.mark.parametrize("stated", [True, False])
 def test_mistral_calls_a_tied_head_by_its_own_name(stated: bool) -> None:
     shapes = shapes_of(14336, 32000, tied=True)
