@@ -22,10 +22,10 @@ ROUNDED_AWAY = 0.5
 
 @verb(
     declare.MODEL,
-    click.option("--adapter-file", type=Path, required=True, help="Adapter file made for it."),
+    click.option("--adapter-file", type=declare.INPUT, required=True, help="Adapter file made for it."),
     declare.ADAPTER,
     declare.BASE_MISMATCH,
-    click.option("--save-path", type=Path, required=True, help="Model folder to write."),
+    click.option("--save-path", type=declare.OUTPUT_FOLDER, required=True, help="Model folder to write."),
     click.option(
         "--dequantize",
         "--de-quantize",

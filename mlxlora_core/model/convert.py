@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlxlora_core.errors import ModelError, UsageError, listing
 from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files.targets import check_output_folder, paths_in
 from mlxlora_core.files.tensor_checks import is_finite, type_name
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import folder as model_folder
@@ -116,7 +117,7 @@ def convert(
         What the disk must hold, each tensor as it is written, and the report.
 
     Raises:
-        UsageError: the quantizer leaves every linear as it is.
+        UsageError: the target is the source, or holds it; the quantizer leaves every linear as it is.
         ModelError: a part is absent or damaged, or tensors do not fit (all listed).
         SafetyError: the target holds something else, or a file wants to run code.
         ResourceError: the disk is too small.
@@ -124,7 +125,7 @@ def convert(
     if file_format == "npz" and dtype == "bfloat16":
         raise UsageError("npz cannot hold bfloat16", fix="use --dtype float16, or --format safetensors")
     ours = model_folder.holds_only_a_model
-    durable.check_target(target, overwrite=overwrite, ours=ours)
+    check_output_folder(target, [source, *paths_in(loader_options)], overwrite=overwrite, ours=ours)
     opened = open_foreign(source, registry, loader, loader_options)
     tensors, model = opened.tensors, opened.model
     packed = _to_quantize(model, quantize_config) if quantization else set()
@@ -149,13 +150,11 @@ def _write_beside(folder: Path, opened: OpenedModel, quantization: Choice | None
     Raises:
         UsageError: nothing was quantized that should have been.
     """
-    config = dict(opened.config)
-    if quantization is not None:
-        if not tally.quantized:
-            raise _nothing_quantized(quantization, tally)
-        config |= _quantized_config(quantization, tally.quantized)
+    if quantization is not None and not tally.quantized:
+        raise _nothing_quantized(quantization, tally)
     for name, path in opened.tokenizer.files.items():
         durable.copy_file(path, folder / name)
+    config = {**opened.config, **_quantized_config(quantization, tally.quantized)}
     durable.write_json(folder / CONFIG, config)
 
 
@@ -241,8 +240,10 @@ def _nothing_quantized(quantization: Choice, tally: _Tally) -> UsageError:
     )
 
 
-def _quantized_config(quantization: Choice, paths: Collection[str]) -> dict[str, Any]:
-    """What config.json holds of a quantizer, and of what it packed."""
+def _quantized_config(quantization: Choice | None, paths: Collection[str]) -> dict[str, Any]:
+    """What config.json holds of a quantizer, if there was one, and of what it packed."""
+    if quantization is None:
+        return {}
     return {
         QUANTIZER: quantization.component.id,
         QUANTIZATION: plain(quantization.options),

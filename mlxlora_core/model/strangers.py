@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlxlora_core.errors import ModelError
-from mlxlora_core.files.input_file import read_json
+from mlxlora_core.files.documents import read_json
 
 _CONFIG_BYTES = 1 << 20
 #: first bytes of a file -> what it is
