@@ -9,22 +9,29 @@ the step under way end, saves it where there is a place for it, and raises
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.files import lock
-from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.options import divide
 from mlxlora_core.plugins.blame import told
 from mlxlora_core.plugins.defaults import DEFAULT_RECIPE, DEFAULT_SAMPLER
 from mlxlora_core.plugins.sections import configure
-from mlxlora_core.python_model import Model, checked_seed, load, parsed, prepare, registry, texts
+from mlxlora_core.python_model import (
+    Model,
+    checked_seed,
+    file_of,
+    followed,
+    load,
+    parsed,
+    prepare,
+    registry,
+    texts,
+)
 from mlxlora_core.training.checkpoints import Start
-from mlxlora_core.training.events import Advanced, TrainReport, TrainResult, ValidReport
+from mlxlora_core.training.events import TrainReport, TrainResult, ValidReport
 from mlxlora_core.training.settings import (
     BatchConfig,
     BatchOptions,
@@ -62,8 +69,6 @@ __all__ = [
     "stream",
     "train",
 ]
-
-T = TypeVar("T")
 
 
 def train(
@@ -141,7 +146,7 @@ def _train(
             model.base, adapted, rows, config, plugins, seed=seed, outputs=outputs, runtimes=runtimes
         )
         del rows  # of which there are tokens now
-        yield from _followed(session.start(how))
+        yield from followed(session.start(how))
 
 
 def _refuse_needless(names: list[str]) -> None:
@@ -260,6 +265,8 @@ def fuse(
     save_path: str | os.PathLike[str],
     *,
     adapter: str | None = None,
+    base_mismatch: str = "refuse",
+    dequantize: bool = False,
     overwrite: bool = False,
     plugins: Sequence[str] = (),
     **options: Any,
@@ -271,6 +278,8 @@ def fuse(
         adapter_file: an adapter made for it.
         save_path: the folder to write.
         adapter: insist on this one.
+        base_mismatch: ``allow`` to put it on another base than its own, such as the same model in other bits.
+        dequantize: write a dense model where the base is quantized.
         overwrite: whether a model folder that is there may be replaced.
         plugins: as for :func:`registry`.
         options: insist on these values of the adapter.
@@ -287,13 +296,14 @@ def fuse(
         PluginError: no such plugin, or one that breaks its contract.
     """
     found = registry(plugins)
-    base, file, target = Path(model), Path(adapter_file), Path(save_path)
+    base, target = Path(model), Path(save_path)
     with told(found.plugins), lock.hold(target):
         prepare(found)
         from mlxlora_core.model.events import result_of
         from mlxlora_core.model.fuse import fuse as fused
 
-        return result_of(fused(base, file, target, found, adapter, options, overwrite))
+        file = file_of(adapter_file, base_mismatch, adapter, options)
+        return result_of(fused(base, file, target, found, dequantize=dequantize, overwrite=overwrite))
 
 
 def export(
@@ -302,6 +312,7 @@ def export(
     out: str | os.PathLike[str],
     *,
     adapter_file: str | os.PathLike[str] | None = None,
+    base_mismatch: str = "refuse",
     overwrite: bool = False,
     plugins: Sequence[str] = (),
     **options: Any,
@@ -313,6 +324,7 @@ def export(
         to: the exporter.
         out: the folder to write.
         adapter_file: an adapter made for the model, to put into the weights.
+        base_mismatch: as for :func:`fuse`.
         overwrite: whether an export that is there may be replaced.
         plugins: as for :func:`registry`.
         options: of the exporter.
@@ -333,11 +345,10 @@ def export(
     base, target = Path(model), Path(out)
     with told(found.plugins), lock.hold(target):
         prepare(found)
-        from mlxlora_core.model.adapters import AdapterFile
         from mlxlora_core.model.events import result_of
         from mlxlora_core.model.export import export as exported
 
-        adapter = AdapterFile(Path(adapter_file)) if adapter_file is not None else None
+        adapter = file_of(adapter_file, base_mismatch) if adapter_file is not None else None
         return result_of(exported(base, target, exporter, found, fused=adapter, overwrite=overwrite))
 
 
@@ -373,7 +384,7 @@ def run(
         with told(found.plugins), lock.hold(resolved.folder):
             notes = prepare(found)
             check_samplers(resolved.sampler)
-            yield from _followed(pipeline.run(resolved, found, notes, "run(…)"))
+            yield from followed(pipeline.run(resolved, found, notes, "run(…)"))
 
     return events()
 
@@ -384,19 +395,6 @@ def _outputs(
     """What a training writes: the adapter with checkpoints beside it, and a log."""
     from mlxlora_core.training.outputs import Outputs, checkpoints_of
 
-    log = Path(metrics) if metrics is not None else None
-    outputs = Outputs(metrics=log, saving=saving, resume_command="train(…, resume=True)")
-    if adapter_file is None:
-        return outputs
-    target = Path(adapter_file)
-    return replace(outputs, adapter_file=target, checkpoints=checkpoints_of(target))
-
-
-def _followed(events: Iterator[T]) -> Generator[T, None, None]:
-    """Events to their end, but for those that only move a bar; a signal becomes what Python raises for it."""
-    try:
-        yield from (event for event in events if not isinstance(event, Advanced))
-    except Interrupted as fault:
-        if fault.signum == signal.SIGINT:
-            raise KeyboardInterrupt(str(fault)) from fault
-        raise SystemExit(fault.exit_code) from fault
+    log, target = (Path(path) if path is not None else None for path in (metrics, adapter_file))
+    folder = checkpoints_of(target) if target is not None else None
+    return Outputs(target, folder, log, saving, resume_command="train(…, resume=True)")

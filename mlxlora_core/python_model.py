@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxlora_core.errors import UsageError
 from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_cpu
+from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.options import explain, option, parse
 from mlxlora_core.plugins import Registry, start_runtimes
 from mlxlora_core.plugins import load as load_plugins
 from mlxlora_core.plugins.blame import told
 from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.sections import configure
+from mlxlora_core.training.events import Advanced
 
 if TYPE_CHECKING:
-    from mlxlora_core.model.adapters import Adapted
+    from mlxlora_core.model.adapters import Adapted, AdapterFile
     from mlxlora_core.model.folder import Model as Base
 
 T = TypeVar("T")
@@ -73,16 +77,25 @@ class Model:
             self.adapted = adapters.attach(self.base, choice, config, number)
         return self
 
-    def load_adapter(self, path: str | os.PathLike[str], adapter: str | None = None, **options: Any) -> Model:
+    def load_adapter(
+        self,
+        path: str | os.PathLike[str],
+        adapter: str | None = None,
+        *,
+        base_mismatch: str = "refuse",
+        **options: Any,
+    ) -> Model:
         """Put the adapter in a file on the model that it was made for.
 
         Args:
             path: an adapter file, ``.safetensors`` or ``.npz``.
             adapter: insist on this one.
-            options: insist on these values.
+            base_mismatch: ``allow`` to put it on another base than its own, such as the same model
+                in other bits.
+            options: insist on these values; those of a file of another tool that does not say them.
 
         Returns:
-            This model.
+            This model. What was assumed of the file is told in ``adapted.notes``.
 
         Raises:
             UsageError: an adapter is on it already.
@@ -92,7 +105,8 @@ class Model:
 
         self._bare()
         with told(self.registry.plugins):
-            self.adapted = adapters.load(Path(path), self.base, self.registry, adapter, options)
+            file = file_of(path, base_mismatch, adapter, options)
+            self.adapted = adapters.load_file(file, self.base, self.registry)
         return self
 
     def save_adapter(self, path: str | os.PathLike[str]) -> None:
@@ -146,6 +160,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     adapter_file: str | os.PathLike[str] | None = None,
+    base_mismatch: str = "refuse",
     plugins: Sequence[str] = (),
 ) -> Model:
     """Read a model folder and, if it is named, the adapter for it.
@@ -153,6 +168,7 @@ def load(
     Args:
         path: a model folder, as ``mlxlora convert`` makes it.
         adapter_file: an adapter file made for this model.
+        base_mismatch: as for :meth:`Model.load_adapter`.
         plugins: as for :func:`registry`.
 
     Raises:
@@ -167,7 +183,9 @@ def load(
 
     with told(found.plugins):
         model = Model(folder.load(Path(path), found), found, runtimes)
-    return model.load_adapter(adapter_file) if adapter_file is not None else model
+    if adapter_file is None:
+        return model
+    return model.load_adapter(adapter_file, base_mismatch=base_mismatch)
 
 
 def prepare(found: Registry) -> list[str]:
@@ -205,6 +223,24 @@ def checked_seed(seed: int, owner: str) -> int:
     return parsed(_Seed, {"seed": seed}, owner).seed
 
 
+def file_of(
+    path: str | os.PathLike[str],
+    base_mismatch: str,
+    adapter: str | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> AdapterFile:
+    """An adapter file, and what is insisted on of it.
+
+    Raises:
+        UsageError: ``base_mismatch`` is neither ``refuse`` nor ``allow``.
+    """
+    from mlxlora_core.model.adapters import AdapterFile
+
+    if base_mismatch not in ("refuse", "allow"):
+        raise UsageError(f"base_mismatch: wanted 'refuse' or 'allow', got {base_mismatch!r}")
+    return AdapterFile(Path(path), adapter, options, base_mismatch == "allow")
+
+
 def texts(given: Sequence[str], name: str) -> tuple[str, ...]:
     """Several texts; a single one, which Python takes for its letters, is refused.
 
@@ -219,3 +255,13 @@ def texts(given: Sequence[str], name: str) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class _Seed:
     seed: int = option(0, help="seed of what is random", minimum=0, maximum=2**32 - 1)
+
+
+def followed(events: Iterator[T]) -> Generator[T, None, None]:
+    """Events to their end, but for those that only move a bar; a signal becomes what Python raises for it."""
+    try:
+        yield from (event for event in events if not isinstance(event, Advanced))
+    except Interrupted as fault:
+        if fault.signum == signal.SIGINT:
+            raise KeyboardInterrupt(str(fault)) from fault
+        raise SystemExit(fault.exit_code) from fault

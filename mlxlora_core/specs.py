@@ -10,7 +10,7 @@ K kv heads, E head width, F mlp width, V vocabulary, L layers, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from mlxlora_core.options import NoOptions
 from mlxlora_core.values import (
     ExportSource,
+    ForeignLinear,
     ForeignModel,
+    FoundAdapter,
     LazyTensor,
     Place,
     Rows,
@@ -110,6 +112,10 @@ class Architecture(Spec):
         build: a model with uninitialised parameters.
         default_targets: names of the linears that adapters take when nobody says
             which; empty for every one in a layer.
+        notes: what ``read`` assumed of such a config, and what it derived that the
+            config should have stated: a sentence each, told when it is converted.
+        foreign_linear: the linear that another library's module path stands for in a
+            model of these arguments, or None; adapter files of that library are read by it.
     """
 
     model_types: tuple[str, ...]
@@ -118,6 +124,8 @@ class Architecture(Spec):
     tensors: Callable[[Mapping[str, LazyTensor], Any], Mapping[str, LazyTensor]]
     build: Callable[[Any], LanguageModel]
     default_targets: tuple[str, ...] = ()
+    notes: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Sequence[str]] | None = None
+    foreign_linear: Callable[[str, Any], ForeignLinear | None] | None = None
 
 
 # --- adapters -----------------------------------------------------------------
@@ -134,10 +142,14 @@ class Adapter(Spec):
             ``linear``, frozen; every parameter that it adds trains.
         fuse: the weight, float32, of one dense linear that does what the wrapped
             module does, given the weight of the linear inside it, of the same shape.
+        recognise: what a file of another tool holds, by its path and the shapes of
+            its tensors by name; None for one that is not this adapter's. Without it
+            such a file is taken to have the options and places that the user states.
     """
 
     wrap: Callable[[nn.Module, Place, Any], nn.Module | None]
     fuse: Callable[[nn.Module, mx.array], mx.array]
+    recognise: Callable[[Path, Mapping[str, tuple[int, ...]]], FoundAdapter | None] | None = None
 
 
 # --- quantizers ---------------------------------------------------------------

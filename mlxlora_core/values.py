@@ -35,11 +35,14 @@ class ForeignModel:
         tokenizer: plain file name -> path of each file that the tokenizer is opened
             from; a model folder keeps copies under these names.
         tensors: name -> tensor, in the order in which reading is cheapest.
+        notes: what was done to the checkpoint that its owner may not expect, such as
+            names that were shortened: a sentence each, told when it is converted.
     """
 
     config: Mapping[str, Any]
     tokenizer: Mapping[str, Path]
     tensors: Mapping[str, LazyTensor]
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,37 @@ class Place:
     path: str
     layer: int | None
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FoundAdapter:
+    """What the tensors of an adapter file tell of it where it has no record of its own.
+
+    Attributes:
+        paths: module paths of the linears that it changes.
+        options: those of the adapter's options that the file tells.
+        unstated: options that decide what it computes and that it does not tell.
+        outputs: name of a parameter within a linear -> its axis that goes along the
+            linear's outputs, to be put in order where another library orders them otherwise.
+    """
+
+    paths: tuple[str, ...]
+    options: Mapping[str, Any]
+    unstated: tuple[str, ...] = ()
+    outputs: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ForeignLinear:
+    """A linear of a model as another library knows it.
+
+    Attributes:
+        path: of the module here.
+        rows: for each output here which one it is there, or None where they are in the same order.
+    """
+
+    path: str
+    rows: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ PARAMS = {
     "n_heads": 4,
     "n_kv_heads": 2,
     "norm_eps": 1e-5,
+    "rope_theta": 10000.0,
     "vocab_size": VOCABULARY,
     "max_seq_len": CONTEXT_TOKENS,
 }

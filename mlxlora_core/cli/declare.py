@@ -68,6 +68,13 @@ ADAPTER_FILE = click.option(
 )
 NO_ADAPTER = click.option("--no-adapter", is_flag=True, help="Take the model as it is.")
 ADAPTER = click.option("--adapter", help="Insist on this adapter. [default: what the file says]")
+BASE_MISMATCH = click.option(
+    "--base-mismatch",
+    type=click.Choice(["refuse", "allow"]),
+    default="refuse",
+    show_default=True,
+    help="Whether an adapter may go on another base than its own, such as the same model in other bits.",
+)
 SAMPLER = click.option(
     "--sampler", default=DEFAULT_SAMPLER, show_default=True, help="Samplers, in order: NAME or NAME,NAME."
 )

@@ -21,6 +21,7 @@ from mlxlora_core.training.sources import read_data
     declare.ADAPTER_FILE,
     declare.NO_ADAPTER,
     declare.ADAPTER,
+    declare.BASE_MISMATCH,
     declare.flags(BatchConfig),
     declare.flags(EvaluateConfig),
     SETS_OPTION,
@@ -34,6 +35,7 @@ def command(
     adapter_file: Path | None,
     no_adapter: bool,
     adapter: str | None,
+    base_mismatch: str,
     sets: tuple[str, ...],
     as_json: bool,
     **arguments: Any,
@@ -46,7 +48,8 @@ def command(
     batches = declare.config_from(BatchConfig, arguments)
     config = declare.config_from(EvaluateConfig, arguments)
     given = overrides(sets)
-    asked = asked_adapter(adapter_file, no_adapter, adapter, given.get("adapter", {}))
+    any_base = base_mismatch == "allow"
+    asked = asked_adapter(adapter_file, no_adapter, adapter, given.get("adapter", {}), any_base)
     check_sections(given, ("adapter",))
     rows = read_data(data, ("test",), columns=declare.columns_from(columns))["test"]
     start(registry)

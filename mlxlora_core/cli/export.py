@@ -24,6 +24,7 @@ from mlxlora_core.runs.stages.export import describe_export
     declare.MODEL,
     click.option("--adapter-file", type=declare.INPUT, help="Adapter file to put into the weights."),
     declare.ADAPTER,
+    declare.BASE_MISMATCH,
     click.option("--out", type=declare.OUTPUT_FOLDER, required=True, help="Folder to write."),
     click.option("--overwrite", is_flag=True, help="Replace an export that is there."),
     SETS_OPTION,
@@ -35,6 +36,7 @@ def command(
     model: Path,
     adapter_file: Path | None,
     adapter: str | None,
+    base_mismatch: str,
     out: Path,
     overwrite: bool,
     sets: tuple[str, ...],
@@ -57,7 +59,8 @@ def command(
     from mlxlora_core.model.export import ExportReport, export
 
     started = time.perf_counter()
-    fused = AdapterFile(adapter_file, adapter, given.get("adapter", {})) if adapter_file else None
+    values, any_base = given.get("adapter", {}), base_mismatch == "allow"
+    fused = AdapterFile(adapter_file, adapter, values, any_base) if adapter_file else None
     with show.Bar() as bar:
         for event in export(
             model,
@@ -72,6 +75,8 @@ def command(
                 report = event
             else:
                 show.progress(event.text)
+    for note in report.notes:
+        show.progress(note)
     if as_json:
         show.as_json(asdict(report))
     else:

@@ -24,7 +24,14 @@ ROUNDED_AWAY = 0.5
     declare.MODEL,
     click.option("--adapter-file", type=declare.INPUT, required=True, help="Adapter file made for it."),
     declare.ADAPTER,
+    declare.BASE_MISMATCH,
     click.option("--save-path", type=declare.OUTPUT_FOLDER, required=True, help="Model folder to write."),
+    click.option(
+        "--dequantize",
+        "--de-quantize",
+        is_flag=True,
+        help="Write a dense model where the base is quantized.",
+    ),
     click.option("--overwrite", is_flag=True, help="Replace a model folder that is there."),
     SETS_OPTION,
     JSON_OPTION,
@@ -34,7 +41,9 @@ def command(
     model: Path,
     adapter_file: Path,
     adapter: str | None,
+    base_mismatch: str,
     save_path: Path,
+    dequantize: bool,
     overwrite: bool,
     sets: tuple[str, ...],
     as_json: bool,
@@ -43,16 +52,17 @@ def command(
 
     Tells how far the logits of the fused model are from those of base and
     adapter together. A quantized base is quantized again, which rounds the
-    adapter's change too.
+    adapter's change too; --dequantize writes a dense model instead.
     """
     given = overrides(sets)
     check_sections(given, ("adapter",))
     hold(save_path)
     start(registry)
+    from mlxlora_core.model.adapters import AdapterFile
     from mlxlora_core.model.fuse import FuseReport, fuse
 
-    values = given.get("adapter", {})
-    for event in fuse(model, adapter_file, save_path, registry, adapter, values, overwrite):
+    file = AdapterFile(adapter_file, adapter, given.get("adapter", {}), base_mismatch == "allow")
+    for event in fuse(model, file, save_path, registry, dequantize=dequantize, overwrite=overwrite):
         if isinstance(event, FuseReport):
             _show(event, save_path, as_json)
         else:
@@ -68,7 +78,12 @@ def _show(report: FuseReport, save_path: Path, as_json: bool) -> None:
         f"ones (largest difference {report.largest_difference:.2e}, same most likely token at "
         f"{report.same_argmax:.1%} of positions); the base is {report.base_distance:.2e} from them"
     )
+    for note in report.notes:
+        show.progress(note)
     if report.base_distance == 0:
         show.progress("warning: the adapter changes nothing; the logits are those of the base")
-    elif report.distance > ROUNDED_AWAY * report.base_distance:
-        show.progress("warning: quantizing again rounded much of the adapter's change away; use more bits")
+    elif report.rounded and report.distance > ROUNDED_AWAY * report.base_distance:
+        show.progress(
+            "warning: quantizing again rounded much of the adapter's change away; "
+            "use more bits, or --dequantize"
+        )

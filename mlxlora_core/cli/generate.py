@@ -35,6 +35,7 @@ SILENCE_SECONDS = 10  # for what comes from a stdin that does not block
     declare.ADAPTER_FILE,
     declare.NO_ADAPTER,
     declare.ADAPTER,
+    declare.BASE_MISMATCH,
     declare.SAMPLER,
     declare.TEMP,
     declare.SEED,
@@ -49,6 +50,7 @@ def command(
     adapter_file: Path | None,
     no_adapter: bool,
     adapter: str | None,
+    base_mismatch: str,
     sampler: str,
     temp: str | None,
     seed: int,
@@ -63,7 +65,8 @@ def command(
     """
     config = declare.config_from(GenerateConfig, arguments)
     given = overrides(sets)
-    asked = asked_adapter(adapter_file, no_adapter, adapter, given.get("adapter", {}))
+    any_base = base_mismatch == "allow"
+    asked = asked_adapter(adapter_file, no_adapter, adapter, given.get("adapter", {}), any_base)
     check_sections(given, ("adapter", "sampler"))
     chosen = chosen_samplers(registry, sampler, temp, given.get("sampler", {}))
     text = _stdin() if prompt == "-" else given_text(prompt)

@@ -45,16 +45,18 @@ class AskedAdapter:
         name: the adapter that must be in it, or None for whatever is.
         values: options of it that must be.
         named: whether the user has named the file, or it is the one that train writes.
+        any_base: whether it may be one of another base.
     """
 
     path: Path
     name: str | None
     values: Mapping[str, Any]
     named: bool
+    any_base: bool
 
 
 def asked_adapter(
-    path: Path | None, bare: bool, name: str | None, values: Mapping[str, Any]
+    path: Path | None, bare: bool, name: str | None, values: Mapping[str, Any], any_base: bool
 ) -> AskedAdapter | None:
     """The adapter that a command line asks for: that of a file, of train's own where it is, or none.
 
@@ -64,7 +66,7 @@ def asked_adapter(
     if path is not None and bare:
         raise UsageError("--adapter-file and --no-adapter are both given; give one of them")
     if path is not None or (not bare and DEFAULT_ADAPTER_FILE.is_file()):
-        return AskedAdapter(path or DEFAULT_ADAPTER_FILE, name, values, path is not None)
+        return AskedAdapter(path or DEFAULT_ADAPTER_FILE, name, values, path is not None, any_base)
     if name is not None or values:
         raise UsageError("an adapter is described, but no file is named", fix="add --adapter-file")
     return None
@@ -78,11 +80,14 @@ def load_adapted(folder: Path, asked: AskedAdapter | None, registry: Registry) -
     if asked is None:
         return model, "without an adapter: this was the model itself"
     try:
-        adapted = adapters.load(asked.path, model, registry, asked.name, asked.values)
+        file = adapters.AdapterFile(asked.path, asked.name, asked.values, asked.any_base)
+        adapted = adapters.load_file(file, model, registry)
     except ModelError as fault:
         if not asked.named:
             fault.fix = "name another with --adapter-file, or take the model as it is: --no-adapter"
         raise
+    for note in adapted.notes:
+        show.progress(note)
     return model, f"with the {adapted.choice.component.id} adapter of {asked.path}"
 
 

@@ -81,6 +81,7 @@ if TYPE_CHECKING:
             help="Adapter file to write, .safetensors or .npz.",
         ),
         click.option("--resume-adapter-file", type=declare.INPUT, help="Start from these adapter weights."),
+        declare.BASE_MISMATCH,
     ),
     declare.section("Training", declare.flags(TrainConfig, BatchConfig), declare.SEED),
     declare.section(
@@ -181,12 +182,14 @@ class _Asked:
         adapter: the adapter to begin with, and where it goes.
         name: the adapter that the user insists on, or None.
         values: the options of it that the user insists on.
+        any_base: whether it may be one of another base.
     """
 
     how: Start
     adapter: tuple[Choice, AdapterConfig]
     name: str | None
     values: dict[str, Any]
+    any_base: bool
     samplers: tuple[Choice, ...]
     observers: tuple[Choice, ...]
     train: TrainConfig
@@ -211,6 +214,7 @@ def _check(registry: Registry, checkpoints: Path, given: dict[str, Any], *, spea
         adapter=choose("adapter", given["adapter"] or DEFAULT_ADAPTER, values, registry),
         name=given["adapter"],
         values=values,
+        any_base=given["base_mismatch"] == "allow",
         samplers=chosen_samplers(registry, given["sampler"], given["temp"], sets.get("sampler", {}))
         if speaks
         else (),
@@ -249,7 +253,7 @@ def _adapter(asked: _Asked, path: Path | None) -> NewAdapter | AdapterFile:
     from mlxlora_core.training.session import NewAdapter
 
     if path is not None:
-        return AdapterFile(path, asked.name, asked.values)
+        return AdapterFile(path, asked.name, asked.values, asked.any_base)
     return NewAdapter(*asked.adapter)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing, nearest
+from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing
 from mlxlora_core.files import tensor_file
 from mlxlora_core.files.documents import parse_form
 from mlxlora_core.files.forms import Items, Map, Option, Plain, Strict, Table, Text
@@ -23,6 +23,8 @@ from mlxlora_core.files.targets import is_written
 from mlxlora_core.files.tensor_checks import is_finite, mismatches, type_name
 from mlxlora_core.model.folder import Model
 from mlxlora_core.model.linears import is_packed, layers_by_path, linear_shape, linears, parameters, replace
+from mlxlora_core.model.places import at, choose, with_targets
+from mlxlora_core.model.unrecorded import recognise
 from mlxlora_core.options import divide, plain
 from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
@@ -30,7 +32,6 @@ from mlxlora_core.plugins.sections import AdapterConfig, configure
 from mlxlora_core.values import Place
 from mlxlora_core.version import __version__
 
-ALL_LINEAR = "all-linear"
 METADATA = "mlxlora"
 
 #: what an adapter file says of itself; in files of before, options hold the config
@@ -53,11 +54,13 @@ class Adapted:
         choice: which adapter, with which options.
         config: where it was to go, targets included.
         paths: the linears that it wraps.
+        notes: what was assumed of its file, and whether it is of another base, in words.
     """
 
     choice: Choice
     config: AdapterConfig
     paths: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,13 @@ class AdapterFile:
         path: an adapter file.
         name: the adapter that the caller insists on, or None.
         values: options, and keys of :class:`AdapterConfig`, that the caller insists on.
+        any_base: whether it may be put on another base than the one that it was made for.
     """
 
     path: Path
     name: str | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
+    any_base: bool = False
 
 
 def attach(model: Model, choice: Choice, config: AdapterConfig, seed: int) -> Adapted:
@@ -88,8 +93,8 @@ def attach(model: Model, choice: Choice, config: AdapterConfig, seed: int) -> Ad
         UsageError: a target that matches nothing, with the names that exist.
         PluginError: the adapter gives no modules, or other ones than it must.
     """
-    config = dataclasses.replace(config, targets=config.targets or _default_targets(model))
-    return _wrap(model, choice, config, _choose(model, config), seed)
+    config = with_targets(model, config)
+    return _wrap(model, choice, config, choose(model, config), seed)
 
 
 def _wrap(
@@ -168,6 +173,8 @@ def load(
     registry: Registry,
     name: str | None = None,
     values: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    any_base: bool = False,
 ) -> Adapted:
     """Put the adapter in a file on the base that it was made for, whole or not at all.
 
@@ -177,8 +184,11 @@ def load(
         registry: where the adapter is looked up.
         name: the adapter that the caller insists on. A file that says what it
             holds must agree; one that does not (an ``.npz`` of another tool) is
-            taken for that adapter, or for the default one.
+            taken for that adapter, or for the default one, which tells from its
+            tensors what it can.
         values: options, and keys of :class:`AdapterConfig`, that the caller insists on.
+        any_base: whether a base that has the same linears will do, such as the
+            dense model that the base was quantized from.
 
     Raises:
         ModelError: a file of another base, kind, rank or set of layers.
@@ -190,25 +200,21 @@ def load(
     record = _record(metadata, path)
     if record is None:
         component = registry.find("adapter", name or DEFAULT_ADAPTER)
-        choice, config = configure(component, values)
-        config = dataclasses.replace(config, targets=config.targets or _default_targets(model))
-        return _attach_tensors(path, model, choice, config, _choose(model, config), tensors)
-    if record["base"] != model.fingerprint:
-        raise ModelError(
-            f"made for another base ({record['base'][:12]}, this one is {model.fingerprint[:12]})",
-            where=path,
-            fix=f"use the model folder that it was trained on, not {model.folder}",
+        found = recognise(path, model, component, values, tensors)
+        return _attach_tensors(
+            path, model, found.choice, found.config, found.linears, found.tensors, found.notes
         )
+    notes = _other_base(record["base"], model, path, any_base)
     component = registry.find("adapter", record["adapter"])
     if name is not None and registry.find("adapter", name) != component:
         raise ModelError(f"holds adapter '{component.id}', wanted '{name}'", where=path)
     choice, config = _recorded(record, component, values, path)
-    found = dict(linears(model.module))
-    absent = [place for place in record["paths"] if place not in found]
-    if absent:
-        raise ModelError(f"adapts {listing(absent)}, which this model does not have", where=path)
-    chosen = {place: found[place] for place in record["paths"]}
-    return _attach_tensors(path, model, choice, config, chosen, tensors)
+    return _attach_tensors(path, model, choice, config, at(record["paths"], model, path), tensors, notes)
+
+
+def load_file(file: AdapterFile, model: Model, registry: Registry) -> Adapted:
+    """Put the adapter in a file on a model; see :func:`load`."""
+    return load(file.path, model, registry, file.name, file.values, any_base=file.any_base)
 
 
 def fill(path: Path, model: Model) -> None:
@@ -264,39 +270,6 @@ def count(model: Model) -> dict[str, int]:
     return {"parameters": weights + others, "trainable_parameters": trained}
 
 
-def _default_targets(model: Model) -> tuple[str, ...]:
-    """What is adapted when nobody says."""
-    return model.architecture.spec.default_targets or (ALL_LINEAR,)
-
-
-def _choose(model: Model, config: AdapterConfig) -> dict[str, nn.Module]:
-    """path -> linear of all that is asked for."""
-    layers = len(model.language_model.layers)
-    count = layers if config.layers < 0 else min(config.layers, layers)
-    layer_of = layers_by_path(model.language_model)
-    found = {
-        path: linear
-        for path, linear in linears(model.module)
-        if (layer := layer_of(path)) is not None and layer >= layers - count
-    }
-    names = sorted({path.rpartition(".")[2] for path in found})
-    for target in config.targets:
-        if not any(_matches(path, target) for path in found):
-            raise UsageError(
-                f"adapter target '{target}' matches no linear in the top {count} layers "
-                f"({nearest(target, names)}there is {listing(names)}, or {ALL_LINEAR})"
-            )
-    return {
-        path: linear
-        for path, linear in sorted(found.items())
-        if any(_matches(path, target) for target in config.targets)
-    }
-
-
-def _matches(path: str, target: str) -> bool:
-    return target == ALL_LINEAR or path == target or path.endswith("." + target)
-
-
 def _record(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
     """What the file says of itself, in the form that it has today, or None for nothing."""
     if METADATA not in metadata:
@@ -306,6 +279,24 @@ def _record(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
     if "config" not in record:  # written when targets and layers stood among the options
         record["config"], record["options"] = divide(record["options"], AdapterConfig)
     return record
+
+
+def _other_base(base: str, model: Model, path: Path, allowed: bool) -> list[str]:
+    """What to tell of an adapter that was made for another base.
+
+    Raises:
+        ModelError: that is not allowed.
+    """
+    if base == model.fingerprint:
+        return []
+    what = f"made for another base ({base[:12]}, this one is {model.fingerprint[:12]})"
+    if allowed:
+        return [f"{path}: {what}, and put on this one all the same: what it does here is not what it learnt"]
+    fix = (
+        f"use the model folder that it was trained on, not {model.folder}; "
+        "if this is the same model in other bits, add --base-mismatch allow"
+    )
+    raise ModelError(what, where=path, fix=fix)
 
 
 def _recorded(
@@ -339,12 +330,13 @@ def _attach_tensors(
     config: AdapterConfig,
     chosen: Mapping[str, nn.Module],
     tensors: Mapping[str, mx.array],
+    notes: Sequence[str],
 ) -> Adapted:
     """Wrap and fill; when the tensors do not fit, the model is left as it was."""
     try:
         adapted = _wrap(model, choice, config, chosen, seed=0)
-    except UsageError as fault:  # the options are those of the file
-        raise ModelError(fault.what, where=path) from fault
+    except UsageError as fault:
+        raise ModelError(f"the adapter does not fit this model: {fault.what}", where=path) from fault
     places = trainable(model.module)
     faults = mismatches(tensors, places)
     if not faults:
@@ -356,4 +348,4 @@ def _attach_tensors(
         raise ModelError("the adapter does not fit this model: " + "; ".join(faults), where=path)
     model.module.update(tree_unflatten(filled))
     mx.eval(model.module.trainable_parameters())
-    return adapted
+    return dataclasses.replace(adapted, notes=tuple(notes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,25 @@ def read_foreign(
             read.append((component, component.checked("read", args, component.spec.args)))
     component = _only([component for component, _ in read], config, registry, where)
     return component, placed(where, _parsed, component.spec, _stated(read[0][1]))
+
+
+def foreign_notes(component: Component, config: Mapping[str, Any], shapes: Shapes) -> list[str]:
+    """What the architecture assumed of a foreign config that it has read, in words.
+
+    Raises:
+        PluginError: it gives something else.
+    """
+    if component.spec.notes is None:
+        return []
+    given = component.spec.notes(config, shapes)
+    return checked_notes(component, "notes", given)
+
+
+def checked_notes(component: Component, function: str, given: Any) -> list[str]:
+    """Sentences that a plugin gives, each a text."""
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise component.breach(function, f"notes of type {type(given).__name__}", "a sequence of texts")
+    return [component.checked(function, note, str) for note in given]
 
 
 def foreign_args(spec: Architecture, config: Mapping[str, Any], shapes: Shapes) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxlora_core.errors import ModelError, UsageError
+from mlxlora_core.errors import ModelError, UsageError, listing
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.files.targets import check_output_folder, paths_in
 from mlxlora_core.files.tensor_checks import is_finite, type_name
@@ -41,6 +41,7 @@ class _Tally:
     parameters: int = 0
     quantized: list[str] = field(default_factory=list)
     left_dense: list[str] = field(default_factory=list)
+    widths: set[int] = field(default_factory=set)
     squared_error: float = 0.0
     squared_weight: float = 0.0
 
@@ -59,7 +60,8 @@ class ConvertReport:
         left_dense: linears that the quantizer left as they are.
         relative_error: ‖w - ŵ‖ / ‖w‖ over all quantized weights.
         left_out: tensors of the checkpoint that the model has no use for.
-        padding: ids of the model that stand for no piece of its tokenizer.
+        padding: ids of the model that stand for no piece of its tokenizer; they are never drawn.
+        notes: what was assumed of the checkpoint, or done to it, that its owner may not expect.
     """
 
     folder: str
@@ -72,6 +74,7 @@ class ConvertReport:
     relative_error: float
     left_out: tuple[str, ...]
     padding: int
+    notes: tuple[str, ...]
 
     @property
     def bits_per_weight(self) -> float:
@@ -115,7 +118,7 @@ def convert(
         What disk and memory must hold, each tensor as it is written, and the report.
 
     Raises:
-        UsageError: the target is the source, or holds it.
+        UsageError: the target is the source, or holds it; the quantizer leaves every linear as it is.
         ModelError: a part is absent or damaged, or tensors do not fit (all listed).
         SafetyError: the target holds something else, or a file wants to run code.
         ResourceError: disk or memory is too small.
@@ -139,11 +142,22 @@ def convert(
                 yield TensorConverted(written, tally.tensors, len(tensors))
             else:
                 size = written.bytes
-        for name, path in opened.tokenizer.files.items():
-            durable.copy_file(path, folder / name)
-        config = {**opened.config, **_quantized_config(quantization, tally.quantized)}
-        durable.write_json(folder / CONFIG, config)
+        _write_beside(folder, opened, quantization, tally)
     yield _report(target, opened, size, tally)
+
+
+def _write_beside(folder: Path, opened: OpenedModel, quantization: Choice | None, tally: _Tally) -> None:
+    """Write what stands beside the weights: the tokenizer's files and config.json.
+
+    Raises:
+        UsageError: nothing was quantized that should have been.
+    """
+    if quantization is not None and not tally.quantized:
+        raise _nothing_quantized(quantization, tally)
+    for name, path in opened.tokenizer.files.items():
+        durable.copy_file(path, folder / name)
+    config = {**opened.config, **_quantized_config(quantization, tally.quantized)}
+    durable.write_json(folder / CONFIG, config)
 
 
 def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:
@@ -231,6 +245,7 @@ def _quantized(
     packed = pack(weight, quantization)
     if packed is None:
         tally.left_dense.append(path)
+        tally.widths.add(weight.shape[-1])
         yield f"{path}.weight", weight
         return
     exact = weight.astype(mx.float32)
@@ -238,6 +253,18 @@ def _quantized(
     tally.squared_error += float((packed.weight - exact).square().sum())
     tally.squared_weight += float(exact.square().sum())
     yield from ((f"{path}.{name}", part) for name, part in packed.parts.items())
+
+
+def _nothing_quantized(quantization: Choice, tally: _Tally) -> UsageError:
+    """The error for a model of which the quantizer takes no linear, so that it would be no smaller."""
+    options = ", ".join(f"{key} {value}" for key, value in plain(quantization.options).items())
+    widths = listing(sorted(tally.widths))
+    name = quantization.component.spec.name
+    return UsageError(
+        f"nothing is quantized: quantizer '{name}' ({options}) leaves all {len(tally.left_dense)} linears "
+        f"as they are, which have {widths} inputs",
+        fix="choose options that take them, such as a --q-group-size that divides these, or leave -q out",
+    )
 
 
 def _quantized_config(quantization: Choice | None, paths: Collection[str]) -> dict[str, Any]:
@@ -263,4 +290,5 @@ def _report(target: Path, opened: OpenedModel, size: int, tally: _Tally) -> Conv
         relative_error=(tally.squared_error / tally.squared_weight) ** 0.5 if tally.squared_weight else 0.0,
         left_out=tuple(opened.unread),
         padding=opened.model.vocab_size - opened.tokenizer.vocab_size,
+        notes=tuple(opened.notes),
     )

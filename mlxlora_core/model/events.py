@@ -55,9 +55,9 @@ def describe_conversion(result: Mapping[str, Any]) -> list[str]:
     if result["left_out"]:
         lines.append(f"left out, the model has no use for it: {listing(result['left_out'])}")
     if result["padding"]:
-        lines.append(
-            f"the vocabulary has {result['padding']} more ids than the tokenizer; they stand for no text"
-        )
+        more = f"{result['padding']} more id{'s' * (result['padding'] != 1)}"
+        lines.append(f"the vocabulary has {more} than the tokenizer has pieces: no text, and never drawn")
+    lines += result.get("notes", ())  # a run.json of before has none
     if result["left_dense"]:
         lines.append(f"left dense by the quantizer: {listing(result['left_dense'])}")
     return lines

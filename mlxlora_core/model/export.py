@@ -28,7 +28,7 @@ from mlxlora_core.model.convert import DTYPES, cast
 from mlxlora_core.model.events import SpaceNeeded
 from mlxlora_core.model.folder import Model
 from mlxlora_core.model.linears import QuantizedLinear, linear_shape, linears
-from mlxlora_core.model.quantization import QUANTIZATION, QUANTIZED, QUANTIZER, expanded
+from mlxlora_core.model.quantization import expanded, without_quantization
 from mlxlora_core.model.tokenizers import tokenizer_files
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component, Registry
@@ -41,8 +41,6 @@ _RECORD_BYTES = 16 << 20
 #: what shows an export to be one of ours
 RECORD_FORM = Table({"exporter": Text(), "versions": Map(Text()), "files": Map(Whole())})
 
-#: what config.json says of quantization, which the tensors of an export are free of
-_QUANTIZED = {QUANTIZER, QUANTIZATION, QUANTIZED}
 _UNFINISHED = (".tmp", ".part", ".partial", "~")
 
 
@@ -57,6 +55,7 @@ class ExportReport:
         parameters: of the model.
         adapter: which adapter is fused in, or nothing.
         files: name -> bytes.
+        notes: what was assumed of the adapter's file, and whether it is of another base.
     """
 
     folder: str
@@ -65,6 +64,7 @@ class ExportReport:
     parameters: int
     adapter: str
     files: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
 
 def export(
@@ -102,7 +102,7 @@ def export(
     read = [folder, *([fused.path] if fused else []), *paths_in(exporter.options)]
     check_output_folder(target, read, overwrite=overwrite, ours=holds_only_an_export)
     model, stored = model_folder.outline(folder, registry)
-    adapted = adapters.load(fused.path, model, registry, fused.name, fused.values) if fused else None
+    adapted = adapters.load_file(fused, model, registry) if fused else None
     source = _source(model, stored, adapted, fused, told)
     sizes = {name: math.prod(tensor.shape) for name, tensor in source.tensors.items()}
     need = sum(size * getattr(mx, source.tensors[name].dtype).size for name, size in sizes.items())
@@ -117,7 +117,8 @@ def export(
         files = _left(new, component)
         durable.write_json(new / RECORD, _record(exporter, model, adapted, files))
     name = adapted.choice.component.id if adapted else ""
-    yield ExportReport(str(target), component.id, len(sizes), sum(sizes.values()), name, files)
+    notes = adapted.notes if adapted else ()
+    yield ExportReport(str(target), component.id, len(sizes), sum(sizes.values()), name, files, notes)
 
 
 def holds_only_an_export(folder: Path) -> bool:
@@ -168,7 +169,7 @@ def _source(
         return value
 
     return ExportSource(
-        config={key: value for key, value in model.config.items() if key not in _QUANTIZED},
+        config=without_quantization(model.config),
         tokenizer=tokenizer_files(model.folder, model.config),
         tensors={
             name: LazyTensor(tensor.shape, tensor.dtype, partial(read, name, tensor))

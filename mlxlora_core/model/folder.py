@@ -31,6 +31,7 @@ from mlxlora_core.model.linears import (
     replace,
 )
 from mlxlora_core.model.quantization import QUANTIZED, read_quantization, restore
+from mlxlora_core.model.strangers import known_as
 from mlxlora_core.model.tokenizers import (
     FILES,
     CheckedTokenizer,
@@ -201,8 +202,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     if not path.exists():
+        known = known_as(folder)
+        told = f"is {known}, which is not read here" if known else "there is no config.json"
         raise ModelError(
-            "there is no config.json; this is not a model folder",
+            f"{told}; this is not a model folder",
             where=folder,
             fix="make one with: mlxlora convert --torch-path DIR --mlx-path " + str(folder),
         )
@@ -250,6 +253,17 @@ def _keep_stored(module: nn.Module) -> None:
 
 
 def _check_fit(module: nn.Module, tensors: Mapping[str, Any], folder: Path) -> None:
+    packed = [
+        path
+        for path, child in module.named_modules()
+        if isinstance(child, nn.Embedding) and f"{path}.scales" in tensors
+    ]
+    if packed:
+        raise ModelError(
+            f"{listing(packed)} is a quantized embedding, which is not supported: only linears are",
+            where=folder,
+            fix="convert the dense checkpoint with: mlxlora convert -q",
+        )
     faults = mismatches(tensors, parameters(module))
     if faults:
         raise ModelError("the weights do not fit config.json: " + "; ".join(faults), where=folder)

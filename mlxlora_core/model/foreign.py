@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from mlxlora_core.model import architectures
 from mlxlora_core.model.folder import CONFIG
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import parameters
+from mlxlora_core.model.strangers import known_as
 from mlxlora_core.model.tokenizers import FILES, CheckedTokenizer, check_vocabulary, open_tokenizer
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.plugins import Component, Registry
@@ -36,6 +37,7 @@ class OpenedModel:
         config: what config.json will hold.
         unread: tensors of the checkpoint that nobody has read so far; what is
             left when all of ``tensors`` are read has no use here.
+        notes: what the loader and the architecture did or assumed that its owner may not expect.
     """
 
     loader: Component
@@ -45,6 +47,7 @@ class OpenedModel:
     tokenizer: CheckedTokenizer
     config: dict[str, Any]
     unread: Collection[str]
+    notes: Sequence[str]
 
 
 def open_foreign(source: Path, registry: Registry, loader: str | None, options: Any) -> OpenedModel:
@@ -79,7 +82,8 @@ def open_foreign(source: Path, registry: Registry, loader: str | None, options: 
     }
     config = architectures.model_config(architecture, args, foreign.config)
     config[FILES] = list(tokenizer.files)
-    return OpenedModel(reader, architecture, model, tensors, tokenizer, config, unread)
+    notes = [*foreign.notes, *architectures.foreign_notes(architecture, foreign.config, shapes)]
+    return OpenedModel(reader, architecture, model, tensors, tokenizer, config, unread, notes)
 
 
 def find_loader(source: Path, registry: Registry, name: str | None) -> Component:
@@ -103,6 +107,8 @@ def find_loader(source: Path, registry: Registry, name: str | None) -> Component
         ids = [component.id for component in found]
         raise ModelError(f"{listing(ids)} can read this {what}", where=source, fix=f"add --loader {ids[0]}")
     failed = "".join(f"; plugin {p} failed to load: {p.reason}" for p in registry.failed)
+    known = known_as(source)
+    what += f", which is {known}" if known else ""
     raise ModelError(
         f"no weight loader knows this {what} (there is {listing(c.spec.name for c in loaders)}{failed})",
         where=source,
@@ -119,6 +125,7 @@ def _checked(reader: Component, given: Any) -> ForeignModel:
     for name, tensor in opened.tensors.items():
         reader.checked("open", name, str)
         reader.checked("open", tensor, LazyTensor)
+    architectures.checked_notes(reader, "open", opened.notes)
     taken = {CONFIG, *WEIGHTS.values()}
     for name, path in opened.tokenizer.items():
         if not is_plain_name(name) or name in taken:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.files.targets import check_output_folder
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
-from mlxlora_core.model.convert import cast
+from mlxlora_core.model.adapters import AdapterFile
+from mlxlora_core.model.convert import DTYPES, cast
 from mlxlora_core.model.events import SpaceNeeded
 from mlxlora_core.model.folder import CONFIG, Model
-from mlxlora_core.model.linears import QuantizedLinear, dense_weight, parameters
+from mlxlora_core.model.linears import QuantizedLinear, dense_weight, linears, parameters
 from mlxlora_core.model.memory import require_for
-from mlxlora_core.model.quantization import pack
+from mlxlora_core.model.quantization import pack, without_quantization
 from mlxlora_core.model.weights import SMALLER, WEIGHTS, read_weights, weight_files
 from mlxlora_core.plugins import Registry
 
@@ -34,42 +36,46 @@ class FuseReport:
     Attributes:
         folder: the fused model.
         linears: how many weights the adapter changed.
+        rounded: how many of them were quantized again, which rounds the adapter's change.
         distance: ‖fused - adapted‖ / ‖adapted‖ of the logits.
         largest_difference: the largest single difference.
         base_distance: ‖base - adapted‖ / ‖adapted‖: what the adapter changes.
         same_argmax: share of probe positions with the same most likely token.
+        notes: what was assumed of the adapter's file, and whether it is of another base.
     """
 
     folder: str
     linears: int
+    rounded: int
     distance: float
     largest_difference: float
     base_distance: float
     same_argmax: float
+    notes: tuple[str, ...]
 
 
 def fuse(
     folder: Path,
-    adapter: Path,
+    adapter: AdapterFile,
     target: Path,
     registry: Registry,
-    name: str | None = None,
-    values: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    dequantize: bool = False,
     overwrite: bool = False,
 ) -> Iterator[SpaceNeeded | FuseReport]:
     """Write a model folder whose linears do what base and adapter do together.
 
     Tensors that the adapter does not touch are copied byte for byte. A
     quantized linear is quantized again with the options that it had, which
-    rounds the adapter's change too: the report says by how much.
+    rounds the adapter's change too: the report says by how much. With
+    ``dequantize`` every quantized linear becomes a dense one instead.
 
     Args:
         folder: the base.
-        adapter: adapter file made for it.
+        adapter: a file of one made for it, and what the caller insists on.
         target: model folder to make.
         registry: where plugins are looked up.
-        name: the adapter that the caller insists on.
-        values: options that the caller insists on, as for :func:`mlxlora_core.model.adapters.load`.
+        dequantize: whether the fused model is dense where the base is quantized.
         overwrite: whether a model folder that is there may be replaced.
 
     Yields:
@@ -82,39 +88,83 @@ def fuse(
         ResourceError: disk or memory is too small.
     """
     ours = model_folder.holds_only_a_model
-    check_output_folder(target, [folder, adapter], overwrite=overwrite, ours=ours)
-    yield SpaceNeeded(require_disk(sum(path.stat().st_size for path in model_folder.files(folder)), target))
+    check_output_folder(target, [folder, adapter.path], overwrite=overwrite, ours=ours)
+    written = _need(folder, registry, dequantize)
+    yield SpaceNeeded(require_disk(written, target))
     model = model_folder.load(folder, registry)
-    yield SpaceNeeded(_memory(model, folder))
+    yield SpaceNeeded(_memory(model, folder, written if dequantize else written // 2))
     probe = _probe(model)
     base = _logits(model, probe)
-    adapted = adapters.load(adapter, model, registry, name, values)
+    adapted = adapters.load_file(adapter, model, registry)
     tuned = _logits(model, probe)
     tensors, _ = read_weights(folder)
-    tensors |= _fused(model, adapted, tensors, folder)
+    changed = _fused(model, adapted, tensors, folder, dequantize)
+    tensors = (_made_dense(model, adapted, tensors, folder) if dequantize else tensors) | changed
     weights = WEIGHTS["npz" if (folder / WEIGHTS["npz"]).is_file() else "safetensors"]
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as new:
         for name, path in model.tokenizer.files.items():
             durable.copy_file(path, new / name)
         tensor_file.save(new / weights, sorted(tensors.items()), {}, len(tensors))
-        durable.copy_file(folder / CONFIG, new / CONFIG)
+        if dequantize:
+            durable.write_json(new / CONFIG, without_quantization(model.config))
+        else:
+            durable.copy_file(folder / CONFIG, new / CONFIG)
         fused = _logits(model_folder.load(new, registry), probe)
-    yield _report(target, len(adapted.paths), base, tuned, fused)
+    rounded = 0 if dequantize else len(_quantized(model, adapted.paths).keys() & set(adapted.paths))
+    yield _report(target, adapted, rounded, base, tuned, fused)
 
 
-def _memory(model: Model, folder: Path) -> str:
-    """What fusing needs of memory beside the base, in words: its tensors as stored, and the fused model.
+def _need(folder: Path, registry: Registry, dequantize: bool) -> int:
+    """Bytes that the fused model will take."""
+    stored = sum(path.stat().st_size for path in model_folder.files(folder))
+    if not dequantize:
+        return stored
+    model, tensors = model_folder.outline(folder, registry)
+    for path, linear in _quantized(model).items():
+        parts = [tensors[f"{path}.{name}"] for name in linear.parts]
+        dtype = next((part.dtype for part in parts if part.dtype in DTYPES), "float32")
+        stored += DTYPES[dtype].size * math.prod(linear.shape)
+        stored -= sum(getattr(mx, part.dtype).size * math.prod(part.shape) for part in parts)
+    return stored
+
+
+def _quantized(model: Model, adapted: Collection[str] = ()) -> dict[str, QuantizedLinear]:
+    """path in the weight file -> quantized linear, those inside of an adapter too."""
+    inside = {f"{path}.linear": path for path in adapted}
+    return {
+        inside.get(path, path): linear
+        for path, linear in linears(model.module)
+        if isinstance(linear, QuantizedLinear)
+    }
+
+
+def _made_dense(
+    model: Model, adapted: adapters.Adapted, tensors: Mapping[str, mx.array], folder: Path
+) -> dict[str, mx.array]:
+    """The tensors of the weight file, with a dense weight in the place of each quantized one's parts."""
+    quantized = _quantized(model, adapted.paths)
+    packed = {f"{path}.{part}" for path, linear in quantized.items() for part in linear.parts}
+    dense = {name: tensor for name, tensor in tensors.items() if name not in packed}
+    for path, linear in quantized.items():
+        if path not in adapted.paths:
+            name = f"{path}.weight"
+            dense[name] = cast(name, linear.dequantize(), _type(path, linear, tensors), folder)
+    return dense
+
+
+def _memory(model: Model, folder: Path, made: int) -> str:
+    """What fusing needs of memory beside the base, in words: its tensors as stored, and those that are made.
 
     Raises:
         ResourceError: less is free.
     """
     held = sum(tensor.nbytes for tensor in parameters(model.module).values())
     stored = sum(path.stat().st_size for path in weight_files(folder))
-    return require_for(held + stored * 3 // 2, "fusing", SMALLER)
+    return require_for(held + stored + made, "fusing", SMALLER)
 
 
 def _fused(
-    model: Model, adapted: adapters.Adapted, stored: Mapping[str, mx.array], folder: Path
+    model: Model, adapted: adapters.Adapted, stored: Mapping[str, mx.array], folder: Path, dequantize: bool
 ) -> dict[str, mx.array]:
     """The tensors of every adapted linear, in the types that the base stores."""
     modules = dict(model.module.named_modules())
@@ -122,16 +172,20 @@ def _fused(
     for path in adapted.paths:
         wrapped: Any = modules[path]
         inner = wrapped.linear
-        parts = [stored[f"{path}.{name}"].dtype for name in parameters(inner)]
-        dtype = next((part for part in parts if mx.issubdtype(part, mx.floating)), mx.float32)
         before = dense_weight(inner).astype(mx.float32)
         weight = adapters.fused_weight(adapted.choice.component, wrapped, before)
-        weight = cast(f"{path}.weight, with the adapter in it,", weight, dtype, folder)
-        if isinstance(inner, QuantizedLinear):
+        weight = cast(f"{path}.weight, with the adapter in it,", weight, _type(path, inner, stored), folder)
+        if isinstance(inner, QuantizedLinear) and not dequantize:
             tensors |= {f"{path}.{name}": part for name, part in _repacked(inner, weight, path).items()}
         else:
             tensors[f"{path}.weight"] = weight
     return tensors
+
+
+def _type(path: str, linear: nn.Module, stored: Mapping[str, mx.array]) -> mx.Dtype:
+    """The floating type that a linear is stored in."""
+    parts = [stored[f"{path}.{name}"].dtype for name in parameters(linear)]
+    return next((part for part in parts if mx.issubdtype(part, mx.floating)), mx.float32)
 
 
 def _repacked(linear: QuantizedLinear, weight: mx.array, path: str) -> Mapping[str, mx.array]:
@@ -156,18 +210,23 @@ def _probe(model: Model) -> mx.array:
     return mx.random.randint(0, model.language_model.vocab_size, (1, length), key=mx.random.key(0))
 
 
-def _report(target: Path, linears: int, base: mx.array, adapted: mx.array, fused: mx.array) -> FuseReport:
-    size = mx.linalg.norm(adapted.reshape(-1))
+def _report(
+    target: Path, adapted: adapters.Adapted, rounded: int, base: mx.array, tuned: mx.array, fused: mx.array
+) -> FuseReport:
+    """What the logits of base, adapted and fused model say."""
+    size = mx.linalg.norm(tuned.reshape(-1))
 
     def distance(logits: mx.array) -> float:
-        return float(mx.linalg.norm((logits - adapted).reshape(-1)) / size)
+        return float(mx.linalg.norm((logits - tuned).reshape(-1)) / size)
 
-    same = (mx.argmax(fused, axis=-1) == mx.argmax(adapted, axis=-1)).astype(mx.float32).mean()
+    same = (mx.argmax(fused, axis=-1) == mx.argmax(tuned, axis=-1)).astype(mx.float32).mean()
     return FuseReport(
         folder=str(target),
-        linears=linears,
+        linears=len(adapted.paths),
+        rounded=rounded,
         distance=distance(fused),
-        largest_difference=float(mx.abs(fused - adapted).max()),
+        largest_difference=float(mx.abs(fused - tuned).max()),
         base_distance=distance(base),
         same_argmax=float(same),
+        notes=adapted.notes,
     )

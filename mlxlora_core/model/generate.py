@@ -72,7 +72,11 @@ def generate(
         end, num_tokens = CONTEXT, limit - len(ids)
     part, words = room_for_prompt(model, len(ids), num_tokens)
     told(words)
-    draw = Drawing(samplers, seed)
+    drawing = Drawing(samplers, seed)
+
+    def draw(logits: mx.array, tokens: Sequence[int]) -> int:
+        return drawing(logits[:, : tokenizer.vocab_size], tokens)  # ids beyond it are padding, and no text
+
     tokens = decode(model, ids, draw, num_tokens=num_tokens, stops=tokenizer.stops, part_tokens=part)
     return _segments(tokenizer, tokens, num_tokens, write_every, end)
 

@@ -14,12 +14,18 @@ from mlxlora_core.errors import ModelError, PluginError, UsageError, listing
 from mlxlora_core.files import tensor_file
 from mlxlora_core.files.tensor_checks import is_finite, type_name
 from mlxlora_core.model.linears import QuantizedLinear, linear_shape, linears, replace
-from mlxlora_core.options import parse
+from mlxlora_core.options import explain, parse
 from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.plugins.defaults import DEFAULT_QUANTIZER
 
 #: keys of config.json: which quantizer, its options, and path -> options that differ of what it packed
 QUANTIZER, QUANTIZATION, QUANTIZED = "quantizer", "quantization", "quantized"
+_MODE = "mode"
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the same model when every weight is dense."""
+    return {key: value for key, value in config.items() if key not in (QUANTIZER, QUANTIZATION, QUANTIZED)}
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,14 @@ def expanded(parts: Mapping[str, mx.array], quantization: Choice, shape: tuple[i
 
 
 def _options(quantizer: Component, stated: Mapping[str, Any], where: Path) -> Any:
-    """The options that config.json states."""
+    """The options that config.json states; MLX's own ``mode`` there must be what this quantizer does."""
+    name = quantizer.spec.name
+    if _MODE in stated and _MODE not in {option.name for option in explain(quantizer.spec.options)}:
+        if stated[_MODE] not in (None, name):
+            raise ModelError(
+                f"is quantized in mode {stated[_MODE]!r}, which '{name}' does not read", where=where
+            )
+        stated = {key: value for key, value in stated.items() if key != _MODE}
     try:
         return parse(quantizer.spec.options, stated, owner=f"quantizer '{quantizer.spec.name}'")
     except UsageError as fault:

@@ -27,8 +27,18 @@ _RESERVED = {"use", "options"}
 FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "loader": {"detect": ("path",), "open": ("path", "options")},
     "tokenizer": {"detect": ("files",), "open": ("files", "options")},
-    "architecture": {"read": ("config", "shapes"), "tensors": ("found", "args"), "build": ("args",)},
-    "adapter": {"wrap": ("linear", "place", "options"), "fuse": ("module", "weight")},
+    "architecture": {
+        "read": ("config", "shapes"),
+        "tensors": ("found", "args"),
+        "build": ("args",),
+        "notes": ("config", "shapes"),
+        "foreign_linear": ("path", "args"),
+    },
+    "adapter": {
+        "wrap": ("linear", "place", "options"),
+        "fuse": ("module", "weight"),
+        "recognise": ("path", "shapes"),
+    },
     "quantizer": {
         "quantize": ("weight", "options"),
         "dequantize": ("parts", "options"),

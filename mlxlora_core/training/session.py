@@ -181,7 +181,7 @@ class TrainingSession:
             yield from map(Note, rows.words(split))
         if "valid" not in self.rows:
             yield Note("there are no rows to validate on (a file valid.jsonl): training without validation")
-        yield Note(self._size())
+        yield from map(Note, (*self.adapted.notes, self._size()))
         with training_memory(self.model, self.rows, self.training.config.batch_size) as (need, said):
             self.training.validation_bytes = need
             yield Note(said)
@@ -323,5 +323,5 @@ def _put_on(
     if isinstance(adapter, Adapted):
         return adapter
     if isinstance(adapter, AdapterFile):
-        return adapters.load(adapter.path, model, registry, adapter.name, adapter.values)
+        return adapters.load_file(adapter, model, registry)
     return adapters.attach(model, adapter.choice, adapter.config, seed)

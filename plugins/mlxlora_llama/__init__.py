@@ -6,15 +6,26 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from mlxlora_core.api import Architecture, LazyTensor, hookimpl
-from mlxlora_llama.config import MODEL_TYPES, ModelArgs, read
+from mlxlora_llama.config import MODEL_TYPES, ModelArgs, notes, read
+from mlxlora_llama.names import foreign_linear
 
 if TYPE_CHECKING:
     from mlxlora_core.ops import LanguageModel
 
+_COMPUTED = (
+    ".rope.freqs",
+    ".freqs_cis",
+    ".freqs_cos",
+    ".freqs_sin",
+    ".inv_freq",
+    ".attention.mask",
+    ".causal_mask",
+)
+
 
 def tensors(found: Mapping[str, LazyTensor], args: ModelArgs) -> Mapping[str, LazyTensor]:
-    """The checkpoint's tensors as they are, without the rotary frequencies, which are computed here."""
-    return {name: tensor for name, tensor in found.items() if not f".{name}".endswith(".rope.freqs")}
+    """The checkpoint's tensors as they are, without frequencies and masks, which are computed here."""
+    return {name: tensor for name, tensor in found.items() if not f".{name}".endswith(_COMPUTED)}
 
 
 def build(args: ModelArgs) -> LanguageModel:
@@ -34,6 +45,8 @@ def mlxlora_architectures() -> Iterable[Architecture]:
             model_types=MODEL_TYPES,
             args=ModelArgs,
             read=read,
+            notes=notes,
+            foreign_linear=foreign_linear,
             tensors=tensors,
             build=build,
             default_targets=("wq", "wv"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from mlxlora_core.api import ModelError, UsageError, option, parse
+from mlxlora_llama import keys
 
 MODEL_TYPES = ("llama", "mistral")
 
@@ -14,6 +16,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _HEAD = "output.weight"
 _EMBEDDING = "tok_embeddings.weight"
+_NORM = "norm.weight"
+_TIED = "tie_word_embeddings"
+_QUERIES = "layers.0.attention.wq.weight"
 _KEYS = "layers.0.attention.wk.weight"
 _MLP = "layers.0.feed_forward.w1.weight"
 
@@ -21,6 +26,7 @@ _MLP = "layers.0.feed_forward.w1.weight"
 # built at length because a file claims a large number.
 _WIDEST = 1 << 20  # of a matrix in a layer; 64 times that of the largest Llama
 _LONGEST = 2**31 - 1
+_LAYER = re.compile(r"layers\.([0-9]{1,6})\.")
 
 
 @dataclass(frozen=True)
@@ -60,88 +66,167 @@ class ModelArgs:
             raise ValueError("; ".join(faults))
 
 
-# argument -> other names of it in a checkpoint's config
-_ALIASES = {"max_seq_len": "max_position_embeddings"}
-
-# Keys that change what a model computes in a way that is not built here. All
-# other keys that are not known are about something else and are dropped.
-_UNSUPPORTED = {
-    "use_scaled_rope": "scaled rotary positions (Llama 3.1 and later)",
-    "rope_scaling": "scaled rotary positions",
-    "yarn": "scaled rotary positions",
-    "moe": "a mixture of experts",
-    "_sliding_window": "a sliding window under this name",
+# argument -> other names of it in a checkpoint's config, the first that is stated counts
+_ALIASES = {
+    "max_seq_len": ("max_position_embeddings", "max_seq_length", "max_sequence_length", "context_length"),
+    "norm_eps": ("rms_norm_eps",),
+    _TIED: ("tied_embeddings", "tie_embeddings"),
 }
+#: whether the window counts that is stated beside it
+_WINDOW_USED = "use_sliding_window"
+_HONOURED = {
+    *(field.name for field in fields(ModelArgs)),
+    *(name for names in _ALIASES.values() for name in names),
+    _WINDOW_USED,
+}
+#: what mistral-inference calls every model in a params.json
+_MISTRAL_TYPE = "transformer"
+_HUGGING_FACE, _THEIR_QUERIES = "hidden_size", "self_attn.q_proj"
+_META_KEYS = ("multiple_of", "ffn_dim_multiplier")
+_OWN_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "norm_eps", *_META_KEYS}
+_THETA, _THETA_OF_MISTRAL = 1e4, 1e6
 
 
 def read(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs | None:
     """The arguments out of a params.json, or None for a config of something else.
 
-    What it leaves out, null among it, is derived: ``n_kv_heads`` from the rows of
-    the first ``wk``, ``head_dim`` as ``dim / n_heads``, ``hidden_dim`` from the
-    rows of the first ``w1``, ``vocab_size``, absent or negative, from the rows of
-    the head, and the head is the embedding when there is no ``output.weight``
-    and ``tie_word_embeddings`` is not false.
+    What it leaves out, null among it, is derived: ``n_layers`` from the names of
+    the tensors, ``dim`` from the last norm, ``n_heads`` from the rows of the first
+    ``wq`` and ``head_dim``, or the other way round, ``n_kv_heads`` from the rows of
+    the first ``wk``, ``hidden_dim`` from the rows of the first ``w1``,
+    ``vocab_size``, absent or negative, from the rows of the head, and the head is
+    the embedding when there is no ``output.weight`` and ``tie_word_embeddings`` is
+    not false. ``rope_theta`` is that of the family; see :func:`notes`.
 
     Args:
         raw: params.json of a checkpoint.
         shapes: of its tensors by name.
 
     Raises:
-        ModelError: values that are missing or impossible, and keys that change what the
-            model computes in a way that is not supported; all told at once.
+        ModelError: values that are missing or impossible, and keys that may change what the
+            model computes and are not built here, or not known; all told at once.
     """
-    if not _is_mine(raw):
+    if not _is_mine(raw, shapes):
         return None
-    faults = [
-        f"{key}: got {_show(raw[key])}, but {what} is not supported"
-        for key, what in _UNSUPPORTED.items()
-        if raw.get(key)
-    ]
-    stated = {key: value for key, value in raw.items() if value is not None}
-    names = {field.name: field.name for field in fields(ModelArgs)}
-    names |= {argument: alias for argument, alias in _ALIASES.items() if argument not in stated}
-    values = {argument: stated[name] for argument, name in names.items() if name in stated}
-    if _negative(values.get("vocab_size")):
-        del values["vocab_size"]
-    values["tie_word_embeddings"] = _tied(values, shapes)
-    values = _derived(values, shapes) | values
+    if _HUGGING_FACE in raw:
+        raise ModelError(
+            f"is a config of Hugging Face ({_HUGGING_FACE}), wanted Meta's or Mistral's params.json"
+        )
+    if any(_THEIR_QUERIES in name for name in shapes):
+        raise ModelError(
+            f"the tensors are named as Hugging Face's ({_THEIR_QUERIES}), whose rows stand in another order, "
+            "wanted Meta's or Mistral's own (attention.wq)"
+        )
+    told = keys.faults(raw, _HONOURED)
+    stated, names = _stated(raw)
+    values = _derived(raw, stated, shapes) | stated | {_TIED: _tied(stated, shapes)}
     try:
-        args = parse(ModelArgs, values, owner="llama", spell=names.__getitem__, strict=True)
+        args = parse(ModelArgs, values, owner="llama", spell=lambda name: names.get(name, name), strict=True)
     except UsageError as fault:
-        faults.append(fault.what)
-    if faults:
-        raise ModelError("; ".join(faults))
+        told.append(fault.what)
+    if told:
+        raise ModelError("; ".join(told))
     return args
 
 
-def _is_mine(raw: Mapping[str, Any]) -> bool:
-    """Whether a config is one of Meta's or Mistral's own, whose keys are those of :class:`ModelArgs`."""
+def notes(raw: Mapping[str, Any], shapes: Shapes) -> list[str]:
+    """What was assumed or derived that a params.json usually states, in words."""
+    stated, _ = _stated(raw)
+    derived = _derived(raw, stated, shapes)
+    told = []
+    if "rope_theta" not in stated and not any(key in raw for key in _META_KEYS):
+        why = "as Mistral's own reader has it" if _is_mistral(raw, stated) else "as Llama has it"
+        told.append(
+            f"params.json states no rope_theta: {derived['rope_theta']} is taken, {why}; "
+            "state it there if the model was trained with another"
+        )
+    read_off: list[str] = [
+        key for key in ("dim", "n_layers", "n_heads") if key in derived and key not in stated
+    ]
+    if "n_kv_heads" not in stated and derived.get("n_kv_heads") != stated.get("n_heads"):
+        read_off.append("n_kv_heads")
+    if read_off:
+        values = ", ".join(f"{key} {derived[key]}" for key in read_off if key in derived)
+        told.append(f"params.json leaves out what the tensors tell: {values}")
+    return told
+
+
+def _stated(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """argument -> its value, and argument -> the name that it has in ``raw``; null counts as left out."""
+    names = {
+        field.name: next(
+            (name for name in (field.name, *_ALIASES.get(field.name, ())) if raw.get(name) is not None), ""
+        )
+        for field in fields(ModelArgs)
+    }
+    names = {argument: name for argument, name in names.items() if name}
+    stated = {argument: raw[name] for argument, name in names.items()}
+    if _negative(stated.get("vocab_size")):
+        del stated["vocab_size"]
+    if stated.get("model_type") == _MISTRAL_TYPE:
+        del stated["model_type"]
+    window = stated.get("sliding_window")
+    if raw.get(_WINDOW_USED) is False or window is False or window in ([], {}):
+        stated.pop("sliding_window", None)
+    return stated, names
+
+
+def _is_mine(raw: Mapping[str, Any], shapes: Shapes) -> bool:
+    """Whether a config is one of Meta's or Mistral's own, whose keys are those of :class:`ModelArgs`.
+
+    Where some of the three keys that mark it are missing, the tensors tell.
+    """
     stated = raw.get("model_type")
     if stated is not None:
-        return stated in MODEL_TYPES
-    return {"dim", "n_layers", "n_heads"} <= raw.keys()
+        return stated in (*MODEL_TYPES, _MISTRAL_TYPE)
+    if {"dim", "n_layers", "n_heads"} <= raw.keys():
+        return True
+    known = raw.keys() & _OWN_KEYS and _HUGGING_FACE not in raw
+    return bool(known) and {_KEYS, _QUERIES, _EMBEDDING} <= shapes.keys()
 
 
-def _tied(values: Mapping[str, Any], shapes: Shapes) -> Any:
-    """Tied when stated, or when there is no head; a head that is there is used in any case."""
-    stated = values.get("tie_word_embeddings", True)
-    return _HEAD not in shapes if stated is True else stated
+def _is_mistral(raw: Mapping[str, Any], stated: Mapping[str, Any]) -> bool:
+    """Whether a config is laid out as Mistral's own are: widths, and not what Meta derives them from."""
+    if raw.get("model_type") is not None:
+        return bool(raw["model_type"] != "llama")
+    return bool({"head_dim", "hidden_dim"} & stated.keys()) and not any(key in raw for key in _META_KEYS)
 
 
-def _derived(values: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+def _derived(raw: Mapping[str, Any], stated: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     """What follows from other values and from shapes, where these are such that anything follows."""
-    dim, heads = (_whole(values.get(key)) for key in ("dim", "n_heads"))
-    head_dim = _whole(values.get("head_dim")) or (dim // heads if heads and not dim % heads else 0)
-    keys = _rows(shapes, _KEYS)
+    queries, dim = _rows(shapes, _QUERIES), _whole(stated.get("dim")) or _rows(shapes, _NORM)
+    heads, head_dim = (_whole(stated.get(key)) for key in ("n_heads", "head_dim"))
+    heads = heads or _part(queries, head_dim)
+    head_dim = head_dim or _part(queries or dim, heads) or _part(dim, heads)
+    full = stated.get("sliding_window") is None
     found = {
-        "model_type": "llama" if values.get("sliding_window") is None else "mistral",
+        "model_type": "llama" if full else "mistral",
+        "dim": dim,
+        "n_layers": _layers(shapes),
         "head_dim": head_dim,
-        "n_kv_heads": keys // head_dim if head_dim and keys and not keys % head_dim else heads,
+        "n_heads": heads,
+        "n_kv_heads": _part(_rows(shapes, _KEYS), head_dim) or heads,
         "hidden_dim": _rows(shapes, _MLP),
-        "vocab_size": _rows(shapes, _EMBEDDING if values["tie_word_embeddings"] is True else _HEAD),
+        "vocab_size": _rows(shapes, _EMBEDDING if _tied(stated, shapes) is True else _HEAD),
+        "rope_theta": _THETA_OF_MISTRAL if full and _is_mistral(raw, stated) else _THETA,
     }
     return {key: value for key, value in found.items() if value}
+
+
+def _tied(stated: Mapping[str, Any], shapes: Shapes) -> Any:
+    """Tied when stated, or when there is no head; a head that is there is used in any case."""
+    tied = stated.get(_TIED, True)
+    return _HEAD not in shapes if tied is True else tied
+
+
+def _layers(shapes: Shapes) -> int:
+    """How many layers there are tensors of, or 0."""
+    return max((int(match[1]) + 1 for name in shapes if (match := _LAYER.match(name))), default=0)
+
+
+def _part(whole: int, count: int) -> int:
+    """``whole / count`` where that is a whole number, else 0."""
+    return whole // count if count and not whole % count else 0
 
 
 def _whole(value: Any) -> int:
@@ -156,9 +241,3 @@ def _rows(shapes: Shapes, name: str) -> int:
 
 def _negative(value: Any) -> bool:
     return type(value) is int and value < 0
-
-
-def _show(value: Any) -> str:
-    """``value`` in at most some 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."

@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 from mlxlora_core.api import ModelError, SafetyError, listing
 from mlxlora_core.files import ZipMember, open_regular, read_exactly, read_zip_layout, refuse_stand_in
+from mlxlora_torch.names import model_tensors
 from mlxlora_torch.program import StoredTensor, read_program
 
 #: the dtypes that are read -> bytes an element
@@ -28,7 +29,6 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _PROGRAM_LIMIT_BYTES = 4 << 20  # a tensor takes about 250 bytes
 _CHUNK_BYTES = 1 << 20
 _LARGEST_AXIS = 2**31 - 1  # MLX counts in 32 bits
-_WRAPPED = "module."
 _AGAIN = "download the file again"
 _UNSAFE = "get the weights from a source that you trust, saved by torch 1.6 or newer"
 _RESAVE = "if you trust it, load it with torch and save it again: torch.save(tensors, path)"
@@ -55,12 +55,14 @@ class Archive:
         identity: device, inode, size and time of change, to notice another file in its place.
         tensors: name -> where it is in the file.
         members: storage key -> its bytes.
+        notes: what was done to find the tensors, in words.
     """
 
     path: Path
     identity: tuple[int, ...]
     tensors: Mapping[str, StoredTensor]
     members: Mapping[str, ZipMember]
+    notes: Sequence[str]
 
     def position(self, name: str) -> int:
         """Byte of the file at which a tensor begins."""
@@ -118,12 +120,12 @@ def open_archive(path: Path) -> Archive:
         members = {member.name.removeprefix(top): member for member in layout.members}
         _check_byte_order(file, members, path)
         program = _content(file, members["data.pkl"], path)
-    tensors = _without_prefix(read_program(program, path))
+    tensors, notes = model_tensors(read_program(program, path), ITEM_BYTES, path)
     if members["data.pkl"].crc not in (0, zlib.crc32(program)):
         raise ModelError("its table of tensors does not match its checksum", where=path, fix=_AGAIN)
     storages = {key.removeprefix("data/"): m for key, m in members.items() if key.startswith("data/")}
     _check_tensors(tensors, storages, path)
-    return Archive(path, identity, tensors, storages)
+    return Archive(path, identity, tensors, storages, notes)
 
 
 def _check_head(file: BinaryIO, path: Path) -> None:
@@ -204,13 +206,6 @@ def _check_tensors(
     faults = [f"{name} {fault}" for name, t in tensors.items() if (fault := _misfit(t, storages))]
     if faults:
         raise ModelError(listing(faults), where=path, fix=_AGAIN)
-
-
-def _without_prefix(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-    """The tensors by their own names; a model that was trained wrapped has ``module.`` before each."""
-    if not all(name.startswith(_WRAPPED) for name in tensors):
-        return tensors
-    return {name.removeprefix(_WRAPPED): tensor for name, tensor in tensors.items()}
 
 
 def _misfit(tensor: StoredTensor, storages: Mapping[str, ZipMember]) -> str:

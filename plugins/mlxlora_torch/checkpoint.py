@@ -37,4 +37,5 @@ def open_checkpoint(folder: Path) -> ForeignModel:
         config=params,
         tokenizer={TOKENIZER: parts.tokenizer},
         tensors={t.name: LazyTensor(t.shape, t.dtype, partial(reader.read, t)) for t in tensors},
+        notes=[*parts.notes, *shards[0].notes],
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,8 @@ from mlxlora_core.files import read_json
 PARAMS = "params.json"
 TOKENIZER = "tokenizer.model"
 _SHARD = re.compile(r"consolidated\.([0-9]{1,9})\.pth")
+_VERSION = re.compile(r"tokenizer\.model\.v[0-9]{1,4}(m[0-9]{1,4})?")
+_OTHER_TOKENIZERS = ("tekken.json", "tokenizer.json", "tokenizer_config.json")
 _PARAMS_LIMIT_BYTES = 1 << 20
 
 
@@ -26,12 +28,14 @@ class Parts:
     Attributes:
         shards: the ``.pth`` files by their number, 0 first.
         params: ``params.json``.
-        tokenizer: ``tokenizer.model``.
+        tokenizer: ``tokenizer.model``, or one with its version behind that name.
+        notes: what was taken that is not called as usual, in words.
     """
 
     shards: tuple[Path, ...]
     params: Path
     tokenizer: Path
+    notes: tuple[str, ...] = ()
 
 
 def find_parts(folder: Path) -> Parts:
@@ -54,7 +58,9 @@ def find_parts(folder: Path) -> Parts:
             extra.append(name)
     faults = _number_faults(numbered)
     faults += [f"{name} is no numbered shard" for name in extra]
-    faults += [f"{name} is missing" for name in (PARAMS, TOKENIZER) if name not in names]
+    tokenizer = _tokenizer(names)
+    faults += [f"{name} is missing" for name in (PARAMS,) if name not in names]
+    faults += [] if tokenizer else [_no_tokenizer(names)]
     if faults:
         raise ModelError(
             listing(faults),
@@ -62,7 +68,23 @@ def find_parts(folder: Path) -> Parts:
             fix=f"put all consolidated.NN.pth of one model there, from 00 on, with {PARAMS} and {TOKENIZER}",
         )
     shards = tuple(folder / numbered[number][0] for number in sorted(numbered))
-    return Parts(shards, folder / PARAMS, folder / TOKENIZER)
+    notes = (f"{tokenizer} is taken for {TOKENIZER}",) if tokenizer != TOKENIZER else ()
+    return Parts(shards, folder / PARAMS, folder / tokenizer, notes)
+
+
+def _tokenizer(names: Sequence[str]) -> str:
+    """The file of the tokenizer, or nothing; Mistral's have their version behind the name."""
+    if TOKENIZER in names:
+        return TOKENIZER
+    versions = [name for name in names if _VERSION.fullmatch(name)]
+    return versions[0] if len(versions) == 1 else ""
+
+
+def _no_tokenizer(names: Sequence[str]) -> str:
+    """What to say where no tokenizer is found: which files look like one."""
+    like = [name for name in names if name.startswith(TOKENIZER) or name in _OTHER_TOKENIZERS]
+    there = f" (there is {listing(like)}, which is not read under that name)" if like else ""
+    return f"{TOKENIZER} is missing{there}"
 
 
 def shard_name(number: int) -> str:

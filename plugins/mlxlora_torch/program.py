@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.api import ModelError, SafetyError, listing
+from mlxlora_core.api import ModelError, SafetyError
 
 #: torch's name for the elements of a storage -> dtype
 _STORAGES = {
@@ -44,19 +44,26 @@ _STORAGES = {
     "torch.ComplexDoubleStorage": "complex128",
     "torch.storage.UntypedStorage": "untyped",
 }
-#: dtypes that have no storage class of their own; they come with _rebuild_tensor_v3
+#: dtypes by their own names; those without a storage class come with _rebuild_tensor_v3
 _DTYPES = {
     f"torch.{name}": name
     for name in (
         *("float16", "bfloat16", "float32", "uint16", "uint32", "uint64", "complex32", "float8_e4m3fn"),
         *("float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+        # as attributes of tensors, and beside them
+        *("float64", "int8", "int16", "int32", "int64", "uint8", "bool", "complex64", "complex128"),
     )
 }
 _ORDERED_DICT = "collections.OrderedDict"
 _TENSOR, _TENSOR_OF_DTYPE = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"
 _PARAMETER = "torch._utils._rebuild_parameter"
-_WITH_ATTRIBUTES = ("torch._tensor._rebuild_from_type_v2", "torch._utils._rebuild_parameter_with_state")
-_CALLS = (_ORDERED_DICT, _TENSOR, _TENSOR_OF_DTYPE, _PARAMETER, *_WITH_ATTRIBUTES)
+_WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
+_PARAMETER_WITH_ATTRIBUTES = "torch._utils._rebuild_parameter_with_state"
+_PARAMETERS = ((_PARAMETER, 3), (_PARAMETER_WITH_ATTRIBUTES, 4))
+_TENSORS = (_TENSOR, _TENSOR_OF_DTYPE, _PARAMETER, _PARAMETER_WITH_ATTRIBUTES)
+#: values that an attribute of a tensor, or an entry beside the tensors, may have; they are not used
+_VALUES = ("torch.device", "torch.Size", "__builtin__.set", "builtins.set")
+_CALLS = (_ORDERED_DICT, *_TENSORS, _WITH_ATTRIBUTES, *_VALUES)
 _CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter")
 _GLOBALS = {*_STORAGES, *_DTYPES, *_CALLS, *_CLASSES}
 
@@ -68,7 +75,9 @@ _LITERALS = {
 }
 _PROTOCOL = 2  # of torch.save
 _AXES = 32
-_RESAVE = (
+_MOST_INSTRUCTIONS = 1_000_000  # some 30 a tensor, of which the largest models have a few thousand a file
+#: what to do about a file that holds more, or other things, than plain tensors
+RESAVE = (
     "save plain tensors: torch.save({k: v.detach().clone() for k, v in model.state_dict().items()}, path)"
 )
 
@@ -119,28 +128,16 @@ class StoredTensor:
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
 
-def read_program(program: bytes, where: Path) -> dict[str, StoredTensor]:
-    """The tensors that a pickle written by ``torch.save`` describes.
+def read_program(program: bytes, where: Path) -> Any:
+    """What a pickle written by ``torch.save`` leaves behind, its tensors as :class:`StoredTensor`.
 
     Raises:
         SafetyError: it names or does something that no table of tensors needs.
-        ModelError: it is damaged, or is something else than a dict of tensors.
+        ModelError: it is damaged.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pickletools minds odd escapes in names
-        table = _Machine(where).run(program)
-    if not isinstance(table, dict):
-        raise ModelError(f"holds {_kind(table)}, wanted a dict of tensors", where=where, fix=_RESAVE)
-    other = [
-        f"{name!r} is {_kind(value)}"
-        for name, value in table.items()
-        if not (isinstance(name, str) and isinstance(value, StoredTensor))
-    ]
-    if other:
-        raise ModelError(f"holds more than named tensors: {listing(other)}", where=where, fix=_RESAVE)
-    if not table:
-        raise ModelError("holds no tensor", where=where)
-    return table
+        return _Machine(where).run(program)
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,9 @@ class _Machine:
         """The value that the program leaves behind."""
         protocol = 0
         try:
-            for name, argument in _instructions(program):
+            for count, (name, argument) in enumerate(_instructions(program)):
+                if count == _MOST_INSTRUCTIONS:
+                    raise _Damaged(f"it has more than {count} instructions")
                 protocol = argument if name == "PROTO" else protocol
                 self.step(name, argument)
             result = self.stack.pop()
@@ -233,7 +232,7 @@ class _Machine:
         return SafetyError(
             f"{what[:300]}: it could run code, so it was not loaded",
             where=self.where,
-            fix=f"get the weights from a source that you trust, or {_RESAVE}",
+            fix=f"get the weights from a source that you trust, or {RESAVE}",
         )
 
     # --- values ---
@@ -254,7 +253,7 @@ class _Machine:
     def top(self, kind: type[Any]) -> Any:
         """The top value, which must be of one kind."""
         if not isinstance(self.stack[-1], kind):
-            raise _Damaged(f"found {_kind(self.stack[-1])}, wanted {kind.__name__}")
+            raise _Damaged(f"found {kind_of(self.stack[-1])}, wanted {kind.__name__}")
         return self.stack[-1]
 
     def add_items(self, items: list[Any]) -> None:
@@ -265,7 +264,7 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             # A key made of nested tuples could exhaust the C stack when it is hashed.
             if not isinstance(key, (str, int)):
-                raise _Damaged(f"a key is {_kind(key)}")
+                raise _Damaged(f"a key is {kind_of(key)}")
             table[key] = value
 
     # --- what could do harm ---
@@ -283,29 +282,36 @@ class _Machine:
 
     def call(self, function: Any, arguments: Any) -> None:
         """Do what calling one of the known globals would do, on inert values."""
-        name = function.name if isinstance(function, _Global) else _kind(function)
+        name = function.name if isinstance(function, _Global) else kind_of(function)
         if not isinstance(arguments, tuple):
             raise _Damaged("a call has no arguments")
         if name not in _CALLS:
             raise self.refusal(f"its pickle calls {name}")
-        if name in _WITH_ATTRIBUTES:
-            what = "has tensors with attributes of their own, which is no attack but is not read"
-            raise ModelError(what, where=self.where, fix=_RESAVE)
-        if name == _ORDERED_DICT and not arguments:
-            self.stack.append({})
-        elif name == _TENSOR and len(arguments) == 6:
-            self.stack.append(_tensor(*arguments[:4], None))
-        elif name == _TENSOR_OF_DTYPE and len(arguments) == 7:
-            self.stack.append(_tensor(*arguments[:4], arguments[6]))
-        elif name == _PARAMETER and len(arguments) == 3 and isinstance(arguments[0], StoredTensor):
-            self.stack.append(arguments[0])
+        if name == _WITH_ATTRIBUTES:  # function, type, its arguments, attributes: these are forgotten
+            name, given = _without_attributes(arguments)
         else:
-            raise _Damaged(f"{name} with unknown arguments")
+            given = arguments
+        self.stack.append(self.made(name, given))
+
+    def made(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        """What a known global gives for these arguments."""
+        if name == _ORDERED_DICT and not arguments:
+            return {}
+        if name in _VALUES:
+            return arguments
+        match name, arguments:
+            case (n, (storage, offset, shape, stride, _, _)) if n == _TENSOR:
+                return _tensor(storage, offset, shape, stride, None)
+            case (n, (storage, offset, shape, stride, _, _, dtype)) if n == _TENSOR_OF_DTYPE:
+                return _tensor(storage, offset, shape, stride, dtype)
+            case (n, (StoredTensor() as tensor, *rest)) if (n, 1 + len(rest)) in _PARAMETERS:
+                return tensor
+        raise _Damaged(f"{name} with unknown arguments")
 
     def set_state(self, state: Any) -> None:
         """Forget the attributes of an ordered dict, such as the versions in a state_dict."""
         if not isinstance(state, dict) or not isinstance(self.stack[-1], dict):
-            raise self.refusal(f"its pickle sets the state of {_kind(self.stack[-1])}")
+            raise self.refusal(f"its pickle sets the state of {kind_of(self.stack[-1])}")
 
     def load_storage(self, handle: Any) -> None:
         """Push the storage that ``("storage", class, key, device, elements)`` names."""
@@ -325,6 +331,15 @@ def _instructions(program: bytes) -> Iterator[tuple[str, Any]]:
             yield opcode.name, argument
     except (ValueError, IndexError) as fault:
         raise _Damaged(str(fault)) from None
+
+
+def _without_attributes(arguments: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
+    """The call that rebuilds a tensor without the attributes that were set on it, as name and arguments."""
+    match arguments:
+        case (_Global(name), _Global(kind), tuple(inner), _) if name in _TENSORS and kind in _CLASSES:
+            return name, inner
+        case _:
+            raise _Damaged(f"{_WITH_ATTRIBUTES} with unknown arguments")
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any) -> StoredTensor:
@@ -349,7 +364,7 @@ def _whole(values: Any) -> bool:
     return isinstance(values, tuple) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """What a value is, in words."""
     words = {StoredTensor: "a tensor", dict: "a dict", list: "a list", tuple: "a tuple", str: "text"}
     return words.get(type(value), f"a value of type {type(value).__name__}")

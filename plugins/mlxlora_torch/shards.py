@@ -6,7 +6,8 @@ narrow, and the embedding, by columns; all else is replicated. Source: the
 parallel layers of Meta's Llama 2 release (ColumnParallelLinear splits axis 0
 of the weight, RowParallelLinear and ParallelEmbedding axis 1), after Shoeybi
 et al. 2019, arXiv:1909.08053, section 3. Since Llama 3 the embedding is split
-by rows (VocabParallelEmbedding): each part has the whole width.
+by rows (VocabParallelEmbedding): each part has the whole width. Where each part
+has all rows too, as many as the heads together, it is replicated.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _AXES = {
     **dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0),
     **dict.fromkeys(("wo", "w2", "tok_embeddings"), 1),
 }
-_EMBEDDING, _NORM = "tok_embeddings.weight", "norm.weight"
+_EMBEDDING, _NORM, _HEAD = "tok_embeddings.weight", "norm.weight", "output.weight"
 _QUERY = "layers.0.attention.wq.weight"
 
 
@@ -79,9 +80,15 @@ def _joined(first: Archive, name: str, count: int, width: int | None) -> Joined:
     tensor = first.tensors[name]
     axis = _axis(name) if count > 1 else None
     if axis is not None and name == _EMBEDDING and tensor.shape[1:] == (width,):
-        axis = 0
+        axis = None if _is_whole(first, count) else 0
     shape = tuple(size * count if i == axis else size for i, size in enumerate(tensor.shape))
     return Joined(name, shape, tensor.dtype, axis)
+
+
+def _is_whole(first: Archive, count: int) -> bool:
+    """Whether the embedding of each shard has as many rows as the heads of all of them together."""
+    head = first.tensors.get(_HEAD)
+    return head is not None and first.tensors[_EMBEDDING].shape[0] == count * (head.shape or (0,))[0]
 
 
 def _axis(name: str) -> int | None:
@@ -127,7 +134,7 @@ def _check_count(first: Archive, count: int, width: int | None, params: Mapping[
             where=first.path,
         )
     if wanted == 1:
-        wanted = _query_parts(first, width, params)
+        wanted = _query_parts(first, width, params) or count
     folder: Path = first.path.parent
     if count < wanted:
         missing = listing(shard_name(number) for number in range(count, min(wanted, count + 100)))
@@ -146,13 +153,13 @@ def _check_count(first: Archive, count: int, width: int | None, params: Mapping[
 
 
 def _query_parts(first: Archive, width: int, params: Mapping[str, Any]) -> int:
-    """Of how many parts the first query is one, 1 where nothing tells."""
+    """Of how many parts the first query is one, 0 where nothing tells."""
     query, heads = first.tensors.get(_QUERY), params.get("n_heads")
     if query is None or not query.shape or not query.shape[0] or type(heads) is not int or heads < 1:
-        return 1
+        return 0
     head_dim = params.get("head_dim")
     rows = heads * (head_dim if type(head_dim) is int else width // heads)
-    return rows // query.shape[0] if rows > 0 and rows % query.shape[0] == 0 else 1
+    return rows // query.shape[0] if rows > 0 and rows % query.shape[0] == 0 else 0
 
 
 def _width(first: Archive, params: Mapping[str, Any]) -> int | None:

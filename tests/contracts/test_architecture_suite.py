@@ -36,6 +36,7 @@ LLAMA = {
     "n_heads": 3,
     "n_kv_heads": 3,
     "norm_eps": 1e-5,
+    "rope_theta": 1e4,
     "vocab_size": 17,
 }
 TIED = {**LLAMA, "n_kv_heads": 1}

@@ -270,7 +270,7 @@ def test_fuse_writes_the_folder_of_the_verb(
     on_base = ("--model", model, "--adapter-file", tuned, "--save-path", tmp_path / "verb")
     verb = json.loads(mlxlora("fuse", *on_base, "--json").out)
     report = mlxlora_core.fuse(model, tuned, tmp_path / "python", adapter="lora", rank=4)
-    assert asdict(report) | {"folder": None} == verb | {"folder": None}
+    assert json.loads(json.dumps(asdict(report))) | {"folder": None} == verb | {"folder": None}
     folders = [{p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("verb", "python")]
     assert folders[0] == folders[1]
     with pytest.raises(SafetyError):

@@ -25,6 +25,7 @@ BASE = {
     "n_heads": 4,
     "n_kv_heads": 4,
     "norm_eps": 1e-5,
+    "rope_theta": 1e4,
     "vocab_size": 50,
 }
 LLAMA = {**BASE, "n_kv_heads": 2, "rope_theta": 5e5}

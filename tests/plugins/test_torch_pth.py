@@ -360,21 +360,16 @@ def test_heads_that_are_narrower_than_the_model_are_no_missing_shard(
     assert open_(save(tmp_path, table, params={"dim": D} | heads)).tensors.keys() == table.keys()
 
 
-def test_names_of_a_wrapped_model_are_told_by_their_own(tmp_path: Path) -> None:
-    table = llama()
-    tensors = open_(save(tmp_path, {f"module.{name}": t for name, t in table.items()})).tensors
-    assert list(tensors) == list(table)
-    assert_equal(tensors["norm.weight"].read(), table["norm.weight"])
-    some = {f"module.{name}" if name.startswith("layers") else name: t for name, t in table.items()}
-    assert set(open_(save(tmp_path, some)).tensors) == set(some)
+def test_an_embedding_that_every_shard_holds_whole_is_read_once(tmp_path: Path) -> None:
+    name, whole = "tok_embeddings.weight", llama()
+    tensors = open_(save(tmp_path, *(part(whole, n, 2) | {name: whole[name]} for n in range(2)))).tensors
+    for name, want in whole.items():
+        assert_equal(tensors[name].read(), want)
 
 
-def test_tensors_with_attributes_are_told_from_code(tmp_path: Path) -> None:
-    table = llama()
-    table["norm.weight"].some_mark = 1
-    message = fault(save(tmp_path, table))
-    assert "tensors with attributes of their own, which is no attack" in message
-    assert "v.detach().clone()" in message
+def test_shards_are_joined_where_nothing_says_how_many_there_are(tmp_path: Path) -> None:
+    tensors = open_(save(tmp_path, *halves_by_rows(), params={"dim": D})).tensors
+    assert_equal(tensors["tok_embeddings.weight"].read(), llama()["tok_embeddings.weight"])
 
 
 # --- tensors that are refused -------------------------------------------------
@@ -457,6 +452,22 @@ def test_params_with_a_byte_order_mark(tmp_path: Path) -> None:
     save(tmp_path, llama())
     (tmp_path / "params.json").write_bytes(b'\xef\xbb\xbf{"dim": 8}')
     assert open_(tmp_path).config == {"dim": 8}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model.v1", "tokenizer.model.v3", "tokenizer.model.v7m1"])
+def test_a_tokenizer_with_its_version_behind_the_name(tmp_path: Path, name: str) -> None:
+    (save(tmp_path, llama()) / "tokenizer.model").rename(tmp_path / name)
+    opened = open_(tmp_path)
+    assert opened.tokenizer == {"tokenizer.model": tmp_path / name}
+    assert list(opened.notes) == [f"{name} is taken for tokenizer.model"]
+    (tmp_path / "tokenizer.model").write_bytes(b"the usual one")
+    assert open_(tmp_path).tokenizer == {"tokenizer.model": tmp_path / "tokenizer.model"}
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.json", "tokenizer.model.bak"])
+def test_another_tokenizer_is_named_where_none_is_found(tmp_path: Path, name: str) -> None:
+    (save(tmp_path, llama()) / "tokenizer.model").rename(tmp_path / name)
+    assert f"tokenizer.model is missing (there is {name}, which is not read" in fault(tmp_path)
 
 
 def test_empty_tokenizer(tmp_path: Path) -> None:

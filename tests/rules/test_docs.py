@@ -88,10 +88,11 @@ def test_the_fields_that_all_specs_have() -> None:
 
 
 HANDED_OVER = ("ForeignModel", "LazyTensor", "Piece", "Row", "Rows", "Skipped", "RuntimeStarted", "Place")
+FOREIGN = ("ForeignLinear", "FoundAdapter")
 GIVEN = ("ExportSource", "ExportAdapter", "RunInfo")
 
 
-@pytest.mark.parametrize("name", [*HANDED_OVER, *GIVEN])
+@pytest.mark.parametrize("name", [*HANDED_OVER, *FOREIGN, *GIVEN])
 def test_every_field_of_what_functions_hand_over(name: str) -> None:
     for field in dataclasses.fields(getattr(api, name)):
         assert f"| `{field.name}: {field.type}` |" in page("plugins.md"), f"{name}.{field.name}"

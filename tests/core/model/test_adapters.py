@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -541,10 +542,167 @@ def test_a_file_that_says_nothing_is_the_default_adapter_with_the_options_given(
     wq: Any = model.language_model.layers[0].attention.wq
     a, b = (tensors[f"layers.0.attention.wq.lora_{letter}"] for letter in "ab")
     assert mx.allclose(wq(x), wq.linear(x) + 2.0 * (x @ a) @ b, atol=1e-6)
-    foreign(path, rank=3, layers=1)
+    assert [note.replace(str(path), "FILE") for note in adapted.notes] == [
+        "FILE says nothing of itself: rank 8 and 4 linears are read off its tensors",
+        "FILE does not say its scale: 2.0 is assumed (say another with --set adapter.scale=VALUE)",
+    ]
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8, 16])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("ending", ["npz", "safetensors"])
+def test_rank_and_places_are_read_off_the_tensors(
+    load: Callable[..., Model], registry: Registry, tmp_path: Path, rank: int, layers: int, ending: str
+) -> None:
+    path = tmp_path / f"adapters.{ending}"
+    tensors = foreign(tmp_path / "made.npz", rank, layers)
+    if ending == "npz":
+        mx.savez(str(path), **tensors)
+    else:
+        mx.save_safetensors(str(path), tensors)
+    model = load()
+    adapted = adapters.load(path, model, registry)
+    assert (adapted.choice.options.rank, adapted.config.layers) == (rank, layers)
+    assert adapted.config.targets == ("wq", "wv")
+    got = adapters.trainable(model.module)
+    assert got.keys() == tensors.keys() and all(mx.array_equal(got[name], t) for name, t in tensors.items())
+    # Kept from here on as an adapter of this base, with all that was read and assumed.
+    adapters.save(tmp_path / "own.safetensors", model, adapted)
+    again = adapters.load(tmp_path / "own.safetensors", load(), registry)
+    assert again == dataclasses.replace(adapted, notes=())
+
+
+def test_any_linears_may_be_adapted_by_a_foreign_file(
+    load: Callable[..., Model], registry: Registry, tmp_path: Path
+) -> None:
+    shapes = {"layers.0.attention.wk": (32, 16), "layers.1.feed_forward.w2": (64, 32)}
+    tensors = {f"{at}.lora_a": mx.ones((shape[0], 2)) for at, shape in shapes.items()}
+    tensors |= {f"{at}.lora_b": mx.ones((2, shape[1])) for at, shape in shapes.items()}
+    mx.savez(str(tmp_path / "a.npz"), **tensors)
+    adapted = adapters.load(tmp_path / "a.npz", load(), registry)
+    assert adapted.paths == tuple(shapes)
+    assert (adapted.config.targets, adapted.config.layers) == (("w2", "wk"), 2)
+
+
+def test_what_is_stated_of_a_foreign_file_is_taken_and_must_not_differ(
+    load: Callable[..., Model], registry: Registry, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.npz"
+    foreign(path, rank=4, layers=1)
+    adapted = adapters.load(path, load(), registry, values={"scale": "20", "rank": "4", "layers": 1})
+    assert (adapted.choice.options.scale, len(adapted.notes)) == (20.0, 1)
+    adapters.load(path, load(), registry, values={"targets": "wq,wv", "layers": 1})
+    for values, says in (
+        ({"rank": 8}, "rank is 4, wanted 8"),
+        ({"layers": 2}, "are not the targets and layers that are asked for"),
+        ({"targets": "wq", "layers": 1}, "are not the targets and layers that are asked for"),
+    ):
+        assert says in refused(path, load(), registry, values=values)
+
+
+# A Llama's linear here -> its path in Hugging Face's libraries and in mlx-lm.
+THEIR_NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+}
+
+
+def in_their_order(b: np.ndarray, heads: int) -> np.ndarray:
+    """The outputs of queries or keys, axis 1, as the conversion to Hugging Face's layout permutes them."""
+    rank, outputs = b.shape
+    pairs = b.reshape(rank, heads, outputs // heads // 2, 2)
+    return pairs.transpose(0, 1, 3, 2).reshape(rank, outputs)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "", "language_model.model."])
+def test_a_file_of_mlx_lm_does_here_what_it_does_there(
+    load: Callable[..., Model], registry: Registry, tmp_path: Path, prefix: str
+) -> None:
+    ours = load()
+    adapted = adapt(ours, registry, targets="all-linear", layers=-1, scale=20.0)
+    theirs = {}
+    for name, tensor in adapters.trainable(ours.module).items():
+        layer, place, part = re.fullmatch(r"layers\.(\d)\.(.+)\.(lora_[ab])", name).groups()  # type: ignore[union-attr]
+        value = np.array(tensor)
+        if part == "lora_b" and place in ("attention.wq", "attention.wk"):
+            value = in_their_order(value, 4 if place == "attention.wq" else 2)
+        theirs[f"{prefix}layers.{layer}.{THEIR_NAMES[place]}.{part}"] = mx.array(value)
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), theirs)
+    config = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8, "scale": 20.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = load()
+    got = adapters.load(tmp_path / "adapters.safetensors", model, registry)
+    want = adapters.trainable(ours.module)
+    assert all(mx.array_equal(t, want[name]) for name, t in adapters.trainable(model.module).items())
+    assert mx.allclose(model.language_model(TOKENS), ours.language_model(TOKENS), atol=1e-5)
+    assert (got.choice.options.scale, sorted(got.paths)) == (20.0, sorted(adapted.paths))
+    assert [note for note in got.notes if "scale" in note] == [got.notes[0]] and "scale 20.0" in got.notes[0]
+    (tmp_path / "adapter_config.json").unlink()
+    assert (
+        "its scale: 2.0 is assumed"
+        in adapters.load(tmp_path / "adapters.safetensors", load(), registry).notes[1]
+    )
+
+
+def both(path: str, a: tuple[int, ...] = (32, 4), b: tuple[int, ...] = (4, 32)) -> dict[str, mx.array]:
+    return {f"{path}.lora_a": mx.ones(a), f"{path}.lora_b": mx.ones(b)}
+
+
+WQ, DEEP = "layers.0.attention.wq", "layers.1.attention.wq"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({f"base_model.model.{WQ}.lora_A.weight": mx.ones((4, 32))}, "as written by PEFT"),
+        (both(WQ) | {f"{WQ}.m": mx.ones((32,))}, "as written by a DoRA"),
+        ({f"{WQ}.lora_a": mx.ones((32, 4))}, f"lacks {WQ}.lora_b"),
+        (both(WQ) | {f"{DEEP}.lora_b": mx.ones((4, 32))}, f"lacks {DEEP}.lora_a"),
+        (both(WQ, (32, 4), (8, 32)), "no product (inputs, R) times (R, outputs)"),
+        (both(WQ, (4, 32), (32, 4)) | both(DEEP), "has updates of several ranks: 4, 32"),
+        (both(WQ, (32, 4, 1)), "no product"),
+        (both(WQ, (32, 0), (0, 32)), "no product"),
+        (both(WQ, (16, 4)), "of a wrong shape"),
+        (both(WQ, (32, 64), (64, 32)), "rank 64 does not fit a linear"),
+        (both("layers.7.attention.wq"), "adapts layers.7.attention.wq, which this model does not have"),
+        (both("model.layers.7.self_attn.q_proj"), "adapts model.layers.7.self_attn.q_proj, which"),
+        (both("model.layers.0.self_attn.q_proj", (16, 4)), "of a wrong shape"),
+        (both(WQ) | both("model.layers.0.self_attn.q_proj"), f"adapts {WQ} under two names"),
+        (both("output"), "1 of a wrong shape"),
+        (
+            {WQ + ".weight": mx.ones((32, 32))},
+            "is no file of adapter 'lora': it holds layers.0.attention.wq.weight",
+        ),
+        (both(WQ) | {"norm.weight": mx.ones((32,))}, "is no file of adapter 'lora'"),
+        ({}, "holds no"),
+    ],
+)
+def test_a_foreign_file_that_does_not_fit_is_one_line(
+    load: Callable[..., Model], registry: Registry, tmp_path: Path, tensors: dict[str, mx.array], says: str
+) -> None:
+    path = tmp_path / "adapters.safetensors"
+    mx.save_safetensors(str(path), tensors)
     message = refused(path, load(), registry)
-    assert "4 missing" in message and "4 of a wrong shape" in message
-    adapters.load(path, load(), registry, values={"rank": 3, "layers": 1})
+    assert says in message and str(path) in message and len(message) < 2000
+
+
+def test_another_base_is_allowed_when_asked_for_and_told(
+    load: Callable[..., Model], registry: Registry, saved: Path
+) -> None:
+    """What was trained on a quantized base goes on the dense one, and the other way round."""
+    tensors, _ = tensor_file.load(saved)
+    for options in ({"bits": 4}, {"bits": 8}, {"dtype": "float16"}, {"seed": 1}):
+        model = load(**options)
+        adapted = adapters.load(saved, model, registry, any_base=True)
+        assert len(adapted.notes) == 1 and "made for another base" in adapted.notes[0]
+        got = adapters.trainable(model.module)
+        assert all(mx.array_equal(got[name], tensor) for name, tensor in tensors.items())
+    assert adapters.load(saved, load(), registry, any_base=True).notes == ()
 
 
 def test_half_precision_tensors_train_in_the_adapter_s_own_type(

@@ -18,7 +18,7 @@ from mlxlora_core.files import tensor_file
 from mlxlora_core.model import folder as folders
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
-from mlxlora_core.model.generate import decode
+from mlxlora_core.model.generate import decode, generate
 from mlxlora_core.model.linears import dense_weight, linears
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.plugins import Choice, Component, Registry
@@ -323,15 +323,40 @@ def test_impossible_values_and_a_tokenizer_of_another_vocabulary_are_refused(
     assert "tokenizer has 320 pieces, the model a vocabulary of 319" in refused(checkpoint, registry)
 
 
+class Watched:
+    """A tokenizer that keeps the ids that it is given to decode."""
+
+    def __init__(self, tokenizer: Any, seen: list[int]) -> None:
+        self._tokenizer, self._seen = tokenizer, seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def stream(self, ids: Iterator[int], every: int) -> Iterator[str]:
+        for token in ids:
+            self._seen.append(token)
+        yield "seen"
+
+
 def test_a_vocabulary_may_be_padded(
     make_checkpoint: MakeCheckpoint, registry: Registry, tmp_path: Path
 ) -> None:
-    head = torch.zeros(324, 32).half()
-    names = {"tok_embeddings__weight": head, "output__weight": head}
+    draw = torch.Generator().manual_seed(0)
+    embedding, head = (torch.randn(324, 32, generator=draw).half() for _ in range(2))
+    head[320:322], head[322:] = 100, -100  # one of them wins, whatever comes before
+    names = {"tok_embeddings__weight": embedding, "output__weight": head}
     checkpoint = change(make_checkpoint(tmp_path / "checkpoint"), **names)
     assert result_of(convert(checkpoint, tmp_path / "model", registry)).padding == 4
     model = folders.load(tmp_path / "model", registry)
     assert (model.language_model.vocab_size, model.tokenizer.vocab_size) == (324, 320)
+    assert model.language_model(mx.array([[1, 5, 7]])).argmax(-1).min() >= 320
+    for sampler, options in (("greedy", {}), ("temperature", {"temp": 1.5}), ("top-p", {})):
+        component = registry.find("sampler", sampler)
+        chosen = [(component, component.spec.options(**options))]
+        seen: list[int] = []
+        watched = Watched(model.tokenizer, seen)
+        list(generate(model.language_model, watched, "A layer", chosen, num_tokens=40, seed=3))
+        assert seen and max(seen) < 320
     drawn = iter([40, 323, 41])
     ids = decode(model.language_model, [1, 5], lambda logits, tokens: next(drawn), num_tokens=3, stops={2})
     assert "".join(model.tokenizer.stream(ids)) == model.tokenizer.decode([40, 41])

@@ -100,7 +100,7 @@ def test_an_adapter_is_in_the_weights_as_fuse_puts_it_there(
 ) -> None:
     base = model_folder(dtype="float16")
     adapter = make_adapter(base)
-    result_of(fuse(base, adapter, tmp_path / "fused", registry))
+    result_of(fuse(base, AdapterFile(adapter), tmp_path / "fused", registry))
     report = exported(base, tmp_path / "out", registry, adapter)
     found, want = numbers(tmp_path / "out"), read_weights(tmp_path / "fused")[0]
     assert report.adapter == "lora:lora"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +16,9 @@ from mlxlora_core.errors import ModelError, PluginError, SafetyError, UsageError
 from mlxlora_core.files import tensor_file
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as folders
+from mlxlora_core.model import fuse as fusing
+from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.events import result_of
-from mlxlora_core.model.fuse import fuse
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.sections import configure
@@ -47,6 +50,12 @@ def logits(folder: Path, registry: Registry, adapter: Path | None = None) -> mx.
     if adapter is not None:
         adapters.load(adapter, model, registry)
     return model.language_model(TOKENS)
+
+
+def fuse(base: Path, adapter: Path, target: Path, registry: Registry, **options: Any) -> Any:
+    """The events of fusing a file of which nothing is insisted on."""
+    insisted = {key: options.pop(key) for key in ("name", "values", "any_base") if key in options}
+    return fusing.fuse(base, AdapterFile(adapter, **insisted), target, registry, **options)
 
 
 def weights(folder: Path) -> dict[str, mx.array]:
@@ -278,3 +287,87 @@ def test_a_quantizer_that_does_not_take_the_weight_again_names_itself(
     with pytest.raises(PluginError, match=r"affine:affine: quantize gives None for layers\.0\.attention\.wq"):
         result_of(fuse(base, adapter, tmp_path / "fused", Registry(registry.plugins, components)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors"]
+
+
+# --- dense again, and other bases ---------------------------------------------
+
+
+def dequantized(weights: dict[str, mx.array], path: str, bits: int) -> np.ndarray:
+    """The weight that is packed below ``path`` by groups of 32, by numpy."""
+    words, scales, biases = (np.array(weights[f"{path}.{part}"]) for part in ("weight", "scales", "biases"))
+    stream = np.unpackbits(words.view(np.uint8), bitorder="little").reshape(-1, bits)
+    steps = (stream * (1 << np.arange(bits))).sum(1).reshape(len(words), -1).astype(np.float64)
+    return steps * scales.astype(np.float64).repeat(32, 1) + biases.astype(np.float64).repeat(32, 1)
+
+
+@pytest.mark.parametrize(("bits", "file_format"), [(4, "safetensors"), (8, "npz"), (3, "safetensors")])
+def test_a_quantized_base_is_fused_into_a_dense_model(
+    model_folder: MakeModel,
+    make_adapter: Callable[..., Path],
+    registry: Registry,
+    tmp_path: Path,
+    bits: int,
+    file_format: str,
+) -> None:
+    base = model_folder(bits=bits, dtype="float16", file_format=file_format)
+    adapter = make_adapter(base, targets=("wq", "w2"), layers=1)
+    events = list(fuse(base, adapter, tmp_path / "fused", registry, dequantize=True))
+    report, before, after = events[-1], weights(base), weights(tmp_path / "fused")
+    assert (report.linears, report.rounded) == (2, 0) and report.same_argmax > 0.95
+    assert report.distance < 2e-3 < 1e-2 < report.base_distance
+    config = json.loads((base / "config.json").read_text())
+    for key in ("quantizer", "quantization", "quantized"):
+        del config[key]
+    assert json.loads((tmp_path / "fused" / "config.json").read_text()) == config
+    assert {str(t.dtype) for t in after.values()} == {"mlx.core.float16"}
+    held, _ = tensor_file.load(adapter)
+    tensors = {name: np.array(tensor).astype(np.float64) for name, tensor in held.items()}
+    for name, tensor in after.items():
+        path = name.removesuffix(".weight")
+        if f"{path}.scales" not in before:
+            assert same_bits(tensor, before[name])
+            continue
+        want = dequantized(before, path, bits)
+        if f"{path}.lora_a" in tensors:
+            want += 2.0 * (tensors[f"{path}.lora_a"] @ tensors[f"{path}.lora_b"]).T
+        np.testing.assert_allclose(np.array(tensor), want, atol=2e-3, err_msg=name)
+    taken = sum(path.stat().st_size for path in (tmp_path / "fused").iterdir())
+    need = float(re.search(r"needs ([0-9.]+) MB", events[0].text)[1]) * 1e6  # type: ignore[index]
+    assert taken < need < 1.2 * taken
+
+
+def test_a_dense_base_stays_dense_whether_that_is_asked_for_or_not(
+    model_folder: MakeModel, make_adapter: Callable[..., Path], registry: Registry, tmp_path: Path
+) -> None:
+    base = model_folder(dtype="float16")
+    adapter = make_adapter(base)
+    plain = result_of(fuse(base, adapter, tmp_path / "plain", registry))
+    asked = result_of(fuse(base, adapter, tmp_path / "asked", registry, dequantize=True))
+    assert plain.rounded == asked.rounded == 0
+    one, other = weights(tmp_path / "plain"), weights(tmp_path / "asked")
+    assert one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
+
+
+def test_only_linears_that_are_quantized_again_count_as_rounded(
+    model_folder: MakeModel, make_adapter: Callable[..., Path], registry: Registry, tmp_path: Path
+) -> None:
+    base = model_folder(bits=4, dtype="float16")
+    assert result_of(fuse(base, make_adapter(base), tmp_path / "fused", registry)).rounded == 4
+
+
+def test_an_adapter_of_a_quantized_base_goes_into_the_dense_one_when_allowed(
+    model_folder: MakeModel, make_adapter: Callable[..., Path], registry: Registry, tmp_path: Path
+) -> None:
+    quantized, dense = model_folder(bits=4, dtype="float16"), model_folder()
+    adapter = make_adapter(quantized)
+    with pytest.raises(ModelError, match=r"made for another base .* --base-mismatch allow"):
+        result_of(fuse(dense, adapter, tmp_path / "fused", registry))
+    report = result_of(fuse(dense, adapter, tmp_path / "fused", registry, any_base=True))
+    assert len(report.notes) == 1 and "made for another base" in report.notes[0]
+    tensors = {name: np.array(tensor) for name, tensor in tensor_file.load(adapter)[0].items()}
+    path = "layers.0.attention.wv"
+    want = (
+        np.array(weights(dense)[f"{path}.weight"])
+        + 2.0 * (tensors[f"{path}.lora_a"] @ tensors[f"{path}.lora_b"]).T
+    )
+    np.testing.assert_allclose(np.array(weights(tmp_path / "fused")[f"{path}.weight"]), want, atol=1e-6)

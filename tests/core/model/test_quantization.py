@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxlora_core.errors import ModelError, PluginError
+from mlxlora_core.errors import ModelError, PluginError, UsageError
 from mlxlora_core.files import tensor_file
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as folders
@@ -110,6 +110,18 @@ def test_convert_tells_it_and_leaves_no_folder(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_quantizer_that_takes_nothing_makes_no_model(
+    tiny_checkpoint: Path, registry: Registry, tmp_path: Path
+) -> None:
+    idle = rounding(quantize=lambda w, o: None)
+    with pytest.raises(UsageError) as caught:
+        result_of(convert(tiny_checkpoint, tmp_path / "model", registry, quantization=idle))
+    assert "nothing is quantized: quantizer 'rounding'" in caught.value.what
+    assert "leaves all 14 linears as they are, which have 32, 64 inputs" in caught.value.what
+    assert "leave -q out" in caught.value.fix
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- what is found again ------------------------------------------------------
 
 
@@ -140,6 +152,23 @@ def test_a_folder_of_before_opens_with_the_same_bits(
     kinds = {path: type(linear) for path, linear in linears(got.module)}
     assert [path for path, kind in kinds.items() if kind is not QuantizedLinear] == ["output"]
     assert mx.array_equal(got.language_model(TOKENS), want.language_model(TOKENS))
+
+
+@pytest.mark.parametrize("mode", ["affine", None])
+def test_the_mode_that_mlx_states_is_what_is_computed(
+    copy: Path, model_folder: MakeModel, registry: Registry, mode: str | None
+) -> None:
+    stated = json.loads((copy / "config.json").read_text())["quantization"] | {"mode": mode}
+    got = folders.load(change(copy, {"quantization": stated, "quantizer": None}), registry)
+    want = folders.load(model_folder(bits=4), registry)
+    assert mx.array_equal(got.language_model(TOKENS), want.language_model(TOKENS))
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "", 4, ["affine"]])
+def test_another_mode_is_refused(copy: Path, registry: Registry, mode: Any) -> None:
+    stated = json.loads((copy / "config.json").read_text())["quantization"] | {"mode": mode}
+    with pytest.raises(ModelError, match=r"is quantized in mode .* which 'affine' does not read"):
+        folders.load(change(copy, {"quantization": stated}), registry)
 
 
 def test_the_fingerprint_of_a_folder_of_before_is_what_it_was(copy: Path, registry: Registry) -> None:
@@ -180,7 +209,7 @@ def test_options_may_differ_from_linear_to_linear(
 
     adapted = adapters.attach(model, *configure(registry.find("adapter", "lora"), {"rank": 2}), 0)
     adapters.save(tmp_path / "a.safetensors", model, adapted)
-    result_of(fuse(copy, tmp_path / "a.safetensors", tmp_path / "fused", registry))
+    result_of(fuse(copy, adapters.AdapterFile(tmp_path / "a.safetensors"), tmp_path / "fused", registry))
     fused = dict(linears(folders.load(tmp_path / "fused", registry).module))
     # The adapter changes nothing yet: 8 bits again are nearer than 4 could be.
     away = mx.linalg.norm(dense_weight(fused[eight]) - again.weight) / mx.linalg.norm(again.weight)

@@ -1,0 +1,132 @@
+"""The keys of a checkpoint's config that are no argument of a model, and what comes of each.
+
+A key may change what a model computes. So a key that is known to have no
+effect here passes, one that asks for something that is not built here is
+refused unless it is off, and one that nobody knows is refused too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from mlxlora_core.api import listing
+
+#: values of a key by which what it stands for is off
+_OFF: tuple[Any, ...] = (False, 0, "none", "None", "off")
+_DEFAULT_ROPE = {"rope_type": "default"}
+_SHOWN_LETTERS, _SHOWN_KEYS = 60, 8
+
+#: keys that say what is computed here anyway -> the values that say so
+_AS_BUILT: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("causal", "is_causal", "is_decoder", "use_rope", "rope", "rotary"), (True,)),
+    **dict.fromkeys(("rope_interleaved", "rope_traditional", "interleaved", "traditional"), (True,)),
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "rope_scaling_factor", "rope_factor"), (1,)),
+    **dict.fromkeys(
+        ("attention_multiplier", "embedding_multiplier", "logit_scale", "residual_multiplier"), (1,)
+    ),
+    **dict.fromkeys(("pre_norm", "use_rmsnorm", "use_rms_norm", "swiglu", "use_swiglu", "glu"), (True,)),
+    **dict.fromkeys(("act_fn", "activation", "hidden_act", "hidden_activation"), ("silu", "swish", "swiglu")),
+    **dict.fromkeys(("norm", "norm_type"), ("rmsnorm", "rms_norm", "RMSNorm")),
+    **dict.fromkeys(("attn_type", "attention_type"), ("full", "gqa", "mha", "full_attention")),
+    "rope_type": ("default",),
+}
+
+#: what a model can have that is not built here, by the words in the keys that ask for it
+_FEATURES = tuple(
+    (re.compile(pattern), what)
+    for pattern, what in (
+        (r"moe|expert|router", "a mixture of experts"),
+        (r"scaled_rope|rope.*(scal|factor)|yarn|ntk|llama_4_scaling", "scaled rotary positions"),
+        (
+            r"window|chunk_size|no_?pe|no_rope|layer_types",
+            "a window or rotary positions of its own for each layer",
+        ),
+        (r"(^|_)(bias|biases)$", "linears with a bias"),
+        (r"qk_?norm|query_norm|key_norm|post.*norm|sandwich|ada_rms", "other norms than two a layer"),
+        (r"quant", "a checkpoint that is quantized already"),
+        (r"lora_(args|rank)|^lora$|adapter", "low-rank parts beside the weights"),
+        (r"vision|image|audio|multimodal|mm_|cross_attention", "anything but text"),
+        (r"soft_?cap|scal|floor|multiplier|temperature_tuning|alibi", "other scores or scales"),
+        (r"rot(ary|_)|parallel_(residual|attn)", "another arrangement of its parts"),
+        (r"mtp|nextn|(v|nope|rope)_head_dim|mamba|ssm|n_groups|conv", "parts that no Llama has"),
+    )
+)
+
+#: keys that nothing here depends on
+_HARMLESS = re.compile(
+    # what a person or a tool says of the model
+    r"[_#/$].*comment.*|comments?|[#/$].*|_?(note|name|description|version|license|author|source|url|date)s?|"
+    r"_name_or_path|model_name|architectures|transformers_version|model_parallel_size|world_size|"
+    # sizes that the tensors tell, and the type that they are stored in
+    r"multiple_of|ffn_dim_multiplier|(torch_|param_)?dtype|n_params|num_parameters|"
+    # tokens
+    r"(bos|eos|pad|unk|sep|mask)_(token|idx?|ids|token_ids?)|tokenizer.*|"
+    # what counts in training alone, or in how something is computed and not in what
+    r".*drop_?out.*|.*drop_?path.*|(depth_|weight_)?init(ializer)?(_.*)?|gradient_.*|learning_rate|"
+    r"weight_decay|seed|pretraining_tp|(max_)?batch_size|.*flash.*|.*cache.*|.*kernel.*|.*compile.*|"
+    r".*checkpoint.*|attn_implementation|use_sdpa|device|(use_)?fused_.*"
+)
+
+
+def faults(raw: Mapping[str, Any], arguments: Collection[str]) -> list[str]:
+    """What is wrong with the keys of a config beside the ``arguments``, a line each; all unknown ones in one.
+
+    Args:
+        raw: params.json.
+        arguments: the keys that are honoured.
+    """
+    told, unknown = [], []
+    for key, value in raw.items():
+        if key in arguments or value is None or value in ("", [], {}, {"type": "default"}, _DEFAULT_ROPE):
+            continue
+        what = _feature(key)
+        if key in _AS_BUILT:
+            if not _is_one_of(value, _AS_BUILT[key]):
+                wanted = listing(repr(good) for good in _AS_BUILT[key])
+                told.append(f"{show(key)}: got {show_value(value)}, but only {wanted} is built here")
+        elif what:
+            if not _is_one_of(value, _OFF):
+                told.append(
+                    f"{show(key)}: got {show_value(value)}, which asks for {what}; that is not supported"
+                )
+        elif not _HARMLESS.fullmatch(key.lower()):
+            unknown.append(key)
+    if unknown:
+        # A hint takes its time, and a file may hold any number of keys.
+        shown = [_hinted(key, raw[key], arguments) for key in unknown[:_SHOWN_KEYS]]
+        words = listing([*shown, *unknown[_SHOWN_KEYS:]], _SHOWN_KEYS)
+        advice = "a key may change what the model computes, so take out only what does not"
+        return [*told[:_SHOWN_KEYS], f"unknown: {words}; {advice}"]
+    return told[:_SHOWN_KEYS]
+
+
+def _hinted(key: str, value: Any, arguments: Collection[str]) -> str:
+    """An unknown key with its value, and the argument that it may be a slip of."""
+    near = difflib.get_close_matches(key.lower()[:_SHOWN_LETTERS], arguments, n=1, cutoff=0.8)
+    return f"{show(key)} {show_value(value)}" + (f" (did you mean {near[0]!r}?)" if near else "")
+
+
+def show(key: str) -> str:
+    """A key for a message, cut where it is long."""
+    return key if len(key) <= _SHOWN_LETTERS else key[:_SHOWN_LETTERS] + "..."
+
+
+def show_value(value: Any) -> str:
+    """A value for a message, in at most some 60 characters."""
+    return show(repr(value))
+
+
+def _feature(key: str) -> str:
+    """What a key asks for that is not built here, or nothing."""
+    if _HARMLESS.fullmatch(key.lower()):
+        return ""
+    return next((what for pattern, what in _FEATURES if pattern.search(key.lower())), "")
+
+
+def _is_one_of(value: Any, wanted: Collection[Any]) -> bool:
+    """Whether a value is among others; True is not taken for 1, nor 1 for True."""
+    boolean = isinstance(value, bool)
+    return any(value == other and boolean == isinstance(other, bool) for other in wanted)
