@@ -19,6 +19,7 @@ EXCEPT = {
     "mlxlora_core/cli/streams.py": "writes to the standard streams",
     "mlxlora_core/plugins/surroundings.py": "opens nowhere in the place of a stream that is closed",
     "mlxlora_core/files/input_file.py": "opens to read; its flags stand in a variable",
+    "plugins/mlxlora_openblas/guard.py": "a last line on stderr, from a thread that may take no memory",
     "plugins/mlxlora_docstrings/packages.py": "a request in a temporary folder, for a child",
     "plugins/mlxlora_docstrings/child.py": "its answer there, and a setting of the kernel's",
 }
