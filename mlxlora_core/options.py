@@ -20,6 +20,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -32,6 +33,7 @@ T = TypeVar("T")
 _TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}
 _SHOWN_LETTERS = 80  # so much of a wrong value is told
+_LARGEST = 2**63 - 1  # of a whole number in the files that mlxlora writes and reads back
 _LEAST, _MOST = 1e-37, 1e38  # a float32, in which models compute, makes 0 or infinity of what is beyond
 
 
@@ -281,14 +283,15 @@ def _bool(value: Any) -> bool:
 
 
 def _int(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    try:
-        if isinstance(value, str):
-            return int(value)
-    except ValueError:
-        pass
-    raise ValueError(f"wanted a whole number, got {_shown(value)}")
+    number = value
+    if isinstance(value, str):
+        with suppress(ValueError):
+            number = int(value)
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise ValueError(f"wanted a whole number, got {_shown(value)}")
+    if not -_LARGEST - 1 <= number <= _LARGEST:
+        raise ValueError(f"wanted a whole number of at most 2^63 - 1, got {_shown(value)}")
+    return number
 
 
 def _float(value: Any) -> float:

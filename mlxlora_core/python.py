@@ -378,12 +378,11 @@ def run(
     resolved = read(find_recipe(os.fspath(recipe), found), texts(sets, "sets"), found)
 
     def events() -> Generator[Event, None, None]:
-        from mlxlora_core.runs import pipeline
-        from mlxlora_core.runs.samplers import check_samplers
+        from mlxlora_core.runs import pipeline, samplers
 
         with told(found.plugins), lock.hold(resolved.folder):
             notes = prepare(found)
-            check_samplers(resolved.sampler)
+            samplers.check_samplers(resolved.sampler)
             yield from followed(pipeline.run(resolved, found, notes, "run(…)"))
 
     return events()
