@@ -57,7 +57,10 @@ def write(folder: Path, state: Any = STATE, manifest: Any = MANIFEST, raw: bytes
 def test_a_sound_one_is_read(tmp_path: Path) -> None:
     (found,) = find(write(tmp_path)).valid
     window = Window(1.5, 3, 1, 0.5, 0, 0)
-    assert read_progress(found.state) == Progress(5, 700, 0, (2.5, 2.25), None, None, 0, window)
+    told = Progress(step=5, trained_tokens=700, recent=(2.5, 2.25), window=window)
+    assert read_progress(found.state) == told  # and a state of before, without the first loss, as well
+    (found,) = find(write(tmp_path / "new", STATE | {"first_loss": 3.5})).valid
+    assert read_progress(found.state).first_loss == 3.5
 
 
 def test_keys_of_another_version_are_no_fault(tmp_path: Path) -> None:
