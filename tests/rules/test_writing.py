@@ -17,6 +17,7 @@ EXCEPT = {
     "mlxlora_core/files/leftovers.py": "clears away what the writer of a process that was killed has left",
     "mlxlora_core/files/lock.py": "a lock is no product; it is taken and left in place",
     "mlxlora_core/files/input_file.py": "opens to read; its flags stand in a variable",
+    "plugins/mlxlora_openblas/guard.py": "its last line, to standard error",
     "plugins/mlxlora_docstrings/packages.py": "a request in a temporary folder, for a child",
     "plugins/mlxlora_docstrings/child.py": "its answer there, and a setting of the kernel's",
 }
