@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import mlx.core as mx
 
-from mlxlora_core.api import ModelError, PluginError, ResourceError, listing
+from mlxlora_core.api import ModelError, PluginError, ResourceError, free_in_groups_bytes, listing
 from mlxlora_torch.archive import ITEM_BYTES, Archive
 from mlxlora_torch.shards import Joined
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 #: older ones can be made to run code by a .pth (CVE-2025-32434, CVE-2026-24747)
 OLDEST_TORCH = (2, 10)
+#: memory that torch takes when it is imported: 210 MB with torch 2.13
+_TORCH_BYTES = 220 << 20
 #: what the loader of libraries says when memory is short
 _NO_ROOM = ("failed to map segment", "annot allocate memory")
 
@@ -36,6 +39,13 @@ def need_torch() -> None:
         ResourceError: it does not fit into the memory that this process may take.
     """
     fix = "pip install 'mlxlora[torch]'"
+    free = free_in_groups_bytes()
+    if free is not None and free < _TORCH_BYTES and "torch" not in sys.modules:
+        raise ResourceError(
+            f"there is no memory for torch, which .pth files need ({_TORCH_BYTES >> 20} MB, {free >> 20} MB "
+            "are free)",
+            fix="allow the control group of this process more",
+        )
     try:
         import torch
     except (ImportError, OSError, MemoryError) as fault:

@@ -471,7 +471,7 @@ def test_tensors_are_read_one_after_another_and_let_go(
                 overwrite=True,
             )
         )
-        assert len(alive) == 57
+        assert len(alive) == 58, "the smallest is read before, to see what the loader takes"
         assert max(alive) - alive[0] < largest
 
 
