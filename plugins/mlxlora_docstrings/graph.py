@@ -10,6 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
+NAME_CHARACTERS = 255  # of a name; a longer one is made, and asked for by nobody
 PARTS_LIMIT = 12  # parts of a path; deeper than this only a graph without an end goes
 PATHS_LIMIT = 2_000_000  # several times what the largest packages have
 
@@ -32,8 +33,8 @@ class Child(NamedTuple, Generic[T]):
 
 
 def is_public(name: str) -> bool:
-    """Whether a name, not a path, has no leading underscore."""
-    return not name.startswith("_")
+    """Whether a name, not a path, is one that somebody would write, without a leading underscore."""
+    return not name.startswith("_") and len(name) <= NAME_CHARACTERS and name.isidentifier()
 
 
 def is_public_path(path: str) -> bool:

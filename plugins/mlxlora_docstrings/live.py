@@ -9,12 +9,14 @@ looked at through ``type``, past whatever they answer for themselves.
 from __future__ import annotations
 
 import collections
+import functools
 import importlib
 import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
+from contextlib import suppress
+from types import FunctionType, ModuleType
 from typing import Any
 
 from mlxlora_docstrings.findings import Findings
@@ -23,6 +25,9 @@ from mlxlora_docstrings.graph import PARTS_LIMIT, Child, is_public, is_public_pa
 _names_of_class: Callable[[Any], Mapping[Any, Any]] = vars(type)["__dict__"].__get__
 _names_of_module: Callable[[Any], Mapping[Any, Any]] = vars(ModuleType)["__dict__"].__get__
 _bases: Callable[[Any], tuple[type, ...]] = vars(type)["__mro__"].__get__
+
+#: Where names are kept, if they are kept in something.
+_TABLES = (list, tuple, set, frozenset, dict)
 
 #: A field of a named tuple: its docstring tells its number and no more.
 _TUPLE_FIELD = type(vars(collections.namedtuple("Pair", "left right"))["left"])
@@ -48,6 +53,8 @@ class _Reader:
         self.package, self.skip, self.findings = package, skip, findings
         self.top = package.partition(".")[0]
         self.public_classes: set[int] = set()
+        self._lazy: dict[int, dict[str, Any]] = {}  # by the id of their module
+        self._declared: dict[int, set[str]] = {}
 
     def import_module(self, name: str) -> None:
         """Import a module and those below it."""
@@ -80,7 +87,7 @@ class _Reader:
             id(value)
             for name, module in modules
             if is_public_path(name)
-            for _, value in _public(_names_of_module(module))
+            for _, value in _public(self._names(name, module))
             if _is_a(value, type)
         }
         for path, thing in shortest_paths(modules, self._children, id):
@@ -94,11 +101,30 @@ class _Reader:
         is_module = _is_a(thing, ModuleType)
         if path not in self.skip and (is_module or _is_a(thing, type)):
             self.findings.at(path)
-            yield from self._in_module(thing) if is_module else self._in_class(thing)
+            yield from self._in_module(path, thing) if is_module else self._in_class(thing)
 
-    def _in_module(self, module: Any) -> Iterator[Child[Any]]:
-        names = _names_of_module(module)
-        listed = _listed(names)
+    def _names(self, path: str, module: Any) -> Mapping[Any, Any]:
+        """The names of a module, with those that it makes when somebody asks for them."""
+        there = _names_of_module(module)
+        if id(module) not in self._lazy:
+            made = self._lazy[id(module)] = {}
+            self.findings.at(path)
+            declared, guessed = ([], []) if path in self.skip else _offered(module)
+            for name in (*declared, *guessed):
+                place = f"{path}.{name}"
+                if name not in there and place not in self.skip:
+                    self.findings.at(place)
+                    try:
+                        made[name] = getattr(module, name)
+                    except BaseException as fault:
+                        if name in declared:
+                            self.findings.skip(place, fault)
+            self._declared[id(module)] = set(declared)
+        return {**there, **self._lazy[id(module)]}
+
+    def _in_module(self, path: str, module: Any) -> Iterator[Child[Any]]:
+        names = self._names(path, module)
+        listed = self._declared[id(module)]
         home = _name_of(module) + "."
         for name, value in _public(names):
             if _is_a(value, ModuleType):
@@ -118,12 +144,13 @@ class _Reader:
                 if name in seen:
                     continue
                 seen.add(name)
-                if _is_a(value, staticmethod) or _is_a(value, classmethod):
-                    value = value.__func__
+                thing, is_made_here = _member(value)
                 member = _has(value, "__get__") or _is_a(value, type)
-                if member and not _is_a(value, _TUPLE_FIELD) and self._is_inside(_module_of(value)):
+                if not member or _is_a(value, _TUPLE_FIELD):
+                    continue
+                if is_made_here or self._is_inside(_module_of(thing)):
                     # What comes from a base class without a public name belongs to its subclasses.
-                    yield Child(name, base is not cls and id(base) in self.public_classes, value)
+                    yield Child(name, base is not cls and id(base) in self.public_classes, thing)
 
     def _is_inside(self, module: str | None) -> bool:
         """Whether the package made it; what states no module is written in C and came with it."""
@@ -151,10 +178,67 @@ def _public(names: Mapping[Any, Any]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in list(names.items()) if type(name) is str and is_public(name)]
 
 
-def _listed(names: Mapping[Any, Any]) -> set[str]:
-    """What a module declares as its own."""
+def _listed(names: Mapping[Any, Any]) -> list[str]:
+    """The public names that a module declares as its own."""
     listed: Any = names.get("__all__")
-    return {name for name in listed if type(name) is str} if type(listed) in (list, tuple) else set()
+    if type(listed) not in (list, tuple, set, frozenset, dict):
+        return []
+    return sorted({name for name in listed if type(name) is str and is_public(name)})
+
+
+def _offered(module: Any) -> tuple[list[str], list[str]]:
+    """The public names that a module declares, and those that its ``__getattr__`` seems to know besides.
+
+    Declared is what stands in ``__all__``, and what its ``__dir__`` tells beyond
+    what is there. Of a ``__getattr__`` the texts in its code are looked at, and
+    the tables that it looks names up in.
+    """
+    names = _names_of_module(module)
+    declared = _listed(names)
+    if "__dir__" in names or any("__dir__" in _names_of_class(kind) for kind in _kinds(module)):
+        with suppress(BaseException):
+            told = [name for name in list(dir(module)) if type(name) is str and name not in names]
+            declared = sorted({*declared, *filter(is_public, told)})
+    function = names.get("__getattr__")
+    known = _texts(function) if _is_a(function, FunctionType) else set()
+    return declared, sorted(name for name in known if is_public(name) and name not in declared)
+
+
+def _kinds(module: Any) -> Iterator[type]:
+    """The classes of a module of another type than usual."""
+    return (kind for kind in _bases(type(module)) if kind not in (ModuleType, object))
+
+
+def _texts(function: Any) -> set[str]:
+    """The texts in the code of a function, and in the tables that it looks at."""
+    code = function.__code__
+    tables = [code.co_consts, *(const for const in code.co_consts if type(const) in _TABLES)]
+    tables += [function.__globals__.get(name) for name in code.co_names]
+    with suppress(ValueError):  # a cell that is empty
+        tables += [cell.cell_contents for cell in function.__closure__ or ()]
+    return {text for table in tables if type(table) in _TABLES for text in list(table) if type(text) is str}
+
+
+def _member(value: Any) -> tuple[Any, bool]:
+    """What of a member of a class holds its docstring, and whether it can only be the class's own.
+
+    A descriptor is made in the body of its class, though the ``__module__`` that
+    shows through it is that of its type.
+    """
+    if _is_a(value, staticmethod) or _is_a(value, classmethod):
+        return _member(value.__func__)[0], False
+    if not _has(value, "__get__") or _is_a(value, type) or _is_a(value, FunctionType):
+        return value, False
+    try:
+        if "__module__" in object.__getattribute__(value, "__dict__"):
+            return value, False
+    except AttributeError:
+        return value, False  # of a type in C; of these none states another module than its own
+    if _own_doc(value):
+        return value, True
+    if _is_a(value, functools.singledispatchmethod):
+        return value.func, True
+    return object.__getattribute__(value, "__dict__").get("__wrapped__", value), True
 
 
 def _name_of(module: Any) -> str:
