@@ -11,6 +11,8 @@ from typing import Generic, NamedTuple, TypeVar
 T = TypeVar("T")
 
 NAME_CHARACTERS = 255  # of a name; a longer one is made, and asked for by nobody
+NO_DOCSTRING = "it has no docstring of its own"
+
 PARTS_LIMIT = 12  # parts of a path; deeper than this only a graph without an end goes
 PATHS_LIMIT = 2_000_000  # several times what the largest packages have
 
