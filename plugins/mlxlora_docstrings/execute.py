@@ -15,7 +15,17 @@ from typing import Protocol
 
 from mlxlora_docstrings.graph import is_public
 from mlxlora_docstrings.lazy import attached, known_to
-from mlxlora_docstrings.things import CLASS, FUNCTION, MODULE, PROPERTY, VALUE, Thing, strings_in, text_of
+from mlxlora_docstrings.things import (
+    CLASS,
+    FUNCTION,
+    IMPORTED,
+    MODULE,
+    PROPERTY,
+    VALUE,
+    Thing,
+    strings_in,
+    text_of,
+)
 
 COMPILED = "its docstring is compiled; mode=import reads it"
 MADE = "it is made when the package runs; mode=import reads it"
@@ -83,6 +93,7 @@ class Body:
         self.is_package, self.is_stub, self.outer = is_package, is_stub, outer
         self.texts: dict[str, str] = {"__name__": module.module}
         self.tables: dict[str, ast.expr] = {}
+        self.extenders: set[str] = set()  # functions that add the ``__all__`` of what they are given to ours
         self._tries = 0
 
     def run(self, statements: Iterable[ast.stmt]) -> None:
@@ -162,7 +173,7 @@ class Body:
         if found is None:
             if self._tries and not source.reason:
                 raise Missing
-            found = source.names[name] = Thing(VALUE, source.module, reason=source.reason or MADE)
+            found = source.names[name] = Thing(IMPORTED, source.module, reason=MADE)
         return found
 
     def _foreign(self, module: str, name: str) -> Thing:
@@ -200,6 +211,8 @@ class Body:
             return
         kind = PROPERTY if any(name.endswith("property") for name in last) else FUNCTION
         thing = Thing(kind, self.module.module, doc, COMPILED if self.is_stub else "")
+        if self.outer is None and _extends_all(node):
+            self.extenders.add(node.name)
         if node.name == "__getattr__" and self.outer is None:
             self.module.ask = lambda: known_to(node, self)
         self.bind(node.name, thing)
@@ -332,6 +345,13 @@ class Body:
             removed = set(names) if made_by.endswith("remove") else set()
             self.module.exports = [*(name for name in old if name not in removed)]
             self.module.exports += [] if removed else names
+        elif made_by == "delattr" and len(call.args) == 2:
+            if ast.unparse(call.args[0]) == "sys.modules[__name__]":
+                self.module.names.pop(text_of(call.args[1], self.look) or "", None)
+        elif made_by in self.extenders:
+            owners = [owner for item in call.args if isinstance(owner := self.look_at(item), Thing)]
+            names = [name for owner in owners for name in owner.exports or ()]
+            self.module.exports = [*(self.module.exports or []), *names]
         elif made_by.endswith("add_docstr") and len(call.args) == 2:
             self._add_docstr(call)
         elif made_by.endswith("add_newdoc") and len(call.args) >= 3:
@@ -348,7 +368,7 @@ class Body:
             found = Thing(FUNCTION, self.module.module)
             if isinstance(owner, Thing) and isinstance(target, ast.Attribute):
                 owner.names[target.attr] = found
-        if found.kind == VALUE:
+        if found.kind in (VALUE, IMPORTED):
             found.kind = FUNCTION
         if text is not None or not found.doc:
             self._document(found, text)
@@ -363,7 +383,7 @@ class Body:
         if owner is None:
             return
         thing = self.loader.attribute(owner, name) or owner.names.setdefault(name, Thing(FUNCTION, place))
-        if thing.kind == VALUE:
+        if thing.kind in (VALUE, IMPORTED):
             thing.kind = FUNCTION
         given = call.args[2]
         for item in given.elts if isinstance(given, ast.List) else [given]:
@@ -444,6 +464,19 @@ class Body:
         kind = type(test.ops[0])
         if kind is ast.Eq or kind is ast.NotEq:
             return (known == value) == (kind is ast.Eq)
-        if isinstance(known, tuple) and kind in (ast.GtE, ast.Gt, ast.Lt, ast.LtE):
+        if (
+            isinstance(known, tuple)
+            and isinstance(value, tuple)
+            and kind in (ast.GtE, ast.Gt, ast.Lt, ast.LtE)
+        ):
             return (known >= value) == (kind in (ast.GtE, ast.Gt))
         return None
+
+
+def _extends_all(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function seems to add the ``__all__`` of a module that it is given to that of its own."""
+    if len(function.args.args) != 1:
+        return False
+    nodes = list(ast.walk(function))
+    ours = any(isinstance(node, ast.Name) and node.id == "__all__" for node in nodes)
+    return ours and any(isinstance(node, ast.Attribute) and node.attr == "__all__" for node in nodes)

@@ -149,4 +149,8 @@ def _is_place(path: str, package: str) -> bool:
 
 def _is_text(text: str) -> bool:
     """Whether UTF-8 can hold it."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

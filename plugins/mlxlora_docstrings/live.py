@@ -14,23 +14,49 @@ import importlib
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import suppress
-from types import FunctionType, ModuleType
-from typing import Any
+from types import (
+    BuiltinMethodType,
+    ClassMethodDescriptorType,
+    FunctionType,
+    MethodDescriptorType,
+    ModuleType,
+    WrapperDescriptorType,
+)
+from typing import Any, NamedTuple
 
 from mlxlora_docstrings.findings import Findings
-from mlxlora_docstrings.graph import PARTS_LIMIT, Child, is_public, is_public_path, is_read, shortest_paths
+from mlxlora_docstrings.graph import (
+    NO_DOCSTRING,
+    PARTS_LIMIT,
+    Child,
+    is_public,
+    is_public_path,
+    is_read,
+    shortest_paths,
+)
 
 _names_of_class: Callable[[Any], Mapping[Any, Any]] = vars(type)["__dict__"].__get__
 _names_of_module: Callable[[Any], Mapping[Any, Any]] = vars(ModuleType)["__dict__"].__get__
 _bases: Callable[[Any], tuple[type, ...]] = vars(type)["__mro__"].__get__
+
+#: Methods in C, which state no module.
+_METHODS = (BuiltinMethodType, MethodDescriptorType, ClassMethodDescriptorType, WrapperDescriptorType)
 
 #: Where names are kept, if they are kept in something.
 _TABLES = (list, tuple, set, frozenset, dict)
 
 #: A field of a named tuple: its docstring tells its number and no more.
 _TUPLE_FIELD = type(vars(collections.namedtuple("Pair", "left right"))["left"])
+
+
+class _Value(NamedTuple):
+    """A name in ``__all__`` for what cannot have a docstring."""
+
+    name: str
+    id: int
+    kind: str
 
 
 def read(package: str, skip: frozenset[str], findings: Findings) -> None:
@@ -55,6 +81,7 @@ class _Reader:
         self.public_classes: set[int] = set()
         self._lazy: dict[int, dict[str, Any]] = {}  # by the id of their module
         self._declared: dict[int, set[str]] = {}
+        self._promised: set[int] = set()  # ids of what a module declares
 
     def import_module(self, name: str) -> None:
         """Import a module and those below it."""
@@ -90,12 +117,20 @@ class _Reader:
             for _, value in _public(self._names(name, module))
             if _is_a(value, type)
         }
-        for path, thing in shortest_paths(modules, self._children, id):
+        for path, thing in shortest_paths(modules, self._children, _identity):
             # A private module is a place to look in and nothing to ask about.
             if is_public(path.rpartition(".")[2]):
-                doc = _own_doc(thing)
-                if doc:
-                    self.findings.row(path, doc)
+                self._tell(path, thing)
+
+    def _tell(self, path: str, thing: Any) -> None:
+        doc = "" if type(thing) is _Value else _own_doc(thing)
+        if doc:
+            self.findings.row(path, doc)
+        elif is_public_path(path):
+            if type(thing) is _Value:
+                self.findings.skip(path, f"it is a value, of type {thing.kind}")
+            elif id(thing) in self._promised:
+                self.findings.skip(path, NO_DOCSTRING)
 
     def _children(self, path: str, thing: Any) -> Iterator[Child[Any]]:
         is_module = _is_a(thing, ModuleType)
@@ -133,7 +168,11 @@ class _Reader:
                 if full.startswith(home) or (name in listed and self._is_inside(full)):
                     yield Child(name, False, value)
             elif _has(value, "__call__") and (name in listed or self._is_inside(_module_of(value))):
+                if name in listed:
+                    self._promised.add(id(value))
                 yield Child(name, False, value)
+            elif name in listed:
+                yield Child(name, False, _Value(name, id(value), type(value).__qualname__))
 
     def _in_class(self, cls: Any) -> Iterator[Child[Any]]:
         seen: set[str] = set()
@@ -155,6 +194,10 @@ class _Reader:
     def _is_inside(self, module: str | None) -> bool:
         """Whether the package made it; what states no module is written in C and came with it."""
         return module is None or module == self.top or module.startswith(self.top + ".")
+
+
+def _identity(thing: Any) -> Hashable:
+    return thing if type(thing) is _Value else id(thing)
 
 
 def _own_doc(thing: Any) -> str:
@@ -248,11 +291,12 @@ def _name_of(module: Any) -> str:
 
 
 def _module_of(thing: Any) -> str | None:
-    """The module that a thing states, ``?`` when it states nonsense."""
+    """The module that a thing states, or the type that it is a method of; ``?`` when that is nonsense."""
     try:
-        module = thing.__module__
-    except AttributeError:
-        return None
+        module = getattr(thing, "__module__", None)
+        if module is None and type(thing) in _METHODS:
+            owner = getattr(thing, "__objclass__", None) or thing.__self__
+            module = owner.__module__ if _is_a(owner, type) else module
     except BaseException:
         return "?"
     return module if module is None or type(module) is str else "?"

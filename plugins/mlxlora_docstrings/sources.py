@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import importlib.util
 import inspect
 import sys
@@ -23,7 +24,7 @@ from mlxlora_docstrings.graph import (
     shortest_paths,
 )
 from mlxlora_docstrings.places import Places
-from mlxlora_docstrings.things import CLASS, MODULE, VALUE, Thing
+from mlxlora_docstrings.things import CLASS, IMPORTED, MODULE, VALUE, Thing
 
 SOURCE_BYTES = 16 << 20  # the largest source file that is read
 _COMPILED = "it is compiled and has no stub; mode=import reads it"
@@ -41,6 +42,7 @@ def read(package: str, skip: frozenset[str], findings: Findings) -> None:
         findings: takes the rows and the faults.
     """
     sys.setrecursionlimit(_FRAMES)
+    gc.disable()  # syntax trees hold no cycles, and looking for some takes half of the time
     warnings.simplefilter("ignore")  # the parser's, of odd escapes
     sources = _Sources(package, skip, findings)
     sources.load_below(package)
@@ -130,6 +132,21 @@ class _Sources:
         found = self.load(module)
         return found is not None and (not name or self.attribute(found, name) is not None)
 
+    def _add_stub(self, module: Thing) -> None:
+        """Give a module the names that the stub beside its source has and its source does not show."""
+        place = self._places.find(module.module)
+        if place is None or place.stub is None:
+            return
+        stub = Thing(MODULE, module.module)
+        try:
+            Body(self, stub, stub, place.is_package, is_stub=True).run(_parsed(place.stub).body)
+        except Exception as fault:
+            self.findings.skip(module.module, fault)
+            return
+        for name, thing in stub.names.items():
+            if name not in stub.hidden:
+                _merge(module, name, thing)
+
     def stub_imports(self, module: Thing) -> dict[str, tuple[str, str]]:
         """What the stub beside the source of a module imports: name -> (module, name in it)."""
         place = self._places.find(module.module)
@@ -176,6 +193,7 @@ class _Sources:
         for _, module in modules:
             self._ask(module)
             module.ask = None
+            self._add_stub(module)
             for name in (*module.lazy, *(module.exports or ())):
                 if self.attribute(module, name) is None and name in (module.exports or ()):
                     module.names[name] = Thing(VALUE, module.module, reason=MADE)
@@ -225,6 +243,17 @@ class _Sources:
 
     def _is_wanted(self, name: str) -> bool:
         return (name == self.package or name.startswith(self.package + ".")) and is_read(name, self.package)
+
+
+def _merge(owner: Thing, name: str, thing: Thing) -> None:
+    """Give a module or a class what a stub has under ``name``, unless more is known of it."""
+    found = owner.names.get(name)
+    if found is None or found.kind in (VALUE, IMPORTED):
+        if thing.kind not in (VALUE, MODULE):
+            owner.names[name] = thing
+    elif found.kind == thing.kind == CLASS and found.module != thing.module:
+        for member, inside in thing.names.items():
+            _merge(found, member, inside)
 
 
 def _parsed(file: Path) -> ast.Module:

@@ -7,7 +7,9 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-MODULE, CLASS, FUNCTION, PROPERTY, VALUE = "module", "class", "function", "property", "value"
+MODULE, CLASS, FUNCTION, PROPERTY = "module", "class", "function", "property"
+VALUE = "value"  # something else, or what only running tells
+IMPORTED = "imported"  # from a module of the package that does not show it in its source
 
 _TEXT_BYTES = 1 << 20  # of a text that is put together
 _METHODS: dict[str, Callable[..., str]] = {
