@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import os
+import platform
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Protocol
@@ -32,7 +33,12 @@ MADE = "it is made when the package runs; mode=import reads it"
 FIELDS = "its docstring is made of its fields when the package runs; mode=import reads it"
 TOGETHER = "its docstring is put together when the package runs; mode=import reads it"
 
-_KNOWN = {"sys.platform": sys.platform, "os.name": os.name, "sys.version_info": tuple(sys.version_info[:3])}
+_KNOWN = {
+    "sys.platform": sys.platform,
+    "platform.system()": platform.system(),
+    "os.name": os.name,
+    "sys.version_info": tuple(sys.version_info[:3]),
+}
 _OFF = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
@@ -78,6 +84,11 @@ class Body:
         is_package: whether relative imports start at the module itself.
         is_stub: whether it is a stub of something that is compiled.
         outer: the body of the module around a class.
+
+    Attributes:
+        texts: names that stand for a text.
+        tables: names that stand for a literal.
+        writes_doc: whether ``__doc__`` stands in the source at all.
     """
 
     def __init__(
@@ -93,6 +104,7 @@ class Body:
         self.is_package, self.is_stub, self.outer = is_package, is_stub, outer
         self.texts: dict[str, str] = {"__name__": module.module}
         self.tables: dict[str, ast.expr] = {}
+        self.writes_doc: bool = outer is not None and outer.writes_doc
         self.extenders: set[str] = set()  # functions that add the ``__all__`` of what they are given to ours
         self._tries = 0
 
@@ -119,6 +131,8 @@ class Body:
             return None
         if node.attr == "__doc__":
             return owner.doc or None
+        if node.attr in ("fget", "func", "__func__", "__wrapped__") and owner.kind in (PROPERTY, FUNCTION):
+            return Thing(FUNCTION, owner.module, owner.doc, owner.reason)
         return self.loader.attribute(owner, node.attr) if owner.kind == MODULE else owner.member(node.attr)
 
     def bind(self, name: str, thing: Thing) -> None:
@@ -129,7 +143,7 @@ class Body:
     # --- imports ---
 
     def _run_Import(self, node: ast.Import) -> None:
-        for alias in node.names:
+        for alias in () if self.is_stub else node.names:
             name = alias.name if alias.asname else alias.name.partition(".")[0]
             if self.loader.is_inside(alias.name):
                 thing = self.loader.load(alias.name)
@@ -140,11 +154,15 @@ class Body:
                 bound = self._foreign(alias.name, name)
             if bound:
                 self.bind(alias.asname or name, bound)
-                self._hide(alias.asname or name, alias)
 
     def _run_ImportFrom(self, node: ast.ImportFrom) -> None:
         origin = self.origin(node)
         inside = self.loader.is_inside(origin)
+        if self.is_stub and node.names[0].name != "*":
+            # What is compiled imports nothing of this. It is for the stub's own use unless it says "as".
+            given = {alias.asname: alias.name for alias in node.names if inside and alias.asname}
+            self.module.lazy.update({name: (origin, there) for name, there in given.items()})
+            return
         source = self.loader.load(origin) if inside else None
         if inside and source is None and self._tries:
             raise Missing
@@ -152,13 +170,20 @@ class Body:
             if alias.name == "*":
                 for name, thing in self._star(source):
                     self.bind(name, thing)
+                if not inside and self.outer is None:
+                    self.module.more = f"it takes what {origin} has; mode=import reads it"
+                continue
+            if source is not None and alias.name in ("__all__", "__doc__"):
+                if alias.name == "__all__":
+                    self.module.exports = list(source.exports or ())
+                else:
+                    self._document(self.scope, source.doc)
                 continue
             if source is not None:
                 thing = self._imported(source, alias.name)
             else:
                 thing = self._foreign(origin, f"{origin}.{alias.name}")
             self.bind(alias.asname or alias.name, thing)
-            self._hide(alias.asname or alias.name, alias)
 
     def origin(self, node: ast.ImportFrom) -> str:
         """The full name of the module that is imported from."""
@@ -171,7 +196,7 @@ class Body:
     def _imported(self, source: Thing, name: str) -> Thing:
         found = self.loader.attribute(source, name) or self.loader.load(f"{source.module}.{name}")
         if found is None:
-            if self._tries and not source.reason:
+            if self._tries and not source.is_compiled:
                 raise Missing
             found = source.names[name] = Thing(IMPORTED, source.module, reason=MADE)
         return found
@@ -185,16 +210,10 @@ class Body:
         if source is None:
             return
         if source.exports is None:
-            shown = [name for name in source.names if is_public(name) and name not in source.hidden]
-            yield from ((name, source.names[name]) for name in shown)
+            yield from [(name, thing) for name, thing in source.names.items() if is_public(name)]
             return
         for name in dict.fromkeys(source.exports):
             yield name, self._imported(source, name)
-
-    def _hide(self, name: str, alias: ast.alias) -> None:
-        """In a stub, what is imported is for its own use unless ``as`` says it twice."""
-        if self.is_stub and alias.asname != alias.name:
-            self.scope.hidden.add(name)
 
     # --- definitions ---
 
@@ -211,6 +230,11 @@ class Body:
             return
         kind = PROPERTY if any(name.endswith("property") for name in last) else FUNCTION
         thing = Thing(kind, self.module.module, doc, COMPILED if self.is_stub else "")
+        thing.documents = self.writes_doc and any(
+            isinstance(inner, ast.Attribute) and inner.attr == "__doc__" for inner in ast.walk(node)
+        )
+        if not doc and any(self._documents(item) for item in node.decorator_list):
+            thing.reason = TOGETHER
         if self.outer is None and _extends_all(node):
             self.extenders.add(node.name)
         if node.name == "__getattr__" and self.outer is None:
@@ -221,16 +245,24 @@ class Body:
 
     def _run_ClassDef(self, node: ast.ClassDef) -> None:
         thing = Thing(CLASS, self.module.module, ast.get_docstring(node, clean=False) or "")
+        thing.is_module = any(ast.unparse(item).endswith("ModuleType") for item in node.bases)
         thing.bases = [base for item in node.bases if isinstance(base := self.look(item), Thing)]
         heads = [
             item.func if isinstance(item, ast.Call) else item for item in (*node.decorator_list, *node.bases)
         ]
         if not thing.doc and any(ast.unparse(head).endswith(("dataclass", "NamedTuple")) for head in heads):
             thing.reason = FIELDS
+        if any(self._documents(item) for item in node.decorator_list):
+            thing.more = "a decorator of the class writes docstrings; mode=import reads them"
         if self.is_stub:
-            thing.reason = COMPILED
+            thing.reason = thing.more = COMPILED
         Body(self.loader, self.module, thing, self.is_package, self.is_stub, self).run(node.body)
         self.bind(node.name, thing)
+
+    def _documents(self, node: ast.expr) -> bool:
+        """Whether a decorator or what is called is a function of the package that writes docstrings."""
+        found = self.look_at(node.func if isinstance(node, ast.Call) else node)
+        return isinstance(found, Thing) and found.documents
 
     # --- assignments ---
 
@@ -289,6 +321,10 @@ class Body:
         """What an expression gives, if that is something that has a docstring."""
         if isinstance(node, ast.Name | ast.Attribute):
             found = self.look(node)
+            if found is None and isinstance(node, ast.Attribute):
+                owner = self.look(node.value)
+                if isinstance(owner, Thing) and owner.kind == MODULE and owner.is_compiled:
+                    return self._imported(owner, node.attr)
             return found if isinstance(found, Thing) else None
         if not isinstance(node, ast.Call):
             return None
@@ -297,13 +333,20 @@ class Body:
         if made_by in ("staticmethod", "classmethod") and things:
             return things[0]
         if made_by == "property":
-            given = [keyword.value for keyword in node.keywords if keyword.arg == "doc"] or node.args[3:4]
-            doc = text_of(given[0], self.look) if given else (things[0].doc if things else "")
+            named = {keyword.arg: keyword.value for keyword in node.keywords}
+            getter = self.look_at(named["fget"]) if "fget" in named else next(iter(things), None)
+            given = [named["doc"]] if "doc" in named else node.args[3:4]
+            doc = text_of(given[0], self.look) if given else getter.doc if isinstance(getter, Thing) else ""
             return Thing(PROPERTY, self.module.module, doc or "", "" if doc is not None else TOGETHER)
         if made_by.endswith("namedtuple"):
             return Thing(CLASS, self.module.module, reason=FIELDS)
         if made_by.endswith("add_docstr") and len(node.args) == 2:
             return self._add_docstr(node)
+        if self._documents(node):
+            return Thing(FUNCTION, self.module.module, reason=TOGETHER)
+        maker = self.look_at(node.func)
+        if isinstance(maker, Thing) and maker.kind == CLASS and maker.is_module:
+            return Thing(IMPORTED, self.module.module, reason=MADE)
         # What goes through a function and keeps its name was decorated.
         return next((thing for thing in things if thing is self.scope.names.get(name)), None)
 
@@ -313,6 +356,8 @@ class Body:
 
     def _document(self, thing: Thing, text: str | None) -> None:
         thing.doc, thing.reason = text or "", "" if text is not None else TOGETHER
+        if thing.kind in (VALUE, IMPORTED):
+            thing.kind = FUNCTION
 
     def _exported(self, node: ast.expr) -> Iterator[str]:
         """The names in an expression that ``__all__`` is made of, as far as they can be told."""
@@ -368,8 +413,6 @@ class Body:
             found = Thing(FUNCTION, self.module.module)
             if isinstance(owner, Thing) and isinstance(target, ast.Attribute):
                 owner.names[target.attr] = found
-        if found.kind in (VALUE, IMPORTED):
-            found.kind = FUNCTION
         if text is not None or not found.doc:
             self._document(found, text)
         return found
@@ -383,8 +426,6 @@ class Body:
         if owner is None:
             return
         thing = self.loader.attribute(owner, name) or owner.names.setdefault(name, Thing(FUNCTION, place))
-        if thing.kind in (VALUE, IMPORTED):
-            thing.kind = FUNCTION
         given = call.args[2]
         for item in given.elts if isinstance(given, ast.List) else [given]:
             if isinstance(item, ast.Tuple) and len(item.elts) == 2:
@@ -405,7 +446,12 @@ class Body:
                 return
             self.run(node.orelse)
         if told is not False:
+            name, text = _named(node.test)
+            if name:
+                self.texts[name] = text
             self.run(node.body)
+            if name:
+                self.texts.pop(name, None)
 
     def _run_Try(self, node: ast.Try) -> None:
         self._tries += bool(node.handlers)
@@ -448,11 +494,14 @@ class Body:
             return settled if settled in parts else None if None in parts else not settled
         if isinstance(test, ast.Constant):
             return bool(test.value)
-        if ast.unparse(test) in _OFF:
-            return False
+        text = ast.unparse(test)
+        if text in _OFF or text.startswith(("os.environ.get(", "os.getenv(")):
+            return False  # a child has no variables but those that it needs
         return self._compared(test) if isinstance(test, ast.Compare) and len(test.ops) == 1 else None
 
     def _compared(self, test: ast.Compare) -> bool | None:
+        if ast.unparse(test.comparators[0]) == "os.environ":
+            return isinstance(test.ops[0], ast.NotIn)
         left = ast.unparse(test.left)
         known = "a module" if left == "__name__" else _KNOWN.get(left)
         try:
@@ -471,6 +520,16 @@ class Body:
         ):
             return (known >= value) == (kind in (ast.GtE, ast.Gt))
         return None
+
+
+def _named(test: ast.expr) -> tuple[str, str]:
+    """The name and the text of ``name == "text"``, or nothing."""
+    if not isinstance(test, ast.Compare) or not isinstance(test.ops[0], ast.Eq):
+        return "", ""
+    left, right = test.left, test.comparators[0]
+    if isinstance(left, ast.Name) and isinstance(right, ast.Constant) and isinstance(right.value, str):
+        return left.id, right.value
+    return "", ""
 
 
 def _extends_all(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

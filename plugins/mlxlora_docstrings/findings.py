@@ -6,7 +6,7 @@ nothing in it can be deep or of another type::
     "pid"  number               the child lives, and leads a process group of that number
     "at"   place                work on a module or a class begins
     "row"  path  docstring
-    "skip" source  reason
+    "skip" source  reason         of a module, a class, an object or ``*``, whatever else is in one
     "done"                      the last line, if the child lived to write it
 
 The package runs in the same process and may write what it likes: what comes
@@ -131,7 +131,7 @@ def decode(line: bytes, package: str, seq_limit: int) -> list[str]:
         raise ValueError("no kind of record")
     if kind == "pid" and not (record[1].isdecimal() and 1 < int(record[1][:20]) < 1 << 31):
         raise ValueError("no process")
-    if kind in ("at", "row", "skip") and not _is_place(record[1], package):
+    if kind in ("at", "row", "skip") and not _is_place(record[1].removesuffix(".*"), package):
         raise ValueError("another package's")
     if kind == "row" and not (_is_text(record[2]) and len(record[2]) <= seq_limit):
         raise ValueError("no docstring")

@@ -57,17 +57,18 @@ def known_to(function: ast.FunctionDef | ast.AsyncFunctionDef, body: Body) -> Or
     """
     names: dict[str, list[str]] = {}
     modules: list[str] = []
-    found: Origins = {}
+    imported: Origins = {}
     for node in ast.walk(function):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             names.setdefault(node.value, [])
             modules.append(node.value)
         elif isinstance(node, ast.ImportFrom):
             origin = body.origin(node)
-            found |= {alias.asname or alias.name: (origin, alias.name) for alias in node.names}
+            imported |= {alias.asname or alias.name: (origin, alias.name) for alias in node.names}
         elif isinstance(node, ast.Name) and node.id in body.tables:
             for name, places in _entries(body.tables[node.id]):
                 names.setdefault(name, []).extend(places)
+    found = {name: imported[name] for name in names if name in imported}
     for name, places in names.items():
         if is_public(name) and name not in found:
             origin_of_name = _origin(name, [*places, *modules], body)

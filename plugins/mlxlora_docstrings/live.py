@@ -92,7 +92,7 @@ class _Reader:
             module = importlib.import_module(name)
             if not _is_a(module, ModuleType):
                 raise TypeError(f"it is no module but of type {type(module).__name__}")
-            folders = _names_of_module(module).get("__path__")
+            folders = _folders(module)
             below = () if folders is None else sorted({info.name for info in pkgutil.iter_modules(folders)})
         except BaseException as fault:
             self.findings.skip(name, fault)
@@ -131,6 +131,8 @@ class _Reader:
                 self.findings.skip(path, f"it is a value, of type {thing.kind}")
             elif id(thing) in self._promised:
                 self.findings.skip(path, NO_DOCSTRING)
+            elif _is_a(thing, FunctionType) and "<locals>" in str(thing.__qualname__):
+                self.findings.skip(path, f"it is a wrapper without a docstring, made by {thing.__qualname__}")
 
     def _children(self, path: str, thing: Any) -> Iterator[Child[Any]]:
         is_module = _is_a(thing, ModuleType)
@@ -237,13 +239,16 @@ def _offered(module: Any) -> tuple[list[str], list[str]]:
     the tables that it looks names up in.
     """
     names = _names_of_module(module)
-    declared = _listed(names)
+    declared, known = _listed(names), set[str]()
     if "__dir__" in names or any("__dir__" in _names_of_class(kind) for kind in _kinds(module)):
         with suppress(BaseException):
             told = [name for name in list(dir(module)) if type(name) is str and name not in names]
             declared = sorted({*declared, *filter(is_public, told)})
+    for inner in names.values():  # a module in the place of another of its name, which it asks
+        if _is_a(inner, ModuleType) and inner is not module and _name_of(inner) == _name_of(module):
+            known.update(_names_of_module(inner).keys() - names.keys())
     function = names.get("__getattr__")
-    known = _texts(function) if _is_a(function, FunctionType) else set()
+    known |= _texts(function) if _is_a(function, FunctionType) else set()
     return declared, sorted(name for name in known if is_public(name) and name not in declared)
 
 
@@ -284,6 +289,15 @@ def _member(value: Any) -> tuple[Any, bool]:
     return object.__getattribute__(value, "__dict__").get("__wrapped__", value), True
 
 
+def _folders(module: Any) -> Any:
+    """Where the modules below one lie; another module that stands in its place may have to be asked."""
+    names = _names_of_module(module)
+    if "__path__" not in names and any(_kinds(module)):
+        with suppress(BaseException):
+            return module.__path__
+    return names.get("__path__")
+
+
 def _name_of(module: Any) -> str:
     """The full name that a module states, ``?`` when it states nonsense."""
     name = _names_of_module(module).get("__name__")
@@ -297,6 +311,8 @@ def _module_of(thing: Any) -> str | None:
         if module is None and type(thing) in _METHODS:
             owner = getattr(thing, "__objclass__", None) or thing.__self__
             module = owner.__module__ if _is_a(owner, type) else module
+        elif module is None and type(thing).__module__ != "builtins":
+            module = type(thing).__module__
     except BaseException:
         return "?"
     return module if module is None or type(module) is str else "?"

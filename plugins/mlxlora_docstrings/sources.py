@@ -77,7 +77,7 @@ class _Sources:
         if place is None or name in self.skip or name.count(".") >= PARTS_LIMIT:
             return None
         self.findings.at(name)
-        thing = self.modules[name] = Thing(MODULE, name)
+        thing = self.modules[name] = Thing(MODULE, name, is_compiled=place.is_compiled)
         try:
             if place.source is not None:
                 self._read(thing, place.source, place.is_package, place.is_compiled)
@@ -102,9 +102,11 @@ class _Sources:
                 self.load_below(f"{name}.{below}")
 
     def _read(self, thing: Thing, file: Path, is_package: bool, is_stub: bool) -> None:
-        tree = _parsed(file)
+        source = _source(file)
+        tree = ast.parse(source)
         thing.doc = ast.get_docstring(tree, clean=False) or ""
         body = Body(self, thing, thing, is_package, is_stub)
+        body.writes_doc = ".__doc__" in source
         body.run(tree.body)
 
     def attribute(self, module: Thing, name: str) -> Thing | None:
@@ -139,13 +141,12 @@ class _Sources:
             return
         stub = Thing(MODULE, module.module)
         try:
-            Body(self, stub, stub, place.is_package, is_stub=True).run(_parsed(place.stub).body)
+            Body(self, stub, stub, place.is_package, is_stub=True).run(ast.parse(_source(place.stub)).body)
         except Exception as fault:
             self.findings.skip(module.module, fault)
             return
         for name, thing in stub.names.items():
-            if name not in stub.hidden:
-                _merge(module, name, thing)
+            _merge(module, name, thing)
 
     def stub_imports(self, module: Thing) -> dict[str, tuple[str, str]]:
         """What the stub beside the source of a module imports: name -> (module, name in it)."""
@@ -154,7 +155,7 @@ class _Sources:
             return {}
         body = Body(self, module, module, place.is_package, is_stub=True)
         found: dict[str, tuple[str, str]] = {}
-        for node in _parsed(place.stub).body:
+        for node in ast.parse(_source(place.stub)).body:
             if isinstance(node, ast.ImportFrom):
                 origin = body.origin(node)
                 for alias in node.names:
@@ -213,17 +214,19 @@ class _Sources:
                 self._tell(path, thing, id(thing) in declared)
 
     def _tell(self, path: str, thing: Thing, is_declared: bool) -> None:
+        if thing.more and is_public_path(path) and thing.kind in (MODULE, CLASS):
+            self.findings.skip(f"{path}.*", thing.more)
         doc = inspect.cleandoc(thing.doc)
         if doc:
             self.findings.row(path, doc)
-        elif thing.kind != MODULE and is_public_path(path) and (thing.reason or is_declared):
+        elif is_public_path(path) and (thing.reason or is_declared):
             self.findings.skip(path, thing.reason or NO_DOCSTRING)
 
     def _children(self, path: str, thing: Thing) -> Iterator[Child[Thing]]:
         if thing.kind == MODULE:
             listed = set(thing.exports or ())
             for name, child in thing.names.items():
-                if not is_public(name) or (name in thing.hidden and name not in listed):
+                if not is_public(name):
                     continue
                 if child.kind == VALUE:
                     if name in listed:
@@ -250,20 +253,21 @@ def _merge(owner: Thing, name: str, thing: Thing) -> None:
     found = owner.names.get(name)
     if found is None or found.kind in (VALUE, IMPORTED):
         if thing.kind not in (VALUE, MODULE):
-            owner.names[name] = thing
+            owner.names[name] = Thing(**vars(thing))  # a base of several has it once for each
     elif found.kind == thing.kind == CLASS and found.module != thing.module:
-        for member, inside in thing.names.items():
-            _merge(found, member, inside)
+        for base in thing.lineage():
+            for member, inside in base.names.items():
+                _merge(found, member, inside)
 
 
-def _parsed(file: Path) -> ast.Module:
-    """The syntax tree of a source.
+def _source(file: Path) -> str:
+    """The text of a source.
 
     Raises:
         MemoryError: it is too large.
-        OSError, SyntaxError, ValueError, RecursionError: as reading and parsing do.
+        OSError, SyntaxError, ValueError: as reading it does.
     """
     if file.stat().st_size > SOURCE_BYTES:
         raise MemoryError(f"its source has more than {SOURCE_BYTES} bytes")
     with tokenize.open(file) as lines:  # as Python does: byte order mark, coding cookie
-        return ast.parse(lines.read())
+        return lines.read()

@@ -29,24 +29,30 @@ class Thing:
         module: the full name of the module that it is made in; of a module, its own.
         doc: its docstring as it stands in the source.
         reason: why its docstring is not known, where it may have one.
+        more: why there may be more names in it than are known, if so.
+        is_compiled: whether it is known from a stub or not at all.
+        is_module: whether it is a class of modules.
+        documents: whether it is a function that writes docstrings.
         names: what is in a module or a class.
         bases: of a class.
         exports: ``__all__`` of a module, where it has one.
         lazy: name -> (module, name in it) of what a module gets when somebody asks for it.
         ask: tells more of ``lazy``, for a module whose ``__getattr__`` is its own.
-        hidden: names of a stub that it uses and does not give.
     """
 
     kind: str
     module: str
     doc: str = ""
     reason: str = ""
+    more: str = ""
+    is_compiled: bool = False
+    is_module: bool = False
+    documents: bool = False
     names: dict[str, Thing] = field(default_factory=dict)
     bases: list[Thing] = field(default_factory=list)
     exports: list[str] | None = None
     lazy: dict[str, tuple[str, str]] = field(default_factory=dict)
     ask: Callable[[], dict[str, tuple[str, str]]] | None = None
-    hidden: set[str] = field(default_factory=set)
 
     def lineage(self) -> Iterator[Thing]:
         """A class and its bases, those of the first base first."""
