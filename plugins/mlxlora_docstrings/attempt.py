@@ -21,8 +21,8 @@ from mlxlora_docstrings import DocstringOptions
 from mlxlora_docstrings.findings import decode, line_bytes
 from mlxlora_docstrings.warden import processes
 
-#: What a child may write in all; the largest packages write 25 MB.
-FINDINGS_BYTES = 64 << 20
+#: What a child may write in all; the largest packages write 25 MB in 30 000 records.
+FINDINGS_BYTES, FINDINGS_RECORDS = 64 << 20, 200_000
 
 #: Of the time that is left, what one module or class may take before the next attempt keeps out of it.
 PLACE_SHARE = 1 / 3
@@ -30,6 +30,7 @@ STUCK = "no answer within a third of the time that was left (option time_limit)"
 
 _CHUNK_BYTES = 1 << 16
 _POLL_SECONDS = 0.05
+_SWEEPS = 2  # what is just being started has no environment yet
 _PATIENCE_SECONDS = 6.0  # for the end of a child that was told to end
 # What a child needs of the environment to find an interpreter's libraries.
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
@@ -66,6 +67,7 @@ class Attempt:
     pid: int = 0
     is_done: bool = False
     _bytes: int = 0
+    _records: int = 0
     _rest: bytes = b""
 
     def feed(self, chunk: bytes) -> None:
@@ -75,7 +77,8 @@ class Attempt:
             ValueError: it is more than a child of ours would write, or something else.
         """
         self._bytes += len(chunk)
-        if self._bytes > FINDINGS_BYTES:
+        self._records += chunk.count(b"\n")
+        if self._bytes > FINDINGS_BYTES or self._records > FINDINGS_RECORDS:
             raise ValueError("too much")
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         if len(self._rest) > line_bytes(self.seq_limit):
@@ -145,8 +148,8 @@ def _run(folder: Path, made: Attempt, time_limit: float, deadline: float, stop: 
         start_new_session=True,
     )
     try:
-        _listen(process, made, deadline, stop)
-        if not made.is_done and not made.death:
+        is_gone = _listen(process, made, deadline, stop)
+        if is_gone and not made.is_done:
             with suppress(subprocess.TimeoutExpired):
                 made.death = _ending(process.wait(max(deadline - time.monotonic(), 0.0)))
                 made.stuck = True
@@ -159,8 +162,8 @@ def _run(folder: Path, made: Attempt, time_limit: float, deadline: float, stop: 
     return made
 
 
-def _listen(process: subprocess.Popen[bytes], made: Attempt, deadline: float, stop: Event) -> None:
-    """Take in what a child tells until it has told all, is gone, or has had its time.
+def _listen(process: subprocess.Popen[bytes], made: Attempt, deadline: float, stop: Event) -> bool:
+    """Take in what a child tells until it has told all or has had its time, or is gone, which gives True.
 
     Raises:
         ValueError: it is nothing that a child of ours tells.
@@ -175,12 +178,15 @@ def _listen(process: subprocess.Popen[bytes], made: Attempt, deadline: float, st
                 place, since = made.place, now
             if place not in ("", made.package) and now - since > share:
                 made.death, made.stuck = STUCK, True
-                return
+                return False
             if selector.select(_POLL_SECONDS):
                 chunk = os.read(process.stdout.fileno(), _CHUNK_BYTES)
                 if not chunk:
-                    return
+                    return True
                 made.feed(chunk)
+            elif process.poll() is not None:
+                return True  # and something that it started holds the pipe
+    return False
 
 
 def _end(process: subprocess.Popen[bytes], child: int, folder: Path) -> None:
@@ -194,8 +200,13 @@ def _end(process: subprocess.Popen[bytes], child: int, folder: Path) -> None:
         if group:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(group, signal.SIGKILL)
-    process.wait()
-    home = os.fsencode(f"HOME={folder / 'home'}")
+    for _ in range(_SWEEPS if process.wait() < 0 else 0):
+        _sweep(os.fsencode(f"HOME={folder / 'home'}"))
+        time.sleep(_POLL_SECONDS)
+
+
+def _sweep(home: bytes) -> None:
+    """Kill what has this home: a warden that was killed could not see to it."""
     for pid in processes():
         with suppress(OSError):
             if home in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):

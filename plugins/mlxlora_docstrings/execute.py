@@ -8,12 +8,10 @@ is taken both ways. Whatever else a statement does is passed over.
 from __future__ import annotations
 
 import ast
-import os
-import platform
-import sys
 from collections.abc import Iterable, Iterator
-from typing import Protocol
 
+from mlxlora_docstrings.conditions import named, truth
+from mlxlora_docstrings.declared import add_docstr, called, exported, extends_all
 from mlxlora_docstrings.graph import is_public
 from mlxlora_docstrings.lazy import attached, known_to
 from mlxlora_docstrings.things import (
@@ -23,8 +21,8 @@ from mlxlora_docstrings.things import (
     MODULE,
     PROPERTY,
     VALUE,
+    Loader,
     Thing,
-    strings_in,
     text_of,
 )
 
@@ -32,46 +30,11 @@ COMPILED = "its docstring is compiled; mode=import reads it"
 MADE = "it is made when the package runs; mode=import reads it"
 FIELDS = "its docstring is made of its fields when the package runs; mode=import reads it"
 TOGETHER = "its docstring is put together when the package runs; mode=import reads it"
-
-_KNOWN = {
-    "sys.platform": sys.platform,
-    "platform.system()": platform.system(),
-    "os.name": os.name,
-    "sys.version_info": tuple(sys.version_info[:3]),
-}
-_OFF = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+MENTIONS = (".__doc__", ".__all__")  # what is looked for in functions, where it is anywhere
 
 
 class Missing(Exception):
     """An import that fails, where something else is done then."""
-
-
-class Loader(Protocol):
-    """What finds and reads modules."""
-
-    def load(self, name: str) -> Thing | None:
-        """The module of this full name, or None when the package has none."""
-        ...
-
-    def attribute(self, module: Thing, name: str) -> Thing | None:
-        """What a name of a module stands for."""
-        ...
-
-    def has(self, module: str, name: str) -> bool:
-        """Whether there is a module of this name, and ``name`` in it, if that is something."""
-        ...
-
-    def stub_imports(self, module: Thing) -> dict[str, tuple[str, str]]:
-        """What the stub beside the source of a module imports: name -> (module, name in it)."""
-        ...
-
-    def is_there(self, name: str) -> bool:
-        """Whether a module of another package is installed."""
-        ...
-
-    def is_inside(self, name: str) -> bool:
-        """Whether a module is of the package that is read."""
-        ...
 
 
 class Body:
@@ -88,7 +51,7 @@ class Body:
     Attributes:
         texts: names that stand for a text.
         tables: names that stand for a literal.
-        writes_doc: whether ``__doc__`` stands in the source at all.
+        mentions: which of :data:`MENTIONS` stand in the source at all.
     """
 
     def __init__(
@@ -104,7 +67,7 @@ class Body:
         self.is_package, self.is_stub, self.outer = is_package, is_stub, outer
         self.texts: dict[str, str] = {"__name__": module.module}
         self.tables: dict[str, ast.expr] = {}
-        self.writes_doc: bool = outer is not None and outer.writes_doc
+        self.mentions: frozenset[str] = outer.mentions if outer else frozenset()
         self.extenders: set[str] = set()  # functions that add the ``__all__`` of what they are given to ours
         self._tries = 0
 
@@ -123,6 +86,8 @@ class Body:
         """What a name or a path of names stands for."""
         if isinstance(node, ast.Name):
             found = self.texts.get(node.id) or self.scope.names.get(node.id)
+            if found is None and self.is_stub and node.id in self.module.lazy:
+                return self.loader.attribute(self.module, node.id)
             return found or (self.outer.look(node) if self.outer else None)
         if not isinstance(node, ast.Attribute):
             return None
@@ -177,7 +142,7 @@ class Body:
                 if alias.name == "__all__":
                     self.module.exports = list(source.exports or ())
                 else:
-                    self._document(self.scope, source.doc)
+                    self.document(self.scope, source.doc)
                 continue
             if source is not None:
                 thing = self._imported(source, alias.name)
@@ -196,9 +161,11 @@ class Body:
     def _imported(self, source: Thing, name: str) -> Thing:
         found = self.loader.attribute(source, name) or self.loader.load(f"{source.module}.{name}")
         if found is None:
+            found = Thing(IMPORTED, source.module, reason=MADE)
             if self._tries and not source.is_compiled:
+                self.bind(name, found)  # unless what is done instead does better
                 raise Missing
-            found = source.names[name] = Thing(IMPORTED, source.module, reason=MADE)
+            source.names[name] = found
         return found
 
     def _foreign(self, module: str, name: str) -> Thing:
@@ -230,12 +197,12 @@ class Body:
             return
         kind = PROPERTY if any(name.endswith("property") for name in last) else FUNCTION
         thing = Thing(kind, self.module.module, doc, COMPILED if self.is_stub else "")
-        thing.documents = self.writes_doc and any(
+        thing.documents = ".__doc__" in self.mentions and any(
             isinstance(inner, ast.Attribute) and inner.attr == "__doc__" for inner in ast.walk(node)
         )
         if not doc and any(self._documents(item) for item in node.decorator_list):
             thing.reason = TOGETHER
-        if self.outer is None and _extends_all(node):
+        if self.outer is None and ".__all__" in self.mentions and extends_all(node):
             self.extenders.add(node.name)
         if node.name == "__getattr__" and self.outer is None:
             self.module.ask = lambda: known_to(node, self)
@@ -284,22 +251,22 @@ class Body:
     def _run_AugAssign(self, node: ast.AugAssign) -> None:
         if isinstance(node.target, ast.Name) and isinstance(node.op, ast.Add):
             if node.target.id == "__all__":
-                self.module.exports = [*(self.module.exports or []), *self._exported(node.value)]
+                self.module.exports = [*(self.module.exports or []), *exported(node.value, self)]
             elif node.target.id == "__doc__":
-                self._document(self.scope, self.scope.doc + (text_of(node.value, self.look) or ""))
+                self.document(self.scope, self.scope.doc + (text_of(node.value, self.look) or ""))
 
     def _assign(self, target: ast.expr, value: ast.expr) -> None:
         if isinstance(target, ast.Attribute):
             owner = self.look(target.value)
             if isinstance(owner, Thing):
                 if target.attr == "__doc__":
-                    self._document(owner, text_of(value, self.look))
+                    self.document(owner, text_of(value, self.look))
                 elif thing := self._value(value, target.attr):
                     owner.names[target.attr] = thing
         elif isinstance(target, ast.Name) and target.id == "__all__":
-            self.module.exports = list(self._exported(value))
+            self.module.exports = list(exported(value, self))
         elif isinstance(target, ast.Name) and target.id == "__doc__":
-            self._document(self.scope, text_of(value, self.look))
+            self.document(self.scope, text_of(value, self.look))
         elif isinstance(target, ast.Name):
             self._assign_name(target.id, value)
 
@@ -341,7 +308,7 @@ class Body:
         if made_by.endswith("namedtuple"):
             return Thing(CLASS, self.module.module, reason=FIELDS)
         if made_by.endswith("add_docstr") and len(node.args) == 2:
-            return self._add_docstr(node)
+            return add_docstr(node, self)
         if self._documents(node):
             return Thing(FUNCTION, self.module.module, reason=TOGETHER)
         maker = self.look_at(node.func)
@@ -354,99 +321,24 @@ class Body:
         """What an argument stands for."""
         return self.look(node) if isinstance(node, ast.Name | ast.Attribute) else None
 
-    def _document(self, thing: Thing, text: str | None) -> None:
+    def document(self, thing: Thing, text: str | None) -> None:
+        """Give something a docstring; None is one that only running tells."""
         thing.doc, thing.reason = text or "", "" if text is not None else TOGETHER
         if thing.kind in (VALUE, IMPORTED):
             thing.kind = FUNCTION
 
-    def _exported(self, node: ast.expr) -> Iterator[str]:
-        """The names in an expression that ``__all__`` is made of, as far as they can be told."""
-        if isinstance(node, ast.BinOp):
-            yield from self._exported(node.left)
-            yield from self._exported(node.right)
-        elif isinstance(node, ast.List | ast.Tuple | ast.Set):
-            for item in node.elts:
-                yield from self._exported(item.value) if isinstance(item, ast.Starred) else strings_in(item)
-        elif isinstance(node, ast.Attribute) and node.attr == "__all__":
-            owner = self.look(node.value)
-            yield from (owner.exports or []) if isinstance(owner, Thing) else []
-        elif isinstance(node, ast.Name) and node.id in self.tables:
-            yield from strings_in(self.tables[node.id])
-        elif isinstance(node, ast.Name) and node.id == "__all__":
-            yield from self.module.exports or []
-        elif isinstance(node, ast.Call) and len(node.args) == 1:
-            yield from self._exported(node.args[0])
-
-    # --- calls ---
-
     def _run_Expr(self, node: ast.Expr) -> None:
-        call = node.value
-        if not isinstance(call, ast.Call):
-            return
-        made_by = ast.unparse(call.func)
-        if made_by.startswith("__all__.") and len(call.args) == 1:
-            names = list(self._exported(call.args[0])) or strings_in(call.args[0])
-            old = self.module.exports or []
-            removed = set(names) if made_by.endswith("remove") else set()
-            self.module.exports = [*(name for name in old if name not in removed)]
-            self.module.exports += [] if removed else names
-        elif made_by == "delattr" and len(call.args) == 2:
-            if ast.unparse(call.args[0]) == "sys.modules[__name__]":
-                self.module.names.pop(text_of(call.args[1], self.look) or "", None)
-        elif made_by in self.extenders:
-            owners = [owner for item in call.args if isinstance(owner := self.look_at(item), Thing)]
-            names = [name for owner in owners for name in owner.exports or ()]
-            self.module.exports = [*(self.module.exports or []), *names]
-        elif made_by.endswith("add_docstr") and len(call.args) == 2:
-            self._add_docstr(call)
-        elif made_by.endswith("add_newdoc") and len(call.args) >= 3:
-            self._add_newdoc(call)
-
-    def _add_docstr(self, call: ast.Call) -> Thing | None:
-        """``add_docstr(something, text)``, by which torch documents what is compiled."""
-        target, text = call.args[0], text_of(call.args[1], self.look)
-        if not isinstance(target, ast.Name | ast.Attribute):
-            return None
-        found = self.look(target)
-        if not isinstance(found, Thing):
-            owner = self.look(target.value) if isinstance(target, ast.Attribute) else None
-            found = Thing(FUNCTION, self.module.module)
-            if isinstance(owner, Thing) and isinstance(target, ast.Attribute):
-                owner.names[target.attr] = found
-        if text is not None or not found.doc:
-            self._document(found, text)
-        return found
-
-    def _add_newdoc(self, call: ast.Call) -> None:
-        """``add_newdoc(module, name, text)`` or ``(attribute, text)``, by which numpy does it."""
-        place, name = (text_of(item, self.look) for item in call.args[:2])
-        if not place or not name or not self.loader.is_inside(place):
-            return
-        owner = self.loader.load(place)
-        if owner is None:
-            return
-        thing = self.loader.attribute(owner, name) or owner.names.setdefault(name, Thing(FUNCTION, place))
-        given = call.args[2]
-        for item in given.elts if isinstance(given, ast.List) else [given]:
-            if isinstance(item, ast.Tuple) and len(item.elts) == 2:
-                attribute, text = (text_of(part, self.look) for part in item.elts)
-                thing.kind = CLASS
-                if attribute:
-                    member = thing.names.setdefault(attribute, Thing(FUNCTION, place))
-                    self._document(member, text)
-            else:
-                self._document(thing, text_of(item, self.look))
+        if isinstance(node.value, ast.Call):
+            called(node.value, self)
 
     # --- control flow ---
 
     def _run_If(self, node: ast.If) -> None:
-        told = self._truth(node.test)
+        told = truth(node.test)
         if told is not True:
-            if told is False and ast.unparse(node.test) in _OFF:
-                return
             self.run(node.orelse)
         if told is not False:
-            name, text = _named(node.test)
+            name, text = named(node.test)
             if name:
                 self.texts[name] = text
             self.run(node.body)
@@ -482,60 +374,3 @@ class Body:
         for target in node.targets:
             if isinstance(target, ast.Name):
                 self.scope.names.pop(target.id, None)
-
-    def _truth(self, test: ast.expr) -> bool | None:
-        """Whether a condition holds, or None when only running it tells."""
-        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-            inner = self._truth(test.operand)
-            return None if inner is None else not inner
-        if isinstance(test, ast.BoolOp):
-            parts = [self._truth(value) for value in test.values]
-            settled = isinstance(test.op, ast.Or)
-            return settled if settled in parts else None if None in parts else not settled
-        if isinstance(test, ast.Constant):
-            return bool(test.value)
-        text = ast.unparse(test)
-        if text in _OFF or text.startswith(("os.environ.get(", "os.getenv(")):
-            return False  # a child has no variables but those that it needs
-        return self._compared(test) if isinstance(test, ast.Compare) and len(test.ops) == 1 else None
-
-    def _compared(self, test: ast.Compare) -> bool | None:
-        if ast.unparse(test.comparators[0]) == "os.environ":
-            return isinstance(test.ops[0], ast.NotIn)
-        left = ast.unparse(test.left)
-        known = "a module" if left == "__name__" else _KNOWN.get(left)
-        try:
-            value = ast.literal_eval(test.comparators[0])
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            return None
-        if type(value) is not type(known):
-            return None
-        kind = type(test.ops[0])
-        if kind is ast.Eq or kind is ast.NotEq:
-            return (known == value) == (kind is ast.Eq)
-        if (
-            isinstance(known, tuple)
-            and isinstance(value, tuple)
-            and kind in (ast.GtE, ast.Gt, ast.Lt, ast.LtE)
-        ):
-            return (known >= value) == (kind in (ast.GtE, ast.Gt))
-        return None
-
-
-def _named(test: ast.expr) -> tuple[str, str]:
-    """The name and the text of ``name == "text"``, or nothing."""
-    if not isinstance(test, ast.Compare) or not isinstance(test.ops[0], ast.Eq):
-        return "", ""
-    left, right = test.left, test.comparators[0]
-    if isinstance(left, ast.Name) and isinstance(right, ast.Constant) and isinstance(right.value, str):
-        return left.id, right.value
-    return "", ""
-
-
-def _extends_all(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether a function seems to add the ``__all__`` of a module that it is given to that of its own."""
-    if len(function.args.args) != 1:
-        return False
-    nodes = list(ast.walk(function))
-    ours = any(isinstance(node, ast.Name) and node.id == "__all__" for node in nodes)
-    return ours and any(isinstance(node, ast.Attribute) and node.attr == "__all__" for node in nodes)

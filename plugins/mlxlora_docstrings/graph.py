@@ -26,7 +26,7 @@ class Child(NamedTuple, Generic[T]):
     Attributes:
         name: what it is called there.
         inherited: whether it is defined in a base class.
-        thing: a live object or a griffe object.
+        thing: a live object, or what stands for one in a source.
     """
 
     name: str

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlxlora_docstrings.execute import MADE, Body
+from mlxlora_docstrings.execute import MADE, MENTIONS, Body
 from mlxlora_docstrings.findings import Findings
 from mlxlora_docstrings.graph import (
     NO_DOCSTRING,
@@ -106,7 +106,7 @@ class _Sources:
         tree = ast.parse(source)
         thing.doc = ast.get_docstring(tree, clean=False) or ""
         body = Body(self, thing, thing, is_package, is_stub)
-        body.writes_doc = ".__doc__" in source
+        body.mentions = frozenset(text for text in MENTIONS if text in source)
         body.run(tree.body)
 
     def attribute(self, module: Thing, name: str) -> Thing | None:
@@ -121,6 +121,8 @@ class _Sources:
             origin, inside = module.lazy[name]
             source = self.load(origin)
             found = self.attribute(source, inside) if source is not None and inside else source
+            if found is None and inside:
+                found = self.load(f"{origin}.{inside}")
         finally:
             self._asking.discard((module.module, name))
         if found is not None:

@@ -6,6 +6,7 @@ import ast
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 MODULE, CLASS, FUNCTION, PROPERTY = "module", "class", "function", "property"
 VALUE = "value"  # something else, or what only running tells
@@ -68,6 +69,34 @@ class Thing:
     def member(self, name: str) -> Thing | None:
         """What a name stands for in a class or its bases, or in a module."""
         return next((found for thing in self.lineage() if (found := thing.names.get(name))), None)
+
+
+class Loader(Protocol):
+    """What finds and reads modules."""
+
+    def load(self, name: str) -> Thing | None:
+        """The module of this full name, or None when the package has none."""
+        ...
+
+    def attribute(self, module: Thing, name: str) -> Thing | None:
+        """What a name of a module stands for."""
+        ...
+
+    def has(self, module: str, name: str) -> bool:
+        """Whether there is a module of this name, and ``name`` in it, if that is something."""
+        ...
+
+    def stub_imports(self, module: Thing) -> dict[str, tuple[str, str]]:
+        """What the stub beside the source of a module imports: name -> (module, name in it)."""
+        ...
+
+    def is_there(self, name: str) -> bool:
+        """Whether a module of another package is installed."""
+        ...
+
+    def is_inside(self, name: str) -> bool:
+        """Whether a module is of the package that is read."""
+        ...
 
 
 Lookup = Callable[[ast.expr], "Thing | str | None"]
