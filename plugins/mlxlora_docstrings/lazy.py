@@ -55,7 +55,7 @@ def known_to(function: ast.FunctionDef | ast.AsyncFunctionDef, body: Body) -> Or
     Names are the texts in its code and in the tables that it looks at; modules are
     what it imports, and texts that may be the name of one.
     """
-    names: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {name: [] for name in body.module.exports or ()}
     modules: list[str] = []
     imported: Origins = {}
     for node in ast.walk(function):
@@ -64,6 +64,7 @@ def known_to(function: ast.FunctionDef | ast.AsyncFunctionDef, body: Body) -> Or
             modules.append(node.value)
         elif isinstance(node, ast.ImportFrom):
             origin = body.origin(node)
+            modules += [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
             imported |= {alias.asname or alias.name: (origin, alias.name) for alias in node.names}
         elif isinstance(node, ast.Name) and node.id in body.tables:
             for name, places in _entries(body.tables[node.id]):

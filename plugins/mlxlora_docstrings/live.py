@@ -264,6 +264,8 @@ def _texts(function: Any) -> set[str]:
     tables += [function.__globals__.get(name) for name in code.co_names]
     with suppress(ValueError):  # a cell that is empty
         tables += [cell.cell_contents for cell in function.__closure__ or ()]
+    tables = [table for table in tables if type(table) in _TABLES]
+    tables += [inner for table in tables if type(table) is dict for inner in list(table.values())]
     return {text for table in tables if type(table) in _TABLES for text in list(table) if type(text) is str}
 
 
