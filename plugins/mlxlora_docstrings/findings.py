@@ -131,8 +131,10 @@ def decode(line: bytes, package: str, seq_limit: int) -> list[str]:
         raise ValueError("no kind of record")
     if kind == "pid" and not (record[1].isdecimal() and 1 < int(record[1][:20]) < 1 << 31):
         raise ValueError("no process")
-    if kind in ("at", "row", "skip") and not _is_place(record[1].removesuffix(".*"), package):
-        raise ValueError("another package's")
+    if kind in ("at", "row", "skip"):
+        within = package if kind == "row" else package.partition(".")[0]  # a part imports others
+        if not _is_inside(record[1].removesuffix(".*"), within):
+            raise ValueError("another package's")
     if kind == "row" and not (_is_text(record[2]) and len(record[2]) <= seq_limit):
         raise ValueError("no docstring")
     if kind == "skip" and not (record[2].isprintable() and len(record[2]) <= REASON_CHARACTERS):
@@ -140,11 +142,9 @@ def decode(line: bytes, package: str, seq_limit: int) -> list[str]:
     return record
 
 
-def _is_place(path: str, package: str) -> bool:
-    """Whether a path is of the package, in it, or on the way to it."""
-    return all(map(str.isidentifier, path.split("."))) and (
-        f"{path}.".startswith(f"{package}.") or f"{package}.".startswith(f"{path}.")
-    )
+def _is_inside(path: str, package: str) -> bool:
+    """Whether a path is of names, and of the package or in it."""
+    return f"{path}.".startswith(f"{package}.") and all(map(str.isidentifier, path.split(".")))
 
 
 def _is_text(text: str) -> bool:

@@ -7,7 +7,6 @@ import importlib
 import inspect
 import json
 import os
-import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
