@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from mlxlora_core.cli import declare
 from mlxlora_core.cli.verbs import VERBS, group
 from mlxlora_core.errors import ExitCode
 
@@ -88,10 +89,12 @@ def verb(name: str) -> str:
     ctx = click.Context(command, info_name=f"mlxlora {name}", **command.context_settings)
     usage = " ".join([ctx.command_path, *command.collect_usage_pieces(ctx)])
     lines = [f"\n## mlxlora {name}\n", f"```\n{usage}\n```\n", inspect.cleandoc(command.help or "") + "\n"]
-    for parameter in command.get_params(ctx):
-        record = parameter.get_help_record(ctx)
-        if isinstance(parameter, click.Option) and record is not None:  # the usage line tells the arguments
-            flags, meaning = record
+    for title, options in declare.sections(command, ctx).items():
+        if title != declare.COMMON:
+            lines.append(f"\n{title}:\n")
+        elif len(lines) > 3:  # there are sections before
+            lines.append("\nOthers:\n")
+        for flags, meaning in filter(None, (option.get_help_record(ctx) for option in options)):
             lines.append(f"- `{flags}`: {' '.join(meaning.split())}")
     return "\n".join(lines) + "\n"
 

@@ -25,7 +25,7 @@ from mlxlora_core.plugins.defaults import DEFAULT_RECIPE, DEFAULT_SAMPLER
 from mlxlora_core.plugins.sections import configure
 from mlxlora_core.python_model import Model, checked_seed, load, parsed, prepare, registry, texts
 from mlxlora_core.training.checkpoints import Start
-from mlxlora_core.training.events import TrainReport, TrainResult, ValidReport
+from mlxlora_core.training.events import Advanced, TrainReport, TrainResult, ValidReport
 from mlxlora_core.training.settings import (
     BatchConfig,
     BatchOptions,
@@ -387,9 +387,9 @@ def _outputs(
 
 
 def _followed(events: Iterator[T]) -> Generator[T, None, None]:
-    """Events to their end; a signal becomes what Python raises for it."""
+    """Events to their end, but for those that only move a bar; a signal becomes what Python raises for it."""
     try:
-        yield from events
+        yield from (event for event in events if not isinstance(event, Advanced))
     except Interrupted as fault:
         if fault.signum == signal.SIGINT:
             raise KeyboardInterrupt(str(fault)) from fault

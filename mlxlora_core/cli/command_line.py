@@ -1,12 +1,47 @@
-"""The command that was typed, as the one that goes on with it."""
+"""Commands to type next: the one that goes on with what was interrupted, the one that asks a tuned model."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+
+from mlxlora_core.options import plain
+from mlxlora_core.plugins import Choice
+from mlxlora_core.runs.folder import ADAPTER, MODEL
+from mlxlora_core.runs.recipe import Recipe
+from mlxlora_core.runs.samplers import labels
+from mlxlora_core.training.settings import GenerateConfig
 
 
 def resume_command(*, resume: bool) -> str:
     """The command line that was given, ready to be given again to go on."""
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
     return shlex.join(["mlxlora", *arguments, *(["--resume"] if resume else [])])
+
+
+def question_command(recipe: Recipe, plugins: Sequence[str]) -> str:
+    """The command that asks the tuned model of a run as the run did.
+
+    Args:
+        recipe: of the run.
+        plugins: what ``-P`` was told.
+    """
+    model = recipe.model.mlx_path or recipe.folder / MODEL
+    words = ["mlxlora", "generate", *(word for name in plugins for word in ("-P", name))]
+    words += ["--model", str(model), "--adapter-file", str(recipe.folder / ADAPTER)]
+    words += ["--sampler", ",".join(sampler.component.spec.name for sampler in recipe.sampler)]
+    words += _sampler_options(recipe.sampler)
+    if recipe.generate.num_tokens != GenerateConfig().num_tokens:
+        words += ["-n", str(recipe.generate.num_tokens)]
+    return shlex.join([*words, "-p", (*recipe.generate.prompts, "…")[0]])
+
+
+def _sampler_options(samplers: Sequence[Choice]) -> Iterator[str]:
+    """``--set`` for each option of a sampler that is not at its default."""
+    for label, choice in zip(labels([c.component for c in samplers]), samplers, strict=True):
+        defaults = {field.name: field.default for field in fields(choice.options)}
+        for name, value in plain(choice.options).items():
+            if value != defaults[name]:
+                yield from ("--set", f"sampler.{label}.{name}={value}")

@@ -110,12 +110,12 @@ def command(
 
 def _follow(events: Iterator[SpaceNeeded | TensorConverted | ConvertReport]) -> ConvertReport:
     """Show how a conversion goes on; its report."""
-    with show.tensors("converting") as progress:
+    with show.Bar() as bar:
         for event in events:
             if isinstance(event, SpaceNeeded):
                 show.progress(event.text)
             elif isinstance(event, TensorConverted):
-                progress(event.done, event.count)
+                bar.move("converting", event.done, event.count)
             else:
                 return event
     raise AssertionError("the report comes last")

@@ -51,7 +51,9 @@ def command(
         values["packages"] = packages
     chosen, config = choose("builder", builder, values, registry)
     hold(out)
-    record = build_dataset(chosen, config, out, overwrite=overwrite)
+    with show.Bar() as bar:
+        bar.wait("reading")
+        record = build_dataset(chosen, config, out, overwrite=overwrite)
     if as_json:
         show.as_json(record)
         return

@@ -14,9 +14,17 @@ from mlxlora_core.plugins.defaults import DEFAULT_SAMPLER
 
 T = TypeVar("T")
 
+COMMON = "Options"  # what options stand under that no section has
+
 # What several verbs have, and mean the same by.
 MODEL = click.option("--model", type=Path, default=Path("mlx_model"), show_default=True, help="Model folder.")
-ADAPTER_FILE = click.option("--adapter-file", type=Path, help="Adapter file to put on the model.")
+DEFAULT_ADAPTER_FILE = Path("adapters.safetensors")  # what train writes, and others read where it is
+ADAPTER_FILE = click.option(
+    "--adapter-file",
+    type=Path,
+    help=f"Adapter file to put on the model. [default: {DEFAULT_ADAPTER_FILE}, where that is]",
+)
+NO_ADAPTER = click.option("--no-adapter", is_flag=True, help="Take the model as it is.")
 ADAPTER = click.option("--adapter", help="Insist on this adapter. [default: what the file says]")
 SAMPLER = click.option(
     "--sampler", default=DEFAULT_SAMPLER, show_default=True, help="Samplers, in order: NAME or NAME,NAME."
@@ -34,16 +42,41 @@ def data(files: str) -> Callable[[Any], Any]:
     )
 
 
-def flags(config: type[Any]) -> Callable[[Any], Any]:
-    """A decorator that adds one option for each field of ``config``.
+def section(title: str, *decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A decorator that adds options which stand under ``title`` in the help of their verb."""
+
+    def decorate(function: Any) -> Any:
+        before = list(getattr(function, "__click_params__", ()))
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        for parameter in function.__click_params__[len(before) :]:
+            parameter.section = title
+        return function
+
+    return decorate
+
+
+def sections(command: click.Command, ctx: click.Context) -> dict[str, list[click.Option]]:
+    """The options of a verb by the titles that they stand under, those under none last."""
+    by_title: dict[str, list[click.Option]] = {}
+    for option in command.get_params(ctx):
+        if isinstance(option, click.Option) and not option.hidden:
+            by_title.setdefault(getattr(option, "section", COMMON), []).append(option)
+    return {title: by_title[title] for title in sorted(by_title, key=lambda title: title == COMMON)}
+
+
+def flags(config: type[Any], beside: type[Any] | None = None) -> Callable[[Any], Any]:
+    """A decorator that adds one option for each field of ``config`` that ``beside`` does not have.
 
     Values arrive as None when the user said nothing, so that defaults stay the
     dataclass's own.
     """
 
     def decorate(function: Any) -> Any:
+        others = {known.name for known in explain(beside)} if beside else set()
         for known in reversed(explain(config)):
-            function = _flag(known)(function)
+            if known.name not in others:
+                function = _flag(known)(function)
         return function
 
     return decorate

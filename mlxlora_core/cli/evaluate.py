@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.cli import declare, show
-from mlxlora_core.cli.model import load_adapted, measure
+from mlxlora_core.cli.model import asked_adapter, load_adapted, measure
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.recipe import check_sections, overrides
@@ -17,6 +17,7 @@ from mlxlora_core.training.settings import BatchConfig, EvaluateConfig
     declare.MODEL,
     declare.data("test.jsonl"),
     declare.ADAPTER_FILE,
+    declare.NO_ADAPTER,
     declare.ADAPTER,
     declare.flags(BatchConfig),
     declare.flags(EvaluateConfig),
@@ -28,6 +29,7 @@ def command(
     model: Path,
     data: Path,
     adapter_file: Path | None,
+    no_adapter: bool,
     adapter: str | None,
     sets: tuple[str, ...],
     as_json: bool,
@@ -41,9 +43,10 @@ def command(
     batches = declare.config_from(BatchConfig, arguments)
     config = declare.config_from(EvaluateConfig, arguments)
     given = overrides(sets)
+    asked = asked_adapter(adapter_file, no_adapter, adapter, given.get("adapter", {}))
     check_sections(given, ("adapter",))
     start(registry)
-    base = load_adapted(model, adapter_file, adapter, given.get("adapter", {}), registry)
+    base = load_adapted(model, asked, registry)
     result = measure(base, data, batches, config, quiet=as_json)
     if as_json:
-        show.as_json(result)
+        show.as_json({"adapter_file": asked and str(asked.path), **result})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import click
@@ -57,7 +58,7 @@ def command(
 
     started = time.perf_counter()
     fused = AdapterFile(adapter_file, adapter, given.get("adapter", {})) if adapter_file else None
-    with show.tensors("exporting") as progress:
+    with show.Bar() as bar:
         for event in export(
             model,
             out,
@@ -65,7 +66,7 @@ def command(
             registry,
             fused=fused,
             overwrite=overwrite,
-            told=progress,
+            told=partial(bar.move, "exporting"),
         ):
             if isinstance(event, ExportReport):
                 report = event

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mlxlora_core.cli import declare, show
-from mlxlora_core.cli.model import chosen_samplers, continue_prompt, load_adapted
+from mlxlora_core.cli.model import asked_adapter, chosen_samplers, continue_prompt, load_adapted
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.plugins import Registry
@@ -23,6 +23,7 @@ PROMPT_BYTES = 16 << 20
     declare.MODEL,
     click.option("-p", "--prompt", required=True, help="Text to continue; - reads it from stdin."),
     declare.ADAPTER_FILE,
+    declare.NO_ADAPTER,
     declare.ADAPTER,
     declare.SAMPLER,
     declare.TEMP,
@@ -36,6 +37,7 @@ def command(
     model: Path,
     prompt: str,
     adapter_file: Path | None,
+    no_adapter: bool,
     adapter: str | None,
     sampler: str,
     temp: str | None,
@@ -51,14 +53,16 @@ def command(
     """
     config = declare.config_from(GenerateConfig, arguments)
     given = overrides(sets)
+    asked = asked_adapter(adapter_file, no_adapter, adapter, given.get("adapter", {}))
     check_sections(given, ("adapter", "sampler"))
     chosen = chosen_samplers(registry, sampler, temp, given.get("sampler", {}))
     start(registry)
-    base = load_adapted(model, adapter_file, adapter, given.get("adapter", {}), registry)
+    base = load_adapted(model, asked, registry)
     text = _stdin() if prompt == "-" else prompt
     result = continue_prompt(base, text, chosen, config, seed, quiet=as_json)
     if as_json:
-        show.as_json({"prompt": text, "text": result.text, "finish": result.finish})
+        answer = {"prompt": text, "text": result.text, "finish": result.finish}
+        show.as_json({"adapter_file": asked and str(asked.path), **answer})
 
 
 def _stdin() -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlxlora_core.cli import show
-from mlxlora_core.errors import UsageError
+from mlxlora_core.cli.declare import DEFAULT_ADAPTER_FILE
+from mlxlora_core.errors import ModelError, UsageError
 from mlxlora_core.options import explain
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.runs.recipe import choose_samplers
@@ -33,19 +35,55 @@ def load_base(folder: Path, registry: Registry) -> Model:
     return model
 
 
-def load_adapted(
-    folder: Path,
-    adapter_file: Path | None,
-    adapter: str | None,
-    values: Mapping[str, Any],
-    registry: Registry,
-) -> Model:
-    """A model with, if a file is named, the adapter in it, which must be what the caller insists on."""
+@dataclass(frozen=True)
+class AskedAdapter:
+    """The adapter file to put on a model, and what the user insists on.
+
+    Attributes:
+        path: the file.
+        name: the adapter that must be in it, or None for whatever is.
+        values: options of it that must be.
+        named: whether the user has named the file, or it is the one that train writes.
+    """
+
+    path: Path
+    name: str | None
+    values: Mapping[str, Any]
+    named: bool
+
+
+def asked_adapter(
+    path: Path | None, bare: bool, name: str | None, values: Mapping[str, Any]
+) -> AskedAdapter | None:
+    """The adapter that a command line asks for: that of a file, of train's own where it is, or none.
+
+    Raises:
+        UsageError: a file is named or described, and none is wanted; one is described that is not there.
+    """
+    if path is not None and bare:
+        raise UsageError("--adapter-file and --no-adapter are both given; give one of them")
+    if path is not None or (not bare and DEFAULT_ADAPTER_FILE.is_file()):
+        return AskedAdapter(path or DEFAULT_ADAPTER_FILE, name, values, path is not None)
+    if name is not None or values:
+        raise UsageError("an adapter is described, but no file is named", fix="add --adapter-file")
+    return None
+
+
+def load_adapted(folder: Path, asked: AskedAdapter | None, registry: Registry) -> Model:
+    """A model with the adapter that is asked for; which one answers is told."""
     from mlxlora_core.model import adapters
 
     model = load_base(folder, registry)
-    if adapter_file is not None:
-        adapters.load(adapter_file, model, registry, adapter, values)
+    if asked is None:
+        show.progress("no adapter: this is the model itself")
+        return model
+    try:
+        adapted = adapters.load(asked.path, model, registry, asked.name, asked.values)
+    except ModelError as fault:
+        if not asked.named:
+            fault.fix = "name another with --adapter-file, or take the model as it is: --no-adapter"
+        raise
+    show.progress(f"with the {adapted.choice.component.id} adapter of {asked.path}")
     return model
 
 
@@ -53,7 +91,7 @@ def measure(
     model: Model, data: Path, batches: BatchConfig, config: EvaluateConfig, *, quiet: bool
 ) -> dict[str, Any]:
     """Loss on ``test.jsonl``; printed unless ``quiet``."""
-    from mlxlora_core.training.evaluation import evaluate
+    from mlxlora_core.training.evaluation import evaluating
     from mlxlora_core.training.examples import read_examples
 
     rows = read_examples(
@@ -62,7 +100,10 @@ def measure(
         max_seq_length=model.sequence_limit(batches.max_seq_length),
         mask_prompt=batches.mask_prompt,
     )
-    loss = evaluate(model.language_model, rows.examples, batches.batch_size, config.test_batches)
+    events = evaluating(
+        "test loss", model.language_model, rows.examples, batches.batch_size, config.test_batches
+    )
+    loss = show.to_its_end(events)
     if not quiet:
         click.echo(f"test loss {loss.mean:.4f}, perplexity {loss.perplexity:.3f}, {loss.tokens} tokens")
     return {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens, "rows": len(rows)}

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mlxlora_core.cli import show
-from mlxlora_core.cli.command_line import resume_command
+from mlxlora_core.cli.command_line import question_command, resume_command
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import one_line
 from mlxlora_core.plugins import Registry
@@ -24,6 +24,9 @@ from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.recipe_source import find_recipe, read
 from mlxlora_core.runs.stages import STAGES
 from mlxlora_core.training.events import Note
+
+SHOWN_ANSWERS = 5  # the report has them all
+LINE = 100  # columns of what --dry-run shows
 
 
 @verb(
@@ -57,25 +60,31 @@ def command(
     else:
         _summary(resolved, record)
         click.echo(f"{resolved.folder / REPORT} shows the run; {time.perf_counter() - started:.1f} s")
+        plugins = click.get_current_context().params["plugins"]
+        click.echo(f"To ask the tuned model:\n  {question_command(resolved, plugins)}")
 
 
 def _follow(events: Iterator[Event]) -> None:
     """Show the events of a run on stderr."""
     words = {stage.name: stage.words for stage in STAGES}
     place = ""
-    with show.training() as display:
+    with show.Bar() as bar:
+        display = show.training(bar)
         for event in events:
             if isinstance(event, RunStarted):
                 for note in event.notes:
-                    show.progress(note)
+                    bar.say(note)
             elif isinstance(event, StageStarted):
                 place = f"[{event.stage}]"
-                show.progress(f"{place} {'done already' if event.skipped else '…'}")
+                bar.say(f"{place} {'done already' if event.skipped else '…'}")
+                if not event.skipped:
+                    bar.wait(event.stage)
             elif isinstance(event, StageDone):
+                bar.end()
                 for line in words[event.stage](event.result):
-                    show.progress(f"{place} {line}")
+                    bar.say(f"{place} {line}")
             elif isinstance(event, Note):
-                show.progress(f"{place} {event.text}")
+                bar.say(f"{place} {event.text}")
             elif isinstance(event, ObserverFailed):
                 show.warning(event.text)
             else:
@@ -90,6 +99,7 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
     show.table(
         ("value", "", "from"),
         [(name, _value(values, name), origin) for name, origin in sorted(recipe.origins.items())],
+        width=LINE,
     )
     click.echo()
     for stage, will in todo.items():
@@ -133,12 +143,15 @@ def _summary(recipe: Recipe, record: dict[str, Any]) -> None:
             [(_short(new["prompt"]), new["split"] or "none", _mark(old), _mark(new)) for old, new in pairs],
         )
         click.echo("\u2713 first sentence exact, \u2713\u2713 whole answer exact")
-    old, new = pairs[0]
+    asked = [pair for pair in pairs if pair[1]["expected"] is None] or pairs[:1]
+    for old, new in asked[:SHOWN_ANSWERS]:
+        click.echo()
+        click.echo(one_line(old["prompt"]))
+        click.echo(f"  before: {_indented(old['text'])}")
+        click.echo(f"  after:  {_indented(new['text'])}")
     click.echo()
-    click.echo(one_line(old["prompt"]))
-    click.echo(f"  before:{_indented(old['text'])}")
-    click.echo(f"  after: {_indented(new['text'])}")
-    click.echo()
+    if len(asked) > SHOWN_ANSWERS:
+        click.echo(f"{len(asked) - SHOWN_ANSWERS} more answers are in the report")
 
 
 def _short(prompt: str) -> str:
@@ -154,4 +167,4 @@ def _mark(answer: dict[str, Any]) -> str:
 
 def _indented(text: str) -> str:
     """An answer on lines of its own, control characters made visible."""
-    return "\n          ".join(one_line(line) for line in text.rstrip().split("\n"))
+    return "\n          ".join(one_line(line) for line in text.strip().split("\n")) or "(nothing)"

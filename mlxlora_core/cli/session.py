@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mlxlora_core.cli import show
+from mlxlora_core.cli import declare, show
 from mlxlora_core.errors import SettingsChanged, one_line
 from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_cpu
@@ -35,6 +35,17 @@ SETS_OPTION = click.option(
     help="Set an option of a component, such as adapter.rank=16. May be repeated.",
 )
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+class Verb(click.Command):
+    """A command whose help shows the options under the titles that they were declared with."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, section by section."""
+        for title, options in declare.sections(self, ctx).items():
+            records = [record for option in options if (record := option.get_help_record(ctx)) is not None]
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 def verb(
@@ -63,7 +74,8 @@ def verb(
             call = decorator(call)
         from mlxlora_core.cli.verbs import CONTEXT
 
-        return click.command(function.__module__.rpartition(".")[2], context_settings=CONTEXT)(call)
+        name = function.__module__.rpartition(".")[2]
+        return click.command(name, cls=Verb, context_settings=CONTEXT)(call)
 
     return wrap
 

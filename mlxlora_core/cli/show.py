@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from mlxlora_core.errors import one_line
 from mlxlora_core.plugins import Plugin
 from mlxlora_core.training.events import (
+    Advanced,
     CheckpointSaved,
     Note,
     Report,
@@ -19,6 +24,14 @@ from mlxlora_core.training.events import (
     TrainingStarted,
     TrainResult,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+T = TypeVar("T")
+
+SECONDS_A_LINE = 30  # between two lines of progress, where there is no terminal
 
 
 def as_json(value: Any) -> None:
@@ -45,12 +58,36 @@ def warning(text: str) -> None:
     progress(f"mlxlora: warning: {one_line(text)}")
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a plain table on stdout, columns as wide as their longest cell."""
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]], width: int | None = None) -> None:
+    """Print a plain table on stdout.
+
+    Args:
+        headings: one a column.
+        rows: their cells.
+        width: columns of text that lines have at most, by breaking the longest cells; None is as many
+            as it takes.
+    """
     cells = [list(headings), *([one_line(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
+    if width is not None:
+        _narrow(widths, width - len("  ") * (len(widths) - 1))
+        cells = [line for row in cells for line in _broken(row, widths)]
     for row in cells:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        click.echo("  ".join(cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)).rstrip())
+
+
+def _broken(row: Sequence[str], widths: Sequence[int]) -> Iterator[list[str]]:
+    """A row as the lines that it needs."""
+    parts = [textwrap.wrap(cell, max(wide, 1)) for cell, wide in zip(row, widths, strict=True)]
+    yield from (list(line) for line in zip_longest(*parts, fillvalue=""))
+
+
+def _narrow(widths: list[int], total: int) -> None:
+    """Take from the widest columns until all together are at most ``total`` wide."""
+    while sum(widths) > total:
+        widest = widths.index(max(widths))
+        others = max(width for i, width in enumerate(widths) if i != widest)
+        widths[widest] -= max(1, min(sum(widths) - total, widths[widest] - others))
 
 
 def plugin(found: Plugin) -> dict[str, object]:
@@ -72,56 +109,106 @@ def report(line: Report | CheckpointSaved, steps: int) -> str:
     return f"step {line.step:>{len(str(steps))}}/{steps}  {line.words}"
 
 
-@contextmanager
-def tensors(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A function of (done, all), which moves a bar where stderr is a terminal."""
+def to_its_end(work: Generator[Advanced, None, T]) -> T:
+    """The value of a piece of work, over a bar that shows how far it is."""
+    with Bar() as bar:
+        while True:
+            try:
+                event = next(work)
+            except StopIteration as end:
+                value: T = end.value
+                return value
+            bar.move(event.what, event.done, event.count)
+
+
+def training(bar: Bar) -> Callable[[TrainEvent], None]:
+    """A function that shows each event of a training, above and in a bar."""
+    steps = 0
+
+    def show(event: TrainEvent) -> None:
+        nonlocal steps
+        if isinstance(event, Advanced):
+            bar.move(event.what, event.done, event.count)
+        elif isinstance(event, TrainingStarted):
+            steps = event.steps
+            bar.move("training", event.step, event.steps)
+        elif isinstance(event, Note):
+            bar.say(event.text)
+        elif not isinstance(event, TrainResult):
+            bar.say(report(event, steps))
+
+    return show
+
+
+class Bar:
+    """How far the work at hand is: a bar where stderr is a terminal, else a line now and then.
+
+    A context; the bar is gone when the work or the context is at its end. Lines
+    go above it.
+    """
+
+    def __enter__(self) -> Bar:
+        self._stack, self._what, self._told = ExitStack(), "", 0.0
+        self._progress: Progress | None = None
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self._stack.close()
+
+    def say(self, line: str) -> None:
+        """Print a line of progress."""
+        if self._progress is None:
+            progress(line)
+        else:
+            self._progress.console.print(line, markup=False)
+
+    def wait(self, what: str) -> None:
+        """Show that work goes on of which nobody knows how much there is."""
+        self._begin(what, counted=False)
+
+    def move(self, what: str, done: int, count: int) -> None:
+        """Show that ``done`` of ``count`` are done of the work called ``what``."""
+        if what != self._what:
+            self._begin(what, counted=True)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, total=count)
+        elif what != "training" and time.monotonic() - self._told > SECONDS_A_LINE:  # a training reports
+            self._told = time.monotonic()
+            progress(f"{what}: {done} of {count}")
+        if done == count:
+            self.end()
+
+    def _begin(self, what: str, *, counted: bool) -> None:
+        self.end()
+        self._what, self._told = what, time.monotonic()
+        if not sys.stderr.isatty():
+            return
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        far = (MofNCompleteColumn(), TimeRemainingColumn(compact=True)) if counted else (TimeElapsedColumn(),)
+        bar = Progress(TextColumn(what), BarColumn(), *far, console=_screen(), transient=True)
+        self._progress = self._stack.enter_context(bar)
+        self._task = bar.add_task(what, total=None)
+
+    def end(self) -> None:
+        """Take the bar away."""
+        self._stack.close()
+        self._progress, self._what = None, ""
+
+
+def _screen() -> Console:
+    """stderr, for a bar and the lines above it."""
     from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, count: bar.update(task, completed=done, total=count)
-
-
-@contextmanager
-def training() -> Iterator[Callable[[TrainEvent], None]]:
-    """A function that shows each event of a training, over a bar where stderr is a terminal."""
-    with ExitStack() as bar:
-        display: Callable[[Report | CheckpointSaved], None] | None = None
-
-        def show(event: TrainEvent) -> None:
-            nonlocal display
-            if isinstance(event, Note):
-                progress(event.text)
-            elif isinstance(event, TrainingStarted):
-                display = bar.enter_context(_bar(event))
-            elif isinstance(event, TrainResult):
-                bar.close()
-            elif display is not None:
-                display(event)
-
-        yield show
-
-
-@contextmanager
-def _bar(begin: TrainingStarted) -> Iterator[Callable[[Report | CheckpointSaved], None]]:
-    """A function that shows each report it is given, over a bar where stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     class Screen(Console):
         def on_broken_pipe(self) -> None:  # rich's own ends the process, and stdout with it
             self.quiet = True
 
-    console = Screen(stderr=True, highlight=False, soft_wrap=True)
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("training", total=begin.steps, completed=begin.step)
-
-        def show(line: Report | CheckpointSaved) -> None:
-            with suppress(BrokenPipeError):
-                console.print(report(line, begin.steps), markup=False)
-            bar.update(task, completed=line.step)
-
-        yield show
+    return Screen(stderr=True, highlight=False, soft_wrap=True)

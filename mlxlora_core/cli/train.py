@@ -22,52 +22,68 @@ from mlxlora_core.runs.observing import ObserverFailed, event_values, observed
 from mlxlora_core.runs.recipe import check_sections, choose, choose_observers, overrides
 from mlxlora_core.training.checkpoints import Start, check_plugins, find, find_for
 from mlxlora_core.training.events import TrainEvent, TrainResult
-from mlxlora_core.training.settings import EvaluateConfig, GenerateConfig, SaveConfig, TrainConfig
+from mlxlora_core.training.settings import (
+    BatchConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    SaveConfig,
+    TrainConfig,
+)
 from mlxlora_core.values import RunInfo
 
 if TYPE_CHECKING:
     from mlxlora_core.model.adapters import AdapterFile
     from mlxlora_core.training.session import NewAdapter
 
-DEFAULT_ADAPTER_FILE = Path("adapters.safetensors")
-
 
 @verb(
-    declare.MODEL,
-    declare.data("train.jsonl and valid.jsonl"),
-    click.option("--adapter", help=f"Adapter to train. [default: {DEFAULT_ADAPTER}, or what is resumed]"),
-    click.option(
-        "--lora-layers", metavar="LAYERS", help="Adapt the top so many layers; -1 is all. [default: 16]"
+    declare.section(
+        "Model and data",
+        declare.MODEL,
+        declare.data("train.jsonl and valid.jsonl"),
+        declare.flags(BatchConfig),
     ),
-    click.option(
-        "--adapter-file",
-        type=Path,
-        default=DEFAULT_ADAPTER_FILE,
-        show_default=True,
-        help="Adapter file to write, .safetensors or .npz.",
+    declare.section(
+        "Adapter",
+        click.option("--adapter", help=f"Adapter to train. [default: {DEFAULT_ADAPTER}, or what is resumed]"),
+        click.option(
+            "--lora-layers", metavar="LAYERS", help="Adapt the top so many layers; -1 is all. [default: 16]"
+        ),
+        click.option(
+            "--adapter-file",
+            type=Path,
+            default=declare.DEFAULT_ADAPTER_FILE,
+            show_default=True,
+            help="Adapter file to write, .safetensors or .npz.",
+        ),
+        click.option("--resume-adapter-file", type=Path, help="Start from these adapter weights."),
     ),
-    click.option("--resume-adapter-file", type=Path, help="Start from these adapter weights."),
-    declare.flags(TrainConfig),
-    declare.flags(SaveConfig),
-    click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of this training."),
-    click.option("--overwrite", is_flag=True, help="Begin anew where a training has not ended."),
-    declare.SEED,
-    click.option(
-        "--metrics-file", type=Path, help="Write every report to this file, one JSON object a line."
+    declare.section("Training", declare.flags(TrainConfig, BatchConfig), declare.SEED),
+    declare.section(
+        "Checkpoints and reports",
+        declare.flags(SaveConfig),
+        click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of this training."),
+        click.option("--overwrite", is_flag=True, help="Begin anew where a training has not ended."),
+        click.option(
+            "--metrics-file", type=Path, help="Write every report to this file, one JSON object a line."
+        ),
+        click.option(
+            "--observer",
+            "observers",
+            multiple=True,
+            metavar="NAME",
+            help="Let an observer watch, such as csv. May be repeated.",
+        ),
     ),
-    click.option(
-        "--observer",
-        "observers",
-        multiple=True,
-        metavar="NAME",
-        help="Let an observer watch, such as csv. May be repeated.",
+    declare.section(
+        "After training",
+        click.option("--test", is_flag=True, help="Measure the test set."),
+        declare.flags(EvaluateConfig),
+        click.option("-p", "--prompt", help="Continue this prompt."),
+        declare.SAMPLER,
+        declare.TEMP,
+        declare.flags(GenerateConfig),
     ),
-    click.option("--test", is_flag=True, help="Measure the test set after training."),
-    declare.flags(EvaluateConfig),
-    click.option("-p", "--prompt", help="Continue this prompt after training."),
-    declare.SAMPLER,
-    declare.TEMP,
-    declare.flags(GenerateConfig),
     SETS_OPTION,
     JSON_OPTION,
 )
@@ -201,7 +217,8 @@ def _info(adapter_file: Path, model: Path, data: Path, asked: _Asked) -> RunInfo
 def _follow(events: Iterator[TrainEvent | ObserverFailed]) -> TrainResult:
     """Show a training to its end; what it has come to."""
     result = None
-    with show.training() as display:
+    with show.Bar() as bar:
+        display = show.training(bar)
         for event in events:
             if isinstance(event, ObserverFailed):
                 show.warning(event.text)

@@ -19,7 +19,7 @@ from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component
 from mlxlora_core.plugins.checks import other_arguments, reason_of
-from mlxlora_core.training.events import SpikeReport, TrainReport, ValidReport, report_line
+from mlxlora_core.training.events import Advanced, SpikeReport, TrainReport, ValidReport, report_line
 from mlxlora_core.values import RunInfo, Watcher
 
 T = TypeVar("T")
@@ -68,8 +68,13 @@ def observed(
     yield from watchers.end(DONE)
 
 
-def event_values(event: object) -> dict[str, Any]:
-    """An event of a run or of a training in plain values; ``kind`` is its name, in snake case."""
+def event_values(event: object) -> dict[str, Any] | None:
+    """An event of a run or of a training in plain values; ``kind`` is its name, in snake case.
+
+    None for what only moves a bar: observers are told what there is to keep.
+    """
+    if isinstance(event, Advanced):
+        return None
     if isinstance(event, TrainReport | ValidReport | SpikeReport):
         return report_line(event)
     kind = re.sub("(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 
 from mlxlora_core.errors import DivergedError
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.training.batches import fixed_rows
+from mlxlora_core.training.events import Advanced
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loss import Loss, nats
 from mlxlora_core.training.parallel import side_by_side
 
 
 def evaluate(model: LanguageModel, examples: Sequence[Example], batch_size: int, batches: int = -1) -> Loss:
-    """The loss of a model on examples.
+    """The loss of a model on examples; see :func:`evaluating`, which has the same arguments."""
+    work = evaluating("", model, examples, batch_size, batches)
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            loss: Loss = end.value
+            return loss
+
+
+def evaluating(
+    what: str, model: LanguageModel, examples: Sequence[Example], batch_size: int, batches: int = -1
+) -> Generator[Advanced, None, Loss]:
+    """The loss of a model on examples, as the value of the generator; how far it is after each batch.
 
     Args:
+        what: what the events call it.
         model: in whatever state; it is put in evaluation mode and back.
         examples: tokenized rows, one at least.
         batch_size: rows a batch; it does not change the loss of the rows.
@@ -30,9 +45,11 @@ def evaluate(model: LanguageModel, examples: Sequence[Example], batch_size: int,
     model.eval()
     total = Loss(0.0, 0)
     try:
-        for rows in fixed_rows(examples, batch_size, batches):
+        parts = list(fixed_rows(examples, batch_size, batches))
+        for done, rows in enumerate(parts, start=1):
             for part, value in side_by_side(partial(nats, model), examples, rows):
                 total += Loss(float(value), part.counted_tokens)
+            yield Advanced(what, done, len(parts))
     finally:
         model.train(was_training)
     if not math.isfinite(total.nats):

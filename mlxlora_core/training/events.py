@@ -150,6 +150,24 @@ class TrainingStarted:
 
 
 @dataclass(frozen=True)
+class Advanced:
+    """How far a piece of work is, for whoever draws a bar; observers are not told.
+
+    Attributes:
+        what: the piece of work, in a word or two.
+        done: how much is done; more of it than before.
+        count: how much there is to do.
+    """
+
+    what: str
+    done: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.done} of {self.count}"
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """What a training has come to; the last event.
 
@@ -190,7 +208,7 @@ class TrainResult:
         return f"{self.steps} steps on {self.rows} rows{said}"
 
 
-TrainEvent = Note | TrainingStarted | Report | CheckpointSaved | TrainResult
+TrainEvent = Note | TrainingStarted | Advanced | Report | CheckpointSaved | TrainResult
 
 
 def report_line(report: Report) -> dict[str, Any]:

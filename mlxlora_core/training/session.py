@@ -24,6 +24,7 @@ from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.sections import AdapterConfig
 from mlxlora_core.training.checkpoints import Found, Start
 from mlxlora_core.training.events import (
+    Advanced,
     CheckpointSaved,
     Note,
     Report,
@@ -223,7 +224,7 @@ class TrainingSession:
             raise UsageError("there is no folder of checkpoints to go on from", fix="name the one to resume")
         return []
 
-    def _train(self) -> Iterator[Report | CheckpointSaved]:
+    def _train(self) -> Iterator[Advanced | Report | CheckpointSaved]:
         """Make the steps that are left."""
         saving, metrics = self._outputs.saving, self._outputs.metrics
         if metrics is not None:
@@ -235,6 +236,7 @@ class TrainingSession:
                     for report in reports:
                         self._note(report)
                         yield report
+                    yield Advanced("training", self.training.progress.step, self.training.config.iters)
                     waited = time.monotonic() - saved_at
                     if pending.signum is not None or self._due(saving, waited):
                         yield from self._save()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +160,8 @@ def test_run_does_the_whole_and_then_nothing(mlxlora: Command, recipe: Path, tmp
     assert second.err.count("done already") == 5
     changed = {path.name for path, time_ns in files.items() if path.stat().st_mtime_ns != time_ns}
     assert changed <= {"run.json", "recipe.toml", "report.html"}
-    assert second.out.splitlines()[:-1] == first.out.splitlines()[:-1]
+    took = re.compile(r"; [\d.]+ s$", re.MULTILINE)
+    assert took.sub("", second.out) == took.sub("", first.out)
 
 
 def ask_rows(data: Path) -> list[str]:
@@ -284,6 +289,110 @@ def test_dry_run_says_where_values_come_from_and_writes_nothing(
     assert rows["train.iters"].split()[1:] == ["20", "recipe.toml"]
     assert rows["run.seed"].split()[-1] == "default"
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_fits_a_hundred_columns_and_loses_nothing(mlxlora: Command, recipe: Path) -> None:
+    long = ["Q: What is it that is said here?" * 6, "x" * 300]
+    done = mlxlora("run", recipe, "--dry-run", "--set", f"generate.prompts={json.dumps(long)}")
+    lines = done.out.splitlines()
+    assert max(map(len, lines)) <= 100
+    column = lines[0].index("value", 1) if "value" in lines[0][1:] else len(lines[0].split()[0])
+    shown = "".join(line[column:].split("  command")[0] for line in lines)
+    assert "".join(shown.split()).count("x" * 300) == 1
+
+
+def test_a_run_shows_the_answers_of_its_own_prompts_and_the_command_that_asks_on(
+    mlxlora: Command, recipe: Path, tmp_path: Path
+) -> None:
+    prompts = ["A layer", "Something that no row begins with"]
+    more = ("--set", f"generate.prompts={json.dumps(prompts)}", "--set", "sampler.use=temperature")
+    done = mlxlora("run", recipe, *more, "--set", "sampler.temp=0.5")
+    assert done.code == 0, done.err
+    assert all(prompt in done.out for prompt in prompts)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    answers = record["stages"]["after"]["result"]["answers"]
+    command = shlex.split(done.out.splitlines()[-1])
+    asked = mlxlora(*command[1:])
+    assert asked.out.strip() == answers[0]["text"].strip()
+
+
+def test_generate_and_evaluate_take_the_adapter_that_train_wrote(
+    mlxlora: Command, model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    measure = ("evaluate", "--model", model, "--data", tiny_data, "--json")
+    base = mlxlora(*measure)
+    assert "no adapter" in base.err and json.loads(base.out)["adapter_file"] is None
+    result = train(mlxlora, model, tiny_data, Path("adapters.safetensors"), "--test")
+    tuned = mlxlora(*measure)
+    assert "lora:lora adapter of adapters.safetensors" in tuned.err
+    assert json.loads(tuned.out)["loss"] == pytest.approx(result["test"]["loss"], abs=1e-6)
+    plain = mlxlora(*measure, "--no-adapter")
+    assert json.loads(plain.out)["loss"] == json.loads(base.out)["loss"]
+    ask = ("generate", "--model", model, "-p", "A layer", "-n", 8, "--temp", 0)
+    assert mlxlora(*ask).out == mlxlora(*ask, "--adapter-file", "adapters.safetensors").out
+    assert mlxlora(*ask).out != mlxlora(*ask, "--no-adapter").out
+    both = mlxlora(*ask, "--no-adapter", "--adapter-file", "adapters.safetensors")
+    assert both.code == 2 and "give one of them" in both.error
+
+
+def test_a_default_adapter_of_another_base_is_never_passed_over_silently(
+    mlxlora: Command,
+    model: Path,
+    make_checkpoint: Callable[..., Path],
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(mlxlora, model, tiny_data, Path("adapters.safetensors"))
+    other = tmp_path / "other"
+    mlxlora("convert", "--torch-path", make_checkpoint(tmp_path / "source", seed=5), "--mlx-path", other)
+    refused = mlxlora("generate", "--model", other, "-p", "A layer")
+    assert refused.code == 4 and "--no-adapter" in refused.err and refused.out == ""
+
+
+def test_the_help_of_train_is_in_sections(mlxlora: Command) -> None:
+    shown = mlxlora("train", "--help").out
+    titles = [line.rstrip(":") for line in shown.splitlines() if re.fullmatch(r"[A-Z][\w ]+:", line)]
+    assert titles == [
+        "Model and data",
+        "Adapter",
+        "Training",
+        "Checkpoints and reports",
+        "After training",
+        "Options",
+    ]
+    flags = [flag for line in shown.splitlines() for flag in re.findall(r"^ +(?:-\w, )?(--[\w-]+)", line)]
+    assert len(flags) == len(set(flags)) > 35
+
+
+def test_a_terminal_sees_every_step_and_the_time_that_is_left(
+    model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "mlxlora_core", "train", "--model", str(model), "--data", str(tiny_data)]
+    command += [
+        "--adapter-file",
+        str(tmp_path / "a.npz"),
+        "--iters",
+        "400",
+        "--test",
+        "--steps-per-report",
+        "400",
+    ]
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(command[0], command)
+    shown = b""
+    with suppress(OSError):  # Linux says so when the other side has gone
+        while part := os.read(terminal, 1 << 16):
+            shown += part
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    seen = [int(step) for step in re.findall(r"training \S+ +(\d+)/400 \d\d:\d\d", text)]
+    assert len(set(seen)) > 5, "though there is one report alone"
+    assert re.search(r"test loss \S+ +\d+/\d+", text)
 
 
 def test_interrupted_training_says_how_to_go_on_and_leaves_no_adapter(

@@ -135,6 +135,7 @@ def _drawn(facts: Facts) -> dict[str, Any]:
     ]
     return {
         "steps": facts.recipe["train"]["iters"],
+        "warmup": facts.recipe["train"].get("warmup", 0),
         "train": [dict(report) for report in facts.train],
         "valid": [dict(report) for report in facts.valid],
         "ends": ends,

@@ -60,9 +60,21 @@
         ],
       };
     },
-    rate: () => overSteps("learning_rate", "var(--purple)", (v) => v.toExponential(2), {
-      tickFormat: (v) => (v === 0 ? "0" : d3.format(".1~e")(v)),
-    }),
+    rate() {
+      const drawn = overSteps("learning_rate", "var(--purple)", (v) => v.toExponential(2), {
+        tickFormat: (v) => (v === 0 ? "0" : d3.format(".1~e")(v)),
+      });
+      const end = figures.warmup ? [figures.warmup] : [];
+      return {
+        ...drawn,
+        marks: [
+          ...drawn.marks,
+          Plot.ruleX(end, { stroke: "currentColor", strokeOpacity: 0.6, strokeDasharray: "4 3" }),
+          Plot.text(end, { x: (d) => d, frameAnchor: "top", text: () => "warm-up", textAnchor: "start", dx: 5, dy: -16 }),
+        ],
+      };
+    },
+    norm: () => overSteps("grad_norm", "var(--green)", (v) => v.toPrecision(3)),
     speed: () => overSteps("tokens_per_second", "var(--blue)", (v) => `${Math.round(v)} tokens/s`, { tickFormat: "~s" }),
     memory() {
       const rows = figures.train.map((d) => ({ step: d.step, gb: d.peak_memory_bytes / 1e9 }));

@@ -26,21 +26,23 @@ def training(facts: Facts) -> Html | None:
         series.append(("valid", "validation rows (held out)"))
     if "test" in facts.results.get("before", {"losses": {}})["losses"]:
         series.append(("test", "test rows (held out), before and after"))
-    size = None
+    said = [_rate_in_words(facts.recipe.get("train", {})), f"Training took {_duration(_seconds(facts))}."]
     if result:
-        size = (
+        said.insert(
+            0,
             f"{result['trainable_parameters']:,} of {result['parameters']:,} parameters trained "
             f"({result['trainable_parameters'] / result['parameters']:.2%}), "
-            f"on {len(result['adapted'])} linears."
+            f"on {len(result['adapted'])} linears.",
         )
     return element(
         "section",
         element("h2", "Training"),
-        note(size) if size else None,
+        note(" ".join(said)),
         figure("loss", "Loss", "nats a counted token, over steps", *series),
         element(
             "div",
-            figure("rate", "Learning rate", "of each step"),
+            figure("rate", "Learning rate", "at each report"),
+            figure("norm", "Gradient norm", "before clipping, at each report"),
             figure("speed", "Speed", "counted tokens a second"),
             figure("memory", "Peak memory", "GB held by MLX"),
             class_="grid",
@@ -50,11 +52,39 @@ def training(facts: Facts) -> Html | None:
     )
 
 
+def _rate_in_words(train: Mapping[str, Any]) -> str:
+    """How the learning rate moves."""
+    rise = f"rises over {train['warmup']:,} steps (warm-up) to" if train.get("warmup") else "is"
+    after = ", then falls as a cosine" if train.get("schedule") == "cosine" else ""
+    return f"The learning rate {rise} {train.get('learning_rate')}{after}."
+
+
+def _seconds(facts: Facts) -> float:
+    """Wall time of the steps and validations that were reported."""
+    seconds = sum(report.get("seconds", 0.0) for report in facts.valid)
+    before = 0.0
+    for report in facts.train:
+        speed = report.get("steps_per_second", 0.0)
+        seconds += (report["step"] - before) / speed if speed > 0 else 0.0
+        before = report["step"]
+    return seconds
+
+
+def _duration(seconds: float) -> str:
+    """``2 h 5 min``, ``3 min 20 s`` or ``4.2 s``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours:,} h {left} min" if hours else f"{minutes} min {rest} s"
+
+
 def _steps_table(facts: Facts) -> Html:
     by_step: dict[float, dict[str, str]] = {}
     columns = (
         ("loss", "{:.4f}", 1),
         ("learning_rate", "{:.2e}", 1),
+        ("grad_norm", "{:.3g}", 1),
         ("tokens_per_second", "{:,.0f}", 1),
         ("peak_memory_bytes", "{:.2f}", 1e-9),
     )
@@ -67,15 +97,15 @@ def _steps_table(facts: Facts) -> Html:
     steps = sorted(by_step)
     count = min(len(steps), ROWS_SHOWN)
     chosen = [steps[i * (len(steps) - 1) // max(count - 1, 1)] for i in range(count)]
-    keys = ("loss", "valid", "learning_rate", "tokens_per_second", "peak_memory_bytes")
+    keys = ("loss", "valid", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
     caption = "Every report of training"
     if len(chosen) < len(steps):
         caption = f"{len(chosen)} of {len(steps)} reports, at even distances; metrics.jsonl has them all"
     return table(
         caption,
-        ("step", "train loss", "valid loss", "learning rate", "tokens/s", "peak GB"),
+        ("step", "train loss", "valid loss", "learning rate", "gradient norm", "tokens/s", "peak GB"),
         [(f"{step:g}", *(by_step[step].get(key, "") for key in keys)) for step in chosen],
-        numbers=range(6),
+        numbers=range(7),
     )
 
 

@@ -12,6 +12,7 @@ from mlxlora_core.runs.folder import DATA
 from mlxlora_core.runs.grading import Expected, find_expected, grade
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.stages.stage import Stage, identity_of
+from mlxlora_core.training.events import Advanced
 
 if TYPE_CHECKING:
     from mlxlora_core.model.folder import Model
@@ -44,8 +45,14 @@ class MeasureStage(Stage):
         model = yield from self.model(context)
         prompts = context.recipe.generate.prompts
         expected = find_expected(context.path / DATA, prompts, model.tokenizer)
-        losses = {split: _loss(model, split, context) for split in HELD_OUT if context.has_rows(split)}
-        answers = [_graded(model, prompt, context.recipe, expected.get(prompt)) for prompt in prompts]
+        losses = {}
+        for split in HELD_OUT:
+            if context.has_rows(split):
+                losses[split] = yield from _loss(model, split, context)
+        answers = []
+        for prompt in prompts:
+            answers.append(_graded(model, prompt, context.recipe, expected.get(prompt)))
+            yield Advanced("answering", len(answers), len(prompts))
         yield StageDone(self.name, {"losses": losses, "answers": answers})
 
     def words(self, result: Mapping[str, Any]) -> list[str]:
@@ -53,13 +60,17 @@ class MeasureStage(Stage):
         return [f"{split} loss {loss['loss']:.4f}" for split, loss in result["losses"].items()]
 
 
-def _loss(model: Model, split: str, context: Context) -> dict[str, Any]:
-    """The loss on the rows of a split."""
-    from mlxlora_core.training.evaluation import evaluate
+def _loss(model: Model, split: str, context: Context) -> Generator[Event, None, dict[str, Any]]:
+    """The loss on the rows of a split, as the value of the generator."""
+    from mlxlora_core.training.evaluation import evaluating
 
     rows, recipe = context.rows(split, model), context.recipe
-    loss = evaluate(
-        model.language_model, rows.examples, recipe.train.batch_size, recipe.evaluate.test_batches
+    loss = yield from evaluating(
+        f"{split} loss",
+        model.language_model,
+        rows.examples,
+        recipe.train.batch_size,
+        recipe.evaluate.test_batches,
     )
     return {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens}
 

@@ -15,7 +15,7 @@ from mlxlora_core.plugins import Choice, Component, Plugin
 from mlxlora_core.runs.events import StageDone, StageStarted
 from mlxlora_core.runs.observing import ObserverFailed, event_values, observed
 from mlxlora_core.specs import NoOptions, Observer
-from mlxlora_core.training.events import CheckpointSaved, Note, SpikeReport, TrainingStarted
+from mlxlora_core.training.events import Advanced, CheckpointSaved, Note, SpikeReport, TrainingStarted
 from mlxlora_core.values import RunInfo
 
 OWNER = Plugin("seen", "seen", "1", "installed", "seen")
@@ -78,6 +78,7 @@ def test_an_event_in_plain_values() -> None:
         "stage": "train",
         "skipped": True,
     }
+    assert event_values(Advanced("training", 3, 9)) is None
     assert event_values(TrainingStarted(3, 9)) == {"kind": "training_started", "step": 3, "steps": 9}
     assert event_values(CheckpointSaved(3, 0.5)) == {"kind": "checkpoint_saved", "step": 3, "seconds": 0.5}
     spike = SpikeReport(3, float("inf"), 2.0)

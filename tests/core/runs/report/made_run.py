@@ -98,7 +98,7 @@ def write_run(
         record["summary"] = summarize(results["before"], results["after"])
     recipe = {
         "run": {"seed": 0},
-        "train": {"iters": steps},
+        "train": {"iters": steps, "warmup": steps // 10, "schedule": "cosine", "learning_rate": 5e-3},
         "data": {"use": "docstrings", "options": {"packages": ["mlx.nn"]}},
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def _reports(step: int, steps: int, draw: random.Random) -> list[dict[str, Any]]
             "step": step,
             "loss": 0.1 + 3.8 * math.exp(-4 * done) * draw.uniform(0.7, 1.3),
             "learning_rate": 5e-3 * 0.5 * (1 + math.cos(math.pi * done)),
-            "grad_norm": 1.0,
+            "grad_norm": draw.uniform(0.5, 2.0),
             "steps_per_second": 3.0,
             "tokens_per_second": draw.uniform(900, 1300),
             "trained_tokens": 400 * step,

@@ -231,6 +231,19 @@ def test_the_page_says_which_figures_are_memory(tmp_path: Path) -> None:
     assert "90 sources skipped" in text and "17 repeated rows" in text
 
 
+def test_the_page_says_how_long_it_took_and_how_the_learning_rate_moves(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=300)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    wanted = sum(1 / line["steps_per_second"] for line in lines if line["kind"] == "train")
+    wanted += sum(line["seconds"] for line in lines if line["kind"] == "valid")
+    minutes, seconds = divmod(round(wanted), 60)
+    text = Reader(report(folder)).text
+    assert f"Training took {minutes} min {seconds} s." in text
+    assert "The learning rate rises over 30 steps (warm-up) to 0.005, then falls as a cosine." in text
+    norms = [f"{line['grad_norm']:.3g}" for line in lines if line["kind"] == "train"]
+    assert "gradient norm" in text and norms[-1] in text
+
+
 def test_rows_in_two_splits_are_not_called_held_out(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=1)
     record = json.loads((folder / "run.json").read_text())
