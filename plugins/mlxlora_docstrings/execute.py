@@ -256,6 +256,8 @@ class Body:
                 self.document(self.scope, self.scope.doc + (text_of(node.value, self.look) or ""))
 
     def _assign(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, ast.Subscript) and ast.unparse(target) == "sys.modules[__name__]":
+            self.module.more = "it puts something else in its place; mode=import reads that"
         if isinstance(target, ast.Attribute):
             owner = self.look(target.value)
             if isinstance(owner, Thing):

@@ -117,6 +117,10 @@ class _Reader:
             for _, value in _public(self._names(name, module))
             if _is_a(value, type)
         }
+        for name, module in modules:
+            if is_public_path(name) and any(_kinds(module)):
+                kind = type(module).__qualname__
+                self.findings.skip(f"{name}.*", f"a {kind} stands in its place; mode=static reads its source")
         for path, thing in shortest_paths(modules, self._children, _identity):
             # A private module is a place to look in and nothing to ask about.
             if is_public(path.rpartition(".")[2]):
