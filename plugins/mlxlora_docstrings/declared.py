@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from mlxlora_docstrings.things import CLASS, FUNCTION, Thing, strings_in, text_of
-
-if TYPE_CHECKING:
-    from mlxlora_docstrings.execute import Body
+from mlxlora_docstrings.things import CLASS, FUNCTION, Running, Thing, strings_in, text_of
 
 
-def exported(node: ast.expr, body: Body) -> Iterator[str]:
+def exported(node: ast.expr, body: Running) -> Iterator[str]:
     """The names in an expression that ``__all__`` is made of, as far as they can be told."""
     if isinstance(node, ast.BinOp):
         yield from exported(node.left, body)
@@ -31,7 +27,7 @@ def exported(node: ast.expr, body: Body) -> Iterator[str]:
         yield from exported(node.args[0], body)
 
 
-def called(call: ast.Call, body: Body) -> None:
+def called(call: ast.Call, body: Running) -> None:
     """Take in what a statement that is a call declares."""
     made_by = ast.unparse(call.func)
     if made_by.startswith("__all__.") and len(call.args) == 1:
@@ -53,7 +49,7 @@ def called(call: ast.Call, body: Body) -> None:
         _add_newdoc(call, body)
 
 
-def add_docstr(call: ast.Call, body: Body) -> Thing | None:
+def add_docstr(call: ast.Call, body: Running) -> Thing | None:
     """``add_docstr(something, text)``, by which torch documents what is compiled."""
     target, text = call.args[0], text_of(call.args[1], body.look)
     if not isinstance(target, ast.Name | ast.Attribute):
@@ -69,7 +65,7 @@ def add_docstr(call: ast.Call, body: Body) -> Thing | None:
     return found
 
 
-def _add_newdoc(call: ast.Call, body: Body) -> None:
+def _add_newdoc(call: ast.Call, body: Running) -> None:
     """``add_newdoc(module, name, text)`` or ``(attribute, text)``, by which numpy does it."""
     place, name = (text_of(item, body.look) for item in call.args[:2])
     if not place or not name or not body.loader.is_inside(place):

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from mlxlora_docstrings.graph import is_public
-from mlxlora_docstrings.things import strings_in
-
-if TYPE_CHECKING:
-    from mlxlora_docstrings.execute import Body
+from mlxlora_docstrings.things import Running, strings_in
 
 Origins = dict[str, tuple[str, str]]  # name -> (module, name in it)
 
 
-def attached(call: ast.Call, target: ast.Tuple, body: Body) -> bool:
+def attached(call: ast.Call, target: ast.Tuple, body: Running) -> bool:
     """Whether a call is one of ``lazy_loader``; if so, its names become those of the module.
 
     ``__getattr__, __dir__, __all__ = attach(__name__, submodules, submod_attrs)``
@@ -36,7 +32,7 @@ def attached(call: ast.Call, target: ast.Tuple, body: Body) -> bool:
     return True
 
 
-def _attached(submodules: ast.expr | None, attributes: ast.expr | None, body: Body) -> Origins:
+def _attached(submodules: ast.expr | None, attributes: ast.expr | None, body: Running) -> Origins:
     found: Origins = {}
     here = body.module.module
     for name in strings_in(_table(submodules, body)):
@@ -49,7 +45,7 @@ def _attached(submodules: ast.expr | None, attributes: ast.expr | None, body: Bo
     return found
 
 
-def known_to(function: ast.FunctionDef | ast.AsyncFunctionDef, body: Body) -> Origins:
+def known_to(function: ast.FunctionDef | ast.AsyncFunctionDef, body: Running) -> Origins:
     """The names that a module's ``__getattr__`` seems to know, and where they come from.
 
     Names are the texts in its code and in the tables that it looks at; modules are
@@ -89,7 +85,7 @@ def _entries(table: ast.expr) -> Iterator[tuple[str, list[str]]]:
         yield from ((name, []) for name in strings_in(table))
 
 
-def _origin(name: str, places: list[str], body: Body) -> tuple[str, str] | None:
+def _origin(name: str, places: list[str], body: Running) -> tuple[str, str] | None:
     """The first of ``places`` that names a module which has ``name``."""
     for place in dict.fromkeys(places):
         path, _, attribute = place.partition(":")
@@ -100,7 +96,7 @@ def _origin(name: str, places: list[str], body: Body) -> tuple[str, str] | None:
     return (module, "") if body.loader.has(module, "") else None
 
 
-def _modules(path: str, body: Body) -> Iterator[str]:
+def _modules(path: str, body: Running) -> Iterator[str]:
     """The full names that a text may stand for as the name of a module."""
     parts = path.lstrip(".")
     if not parts or not all(map(str.isidentifier, parts.split("."))):
@@ -114,6 +110,6 @@ def _modules(path: str, body: Body) -> Iterator[str]:
         yield f"{body.module.module}.{parts}"
 
 
-def _table(node: ast.expr | None, body: Body) -> ast.expr | None:
+def _table(node: ast.expr | None, body: Running) -> ast.expr | None:
     """A literal, or the one that a name stands for."""
     return body.tables.get(node.id) if isinstance(node, ast.Name) else node

@@ -99,6 +99,38 @@ class Loader(Protocol):
         ...
 
 
+class Running(Protocol):
+    """The body of a module or a class whose statements are followed.
+
+    Attributes:
+        loader: for what is imported.
+        module: the module.
+        tables: names that stand for a literal.
+        extenders: functions that add the ``__all__`` of what they are given to that of the module.
+    """
+
+    loader: Loader
+    module: Thing
+    tables: dict[str, ast.expr]
+    extenders: set[str]
+
+    def look(self, node: ast.expr) -> Thing | str | None:
+        """What a name or a path of names stands for."""
+        ...
+
+    def look_at(self, node: ast.expr) -> Thing | str | None:
+        """What an argument stands for."""
+        ...
+
+    def origin(self, node: ast.ImportFrom) -> str:
+        """The full name of the module that is imported from."""
+        ...
+
+    def document(self, thing: Thing, text: str | None) -> None:
+        """Give something a docstring; None is one that only running tells."""
+        ...
+
+
 Lookup = Callable[[ast.expr], "Thing | str | None"]
 
 

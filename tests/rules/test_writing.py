@@ -16,8 +16,9 @@ EXCEPT = {
     "mlxlora_core/files/durable.py": "is the writer",
     "mlxlora_core/files/lock.py": "a lock is no product; it is taken and left in place",
     "mlxlora_core/files/input_file.py": "opens to read; its flags stand in a variable",
-    "plugins/mlxlora_docstrings/packages.py": "a request in a temporary folder, for a child",
-    "plugins/mlxlora_docstrings/child.py": "its answer there, and a setting of the kernel's",
+    "plugins/mlxlora_docstrings/attempt.py": "a request in a temporary folder, for a child",
+    "plugins/mlxlora_docstrings/warden.py": "the temporary folder goes when mlxlora is gone",
+    "plugins/mlxlora_docstrings/child.py": "its answer to a pipe, and a setting of the kernel's",
 }
 #: suites that test plugins, in folders of pytest's
 TESTING = "mlxlora_core/testing/"
