@@ -23,6 +23,9 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
 
+LINE_BYTES = 1900  # of an error on the screen, at most
+_GAP = " \u2026 "
+
 
 class ExitCode(IntEnum):
     """What the process tells its caller."""
@@ -57,7 +60,7 @@ class MlxloraError(Exception):
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         remedy = f". Fix: {self.fix}" if self.fix else ""
-        return one_line(f"{place}{self.what}{remedy}")
+        return bounded(place, self.what, remedy)
 
 
 class UsageError(MlxloraError):
@@ -115,6 +118,40 @@ def one_line(text: object) -> str:
     can move the cursor, clear the screen or forge a second message.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def bounded(*parts: object) -> str:
+    """Texts one after another on one line as :func:`one_line`, within :data:`LINE_BYTES` in UTF-8.
+
+    Where they are longer together, the longest lose their middle: a name of a
+    megabyte hides neither the file that it stands in nor what to do.
+    """
+    # Nothing is escaped that is cut off anyway.
+    lines = [one_line(_ends(str(part), 2 * LINE_BYTES)) for part in parts]
+    sizes = [len(line.encode()) for line in lines]
+    left, room = LINE_BYTES, LINE_BYTES
+    for rest, size in zip(range(len(sizes), 0, -1), sorted(sizes), strict=True):
+        room = left // rest  # what each of those that are still left may have
+        left -= min(size, room)
+    return "".join(line if len(line.encode()) <= room else _cut(line, room) for line in lines)
+
+
+def _ends(text: str, letters: int) -> str:
+    """``text`` without its middle, where it has more than ``letters``."""
+    return text if len(text) <= letters else f"{text[: letters // 2]}{_GAP}{text[-letters // 2 :]}"
+
+
+def _cut(line: str, size: int) -> str:
+    """The start of ``line`` and its end, in ``size`` bytes."""
+    data, kept = line.encode(), size - len(_GAP.encode())
+    start, end = data[: kept * 2 // 3], data[-(kept // 3) :]
+    return start.decode(errors="ignore") + _GAP + end.decode(errors="ignore")
+
+
+def short(text: object, letters: int) -> str:
+    """A text as it is, or the start of one that is longer than ``letters``."""
+    text = str(text)
+    return text if len(text) <= letters else text[: letters - 1] + "\u2026"
 
 
 def listing(items: Iterable[object], limit: int = 10) -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 from mlxlora_core.errors import UsageError, listing, nearest
+from mlxlora_core.path_text import path_text, text_path
 
 T = TypeVar("T")
 
@@ -249,7 +250,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return path_text(value) if isinstance(value, Path) else value
 
 
 def _items(value: Any) -> list[Any]:
@@ -304,7 +305,7 @@ def _str(value: Any) -> str:
 def _path(value: Any) -> Path:
     if isinstance(value, Path) or (isinstance(value, str) and value and "\0" not in value):
         try:
-            return Path(value).expanduser()
+            return text_path(str(value)).expanduser()
         except RuntimeError as fault:  # ~ of a user that is not there
             raise ValueError(f"wanted a path, got {str(value)!r} ({fault})") from fault
     raise ValueError(f"wanted a path, got {value!r}")

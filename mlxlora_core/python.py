@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
@@ -45,7 +44,8 @@ if TYPE_CHECKING:
     from mlxlora_core.runs.events import Event
     from mlxlora_core.training.events import TrainEvent
     from mlxlora_core.training.loss import Loss
-    from mlxlora_core.training.session import Outputs, Source
+    from mlxlora_core.training.outputs import Outputs
+    from mlxlora_core.training.session import Source
 
 __all__ = [
     "Model",
@@ -90,7 +90,7 @@ def train(
             ``NAME.checkpoints``; without it nothing is saved.
         metrics_file: write each report to this file, one JSON object a line.
         resume: go on from the newest checkpoint.
-        overwrite: begin anew where a training has not ended.
+        overwrite: begin anew where a training has not ended, or has left its adapter.
         options: as ``mlxlora train`` has them.
 
     Yields:
@@ -101,8 +101,9 @@ def train(
         UsageError: no adapter is on the model, or an option that there is not or that is out of range.
         DataError: rows that are not there, or that cannot be used.
         ModelError: an adapter file whose name says no format, or checkpoints of another base or data.
-        SafetyError: a training that has not ended would be lost.
-        LockedError: another one writes the adapter file.
+        SafetyError: a training that has not ended, or an adapter that is there, would be lost; a
+            file that mlxlora has not written is there.
+        LockedError: another one writes the same files.
         DivergedError: a loss or a gradient is not finite; the state before it is saved.
         ResourceError: too little memory, or a file cannot be written.
         PluginError: a plugin breaks its contract.
@@ -131,13 +132,12 @@ def _train(
     how: Start,
 ) -> Generator[TrainEvent, None, None]:
     """The events of a training that is checked."""
+    from mlxlora_core.training.outputs import held, refuse_finished
     from mlxlora_core.training.session import open_training
 
-    with ExitStack() as held:
-        held.enter_context(told(model.registry.plugins))
-        if outputs.adapter_file is not None:
-            held.enter_context(lock.hold(outputs.adapter_file))
+    with told(model.registry.plugins), held(outputs):
         plugins, runtimes = model.registry, model.runtimes
+        refuse_finished(outputs.adapter_file, how)
         session = open_training(
             model.base, adapted, rows, config, plugins, seed=seed, outputs=outputs, runtimes=runtimes
         )
@@ -193,9 +193,11 @@ def evaluate(
 
 def stream(
     model: Model,
-    prompt: str,
+    prompt: str | Sequence[Mapping[str, Any]],
     *,
     sampler: str = DEFAULT_SAMPLER,
+    chat: bool = GenerateConfig().chat,
+    system: str = GenerateConfig().system,
     num_tokens: int = GenerateConfig().num_tokens,
     write_every: int = GenerateConfig().write_every,
     seed: int = 0,
@@ -205,8 +207,10 @@ def stream(
 
     Args:
         model: with or without an adapter on it.
-        prompt: text to continue.
+        prompt: text to continue, or messages in the form of the model's tokenizer.
         sampler: one, or several in a row: ``"repetition-penalty,top-p"``.
+        chat: whether a text is asked as a user's message, in that form.
+        system: message in front of it.
         num_tokens: how many at most.
         write_every: tokens a segment.
         seed: of what is drawn.
@@ -221,21 +225,20 @@ def stream(
         DivergedError: the model's logits are not finite.
         ResourceError: too little memory.
     """
-    if not isinstance(prompt, str):
-        raise UsageError(f"prompt: wanted text, got {type(prompt).__name__}", fix="give one prompt at a time")
-    config = parsed(GenerateConfig, {"num_tokens": num_tokens, "write_every": write_every}, "generate")
-    number = checked_seed(seed, "generate")
+    given = {"chat": chat, "system": system, "num_tokens": num_tokens, "write_every": write_every}
+    config, number = parsed(GenerateConfig, given, "generate"), checked_seed(seed, "generate")
     from mlxlora_core.model.generate import generate as segments
+    from mlxlora_core.model.prompts import checked
     from mlxlora_core.runs.recipe import choose_samplers
 
-    chosen = choose_samplers(sampler, options, model.registry)
+    asked, chosen = checked(prompt, config), choose_samplers(sampler, options, model.registry)
 
     def events() -> Generator[Segment, None, None]:
         with told(model.registry.plugins):
             yield from segments(
                 model.base.language_model,
                 model.base.tokenizer,
-                prompt,
+                asked,
                 [(choice.component, choice.options) for choice in chosen],
                 num_tokens=config.num_tokens,
                 seed=number,
@@ -245,7 +248,7 @@ def stream(
     return events()
 
 
-def generate(model: Model, prompt: str, **options: Any) -> str:
+def generate(model: Model, prompt: str | Sequence[Mapping[str, Any]], **options: Any) -> str:
     """The continuation of a prompt; see :func:`stream`, which has the same arguments."""
     return "".join(segment.text for segment in stream(model, prompt, **options))
 
@@ -376,14 +379,14 @@ def _outputs(
     adapter_file: str | os.PathLike[str] | None, metrics: str | os.PathLike[str] | None, saving: SaveConfig
 ) -> Outputs:
     """What a training writes: the adapter with checkpoints beside it, and a log."""
-    from mlxlora_core.training.session import Outputs
+    from mlxlora_core.training.outputs import Outputs, checkpoints_of
 
     log = Path(metrics) if metrics is not None else None
     outputs = Outputs(metrics=log, saving=saving, resume_command="train(…, resume=True)")
     if adapter_file is None:
         return outputs
     target = Path(adapter_file)
-    return replace(outputs, adapter_file=target, checkpoints=target.with_name(f"{target.stem}.checkpoints"))
+    return replace(outputs, adapter_file=target, checkpoints=checkpoints_of(target))
 
 
 def _followed(events: Iterator[T]) -> Generator[T, None, None]:

@@ -56,7 +56,13 @@ class Piece:
 
 
 class Tokenizer(Protocol):
-    """Text <-> token ids, and conversations in the form that the model was tuned with."""
+    """Text <-> token ids, and conversations in the form that the model was tuned with.
+
+    Three more attributes it may have: ``chat_form``, the form of :meth:`render` in words
+    ("the form of Llama 2"), ``chat_warning``, what speaks against that form, and
+    ``special_texts``, a frozenset of how the tokens are written that are no ordinary text
+    ("<s>"). People are told of conversations and of rows that hold such texts by them.
+    """
 
     @property
     def vocab_size(self) -> int:

@@ -35,6 +35,10 @@ def question_command(recipe: Recipe, plugins: Sequence[str]) -> str:
     words += _sampler_options(recipe.sampler)
     if recipe.generate.num_tokens != GenerateConfig().num_tokens:
         words += ["-n", str(recipe.generate.num_tokens)]
+    if recipe.run.seed:
+        words += ["--seed", str(recipe.run.seed)]
+    if recipe.generate.chat:
+        words += ["--chat", *(["--system", recipe.generate.system] if recipe.generate.system else [])]
     return shlex.join([*words, "-p", (*recipe.generate.prompts, "…")[0]])
 
 

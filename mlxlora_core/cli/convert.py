@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlxlora_core.cli import show
+from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.model.events import SpaceNeeded, TensorConverted, describe_conversion
@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 
 
 @verb(
-    click.option("--torch-path", type=Path, required=True, help="Folder or file of the checkpoint."),
+    click.option("--torch-path", type=declare.INPUT, required=True, help="Folder or file of the checkpoint."),
     click.option(
-        "--mlx-path", type=Path, default=Path("mlx_model"), show_default=True, help="Folder to write."
+        "--mlx-path",
+        type=declare.OUTPUT_FOLDER,
+        default=Path("mlx_model"),
+        show_default=True,
+        help="Folder to write.",
     ),
     click.option("-q", "--quantize", is_flag=True, help="Quantize the linear layers."),
     click.option(

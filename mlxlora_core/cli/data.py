@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlxlora_core.cli import show
+from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
@@ -19,7 +19,7 @@ SHOWN_SKIPPED = 10
 
 @verb(
     click.option("--builder", required=True, help="Dataset builder."),
-    click.option("--out", type=Path, required=True, help="Folder to write."),
+    click.option("--out", type=declare.OUTPUT_FOLDER, required=True, help="Folder to write."),
     click.option(
         "--package",
         "packages",
@@ -63,6 +63,8 @@ def command(
         show.progress(f"skipped {skipped['source']}: {skipped['reason']}")
     if len(record["skipped"]) > SHOWN_SKIPPED:
         show.progress(f"{len(record['skipped']) - SHOWN_SKIPPED} more skipped, see {out / 'dataset.json'}")
+    for line in record["findings"]:
+        show.progress(line)
     if record["rows_in_two_splits"]:
         show.progress(f"warning: {record['rows_in_two_splits']} rows stand in more than one split")
 

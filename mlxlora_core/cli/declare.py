@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,12 +16,53 @@ T = TypeVar("T")
 
 COMMON = "Options"  # what options stand under that no section has
 
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Path]
+else:
+    _ParamType = click.ParamType  # which is generic only since click 8.2
+
+
+class PathType(_ParamType):
+    """The path of a file or folder that is read or written, whose name at least makes sense.
+
+    Attributes:
+        writes: ``file`` or ``folder``, where it is written; or nothing.
+    """
+
+    name = "path"
+
+    def __init__(self, writes: str = "") -> None:
+        self.writes = writes
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The value as a path."""
+        if not str(value) or "\0" in str(value):
+            self.fail(f"wanted a path, got {str(value)!r}", param, ctx)
+        return Path(value)
+
+
+class NameOrPathType(PathType):
+    """A path, or a name that stands for one, as it was given."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The text, which is a path at least."""
+        super().convert(value, param, ctx)
+        return value
+
+
+INPUT, OUTPUT_FILE, OUTPUT_FOLDER = PathType(), PathType("file"), PathType("folder")
+NAME_OR_PATH = NameOrPathType()
+
 # What several verbs have, and mean the same by.
-MODEL = click.option("--model", type=Path, default=Path("mlx_model"), show_default=True, help="Model folder.")
+MODEL = click.option(
+    "--model", type=INPUT, default=Path("mlx_model"), show_default=True, help="Model folder."
+)
 DEFAULT_ADAPTER_FILE = Path("adapters.safetensors")  # what train writes, and others read where it is
 ADAPTER_FILE = click.option(
     "--adapter-file",
-    type=Path,
+    type=INPUT,
     help=f"Adapter file to put on the model. [default: {DEFAULT_ADAPTER_FILE}, where that is]",
 )
 NO_ADAPTER = click.option("--no-adapter", is_flag=True, help="Take the model as it is.")
@@ -38,7 +79,7 @@ SEED = click.option(
 def data(files: str) -> Callable[[Any], Any]:
     """The option for a dataset folder, of which a verb reads ``files``."""
     return click.option(
-        "--data", type=Path, default=Path("data"), show_default=True, help=f"Folder with {files}."
+        "--data", type=INPUT, default=Path("data"), show_default=True, help=f"Folder with {files}."
     )
 
 

@@ -45,7 +45,7 @@ def command(registry: Registry, as_json: bool) -> None:
         "products": plain(products),
         "threads": plain(spread),
         "memory": plain(doctor.memory()),
-        "disk": plain(doctor.disk(Path.cwd())),
+        "disk": plain(doctor.disk(Path())),
         "versions": doctor.versions(),
         "plugins": [show.plugin(plugin) for plugin in registry.plugins],
         "advice": doctor.advice(found, warnings, spread),

@@ -46,7 +46,8 @@ def command(
     asked = asked_adapter(adapter_file, no_adapter, adapter, given.get("adapter", {}))
     check_sections(given, ("adapter",))
     start(registry)
-    base = load_adapted(model, asked, registry)
+    base, said = load_adapted(model, asked, registry)
     result = measure(base, data, batches, config, quiet=as_json)
+    show.progress(said)
     if as_json:
         show.as_json({"adapter_file": asked and str(asked.path), **result})

@@ -22,9 +22,9 @@ from mlxlora_core.runs.stages.export import describe_export
         "--to", required=True, metavar="EXPORTER", help="Exporter (see: mlxlora components exporter)."
     ),
     declare.MODEL,
-    click.option("--adapter-file", type=Path, help="Adapter file to put into the weights."),
+    click.option("--adapter-file", type=declare.INPUT, help="Adapter file to put into the weights."),
     declare.ADAPTER,
-    click.option("--out", type=Path, required=True, help="Folder to write."),
+    click.option("--out", type=declare.OUTPUT_FOLDER, required=True, help="Folder to write."),
     click.option("--overwrite", is_flag=True, help="Replace an export that is there."),
     SETS_OPTION,
     JSON_OPTION,

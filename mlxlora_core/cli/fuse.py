@@ -22,9 +22,9 @@ ROUNDED_AWAY = 0.5
 
 @verb(
     declare.MODEL,
-    click.option("--adapter-file", type=Path, required=True, help="Adapter file made for it."),
+    click.option("--adapter-file", type=declare.INPUT, required=True, help="Adapter file made for it."),
     declare.ADAPTER,
-    click.option("--save-path", type=Path, required=True, help="Model folder to write."),
+    click.option("--save-path", type=declare.OUTPUT_FOLDER, required=True, help="Model folder to write."),
     click.option("--overwrite", is_flag=True, help="Replace a model folder that is there."),
     SETS_OPTION,
     JSON_OPTION,

@@ -57,9 +57,10 @@ def command(
     check_sections(given, ("adapter", "sampler"))
     chosen = chosen_samplers(registry, sampler, temp, given.get("sampler", {}))
     start(registry)
-    base = load_adapted(model, asked, registry)
+    base, said = load_adapted(model, asked, registry)
     text = _stdin() if prompt == "-" else prompt
     result = continue_prompt(base, text, chosen, config, seed, quiet=as_json)
+    show.progress(said)
     if as_json:
         answer = {"prompt": text, "text": result.text, "finish": result.finish}
         show.as_json({"adapter_file": asked and str(asked.path), **answer})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -69,22 +70,20 @@ def asked_adapter(
     return None
 
 
-def load_adapted(folder: Path, asked: AskedAdapter | None, registry: Registry) -> Model:
-    """A model with the adapter that is asked for; which one answers is told."""
+def load_adapted(folder: Path, asked: AskedAdapter | None, registry: Registry) -> tuple[Model, str]:
+    """A model with the adapter that is asked for, and which one that is in words."""
     from mlxlora_core.model import adapters
 
     model = load_base(folder, registry)
     if asked is None:
-        show.progress("no adapter: this is the model itself")
-        return model
+        return model, "without an adapter: this was the model itself"
     try:
         adapted = adapters.load(asked.path, model, registry, asked.name, asked.values)
     except ModelError as fault:
         if not asked.named:
             fault.fix = "name another with --adapter-file, or take the model as it is: --no-adapter"
         raise
-    show.progress(f"with the {adapted.choice.component.id} adapter of {asked.path}")
-    return model
+    return model, f"with the {adapted.choice.component.id} adapter of {asked.path}"
 
 
 def measure(
@@ -100,12 +99,15 @@ def measure(
         max_seq_length=model.sequence_limit(batches.max_seq_length),
         mask_prompt=batches.mask_prompt,
     )
+    for words in rows.words("test"):
+        show.progress(words)
     events = evaluating(
         "test loss", model.language_model, rows.examples, batches.batch_size, config.test_batches
     )
     loss = show.to_its_end(events)
     if not quiet:
-        click.echo(f"test loss {loss.mean:.4f}, perplexity {loss.perplexity:.3f}, {loss.tokens} tokens")
+        perplexity = f"{loss.perplexity:.3f}" if math.isfinite(loss.perplexity) else "infinite"
+        click.echo(f"test loss {loss.mean:.4f}, perplexity {perplexity}, {loss.tokens} tokens")
     return {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens, "rows": len(rows)}
 
 
@@ -131,17 +133,20 @@ def continue_prompt(
 ) -> Segment:
     """Continue a prompt; segments are printed as they come unless ``quiet``."""
     from mlxlora_core.model.generate import generate, whole
+    from mlxlora_core.model.prompts import words_on
 
-    started = time.perf_counter()
+    started, asked = time.perf_counter(), config.asked(prompt)
     segments = generate(
         model.language_model,
         model.tokenizer,
-        prompt,
+        asked,
         [(sampler.component, sampler.options) for sampler in samplers],
         num_tokens=config.num_tokens,
         seed=seed,
         write_every=config.write_every,
     )
+    for words in words_on(model.tokenizer, asked):
+        show.progress(words)
     text = whole(segments if quiet else _shown(segments))
     show.progress(f"{time.perf_counter() - started:.2f} s")
     return text

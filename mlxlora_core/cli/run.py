@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mlxlora_core.cli import show
+from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.command_line import question_command, resume_command
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import one_line
@@ -18,6 +18,7 @@ from mlxlora_core.plugins.defaults import DEFAULT_RECIPE
 from mlxlora_core.runs import pipeline
 from mlxlora_core.runs.events import Event, RunStarted, StageDone, StageStarted
 from mlxlora_core.runs.folder import REPORT, RunFolder
+from mlxlora_core.runs.grading import describe_change
 from mlxlora_core.runs.observing import ObserverFailed
 from mlxlora_core.runs.plan import plan
 from mlxlora_core.runs.recipe import Recipe
@@ -30,7 +31,7 @@ LINE = 100  # columns of what --dry-run shows
 
 
 @verb(
-    click.argument("recipe", required=False, metavar="[RECIPE]"),
+    click.argument("recipe", required=False, metavar="[RECIPE]", type=declare.NAME_OR_PATH),
     click.option(
         "--dry-run", is_flag=True, help="Show every value, where it comes from, and what would be done."
     ),
@@ -120,7 +121,7 @@ def _summary(recipe: Recipe, record: dict[str, Any]) -> None:
     for split, loss in summary["losses"].items():
         click.echo(
             f"held-out loss ({split}, {after['losses'][split]['tokens']} tokens): {loss['before']:.4f} -> "
-            f"{loss['after']:.4f} nats a token ({loss['change']:+.1%})"
+            f"{loss['after']:.4f} nats a token ({describe_change(loss['change'])})"
         )
     for test, meaning in (
         ("memory", "about training rows (memory)"),

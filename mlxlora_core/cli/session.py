@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mlxlora_core.cli import declare, show
-from mlxlora_core.errors import SettingsChanged, one_line
+from mlxlora_core.errors import SettingsChanged, bounded
 from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.plugins import Registry, load, start_runtimes
@@ -87,8 +87,12 @@ def open_registry(plugins: Sequence[str], tolerant: bool = False) -> Registry:
         show.warning(warning)
     for plugin in registry.failed:
         click.echo(
-            f"mlxlora: plugin {one_line(plugin)} failed to load: {plugin.reason} "
-            f"(leave it out with -P no:{one_line(plugin.name)})",
+            "mlxlora: "
+            + bounded(
+                f"plugin {plugin} failed to load: ",
+                plugin.reason,
+                f" (leave it out with -P no:{plugin.name})",
+            ),
             err=True,
         )
     return registry
@@ -113,5 +117,5 @@ def start(registry: Registry) -> list[str]:
     notes = start_runtimes(registry)
     for note in notes:
         if note.warning:
-            click.echo(f"mlxlora: {one_line(note.text)}", err=True)
+            click.echo(f"mlxlora: {bounded(note.text)}", err=True)
     return [note.text for note in notes]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlxlora_core.errors import one_line
+from mlxlora_core.errors import bounded, one_line, short
+from mlxlora_core.files.documents import finite
 from mlxlora_core.plugins import Plugin
 from mlxlora_core.training.events import (
     Advanced,
@@ -31,17 +32,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_CELL_LETTERS = 300  # of a setting that is told
 SECONDS_A_LINE = 30  # between two lines of progress, where there is no terminal
 
 
 def as_json(value: Any) -> None:
-    """Print one JSON document on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print one JSON document on stdout; a number that is not finite is null beside a word."""
+    click.echo(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def changes(rows: Iterable[tuple[str, str, str]]) -> None:
     """Print a table of settings that differ on stderr."""
-    cells = [("setting", "begun with", "now"), *((one_line(a), one_line(b), one_line(c)) for a, b, c in rows)]
+    cells = [
+        ("setting", "begun with", "now"),
+        *(tuple(one_line(short(cell, _CELL_LETTERS)) for cell in row) for row in rows),
+    ]
     widths = [max(len(row[i]) for row in cells) for i in range(3)]
     for row in cells:
         progress("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -50,12 +55,12 @@ def changes(rows: Iterable[tuple[str, str, str]]) -> None:
 def progress(line: str) -> None:
     """Print one line of progress on stderr; where nobody reads it any more, the work goes on."""
     with suppress(BrokenPipeError):
-        click.echo(line, err=True)
+        click.echo(bounded(line), err=True)
 
 
 def warning(text: str) -> None:
     """Print a warning on stderr, on one line."""
-    progress(f"mlxlora: warning: {one_line(text)}")
+    progress(f"mlxlora: warning: {text}")
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], width: int | None = None) -> None:
@@ -160,7 +165,7 @@ class Bar:
         if self._progress is None:
             progress(line)
         else:
-            self._progress.console.print(line, markup=False)
+            self._progress.console.print(bounded(line), markup=False)
 
     def wait(self, what: str) -> None:
         """Show that work goes on of which nobody knows how much there is."""

@@ -12,16 +12,35 @@ import click
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.command_line import resume_command
 from mlxlora_core.cli.model import chosen_samplers, continue_prompt, load_base, measure
-from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.errors import UsageError
-from mlxlora_core.options import plain
+from mlxlora_core.options import explain, plain
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.sections import AdapterConfig
+from mlxlora_core.runs.folder import REPORT
 from mlxlora_core.runs.observing import ObserverFailed, event_values, observed
-from mlxlora_core.runs.recipe import check_sections, choose, choose_observers, overrides
+from mlxlora_core.runs.pipeline import circumstances
+from mlxlora_core.runs.recipe import (
+    DEFAULT,
+    check_sections,
+    choose,
+    choose_observers,
+    overrides,
+    without_none,
+)
+from mlxlora_core.runs.report import length_counts
+from mlxlora_core.runs.training_record import TrainingRecord, open_folder
 from mlxlora_core.training.checkpoints import Start, check_plugins, find, find_for
 from mlxlora_core.training.events import TrainEvent, TrainResult
+from mlxlora_core.training.outputs import (
+    Outputs,
+    check_outputs,
+    checkpoints_of,
+    held,
+    inputs_of,
+    refuse_finished,
+)
 from mlxlora_core.training.settings import (
     BatchConfig,
     EvaluateConfig,
@@ -51,21 +70,27 @@ if TYPE_CHECKING:
         ),
         click.option(
             "--adapter-file",
-            type=Path,
+            type=declare.OUTPUT_FILE,
             default=declare.DEFAULT_ADAPTER_FILE,
             show_default=True,
             help="Adapter file to write, .safetensors or .npz.",
         ),
-        click.option("--resume-adapter-file", type=Path, help="Start from these adapter weights."),
+        click.option("--resume-adapter-file", type=declare.INPUT, help="Start from these adapter weights."),
     ),
     declare.section("Training", declare.flags(TrainConfig, BatchConfig), declare.SEED),
     declare.section(
         "Checkpoints and reports",
         declare.flags(SaveConfig),
         click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of this training."),
-        click.option("--overwrite", is_flag=True, help="Begin anew where a training has not ended."),
         click.option(
-            "--metrics-file", type=Path, help="Write every report to this file, one JSON object a line."
+            "--overwrite",
+            is_flag=True,
+            help="Begin anew where a training has not ended, or has left its adapter.",
+        ),
+        click.option(
+            "--metrics-file",
+            type=declare.OUTPUT_FILE,
+            help="Write every report to this file, one JSON object a line.",
         ),
         click.option(
             "--observer",
@@ -104,17 +129,20 @@ def command(
 
     The base stays as it is; only the adapter's own parameters train. A
     quantized model folder makes it QLoRA. Checkpoints go into a folder beside
-    the adapter file, NAME.checkpoints; --resume goes on from the newest.
+    the adapter file, NAME.checkpoints; --resume goes on from the newest. So
+    does report.html, a page that shows the training.
     """
-    checkpoints = adapter_file.with_name(f"{adapter_file.stem}.checkpoints")
+    checkpoints = checkpoints_of(adapter_file)
     asked = _check(registry, checkpoints, given, speaks=prompt is not None)
-    hold(adapter_file)
-    found = find_for(asked.how, checkpoints)
+    outputs = Outputs(adapter_file, checkpoints, metrics_file, asked.save, resume_command(resume=True))
+    click.get_current_context().with_resource(held(outputs))
+    check_outputs(outputs, inputs_of(model, data, resume_adapter_file))
+    found, folder = find_for(asked.how, checkpoints), open_folder(checkpoints)
+    refuse_finished(adapter_file, asked.how)
     runtimes = start(registry)
     from mlxlora_core.model.drawing import Drawing
-    from mlxlora_core.training.session import Outputs, check_adapter_file, open_training
+    from mlxlora_core.training.session import open_training
 
-    check_adapter_file(adapter_file)
     # A sampler that is faulty is told now and not when hours of training are over.
     Drawing([(sampler.component, sampler.options) for sampler in asked.samplers], seed)
     base = load_base(model, registry)
@@ -125,15 +153,17 @@ def command(
         asked.train,
         registry,
         seed=seed,
-        outputs=Outputs(adapter_file, checkpoints, metrics_file, asked.save, resume_command(resume=True)),
+        outputs=outputs,
         runtimes=runtimes,
     )
-    events = session.start(asked.how, found)
-    trained = _follow(
-        observed(events, asked.observers, _info(adapter_file, model, data, asked), event_values)
-    )
+    facts = circumstances(adapter_file.stem, seed, _origins(given), registry, runtimes)
+    lengths = length_counts(session.rows["train"].lengths)
+    record = TrainingRecord(folder, facts, _settings(asked, model, data, seed), lengths)
+    events = record.keep(session.start(asked.how, found))
+    info = _info(adapter_file, model, data, asked)
+    trained = _follow(observed(events, asked.observers, info, event_values))
     of_best = f", of step {trained.adapter_step}, the best" if asked.train.patience is not None else ""
-    show.progress(f"{adapter_file} written{of_best}")
+    show.progress(f"{adapter_file} written{of_best}; {checkpoints / REPORT} shows the training")
     result: dict[str, Any] = {"adapter_file": str(adapter_file), **asdict(trained)}
     if test:
         result["test"] = measure(base, data, asked.train, asked.evaluate, quiet=as_json)
@@ -200,6 +230,29 @@ def _adapter(asked: _Asked, path: Path | None) -> NewAdapter | AdapterFile:
     if path is not None:
         return AdapterFile(path, asked.name, asked.values)
     return NewAdapter(*asked.adapter)
+
+
+def _settings(asked: _Asked, model: Path, data: Path, seed: int) -> dict[str, Any]:
+    """What the training was begun with, in the sections of a recipe."""
+    choice, config = asked.adapter
+    sections = {
+        "run": {"seed": seed},
+        "model": {"mlx_path": str(model)},
+        "data": {"use": "jsonl", "options": {"path": str(data)}},
+        "adapter": {"use": choice.component.id, **plain(config), "options": plain(choice.options)},
+        "train": plain(asked.train),
+        "checkpoints": plain(asked.save),
+    }
+    return {name: without_none(values) for name, values in sections.items()}
+
+
+def _origins(given: dict[str, Any]) -> dict[str, str]:
+    """``section.key`` -> whether the command line said its value."""
+    return {
+        f"{section}.{known.name}": DEFAULT if given.get(known.name) is None else "command line"
+        for section, config in (("train", TrainConfig), ("checkpoints", SaveConfig))
+        for known in explain(config)
+    } | dict.fromkeys(("model.mlx_path", "data.path"), "command line")
 
 
 def _info(adapter_file: Path, model: Path, data: Path, asked: _Asked) -> RunInfo:

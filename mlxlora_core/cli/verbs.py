@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mlxlora_core.errors import ExitCode, MlxloraError, one_line
+from mlxlora_core.errors import ExitCode, MlxloraError, bounded
 from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.version import __version__
@@ -106,5 +106,5 @@ def _tell(fault: BaseException) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    click.echo(f"mlxlora: {one_line(message)}", err=True)
+    click.echo(f"mlxlora: {bounded(message)}", err=True)
     return code

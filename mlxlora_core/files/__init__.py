@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxlora_core.files.documents import read_json
 from mlxlora_core.files.durable import append_line, copy_file, new_file, write_json, write_text
-from mlxlora_core.files.input_file import open_regular, read_exactly, read_json, read_some, refuse_stand_in
+from mlxlora_core.files.fingerprints import content_digest
+from mlxlora_core.files.input_file import open_regular, read_exactly, read_some, refuse_stand_in
 from mlxlora_core.files.jsonl import JsonLines, refuse_faults, scan_jsonl
 from mlxlora_core.files.zip_layout import ZipMember, read_zip_layout
 
@@ -21,6 +23,7 @@ __all__ = [
     "JsonLines",
     "ZipMember",
     "append_line",
+    "content_digest",
     "copy_file",
     "new_file",
     "open_regular",

@@ -17,14 +17,16 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlxlora_core.errors import ResourceError, SafetyError
+from mlxlora_core.files.exchange import exchange
+from mlxlora_core.files.leftovers import GONE, NEW, OLD, beside, clear_leftovers
 
-# Endings of what is not the target yet, is to be put back if its successor fails, and is to go.
-_NEW, _OLD, _GONE = "tmp", "old", "gone"
+# What a file system says that has nothing to flush by.
+_NO_FLUSHING = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextmanager
@@ -33,25 +35,22 @@ def new_file(path: Path, check: Callable[[Path], object] = lambda _: None) -> It
 
     ``check`` gets the name of the file while that is a temporary one. Whatever
     the block or it raises leaves an older file as it was. A symbolic link is
-    followed; an older file's mode is kept.
+    followed; the new file has the mode of an older one from its first byte on.
 
     Raises:
         SafetyError: ``path`` is a folder or a device.
         ResourceError: the disk is full, or the folder cannot be written.
     """
     with _disk_faults(path):
-        target = path.resolve()
-        if target.exists() and not target.is_file():
-            raise SafetyError("is no regular file and was left alone", where=path, fix="name another file")
+        target = place_of(path)
+        refuse_odd_file(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(target.parent, glob.escape(target.name))
-        temporary = _beside(target, _NEW)
+        temporary = beside(target, NEW)
         try:
-            with open(temporary, "xb") as file:
+            with _created(temporary, target) as file:
                 yield file
                 file.flush()
-                if target.exists():
-                    os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
                 _flush_to_disk(file.fileno())
             check(temporary)
             os.replace(temporary, target)
@@ -117,6 +116,10 @@ def new_folder(
 ) -> Iterator[Path]:
     """A temporary folder that becomes ``target`` when the block ends without an exception.
 
+    It has the mode of the folder that it replaces, and its files those of the
+    files that they replace. At every instant the target is the old folder or
+    the new one, where the file system lets two names change places.
+
     Args:
         target: may be absent or empty; one that holds something is replaced
             only when ``overwrite`` is set and ``ours`` recognises it.
@@ -128,17 +131,22 @@ def new_folder(
         ResourceError: the disk is full, or the folder cannot be written.
     """
     with _disk_faults(target):
-        place = target.resolve()  # ".", and what a symbolic link points to, have a name to put another beside
+        place = place_of(target)  # ".", and what a symbolic link points to, have a name to put another beside
         place.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(place.parent, glob.escape(place.name))
         check_target(target, overwrite=overwrite, ours=ours)
-        temporary = _beside(place, _NEW)
+        temporary = beside(place, NEW)
         temporary.mkdir()
+        mode = _mode(place if place.exists() else temporary)
+        temporary.chmod(0o700)  # nobody else looks in before its files have the modes of the old ones
     try:
         yield temporary
         with _disk_faults(target):
             _flush_folder(temporary)
-            _move_folder(temporary, place)
+            _take_modes(place, temporary)
+            temporary.chmod(mode)
+            check_target(target, overwrite=overwrite, ours=ours)  # long work lies between
+            _move_folder(temporary, place, ours)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -166,24 +174,29 @@ def remove_folder(target: Path) -> None:
     Raises:
         ResourceError: the folder cannot be taken away.
     """
-    gone = _beside(target, _GONE)
+    gone = beside(target, GONE)
     with _disk_faults(target):
         os.replace(target, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def put_aside(target: Path, why: str) -> None:
+def put_aside(folder: Path, why: str, target: Path | None = None) -> None:
     """Free the name of a folder, where there is one; it is kept beside as ``WHY-NAME-1``, or a higher number.
+
+    Args:
+        folder: to move.
+        why: the first word of its new name.
+        target: whose name it gets, if that is not its own.
 
     Raises:
         ResourceError: it cannot be renamed.
     """
-    number = 1
-    while (aside := target.with_name(f"{why}-{target.name}-{number}")).exists():
+    name, number = (target or folder).name, 1
+    while os.path.lexists(aside := folder.with_name(f"{why}-{name}-{number}")):
         number += 1
-    with _disk_faults(target):
-        if target.exists():
-            os.replace(target, aside)
+    with _disk_faults(folder):
+        if folder.exists():
+            os.replace(folder, aside)
 
 
 def check_target(
@@ -214,76 +227,121 @@ def check_target(
         )
 
 
+def place_of(path: Path) -> Path:
+    """Where ``path`` leads to: absolute, free of links, and with a name to put another beside.
+
+    Raises:
+        ResourceError: it is a loop of links, or the working directory is gone.
+        SafetyError: it is the root of the file system.
+    """
+    with _disk_faults(path):
+        try:
+            place = path.resolve()
+        except (RuntimeError, ValueError) as fault:  # Python 3.11 and 3.12 say so of a loop of links
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from fault
+    if not place.name:
+        raise SafetyError("is no place to write to and was left alone", where=path, fix="name another place")
+    return place
+
+
+def refuse_odd_file(path: Path) -> None:
+    """Refuse to write in the place of what is no regular file.
+
+    Raises:
+        SafetyError: there is a folder, a pipe or a device.
+        ResourceError: it cannot be looked at.
+    """
+    with _disk_faults(path, "read"):
+        place = place_of(path)
+        if os.path.lexists(place) and not stat.S_ISREG(place.stat().st_mode):
+            raise SafetyError("is no regular file and was left alone", where=path, fix="name another file")
+
+
 def check_file(path: Path) -> None:
     """Refuse a file that could not be written at the end of long work.
 
     Raises:
-        ResourceError: its folder cannot be written, or it is a folder itself.
+        ResourceError: its folder cannot be written.
+        SafetyError: a folder, a pipe or a device is there.
     """
+    place = place_of(path)
+    refuse_odd_file(path)
     with _disk_faults(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        probe = _beside(path, _NEW)
-        probe.touch()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        probe = beside(place, NEW)
+        probe.touch(0o600)
         probe.unlink()
 
 
-def _move_folder(temporary: Path, target: Path) -> None:
-    """Put ``temporary`` in the place of ``target``, which keeps its old content until then."""
-    old = _beside(target, _OLD)
-    if target.exists() and any(target.iterdir()):
-        os.replace(target, old)
+def check_folder(path: Path) -> None:
+    """Refuse a folder in which nothing could be written at the end of long work; it need not be there.
+
+    Raises:
+        ResourceError: it cannot be written.
+        SafetyError: something that is no folder is there.
+    """
+    place = place_of(path)
+    with _disk_faults(path):
+        if os.path.lexists(place) and not place.is_dir():
+            raise SafetyError("is no folder, and a folder is wanted", where=path, fix="move it away")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        probe = beside(place / "probe" if place.is_dir() else place, NEW)
+        probe.mkdir(0o700)
+        probe.rmdir()
+
+
+def _created(temporary: Path, target: Path) -> BinaryIO:
+    """A new file that nobody may read who may not read the one that it is to replace."""
     try:
+        old = target.stat()
+    except FileNotFoundError:
+        return open(temporary, "xb")
+    owner = (old.st_uid, old.st_gid)
+    mode = stat.S_IMODE(old.st_mode)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode & 0o700)
+    made = os.fstat(descriptor)
+    if (made.st_uid, made.st_gid) != owner:
+        with suppress(OSError):  # only the superuser may give a file away
+            os.fchown(descriptor, *owner)
+    os.fchmod(descriptor, mode)
+    return os.fdopen(descriptor, "wb")
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def _take_modes(old: Path, new: Path) -> None:
+    """Give what is below ``new`` the modes that its namesakes below ``old`` have."""
+    for path in new.rglob("*") if old.is_dir() else ():
+        namesake = old / path.relative_to(new)
+        if not path.is_symlink() and namesake.exists():
+            path.chmod(_mode(namesake))
+
+
+def _move_folder(temporary: Path, target: Path, ours: Callable[[Path], bool]) -> None:
+    """Put ``temporary`` in the place of ``target``, which keeps its old content until then."""
+    if not target.exists() or not any(target.iterdir()):
         os.replace(temporary, target)
-    except BaseException:
-        if old.exists():
-            os.replace(old, target)
-        raise
+        _flush_folder(target.parent)
+        return
+    old = temporary if exchange(temporary, target) else _moved_away(temporary, target)
     _flush_folder(target.parent)
+    if not ours(old):  # somebody has put a file into it meanwhile
+        put_aside(old, "kept", target)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _beside(target: Path, ending: str) -> Path:
-    """This process's own temporary name beside ``target``."""
-    return target.with_name(f".{target.name}.{os.getpid()}.{ending}")
-
-
-def clear_leftovers(folder: Path, names: str) -> int:
-    """Remove what processes that are dead left in ``folder`` of targets like ``names``, a glob pattern.
-
-    One that died between taking an old folder away and putting the new one
-    there has its old folder put back.
-
-    Returns:
-        How many files and folders are gone or put back.
-    """
-    cleared = 0
-    for path in sorted(folder.glob(f".{names}.*.*")):
-        name, owner, ending = path.name[1:].rsplit(".", 2)
-        if ending not in (_NEW, _OLD, _GONE) or not owner.isdecimal() or _alive(int(owner)):
-            continue
-        target = folder / name
-        if ending == _OLD and not target.exists():
-            os.replace(path, target)
-        elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-        cleared += 1
-    return cleared
-
-
-def _alive(process: int) -> bool:
-    if process == os.getpid():
-        return False  # what is under this process's name now was left by a namesake
+def _moved_away(temporary: Path, target: Path) -> Path:
+    """:func:`exchange` in two steps, between which there is no target; where the old folder is now."""
+    old = beside(target, OLD)
+    os.replace(target, old)
     try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
+        os.replace(temporary, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    return old
 
 
 def _flush_to_disk(descriptor: int) -> None:
@@ -297,16 +355,26 @@ def _flush_to_disk(descriptor: int) -> None:
             if fault.errno not in (errno.ENOTSUP, errno.ENOTTY):  # a network drive has no such thing
                 raise
             os.fsync(descriptor)
-    else:
+        return
+    try:
         os.fsync(descriptor)
+    except OSError as fault:
+        if fault.errno not in _NO_FLUSHING:
+            raise
 
 
 def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _flush_to_disk(descriptor)
-    finally:
-        os.close(descriptor)
+    """Have the names in a folder on the disk, where its file system can do that.
+
+    What was written is there by then and counts: some file systems flush no
+    folders, and a folder that may be written need not be one that may be read.
+    """
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            _flush_to_disk(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

@@ -7,15 +7,13 @@ its bytes from what was opened, so that no other file can come in between.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
-from collections import Counter
 from io import BufferedReader
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
-from mlxlora_core.errors import MlxloraError, ModelError, listing
+from mlxlora_core.errors import MlxloraError, ModelError
 
 AGAIN = "download the file again"
 
@@ -112,28 +110,6 @@ def read_whole(path: Path, limit_bytes: int, kind: type[MlxloraError] = ModelErr
     return data
 
 
-def read_json(path: Path, limit_bytes: int) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        ModelError: as :func:`read_whole`, or it is no JSON (with line and column),
-            no UTF-8, or has a key twice.
-    """
-    data = read_whole(path, limit_bytes)
-    try:
-        return json.loads(
-            data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_refuse_constant
-        )
-    except json.JSONDecodeError as fault:
-        place = f"{path}:{fault.lineno}:{fault.colno}"
-        raise ModelError(f"is no JSON: {fault.msg}", where=place, fix="mend it") from None
-    except UnicodeDecodeError as fault:
-        line = data.count(b"\n", 0, fault.start) + 1
-        raise ModelError("is not UTF-8", where=f"{path}:{line}", fix="save it as UTF-8") from None
-    except (ValueError, RecursionError) as fault:
-        raise ModelError(f"is no usable JSON: {fault}", where=path, fix="mend it") from None
-
-
 def refuse_stand_in(file: BinaryIO, path: Path) -> bytes:
     """Refuse what servers send in the place of a file; gives the file's first bytes, read from its start.
 
@@ -161,16 +137,3 @@ def _require_regular(status: os.stat_result, path: Path, kind: type[MlxloraError
     if not stat.S_ISREG(status.st_mode):
         what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise kind(f"is {what}, wanted a regular file", where=path)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, unless a key stands in it twice."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        raise ValueError(f"{listing(sorted(key for key, n in counts.items() if n > 1))} there twice")
-    return content
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")

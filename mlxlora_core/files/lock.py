@@ -17,9 +17,14 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from mlxlora_core.errors import LockedError, ResourceError
+from mlxlora_core.errors import LockedError, ModelError, ResourceError, SafetyError
+from mlxlora_core.files.documents import parse_form
+from mlxlora_core.files.durable import place_of
+from mlxlora_core.files.forms import Map, Text
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # the same in every container of a machine
+_HEAD = b'{"process": "'  # how each lock file begins
+_HOLDER_FORM = Map(Text())
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 _NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 
@@ -33,9 +38,10 @@ def hold(target: Path) -> Iterator[None]:
     Raises:
         LockedError: another process holds it, or one on another machine may;
             the message names it.
+        SafetyError: the name of the lock is that of a file which is none.
         ResourceError: the lock cannot be written, or the file system has none.
     """
-    place = target.resolve()
+    place = place_of(target)
     path = place.with_name(f".{place.name}.lock")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +72,7 @@ def _lock(path: Path, target: Path) -> int:
             if not _is_at(descriptor, path):  # its holder ended, and removed it, just now
                 os.close(descriptor)
                 continue
+            _refuse_stranger(descriptor, path)
             _check_machine(_holder(descriptor), myself, path, target)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(myself).encode(), 0)
@@ -79,6 +86,19 @@ def _lock(path: Path, target: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
+
+
+def _refuse_stranger(descriptor: int, path: Path) -> None:
+    """Refuse to write into a file that has the name of a lock and is none.
+
+    Raises:
+        SafetyError: it holds what no lock tells.
+    """
+    head = os.pread(descriptor, len(_HEAD), 0).rstrip(b"\0")  # of what a machine that lost power left too
+    if not _HEAD.startswith(head):
+        raise SafetyError(
+            "has the name of a lock, is none, and was left alone", where=path, fix="move it away"
+        )
 
 
 def _check_machine(holder: dict[str, str], here: dict[str, str], path: Path, target: Path) -> None:
@@ -108,10 +128,10 @@ def _myself() -> dict[str, str]:
 def _holder(descriptor: int) -> dict[str, str]:
     """What a lock file tells; nothing when its holder has not written it yet."""
     try:
-        told = json.loads(os.pread(descriptor, 4096, 0))
-        return {str(key): str(value) for key, value in told.items()}
-    except (ValueError, AttributeError):
+        holder: dict[str, str] = parse_form(os.pread(descriptor, 4096, 0), _HOLDER_FORM, "")
+    except ModelError:
         return {}
+    return holder
 
 
 def _name(holder: dict[str, str]) -> str:

@@ -11,7 +11,6 @@ archive, which other readers pass over.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 import zipfile
@@ -28,11 +27,12 @@ from safetensors import SafetensorError, safe_open
 
 from mlxlora_core.errors import MlxloraError, ModelError, ResourceError, listing
 from mlxlora_core.files import durable, tensor_header, zip_layout
+from mlxlora_core.files.fingerprints import begin_tensor, combine, tensor_digests
 from mlxlora_core.files.input_file import name_of_open, open_regular, refuse_stand_in
 from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.values import LazyTensor
 
-FINGERPRINT = "fingerprint"  # the metadata that tells what the tensors of a file are
+FINGERPRINT = tensor_header.FINGERPRINT
 
 #: the types that a file can hold, as safetensors calls them
 TYPES = {
@@ -108,7 +108,7 @@ def saving(
             yield from _write_npz(file, content.packed(tensors, path), content.described)
         else:
             yield from _write_safetensors(file, content.packed(tensors, path), content.described, most)
-    yield Written(content.bytes, _combine(content.digests))
+    yield Written(content.bytes, combine(content.digests))
 
 
 class _Content:
@@ -121,7 +121,7 @@ class _Content:
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
         self._metadata = metadata
-        self.digests: dict[str, bytes] = {}
+        self.digests: dict[str, str] = {}
         self.bytes = 0
 
     def packed(self, tensors: Iterable[tuple[str, mx.array]], path: Path) -> Iterator[Packed]:
@@ -139,7 +139,7 @@ class _Content:
 
     def described(self) -> Mapping[str, str]:
         """The metadata, as far as it is known."""
-        return {"format": "mlx", **self._metadata, FINGERPRINT: _combine(self.digests)}
+        return {"format": "mlx", **self._metadata, FINGERPRINT: combine(self.digests)}
 
 
 def _check_names(content: _Content, path: Path, written: Path) -> None:
@@ -171,8 +171,19 @@ def load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
             raise ModelError(f"is damaged or no {path.suffix} file: {fault}", where=path) from fault
 
 
-def lazy(path: Path) -> tuple[dict[str, LazyTensor], str]:
-    """The tensors of a file, each read when it is asked for and kept nowhere, and the fingerprint it states.
+def stated(path: Path) -> dict[str, str]:
+    """What a file says of itself, read without a look at its tensors; nothing where that cannot be read."""
+    if path.suffix != ".npz":
+        return tensor_header.stated(path)
+    try:
+        with open_regular(path) as file:
+            return _comment(_npz_layout(file, path).comment)
+    except MlxloraError:
+        return {}
+
+
+def lazy(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a file, each read when it is asked for and kept nowhere.
 
     Raises:
         ModelError: as :func:`load`, now or when a tensor is read.
@@ -182,15 +193,28 @@ def lazy(path: Path) -> tuple[dict[str, LazyTensor], str]:
             layout = _npz_layout(file, path)
             # Looked at one after another, for what an array is stands in front of its bytes.
             sizes = {name: (t.shape, t.dtype) for name, t in _npz_tensors(file, layout.members, path)}
-        stated = _comment(layout.comment)
     else:
-        opened, stated = load(path)
+        opened, _ = load(path)
         sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in opened.items()}
-    tensors = {
+    return {
         name: LazyTensor(shape, type_name(dtype), partial(_read_one, path, name))
         for name, (shape, dtype) in sizes.items()
     }
-    return tensors, stated.get(FINGERPRINT, "")
+
+
+def digests(path: Path) -> dict[str, str]:
+    """Name -> digest of each tensor of a file, by its bytes and not by what the file states.
+
+    Raises:
+        ModelError: as :func:`load`.
+    """
+    if path.suffix != ".npz":
+        return tensor_digests(path)
+    with open_regular(path) as file:
+        layout = _npz_layout(file, path)
+        return {
+            n: _digest(n, tensor, _bytes(tensor)) for n, tensor in _npz_tensors(file, layout.members, path)
+        }
 
 
 def _read_one(path: Path, name: str) -> mx.array:
@@ -213,16 +237,7 @@ def _read_one(path: Path, name: str) -> mx.array:
 
 def fingerprint(tensors: Mapping[str, mx.array]) -> str:
     """What :func:`save` calls these tensors: SHA-256 over names, types, shapes and bytes, in hex."""
-    return fingerprint_each(tensors.items())
-
-
-def fingerprint_each(tensors: Iterable[tuple[str, mx.array]]) -> str:
-    """:func:`fingerprint` of tensors that come one at a time."""
-    digests = {}
-    for name, tensor in tensors:
-        digests[name] = _digest(name, tensor, _bytes(tensor))
-        del tensor  # the next one is not read beside it
-    return _combine(digests)
+    return combine({name: _digest(name, tensor, _bytes(tensor)) for name, tensor in tensors.items()})
 
 
 def check_ending(path: Path) -> None:
@@ -248,15 +263,10 @@ def _bytes(tensor: mx.array) -> memoryview:
     return memoryview(view).cast("B")
 
 
-def _digest(name: str, tensor: mx.array, data: memoryview) -> bytes:
-    sha = hashlib.sha256(f"{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
+def _digest(name: str, tensor: mx.array, data: memoryview) -> str:
+    sha = begin_tensor(name, type_name(tensor.dtype), tensor.shape)
     sha.update(data)
-    return sha.digest()
-
-
-def _combine(digests: Mapping[str, bytes]) -> str:
-    """One fingerprint of named digests, whatever their order."""
-    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
+    return sha.hexdigest()
 
 
 def _names_safetensors(path: Path) -> set[str]:

@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from mlxlora_core.errors import ModelError, ResourceError
-from mlxlora_core.files.input_file import AGAIN, name_of_open, read_exactly, refuse_stand_in
+from mlxlora_core.files.input_file import AGAIN, name_of_open, open_regular, read_exactly, refuse_stand_in
 
 if TYPE_CHECKING:
     import numpy as np
 
 TENSORS_LIMIT = 100_000  # of one file
 METADATA = "__metadata__"  # the key that safetensors reserves
+FINGERPRINT = "fingerprint"  # the metadata that tells what the tensors of a file are
 #: the types of safetensors that are read -> bytes an element
 ITEM_BYTES = {
     "BOOL": 1,
@@ -41,6 +42,7 @@ ITEM_BYTES = {
 
 _HEADER_BYTES = 100_000_000  # the format's own limit
 _PARTS = 10 * TENSORS_LIMIT  # a tensor of four axes has 10; each takes memory when it is parsed
+_METADATA_ENTRIES, _METADATA_LETTERS = 10_000, 16 << 20  # far more than any tool writes
 _NPY_HEADER_BYTES = 10_000  # numpy's own limit
 _NAME_LETTERS = 512
 _AXES = 32
@@ -88,8 +90,8 @@ def read_safetensors(file: BinaryIO, path: Path) -> dict[str, str]:
     if not isinstance(tensors, dict):
         raise _damaged("its header is no JSON object", path)
     metadata = tensors.pop(METADATA, None) or {}  # MLX writes null when there is none
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(f"its {METADATA} is no JSON of names and texts", path)
+    if fault := _metadata_fault(metadata):
+        raise _damaged(f"its {METADATA} {fault}", path)
     if len(tensors) > TENSORS_LIMIT:
         raise _damaged(f"it has more than {TENSORS_LIMIT} tensors", path)
     for name, entry in tensors.items():
@@ -99,6 +101,40 @@ def read_safetensors(file: BinaryIO, path: Path) -> dict[str, str]:
             raise _damaged(f"tensor {name} {fault}", path)
     _check_layout(file, tensors, start, size, path)
     return metadata
+
+
+def read_entries(file: BinaryIO, path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the bytes of an open ``.safetensors`` begin, and what its header says of each tensor, checked.
+
+    Raises:
+        MlxloraError: as :func:`read_safetensors`.
+    """
+    read_safetensors(file, path)
+    tensors = json.loads(_header(file, os.fstat(file.fileno()).st_size, path))
+    tensors.pop(METADATA, None)
+    return file.tell(), tensors
+
+
+def stated(path: Path) -> dict[str, str]:
+    """The metadata of a ``.safetensors``, whatever its tensors are; nothing where there is none to read."""
+    try:
+        with open_regular(path) as file:
+            return read_metadata(file, path)
+    except ModelError:
+        return {}
+
+
+def read_metadata(file: BinaryIO, path: Path) -> dict[str, str]:
+    """The metadata of an open ``.safetensors``, whatever its tensors are.
+
+    Raises:
+        ModelError: there is no header.
+    """
+    try:
+        header = json.loads(_header(file, os.fstat(file.fileno()).st_size, path))
+        return {k: v for k, v in (header.get(METADATA) or {}).items() if isinstance(v, str)}
+    except (ValueError, AttributeError, RecursionError) as reason:
+        raise _damaged(f"its header is no JSON: {reason}", path) from None
 
 
 def _header(file: BinaryIO, size: int, path: Path) -> str:
@@ -127,6 +163,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"key or tensor {name[:_NAME_LETTERS]} stands there twice")
     return content
+
+
+def _metadata_fault(metadata: Any) -> str:
+    """Why metadata cannot be, or nothing; there is a copy of it wherever a model goes."""
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        return "is no JSON of names and texts"
+    letters = sum(len(name) + len(value) for name, value in metadata.items())
+    if len(metadata) > _METADATA_ENTRIES or letters > _METADATA_LETTERS:
+        most = f"{_METADATA_ENTRIES} of {_METADATA_LETTERS}"
+        return f"has {len(metadata)} entries of {letters} letters, wanted at most {most}"
+    return ""
 
 
 def _entry_fault(entry: Any) -> str:

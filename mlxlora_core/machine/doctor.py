@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxlora_core.errors import UsageError
+from mlxlora_core.errors import ResourceError, UsageError
 from mlxlora_core.machine.memory import memory_bytes, memory_limit_bytes
 from mlxlora_core.machine.processors import THREADS, cpu_quota, processors, thread_count
 from mlxlora_core.version import __version__
@@ -161,10 +161,15 @@ def disk(folder: Path) -> Disk:
     """The disk that ``folder`` is on.
 
     Raises:
-        OSError: the folder is gone or may not be looked at.
+        ResourceError: the folder is gone or may not be looked at.
     """
-    usage = shutil.disk_usage(folder)
-    return Disk(str(folder), usage.total, usage.free)
+    try:
+        usage = shutil.disk_usage(folder)
+        return Disk(os.path.abspath(folder), usage.total, usage.free)
+    except OSError as fault:
+        raise ResourceError(
+            f"cannot be looked at: {fault.strerror}", where=folder, fix="change to another folder"
+        ) from fault
 
 
 def versions() -> dict[str, str | None]:

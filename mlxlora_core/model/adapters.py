@@ -17,6 +17,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing, nearest
 from mlxlora_core.files import tensor_file
+from mlxlora_core.files.documents import parse_form
+from mlxlora_core.files.forms import Items, Map, Option, Plain, Strict, Table, Text
+from mlxlora_core.files.targets import is_written
 from mlxlora_core.files.tensor_checks import is_finite, mismatches, type_name
 from mlxlora_core.model.folder import Model
 from mlxlora_core.model.linears import is_packed, layers_by_path, linear_shape, linears, parameters, replace
@@ -29,6 +32,17 @@ from mlxlora_core.version import __version__
 
 ALL_LINEAR = "all-linear"
 METADATA = "mlxlora"
+
+#: what an adapter file says of itself; in files of before, options hold the config
+RECORD_FORM = Table(
+    {
+        "adapter": Text(),
+        "options": Strict(Map(Plain())),
+        "config": Option(Strict(Map(Plain()))),
+        "paths": Items(Text()),
+        "base": Text(),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -114,12 +128,23 @@ def _checked(component: Component, linear: nn.Module, module: Any) -> nn.Module:
     return wrapped
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file is an adapter file that mlxlora has written, by what its header tells."""
+    try:
+        _record(tensor_file.stated(path), path)
+    except ModelError:
+        return False
+    return METADATA in tensor_file.stated(path)
+
+
 def save(path: Path, model: Model, adapted: Adapted) -> None:
     """Write the adapter's parameters, with what they belong to, to ``.safetensors`` or ``.npz``.
 
     Raises:
+        SafetyError: a file that is no adapter of ours is there.
         DivergedError: a parameter is not finite; an older file is left as it is.
     """
+    is_written(path, is_ours)
     tensors = trainable(model.module)
     poisoned = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if poisoned:
@@ -276,17 +301,11 @@ def _record(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
     """What the file says of itself, in the form that it has today, or None for nothing."""
     if METADATA not in metadata:
         return None
-    try:
-        record = dict(json.loads(metadata[METADATA]))
-        if "config" not in record:  # written when targets and layers stood among the options
-            record["config"], record["options"] = divide(record["options"], AdapterConfig)
-        kinds = {"adapter": str, "options": dict, "config": dict, "base": str, "paths": list}
-        fields = [isinstance(record[key], kind) for key, kind in kinds.items()]
-        if all(fields) and all(isinstance(place, str) for place in record["paths"]):
-            return record
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        pass
-    raise ModelError("what the file says of itself cannot be read", where=path)
+    said = metadata[METADATA].encode("utf-8", "surrogatepass")
+    record: dict[str, Any] = parse_form(said, RECORD_FORM, f"{path} (what it says of itself)")
+    if "config" not in record:  # written when targets and layers stood among the options
+        record["config"], record["options"] = divide(record["options"], AdapterConfig)
+    return record
 
 
 def _recorded(

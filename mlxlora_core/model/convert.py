@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlxlora_core.errors import ModelError, UsageError
 from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files.targets import check_output_folder, paths_in
 from mlxlora_core.files.tensor_checks import is_finite, type_name
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import folder as model_folder
@@ -113,6 +114,7 @@ def convert(
         What the disk must hold, each tensor as it is written, and the report.
 
     Raises:
+        UsageError: the target is the source, or holds it.
         ModelError: a part is absent or damaged, or tensors do not fit (all listed).
         SafetyError: the target holds something else, or a file wants to run code.
         ResourceError: the disk is too small.
@@ -120,7 +122,7 @@ def convert(
     if file_format == "npz" and dtype == "bfloat16":
         raise UsageError("npz cannot hold bfloat16", fix="use --dtype float16, or --format safetensors")
     ours = model_folder.holds_only_a_model
-    durable.check_target(target, overwrite=overwrite, ours=ours)
+    check_output_folder(target, [source, *paths_in(loader_options)], overwrite=overwrite, ours=ours)
     opened = open_foreign(source, registry, loader, loader_options)
     tensors, model = opened.tensors, opened.model
     packed = _to_quantize(model, quantize_config) if quantization else set()
@@ -137,9 +139,7 @@ def convert(
                 size = written.bytes
         for name, path in opened.tokenizer.files.items():
             durable.copy_file(path, folder / name)
-        config = dict(opened.config)
-        if quantization is not None:
-            config |= _quantized_config(quantization, tally.quantized)
+        config = {**opened.config, **_quantized_config(quantization, tally.quantized)}
         durable.write_json(folder / CONFIG, config)
     yield _report(target, opened, size, tally)
 
@@ -213,8 +213,10 @@ def _quantized(
     yield from ((f"{path}.{name}", part) for name, part in packed.parts.items())
 
 
-def _quantized_config(quantization: Choice, paths: Collection[str]) -> dict[str, Any]:
-    """What config.json holds of a quantizer, and of what it packed."""
+def _quantized_config(quantization: Choice | None, paths: Collection[str]) -> dict[str, Any]:
+    """What config.json holds of a quantizer, if there was one, and of what it packed."""
+    if quantization is None:
+        return {}
     return {
         QUANTIZER: quantization.component.id,
         QUANTIZATION: plain(quantization.options),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +13,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxlora_core.errors import UsageError, listing
+from mlxlora_core.errors import ModelError, listing
 from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files.documents import read_form
+from mlxlora_core.files.forms import Map, Table, Text, Whole
+from mlxlora_core.files.targets import check_output_folder, paths_in
 from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import adapters
@@ -33,6 +35,10 @@ from mlxlora_core.values import ExportAdapter, ExportSource, LazyTensor
 from mlxlora_core.version import __version__
 
 RECORD = "export.json"
+_RECORD_BYTES = 16 << 20
+
+#: what shows an export to be one of ours
+RECORD_FORM = Table({"exporter": Text(), "versions": Map(Text()), "files": Map(Whole())})
 
 #: what config.json says of quantization, which the tensors of an export are free of
 _QUANTIZED = {QUANTIZER, QUANTIZATION, QUANTIZED}
@@ -86,15 +92,14 @@ def export(
         What the disk must hold, and the report.
 
     Raises:
-        UsageError: the target is the base.
+        UsageError: the target is the base, or holds the adapter.
         ModelError: the base or the adapter is damaged, or they do not fit.
         SafetyError: the target holds something else.
         ResourceError: the disk is too small.
         PluginError: the exporter leaves nothing, or what it must not.
     """
-    if target.resolve() == folder.resolve():
-        raise UsageError("the export cannot replace the model", where=target, fix="name another folder")
-    durable.check_target(target, overwrite=overwrite, ours=holds_only_an_export)
+    read = [folder, *([fused.path] if fused else []), *paths_in(exporter.options)]
+    check_output_folder(target, read, overwrite=overwrite, ours=holds_only_an_export)
     model, stored = model_folder.outline(folder, registry)
     adapted = adapters.load(fused.path, model, registry, fused.name, fused.values) if fused else None
     source = _source(model, stored, adapted, fused, told)
@@ -115,12 +120,11 @@ def export(
 def holds_only_an_export(folder: Path) -> bool:
     """Whether everything in ``folder`` is what an export has written there."""
     try:
-        files = json.loads((folder / RECORD).read_text("utf-8"))["files"]
-        return {path for path in _walk(folder) if not path.is_dir()} == {
-            folder / name for name in (RECORD, *files)
-        }
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        record = read_form(folder / RECORD, RECORD_FORM, _RECORD_BYTES)
+    except ModelError:
         return False
+    found = {path for path in _walk(folder) if path.is_symlink() or not path.is_dir()}
+    return found == {folder / name for name in (RECORD, *record["files"])}
 
 
 # --- the source ---------------------------------------------------------------

@@ -14,8 +14,9 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlxlora_core.errors import ModelError, listing
-from mlxlora_core.files import durable
-from mlxlora_core.files.input_file import read_json
+from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files.documents import read_json
+from mlxlora_core.files.targets import hold_only_files
 from mlxlora_core.files.tensor_checks import mismatches
 from mlxlora_core.machine.device import compute_dtype
 from mlxlora_core.machine.memory import free_memory_bytes, require_memory
@@ -167,15 +168,16 @@ def _telling(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def holds_only_a_model(folder: Path) -> bool:
-    """Whether everything in ``folder`` is what mlxlora writes into a model folder."""
-    names = {path.name for path in folder.iterdir()}
-    if CONFIG not in names:
+    """Whether everything in ``folder`` is what mlxlora writes into one, by the header of its weights."""
+    if not (folder / CONFIG).is_file():
         return False
     try:
         tokenizer = tokenizer_files(folder, read_config(folder))
     except ModelError:  # damaged: it may be replaced where the rest is ours
         tokenizer = tokenizer_files(folder, {})
-    return names <= {CONFIG, *tokenizer, *WEIGHTS.values()}
+    weights = [path for name in WEIGHTS.values() if (path := folder / name).exists()]
+    written = all(tensor_file.FINGERPRINT in tensor_file.stated(path) for path in weights)
+    return written and bool(weights) and hold_only_files(folder, [CONFIG, *tokenizer, *WEIGHTS.values()])
 
 
 def files(folder: Path) -> list[Path]:

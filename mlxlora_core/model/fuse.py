@@ -10,8 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxlora_core.errors import UsageError
 from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files.targets import check_output_folder
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
@@ -75,17 +75,13 @@ def fuse(
         What the disk must hold, and the report.
 
     Raises:
-        UsageError: the target is the base.
+        UsageError: the target is the base, or holds the adapter.
         ModelError: the adapter does not fit the base.
         SafetyError: the target holds something else.
         ResourceError: the disk is too small.
     """
-    if target.resolve() == folder.resolve():
-        raise UsageError(
-            "the fused model cannot replace its own base", where=target, fix="name another folder"
-        )
     ours = model_folder.holds_only_a_model
-    durable.check_target(target, overwrite=overwrite, ours=ours)
+    check_output_folder(target, [folder, adapter], overwrite=overwrite, ours=ours)
     yield SpaceNeeded(require_disk(sum(path.stat().st_size for path in model_folder.files(folder)), target))
     model = model_folder.load(folder, registry)
     probe = _probe(model)

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlxlora_core.errors import DataError, UsageError
 from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.prompts import Prompt, prompt_ids
 from mlxlora_core.plugins import Component
 from mlxlora_core.values import Cache, Tokenizer
 
@@ -37,7 +38,7 @@ class Segment:
 def generate(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Prompt,
     samplers: Iterable[tuple[Component, Any]],
     *,
     num_tokens: int,
@@ -49,7 +50,7 @@ def generate(
     Args:
         model: in whatever state; it is put in evaluation mode.
         tokenizer: of the model.
-        prompt: text; a begin token is put in front.
+        prompt: text, with a begin token put in front, or messages in the form of the tokenizer.
         samplers: (component, its options) of each, in the order in which they
             change the logits.
         num_tokens: how many at most; an end token or a full context stops earlier.
@@ -57,12 +58,13 @@ def generate(
         write_every: tokens a segment.
 
     Raises:
-        UsageError: the prompt is no valid text, has no token, or does not fit into the model's context.
+        UsageError: the prompt is no valid text, is none in the form of the tokenizer, has no token, or
+            does not fit into the model's context.
         PluginError: a sampler gives what it should not.
         DivergedError: the logits of the model are not finite.
     """
     try:
-        ids = tokenizer.encode(prompt)
+        ids = prompt_ids(tokenizer, prompt)
     except DataError as fault:
         raise UsageError(f"the prompt cannot be read: {fault.what}", fix=fault.fix) from fault
     if not ids:

@@ -37,6 +37,11 @@ class CheckedTokenizer:
         self.bos: int | None = self._take("bos", "an id or None", lambda v: v is None or self._is_id(v))
         self.stops: frozenset[int] = self._take("stops", "a frozenset of ids", self._are_stops)
         self.fingerprint: str = self._take("fingerprint", "a text", lambda v: isinstance(v, str) and v != "")
+        self.chat_form: str = self._take("chat_form", "a text", lambda v: isinstance(v, str), "")
+        self.chat_warning: str = self._take("chat_warning", "a text", lambda v: isinstance(v, str), "")
+        self.special_texts: frozenset[str] = self._take(
+            "special_texts", "a frozenset of texts", _are_texts, frozenset()
+        )
 
     @property
     def specials(self) -> frozenset[int]:
@@ -76,9 +81,9 @@ class CheckedTokenizer:
                 self._refuse("render", piece.answer, "answer true or false")
         return list(pieces)
 
-    def _take(self, name: str, wanted: str, good: Any) -> Any:
-        """An attribute of what was opened."""
-        value = getattr(self._opened, name, None)
+    def _take(self, name: str, wanted: str, good: Any, default: Any = None) -> Any:
+        """An attribute of what was opened; ``default`` where it has none."""
+        value = getattr(self._opened, name, default)
         if not good(value):
             self._refuse(name, value, wanted)
         return value
@@ -153,6 +158,10 @@ def check_vocabulary(tokenizer: CheckedTokenizer, vocab_size: int, where: Path) 
             where=where,
             fix="use the tokenizer that the model was trained with",
         )
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, frozenset) and all(isinstance(text, str) and text for text in value)
 
 
 def _is_size(value: Any) -> bool:

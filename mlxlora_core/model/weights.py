@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 
 from mlxlora_core.errors import ModelError, SafetyError, listing
 from mlxlora_core.files import tensor_file
-from mlxlora_core.files.input_file import is_plain_name, read_json
+from mlxlora_core.files.documents import read_json
+from mlxlora_core.files.fingerprints import combine
+from mlxlora_core.files.input_file import is_plain_name
 from mlxlora_core.values import LazyTensor
+
+T = TypeVar("T")
 
 WEIGHTS = {"safetensors": "model.safetensors", "npz": "weights.npz"}
 
@@ -25,17 +31,7 @@ def read_weights(folder: Path) -> tuple[dict[str, mx.array], str]:
         ModelError: no weights, a damaged file, or a shard that is absent.
         SafetyError: the index names a file outside the folder.
     """
-    files = weight_files(folder)
-    tensors: dict[str, mx.array] = {}
-    stated = ""
-    for path in files:
-        part, metadata = tensor_file.load(path)
-        twice = tensors.keys() & part.keys()
-        if twice:
-            raise ModelError(f"another shard holds {listing(sorted(twice))} too", where=path)
-        tensors |= part
-        stated = metadata.get(tensor_file.FINGERPRINT, "")
-    return tensors, stated if stated and len(files) == 1 else tensor_file.fingerprint(tensors)
+    return _whole(folder, lambda path: tensor_file.load(path)[0])
 
 
 def lazy_weights(folder: Path) -> tuple[dict[str, LazyTensor], str]:
@@ -45,19 +41,21 @@ def lazy_weights(folder: Path) -> tuple[dict[str, LazyTensor], str]:
         ModelError: as :func:`read_weights`.
         SafetyError: as :func:`read_weights`.
     """
-    files = weight_files(folder)
-    tensors: dict[str, LazyTensor] = {}
-    stated = ""
-    for path in files:
-        part, stated = tensor_file.lazy(path)
+    return _whole(folder, tensor_file.lazy)
+
+
+def _whole(folder: Path, read: Callable[[Path], dict[str, T]]) -> tuple[dict[str, T], str]:
+    """The tensors of all weight files, and the fingerprint of their bytes, whatever the files state."""
+    tensors: dict[str, T] = {}
+    digests: dict[str, str] = {}
+    for path in weight_files(folder):
+        part = read(path)
         twice = tensors.keys() & part.keys()
         if twice:
             raise ModelError(f"another shard holds {listing(sorted(twice))} too", where=path)
         tensors |= part
-    if stated and len(files) == 1:
-        return tensors, stated
-    each = ((name, tensor.read()) for name, tensor in tensors.items())
-    return tensors, tensor_file.fingerprint_each(each)
+        digests |= tensor_file.digests(path)
+    return tensors, combine(digests)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any
 import pluggy
 
 from mlxlora_core import hookspecs, specs
-from mlxlora_core.errors import PluginError, listing, nearest, one_line
+from mlxlora_core.errors import PluginError, bounded, listing, nearest
 from mlxlora_core.options import check_declaration, explain
 from mlxlora_core.plugins.plugin import KINDS, Component
 from mlxlora_core.plugins.sections import config_of
@@ -188,11 +188,11 @@ def other_arguments(function: Callable[..., Any], arguments: Sequence[str]) -> s
 def reason_of(fault: BaseException) -> str:
     """What an exception says, on one line; even one that fails when it is asked."""
     if isinstance(fault, SystemExit):
-        return one_line(f"it called sys.exit({fault.code!r})")
+        return bounded(f"it called sys.exit({fault.code!r})")
     try:
         text = str(fault)
     except Exception:
         text = "(its message cannot be shown)"
     if not isinstance(fault, PluginError):
         text = f"{type(fault).__name__}: {text}"
-    return one_line(" ".join(text.split()))
+    return bounded(" ".join(text.split()))

@@ -12,7 +12,7 @@ from mlxlora_core.training.events import TrainEvent
 
 @dataclass(frozen=True)
 class RunStarted:
-    """The run folder is there; ``notes`` is what the runtimes said."""
+    """The run folder is there; ``notes`` is what the runtimes said, and what is odd in the folder."""
 
     notes: tuple[str, ...]
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.errors import DataError, SafetyError
+from mlxlora_core.errors import DataError
 from mlxlora_core.files import durable
+from mlxlora_core.files.documents import finite, read_sound
+from mlxlora_core.runs.results import RECORD_FORM
 
 RECORD = "run.json"
 RECIPE = "recipe.toml"
@@ -21,41 +24,35 @@ MODEL = "model"
 DATA = "data"
 EXPORT = "export"
 
+_RECORD_BYTES = 64 << 20
+_AWAY = "move the folder away, or name another"
+
 
 class RunFolder:
     """A folder and its ``run.json``.
 
     Attributes:
         path: the folder.
-        record: what ``run.json`` holds.
+        record: the sound part of what ``run.json`` holds (see :mod:`mlxlora_core.runs.results`);
+            nothing where there is none.
+        faults: what in it is not sound, in words.
 
     Raises:
-        DataError: ``run.json`` cannot be read.
+        DataError: ``run.json`` cannot be read, or is no record of a run.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.record: dict[str, Any] = {}
-        try:
-            self.record = dict(json.loads((path / RECORD).read_text("utf-8")))
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, TypeError) as fault:
-            raise DataError(f"cannot be read: {fault}", where=path / RECORD, fix="remove it") from fault
+        self.faults: list[str] = []
+        if os.path.lexists(path / RECORD):
+            self.record, self.faults = read_sound(path / RECORD, RECORD_FORM, _RECORD_BYTES, DataError, _AWAY)
 
     def begin(self, facts: Mapping[str, Any], recipe_text: str) -> None:
         """Make the folder, and write the recipe and the facts of this run.
 
-        Raises:
-            SafetyError: the folder holds something that is no run.
+        Whether it may is for :func:`mlxlora_core.runs.places.check_run` to say.
         """
-        durable.clear_leftovers(self.path, RECORD)
-        if self.path.exists() and not self.record and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise SafetyError(
-                "holds something that is no run and was left alone",
-                where=self.path,
-                fix="name another folder with --set run.folder=DIR",
-            )
         kept = {key: self.record.get(key, {}) for key in ("started", "stages")}
         self.record = {**facts, **kept}
         self._save()  # first, so that a folder that a killed run began is known again
@@ -64,7 +61,7 @@ class RunFolder:
     def holds(self, stage: str, fingerprint: str) -> bool:
         """Whether a stage was done for these inputs and its files are as it left them."""
         done = self.record.get("stages", {}).get(stage)
-        if not done or done["inputs"] != fingerprint:
+        if done is None or done["inputs"] != fingerprint:
             return False
         return all(file_stat(self.path / name) == stat for name, stat in done["files"].items())
 
@@ -79,7 +76,7 @@ class RunFolder:
         stages[stage] = {
             "inputs": fingerprint,
             "files": {name: file_stat(self.path / name) for name in outputs},
-            "result": dict(result),
+            "result": finite(result),
         }
         self._save()
 
@@ -106,15 +103,10 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
 
-def stats(folder: Path, names: Iterable[str]) -> dict[str, Any]:
-    """name -> size and time of change."""
-    return {name: file_stat(folder / name) for name in names}
-
-
 def file_stat(path: Path) -> list[int] | None:
     """Size in bytes and time of change in nanoseconds, or None for no file."""
     try:
         stat = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # or a name that no file can have
         return None
     return [stat.st_size, stat.st_mtime_ns]

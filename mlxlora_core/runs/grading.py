@@ -6,14 +6,16 @@ whether what was learned carries over. The two are counted apart.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxlora_core.files.jsonl import read_jsonl
 from mlxlora_core.training.dataset import SPLITS
+from mlxlora_core.training.settings import ChatConfig
 from mlxlora_core.values import Tokenizer
 
 #: what questions test -> the splits that their rows are in
@@ -26,20 +28,28 @@ TESTS: Mapping[str, tuple[str | None, ...]] = {
 _FIRST_SENTENCE = re.compile(r"\s*\S.*?(?:[.!?](?=\s)|(?=\s*\n[^\S\n]*\n)|(?=\s*\Z))", re.DOTALL)
 
 
+_MUCH = 100  # from this relative change on, per cent are no good measure
+
+
 @dataclass(frozen=True)
 class Expected:
     """What the rows say to a question.
 
     Attributes:
         split: where the row is.
-        text: what it goes on with.
+        text: what it goes on with, as far as the tokenizer can say it.
+        told: whether the row's ids begin with those of the question. They do not where the
+            question ends inside a token of the row.
     """
 
     split: str
     text: str
+    told: bool = True
 
 
-def find_expected(folder: Path, prompts: Sequence[str], tokenizer: Tokenizer) -> dict[str, Expected]:
+def find_expected(
+    folder: Path, prompts: Sequence[str], tokenizer: Tokenizer, ask: ChatConfig | None = None
+) -> dict[str, Expected]:
     """prompt -> what the rows of a dataset folder go on with, for the prompts that begin one.
 
     A ``{text}`` row begins with the prompt; of ``{prompt, completion}`` and
@@ -51,45 +61,76 @@ def find_expected(folder: Path, prompts: Sequence[str], tokenizer: Tokenizer) ->
         folder: dataset folder.
         prompts: what is asked.
         tokenizer: of the model that is asked.
+        ask: how it is asked; as texts when left out.
 
     Raises:
-        DataError: a split that cannot be read.
+        DataError: a split that cannot be read, or a prompt that the tokenizer's form cannot say.
     """
+    from mlxlora_core.model.prompts import prompt_ids
+
+    ask = ask or ChatConfig()
+    questions = [
+        _Question(prompt, tuple(prompt_ids(tokenizer, ask.asked(prompt))), not ask.chat) for prompt in prompts
+    ]
     found: dict[str, list[Expected]] = {prompt: [] for prompt in prompts}
     for split in SPLITS:
         path = folder / f"{split}.jsonl"
         if path.is_file() and path.stat().st_size > 0:
             for _, content in read_jsonl(path):
-                for prompt, text in _continued(content, prompts, tokenizer):
-                    found[prompt].append(Expected(split, text))
+                for question, text, told in _continued(content, questions, tokenizer):
+                    found[question.prompt].append(Expected(split, text, told))
     return {prompt: rows[0] for prompt, rows in found.items() if len({row.text for row in rows}) == 1}
 
 
+@dataclass(frozen=True)
+class _Question:
+    """A prompt, the ids that it is asked with, and whether it is a text to continue."""
+
+    prompt: str
+    ids: tuple[int, ...]
+    is_text: bool
+
+
 def _continued(
-    content: Mapping[str, Any], prompts: Iterable[str], tokenizer: Tokenizer
-) -> list[tuple[str, str]]:
-    """(prompt, what follows it) of the prompts that a row goes on from."""
+    content: Mapping[str, Any], questions: Sequence[_Question], tokenizer: Tokenizer
+) -> Iterator[tuple[_Question, str, bool]]:
+    """(question, what follows it, whether it has the ids in front of that) where a row goes on from it."""
     if "text" in content:
         text: str = content["text"]
-        return [(prompt, text[len(prompt) :]) for prompt in prompts if prompt and text.startswith(prompt)]
-    if "prompt" in content:
-        return [(prompt, content["completion"]) for prompt in prompts if prompt == content["prompt"]]
-    return _answered(content["messages"], prompts, tokenizer)
+        for question in questions:
+            if question.is_text and question.prompt and text.startswith(question.prompt):
+                ids = tokenizer.encode(text)
+                told = tuple(ids[: len(question.ids)]) == question.ids
+                rest = "".join(tokenizer.stream(ids[len(question.ids) :]))
+                yield question, rest if told else text[len(question.prompt) :], told
+    elif "prompt" in content:
+        for question in questions:
+            if question.is_text and question.prompt == content["prompt"]:
+                yield question, _completion(content, tokenizer), True
+    else:
+        yield from _answered(content["messages"], questions, tokenizer)
+
+
+def _completion(content: Mapping[str, Any], tokenizer: Tokenizer) -> str:
+    """What a model that has learned a row says to its prompt."""
+    from mlxlora_core.model.prompts import continued
+
+    return "".join(tokenizer.stream(continued(tokenizer, content["prompt"], content["completion"]).answered))
 
 
 def _answered(
-    messages: Sequence[Mapping[str, Any]], prompts: Iterable[str], tokenizer: Tokenizer
-) -> list[tuple[str, str]]:
-    """(prompt, first answer) of the prompts that are what a conversation begins with."""
+    messages: Sequence[Mapping[str, Any]], questions: Sequence[_Question], tokenizer: Tokenizer
+) -> Iterator[tuple[_Question, str, bool]]:
+    """The same of a conversation, up to its first answer."""
     first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
     said = messages[first - 1]["content"].strip() if first else ""
-    likely = [prompt for prompt in prompts if first and said in prompt]  # rendering every row takes long
-    if not likely:
-        return []
+    likely = [question for question in questions if first and said in question.prompt]
+    if not likely:  # rendering every row takes long
+        return
     pieces = tokenizer.render(messages[: first + 1])
-    asked = [token for piece in pieces if not piece.answer for token in piece.ids]
+    asked = tuple(token for piece in pieces if not piece.answer for token in piece.ids)
     answer = tokenizer.decode([token for piece in pieces if piece.answer for token in piece.ids])
-    return [(prompt, answer) for prompt in likely if tokenizer.encode(prompt) == asked]
+    yield from ((question, answer, True) for question in likely if question.ids == asked)
 
 
 def first_sentence(text: str) -> str:
@@ -128,14 +169,15 @@ def summarize(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, 
 
     Returns:
         ``losses`` (held-out: split -> nats a counted token ``before``, ``after``,
-        and ``change``, relative to before) and ``questions`` (``memory`` about rows to
-        train on, ``held_out`` about others, ``no_row``: how many there are, and how
-        many were answered with the exact first sentence and exactly to the end).
+        and ``change``, relative to before, or None where that is no finite number) and
+        ``questions`` (``memory`` about rows to train on, ``held_out`` about others,
+        ``no_row``: how many there are, and how many were answered with the exact
+        first sentence and exactly to the end).
     """
     losses = {}
-    for split, loss in after["losses"].items():
-        was = before["losses"][split]["loss"]
-        losses[split] = {"before": was, "after": loss["loss"], "change": loss["loss"] / was - 1}
+    for split in (split for split in after["losses"] if split in before["losses"]):
+        was, now = before["losses"][split]["loss"], after["losses"][split]["loss"]
+        losses[split] = {"before": was, "after": now, "change": change(was, now)}
     stages = {"before": before["answers"], "after": after["answers"]}
     questions: dict[str, Any] = {}
     for test, splits in TESTS.items():
@@ -150,3 +192,16 @@ def summarize(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, 
                     name: sum(answer[mark] for answer in answers) for name, answers in asked.items()
                 }
     return {"losses": losses, "questions": questions}
+
+
+def change(before: float, after: float) -> float | None:
+    """How much a loss has changed, relative to before; None where that is no finite number."""
+    relative = after / before - 1 if before else math.inf
+    return relative if math.isfinite(relative) else None
+
+
+def describe_change(relative: float | None, form: str = "+.1%") -> str:
+    """A relative change in words: per cent, or how many times where that is no good measure."""
+    if relative is None:
+        return "beyond measure"
+    return f"{relative:{form}}" if abs(relative) < _MUCH else f"{relative + 1:.3g} times"

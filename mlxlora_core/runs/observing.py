@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mlxlora_core.errors import MlxloraError
+from mlxlora_core.files.documents import finite
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component
@@ -78,7 +79,8 @@ def event_values(event: object) -> dict[str, Any] | None:
     if isinstance(event, TrainReport | ValidReport | SpikeReport):
         return report_line(event)
     kind = re.sub("(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
-    return {"kind": kind, **plain(event)}
+    values: dict[str, Any] = finite({"kind": kind, **plain(event)})
+    return values
 
 
 class _Watchers:

@@ -14,13 +14,15 @@ from typing import Any
 
 import tomli_w
 
+from mlxlora_core.files import leftovers
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.context import Context
 from mlxlora_core.runs.events import Event, RunStarted, StageDone, StageStarted
-from mlxlora_core.runs.folder import METRICS, RunFolder
+from mlxlora_core.runs.folder import METRICS, RECORD, RunFolder
 from mlxlora_core.runs.grading import summarize
 from mlxlora_core.runs.observing import event_values, observed
-from mlxlora_core.runs.plan import fingerprints
+from mlxlora_core.runs.places import check_run
+from mlxlora_core.runs.plan import fingerprints, is_done
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.report import write_report
 from mlxlora_core.runs.stages import STAGES
@@ -40,13 +42,18 @@ def run(
         resume_command: the command that goes on with this run.
 
     Raises:
+        UsageError: the run would write over what it reads.
         SafetyError: the run folder holds something that no run has made.
         MlxloraError: as the stages raise.
     """
+    leftovers.clear_leftovers(recipe.folder, RECORD)
     folder = RunFolder(recipe.folder)
+    check_run(recipe, folder.record)
     marks = fingerprints(recipe)
-    folder.begin(_facts(recipe, registry, runtimes) | {"inputs": marks}, tomli_w.dumps(recipe.values()))
-    yield RunStarted(tuple(runtimes))
+    facts = circumstances(recipe.name, recipe.run.seed, recipe.origins, registry, runtimes)
+    folder.begin(facts | {"inputs": marks}, tomli_w.dumps(recipe.values()))
+    unsound = (f"warning: not sound, and taken as not done: {fault}" for fault in folder.faults)
+    yield RunStarted((*runtimes, *unsound))
     context = Context(recipe, registry, folder, runtimes, resume_command)
     info = RunInfo(folder.path, recipe.name, recipe.values())
     yield from observed(_do_all(context, marks), recipe.observe, info, event_values)
@@ -71,7 +78,7 @@ def _do_stages(context: Context, marks: Mapping[str, str]) -> Iterator[Event]:
     folder = context.folder
     for stage in (stage for stage in STAGES if stage.name in marks):
         mark = marks[stage.name]
-        skipped = folder.holds(stage.name, mark)
+        skipped = is_done(stage, mark, folder, context.recipe)
         yield StageStarted(stage.name, skipped)
         if skipped:
             continue
@@ -82,12 +89,22 @@ def _do_stages(context: Context, marks: Mapping[str, str]) -> Iterator[Event]:
             yield event
 
 
-def _facts(recipe: Recipe, registry: Registry, runtimes: Sequence[str]) -> dict[str, Any]:
-    """What run.json says of the run beside its stages."""
+def circumstances(
+    name: str, seed: int, origins: Mapping[str, str], registry: Registry, runtimes: Sequence[str]
+) -> dict[str, Any]:
+    """What run.json says beside the stages.
+
+    Args:
+        name: of the recipe.
+        seed: of the run.
+        origins: ``section.key`` -> where its value comes from.
+        registry: the plugins that are there.
+        runtimes: what the runtimes said.
+    """
     return {
         "mlxlora": __version__,
-        "recipe": recipe.name,
-        "seed": recipe.run.seed,
+        "recipe": name,
+        "seed": seed,
         "plugins": {
             p.name: f"{p.distribution} {p.version}".strip() for p in registry.plugins if p.components
         },
@@ -97,5 +114,5 @@ def _facts(recipe: Recipe, registry: Registry, runtimes: Sequence[str]) -> dict[
             "python": platform.python_version(),
             "cores": os.cpu_count(),
         },
-        "origins": dict(recipe.origins),
+        "origins": dict(origins),
     }

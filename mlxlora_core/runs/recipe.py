@@ -21,12 +21,13 @@ from typing import Any
 
 from mlxlora_core.errors import UsageError, listing, nearest
 from mlxlora_core.options import NoOptions, option, plain
+from mlxlora_core.path_text import path_text, text_path
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.sections import AdapterConfig, QuantizeConfig, SplitConfig, configure
 from mlxlora_core.runs import samplers
 from mlxlora_core.runs.requirements import PluginsConfig
-from mlxlora_core.training.settings import EvaluateConfig, SaveConfig, TrainConfig
+from mlxlora_core.training.settings import ChatConfig, EvaluateConfig, SaveConfig, TrainConfig
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -39,6 +40,10 @@ class RunConfig:
 
     folder: str = option("", help="run folder to make; left empty, runs/NAME of the recipe")
     seed: int = option(0, help="seed of everything that is random", minimum=0, maximum=2**32 - 1)
+
+    def __post_init__(self) -> None:
+        if "\0" in self.folder:
+            raise ValueError(f"wanted a folder, got {self.folder!r}")
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class AskConfig:
+class AskConfig(ChatConfig):
     """What to ask the model before and after it is tuned."""
 
     prompts: tuple[str, ...] = option((), help="prompts; none asks nothing")
@@ -95,7 +100,7 @@ class Recipe:
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.run.folder or f"runs/{self.name}")
+        return text_path(self.run.folder or f"runs/{self.name}")
 
     def values(self) -> dict[str, Any]:
         """What ``recipe.toml`` holds: sections of plain values, without the parts left out."""
@@ -109,10 +114,12 @@ class Recipe:
                 value = value[0] if value else None
             if isinstance(value, Choice):
                 config = getattr(self, f"{section}_config", NoOptions())
-                options = {"options": _without_none(plain(value.options))}
-                out[section] = {"use": value.component.id, **_without_none(plain(config)), **options}
+                options = {"options": without_none(plain(value.options))}
+                out[section] = {"use": value.component.id, **without_none(plain(config)), **options}
             elif value is not None:
-                out[section] = _without_none(plain(value))
+                out[section] = without_none(plain(value))
+        if self.run.folder:
+            out["run"]["folder"] = path_text(self.folder)
         return out
 
 
@@ -222,11 +229,11 @@ def _chain_values(choices: Sequence[Choice]) -> dict[str, Any]:
     options = {
         f"{label}.{name}": value
         for label, choice in zip(samplers.labels(components), choices, strict=True)
-        for name, value in _without_none(plain(choice.options)).items()
+        for name, value in without_none(plain(choice.options)).items()
     }
     return {"use": [component.id for component in components], "options": options}
 
 
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+def without_none(values: Mapping[str, Any]) -> dict[str, Any]:
     """TOML has no none: what is not set is not written."""
     return {key: value for key, value in values.items() if value is not None}

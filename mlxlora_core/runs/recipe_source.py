@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlxlora_core.errors import PluginError, UsageError, listing, nearest
+from mlxlora_core.files.documents import parse_toml
 from mlxlora_core.files.input_file import read_whole
 from mlxlora_core.options import convert, explain, parse
 from mlxlora_core.plugins import Choice, Component, Registry
@@ -33,7 +33,7 @@ from mlxlora_core.runs.recipe import (
 )
 from mlxlora_core.runs.requirements import check_requirements
 
-_RECIPE_BYTES = 1 << 20
+RECIPE_BYTES = 1 << 20
 
 
 def find_recipe(name: str, registry: Registry) -> Path:
@@ -85,8 +85,10 @@ class _Source:
 
     def __init__(self, path: Path, sets: Mapping[str, dict[str, Any]]) -> None:
         self.path, self._sets = path, sets
-        self._text = _text(path)
-        self._document = _raised(_document(path, self._text))
+        if not path.exists():
+            raise UsageError("there is no such recipe", where=path)
+        document, self._text = parse_toml(read_whole(path, RECIPE_BYTES, UsageError), path, UsageError)
+        self._document = _raised(document)
         self.origins: dict[str, str] = {}
 
     # --- the layout ---
@@ -303,26 +305,6 @@ def _raised(document: dict[str, Any]) -> dict[str, Any]:
             moved = [key for key in _own_keys(section) if key in options and key not in table]
             table |= {key: options.pop(key) for key in moved}
     return document
-
-
-def _text(path: Path) -> str:
-    if not path.exists():
-        raise UsageError("there is no such recipe", where=path)
-    data = read_whole(path, _RECIPE_BYTES, UsageError)
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as fault:
-        line = data.count(b"\n", 0, fault.start) + 1
-        raise UsageError("is not UTF-8", where=f"{path}:{line}") from fault
-
-
-def _document(path: Path, text: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as fault:  # a number with thousands of digits is no TOMLDecodeError
-        what, _, place = str(fault).partition(" (at line ")
-        where = ":".join([str(path), *re.findall("[0-9]+", place)])
-        raise UsageError(f"is no TOML: {what}", where=where) from fault
 
 
 def _is_there(registry: Registry, kind: str, name: str) -> bool:

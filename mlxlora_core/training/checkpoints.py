@@ -20,22 +20,53 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.errors import ModelError, PluginError, ResourceError, SafetyError, listing
-from mlxlora_core.files import durable
+from mlxlora_core.errors import (
+    ModelError,
+    PluginError,
+    ResourceError,
+    SafetyError,
+    listing,
+)
+from mlxlora_core.files import leftovers
+from mlxlora_core.files.documents import read_json
+from mlxlora_core.files.forms import Flag, Form, Map, Option, Plain, Table, Text, Whole, shown, sound
+from mlxlora_core.files.targets import hold_only_files
+from mlxlora_core.files.tensor_header import FINGERPRINT, stated
 from mlxlora_core.plugins import Registry
+from mlxlora_core.training.progress import STATE_FORM
 
 SCHEMA = 1
 MANIFEST = "MANIFEST.json"
 ADAPTER, OPTIMIZER, STATE = PARTS = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 
 _NAME = re.compile(r"step-([0-9]{7,})")
-_MANIFEST_BYTES = 16 * 2**20  # far more than any manifest has
+_JSON_BYTES = 16 * 2**20  # far more than any manifest or state has
+
+_FILE = Table({"bytes": Whole(), "sha256": Text()})
+_PLUGIN = Table({"distribution": Text(), "version": Text()})
+
+#: what MANIFEST.json is held against
+MANIFEST_FORM = Table(
+    {
+        "schema": Whole(least=1),
+        "step": Whole(),
+        "finished": Flag(),
+        "files": Table(dict.fromkeys(PARTS, _FILE)),
+        "base": Text(),
+        "tokenizer": Option(Text()),
+        "data": Map(Text()),
+        "settings": Map(Plain()),
+        "plugins": Map(_PLUGIN),
+        "versions": Map(Text()),
+        "sha256": Text(),
+    }
+)
 
 
 class Start(Enum):
@@ -54,10 +85,12 @@ class Checkpoint:
     Attributes:
         folder: where it is.
         manifest: what ``MANIFEST.json`` holds.
+        state: what ``state.json`` holds.
     """
 
     folder: Path
     manifest: Mapping[str, Any]
+    state: Mapping[str, Any]
 
     @property
     def step(self) -> int:
@@ -77,10 +110,12 @@ class Found:
     Attributes:
         valid: checkpoints that verify, newest first.
         damaged: folder -> why it does not verify, newest first.
+        strange: those of both that mlxlora has not written, or that hold files of somebody else too.
     """
 
     valid: tuple[Checkpoint, ...]
     damaged: Mapping[Path, str]
+    strange: tuple[Path, ...] = ()
 
     @property
     def notes(self) -> list[str]:
@@ -98,16 +133,39 @@ def find(folder: Path) -> Found:
     if folder.exists() and not folder.is_dir():
         raise ModelError("is no folder of checkpoints", where=folder, fix="move it away")
     try:
-        names = [path.name for path in folder.iterdir() if _step(path.name)] if folder.is_dir() else []
+        names = [path.name for path in folder.iterdir() if step_of(path.name)] if folder.is_dir() else []
     except OSError as fault:
         raise ResourceError(f"cannot be read: {fault.strerror}", where=folder) from fault
     valid, damaged = [], {}
-    for name in sorted(names, key=_step, reverse=True):
+    for name in sorted(names, key=step_of, reverse=True):
         try:
-            valid.append(Checkpoint(folder / name, _verified(folder / name)))
+            valid.append(_verified(folder / name))
         except _Damaged as fault:
-            damaged[folder / name] = str(fault)
-    return Found(tuple(valid), damaged)
+            damaged[folder / name] = fault.what
+    strange = [folder / name for name in names if not is_ours(folder / name)]
+    return Found(tuple(valid), damaged, tuple(strange))
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that mlxlora has written, sound or not, and holds nothing else.
+
+    Its manifest shows that, or else the header of one of its files.
+    """
+    try:
+        if folder.is_symlink() or not folder.is_dir() or not hold_only_files(folder, [MANIFEST, *PARTS]):
+            return False
+        empty = not any(folder.iterdir())
+    except OSError:
+        return False
+    return empty or _is_manifest(folder / MANIFEST) or any(FINGERPRINT in stated(folder / n) for n in PARTS)
+
+
+def _is_manifest(path: Path) -> bool:
+    try:
+        manifest = read_json(path, _JSON_BYTES)
+    except ModelError:
+        return False
+    return isinstance(manifest, dict) and {"schema", "step", "files", "sha256"} <= manifest.keys()
 
 
 def find_for(how: Start, folder: Path) -> Found:
@@ -115,13 +173,13 @@ def find_for(how: Start, folder: Path) -> Found:
 
     Raises:
         ModelError: there is none to resume.
-        SafetyError: a training that has not ended would be lost.
+        SafetyError: a training that has not ended, or what mlxlora has not written, would be lost.
         MlxloraError: as :func:`find`.
     """
     if how is Start.RESUME:
         return find_to_resume(folder)
     if how is Start.CONTINUE:
-        durable.clear_leftovers(folder, "step-*")
+        leftovers.clear_leftovers(folder, "step-*")
         return find(folder)
     return find_to_begin(folder, overwrite=how is Start.OVERWRITE)
 
@@ -133,7 +191,7 @@ def find_to_resume(folder: Path) -> Found:
         ModelError: there is none.
         MlxloraError: as :func:`find`.
     """
-    durable.clear_leftovers(folder, "step-*")
+    leftovers.clear_leftovers(folder, "step-*")
     found = find(folder)
     if found.valid:
         return found
@@ -149,11 +207,12 @@ def find_to_begin(folder: Path, *, overwrite: bool) -> Found:
     """The checkpoints in a folder, none of which is of a training that can go on unless ``overwrite``.
 
     Raises:
-        SafetyError: they are.
+        SafetyError: they are, or something else stands there that mlxlora has not written.
         MlxloraError: as :func:`find`.
     """
-    durable.clear_leftovers(folder, "step-*")
+    leftovers.clear_leftovers(folder, "step-*")
     found = find(folder)
+    refuse_strange([folder for folder in found.strange if folder in found.damaged])
     there = found.valid or found.damaged
     if there and not overwrite and not (found.valid and found.valid[0].finished):
         where = f"step {found.valid[0].step}" if found.valid else "none of them verifies"
@@ -162,7 +221,22 @@ def find_to_begin(folder: Path, *, overwrite: bool) -> Found:
             where=folder,
             fix="go on with --resume, or begin anew with --overwrite",
         )
+    refuse_strange(found.strange)
     return found
+
+
+def refuse_strange(folders: Sequence[Path]) -> None:
+    """Refuse to remove or to replace what has the name of a checkpoint and holds what is none of ours.
+
+    Raises:
+        SafetyError: there is such a folder.
+    """
+    if folders:
+        raise SafetyError(
+            "has the name of a checkpoint, holds what mlxlora has not written, and was left alone",
+            where=folders[0],
+            fix="move it away",
+        )
 
 
 def check_plugins(found: Found, registry: Registry) -> None:
@@ -185,46 +259,65 @@ def check_plugins(found: Found, registry: Registry) -> None:
         )
 
 
-class _Damaged(Exception):
+class _Damaged(ModelError):
     """Why a folder is no checkpoint."""
 
 
-def _step(name: str) -> int:
+def step_of(name: str) -> int:
     """The step in the name of a checkpoint, or 0."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match else 0
 
 
-def _verified(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are what it says."""
-    path = folder / MANIFEST
-    try:
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > _MANIFEST_BYTES:
-            raise _Damaged(f"there is no {MANIFEST}")
-        manifest = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as fault:
-        raise _Damaged(f"{MANIFEST} cannot be read: {fault}") from fault
-    schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if not isinstance(schema, int):
+def _verified(folder: Path) -> Checkpoint:
+    """A checkpoint whose files are what its manifest says.
+
+    Raises:
+        _Damaged: it is none.
+        ModelError: a newer mlxlora has made it.
+    """
+    manifest = _read_part(folder / MANIFEST)
+    if type(manifest) is not dict or type(manifest.get("schema")) is not int or manifest["schema"] < 1:
         raise _Damaged(f"{MANIFEST} is not one of mlxlora")
-    if schema > SCHEMA:
+    if manifest["schema"] > SCHEMA:
         raise ModelError(
-            f"was made by a newer mlxlora (format {schema}, this one knows {SCHEMA})",
+            f"was made by a newer mlxlora (format {shown(manifest['schema'])}, this one knows {SCHEMA})",
             where=folder,
             fix="upgrade with: pip install --upgrade mlxlora",
         )
-    kinds = {"step": int, "finished": bool, "files": dict, "base": str, "data": dict, "settings": dict}
-    kinds |= {"plugins": dict, "versions": dict}
-    odd = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
-    if odd:
-        raise _Damaged(f"{MANIFEST} lacks {listing(odd)}")
-    if manifest.pop("sha256", None) != digest(manifest):
+    _require_form(MANIFEST_FORM, manifest, MANIFEST)
+    if manifest.pop("sha256") != digest(manifest):
         raise _Damaged(f"{MANIFEST} is not what was written")
-    if manifest["step"] != _step(folder.name) or manifest["files"].keys() != set(PARTS):
+    if manifest["step"] != step_of(folder.name):
         raise _Damaged(f"{MANIFEST} is that of another checkpoint")
-    for name, stated in manifest["files"].items():
-        _check_part(folder / name, stated)
-    return dict(manifest)
+    for name in PARTS:
+        _check_part(folder / name, manifest["files"][name])
+    state = _read_part(folder / STATE)
+    _require_form(STATE_FORM, state, STATE)
+    if state["step"] != manifest["step"]:
+        raise _Damaged(f"{STATE} is of step {state['step']}, wanted {manifest['step']}")
+    return Checkpoint(folder, manifest, state)
+
+
+def _read_part(path: Path) -> Any:
+    """The value in one of the JSON files of a checkpoint."""
+    try:
+        return read_json(_required(path), _JSON_BYTES, _Damaged)
+    except _Damaged as fault:
+        raise _Damaged(f"{path.name} {fault.what}") from fault
+
+
+def _required(path: Path) -> Path:
+    if path.is_symlink() or not path.is_file():
+        raise _Damaged("is not there" if not path.exists() else "is a link or no regular file")
+    return path
+
+
+def _require_form(form: Form, value: Any, name: str) -> None:
+    """Refuse what does not agree with its form; nothing of a checkpoint is made up."""
+    faults = sound(form, value)[1]
+    if faults:
+        raise _Damaged(f"{name} is not what mlxlora writes: {listing(faults, 3)}")
 
 
 def _check_part(path: Path, stated: Mapping[str, Any]) -> None:
@@ -236,8 +329,8 @@ def _check_part(path: Path, stated: Mapping[str, Any]) -> None:
             raise _Damaged(f"{path.name} has {size} bytes, {stated['bytes']} were written")
         if sha256(path) != stated["sha256"]:
             raise _Damaged(f"{path.name} is not what was written")
-    except (OSError, KeyError, TypeError) as fault:
-        raise _Damaged(f"{path.name} cannot be read: {fault}") from fault
+    except OSError as fault:
+        raise _Damaged(f"{path.name} cannot be read: {fault.strerror}") from fault
 
 
 def digest(manifest: Mapping[str, Any]) -> str:

@@ -11,17 +11,33 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlxlora_core.errors import DataError, listing
+from mlxlora_core.errors import DataError, ModelError, listing
 from mlxlora_core.files import durable
+from mlxlora_core.files.documents import read_form
+from mlxlora_core.files.forms import Map, Plain, Table, Text, Whole
 from mlxlora_core.files.jsonl import check_content
+from mlxlora_core.files.targets import check_output_folder, hold_only_files, paths_in
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice
 from mlxlora_core.plugins.sections import SplitConfig
+from mlxlora_core.training.findings import findings_in
 from mlxlora_core.values import Row, Rows, Skipped
 
 SPLITS = ("train", "valid", "test")
 
 RECORD = "dataset.json"
+
+#: what shows a dataset folder to be one of ours
+RECORD_FORM = Table(
+    {
+        "rows": Map(Whole()),
+        "groups": Whole(),
+        "builder": Text(),
+        "split": Map(Plain()),
+        "versions": Map(Text()),
+    }
+)
+_RECORD_BYTES = 256 << 20  # it may list many sources that were skipped
 
 
 def build_dataset(
@@ -39,11 +55,13 @@ def build_dataset(
         The record, as ``dataset.json`` holds it.
 
     Raises:
+        UsageError: the folder is what the builder reads, or holds it.
         SafetyError: the folder holds something else.
         DataError: no rows, or none left to train on.
         PluginError: the builder gives something else.
     """
-    durable.check_target(folder, overwrite=overwrite, ours=holds_only_a_dataset)
+    read = paths_in(choice.options)
+    check_output_folder(folder, read, overwrite=overwrite, ours=holds_only_a_dataset)
     builder, options = choice.component, choice.options
     rows = builder.checked("build", builder.spec.build(options), Rows)
     for row in rows.rows:
@@ -53,9 +71,12 @@ def build_dataset(
 
 
 def holds_only_a_dataset(folder: Path) -> bool:
-    """Whether everything in ``folder`` is what mlxlora writes into a dataset folder."""
-    names = {path.name for path in folder.iterdir()}
-    return RECORD in names and names <= {RECORD, *(f"{split}.jsonl" for split in SPLITS)}
+    """Whether everything in ``folder`` is what mlxlora writes into a dataset folder, by its record."""
+    try:
+        read_form(folder / RECORD, RECORD_FORM, _RECORD_BYTES)
+    except ModelError:
+        return False
+    return hold_only_files(folder, [RECORD, *(f"{split}.jsonl" for split in SPLITS)])
 
 
 def write_dataset(
@@ -96,9 +117,21 @@ def write_dataset(
         **plain(made_by),
         "split": plain(config),
         "skipped": [{"source": s.source, "reason": s.reason} for s in skipped],
+        "findings": _findings(by_split),
     }
     durable.write_json(folder / RECORD, record)
     return record
+
+
+def _findings(by_split: Mapping[str, Sequence[Row]]) -> list[str]:
+    """A line on each thing that somebody should know of the rows."""
+    return [
+        line
+        for name, rows in by_split.items()
+        for line in findings_in(
+            (f"{name}.jsonl:{number}", row.content) for number, row in enumerate(rows, start=1)
+        ).sentences(name)
+    ]
 
 
 def _sound(rows: Sequence[Row]) -> tuple[list[Row], list[Skipped]]:

@@ -5,9 +5,10 @@ Light, so that whoever shows or keeps it needs no MLX.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from mlxlora_core.files.documents import finite
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,7 @@ TrainEvent = Note | TrainingStarted | Advanced | Report | CheckpointSaved | Trai
 
 
 def report_line(report: Report) -> dict[str, Any]:
-    """One line of metrics.jsonl; a number that is not finite, which JSON cannot hold, is null."""
-    values = asdict(report)
+    """One line of metrics.jsonl; a number that is not finite is null beside a word for it."""
     kind = type(report).__name__.removesuffix("Report").lower()
-    odd = {k: None for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
-    return {"kind": kind, **values, **odd}
+    line: dict[str, Any] = finite({"kind": kind, **asdict(report)})
+    return line

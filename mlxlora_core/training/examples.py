@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,13 @@ import numpy as np
 
 from mlxlora_core.errors import DataError
 from mlxlora_core.files.jsonl import FAULTS_TOLD, JsonLines, check_content, read_jsonl, refuse_faults
+from mlxlora_core.model.prompts import continued, is_taken, prompt_ids
+from mlxlora_core.model.special_texts import special_texts
 from mlxlora_core.model.tokenizers import CheckedTokenizer
+from mlxlora_core.training.findings import Finding, Findings, counted, look, texts
+from mlxlora_core.values import Piece
+
+LONG_ROW_TOKENS = 2048  # a row longer than that is told
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,10 @@ class Examples:
         cut_tokens: tokens lost by cutting.
         empty: rows left out, since no token of theirs counts.
         lengths: tokens of each example before it was cut.
+        findings: what there is to tell of the rows.
+        conversations: how many of them are conversations.
+        chat_form: the form that these were put into, in words.
+        chat_warning: what speaks against it.
     """
 
     examples: tuple[Example, ...]
@@ -45,6 +55,10 @@ class Examples:
     cut_tokens: int = 0
     empty: int = 0
     lengths: tuple[int, ...] = ()
+    findings: Findings = field(default_factory=Findings)
+    conversations: int = 0
+    chat_form: str = ""
+    chat_warning: str = ""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -53,6 +67,23 @@ class Examples:
     def tokens(self) -> int:
         """All tokens, padding not among them."""
         return sum(len(example.tokens) for example in self.examples)
+
+    def words(self, split: str) -> Iterator[str]:
+        """A line on all that somebody should know of the rows, which are those of ``split``."""
+        longest = max(len(example.tokens) for example in self.examples)
+        if longest > LONG_ROW_TOKENS:
+            yield f"warning: {split} has rows of up to {longest} tokens; long rows take much memory"
+        if self.cut:
+            share = self.cut_tokens / (self.tokens + self.cut_tokens)
+            yield f"warning: {self.cut} {split} rows were cut, {share:.1%} of all tokens are lost"
+        if self.empty:
+            yield f"warning: {self.empty} {split} rows have no token that counts and were left out"
+        yield from self.findings.sentences(split)
+        if self.conversations and self.chat_form:
+            warning, though = (
+                ("warning: ", f", though {self.chat_warning}") if self.chat_warning else ("", "")
+            )
+            yield f"{warning}{counted(self.conversations, split)} of messages in {self.chat_form}{though}"
 
 
 def read_examples(
@@ -119,11 +150,12 @@ def make_examples(
     Raises:
         DataError: a row that cannot be tokenized, or none that can be used.
     """
+    reader = _RowReader(tokenizer, mask_prompt)
     examples, lengths, cut, cut_tokens, empty = [], [], 0, 0, 0
     specials = list(tokenizer.specials)
     for place, content in rows:
         try:
-            whole = _example(_pieces(content, tokenizer, mask_prompt), tokenizer.bos)
+            whole = reader.read(content)
         except DataError as fault:
             raise DataError(fault.what, where=place, fix=fault.fix) from fault
         example = Example(whole.tokens[:max_seq_length], whole.mask[:max_seq_length])
@@ -133,11 +165,118 @@ def make_examples(
         if says_something and example.mask.any():
             examples.append(example)
             lengths.append(len(whole.tokens))
+            reader.tell(place)
         else:
             empty += 1
     if not examples:
         raise DataError(f"none of {empty} rows has a token that counts in the loss", where=where)
-    return Examples(tuple(examples), cut, cut_tokens, empty, tuple(lengths))
+    return Examples(
+        tuple(examples),
+        cut,
+        cut_tokens,
+        empty,
+        tuple(lengths),
+        reader.findings,
+        reader.conversations,
+        tokenizer.chat_form,
+        tokenizer.chat_warning,
+    )
+
+
+class _RowReader:
+    """Turns rows into ids, one after the other, and counts what there is to tell of them.
+
+    Attributes:
+        findings: of the rows that were told.
+        conversations: how many of them are conversations.
+    """
+
+    def __init__(self, tokenizer: CheckedTokenizer, mask_prompt: bool) -> None:
+        self.findings, self.conversations = Findings(), 0
+        self._tokenizer, self._mask_prompt = tokenizer, mask_prompt
+        self._content: Mapping[str, Any] = {}  # the row that was read last
+        self._pieces: list[Piece] = []  # what it has become
+        self._found: list[Finding] = []  # what showed when it was read
+        self._taken: dict[str, bool] = {}  # special text -> whether it becomes the token of that name
+
+    def read(self, content: Mapping[str, Any]) -> Example:
+        """The ids of a row and which of them count.
+
+        Raises:
+            DataError: a row that cannot be tokenized.
+        """
+        self._content, self._found = content, []
+        if "text" in content:
+            self._pieces = self._text(content["text"])
+        elif "prompt" in content:
+            self._pieces = self._completed(content["prompt"], content["completion"])
+        else:
+            self._pieces = self._conversation(content["messages"])
+        parts = ((piece.ids, piece.answer or not self._mask_prompt) for piece in self._pieces)
+        return _example(parts, self._tokenizer.bos)
+
+    def tell(self, place: str) -> None:
+        """Count what there is to tell of the row that was read last, which stands at ``place``."""
+        content = self._content
+        self.conversations += "messages" in content
+        for finding in (*look(content), *self._found):
+            self.findings.add(finding, place)
+        if not self._comes_back():
+            self.findings.add(Finding.CHANGED, place)
+        known = self._tokenizer.special_texts
+        special = {name for text in texts(content) for name in special_texts(text, known)}
+        for finding, taken in ((Finding.SPECIAL, False), (Finding.TAKEN, True)):
+            if names := sorted(text for text in special if self._is_taken(text) is taken):
+                self.findings.add(finding, place, names)
+
+    def _text(self, text: str) -> list[Piece]:
+        if self._mask_prompt:
+            raise DataError(
+                "a {text} row has no prompt to mask",
+                fix="leave --mask-prompt out, or use {prompt, completion} or {messages} rows",
+            )
+        return [Piece(tuple(self._tokenizer.encode(text, eos=True)), True)]
+
+    def _completed(self, prompt: str, completion: str) -> list[Piece]:
+        row = continued(self._tokenizer, prompt, completion)
+        if row.apart:
+            self._found.append(Finding.APART)
+        return [Piece(tuple(row.asked), False), Piece(tuple(row.answered), True)]
+
+    def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
+        pieces = self._tokenizer.render(messages)
+        if not pieces[-1].answer:
+            raise DataError("messages must end with an answer of the assistant")
+        if not self._is_asked_so(messages[:-1], pieces[:-1]):
+            self._found.append(Finding.ASKED_OTHERWISE)
+        return pieces
+
+    def _is_asked_so(self, messages: Sequence[Mapping[str, Any]], pieces: Sequence[Piece]) -> bool:
+        """Whether messages without their last answer have the ids that stand before it."""
+        try:
+            ids = prompt_ids(self._tokenizer, messages) if messages else []
+        except DataError:  # nobody can ask it
+            return False
+        return ids == [token for piece in pieces for token in piece.ids]
+
+    def _comes_back(self) -> bool:
+        """Whether all texts of the row stand in what its ids are decoded to."""
+        if "messages" not in self._content:
+            whole = self._tokenizer.decode([token for piece in self._pieces for token in piece.ids])
+            return whole == "".join(texts(self._content))
+        whole, at = "".join(self._tokenizer.decode(piece.ids) for piece in self._pieces), 0
+        for text in texts(self._content):
+            at = whole.find(text, at)
+            if at < 0:
+                return False
+            at += len(text)
+        return True
+
+    def _is_taken(self, text: str) -> bool:
+        """As :func:`is_taken`, asked once for each text."""
+        if text not in self._taken:
+            self._taken[text] = is_taken(self._tokenizer, text)
+        return self._taken[text]
 
 
 def _example(pieces: Iterable[tuple[Sequence[int], bool]], bos: int | None) -> Example:
@@ -152,38 +291,3 @@ def _example(pieces: Iterable[tuple[Sequence[int], bool]], bos: int | None) -> E
         mask &= tokens != bos
     mask[:1] = False
     return Example(tokens, mask)
-
-
-def _pieces(
-    content: Mapping[str, Any], tokenizer: CheckedTokenizer, mask_prompt: bool
-) -> Iterator[tuple[Sequence[int], bool]]:
-    """The ids of one row in pieces, and whether each counts in the loss."""
-    if "text" in content:
-        if mask_prompt:
-            raise DataError(
-                "a {text} row has no prompt to mask",
-                fix="leave --mask-prompt out, or use {prompt, completion} or {messages} rows",
-            )
-        yield tokenizer.encode(content["text"], eos=True), True
-    elif "prompt" in content:
-        asked, answered = _turn(content["prompt"], content["completion"], tokenizer)
-        yield asked, not mask_prompt
-        yield answered, True
-    else:
-        pieces = tokenizer.render(content["messages"])
-        if not pieces[-1].answer:
-            raise DataError("messages must end with an answer of the assistant")
-        for piece in pieces:
-            yield piece.ids, piece.answer or not mask_prompt
-
-
-def _turn(prompt: str, answer: str, tokenizer: CheckedTokenizer) -> tuple[list[int], list[int]]:
-    """The ids of a prompt, begin token in front, and of what follows it, end token behind.
-
-    Both are encoded as one text, as they would be read; the answer begins where
-    that text stops agreeing with the prompt alone.
-    """
-    alone = tokenizer.encode(prompt)
-    whole = tokenizer.encode(prompt + answer, eos=True)
-    same = next((i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), len(alone))
-    return whole[:same], whole[same:]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.errors import ModelError, SettingsChanged
 from mlxlora_core.options import plain
+from mlxlora_core.plugins.sources import source_digest
 from mlxlora_core.training.checkpoints import Checkpoint
 from mlxlora_core.version import __version__
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mlxlora_core.training.examples import Example
     from mlxlora_core.training.loop import Training
 
+SOURCE = "source of plugin "  # before the name of one whose code is told
 _ABSENT = "none"
 
 
@@ -46,7 +48,10 @@ class Identity:
 
     def matches(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint is of this very training, computed by the same versions."""
-        return all(checkpoint.manifest.get(key) == value for key, value in asdict(self).items())
+        held = checkpoint.manifest
+        others = {key: value for key, value in asdict(self).items() if key != "versions"}
+        same = all(held.get(key) == value for key, value in others.items())
+        return same and held["versions"] == self._comparable(held["versions"])
 
     def compare(self, checkpoint: Checkpoint, fix: str) -> list[str]:
         """Refuse a checkpoint of another training; warnings for what may round otherwise.
@@ -85,10 +90,14 @@ class Identity:
                 )
         versions = held["versions"]
         return [
-            f"warning: the result may not be bit-exact across {name} {versions.get(name)} -> {now}"
-            for name, now in self.versions.items()
+            _word_on_version(name, versions.get(name), now)
+            for name, now in self._comparable(versions).items()
             if versions.get(name) != now
         ]
+
+    def _comparable(self, held: Mapping[str, str]) -> dict[str, str]:
+        """The versions; without the sources of plugins where a checkpoint of before tells none."""
+        return {name: v for name, v in self.versions.items() if name in held or not name.startswith(SOURCE)}
 
 
 def identify(
@@ -119,6 +128,7 @@ def identify(
         "adapted": list(adapted.paths),
     }
     plugins = {c.plugin.name: c.plugin for c in components}
+    foreign = [plugin for plugin in plugins.values() if plugin.origin != "built-in"]
     return Identity(
         base=model.fingerprint,
         tokenizer=model.tokenizer.fingerprint,
@@ -127,7 +137,8 @@ def identify(
         plugins={n: {"distribution": p.distribution, "version": p.version} for n, p in plugins.items()},
         versions={
             "mlxlora": __version__,
-            **{f"plugin {p.name}": p.version for p in plugins.values() if p.distribution != "mlxlora"},
+            **{f"plugin {p.name}": p.version for p in foreign},
+            **{f"{SOURCE}{p.name}": source_digest(p) for p in foreign},
             "mlx": version("mlx"),
             "python": platform.python_version(),
             "system": platform.platform(),
@@ -135,6 +146,15 @@ def identify(
             "runtimes": "; ".join(runtimes),
         },
     )
+
+
+def _word_on_version(name: str, held: str | None, now: str) -> str:
+    if name.startswith(SOURCE):
+        plugin = name.removeprefix(SOURCE)
+        return (
+            f"warning: the code of plugin {plugin} has changed since ({held}, now {now}); it goes on with it"
+        )
+    return f"warning: the result may not be bit-exact across {name} {held} -> {now}"
 
 
 def _data_fingerprint(examples: Sequence[Example]) -> str:
@@ -149,8 +169,8 @@ def _data_fingerprint(examples: Sequence[Example]) -> str:
 def _free(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> set[str]:
     """The settings that cannot change what comes after ``step``."""
     free = {"steps_per_report", "on_nonfinite"}  # a training that ends ends the same with either policy
-    if old["patience"] is None and new["patience"] is None:
+    if old.get("patience", _ABSENT) is None and new["patience"] is None:
         free |= {"steps_per_eval", "val_batches"}
-        if old["schedule"] == new["schedule"] == "constant" and new["iters"] >= step:
+        if old.get("schedule") == new["schedule"] == "constant" and new["iters"] >= step:
             free.add("iters")
     return free

@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -29,47 +29,10 @@ from mlxlora_core.training.loss import Loss, nats
 from mlxlora_core.training.optimizer import learning_rate
 from mlxlora_core.training.optimizer import make as make_optimizer
 from mlxlora_core.training.parallel import side_by_side
+from mlxlora_core.training.progress import SPIKE_STEPS, Progress, Window
 from mlxlora_core.training.settings import TrainConfig
 
 SPIKE_FACTOR = 10  # a loss that many times the median of the last ones is told
-SPIKE_STEPS = 20  # how many last ones
-
-
-@dataclass(frozen=True)
-class Window:
-    """Sums over the steps since the last report."""
-
-    nats: float = 0.0
-    tokens: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    clipped: int = 0
-    skipped: int = 0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a training stands: all of its state that is no tensor.
-
-    Attributes:
-        step: steps made, which is the place in the order of rows too.
-        trained_tokens: counted tokens of all updates.
-        skipped: steps that made no update, being not finite.
-        recent: the last finite losses, at most :data:`SPIKE_STEPS`.
-        best_loss: the lowest loss of a validation after a step, or None.
-        best_step: the step of that validation.
-        worse: validations since then.
-        window: what the next report will be made of.
-    """
-
-    step: int = 0
-    trained_tokens: int = 0
-    skipped: int = 0
-    recent: tuple[float, ...] = ()
-    best_loss: float | None = None
-    best_step: int | None = None
-    worse: int = 0
-    window: Window = field(default_factory=Window)
 
 
 class Training:
@@ -146,7 +109,10 @@ class Training:
         rows = steps_from(self._train_set, self.config.rows_a_step, self.seed, self.progress.step)
         try:
             if self._valid_set and self.progress.step == 0:
-                yield (self._validate(0),)
+                first = self._validate(0)
+                if math.isfinite(first.loss):
+                    self.progress = replace(self.progress, first_loss=first.loss)
+                yield (first,)
             while not self.finished:
                 yield tuple(self._step(next(rows)))
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,8 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxlora_core.errors import DivergedError, ModelError, PluginError, ResourceError, listing
-from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.errors import DivergedError, PluginError, ResourceError, listing
+from mlxlora_core.files import durable, leftovers, tensor_file
 from mlxlora_core.files.tensor_checks import is_finite
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapters import Adapted, trainable
@@ -25,16 +24,19 @@ from mlxlora_core.training.checkpoints import (
     PARTS,
     SCHEMA,
     STATE,
-    Checkpoint,
     Found,
     Start,
     digest,
     find_for,
+    is_ours,
+    refuse_strange,
     sha256,
+    step_of,
 )
 from mlxlora_core.training.events import CheckpointSaved
 from mlxlora_core.training.identity import Identity
-from mlxlora_core.training.loop import Progress, Training, Window
+from mlxlora_core.training.loop import Training
+from mlxlora_core.training.progress import read_progress
 
 
 class CheckpointFolder:
@@ -88,6 +90,7 @@ class CheckpointFolder:
 
     def _begin(self, found: Found) -> list[str]:
         """Begin anew: the checkpoints that were found go, and those that do not verify are put aside."""
+        refuse_strange(found.strange)
         for folder in found.damaged:
             durable.put_aside(folder, "damaged")
         # The newest goes last, so that what is left tells the same until then.
@@ -99,8 +102,10 @@ class CheckpointFolder:
     def _resume(self, found: Found, fix: str) -> list[str]:
         """Go on from the newest checkpoint; ``fix`` is what to do about other settings."""
         training, newest = self._training, found.valid[0]
+        # The others are behind: no step will be written there any more.
+        refuse_strange([folder for folder in found.strange if step_of(folder.name) > newest.step])
         notes = [*found.notes, *self._identity.compare(newest, fix)]
-        progress, self._resumed = _read_state(newest)
+        progress, self._resumed = read_progress(newest.state), list(newest.state["resumed"])
         adapters.fill(newest.folder / ADAPTER, self._model)
         tensors, _ = tensor_file.load(newest.folder / OPTIMIZER)
         training.restore(progress, tensors)
@@ -130,7 +135,7 @@ class CheckpointFolder:
         try:
             self._write(step)
         except ResourceError:
-            if not durable.clear_leftovers(self.path, "*"):
+            if not leftovers.clear_leftovers(self.path, "*"):
                 raise
             self._write(step)  # the room that a dead process held is free now
         self._valid.append(step)
@@ -185,27 +190,12 @@ class CheckpointFolder:
     def _prune(self, keep: int) -> None:
         """Remove what is neither among the newest nor the best; what does not verify is never touched."""
         for step in [s for s in self._valid[:-keep] if s != self._training.progress.best_step]:
-            durable.remove_folder(self._folder(step))
+            if is_ours(self._folder(step)):  # else somebody has put a file beside
+                durable.remove_folder(self._folder(step))
             self._valid.remove(step)
 
     def _folder(self, step: int) -> Path:
         return self.path / f"step-{step:07}"
-
-
-def _read_state(checkpoint: Checkpoint) -> tuple[Progress, list[dict[str, Any]]]:
-    """Where a checkpoint stands, and where its training was taken up before."""
-    path = checkpoint.folder / STATE
-    try:
-        state = json.loads(path.read_text("utf-8"))
-        resumed = list(state.pop("resumed"))
-        del state["seed"]  # the settings hold it too
-        window = Window(**state.pop("window"))
-        progress = Progress(**state | {"recent": tuple(state["recent"]), "window": window})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as fault:
-        raise ModelError(f"is no state of a training: {fault}", where=path) from fault
-    if progress.step != checkpoint.step:
-        raise ModelError(f"is of step {progress.step}, wanted {checkpoint.step}", where=path)
-    return progress, resumed
 
 
 def _check_written(path: Path) -> None:

@@ -15,13 +15,14 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlxlora_core.errors import DataError, DivergedError, UsageError
-from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files import durable
 from mlxlora_core.machine import signals
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapters import Adapted, AdapterFile
 from mlxlora_core.model.folder import Model
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.sections import AdapterConfig
+from mlxlora_core.training import metrics
 from mlxlora_core.training.checkpoints import Found, Start
 from mlxlora_core.training.events import (
     Advanced,
@@ -39,10 +40,9 @@ from mlxlora_core.training.examples import Examples, examples_in_memory, read_ex
 from mlxlora_core.training.identity import identify
 from mlxlora_core.training.loop import Training
 from mlxlora_core.training.memory import training_memory
+from mlxlora_core.training.outputs import Outputs, check_outputs, inputs_of, refuse_finished
 from mlxlora_core.training.saving import CheckpointFolder
 from mlxlora_core.training.settings import BatchConfig, SaveConfig, TrainConfig
-
-LONG_ROW_TOKENS = 2048  # a row longer than that is told
 
 #: where rows come from: a ``.jsonl`` file, rows in memory, or rows that are tokenized already
 Source = Path | Sequence[Mapping[str, Any]] | Examples
@@ -59,25 +59,6 @@ class NewAdapter:
 
     choice: Choice
     config: AdapterConfig = field(default_factory=AdapterConfig)
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a training leaves on the disk; what is None is not written.
-
-    Attributes:
-        adapter_file: the adapter, at the end.
-        checkpoints: the folder of checkpoints; without one a training cannot be gone on with.
-        metrics: each report as a line of JSON.
-        saving: when checkpoints are written.
-        resume_command: the command that goes on with this training, told when it is interrupted.
-    """
-
-    adapter_file: Path | None = None
-    checkpoints: Path | None = None
-    metrics: Path | None = None
-    saving: SaveConfig = field(default_factory=SaveConfig)
-    resume_command: str = ""
 
 
 def open_training(
@@ -105,13 +86,16 @@ def open_training(
 
     Raises:
         DataError: rows that are not there, or that cannot be used.
-        UsageError: settings that do not fit the rows or the model.
+        UsageError: settings that do not fit the rows or the model; an output that is an input.
         ModelError: an adapter file that does not fit, or an output whose name says no format.
+        SafetyError: an output that mlxlora has not written is there.
         ResourceError: an output that could not be written.
     """
     outputs = outputs or Outputs()
-    if outputs.adapter_file is not None:
-        check_adapter_file(outputs.adapter_file)
+    named = adapter.path if isinstance(adapter, AdapterFile) else None
+    check_outputs(
+        outputs, inputs_of(model.folder, None, named, *(p for p in rows.values() if isinstance(p, Path)))
+    )
     splits = {name: examples_of(name, source, model, config) for name, source in rows.items()}
     adapted = _put_on(model, adapter, registry, seed)
     valid = splits["valid"].examples if "valid" in splits else ()
@@ -146,17 +130,6 @@ def examples_of(split: str, source: Source, model: Model, config: BatchConfig) -
     if not source.is_file():
         raise DataError(f"there is no {source.name}", where=source, fix="make the folder with: mlxlora data")
     return read_examples(source, model.tokenizer, max_seq_length=limit, mask_prompt=config.mask_prompt)
-
-
-def check_adapter_file(path: Path) -> None:
-    """Refuse an adapter file that could not be written at the end.
-
-    Raises:
-        ModelError: a name that says no format.
-        ResourceError: its folder cannot be written.
-    """
-    tensor_file.check_ending(path)
-    durable.check_file(path)
 
 
 class TrainingSession:
@@ -195,15 +168,16 @@ class TrainingSession:
         Raises:
             SettingsChanged: the training to go on with was begun with other settings.
             ModelError: it is of another base or of other data, or there is none.
-            SafetyError: one that has not ended would be lost.
+            SafetyError: one that has not ended, or an adapter that is there, would be lost.
             Interrupted: a signal came; the step it came in is done and saved.
             DivergedError: a loss or a gradient is not finite; the state before it is saved.
             PluginError: the base has changed.
             ResourceError: too little memory, or a file cannot be written; checkpoints before are as
                 they were.
         """
+        refuse_finished(self._outputs.adapter_file, how)
         for split, rows in self.rows.items():
-            yield from _words_on_rows(split, rows)
+            yield from map(Note, rows.words(split))
         yield Note(self._size())
         with training_memory(self.model, self.rows["train"], self.training.config.batch_size) as said:
             yield Note(said)
@@ -211,6 +185,7 @@ class TrainingSession:
                 yield Note(text)
             yield TrainingStarted(self.training.progress.step, self.training.config.iters)
             yield from self._train()
+        yield from self._warning()
         adapter_step = self._take_best()
         if self._outputs.adapter_file is not None:
             adapters.save(self._outputs.adapter_file, self.model, self.adapted)
@@ -226,9 +201,9 @@ class TrainingSession:
 
     def _train(self) -> Iterator[Advanced | Report | CheckpointSaved]:
         """Make the steps that are left."""
-        saving, metrics = self._outputs.saving, self._outputs.metrics
-        if metrics is not None:
-            _trim(metrics, self.training.progress.step)
+        saving, log = self._outputs.saving, self._outputs.metrics
+        if log is not None:
+            metrics.trim(log, self.training.progress.step)
         with signals.deferred() as pending:
             saved_at = time.monotonic()
             try:
@@ -282,6 +257,23 @@ class TrainingSession:
             return f"interrupted at step {step}; nothing was saved"
         return f"interrupted; step {step} is saved. Go on with: {self._outputs.resume_command}"
 
+    def _warning(self) -> Iterator[Note]:
+        """A word where the validation is worse at the end than it was at first."""
+        progress, config = self.training.progress, self.training.config
+        first, last = progress.first_loss, self._losses.get(ValidReport)
+        if first is None or last is None or last <= first:
+            return
+        best = ""
+        if progress.best_loss is not None and progress.best_loss < first:
+            best = f"; it was best after step {progress.best_step} ({progress.best_loss:.4f})"
+        advice = "fewer --iters, a lower --learning-rate or more rows"
+        if config.patience is None:
+            advice += ", or --patience 3, which keeps the best"
+        yield Note(
+            f"warning: the validation loss is worse than before training ({first:.4f} -> {last:.4f}){best}. "
+            f"Try {advice}"
+        )
+
     def _take_best(self) -> int:
         """Put the adapter of the best validation on the model where patience asks for it; its step."""
         progress = self.training.progress
@@ -329,30 +321,3 @@ def _put_on(
     if isinstance(adapter, AdapterFile):
         return adapters.load(adapter.path, model, registry, adapter.name, adapter.values)
     return adapters.attach(model, adapter.choice, adapter.config, seed)
-
-
-def _words_on_rows(split: str, rows: Examples) -> Iterator[Note]:
-    """A word on rows that are long, that were cut, and that were left out."""
-    longest = max(len(example.tokens) for example in rows.examples)
-    if longest > LONG_ROW_TOKENS:
-        yield Note(f"warning: {split} has rows of up to {longest} tokens; long rows take much memory")
-    if rows.cut:
-        share = rows.cut_tokens / (rows.tokens + rows.cut_tokens)
-        yield Note(f"warning: {rows.cut} {split} rows were cut, {share:.1%} of all tokens are lost")
-    if rows.empty:
-        yield Note(f"warning: {rows.empty} {split} rows have no token that counts and were left out")
-
-
-def _trim(metrics: Path, step: int) -> None:
-    """Leave only the whole lines of a log up to ``step``; none of them at the start."""
-    lines = metrics.read_bytes().split(b"\n") if step and metrics.is_file() else []
-    kept = [line.decode() + "\n" for line in lines if _step_of(line) <= step]
-    durable.write_text(metrics, "".join(kept))
-
-
-def _step_of(line: bytes) -> float:
-    """The step of a line of a log; infinite for one that is torn."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return math.inf

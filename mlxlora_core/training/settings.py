@@ -82,7 +82,28 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class ChatConfig:
+    """Whether a prompt is a text to continue, or what a user says to a model that chats."""
+
+    chat: bool = option(
+        False, help="ask the prompt as a user's message, in the form of the model's tokenizer"
+    )
+    system: str = option("", help="system message in front of it; left empty, none")
+
+    def __post_init__(self) -> None:
+        if self.system and not self.chat:
+            raise ValueError("system needs chat: a text to continue has no system message")
+
+    def asked(self, text: str) -> str | list[dict[str, str]]:
+        """What a model is asked with a text: itself, or a conversation of this one question."""
+        if not self.chat:
+            return text
+        first = [{"role": "system", "content": self.system}] if self.system else []
+        return [*first, {"role": "user", "content": text}]
+
+
+@dataclass(frozen=True)
+class GenerateConfig(ChatConfig):
     """How text is generated."""
 
     num_tokens: int = option(100, help="tokens to generate at most", unit="tokens", minimum=1, letter="n")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.api import UsageError
-from mlxlora_core.files import append_line, write_text
+from mlxlora_core.files import append_line, open_regular, write_text
 
 #: events that are a row
 REPORTS = ("train", "valid", "spike")
@@ -72,7 +72,8 @@ class Table:
 
 def _lines(path: Path) -> list[str]:
     """The whole lines of a file; a last one that is torn is none."""
-    return path.read_text("utf-8", "replace").split("\n")[:-1]
+    with open_regular(path, UsageError) as file:
+        return file.read().decode("utf-8", "replace").split("\n")[:-1]
 
 
 def _line(cells: Iterable[Any]) -> str:

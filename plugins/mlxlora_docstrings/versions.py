@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -32,27 +33,27 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def states(packages: Iterable[str]) -> dict[str, str]:
-    """Package -> its version, or the state of its sources when it is no part of a distribution."""
+    """Package -> its version and the state of its sources, which may be edited under the same version."""
     known = versions(packages)
-    return {package: known.get(package) or _state(package.partition(".")[0]) for package in packages}
+    return {p: f"{known.get(p, '')} {_state(p.partition('.')[0])}".strip() for p in packages}
 
 
 def _state(top: str) -> str:
-    """How many files a package has, how large they are and when the last one changed."""
+    """How many files a package has, and a digest of their names, sizes and times of change."""
     try:
         spec = importlib.util.find_spec(top)  # of a name without a dot: imports nothing
     except (ImportError, ValueError):
         spec = None
     if spec is None:
         return "not installed"
-    folders = spec.submodule_search_locations
-    files = [
-        file.stat()
-        for folder in folders or ()
-        for file in Path(folder).rglob("*")
-        if file.suffix in SUFFIXES and file.is_file()
-    ]
-    if folders is None and spec.origin and Path(spec.origin).is_file():
-        files = [Path(spec.origin).stat()]
-    newest = max((file.st_mtime_ns for file in files), default=0)
-    return f"{len(files)} files, {sum(file.st_size for file in files)} bytes, changed {newest}"
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    files = [(file.relative_to(folder), file) for folder in folders for file in folder.rglob("*")]
+    if spec.submodule_search_locations is None and spec.origin:
+        files = [(Path(Path(spec.origin).name), Path(spec.origin))]
+    digest, count = hashlib.sha256(), 0
+    for name, file in sorted(files):
+        if file.is_file() and name.suffix in SUFFIXES:
+            told = file.stat()
+            digest.update(f"{name}\0{told.st_size}\0{told.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+            count += 1
+    return f"{count} files {digest.hexdigest()[:16]}"

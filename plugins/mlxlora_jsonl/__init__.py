@@ -37,7 +37,7 @@ def build(options: JsonlOptions) -> Rows:
 
 
 def inputs(options: JsonlOptions) -> Mapping[str, str]:
-    """Size and time of every file that ``build`` would read.
+    """A digest of every file that ``build`` would read.
 
     Raises:
         DataError: a file or folder is missing.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxlora_core.api import DataError, Row, Rows, Skipped
-from mlxlora_core.files import JsonLines, refuse_faults, scan_jsonl
+from mlxlora_core.files import JsonLines, content_digest, refuse_faults, scan_jsonl
 from mlxlora_jsonl import JsonlOptions
 
 SPLITS = ("train", "valid", "test")
@@ -45,15 +45,8 @@ def build_rows(options: JsonlOptions) -> Rows:
 
 
 def file_states(options: JsonlOptions) -> dict[str, str]:
-    """Path -> size and time of change, of every file that would be read."""
-    states = {}
-    for source in find_sources(options)[0]:
-        try:
-            state = source.path.stat()
-        except (OSError, ValueError) as fault:
-            raise DataError(f"cannot be read: {fault}", where=source.path) from fault
-        states[str(source.path)] = f"{state.st_size} bytes, changed {state.st_mtime_ns}"
-    return states
+    """Path -> digest of its bytes, of every file that would be read."""
+    return {str(s.path): content_digest(s.path, DataError) for s in find_sources(options)[0]}
 
 
 def find_sources(options: JsonlOptions) -> tuple[list[Source], list[Skipped]]:

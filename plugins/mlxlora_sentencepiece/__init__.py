@@ -36,5 +36,5 @@ def open_files(files: Mapping[str, Path], options: NoOptions) -> Tokenizer:
 @hookimpl
 def mlxlora_tokenizers() -> Iterable[TokenizerLoader]:
     """The one tokenizer of this plugin."""
-    summary = "SentencePiece models, as Llama 2 and Mistral have them, with the instruction format of Llama 2"
+    summary = "SentencePiece models, as Llama 2 and Mistral have them, with their forms of conversations"
     return [TokenizerLoader(name="sentencepiece", summary=summary, detect=detect, open=open_files)]

@@ -23,7 +23,7 @@ _PIECES_LIMIT = 1 << 20
 _PIECE_BYTES = 4096
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
 _PIECES, _MESSAGES = 1, {2, 3, 4, 5}  # fields of the model
-_NORMAL, _BYTE = 1, 6  # types of a piece, and the last of them
+_NORMAL, _DEFINED, _BYTE = 1, 4, 6  # types of a piece: the first, user-defined, the last
 _BYTE_PIECE = re.compile(rb"<0x[0-9A-F]{2}>")
 
 
@@ -31,29 +31,32 @@ class _Fault(Exception):
     """What keeps the bytes from being a model."""
 
 
-def check_model(content: bytes, path: Path) -> None:
-    """Refuse bytes that are no SentencePiece model.
+def check_model(content: bytes, path: Path) -> list[str]:
+    """The user-defined pieces of a SentencePiece model; bytes that are none are refused.
 
     Raises:
         ModelError: with what is wrong.
     """
     try:
-        pieces = _check_fields(content)
+        pieces, defined = _check_fields(content)
     except (_Fault, IndexError) as fault:
         reason = str(fault) if isinstance(fault, _Fault) else f"it ends in a field, at {len(content)} bytes"
         _refuse(reason, path)
     if not 0 < pieces <= _PIECES_LIMIT:
         _refuse(f"it has {pieces} pieces, wanted 1 to {_PIECES_LIMIT}", path)
+    return defined
 
 
-def _check_fields(content: bytes) -> int:
-    """How many pieces there are, all of them proper."""
-    pieces = 0
+def _check_fields(content: bytes) -> tuple[int, list[str]]:
+    """How many pieces there are, all of them proper, and which are user-defined."""
+    pieces, defined = 0, []
     seen: set[int] = set()
     for field, wire, start, stop in _fields(content, 0, len(content)):
         if field == _PIECES and wire == _BYTES:
-            _check_piece(content, start, stop, pieces)
+            piece, kind = _check_piece(content, start, stop, pieces)
             pieces += 1
+            if kind == _DEFINED:
+                defined.append(piece.decode())
         elif field in _MESSAGES and wire == _BYTES:
             if field in seen:
                 raise _Fault(f"its field {field} is there twice")
@@ -62,10 +65,11 @@ def _check_fields(content: bytes) -> int:
                 pass
         elif field <= max(_MESSAGES):
             raise _Fault(f"its field {field} is of another kind")
-    return pieces
+    return pieces, defined
 
 
-def _check_piece(content: bytes, start: int, stop: int, number: int) -> None:
+def _check_piece(content: bytes, start: int, stop: int, number: int) -> tuple[bytes, int]:
+    """The text of a piece and its type."""
     piece, kind, scored = None, _NORMAL, False
     for field, wire, begin, end in _fields(content, start, stop):
         if (field, wire) == (1, _BYTES):
@@ -87,6 +91,7 @@ def _check_piece(content: bytes, start: int, stop: int, number: int) -> None:
             piece.decode()
         except UnicodeDecodeError:
             raise _Fault(f"piece {number} is no UTF-8") from None
+    return piece, kind
 
 
 def _fields(content: bytes, at: int, stop: int) -> Iterator[tuple[int, int, int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +12,19 @@ from typing import Any
 
 import sentencepiece
 
-from mlxlora_core.api import DataError, ModelError, Piece
+from mlxlora_core.api import DataError, ModelError, Piece, listing
 from mlxlora_core.files import open_regular, read_some, refuse_stand_in
-from mlxlora_sentencepiece.chat import turns
+from mlxlora_sentencepiece.chat import ASK, ASKED, SYSTEM, SYSTEM_END, Form, Vocabulary, pieces
 from mlxlora_sentencepiece.sentencepiece_file import FILE_BYTES, check_model
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
+
+#: how many pieces Mistral's first vocabulary has, and the SHA-256 of their texts, a line feed behind each
+MISTRAL_1 = (32000, "35c28c8df590b200c16cf9ec7a4573b3230fed9cde1bbd8d9ea57e1c4ba796fd")
+
+# Pieces in which other families write conversations.
+_OTHER_FORMS = ("<start_of_turn>", "<|im_start|>", "<|user|>", "<|start_header_id|>", "<|User|>")
+_TOKEN = re.compile(r"[<\[].+[>\]]")  # how pieces are spelt that stand for something else than text
 
 
 class SentencePieceTokenizer:
@@ -40,12 +48,14 @@ class SentencePieceTokenizer:
             raise ModelError(
                 "there is no tokenizer", where=path, fix="put the checkpoint's tokenizer.model there"
             )
-        content = _read(path)
+        content, defined = _read(path)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
             self._model.encode(SPACE)  # faults of the unknown piece and of normalisation show here
         except (RuntimeError, ValueError) as fault:
             raise ModelError(f"is not a SentencePiece model: {fault}", where=path) from fault
+        self._defined = defined
+        self._texts: dict[int, bytes] = {}  # id -> what it adds to a text
         self.path = path
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self._model.vocab_size()
@@ -98,33 +108,37 @@ class SentencePieceTokenizer:
             yield held
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
-        """A conversation in the instruction format of Llama 2, each turn a text of its own.
+        """A conversation in the form that goes with the vocabulary.
 
         Raises:
             DataError: roles that do not alternate, or half a surrogate pair.
         """
-        pieces = []
-        for prompt, answer in turns(messages):
-            asked = self.encode(prompt)
-            pieces.append(Piece(tuple(asked), False))
-            if answer is not None:
-                pieces.append(Piece(tuple(self._answer(prompt, asked, answer)), True))
-        return pieces
+        return pieces(self._form, messages, self._vocabulary)
 
-    def _answer(self, prompt: str, asked: list[int], answer: str) -> list[int]:
-        """The ids of ``answer`` behind those of its prompt, end id included.
+    @property
+    def chat_form(self) -> str:
+        """The form of :meth:`render` in words."""
+        return self._form.value
 
-        Prompt and answer are encoded as one text, as they are read. A model that
-        joins the end of the one and the beginning of the other in a piece gets
-        them apart, or else generation could not be told what training was.
-        """
-        whole = self.encode(prompt + answer, eos=True)
-        if whole[: len(asked)] == asked:
-            return whole[len(asked) :]
-        return self.encode(answer, bos=False, eos=True)
+    @property
+    def chat_warning(self) -> str:
+        """What speaks against that form, or nothing."""
+        others = [piece for piece in _OTHER_FORMS if piece in self._named]
+        return f"the vocabulary has {listing(others)} for another form" if others else ""
+
+    @property
+    def special_texts(self) -> frozenset[str]:
+        """How the pieces are written that are no ordinary text."""
+        return frozenset({*self._named, self._model.id_to_piece(self._model.unk_id())})
 
     def _bytes(self, token: int) -> bytes:
         """What one id adds to a text; one beyond the vocabulary, which a padded model has, adds nothing."""
+        known = self._texts.get(token)
+        if known is None:
+            known = self._texts[token] = self._bytes_of_piece(token)
+        return known
+
+    def _bytes_of_piece(self, token: int) -> bytes:
         if token >= self.vocab_size or self._model.is_control(token):
             return b""
         piece: str = self._model.id_to_piece(token)
@@ -135,18 +149,51 @@ class SentencePieceTokenizer:
         return piece.replace(SPACE, " ").encode()
 
     @cached_property
+    def _form(self) -> Form:
+        """The form of conversations that goes with the vocabulary."""
+        if {ASK, ASKED} <= self._named.keys():
+            return Form.MISTRAL_7 if {SYSTEM, SYSTEM_END} <= self._named.keys() else Form.MISTRAL_2
+        count, digest = MISTRAL_1
+        if self.vocab_size < count:
+            return Form.LLAMA_2
+        texts = "".join(f"{self._model.id_to_piece(token)}\n" for token in range(count))
+        same = hashlib.sha256(texts.encode()).hexdigest() == digest
+        return Form.MISTRAL_1 if same else Form.LLAMA_2
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        """What a form needs."""
+        return Vocabulary(
+            begin=self.bos,
+            end=self.eos,
+            adds_space=self._adds_space,
+            named=self._named,
+            encode=lambda text: self.encode(text, bos=False),
+        )
+
+    @cached_property
+    def _named(self) -> dict[str, int]:
+        """Text -> id of the pieces that are no ordinary text, control pieces and user-defined ones."""
+        control = [token for token in range(self.vocab_size) if self._model.is_control(token)]
+        defined = {
+            text: self._model.piece_to_id(piece)
+            for piece in self._defined
+            if _TOKEN.fullmatch(text := piece.strip(SPACE))
+        }
+        return defined | {self._model.id_to_piece(token): token for token in control}
+
+    @cached_property
     def _adds_space(self) -> bool:
         """Whether the model puts a space in front of a text."""
         first = self._model.encode("a")[:1]
         return bool(first) and self._model.id_to_piece(first[0]).startswith(SPACE)
 
 
-def _read(path: Path) -> bytes:
-    """The bytes of a tokenizer file, which are those of a SentencePiece model."""
+def _read(path: Path) -> tuple[bytes, list[str]]:
+    """The bytes of a SentencePiece model, and its user-defined pieces."""
     with open_regular(path) as file:
         refuse_stand_in(file, path)
         content = read_some(file, FILE_BYTES + 1, path)
     if len(content) > FILE_BYTES:
         raise ModelError(f"is larger than {FILE_BYTES >> 20} MiB", where=path)
-    check_model(content, path)
-    return content
+    return content, check_model(content, path)

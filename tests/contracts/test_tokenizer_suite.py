@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,7 +46,8 @@ class TestSentencePiece(TokenizerSuite):
 
     @pytest.fixture(autouse=True)
     def _shared(self, tmp_path_factory: pytest.TempPathFactory) -> None:
-        self.model = trained(tmp_path_factory.getbasetemp() / f"suite {sorted(self.kind.items())}", self.kind)
+        name = hashlib.sha256(repr(sorted(self.kind.items())).encode()).hexdigest()
+        self.model = trained(tmp_path_factory.getbasetemp() / f"suite {name}", self.kind)
 
     def write(self, folder: Path) -> Mapping[str, Path]:
         (folder / "tokenizer.model").write_bytes(self.model)
@@ -108,6 +110,90 @@ class TestUnigram(TestSentencePiece):
     """The other algorithm."""
 
     kind: Mapping[str, Any] = {**TestSentencePiece.kind, "model_type": "unigram"}
+
+
+class TestMistralWithControlTokens(TestSentencePiece):
+    """The form of Mistral's second and third version."""
+
+    kind: Mapping[str, Any] = {**TestSentencePiece.kind, "control_symbols": ["[INST]", "[/INST]", "[IMG]"]}
+
+    def reference(self, messages: Messages) -> list[int]:
+        """Parts by SentencePiece itself, control tokens between, in the order of Mistral's guide."""
+        model = sentencepiece.SentencePieceProcessor(model_proto=self.model)
+        rest, ids = list(messages), [model.bos_id()]
+        if rest[0]["role"] == "system":
+            first = rest.pop(0)["content"] + "\n\n" + rest[0]["content"]
+            rest[0] = {"role": "user", "content": first}
+        for message in rest:
+            said = model.encode(message["content"])
+            user = message["role"] == "user"
+            ids += (
+                [model.piece_to_id("[INST]"), *said, model.piece_to_id("[/INST]")]
+                if user
+                else [*said, model.eos_id()]
+            )
+        return ids
+
+    def test_there_is_one_begin_id_and_no_marker_is_spelt(self, tmp_path: Path) -> None:
+        """Whatever stands in the texts."""
+        tokenizer = self.open(tmp_path)
+        inside = said("[INST] <s> [/INST]", "</s>", "b", "c", system="[/INST]")
+        ids = [token for piece in tokenizer.render(inside) for token in piece.ids]
+        model = sentencepiece.SentencePieceProcessor(model_proto=self.model)
+        assert ids.count(model.bos_id()) == 1 and ids.count(model.eos_id()) == 2
+        assert [ids.count(model.piece_to_id(marker)) for marker in ("[INST]", "[/INST]")] == [2, 2]
+
+
+class TestMistralWithDefinedPieces(TestMistralWithControlTokens):
+    """The markers as user-defined pieces, which a text may hold: here none does."""
+
+    kind: Mapping[str, Any] = {**TestSentencePiece.kind, "user_defined_symbols": ["[INST]", "[/INST]"]}
+    conversations = tuple(c for c in TokenizerSuite.conversations if "[/INST]" not in str(c))
+
+    def test_there_is_one_begin_id_and_no_marker_is_spelt(self, tmp_path: Path) -> None:
+        """It would be: rows that hold one are told."""
+        assert {"[INST]", "[/INST]"} <= self.open(tmp_path).special_texts
+
+
+class TestMistralWithSystemTokens(TestMistralWithControlTokens):
+    """The form of Mistral's seventh version."""
+
+    kind: Mapping[str, Any] = {
+        **TestSentencePiece.kind,
+        "control_symbols": ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"],
+    }
+
+    def reference(self, messages: Messages) -> list[int]:
+        """As before, a system message between markers of its own."""
+        if messages[0]["role"] != "system":
+            return super().reference(messages)
+        model = sentencepiece.SentencePieceProcessor(model_proto=self.model)
+        begin, *rest = super().reference(messages[1:])
+        markers = [model.piece_to_id(piece) for piece in ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")]
+        return [begin, markers[0], *model.encode(messages[0]["content"]), markers[1], *rest]
+
+
+class TestMistralWithoutControlTokens(TestSentencePiece):
+    """The form of Mistral's first version, with a vocabulary that is taken for its."""
+
+    @pytest.fixture(autouse=True)
+    def _taken_for_it(self, _shared: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = sentencepiece.SentencePieceProcessor(model_proto=self.model)
+        texts = "".join(model.id_to_piece(token) + "\n" for token in range(300))
+        monkeypatch.setattr(
+            "mlxlora_sentencepiece.tokenizer.MISTRAL_1", (300, hashlib.sha256(texts.encode()).hexdigest())
+        )
+
+    def reference(self, messages: Messages) -> list[int]:
+        """One begin id, each part encoded by itself."""
+        model = sentencepiece.SentencePieceProcessor(model_proto=self.model)
+        rest, ids = list(messages), [model.bos_id()]
+        system = rest.pop(0)["content"] + "\n\n" if rest[0]["role"] == "system" else ""
+        for prompt, answer in zip(rest[::2], rest[1::2], strict=True):
+            ids += model.encode(f"[INST] {system}{prompt['content']} [/INST]")
+            ids += [*model.encode(answer["content"]), model.eos_id()]
+            system = ""
+        return ids
 
 
 class TestShown(TokenizerSuite):
@@ -178,6 +264,10 @@ def test_attributes_out_of_range_fail(tmp_path: Path) -> None:
         {"stops": {257}},
         {"stops": frozenset([258])},
         {"stops": None},
+        {"chat_form": 3},
+        {"chat_warning": None},
+        {"special_texts": {"<s>"}},
+        {"special_texts": frozenset([""])},
     ):
         fails(spoilt(**bad).test_a_text_comes_back_as_it_was, tmp_path, PluginError)
 

@@ -72,7 +72,7 @@ def test_what_a_type_checker_is_told_is_what_there_is(written: Any, configs: lis
     ("function", "config", "names"),
     [
         (python.evaluate, settings.EvaluateConfig, ["test_batches"]),
-        (python.stream, settings.GenerateConfig, ["num_tokens", "write_every"]),
+        (python.stream, settings.GenerateConfig, ["chat", "system", "num_tokens", "write_every"]),
     ],
 )
 def test_defaults_are_those_of_the_verbs(function: Any, config: Any, names: list[str]) -> None:
@@ -131,7 +131,11 @@ def test_what_is_wrong_with_a_training_is_told(model: mlxlora.Model, options: An
         ),
         (lambda m: mlxlora.evaluate(m, [{"txt": "x"}]), DataError, "test row 1: needs text"),
         (lambda m: mlxlora.evaluate(m, "x", split="valid"), DataError, "x/valid.jsonl"),
-        (lambda m: mlxlora.generate(m, ["A", "B"]), UsageError, "prompt: wanted text, got list"),
+        (
+            lambda m: mlxlora.generate(m, ["A", "B"]),
+            UsageError,
+            "prompt: wanted text, or messages of role and content, got list",
+        ),
         (lambda m: mlxlora.generate(m, "A", seed=-1), UsageError, "generate: seed: must be at least 0"),
         (
             lambda m: mlxlora.generate(m, "A", num_tokens=0),

@@ -322,7 +322,7 @@ def test_generate_and_evaluate_take_the_adapter_that_train_wrote(
     monkeypatch.chdir(tmp_path)
     measure = ("evaluate", "--model", model, "--data", tiny_data, "--json")
     base = mlxlora(*measure)
-    assert "no adapter" in base.err and json.loads(base.out)["adapter_file"] is None
+    assert "without an adapter" in base.err and json.loads(base.out)["adapter_file"] is None
     result = train(mlxlora, model, tiny_data, Path("adapters.safetensors"), "--test")
     tuned = mlxlora(*measure)
     assert "lora:lora adapter of adapters.safetensors" in tuned.err

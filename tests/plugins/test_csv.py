@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,13 @@ def test_a_file_that_is_none_of_its_tables_is_left_alone(tmp_path: Path, content
     with pytest.raises(UsageError, match="left alone"):
         watch(tmp_path)
     assert (tmp_path / "metrics.csv").read_bytes() == content
+
+
+def test_a_pipe_is_left_alone_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.csv")
+    with pytest.raises(UsageError, match="pipe"):
+        watch(tmp_path)
+    assert (tmp_path / "metrics.csv").is_fifo()
 
 
 def test_text_with_commas_is_one_cell(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -124,6 +125,12 @@ def test_inputs_are_the_files_that_are_read(tmp_path: Path) -> None:
     write(tmp_path / "other.jsonl", "b")
     told = inputs(options(path=tmp_path))
     assert list(told) == [str(train)]
-    assert told[str(train)].startswith("14 bytes, changed ")
+    assert told[str(train)] == hashlib.sha256(train.read_bytes()).hexdigest()
+    state = train.stat()
+    train.write_bytes(train.read_bytes().replace(b"a", b"c"))
+    os.utime(train, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert inputs(options(path=tmp_path)) != told, "size and time are the same, and the rows are not"
+    train.write_bytes(train.read_bytes().replace(b"c", b"a"))
+    assert inputs(options(path=tmp_path)) == told, "the rows are what they were, whenever they were written"
     with pytest.raises(DataError, match="missing"):
         inputs(options(path=tmp_path / "missing"))

@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ HARD = ["naïve 😀 日本語 café", "  two spaces,  and more ", "a\tb\nc", "x
 def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function that trains a SentencePiece model and gives its file."""
 
-    def make(**options: Any) -> Path:
+    def make(texts: Sequence[str] = TEXTS, **options: Any) -> Path:
         model = io.BytesIO()
         settings = {"model_type": "bpe", "vocab_size": 330, "byte_fallback": True} | options
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(TEXTS),
+            sentence_iterator=iter(texts),
             model_writer=model,
             hard_vocab_limit=False,
             num_threads=1,
@@ -164,6 +164,55 @@ def test_a_character_that_never_ends_is_shown_as_such_at_the_end_alone(llama: Se
 def test_nothing_streams_to_nothing(llama: SentencePieceTokenizer) -> None:
     assert list(llama.stream([])) == []
     assert list(llama.stream([llama.eos, llama.bos])) == []
+
+
+# --- conversations --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "form", "warning"),
+    [
+        ({}, "Llama 2", ""),
+        ({"control_symbols": ["[INST]", "[/INST]"]}, "second and third version", ""),
+        ({"user_defined_symbols": ["[INST]", "[/INST]"]}, "second and third version", ""),
+        ({"control_symbols": ["[INST]"]}, "Llama 2", ""),
+        ({"control_symbols": ["[INST]", "[/INST]", "[SYSTEM_PROMPT]"]}, "second and third version", ""),
+        (
+            {"control_symbols": ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]},
+            "seventh version",
+            "",
+        ),
+        ({"user_defined_symbols": ["<start_of_turn>"]}, "Llama 2", "the vocabulary has <start_of_turn>"),
+        ({"control_symbols": ["<|im_start|>", "<|im_end|>"]}, "Llama 2", "the vocabulary has <|im_start|>"),
+    ],
+)
+def test_the_form_of_conversations_is_read_off_the_vocabulary(
+    train: Callable[..., Path], options: dict[str, Any], form: str, warning: str
+) -> None:
+    tokenizer = SentencePieceTokenizer(train(**options))
+    assert form in tokenizer.chat_form
+    assert tokenizer.chat_warning.startswith(warning) and bool(tokenizer.chat_warning) is bool(warning)
+    named = {*options.get("control_symbols", ()), *options.get("user_defined_symbols", ())}
+    assert tokenizer.special_texts == {"<s>", "</s>", "<unk>", *named}
+
+
+def test_user_defined_pieces_that_are_words_are_no_special_texts(train: Callable[..., Path]) -> None:
+    tokenizer = SentencePieceTokenizer(train(user_defined_symbols=["\u2581<PRE>", "fox", "  ", "<>"]))
+    assert tokenizer.special_texts == {"<s>", "</s>", "<unk>", "<PRE>"}
+
+
+def test_a_piece_over_the_boundary_adds_no_space(train: Callable[..., Path]) -> None:
+    """Where prompt and answer are encoded apart, the answer says what it says."""
+    turns = [f"[INST] {i} [/INST] It" for i in range(50)]
+    tokenizer = SentencePieceTokenizer(
+        train(**KINDS["as Llama"], split_by_whitespace=False, split_by_unicode_script=False, texts=turns * 9)
+    )
+    asked = tokenizer.encode("[INST] 7 [/INST]")
+    assert tokenizer.encode("[INST] 7 [/INST] It")[: len(asked)] != asked
+    roles = ("user", "assistant")
+    said = [{"role": role, "content": text} for role, text in zip(roles, ("7", "It"), strict=True)]
+    first, answer = tokenizer.render(said)
+    assert list(first.ids) == asked and tokenizer.decode(answer.ids) == " It"
 
 
 # --- bad files ----------------------------------------------------------------

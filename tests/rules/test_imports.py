@@ -33,12 +33,17 @@ HEAVY_IN_LIGHT_ROOMS = {
 #: what other rooms have that light ones need: settings, events, the record of a dataset, checkpoints as files
 LIGHT_IN_HEAVY_ROOMS = {
     "mlxlora_core.model.events",
+    "mlxlora_core.model.special_texts",
     "mlxlora_core.training.settings",
     "mlxlora_core.training.sources",
     "mlxlora_core.training.dataset",
+    "mlxlora_core.training.findings",
     "mlxlora_core.training.events",
     "mlxlora_core.training.checkpoints",
+    "mlxlora_core.training.metrics",
+    "mlxlora_core.training.progress",
     "mlxlora_core.training.identity",
+    "mlxlora_core.training.outputs",
 }
 LIGHT_LIBRARIES = {"click", "pluggy", "rich", "tomli_w"}
 

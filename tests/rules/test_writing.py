@@ -14,6 +14,7 @@ SOURCES = sorted([*(ROOT / "mlxlora_core").rglob("*.py"), *(ROOT / "plugins").rg
 #: what may write by itself, and why
 EXCEPT = {
     "mlxlora_core/files/durable.py": "is the writer",
+    "mlxlora_core/files/leftovers.py": "clears away what the writer of a process that was killed has left",
     "mlxlora_core/files/lock.py": "a lock is no product; it is taken and left in place",
     "mlxlora_core/files/input_file.py": "opens to read; its flags stand in a variable",
     "plugins/mlxlora_docstrings/attempt.py": "a request in a temporary folder, for a child",

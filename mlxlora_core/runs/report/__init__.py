@@ -11,24 +11,43 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from mlxlora_core.errors import ModelError
 from mlxlora_core.files import durable
+from mlxlora_core.files.input_file import read_whole
+from mlxlora_core.files.targets import is_written
 from mlxlora_core.runs.folder import REPORT
-from mlxlora_core.runs.report.facts import read_facts
-from mlxlora_core.runs.report.page import page
+from mlxlora_core.runs.report.facts import Facts, read_facts
+from mlxlora_core.runs.report.page import MARKS, page
 
 BINS = 40  # of a histogram at most
+_PAGE_BYTES = 1 << 30
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, facts: Facts | None = None) -> Path:
     """Write ``report.html`` into a run folder; its path.
 
+    Args:
+        folder: of a run.
+        facts: what is in it, where that was read already.
+
     Raises:
-        DataError: no run folder, or one whose record is damaged.
+        DataError: as :func:`~mlxlora_core.runs.report.facts.read_facts`.
+        SafetyError: a page that mlxlora has not written is there.
         ResourceError: it cannot be written.
     """
     path = folder / REPORT
-    durable.write_text(path, page(read_facts(folder)))
+    is_written(path, is_report)
+    durable.write_text(path, page(read_facts(folder) if facts is None else facts))
     return path
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report, by what stands in it."""
+    try:
+        content = read_whole(path, _PAGE_BYTES)
+    except ModelError:
+        return False
+    return any(mark in content for mark in MARKS)
 
 
 def length_counts(lengths: Sequence[int]) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
+from mlxlora_core.runs.grading import change, describe_change
 from mlxlora_core.runs.report.facts import Facts
 from mlxlora_core.runs.report.html import Html, element
-from mlxlora_core.runs.report.parts import counted, note, table
+from mlxlora_core.runs.report.parts import counted, in_nats, note, table
 
 TITLES = {"train": "training row", "valid": "held-out row", "test": "held-out row"}
 
@@ -27,9 +28,9 @@ def _carried_over(facts: Facts) -> Html:
     before, after = facts.results.get("before"), facts.results.get("after")
     rows = []
     for split, loss in (before or {"losses": {}})["losses"].items():
-        now = after["losses"][split]["loss"] if after else None
-        change = "" if now is None else f"{now / loss['loss'] - 1:+.1%}".replace("-", "\u2212")
-        rows.append((split, f"{loss['loss']:.4f}", "…" if now is None else f"{now:.4f}", change))
+        was, now = loss["loss"], after["losses"].get(split, {}).get("loss") if after else None
+        moved = "" if now is None else describe_change(change(was, now)).replace("-", "\u2212")
+        rows.append((split, in_nats(was), "…" if now is None else in_nats(now), moved))
     held_out = _asked(facts, "held_out", "held-out rows")
     return element(
         "div",
@@ -52,7 +53,7 @@ def _held_out(facts: Facts) -> str:
 
 def _by_heart(facts: Facts) -> Html:
     words = _asked(facts, "memory", "training rows")
-    loss = f"{facts.train[-1]['loss']:.4f}" if facts.train else None
+    loss = in_nats(facts.train[-1]["loss"]) if facts.train else None
     return element(
         "div",
         element("h3", "What does it remember?", element("span", "training rows", class_="tag memory")),
@@ -82,10 +83,10 @@ def _asked(facts: Facts, test: str, rows: str) -> Html | None:
 def questions(facts: Facts) -> Html | None:
     """Each question with both answers; the first one open."""
     before = facts.results.get("before", {"answers": []})["answers"]
-    after = facts.results["after"]["answers"] if "after" in facts.results else [None] * len(before)
     if not before:
         return None
-    asked = [_question(*pair, first=i == 0) for i, pair in enumerate(zip(before, after, strict=True))]
+    after = {answer["prompt"]: answer for answer in facts.results.get("after", {"answers": []})["answers"]}
+    asked = [_question(old, after.get(old["prompt"]), first=i == 0) for i, old in enumerate(before)]
     return element(
         "section",
         element("h2", "Questions and answers"),

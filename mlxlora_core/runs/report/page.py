@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Any
 
 from mlxlora_core.errors import listing
 from mlxlora_core.runs.report.answers import questions, verdict
+from mlxlora_core.runs.report.curves import thinned
 from mlxlora_core.runs.report.facts import Facts
 from mlxlora_core.runs.report.html import Html, data, element, join
+from mlxlora_core.runs.report.parts import in_nats
 from mlxlora_core.runs.report.sections import dataset, origins, training, values
 
 SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "report.js")
+#: what every report holds, one of the two; the second stood in those of before
+MARKS = (b'<meta name="generator" content="mlxlora">', " · mlxlora run</title>".encode())
 LICENCES = ("vendor/d3.LICENSE", "vendor/plot.LICENSE")
 
 
@@ -26,14 +30,19 @@ def page(facts: Facts) -> str:
         "head",
         element("meta", charset="utf-8"),
         element("meta", http_equiv="Content-Security-Policy", content=_policy(scripts)),
+        element("meta", name="generator", content="mlxlora"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("meta", name="referrer", content="no-referrer"),
         element("link", rel="icon", href="data:,"),
-        element("title", f"{name} · mlxlora run"),
+        element("title", f"{name} · {_verb(facts)}"),
         element("style", Html(_asset("report.css"))),
     )
-    parts = (verdict, questions, training, dataset, values, origins)
+    parts = (
+        (verdict, questions, training, dataset, values, origins)
+        if facts.is_run
+        else (training, values, origins)
+    )
     body = element(
         "body",
         element("main", _head(facts), *(part(facts) for part in parts), _foot(facts)),
@@ -65,27 +74,29 @@ def _head(facts: Facts) -> Html:
     record = facts.record
     return element(
         "header",
-        element("p", "mlxlora run", class_="over"),
+        element("p", _verb(facts), class_="over"),
         element("h1", record["recipe"]),
         element("p", _in_words(facts), class_="lead"),
         _progress(facts),
+        _unread(facts),
     )
+
+
+def _verb(facts: Facts) -> str:
+    return "mlxlora run" if facts.is_run else "mlxlora train"
 
 
 def _in_words(facts: Facts) -> Html | str:
     """What came of it, in a sentence or two."""
+    if not facts.is_run:
+        return _in_losses(facts)
     summary = facts.record.get("summary")
     if summary is None:
         return "This run has not come to its end."
     said: list[object] = []
     for split, loss in summary["losses"].items():
         if split == "test" or len(summary["losses"]) == 1:
-            moved = "fell" if loss["change"] < 0 else "rose"
-            said += [
-                f"Held-out loss ({split}) ",
-                element("strong", f"{moved} by {abs(loss['change']):.0%}"),
-                ". ",
-            ]
+            said += [f"Held-out loss ({split}) ", element("strong", _moved(loss)), ". "]
     memory = summary["questions"]["memory"]
     if memory["questions"]:
         marks = memory["first_sentence"]
@@ -97,16 +108,46 @@ def _in_words(facts: Facts) -> Html | str:
     return join(*said) if said else "Nothing was held out and nothing asked."
 
 
+def _in_losses(facts: Facts) -> str:
+    """How the losses of a training that no run is around have moved."""
+    said = [
+        f"The {name} loss went from {in_nats(reports[0]['loss'])} to {in_nats(reports[-1]['loss'])}."
+        for name, reports in (("training", facts.train), ("validation", facts.valid))
+        if reports
+    ]
+    return " ".join(said) or "No step has been reported yet."
+
+
+def _moved(loss: Mapping[str, Any]) -> str:
+    """``fell by 12%``, of a loss before and after."""
+    fell = loss["after"] < loss["before"]
+    if loss["change"] is None or abs(loss["change"]) > 1:
+        return f"{'fell' if fell else 'rose'} from {in_nats(loss['before'])} to {in_nats(loss['after'])}"
+    return f"{'fell' if fell else 'rose'} by {abs(loss['change']):.0%}"
+
+
+def _unread(facts: Facts) -> Html | None:
+    """What is in the folder and not on the page."""
+    if not facts.faults:
+        return None
+    return element(
+        "div",
+        element("p", "Some of the run folder could not be read and is not on this page:"),
+        element("ul", *(element("li", fault) for fault in facts.faults)),
+        class_="notice",
+        role="status",
+    )
+
+
 def _progress(facts: Facts) -> Html | None:
     """Where a run that is not at its end stands."""
-    if "summary" in facts.record:
+    if "summary" in facts.record or (not facts.is_run and "train" in facts.results):
         return None
     stages = facts.record["inputs"]  # in the order in which they are done
     open_stages = [stage for stage in stages if stage not in facts.results]
     done = listing(stage for stage in stages if stage in facts.results)
-    steps = facts.recipe["train"]["iters"]
     at_train = facts.train and open_stages[:1] == ["train"]
-    place = f" (step {facts.train[-1]['step']} of {steps})" if at_train else ""
+    place = f" (step {facts.train[-1]['step']} of {facts.steps})" if at_train else ""
     text = (
         f"Done: {done}. To be done: {listing(open_stages)}{place}. This page is made of what is there so far."
     )
@@ -134,10 +175,10 @@ def _drawn(facts: Facts) -> dict[str, Any]:
         for split in facts.results[stage]["losses"]
     ]
     return {
-        "steps": facts.recipe["train"]["iters"],
-        "warmup": facts.recipe["train"].get("warmup", 0),
-        "train": [dict(report) for report in facts.train],
-        "valid": [dict(report) for report in facts.valid],
+        "steps": facts.steps,
+        "warmup": facts.train_settings.get("warmup", 0),
+        "train": list(thinned(facts.train)),
+        "valid": list(thinned(facts.valid, ("loss",))),
         "ends": ends,
         "lengths": train.get("lengths"),
         "limit": train.get("max_seq_length"),

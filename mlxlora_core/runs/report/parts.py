@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from mlxlora_core.runs.report.html import Html, element
 
+_LARGE = 1e6
+
 
 def figure(name: str, title: str, unit: str, *series: tuple[str, str]) -> Html:
     """The place of the chart ``name`` of report.js; ``series`` are (style, label) of its legend."""
@@ -72,3 +74,8 @@ def shown(value: object) -> str:
 def counted(number: int, noun: str) -> str:
     """``1 row``, ``2 rows``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def in_nats(loss: float) -> str:
+    """A loss with four decimals, or as many digits as there are of a very large one."""
+    return f"{loss:.4f}" if abs(loss) < _LARGE else f"{loss:.4g}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlxlora_core.errors import listing
 from mlxlora_core.runs.recipe import DEFAULT
+from mlxlora_core.runs.report.curves import Curves
 from mlxlora_core.runs.report.facts import Facts
 from mlxlora_core.runs.report.html import Html, element
 from mlxlora_core.runs.report.parts import counted, figure, note, shown, table
@@ -18,7 +20,7 @@ ROWS_SHOWN = 40  # of a table that only samples a longer list
 
 def training(facts: Facts) -> Html | None:
     """What was reported on the way: charts, and the same as a table."""
-    if not facts.train and not facts.valid:
+    if facts.curves == Curves():
         return None
     result = facts.results.get("train")
     series = [("train", "training rows")]
@@ -26,14 +28,17 @@ def training(facts: Facts) -> Html | None:
         series.append(("valid", "validation rows (held out)"))
     if "test" in facts.results.get("before", {"losses": {}})["losses"]:
         series.append(("test", "test rows (held out), before and after"))
-    said = [_rate_in_words(facts.recipe.get("train", {})), f"Training took {_duration(_seconds(facts))}."]
+    said = [_rate_in_words(facts.train_settings), f"Training took {_duration(_seconds(facts))}."]
     if result:
+        share = result["trainable_parameters"] / max(result["parameters"], 1)
         said.insert(
             0,
             f"{result['trainable_parameters']:,} of {result['parameters']:,} parameters trained "
-            f"({result['trainable_parameters'] / result['parameters']:.2%}), "
-            f"on {len(result['adapted'])} linears.",
+            f"({share:.2%}), on {len(result['adapted'])} linears.",
         )
+    odd = facts.curves.not_finite
+    if odd:
+        said.append(f"Not drawn: {counted(odd, 'report')} with a loss that is not finite.")
     return element(
         "section",
         element("h2", "Training"),
@@ -61,7 +66,7 @@ def _rate_in_words(train: Mapping[str, Any]) -> str:
 
 def _seconds(facts: Facts) -> float:
     """Wall time of the steps and validations that were reported."""
-    seconds = sum(report.get("seconds", 0.0) for report in facts.valid)
+    seconds: float = sum(report.get("seconds", 0.0) for report in facts.valid)
     before = 0.0
     for report in facts.train:
         speed = report.get("steps_per_second", 0.0)
@@ -72,6 +77,8 @@ def _seconds(facts: Facts) -> float:
 
 def _duration(seconds: float) -> str:
     """``2 h 5 min``, ``3 min 20 s`` or ``4.2 s``."""
+    if not math.isfinite(seconds):
+        return "a time that is not known"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -80,7 +87,7 @@ def _duration(seconds: float) -> str:
 
 
 def _steps_table(facts: Facts) -> Html:
-    by_step: dict[float, dict[str, str]] = {}
+    by_step: dict[int, dict[str, str]] = {}
     columns = (
         ("loss", "{:.4f}", 1),
         ("learning_rate", "{:.2e}", 1),
@@ -104,7 +111,7 @@ def _steps_table(facts: Facts) -> Html:
     return table(
         caption,
         ("step", "train loss", "valid loss", "learning rate", "gradient norm", "tokens/s", "peak GB"),
-        [(f"{step:g}", *(by_step[step].get(key, "") for key in keys)) for step in chosen],
+        [(step, *(by_step[step].get(key, "") for key in keys)) for step in chosen],
         numbers=range(7),
     )
 
@@ -139,9 +146,9 @@ def dataset(facts: Facts) -> Html | None:
 
 
 def _narrowed(facts: Facts, result: Mapping[str, Any]) -> list[str]:
-    section = facts.recipe["data"]
+    section = facts.recipe.get("data", {})
     given = {key: value for key, value in section.items() if key not in ("use", "options")}
-    given |= section.get("options", {})
+    given |= _options(section)
     chosen = {key: given[key] for key in given if facts.record["origins"].get(f"data.{key}") != DEFAULT}
     lines = [f"Asked for: {listing(f'{key} = {shown(value)}' for key, value in chosen.items())}."]
     lines.append(
@@ -169,6 +176,12 @@ def _narrowed(facts: Facts, result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _options(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options of a component in a section of a recipe."""
+    options = section.get("options", {})
+    return options if isinstance(options, dict) else {}
+
+
 def _skipped(skipped: Sequence[Mapping[str, str]]) -> Html | None:
     if not skipped:
         return None
@@ -194,7 +207,7 @@ def values(facts: Facts) -> Html:
     for name, origin in sorted(facts.record["origins"].items()):
         section, _, key = name.partition(".")
         given = facts.recipe.get(section, {})
-        value = given.get(key, given.get("options", {}).get(key))
+        value = given.get(key, _options(given).get(key))
         (left if origin == DEFAULT else chosen).append((name, shown(value), origin))
     heads = ("value", "", "from")
     return element(
@@ -217,9 +230,7 @@ def origins(facts: Facts) -> Html:
     about = [
         ("mlxlora", record["mlxlora"]),
         ("seed", record["seed"]),
-        ("system", machine["system"]),
-        ("python", machine["python"]),
-        ("cores", machine["cores"]),
+        *((name, machine.get(name, "not known")) for name in ("system", "python", "cores")),
         *(("runtime", note) for note in record["runtime"]),
     ]
     sources = facts.results.get("data", {"versions": {}})["versions"]

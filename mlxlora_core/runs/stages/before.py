@@ -17,6 +17,7 @@ class BeforeStage(MeasureStage):
     """The base, measured and asked."""
 
     name = "before"
+    is_first = True
     builds_on = ("model", "data")
 
     def model(self, context: Context) -> Generator[Event, None, Model]:

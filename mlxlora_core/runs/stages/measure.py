@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlxlora_core.options import plain
 from mlxlora_core.runs.events import Event, StageDone
@@ -12,7 +12,7 @@ from mlxlora_core.runs.folder import DATA
 from mlxlora_core.runs.grading import Expected, find_expected, grade
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.stages.stage import Stage, identity_of
-from mlxlora_core.training.events import Advanced
+from mlxlora_core.training.events import Advanced, Note
 
 if TYPE_CHECKING:
     from mlxlora_core.model.folder import Model
@@ -20,9 +20,17 @@ if TYPE_CHECKING:
 
 HELD_OUT = ("valid", "test")
 
+_PROMPT_LETTERS = 60  # so much of a prompt is told
+
 
 class MeasureStage(Stage):
-    """A model, measured and asked."""
+    """A model, measured and asked.
+
+    Attributes:
+        is_first: whether rows and prompts are new to the run, and there is something to tell of them.
+    """
+
+    is_first: ClassVar[bool] = False
 
     @abstractmethod
     def model(self, context: Context) -> Generator[Event, None, Model]:
@@ -43,8 +51,10 @@ class MeasureStage(Stage):
     def work(self, context: Context) -> Iterator[Event]:
         """Measure the loss of each held-out split, and ask each prompt."""
         model = yield from self.model(context)
-        prompts = context.recipe.generate.prompts
-        expected = find_expected(context.path / DATA, prompts, model.tokenizer)
+        prompts, ask = context.recipe.generate.prompts, context.recipe.generate
+        expected = find_expected(context.path / DATA, prompts, model.tokenizer, ask)
+        if self.is_first:
+            yield from map(Note, _words(model, context, expected))
         losses = {}
         for split in HELD_OUT:
             if context.has_rows(split):
@@ -55,9 +65,35 @@ class MeasureStage(Stage):
             yield Advanced("answering", len(answers), len(prompts))
         yield StageDone(self.name, {"losses": losses, "answers": answers})
 
+    def fits(self, result: Mapping[str, Any], recipe: Recipe) -> bool:
+        """Whether it has an answer to each prompt."""
+        return tuple(answer["prompt"] for answer in result["answers"]) == recipe.generate.prompts
+
     def words(self, result: Mapping[str, Any]) -> list[str]:
         """The losses."""
         return [f"{split} loss {loss['loss']:.4f}" for split, loss in result["losses"].items()]
+
+
+def _words(model: Model, context: Context, expected: Mapping[str, Expected]) -> Iterator[str]:
+    """A line on what somebody should know of the prompts, and of the rows that no training tells of."""
+    from mlxlora_core.model.prompts import words_on
+
+    if context.has_rows("test"):
+        yield from context.rows("test", model).words("test")
+    ask = context.recipe.generate
+    for prompt in ask.prompts:
+        words = list(words_on(model.tokenizer, ask.asked(prompt)))
+        if prompt in expected and not expected[prompt].told:
+            words.append(
+                "warning: the prompt ends inside a token of its row, which has other tokens there; "
+                "end it where a word ends, without the white space behind"
+            )
+        yield from (f"{line} ({_shortened(prompt)})" for line in words)
+
+
+def _shortened(prompt: str) -> str:
+    """A prompt, or the end of a long one, between quotes."""
+    return repr(prompt if len(prompt) <= _PROMPT_LETTERS else f"...{prompt[-_PROMPT_LETTERS:]}")
 
 
 def _loss(model: Model, split: str, context: Context) -> Generator[Event, None, dict[str, Any]]:
@@ -83,7 +119,7 @@ def _graded(model: Model, prompt: str, recipe: Recipe, expected: Expected | None
         generate(
             model.language_model,
             model.tokenizer,
-            prompt,
+            recipe.generate.asked(prompt),
             [(sampler.component, sampler.options) for sampler in recipe.sampler],
             num_tokens=recipe.generate.num_tokens,
             seed=recipe.run.seed,

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxlora_core.files.fingerprints import content_digest
 from mlxlora_core.model.events import describe_conversion
 from mlxlora_core.options import plain
 from mlxlora_core.runs.events import Event, StageDone
-from mlxlora_core.runs.folder import MODEL, files, stats
+from mlxlora_core.runs.folder import MODEL, files
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.stages.stage import Stage, identity_of
 
@@ -25,9 +26,10 @@ class ModelStage(Stage):
     def inputs(self, recipe: Recipe) -> Mapping[str, Any]:
         """The files of the model, and how they are converted."""
         source = recipe.model.torch_path or recipe.model.mlx_path or Path()
+        read = [source] if source.is_file() else [source / name for name in files(source)]
         return {
             "model": plain(recipe.model),
-            "files": stats(source, files(source)),
+            "files": {path.name: content_digest(path) for path in read},
             "parts": [identity_of(recipe.loader), identity_of(recipe.quantize, recipe.quantize_config)],
         }
 

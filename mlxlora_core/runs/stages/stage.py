@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice
+from mlxlora_core.plugins.sources import source_digest
 from mlxlora_core.runs.events import Event
 from mlxlora_core.runs.recipe import Recipe
 
@@ -49,17 +50,23 @@ class Stage(ABC):
             MlxloraError: it cannot be done.
         """
 
+    def fits(self, result: Mapping[str, Any], recipe: Recipe) -> bool:
+        """Whether a result that was read back can be one of this recipe; else the stage is done again."""
+        return True
+
     def words(self, result: Mapping[str, Any]) -> list[str]:
         """What came of it, in lines for a person."""
         return []
 
 
 def identity_of(choice: Choice | None, config: Any = None) -> list[Any] | None:
-    """A component, the version of its plugin, its options, and what its section holds beside them.
+    """A component, version and code of its plugin, its options, and what its section holds beside them.
 
     None for a part that is left out.
     """
     if choice is None:
         return None
     component = choice.component
-    return [component.id, component.plugin.version, plain(choice.options), plain(config)]
+    plugin = component.plugin
+    version = plugin.version if plugin.origin == "built-in" else f"{plugin.version} {source_digest(plugin)}"
+    return [component.id, version, plain(choice.options), plain(config)]

@@ -40,32 +40,35 @@ class TrainStage(Stage):
 
     def work(self, context: Context) -> Iterator[Event]:
         """Train to the end, saving on the way."""
-        from mlxlora_core.training.session import NewAdapter, Outputs, open_training
+        from mlxlora_core.training.outputs import Outputs, held
+        from mlxlora_core.training.session import NewAdapter, open_training
 
         recipe, path = context.recipe, context.path
         model = yield from context.load_base()
-        session = open_training(
-            model,
-            NewAdapter(recipe.adapter, recipe.adapter_config),
-            {split: context.rows(split, model) for split in ("train", "valid") if context.has_rows(split)},
-            recipe.train,
-            context.registry,
-            seed=recipe.run.seed,
-            outputs=Outputs(
-                adapter_file=path / ADAPTER,
-                checkpoints=path / CHECKPOINTS,
-                metrics=path / METRICS,
-                saving=recipe.checkpoints,
-                resume_command=context.resume_command,
-            ),
-            runtimes=context.runtimes,
+        outputs = Outputs(
+            adapter_file=path / ADAPTER,
+            checkpoints=path / CHECKPOINTS,
+            metrics=path / METRICS,
+            saving=recipe.checkpoints,
+            resume_command=context.resume_command,
         )
-        context.adapted = session.adapted
-        for event in session.start(Start.CONTINUE):
-            yield event
-            if isinstance(event, TrainResult):
-                lengths = length_counts(session.rows["train"].lengths)
-                yield StageDone(self.name, asdict(event) | {"lengths": lengths})
+        with held(outputs):
+            session = open_training(
+                model,
+                NewAdapter(recipe.adapter, recipe.adapter_config),
+                {s: context.rows(s, model) for s in ("train", "valid") if context.has_rows(s)},
+                recipe.train,
+                context.registry,
+                seed=recipe.run.seed,
+                outputs=outputs,
+                runtimes=context.runtimes,
+            )
+            context.adapted = session.adapted
+            for event in session.start(Start.CONTINUE):
+                yield event
+                if isinstance(event, TrainResult):
+                    lengths = length_counts(session.rows["train"].lengths)
+                    yield StageDone(self.name, asdict(event) | {"lengths": lengths})
 
     def words(self, result: Mapping[str, Any]) -> list[str]:
         """How far the training came, and which of its adapters it was for."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from mlxlora_core.errors import ResourceError, SafetyError
 from mlxlora_core.files import durable
+from mlxlora_core.files.leftovers import temporary_name
 
 
 def names(folder: Path) -> list[str]:
@@ -243,7 +245,7 @@ with durable.new_file(Path(sys.argv[1])):
 """
     assert run(code, path).returncode == -9
     assert len(names(tmp_path)) == 1 and not path.exists()
-    living = tmp_path / f".{path.name}.{os.getppid()}.tmp"
+    living = tmp_path / temporary_name(path.name, os.getppid(), "tmp")
     living.write_text("still at work")
     durable.write_text(path, "new")
     assert names(tmp_path) == sorted([path.name, living.name])
@@ -260,7 +262,7 @@ def test_the_mode_of_an_older_file_is_kept(tmp_path: Path) -> None:
 def test_a_temporary_name_that_is_taken_is_not_written_through(tmp_path: Path) -> None:
     path, elsewhere = tmp_path / "file", tmp_path / "elsewhere"
     elsewhere.write_text("precious")
-    (tmp_path / f".file.{os.getpid()}.tmp").symlink_to(elsewhere)
+    (tmp_path / temporary_name("file", os.getpid(), "tmp")).symlink_to(elsewhere)
     durable.write_text(path, "new")
     assert elsewhere.read_text() == "precious" and path.read_text() == "new"
 
@@ -279,13 +281,197 @@ def test_a_folder_goes_at_once_and_one_can_be_put_aside(tmp_path: Path) -> None:
     assert (tmp_path / "damaged-two-1" / "file").read_text() == "two"
 
 
-def test_what_dead_processes_left_is_cleared_by_name(tmp_path: Path) -> None:
-    dead, alive = 2**22 + 1, os.getppid()
-    mine = [f".step-1.{dead}.tmp", f".step-2.{dead}.gone"]
-    kept = [f".step-1.{alive}.tmp", f".other-1.{dead}.tmp", f".step-1.{dead}.txt", ".step-1.x.tmp"]
-    for name in (*mine, *kept):
-        (tmp_path / name).mkdir()
-    (tmp_path / f".step-3.{dead}.old").mkdir()
-    assert durable.clear_leftovers(tmp_path, "step-*") == 3
-    assert names(tmp_path) == sorted([*kept, "step-3"])
-    assert durable.clear_leftovers(tmp_path / "nowhere", "*") == 0
+# --- modes --------------------------------------------------------------------
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("wanted", [0o600, 0o640, 0o644, 0o666, 0o400])
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o000])
+def test_a_temporary_file_has_the_mode_of_what_it_replaces_from_the_start(
+    tmp_path: Path, wanted: int, mask: int
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    path.chmod(wanted)
+    before = os.umask(mask)
+    try:
+        with durable.new_file(path) as file:
+            (temporary,) = tmp_path.glob(".file.*")
+            assert mode(temporary) == wanted
+            file.write(b"new")
+        with durable.new_file(tmp_path / "fresh"):
+            (temporary,) = tmp_path.glob(".fresh.*")
+            assert mode(temporary) == 0o666 & ~mask
+    finally:
+        os.umask(before)
+    assert mode(path) == wanted and path.read_text() == "new"
+
+
+def test_at_no_instant_may_somebody_else_read_what_is_private(tmp_path: Path) -> None:
+    """Every call that makes or changes a file is looked behind."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    path.chmod(0o600)
+    code = """
+import os, stat, sys
+from pathlib import Path
+from mlxlora_core.files import durable
+target, seen = Path(sys.argv[1]), []
+def look(event, arguments):
+    if event != "os.listdir" and not event.startswith("glob"):
+        for name in os.scandir(target.parent):
+            if name.is_file() and "file" in name.name:
+                seen.append(oct(stat.S_IMODE(name.stat().st_mode)))
+busy = False
+def hook(event, arguments):
+    global busy
+    if not busy and event in ("open", "os.rename", "os.chmod", "os.chown", "os.remove"):
+        busy = True
+        look(event, arguments)
+        busy = False
+sys.addaudithook(hook)
+os.umask(0)
+with durable.new_file(target) as file:
+    file.write(b"new")
+    look("", ())
+print(set(seen))
+"""
+    done = run(code, path)
+    assert done.stdout.strip() == "{'0o600'}", done.stderr
+
+
+def test_a_folder_that_is_replaced_keeps_its_mode_and_those_of_its_files(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    build(target, "1")
+    (target / "below").mkdir()
+    (target / "below" / "file").write_text("1")
+    for path, wanted in ((target, 0o750), (target / "mark", 0o600), (target / "below", 0o700)):
+        path.chmod(wanted)
+    (target / "below" / "file").chmod(0o640)
+    with durable.new_folder(target, overwrite=True, ours=ours) as folder:
+        assert mode(folder) == 0o700, "nobody looks into what is not there yet"
+        for name in ("mark", "more", "fresh"):
+            durable.write_text(folder / name, "2")
+        (folder / "below").mkdir()
+        (folder / "below" / "file").write_text("2")
+    modes = {str(path.relative_to(tmp_path)): mode(path) for path in tmp_path.rglob("*")}
+    fresh = 0o666 & ~umask()
+    assert modes == {
+        "target": 0o750,
+        "target/mark": 0o600,
+        "target/more": fresh,
+        "target/fresh": fresh,
+        "target/below": 0o700,
+        "target/below/file": 0o640,
+    }
+
+
+def test_a_new_folder_has_the_mode_that_the_process_gives(tmp_path: Path) -> None:
+    build(tmp_path / "target", "1")
+    (tmp_path / "plain").mkdir()
+    assert mode(tmp_path / "target") == mode(tmp_path / "plain")
+
+
+def umask() -> int:
+    before = os.umask(0)
+    os.umask(before)
+    return before
+
+
+# --- never absent -------------------------------------------------------------
+
+
+def test_a_folder_that_is_replaced_is_there_at_every_instant(tmp_path: Path) -> None:
+    """A reader that does nothing but look never misses it."""
+    target = tmp_path / "target"
+    build(target, "0")
+    code = """
+import os, sys
+missed = looked = 0
+while os.path.exists(sys.argv[2]):
+    looked += 1
+    try:
+        os.stat(os.path.join(sys.argv[1], "mark"))
+    except FileNotFoundError:
+        missed += 1
+print(missed, looked)
+"""
+    going = tmp_path / "going"
+    going.touch()
+    command = [sys.executable, "-c", code, str(target), str(going)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader:
+        for count in range(100):
+            build(target, str(count), overwrite=True)
+        going.unlink()
+        missed, looked = map(int, reader.communicate(timeout=60)[0].split())
+    assert missed == 0 and looked > 0
+
+
+def test_where_names_cannot_change_places_the_old_folder_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "exchange", lambda one, other: False)
+    target = tmp_path / "target"
+    build(target, "1")
+    build(target, "2", overwrite=True)
+    assert (target / "more").read_text() == "2" and names(tmp_path) == ["target"]
+
+
+def test_what_somebody_puts_into_a_folder_meanwhile_is_not_lost(tmp_path: Path) -> None:
+    def only_ours(folder: Path) -> bool:
+        return {path.name for path in folder.iterdir()} <= {"mark", "more"}
+
+    target = tmp_path / "target"
+    build(target, "1")
+    with pytest.raises(SafetyError), durable.new_folder(target, overwrite=True, ours=only_ours) as folder:
+        durable.write_text(folder / "mark", "2")
+        (target / "notes").write_text("precious")
+    assert names(target) == ["mark", "more", "notes"] and names(tmp_path) == ["target"]
+
+
+# --- flushing -----------------------------------------------------------------
+
+UNFLUSHED = """
+import errno, os, stat, sys
+from pathlib import Path
+from mlxlora_core.files import durable
+number, kinds = int(sys.argv[2]), sys.argv[3].split()
+real = os.fsync
+def fsync(descriptor):
+    folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+    if ("folder" if folder else "file") in kinds:
+        raise OSError(number, os.strerror(number))
+    real(descriptor)
+os.fsync = fsync
+try:
+    with durable.new_folder(Path(sys.argv[1]) / "target") as folder:
+        durable.write_text(folder / "mark", "1")
+    durable.flush_files([Path(sys.argv[1]) / "target" / "mark"])
+except durable.ResourceError as fault:
+    print(fault)
+"""
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO, errno.ENOTSUP, errno.EBADF, errno.EROFS])
+def test_a_folder_that_cannot_be_flushed_counts(tmp_path: Path, number: int) -> None:
+    assert run(UNFLUSHED, tmp_path, str(number), "folder").stdout == ""
+    assert names(tmp_path / "target") == ["mark"]
+
+
+def test_a_file_counts_where_the_file_system_flushes_none_and_not_where_it_fails(tmp_path: Path) -> None:
+    assert run(UNFLUSHED, tmp_path, str(errno.EINVAL), "file folder").stdout == ""
+    (tmp_path / "other").mkdir()
+    assert "cannot be written" in run(UNFLUSHED, tmp_path / "other", str(errno.EIO), "file").stdout
+    assert names(tmp_path / "other") == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser reads every folder")
+def test_a_folder_that_may_be_written_and_not_read_takes_a_file(tmp_path: Path) -> None:
+    (tmp_path / "drop").mkdir()
+    (tmp_path / "drop").chmod(0o300)
+    durable.write_text(tmp_path / "drop" / "file", "1")
+    assert (tmp_path / "drop" / "file").read_text() == "1"
+    (tmp_path / "drop").chmod(0o700)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxlora_core.errors import ExitCode, LockedError, ResourceError
+from mlxlora_core.errors import ExitCode, LockedError, ResourceError, SafetyError
 from mlxlora_core.files import lock
 
 HOLDS = """
@@ -90,11 +90,29 @@ def test_a_lock_that_another_machine_left_is_not_taken(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b'"x"', b"null"])
-def test_a_lock_file_that_says_nothing_is_free(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b'{"proc', b"\0" * 40, b'{"process": "1", "ho'),
+        *(b'{"process": "1", "x": ' + b"[" * 4000, b'{"process": "1", "host": 5}', b'{"process": "\xff"}'),
+    ],
+)
+def test_a_lock_file_that_tells_nothing_is_free(tmp_path: Path, content: bytes) -> None:
     (tmp_path / ".run.lock").write_bytes(content)
     with lock.hold(tmp_path / "run"):
         pass
+
+
+@pytest.mark.parametrize(
+    "content", [b"[1]", b"\xff", b'"x"', b"null", b"{}", b'{"name": "app", "lockfileVersion": 3}', b" "]
+)
+def test_a_file_of_somebody_else_that_is_called_like_a_lock_is_left_alone(
+    tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / ".run.lock").write_bytes(content)
+    with pytest.raises(SafetyError, match="left alone"), lock.hold(tmp_path / "run"):
+        pass
+    assert (tmp_path / ".run.lock").read_bytes() == content
 
 
 def test_two_names_of_one_folder_have_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,6 +282,11 @@ BAD_SAFETENSORS = {
     ),
     "a key short": (raw({"a": {"dtype": "F32", "shape": [2]}}), "tensor a has no entry"),
     "metadata that is no text": (raw({"__metadata__": {"a": 1}, "a": entry()}), "no JSON of names and texts"),
+    "metadata of 17 MB": (raw({"__metadata__": {"a": "x" * (17 << 20)}, "a": entry()}), "17825793 letters"),
+    "metadata of many entries": (
+        raw({"__metadata__": {f"k{i}": "" for i in range(10_001)}, "a": entry()}),
+        "10001 entries",
+    ),
     "metadata twice": (raw(b'{"__metadata__":{},"__metadata__":{}}', b""), "__metadata__ stands there twice"),
     "a name twice": (twice("a"), "tensor a stands there twice"),
     "one name spelt twice": (

@@ -10,6 +10,7 @@ import pytest
 
 from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.runs.grading import Expected, find_expected, first_sentence, grade, summarize
+from mlxlora_core.training.settings import ChatConfig
 
 RELU = " mlx.nn.ReLU Applies the Rectified Linear Unit.\n\nSimply ``mx.maximum(x, 0)``."
 
@@ -71,6 +72,36 @@ def test_a_question_is_found_by_what_a_conversation_begins_with(
     asked = "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n Hi?  [/INST]"
     others = ["Hi?", "[INST] Hi? [/INST]", "[INST] Why? [/INST]", asked + " Ho.", ""]
     assert find_expected(data, [asked, *others], tokenizer) == {asked: Expected("test", " Ho.")}
+
+
+def test_a_question_that_ends_inside_a_token_of_its_row_was_not_told(
+    tmp_path: Path, tokenizer: CheckedTokenizer
+) -> None:
+    """Of a text; prompts of rows have their own ids, white space at the end included."""
+    rows = [{"text": "Q: one\nA: the mask"}, {"prompt": "Q: two\nA: ", "completion": "the mask"}]
+    data = write(tmp_path / "data", train=rows)
+    assert find_expected(data, ["Q: one\nA: ", "Q: one\nA:", "Q: two\nA: "], tokenizer) == {
+        "Q: one\nA: ": Expected("train", "the mask", told=False),
+        "Q: one\nA:": Expected("train", " the mask"),
+        "Q: two\nA: ": Expected("train", "the mask"),
+    }
+
+
+def test_a_question_in_a_chat_is_found_in_conversations_alone(
+    tmp_path: Path, tokenizer: CheckedTokenizer
+) -> None:
+    said = ({"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."})
+    system = {"role": "system", "content": "Be brief."}
+    data = write(
+        tmp_path / "data",
+        train=[{"messages": [*said]}, {"text": "Hi? Ho."}, {"prompt": "Hi?", "completion": " Ha."}],
+        valid=[{"messages": [system, *said]}],
+    )
+    assert find_expected(data, ["Hi?"], tokenizer, ChatConfig(chat=True)) == {
+        "Hi?": Expected("train", " Ho.")
+    }
+    briefly = ChatConfig(chat=True, system="Be brief.")
+    assert find_expected(data, ["Hi?"], tokenizer, briefly) == {"Hi?": Expected("valid", " Ho.")}
 
 
 def test_a_prompt_with_more_than_one_answer_has_none(tmp_path: Path, tokenizer: CheckedTokenizer) -> None:

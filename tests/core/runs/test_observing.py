@@ -82,7 +82,8 @@ def test_an_event_in_plain_values() -> None:
     assert event_values(TrainingStarted(3, 9)) == {"kind": "training_started", "step": 3, "steps": 9}
     assert event_values(CheckpointSaved(3, 0.5)) == {"kind": "checkpoint_saved", "step": 3, "seconds": 0.5}
     spike = SpikeReport(3, float("inf"), 2.0)
-    assert event_values(spike) == {"kind": "spike", "step": 3, "loss": None, "median": 2.0}
+    told = {"kind": "spike", "step": 3, "loss": None, "loss_is": "infinite", "median": 2.0}
+    assert event_values(spike) == told
     assert event_values(Note("memory")) == {"kind": "note", "text": "memory"}
     done = event_values(StageDone("model", {"folder": Path("x"), "adapted": ("wq",)}))
     assert done == {"kind": "stage_done", "stage": "model", "result": {"folder": "x", "adapted": ["wq"]}}

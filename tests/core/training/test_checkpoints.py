@@ -25,6 +25,7 @@ from mlxlora_core.errors import (
     SafetyError,
     SettingsChanged,
 )
+from mlxlora_core.files.leftovers import temporary_name
 from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
@@ -41,7 +42,9 @@ from mlxlora_core.training.events import (
     ValidReport,
 )
 from mlxlora_core.training.examples import Example, Examples
-from mlxlora_core.training.session import NewAdapter, Outputs, TrainingSession, open_training
+from mlxlora_core.training.identity import SOURCE
+from mlxlora_core.training.outputs import Outputs
+from mlxlora_core.training.session import NewAdapter, TrainingSession, open_training
 from mlxlora_core.training.settings import SaveConfig, TrainConfig
 
 EVERY = SaveConfig(save_every=1, save_minutes=1e9, keep=1000)
@@ -346,6 +349,24 @@ def test_other_versions_are_told_and_recorded(start: MakeWork, tmp_path: Path, t
     assert record["step"] == 3 and record["versions"]["mlx"] == "0.99.0"
 
 
+def test_other_code_of_a_plugin_is_told_and_makes_a_training_another_one(
+    start: MakeWork, tmp_path: Path, trained: Path
+) -> None:
+    def edited(work: Work, digest: str) -> Work:
+        versions = {**work.checkpoints._identity.versions, f"{SOURCE}bias": digest}
+        work.checkpoints._identity = replace(work.checkpoints._identity, versions=versions)
+        return work
+
+    folder = only(trained, tmp_path / "c", 3)
+    work = edited(start(folder), "1a")
+    assert not [note for note in go_on(work) if "bias" in note], "a checkpoint of before tells no code"
+    finish(work)
+    assert edited(start(folder), "1a").begin(Start.CONTINUE)[-1].startswith("nothing to do")
+    (warning,) = [note for note in go_on(edited(start(folder), "2b")) if "bias" in note]
+    assert warning.startswith("warning: the code of plugin bias has changed since (1a, now 2b)")
+    assert "removed" in edited(start(folder), "2b").begin(Start.CONTINUE)[-1], "begun anew"
+
+
 def test_a_plugin_that_is_gone_is_named_with_how_to_get_it(trained: Path, registry: Registry) -> None:
     found = find(trained)
     checkpoints.check_plugins(found, registry)
@@ -454,6 +475,66 @@ def test_what_another_tool_put_there_is_never_opened(start: MakeWork, trained: P
     assert not canary.exists()
 
 
+# --- what is none of ours -----------------------------------------------------
+
+
+def plain_file(path: Path) -> None:
+    path.write_text("precious")
+
+
+def folder_of_notes(path: Path) -> None:
+    path.mkdir()
+    (path / "notes.txt").write_text("precious")
+
+
+def manifest_of_another_tool(path: Path) -> None:
+    path.mkdir()
+    (path / "MANIFEST.json").write_text('{"files": ["precious"]}')
+
+
+def link_to_a_folder(path: Path) -> None:
+    elsewhere = path.parent.parent / "elsewhere"
+    folder_of_notes(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+STRANGE = [plain_file, folder_of_notes, manifest_of_another_tool, link_to_a_folder]
+
+
+def below(folder: Path) -> dict[str, str]:
+    paths = [folder] if folder.is_file() else folder.rglob("*")
+    return {str(path): path.read_text("utf-8", "replace") for path in paths if path.is_file()}
+
+
+@pytest.mark.parametrize("make", STRANGE)
+@pytest.mark.parametrize("how", [Start.BEGIN, Start.OVERWRITE, Start.CONTINUE, Start.RESUME])
+def test_what_is_called_like_a_checkpoint_and_is_none_stays(
+    start: MakeWork, trained: Path, tmp_path: Path, make: Callable[[Path], None], how: Start
+) -> None:
+    folder = only(trained, tmp_path / "c", *([8] if how in (Start.RESUME, Start.CONTINUE) else []))
+    folder.mkdir(exist_ok=True)
+    make(folder / "step-0000009")
+    before = below(folder / "step-0000009")
+    with pytest.raises(SafetyError, match="left alone"):
+        start(folder).begin(how)
+    assert below(folder / "step-0000009") == before and before
+
+
+def test_notes_in_a_checkpoint_keep_it_where_it_would_go(
+    start: MakeWork, trained: Path, tmp_path: Path
+) -> None:
+    folder = only(trained, tmp_path / "c", 6, 7)
+    for step in (6, 7):
+        (folder / f"step-000000{step}" / "notes.txt").write_text("precious")
+    with pytest.raises(SafetyError, match="left alone"):
+        start(folder).begin(Start.OVERWRITE)
+    work = start(folder)
+    go_on(work)
+    finish(work, SaveConfig(save_every=1, keep=1, save_minutes=1e9))
+    assert {6, 7, 9} <= set(steps(folder)), "neither is pruned"
+    assert (folder / "step-0000007" / "notes.txt").read_text() == "precious"
+
+
 # --- beginning ----------------------------------------------------------------
 
 
@@ -527,12 +608,13 @@ def test_a_reader_of_a_checkpoint_that_is_pruned_reads_on(
 def test_what_is_half_removed_or_half_written_is_no_checkpoint(trained: Path, tmp_path: Path) -> None:
     folder = only(trained, tmp_path / "c", 4)
     dead = 2**22 + 1
-    for name in (f".step-0000008.{dead}.gone", f".step-0000009.{dead}.tmp"):
-        shutil.copytree(trained / "step-0000009", folder / name)
-    shutil.copytree(trained / "step-0000009", folder / f".step-0000009.{os.getppid()}.tmp")
+    for name, ending in (("step-0000008", "gone"), ("step-0000009", "tmp")):
+        shutil.copytree(trained / "step-0000009", folder / temporary_name(name, dead, ending))
+    living = temporary_name("step-0000009", os.getppid(), "tmp")
+    shutil.copytree(trained / "step-0000009", folder / living)
     (folder / f".notes.{dead}.tmp").write_text("of somebody else")
     assert [c.step for c in find_to_resume(folder).valid] == [4]
-    left = [f".notes.{dead}.tmp", f".step-0000009.{os.getppid()}.tmp", "step-0000004"]
+    left = [f".notes.{dead}.tmp", living, "step-0000004"]
     assert names(folder) == sorted(left), "a living process keeps what it works on"
 
 

@@ -36,8 +36,8 @@ def test_a_text_row_counts_whole_but_for_its_begin_token(tmp_path: Path, tokeniz
     ("prompt", "completion", "answer"),
     [
         ("Q: what?\nA:", " a layer", " a layer"),
-        ("Q: what?\nA: ", "a layer", " a layer"),  # the space belongs to the piece of the answer
-        ("th", "e", " the"),  # one piece over the boundary is the answer's
+        ("Q: what?\nA: ", "a layer", "a layer"),  # a text has the space in one piece with the answer
+        ("th", "e", "e"),  # and this is one piece
         ("Q", "", ""),
         ("", "the weights", " the weights"),
         ("é", "😀", "😀"),
@@ -52,7 +52,9 @@ def test_a_prompt_ends_where_the_answer_begins(
     ]
     (whole,) = read(tmp_path, tokenizer, row, {"text": "x"}).examples[:1]
     assert masked.tokens.tolist() == whole.tokens.tolist()
-    assert masked.tokens.tolist() == tokenizer.encode(prompt + completion, eos=True)
+    asked = tokenizer.encode(prompt)
+    assert masked.tokens.tolist()[: len(asked)] == asked
+    assert tokenizer.decode(masked.tokens.tolist()) == prompt + completion
     ids = masked.tokens[masked.mask].tolist()
     assert ids.pop() == 2
     assert tokenizer.decode(ids) == answer
@@ -172,3 +174,81 @@ def test_text_rows_have_no_prompt_to_mask(tmp_path: Path, tokenizer: CheckedToke
     with pytest.raises(DataError, match=r"train.jsonl:2: a \{text\} row has no prompt to mask. Fix: leave"):
         read(tmp_path, tokenizer, *rows, mask_prompt=True)
     assert len(read(tmp_path, tokenizer, *rows)) == 2
+
+
+# --- what is told of rows -------------------------------------------------------
+
+
+def chat(*contents: str) -> dict[str, Any]:
+    roles = ("user", "assistant") * len(contents)
+    return {"messages": [{"role": role, "content": c} for role, c in zip(roles, contents, strict=False)]}
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"text": "<s>the</s>"}, ["with </s>, <s> as text: letters"]),
+        ({"prompt": "a", "completion": " b<|eot_id|>"}, ["with <|eot_id|> as text"]),
+        (chat("[INST] a", "b"), ["with [INST] as text"]),
+        ({"text": " \n"}, ["of nothing but white space"]),
+        ({"prompt": "a", "completion": ""}, ["with an answer without content"]),
+        (chat("a", ""), ["with an answer without content"]),
+        (chat("a", "b", "", "c"), ["with a question without content"]),
+        (chat(" a", "b"), ["with white space at the ends of messages, which is kept"]),
+        ({"text": "a \u2581 b"}, ["with characters that the tokenizer lacks or changes"]),
+        (chat("a\u2581", "b"), ["with characters that the tokenizer lacks or changes"]),
+        ({"prompt": "A: ", "completion": "the weights"}, ["would join in one token"]),
+        ({"prompt": "A:", "completion": " the weights"}, []),
+        ({"prompt": "", "completion": "a"}, []),
+        ({"text": "the weights"}, []),
+    ],
+)
+def test_what_a_row_does_not_say_is_told(
+    tmp_path: Path, tokenizer: CheckedTokenizer, row: dict[str, Any], says: list[str]
+) -> None:
+    examples = read(tmp_path, tokenizer, {"text": "x"}, row, row)
+    words = list(examples.words("train"))
+    if "messages" in row:
+        assert words.pop() == "2 train rows of messages in the form of Llama 2"
+    assert len(words) == len(says)
+    for word, part in zip(words, says, strict=True):
+        assert part in word and "2 train rows " in word and "(the first: " in word and "jsonl:2)" in word
+
+
+def test_a_row_that_is_left_out_is_told_once(tmp_path: Path, tokenizer: CheckedTokenizer) -> None:
+    examples = read(tmp_path, tokenizer, {"text": ""}, {"text": "x"})
+    assert list(examples.words("train")) == [
+        "warning: 1 train rows have no token that counts and were left out"
+    ]
+
+
+class OtherForm(NoBegin):
+    """A form that is asked otherwise than it is trained, and is not made for the vocabulary."""
+
+    chat_form, chat_warning = "a form", "the vocabulary has <x> for another form"
+
+    def render(self, messages: Any) -> list[Piece]:
+        pieces = super().render(messages)
+        return pieces if pieces[-1].answer else [*pieces, Piece((3,), False)]
+
+
+def test_a_form_that_is_asked_otherwise_is_told(tmp_path: Path, tokenizer: CheckedTokenizer) -> None:
+    other = CheckedTokenizer(tokenizer.component, {}, OtherForm())
+    words = list(read(tmp_path, other, chat("a", "b"), {"text": "a"}).words("valid"))
+    assert len(words) == 2
+    assert words[0].startswith("warning: 1 valid row with another beginning than when they are asked")
+    assert words[1] == (
+        "warning: 1 valid row of messages in a form, though the vocabulary has <x> for another form"
+    )
+
+
+def test_a_character_without_a_token_is_told(tmp_path: Path, no_begin: CheckedTokenizer) -> None:
+    """Also one that a tokenizer of somebody else replaces in silence."""
+
+    class Replaces(NoBegin):
+        def encode(self, text: str, *, bos: bool = True, eos: bool = False) -> list[int]:
+            return super().encode(" ".join(w if w in self.words else "c" for w in text.split()), eos=eos)
+
+    replacing = CheckedTokenizer(no_begin.component, {}, Replaces())
+    (line,) = read(tmp_path, replacing, {"text": "a b"}, {"text": "a z"}).words("train")
+    assert line.startswith("warning: 1 train row with characters that the tokenizer lacks or changes")

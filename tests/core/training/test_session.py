@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxlora_core.errors import DataError, MlxloraError, ModelError, ResourceError, UsageError
+from mlxlora_core.errors import DataError, MlxloraError, ModelError, SafetyError, UsageError
 from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.model import adapters
@@ -30,7 +30,8 @@ from mlxlora_core.training.events import (
     TrainResult,
     ValidReport,
 )
-from mlxlora_core.training.session import NewAdapter, Outputs, TrainingSession, open_training
+from mlxlora_core.training.outputs import Outputs
+from mlxlora_core.training.session import NewAdapter, TrainingSession, open_training
 from mlxlora_core.training.settings import SaveConfig, TrainConfig
 
 TEXTS = ["A layer scales the weights.", "The adapter keeps its inputs.", "This module reads a mask."]
@@ -106,6 +107,27 @@ def test_what_is_written_changes_nothing(session: Open, tmp_path: Path) -> None:
     assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4, 6]
 
 
+def test_a_validation_that_ends_worse_than_it_began_is_told(session: Open, tmp_path: Path) -> None:
+    good = [event.text for event in session().start() if isinstance(event, Note)]
+    assert not any("validation" in text for text in good)
+    tuned = tmp_path / "tuned.safetensors"
+    list(session(iters=40, outputs=Outputs(adapter_file=tuned)).start())
+    unlike = {**ROWS, "train": [{"text": "0123456789 QWXZ #@!"}] * 4}
+
+    def forget(steps: int) -> TrainingSession:
+        outputs = Outputs(checkpoints=tmp_path / "c")
+        return session(unlike, outputs, AdapterFile(tuned), iters=steps, learning_rate=0.1)
+
+    broken = forget(20)
+    events = list(broken.start())
+    losses = [event.loss for event in events if isinstance(event, ValidReport)]
+    told = [event.text for event in events if isinstance(event, Note) and "validation" in event.text]
+    assert len(told) == 1 and f"({losses[0]:.4f} -> {losses[-1]:.4f})" in told[0] and "--patience" in told[0]
+    again = forget(21)
+    list(again.start(Start.RESUME))
+    assert again.training.progress.first_loss == losses[0], "a training that was resumed knows it too"
+
+
 def test_the_result_says_what_was_done(session: Open) -> None:
     rows = {**ROWS, "train": [*ROWS["train"], {"text": ""}, {"text": TEXTS[0] * 40}]}
     work = session(rows, max_seq_length=40)
@@ -166,7 +188,7 @@ def test_an_adapter_file_that_cannot_be_written_is_refused_at_once(session: Open
     with pytest.raises(ModelError, match=r"wanted \.safetensors or \.npz"):
         session(outputs=Outputs(adapter_file=tmp_path / "a.bin"))
     (tmp_path / "a.npz").mkdir()
-    with pytest.raises(ResourceError):
+    with pytest.raises(SafetyError, match="no regular file"):
         session(outputs=Outputs(adapter_file=tmp_path / "a.npz"))
 
 

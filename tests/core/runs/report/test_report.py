@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import random
 import re
+import threading
+import time
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,7 @@ from made_run import write_run
 
 import mlxlora_core.runs.report
 from mlxlora_core.errors import DataError
+from mlxlora_core.runs.grading import summarize
 from mlxlora_core.runs.report import length_counts, write_report
 from mlxlora_core.runs.report.facts import read_facts
 from mlxlora_core.runs.report.html import data, element, escaped
@@ -194,18 +200,193 @@ def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "told"),
+    ("content", "told"),
     [
-        ("run.json", "{", "cannot be read"),
-        ("run.json", '{"stages": {}}', "is no record of a run of this version"),
-        ("recipe.toml", "[", "cannot be read"),
+        (b"{", r"run.json:1:2: is no JSON"),
+        (b'{"stages": {}}', "is not what mlxlora writes: lacks mlxlora"),
+        (b"[1]", "is not what mlxlora writes: wanted an object, got a list of 1"),
+        (b"[" * 200_000, "is no usable JSON: more than 64"),
+        (b'{"mlxlora": "1", "mlxlora": "2"}', "is no usable JSON: mlxlora there twice"),
+        (b'{"mlxlora": "1", "seed": NaN}', "is no usable JSON: NaN is no number"),
+        (b'{"mlxlora": "1", "seed": 1e999}', "is no usable JSON: it has a number that is larger"),
+        (b'{"mlxlora": 5}', "mlxlora: wanted a text, got 5"),
+        (b'"\xff"', r"run.json:1: is not UTF-8"),
+        (b"", "run.json:1:1: is no JSON"),
     ],
 )
-def test_a_damaged_record_is_one_clear_line(tmp_path: Path, file: str, content: str, told: str) -> None:
+def test_a_record_that_cannot_be_read_is_one_clear_line(tmp_path: Path, content: bytes, told: str) -> None:
     folder = write_run(tmp_path / "run", steps=1)
-    (folder / file).write_text(content)
-    with pytest.raises(DataError, match=rf"{file}: {told}"):
+    (folder / "run.json").write_bytes(content)
+    age(folder / "run.json")
+    with pytest.raises(DataError, match=told) as caught:
         write_report(folder)
+    assert str(caught.value).isprintable() and "Fix: move the folder away" in str(caught.value)
+
+
+def age(path: Path) -> None:
+    """Let a file be one that nobody is just writing, for which nothing waits."""
+    os.utime(path, (1e9, 1e9))
+
+
+@pytest.mark.parametrize("file", ["run.json", "recipe.toml", "metrics.jsonl"])
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a device", "a loop of links"])
+def test_what_is_no_file_is_told_at_once(tmp_path: Path, file: str, kind: str) -> None:
+    folder = write_run(tmp_path / "run", steps=1)
+    path = folder / file
+    path.unlink()
+    makers: dict[str, Callable[[], object]] = {
+        "a pipe": lambda: os.mkfifo(path),
+        "a folder": path.mkdir,
+        "a device": lambda: path.symlink_to("/dev/zero"),
+        "a loop of links": lambda: path.symlink_to(path),
+    }
+    makers[kind]()
+    if not path.is_symlink():
+        age(path)
+    with pytest.raises(DataError, match=file):
+        write_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("stages", "before", "result"), 5),
+        (("stages", "before", "result", "losses", "valid", "loss"), "x"),
+        (("stages", "before", "result", "losses", "valid", "loss"), True),
+        (("stages", "before", "result", "answers"), 5),
+        (("stages", "before", "result", "answers", 0, "prompt"), None),
+        (("stages", "before", "result", "answers", 0, "split"), "\x1b[31m"),
+        (("stages", "train", "result", "lengths", "rows"), "x"),
+        (("stages", "train", "result", "lengths", "bin_tokens"), 0),
+        (("stages", "train", "result", "rows_cut"), -1),
+        (("stages", "train", "result", "max_seq_length"), 2.0),
+        (("stages", "data", "result", "rows"), {"train": 1}),
+        (("stages", "data", "result", "groups"), 2**63),
+        (("stages", "data", "files"), {"a": [1]}),
+        (("stages", "data", "inputs"), 7),
+        (("stages",), 5),
+        (("summary",), 5),
+        (("summary", "questions", "memory"), {"questions": 1}),
+        (("origins",), 5),
+        (("origins", "run.seed"), []),
+        (("machine",), None),
+        (("plugins", "lora"), 1.5),
+        (("runtime",), "text"),
+        (("started",), []),
+        (("inputs",), "x"),
+        (("recipe",), {}),
+        (("seed",), 10**30),
+    ],
+)
+def test_a_report_is_made_of_what_is_sound(tmp_path: Path, place: tuple[Any, ...], value: object) -> None:
+    folder = write_run(tmp_path / "run", steps=3)
+    record: Any = json.loads((folder / "run.json").read_text())
+    part = record
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    (folder / "run.json").write_text(json.dumps(record))
+    facts = read_facts(folder)
+    assert facts.faults and all(place[0] in fault for fault in facts.faults)
+    text = Reader(report(folder)).text
+    assert "could not be read and is not on this page" in text and facts.faults[0] in text
+
+
+@pytest.mark.parametrize("key", ["recipe", "seed", "plugins", "runtime", "machine", "origins", "inputs"])
+def test_a_record_without_a_key_still_makes_a_report(tmp_path: Path, key: str) -> None:
+    folder = write_run(tmp_path / "run", steps=3)
+    record = json.loads((folder / "run.json").read_text())
+    del record[key]
+    (folder / "run.json").write_text(json.dumps(record))
+    assert read_facts(folder).faults == (f"run.json: lacks {key}",)
+    assert f"lacks {key}" in report(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"[", "recipe.toml: is no TOML"),
+        (b"a = " + b"[" * 100_000, "is no usable TOML: more than 64"),
+        (b".".join([b"a"] * 100_000) + b" = 1", "is no usable TOML: more than 64"),
+        (b"train = 5\ndata = 5\n", "train: wanted an object, got 5"),
+        (b"[train]\niters = 1979-05-27\n", "train.iters: wanted a plain value"),
+        (b"[train]\nlearning_rate = inf\n", "train.learning_rate: wanted a finite number, got inf"),
+        (b"\xff", "is not UTF-8"),
+        (None, "recipe.toml: there is no such file"),
+    ],
+)
+def test_a_report_without_a_sound_recipe(tmp_path: Path, content: bytes | None, told: str) -> None:
+    folder = write_run(tmp_path / "run", steps=3)
+    (folder / "recipe.toml").unlink()
+    if content is not None:
+        (folder / "recipe.toml").write_bytes(content)
+    facts = read_facts(folder)
+    assert told in facts.faults[0] and facts.steps == 3
+    assert "The figures as a table" in report(folder)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["[run]\n", "[train]\niters = -4\n", "[train]\niters = 2.0\n", "[train]\nwarmup = []\n"]
+)
+def test_a_recipe_that_says_little_is_no_fault(tmp_path: Path, recipe: str) -> None:
+    folder = write_run(tmp_path / "run", steps=3)
+    (folder / "recipe.toml").write_text(recipe)
+    assert read_facts(folder).faults == () and read_facts(folder).steps == 3
+    report(folder)
+
+
+@pytest.mark.parametrize("loss", [0, 1e-320, 1e308, -1e-7])
+def test_a_change_beyond_measure_is_told_as_such(tmp_path: Path, loss: float) -> None:
+    folder = write_run(tmp_path / "run", steps=3)
+    record = json.loads((folder / "run.json").read_text())
+    results = {name: record["stages"][name]["result"] for name in ("before", "after")}
+    results["before"]["losses"]["test"]["loss"] = loss
+    record["summary"] = summarize(results["before"], results["after"])
+    json.dumps(record, allow_nan=False)
+    (folder / "run.json").write_text(json.dumps(record))
+    assert "test" in Reader(report(folder)).text and read_facts(folder).faults == ()
+
+
+@pytest.mark.parametrize("answers", [0, 1, 19])
+def test_answers_are_held_against_those_of_the_same_prompt(tmp_path: Path, answers: int) -> None:
+    folder = write_run(tmp_path / "run", steps=3)
+    record = json.loads((folder / "run.json").read_text())
+    del record["stages"]["after"]["result"]["answers"][answers:]
+    (folder / "run.json").write_text(json.dumps(record))
+    assert report(folder).count("Not asked yet.") == 20 - answers
+
+
+def test_files_that_are_replaced_at_speed_make_whole_reports(tmp_path: Path) -> None:
+    """Each file is now there, now half written, now gone, as where another program copies a run folder."""
+    folder = write_run(tmp_path / "run", steps=50)
+    good = {name: (folder / name).read_bytes() for name in ("run.json", "recipe.toml", "metrics.jsonl")}
+    whole, stop = read_facts(folder), threading.Event()
+
+    def replace() -> None:
+        draw = random.Random(0)
+        while not stop.is_set():
+            name = draw.choice(list(good))
+            if draw.random() < 0.5:
+                (folder / name).unlink(missing_ok=True)
+                time.sleep(0.002)
+            half = len(good[name]) // 2
+            with open(folder / name, "wb") as file:
+                file.write(good[name][:half])
+                file.flush()
+                time.sleep(0.002)
+                file.write(good[name][half:])
+            time.sleep(0.005)
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        for _ in range(100):
+            facts = read_facts(folder)
+            assert facts.record == whole.record
+            assert all(report in whole.train for report in facts.train)
+    finally:
+        stop.set()
+        writer.join()
 
 
 # --- figures ------------------------------------------------------------------

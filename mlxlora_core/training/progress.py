@@ -1,0 +1,72 @@
+"""Where a training stands, without its tensors: what ``state.json`` of a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mlxlora_core.files.forms import Items, Map, Number, Option, Table, Text, Whole, form_of
+
+SPIKE_STEPS = 20  # last losses that one is held against
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sums over the steps since the last report."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    clipped: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training stands: all of its state that is no tensor.
+
+    Attributes:
+        step: steps made, which is the place in the order of rows too.
+        trained_tokens: counted tokens of all updates.
+        skipped: steps that made no update, being not finite.
+        recent: the last finite losses, at most :data:`SPIKE_STEPS`.
+        first_loss: that of the validation before the first step, or None.
+        best_loss: the lowest loss of a validation after a step, or None.
+        best_step: the step of that validation.
+        worse: validations since then.
+        window: what the next report will be made of.
+    """
+
+    step: int = 0
+    trained_tokens: int = 0
+    skipped: int = 0
+    recent: tuple[float, ...] = ()
+    first_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    worse: int = 0
+    window: Window = field(default_factory=Window)
+
+
+_PROGRESS = form_of(Progress)
+_RESUMED = Table({"step": Whole(), "versions": Map(Text())})
+
+#: what state.json is held against
+STATE_FORM = Table(
+    {
+        **_PROGRESS.keys,
+        "first_loss": Option(_PROGRESS.keys["first_loss"]),  # a state of before says nothing of it
+        "recent": Items(Number(), most=SPIKE_STEPS),
+        "seed": Whole(),
+        "resumed": Items(_RESUMED),
+    }
+)
+
+
+def read_progress(state: Mapping[str, Any]) -> Progress:
+    """What a state that agrees with :data:`STATE_FORM` says."""
+    values = {field.name: state[field.name] for field in fields(Progress) if field.name in state}
+    window = Window(**{field.name: state["window"][field.name] for field in fields(Window)})
+    return Progress(**values | {"recent": tuple(state["recent"]), "window": window})
