@@ -79,6 +79,7 @@ class _Reader:
         self.package, self.skip, self.findings = package, skip, findings
         self.top = package.partition(".")[0]
         self.public_classes: set[int] = set()
+        self.imported: set[str] = set()
         self._lazy: dict[int, dict[str, Any]] = {}  # by the id of their module
         self._declared: dict[int, set[str]] = {}
         self._promised: set[int] = set()  # ids of what a module declares
@@ -92,6 +93,7 @@ class _Reader:
             module = importlib.import_module(name)
             if not _is_a(module, ModuleType):
                 raise TypeError(f"it is no module but of type {type(module).__name__}")
+            self.imported.add(name)
             folders = _folders(module)
             below = () if folders is None else sorted({info.name for info in pkgutil.iter_modules(folders)})
         except BaseException as fault:
@@ -118,7 +120,7 @@ class _Reader:
             if _is_a(value, type)
         }
         for name, module in modules:
-            if is_public_path(name) and any(_kinds(module)):
+            if name in self.imported and is_public_path(name) and any(_kinds(module)):
                 kind = type(module).__qualname__
                 self.findings.skip(f"{name}.*", f"a {kind} stands in its place; mode=static reads its source")
         for path, thing in shortest_paths(modules, self._children, _identity):
