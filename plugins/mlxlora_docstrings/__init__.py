@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 
-from mlxlora_core.api import DatasetBuilder, Rows, UsageError, hookimpl, option
+from mlxlora_core.api import DatasetBuilder, Rows, hookimpl, option
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,11 @@ class DocstringOptions:
         choices=("import", "static"),
     )
     time_limit: float = option(
-        120.0, help="longest that reading one package may take", unit="seconds", above=0, maximum=10_000_000
+        120.0,
+        help="longest that reading one package may take, all attempts together",
+        unit="seconds",
+        above=0,
+        maximum=10_000_000,
     )
 
     def __post_init__(self) -> None:
@@ -42,32 +45,17 @@ def build(options: DocstringOptions) -> Rows:
 
     Raises:
         DataError: no package gave a row.
-        UsageError: mode static without griffe.
     """
-    _need_griffe(options)
     from mlxlora_docstrings.packages import build_rows
 
     return build_rows(options)
 
 
 def inputs(options: DocstringOptions) -> Mapping[str, str]:
-    """Package -> version, or the state of its sources when no distribution brought it.
-
-    Raises:
-        UsageError: mode static without griffe: a recipe ends before its first stage.
-    """
-    _need_griffe(options)
+    """Package -> version, or the state of its sources when no distribution brought it."""
     from mlxlora_docstrings.versions import states
 
     return states(options.packages)
-
-
-def _need_griffe(options: DocstringOptions) -> None:
-    if options.mode == "static" and find_spec("griffe") is None:  # looks for it and imports nothing
-        raise UsageError(
-            "mode=static of the docstrings builder parses sources with griffe, which is not installed",
-            fix="pip install 'mlxlora[static]', or mode=import",
-        )
 
 
 @hookimpl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from contextlib import suppress
@@ -19,11 +20,13 @@ def main(request: dict[str, Any]) -> None:
 
     Args:
         request: ``package``, ``mode``, ``skip`` (places to keep out of),
-            ``seq_limit``, ``time_limit``, ``folder`` and ``out``.
+            ``seq_limit``, ``seconds`` that are left, and ``folder``. Standard
+            output is where the findings go.
     """
-    _contain(request["time_limit"])
-    with open(request["out"], "w", encoding="ascii") as file:
+    _contain(request["seconds"])
+    with os.fdopen(_keep_output(), "wb") as file:
         findings = Findings(file, request["seq_limit"], request["folder"])
+        findings.begin(os.getpid())
         if request["mode"] == "import":
             from mlxlora_docstrings.live import read
         else:
@@ -36,22 +39,35 @@ def main(request: dict[str, Any]) -> None:
         os._exit(0)
 
 
-def _contain(time_limit: float) -> None:
+def _keep_output() -> int:
+    """A descriptor of standard output that no program inherits; the three standard ones lead nowhere."""
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(nowhere, standard)
+    os.close(nowhere)
+    return kept
+
+
+def _contain(seconds: float) -> None:
     """Bound what a package can do to the machine, as far as the system lets us.
 
     What it starts is bound alike. This stops accidents, and is no wall against
     a package that means harm.
+
+    Args:
+        seconds: how long the parent waits.
     """
     with suppress(ImportError):
         import resource
 
         # No processor spends more than the time limit; the margin lets the parent tell that first.
-        seconds = (int(time_limit) + 10) * (os.cpu_count() or 1)
+        processor_seconds = (math.ceil(seconds) + 10) * (os.cpu_count() or 1)
         for limit, value in (
             (resource.RLIMIT_CORE, 0),
             (resource.RLIMIT_FSIZE, _FILE_BYTES),
             (resource.RLIMIT_DATA, _MEMORY_BYTES),
-            (resource.RLIMIT_CPU, seconds),
+            (resource.RLIMIT_CPU, processor_seconds),
             (resource.RLIMIT_NPROC, _tasks() + _MORE_PROCESSES),
         ):
             _lower(limit, value)
@@ -60,7 +76,7 @@ def _contain(time_limit: float) -> None:
         file.write("1000")
     # The parent ends this process at the limit; the alarm is for when the parent is gone.
     if hasattr(signal, "alarm"):
-        signal.alarm(int(time_limit) + 10)
+        signal.alarm(math.ceil(seconds) + 10)
 
 
 def _lower(limit: int, value: int) -> None:

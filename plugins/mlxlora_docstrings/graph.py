@@ -10,6 +10,9 @@ from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
+NAME_CHARACTERS = 255  # of a name; a longer one is made, and asked for by nobody
+NO_DOCSTRING = "it has no docstring of its own"
+
 PARTS_LIMIT = 12  # parts of a path; deeper than this only a graph without an end goes
 PATHS_LIMIT = 2_000_000  # several times what the largest packages have
 
@@ -23,7 +26,7 @@ class Child(NamedTuple, Generic[T]):
     Attributes:
         name: what it is called there.
         inherited: whether it is defined in a base class.
-        thing: a live object or a griffe object.
+        thing: a live object, or what stands for one in a source.
     """
 
     name: str
@@ -32,8 +35,8 @@ class Child(NamedTuple, Generic[T]):
 
 
 def is_public(name: str) -> bool:
-    """Whether a name, not a path, has no leading underscore."""
-    return not name.startswith("_")
+    """Whether a name, not a path, is one that somebody would write, without a leading underscore."""
+    return not name.startswith("_") and len(name) <= NAME_CHARACTERS and name.isidentifier()
 
 
 def is_public_path(path: str) -> bool:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mlxlora_docstrings import DocstringOptions, build, inputs
-
-from mlxlora_core.api import UsageError
+from mlxlora_docstrings import DocstringOptions, build
 
 
 @pytest.fixture
@@ -157,7 +154,7 @@ def test_compiled_modules_are_read_from_their_stubs(read: Any) -> None:
         }
     )
     assert paths == {"pkg.f": "Fast.", "pkg.both.g": "From the source."}
-    assert skipped == {"pkg.bare": "ImportError: it is compiled and has no stub; mode=import reads it"}
+    assert skipped == {"pkg.bare": "it is compiled and has no stub; mode=import reads it"}
 
 
 def test_sources_that_cannot_be_read_are_told_and_the_others_go_on(read: Any) -> None:
@@ -173,7 +170,7 @@ def test_sources_that_cannot_be_read_are_told_and_the_others_go_on(read: Any) ->
     )
     assert paths == {"pkg": "Top.", "pkg.circle.f": "F."}
     assert skipped["pkg.syntax"].startswith("SyntaxError: ")
-    assert sorted(skipped) == ["pkg.deep", "pkg.nested", "pkg.syntax"]
+    assert sorted(skipped) == ["pkg.deep", "pkg.nested", "pkg.ring.a", "pkg.syntax"]
 
 
 @pytest.mark.parametrize(
@@ -204,15 +201,3 @@ def test_the_installed_mlx() -> None:
     stub = str(inspect.getdoc(mx.matmul)).partition("\n\n")[2]
     assert any(text.startswith("Q: What is matmul in mlx?\nA: mlx.core.matmul ") for text in texts), stub
     assert len({row.group for row in made.rows}) >= 500
-
-
-def test_without_griffe_one_line_names_the_extra_and_the_other_mode_works(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "griffe", None)  # as if it were not installed
-    static = DocstringOptions(packages=("string",), mode="static")
-    for function in (build, inputs):  # a recipe asks for its inputs before its first stage
-        with pytest.raises(UsageError, match="parses sources with griffe, which is not installed") as caught:
-            function(static)
-        assert "pip install 'mlxlora[static]'" in str(caught.value) and "\n" not in str(caught.value)
-    assert build(DocstringOptions(packages=("string",))).rows

@@ -18,7 +18,7 @@ from mlxlora_core.cli.verbs import VERBS
 
 ROOT = Path(__file__).parents[2]
 CORE, PLUGINS = ROOT / "mlxlora_core", ROOT / "plugins"
-HEAVY = {"mlx", "numpy", "torch", "sentencepiece", "safetensors", "scipy_openblas32", "griffe"}
+HEAVY = {"mlx", "numpy", "torch", "sentencepiece", "safetensors", "scipy_openblas32"}
 #: what plugins may import of core: the contract, the maths, and safe reading
 DOORS = {"mlxlora_core.api", "mlxlora_core.ops", "mlxlora_core.files"}
 
@@ -51,7 +51,6 @@ LIGHT_LIBRARIES = {"click", "pluggy", "rich", "tomli_w"}
 OWN = {
     "mlxlora_torch": {"torch"},
     "mlxlora_sentencepiece": {"sentencepiece"},
-    "mlxlora_docstrings": {"griffe"},
     "mlxlora_openblas": {"scipy_openblas32", "elftools"},
 }
 

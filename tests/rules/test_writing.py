@@ -20,8 +20,9 @@ EXCEPT = {
     "mlxlora_core/plugins/surroundings.py": "opens nowhere in the place of a stream that is closed",
     "mlxlora_core/files/input_file.py": "opens to read; its flags stand in a variable",
     "plugins/mlxlora_openblas/guard.py": "a last line on stderr, from a thread that may take no memory",
-    "plugins/mlxlora_docstrings/packages.py": "a request in a temporary folder, for a child",
-    "plugins/mlxlora_docstrings/child.py": "its answer there, and a setting of the kernel's",
+    "plugins/mlxlora_docstrings/attempt.py": "a request in a temporary folder, for a child",
+    "plugins/mlxlora_docstrings/warden.py": "the temporary folder goes when mlxlora is gone",
+    "plugins/mlxlora_docstrings/child.py": "its answer to a pipe, and a setting of the kernel's",
 }
 #: suites that test plugins, in folders of pytest's
 TESTING = "mlxlora_core/testing/"
