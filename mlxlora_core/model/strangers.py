@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mlxlora_core.errors import ModelError
 from mlxlora_core.files.documents import read_json
+from mlxlora_core.files.input_file import open_regular
 
 _CONFIG_BYTES = 1 << 20
 #: first bytes of a file -> what it is
@@ -28,9 +29,9 @@ def known_as(path: Path) -> str:
     try:
         if path.is_dir():
             return _folder(path)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(4)
-    except (OSError, ValueError):
+    except (ModelError, OSError, ValueError):
         return ""
     return next((what for magic, what in _MAGIC if head == magic), "")
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mlxlora_core.errors import ResourceError
 from mlxlora_core.files import durable
 from mlxlora_core.files.targets import is_written
 from mlxlora_core.runs.folder import METRICS, RECIPE, REPORT, RunFolder, fingerprint
@@ -64,7 +65,7 @@ class TrainingRecord:
         """The events as they come; the record is begun before the first step and ends with a report.
 
         Raises:
-            ResourceError: the record cannot be written.
+            ResourceError: the record cannot be begun.
         """
         log = self.folder.path / METRICS
         # By the time it began, so that what an earlier training in this folder has found is not taken for it.
@@ -78,9 +79,11 @@ class TrainingRecord:
                     metrics.trim(log, event.step)
                     begun = True
                 elif isinstance(event, TrainReport | ValidReport | SpikeReport):
-                    durable.append_line(log, json.dumps(report_line(event)))
+                    with suppress(ResourceError):  # a record that is lost costs the training nothing
+                        durable.append_line(log, json.dumps(report_line(event)))
                 elif isinstance(event, TrainResult):
-                    self.folder.keep(STAGE, mark, (METRICS,), asdict(event) | {"lengths": self.lengths})
+                    with suppress(ResourceError):
+                        self.folder.keep(STAGE, mark, (METRICS,), asdict(event) | {"lengths": self.lengths})
                 yield event
         finally:
             if begun:

@@ -272,7 +272,7 @@ def test_an_adapter_of_another_base(
 
 def test_an_adapter_of_another_rank(mlxlora: Command, model: Path, adapter: Path, tiny_data: Path) -> None:
     before = adapter.read_bytes()
-    files = ("--model", model, "--data", tiny_data, "--adapter-file", adapter)
+    files = ("--model", model, "--data", tiny_data, "--adapter-file", adapter.with_name("new.safetensors"))
     flags = ("--resume-adapter-file", adapter, "--set", "adapter.rank=4", "--iters", 1)
     assert "rank" in refused(mlxlora, 4, "train", *files, *flags)
     assert adapter.read_bytes() == before
