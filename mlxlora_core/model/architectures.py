@@ -70,8 +70,11 @@ def read_foreign(
         PluginError: what the architecture gives breaks the contract.
     """
     read = []
+    plain_config = {key: value for key, value in config.items() if key not in _CODE_KEYS}
     for component in registry.of("architecture"):
-        args = placed(where, foreign_args, component.spec, config, shapes)
+        # A config that asks for code is refused as such below, and not for a key that is not known.
+        seen = plain_config if component.plugin.origin == "built-in" else config
+        args = placed(where, foreign_args, component.spec, seen, shapes)
         if args is not None:
             read.append((component, component.checked("read", args, component.spec.args)))
     component = _only([component for component, _ in read], config, registry, where)
