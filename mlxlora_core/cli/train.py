@@ -153,7 +153,7 @@ def command(
     # A sampler that is faulty is told now and not when hours of training are over.
     check_samplers(asked.samplers)
     base = load_base(model, registry)
-    held_out = read_test(base, rows.pop("test"), asked.train) if test else None
+    test_rows = rows.pop("test") if test else None
     if prompt is not None:  # one that does not fit is told now, too
         fitting_ids(base.language_model, base.tokenizer, asked.generate.asked(given_text(prompt)))
     adapter = _adapter(asked, resume_adapter_file)
@@ -161,6 +161,7 @@ def command(
         base, adapter, rows, asked.train, registry, seed=seed, outputs=outputs, runtimes=runtimes
     )
     rows.clear()  # of which there are tokens now
+    held_out = read_test(base, test_rows, asked.train) if test_rows is not None else None
     facts = circumstances(adapter_file.stem, seed, _origins(given), registry, runtimes)
     lengths = length_counts(session.rows["train"].lengths)
     record = TrainingRecord(folder, facts, _settings(asked, model, data, seed), lengths)

@@ -35,12 +35,15 @@ STAGE = "train"
 def open_folder(path: Path) -> RunFolder:
     """The folder of checkpoints of a training, to keep its record in.
 
+    It need not be there, and is not made before there is a record to keep.
+
     Raises:
         SafetyError: a file of the name of one of the record is of somebody else.
+        ResourceError: it cannot be written.
         DataError: the record of an earlier training in it cannot be read.
     """
+    durable.check_folder(path)
     for name, ours in ((RECIPE, is_recipe), (METRICS, is_log), (REPORT, is_report)):
-        durable.check_file(path / name)
         is_written(path / name, ours)
     return RunFolder(path)
 

@@ -38,7 +38,7 @@ def test_damage_is_done(bench: own_files.Bench) -> None:
     [
         (KeyError("x"), "report ended with 70"),
         (OverflowError("x" * 3000), "report ended with 70"),
-        (SystemExit(1), "report ended with 1"),
+        (SystemExit(1), "report ended with 70"),
     ],
 )
 def test_the_harness_finds_what_it_is_there_for(

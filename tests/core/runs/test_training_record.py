@@ -99,3 +99,18 @@ def test_a_folder_of_somebody_else_is_left_alone(train: Train, tmp_path: Path, n
     assert train() in (3, 5)
     assert theirs.read_text() == "mine" and [path.name for path in theirs.parent.iterdir()] == [name]
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_what_is_refused_before_it_begins_leaves_no_folder(train: Train, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert train("--set", "adapter.rank=4096") == 2
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_test_rows_are_told_of_after_what_is_wrong(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert train("--test", "--max-seq-length", 4, "--set", "adapter.rank=4096") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "does not fit a linear" in line
+    assert train("--test", "--max-seq-length", 4, iters=1) == 0
+    assert "test rows were cut at 4 tokens" in capsys.readouterr().err
