@@ -1,10 +1,9 @@
 """The one writer: no file that mlxlora makes is ever seen half-written.
 
-A file is written under a temporary name in its own folder, flushed to the
-disk, renamed over the target, and the folder is flushed too. A folder is built
-under a temporary name beside its target and moved there when it is whole.
-What a killed process left behind is cleared away by the next one that writes
-to the same target.
+A file is written under a temporary name in its own folder, flushed to the disk, renamed over
+the target, and the folder is flushed too. A folder is built under a temporary name beside its
+target and moved there when it is whole. What a killed process left behind is cleared away by the
+next one that writes to the same target.
 """
 
 from __future__ import annotations
@@ -258,36 +257,46 @@ def refuse_odd_file(path: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Refuse a file that could not be written at the end of long work.
+    """Refuse a file that could not be written at the end of long work; nothing is left of the attempt.
 
     Raises:
         ResourceError: its folder cannot be written.
         SafetyError: a folder, a pipe or a device is there.
     """
-    place = place_of(path)
     refuse_odd_file(path)
-    with _disk_faults(path):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        probe = beside(place, NEW)
+    with _disk_faults(path), _probe(place_of(path)) as probe:
         probe.touch(0o600)
         probe.unlink()
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder in which nothing could be written at the end of long work; it need not be there.
+    """:func:`check_file` for a folder, which need not be there.
 
     Raises:
-        ResourceError: it cannot be written.
+        ResourceError: nothing can be written in it.
         SafetyError: something that is no folder is there.
     """
     place = place_of(path)
     with _disk_faults(path):
         if os.path.lexists(place) and not place.is_dir():
             raise SafetyError("is no folder, and a folder is wanted", where=path, fix="move it away")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        probe = beside(place / "probe" if place.is_dir() else place, NEW)
-        probe.mkdir(0o700)
-        probe.rmdir()
+        with _probe(place / "probe" if place.is_dir() else place) as probe:
+            probe.mkdir(0o700)
+            probe.rmdir()
+
+
+@contextmanager
+def _probe(target: Path) -> Iterator[Path]:
+    """A free name beside ``target``; the folders that had to be made for it go again if nobody uses them."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(target.parent, glob.escape(target.name))
+        yield beside(target, NEW)
+    finally:
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
 
 
 def _created(temporary: Path, target: Path) -> BinaryIO:

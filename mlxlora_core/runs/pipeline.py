@@ -16,7 +16,7 @@ from mlxlora_core.files import leftovers
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.context import Context
 from mlxlora_core.runs.events import Event, RunStarted, StageDone, StageStarted
-from mlxlora_core.runs.folder import METRICS, RECORD, RunFolder
+from mlxlora_core.runs.folder import ADAPTER, METRICS, RunFolder
 from mlxlora_core.runs.grading import summarize
 from mlxlora_core.runs.observing import event_values, observed
 from mlxlora_core.runs.places import check_run
@@ -44,7 +44,8 @@ def run(
         SafetyError: the run folder holds something that no run has made.
         MlxloraError: as the stages raise.
     """
-    leftovers.clear_leftovers(recipe.folder, RECORD)
+    for place in (recipe.folder, (recipe.folder / ADAPTER).parent):  # of a run that was killed in its checks
+        leftovers.clear_leftovers(place, "*")
     folder = RunFolder(recipe.folder)
     check_run(recipe, folder.record)
     marks = fingerprints(recipe)

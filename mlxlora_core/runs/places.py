@@ -59,7 +59,9 @@ def is_recipe(path: Path) -> bool:
 
 def _refuse_other_folder(folder: Path, record: Mapping[str, Any]) -> None:
     place = durable.place_of(folder)
-    if place.is_dir() and not any(place.iterdir()):
+    # A run that was killed in its checks leaves an empty folder.
+    checked = (place / ADAPTER).parent
+    if place.is_dir() and all(path == checked and _is_empty(path) for path in place.iterdir()):
         return
     if place.exists() and not (place.is_dir() and record):
         raise SafetyError(
@@ -67,6 +69,10 @@ def _refuse_other_folder(folder: Path, record: Mapping[str, Any]) -> None:
             where=folder,
             fix="name another folder with --set run.folder=DIR",
         )
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
 def _inputs(recipe: Recipe) -> list[Path]:

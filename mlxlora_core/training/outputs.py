@@ -13,6 +13,7 @@ from mlxlora_core.files.data_path import file_names
 from mlxlora_core.files.documents import parse_json
 from mlxlora_core.files.input_file import open_regular
 from mlxlora_core.files.targets import is_written, refuse_inputs
+from mlxlora_core.machine.memory import require_start
 from mlxlora_core.training.checkpoints import Start
 from mlxlora_core.training.settings import SaveConfig
 
@@ -151,6 +152,7 @@ def refuse_finished(adapter_file: Path | None, how: Start) -> None:
 
 def _is_adapter_there(path: Path) -> bool:
     """Whether an adapter file of ours is there; anything else that is there is refused."""
+    require_start()  # MLX is loaded here, before the verb has started it
     from mlxlora_core.files import tensor_file
     from mlxlora_core.model import adapters
 

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from mlxlora_core.errors import ResourceError, SafetyError
 from mlxlora_core.files import durable
 from mlxlora_core.files.leftovers import temporary_name
+
+Check = Callable[[Path], None]
 
 
 def names(folder: Path) -> list[str]:
@@ -475,3 +478,30 @@ def test_a_folder_that_may_be_written_and_not_read_takes_a_file(tmp_path: Path) 
     durable.write_text(tmp_path / "drop" / "file", "1")
     assert (tmp_path / "drop" / "file").read_text() == "1"
     (tmp_path / "drop").chmod(0o700)
+
+
+# --- what is looked at before long work ---------------------------------------
+
+
+@pytest.mark.parametrize("check", [durable.check_file, durable.check_folder], ids=["file", "folder"])
+def test_a_check_leaves_nothing_of_itself_nor_of_one_that_was_killed(tmp_path: Path, check: Check) -> None:
+    check(tmp_path / "a" / "b" / "target")
+    assert names(tmp_path) == []
+    dead = tmp_path / temporary_name("target", 2**22 + 1, "tmp")
+    dead.touch()
+    (tmp_path / "mine").touch()
+    check(tmp_path / "target")
+    assert names(tmp_path) == ["mine"]
+
+
+def test_a_check_of_a_folder_that_is_there_leaves_it(tmp_path: Path) -> None:
+    durable.check_folder(tmp_path)
+    assert tmp_path.is_dir() and names(tmp_path) == []
+
+
+@pytest.mark.parametrize("check", [durable.check_file, durable.check_folder], ids=["file", "folder"])
+def test_a_check_below_a_file_is_refused_and_leaves_nothing(tmp_path: Path, check: Check) -> None:
+    (tmp_path / "mine").touch()
+    with pytest.raises(ResourceError, match="cannot be"):
+        check(tmp_path / "mine" / "a" / "target")
+    assert names(tmp_path) == ["mine"]
