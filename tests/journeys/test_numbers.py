@@ -95,6 +95,7 @@ def places(tmp_path: Path, converted: Path, tiny_checkpoint: Path, tiny_data: Pa
 def run(places: dict[str, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """A verb with the shortest command line and something behind it: its exit code and lines of stderr."""
     monkeypatch.setenv("MLXLORA_PLUGINS", "")
+    monkeypatch.chdir(places["$FOLDER"])  # an option that takes a path gets a relative one
     places["$RECIPE"].write_text(filled(RECIPE, places))
     stop = places["$FOLDER"] / "stop.py"
     stop.write_text(STOP)
