@@ -5,6 +5,7 @@ What takes a number is found out from the commands and the components: a new opt
 
 from __future__ import annotations
 
+import os
 import re
 import types
 from collections.abc import Callable, Iterator
@@ -21,7 +22,9 @@ from mlxlora_core.plugins import KINDS, load
 from mlxlora_core.plugins.sections import config_of
 from mlxlora_core.runs.recipe import CHOICES, PLAIN, SECTIONS
 
-VALUES = ("0", "-1", str(2**31), str(2**63), str(10**30), "nan", "inf", "-inf", "1e308", "1e-320", "x", "")
+ALL = os.environ.get("MLXLORA_TEST_ALL", "") not in ("", "0")
+EDGES = ("0", "-1", str(2**31), str(2**63), str(10**30), "nan", "inf", "-inf", "1e308", "1e-320", "x", "")
+VALUES = EDGES if ALL else EDGES[1::2]  # the night takes all
 NO_NUMBER = re.compile("whole number|finite number|a number|valid integer|valid float")
 
 #: an observer that interrupts a training as Ctrl-C does, once a step is made
