@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import file_kinds
-from mutations import mutation
+from mutations import mutation, summary
 
 MEMORY_BYTES = 256 << 20
 SECONDS = 2.0
@@ -235,10 +234,7 @@ def main() -> int:
                 tallies = list(pool.map(lambda part, k=kind: fuzz(k, part, material), parts))  # type: ignore[misc]
             for tally in tallies:
                 sys.stdout.write(f"{tally}\n")
-                told = Counter(fault[:120] for fault in tally.faults.values())
-                for fault, times in told.most_common(8):
-                    first = next(n for n, f in tally.faults.items() if f.startswith(fault))
-                    sys.stdout.write(f"    {times} x {fault} (first: {first})\n")
+                sys.stdout.writelines(summary(tally.faults))
                 bad += len(tally.faults)
             sys.stdout.flush()
     return int(bad > 0)

@@ -8,7 +8,8 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 _NUMBER = re.compile(rb"-?[0-9]+")
 _DECIMALS = (b"-1", b"0", b"1", b"7", b"255", b"65536", b"2147483647", b"2147483648", b"4294967296", b"1e9")
@@ -150,3 +151,15 @@ def _append(out: bytearray, draw: random.Random) -> None:
 _CHANGES: tuple[Change, ...] = (
     *(_set_bytes, _set_integer, _set_decimal, _set_decimal, _put_token, _move, _delete, _append),
 )
+
+
+def summary(faults: Mapping[int, str]) -> Iterator[str]:
+    """The commonest faults that mutations have made, a line each: how often, what, and which was the first.
+
+    Args:
+        faults: number of the mutation -> what went wrong.
+    """
+    told = Counter(fault[:120] for fault in faults.values())
+    for fault, times in told.most_common(12):
+        first = next(number for number, text in faults.items() if text.startswith(fault))
+        yield f"    {times} x {fault} (first: {first})\n"

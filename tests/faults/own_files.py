@@ -31,7 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import file_kinds
-from mutations import mutation
+from mutations import mutation, summary
 from structures import as_json, as_toml, changed
 
 from mlxlora_core import cli
@@ -282,10 +282,7 @@ def main() -> int:
                 seconds = time.perf_counter() - began
                 codes = {int(code): count for code, count in sorted(tally.codes.items())}
                 sys.stdout.write(f"{file} by {way}: {options.count} in {seconds:.0f} s, exit codes {codes}\n")
-                told = Counter(fault[:110] for fault in tally.faults.values())
-                for fault, times in told.most_common(12):
-                    first = next(n for n, f in tally.faults.items() if f.startswith(fault))
-                    sys.stdout.write(f"    {times} x {fault} (first: {first})\n")
+                sys.stdout.writelines(summary(tally.faults))
                 bad += len(tally.faults)
                 sys.stdout.flush()
     return int(bad > 0)

@@ -627,7 +627,9 @@ def test_a_file_of_mlx_lm_does_here_what_it_does_there(
     adapted = adapt(ours, registry, targets="all-linear", layers=-1, scale=20.0)
     theirs = {}
     for name, tensor in adapters.trainable(ours.module).items():
-        layer, place, part = re.fullmatch(r"layers\.(\d)\.(.+)\.(lora_[ab])", name).groups()  # type: ignore[union-attr]
+        parts = re.fullmatch(r"layers\.(\d)\.(.+)\.(lora_[ab])", name)
+        assert parts is not None, name
+        layer, place, part = parts.groups()
         value = np.array(tensor)
         if part == "lora_b" and place in ("attention.wq", "attention.wk"):
             value = in_their_order(value, 4 if place == "attention.wq" else 2)

@@ -332,7 +332,9 @@ def test_a_quantized_base_is_fused_into_a_dense_model(
             want += 2.0 * (tensors[f"{path}.lora_a"] @ tensors[f"{path}.lora_b"]).T
         np.testing.assert_allclose(np.array(tensor), want, atol=2e-3, err_msg=name)
     taken = sum(path.stat().st_size for path in (tmp_path / "fused").iterdir())
-    need = float(re.search(r"needs ([0-9.]+) MB", events[0].text)[1]) * 1e6  # type: ignore[index]
+    said = re.search(r"needs ([0-9.]+) MB", events[0].text)
+    assert said is not None, events[0].text
+    need = float(said[1]) * 1e6
     assert taken < need < 1.2 * taken
 
 
