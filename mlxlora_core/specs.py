@@ -11,15 +11,15 @@ K kv heads, E head width, F mlp width, V vocabulary, L layers, R rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.options import NoOptions
 from mlxlora_core.values import (
     ExportSource,
-    ForeignLinear,
     ForeignModel,
+    ForeignTensor,
     FoundAdapter,
     LazyTensor,
     Place,
@@ -27,6 +27,7 @@ from mlxlora_core.values import (
     RunInfo,
     RuntimeStarted,
     Tokenizer,
+    TokenizerFiles,
     Transform,
     Watcher,
 )
@@ -86,11 +87,29 @@ class TokenizerLoader(Spec):
             found in a file may run.
     """
 
-    detect: Callable[[Mapping[str, Path]], bool]
-    open: Callable[[Mapping[str, Path], Any], Tokenizer]
+    detect: Callable[[TokenizerFiles], bool]
+    open: Callable[[TokenizerFiles, Any], Tokenizer]
 
 
 # --- architectures ------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How another library spells a model family: the keys of its config, the names and rows of its tensors.
+
+    Attributes:
+        model_types: what the library calls the models of the family that are read.
+        read: as that of :class:`Architecture`, of a config as the library spells it.
+        table: of a model of some arguments, each parameter and how it is stored there. Loading,
+            exporting and adapters of that library follow this one table, both ways.
+        notes: as those of :class:`Architecture`.
+    """
+
+    model_types: tuple[str, ...]
+    read: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Any]
+    table: Callable[[Any], Sequence[ForeignTensor]]
+    notes: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Sequence[str]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +133,7 @@ class Architecture(Spec):
             which; empty for every one in a layer.
         notes: what ``read`` assumed of such a config, and what it derived that the
             config should have stated: a sentence each, told when it is converted.
-        foreign_linear: the linear that another library's module path stands for in a
-            model of these arguments, or None; adapter files of that library are read by it.
+        layouts: how other libraries spell the family: ``hf`` for Hugging Face and mlx-lm, ``gguf``.
     """
 
     model_types: tuple[str, ...]
@@ -125,7 +143,7 @@ class Architecture(Spec):
     build: Callable[[Any], LanguageModel]
     default_targets: tuple[str, ...] = ()
     notes: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Sequence[str]] | None = None
-    foreign_linear: Callable[[str, Any], ForeignLinear | None] | None = None
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
 
 
 # --- adapters -----------------------------------------------------------------

@@ -18,12 +18,37 @@ class LazyTensor:
     Attributes:
         shape: its dimensions.
         dtype: ``float16``, ``bfloat16``, ``float32`` and so on.
-        read: reads it; what it returns is not kept anywhere else.
+        read: reads it; what it returns is not kept anywhere else. A packed weight is
+            expanded to float32.
+        packed: the weight in fewer bits, where the checkpoint stores it so; it stands for
+            what ``read`` gives, so a tensor that is made of another one with the functions of
+            :mod:`mlxlora_core.tensors` keeps it, and one with a ``read`` of its own has none.
     """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], mx.array]
+    packed: PackedTensor | None = None
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A weight as a quantizer packs it.
+
+    Attributes:
+        quantizer: name of the quantizer, such as ``affine``.
+        options: its options for this weight.
+        parts: the quantizer's name of each part -> the part. The first axis of each goes
+            along the outputs, so that rows of the weight are rows of its parts.
+    """
+
+    quantizer: str
+    options: Mapping[str, Any]
+    parts: Mapping[str, LazyTensor]
+
+
+#: plain file name -> the file, or its contents where a checkpoint keeps it inside another one
+TokenizerFiles = Mapping[str, "Path | bytes"]
 
 
 @dataclass(frozen=True)
@@ -32,17 +57,40 @@ class ForeignModel:
 
     Attributes:
         config: the model's own description, as the checkpoint spells it.
-        tokenizer: plain file name -> path of each file that the tokenizer is opened
-            from; a model folder keeps copies under these names.
+        tokenizer: the files that the tokenizer is opened from; a model folder keeps
+            copies under these names.
         tensors: name -> tensor, in the order in which reading is cheapest.
         notes: what was done to the checkpoint that its owner may not expect, such as
             names that were shortened: a sentence each, told when it is converted.
+        layout: whose spelling of config and tensors this is: ``hf`` (Hugging Face and
+            mlx-lm), ``gguf``, or nothing for the one that the architecture calls its own.
     """
 
     config: Mapping[str, Any]
-    tokenizer: Mapping[str, Path]
+    tokenizer: TokenizerFiles
     tensors: Mapping[str, LazyTensor]
     notes: Sequence[str] = ()
+    layout: str = ""
+
+
+@dataclass(frozen=True)
+class ForeignTensor:
+    """A parameter of a model as another library stores it.
+
+    Attributes:
+        name: of the parameter here.
+        foreign: of the tensor there.
+        rows: for each row here which one it is there, or None where they are in the same order.
+        start: the first row there, of a tensor in which several parameters stand one
+            above the other; None where the whole tensor is this parameter.
+        shift: what is added to the tensor there to have the parameter here.
+    """
+
+    name: str
+    foreign: str
+    rows: Sequence[int] | None = None
+    start: int | None = None
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)

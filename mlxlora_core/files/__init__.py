@@ -13,7 +13,7 @@ from mlxlora_core.files.data_path import DataFiles, find_data
 from mlxlora_core.files.documents import read_json
 from mlxlora_core.files.durable import append_line, copy_file, new_file, write_json, write_text
 from mlxlora_core.files.fingerprints import content_digest
-from mlxlora_core.files.input_file import open_regular, read_exactly, read_some, refuse_stand_in
+from mlxlora_core.files.input_file import file_bytes, open_regular, read_exactly, read_some, refuse_stand_in
 from mlxlora_core.files.row_shapes import parse_columns
 from mlxlora_core.files.rows import RowFile, left_out, refuse_faults, scan_rows
 from mlxlora_core.files.zip_layout import ZipMember, read_zip_layout
@@ -28,6 +28,7 @@ __all__ = [
     "append_line",
     "content_digest",
     "copy_file",
+    "file_bytes",
     "find_data",
     "left_out",
     "new_file",

@@ -110,6 +110,26 @@ def read_whole(path: Path, limit_bytes: int, kind: type[MlxloraError] = ModelErr
     return data
 
 
+def file_bytes(file: Path | bytes, limit_bytes: int, where: Path) -> bytes:
+    """The contents of a file that is small by its nature, or that a checkpoint holds inside another one.
+
+    Args:
+        file: where it is, or its contents.
+        limit_bytes: the most that it may have.
+        where: of the checkpoint, for messages about contents.
+
+    Raises:
+        ModelError: as :func:`read_whole`; or a web page or a pointer stands in its place.
+    """
+    if isinstance(file, bytes):
+        if len(file) > limit_bytes:
+            raise ModelError(f"holds a file larger than {limit_bytes >> 20} MiB", where=where)
+        return file
+    with open_regular(file) as opened:
+        refuse_stand_in(opened, file)
+    return read_whole(file, limit_bytes)
+
+
 def refuse_stand_in(file: BinaryIO, path: Path) -> bytes:
     """Refuse what servers send in the place of a file; gives the file's first bytes, read from its start.
 

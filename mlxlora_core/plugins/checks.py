@@ -32,7 +32,6 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "tensors": ("found", "args"),
         "build": ("args",),
         "notes": ("config", "shapes"),
-        "foreign_linear": ("path", "args"),
     },
     "adapter": {
         "wrap": ("linear", "place", "options"),
@@ -60,7 +59,11 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a tuple of texts",
         lambda value: isinstance(value, tuple) and all(isinstance(item, str) for item in value),
     ),
+    "Mapping[str, Layout]": ("a mapping of names to layouts", lambda value: not _layouts_fault(value)),
 }
+
+#: the functions of a layout, and what each is called with
+_LAYOUT_FUNCTIONS = {"read": ("config", "shapes"), "table": ("args",), "notes": ("config", "shapes")}
 
 
 def collect_specs(module: Any) -> Iterable[tuple[str, specs.Spec]]:
@@ -150,6 +153,20 @@ def _field_fault(annotation: str, arguments: Sequence[str] | None, value: Any) -
         return "" if value is None and annotation.endswith("| None") else _call_fault(value, arguments)
     words, good = _FIELDS[annotation]
     return "" if good(value) else f"must be {words}, got {value!r}"
+
+
+def _layouts_fault(value: Any) -> str:
+    """What is wrong with the layouts of an architecture, or nothing."""
+    if not isinstance(value, Mapping):
+        return f"is {type(value).__name__}"
+    for name, layout in value.items():
+        if not isinstance(layout, specs.Layout) or not isinstance(name, str):
+            return f"{name!r} is {type(layout).__name__}"
+        for function, arguments in _LAYOUT_FUNCTIONS.items():
+            given = getattr(layout, function)
+            if (given is not None or function != "notes") and (fault := _call_fault(given, arguments)):
+                return f"{function} of {name!r} {fault}"
+    return ""
 
 
 def _call_fault(function: Any, arguments: Sequence[str]) -> str:

@@ -1,0 +1,59 @@
+"""Tensors that are still in a file, changed on the way out of it: rows in another order, some rows, shifted.
+
+Light: nothing is read, and mlx not loaded, before a result's ``read`` is called.
+A packed weight stays packed, for its rows are those of its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mlxlora_core.values import LazyTensor
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+
+def ordered_rows(tensor: LazyTensor, rows: Sequence[int]) -> LazyTensor:
+    """The tensor with row ``rows[i]`` at place i.
+
+    Args:
+        tensor: (N, ...).
+        rows: each from 0 to N - 1; as many as the result has.
+    """
+
+    def read(array: mx.array) -> mx.array:
+        import mlx.core as mx
+
+        return mx.take(array, mx.array(rows, mx.uint32), axis=0)
+
+    return _changed(tensor, len(rows), read)
+
+
+def some_rows(tensor: LazyTensor, start: int, count: int) -> LazyTensor:
+    """Rows ``start`` to ``start + count - 1`` of a tensor (N, ...)."""
+    return _changed(tensor, count, lambda array: array[start : start + count])
+
+
+def shifted(tensor: LazyTensor, amount: float) -> LazyTensor:
+    """The tensor with ``amount`` added to each number, in float32; one that was packed is so no more."""
+
+    def read() -> mx.array:
+        import mlx.core as mx
+
+        return tensor.read().astype(mx.float32) + amount
+
+    return LazyTensor(tensor.shape, "float32", read)
+
+
+def _changed(tensor: LazyTensor, count: int, change: Callable[[mx.array], mx.array]) -> LazyTensor:
+    """The tensor, and what stands for it, after a change to its rows that leaves ``count`` of them."""
+    packed = tensor.packed
+    if packed is not None:
+        parts = {name: _changed(part, count, change) for name, part in packed.parts.items()}
+        packed = replace(packed, parts=parts)
+    return LazyTensor(
+        (count, *tensor.shape[1:]), tensor.dtype, lambda: change(tensor.read()), packed
+    )
