@@ -107,7 +107,7 @@ def _not_finite(entry: Entry, count: int) -> ModelError:
 
 
 def _runs(entry: Entry, state: tuple[int, ...]) -> Iterator[tuple[int, Array]]:
-    """One run of rows after another: the number of its first row, and rows (R, bytes) that last until the next."""
+    """One run of rows after another: the number of its first row, and (R, bytes) that last until the next."""
     count = entry.size // entry.row_bytes
     most = max(1, min(count, _RUN_BYTES // entry.row_bytes))
     buffer = np.empty((most, entry.row_bytes), np.uint8)
