@@ -78,8 +78,8 @@ def _read(entry: Entry, state: tuple[int, ...], change: _Change, columns: int, d
     """What ``change`` makes of the rows of a tensor, in a type that must hold it."""
     whole = np.empty((entry.size // entry.row_bytes, columns), dtype)
     for start, rows in _runs(entry, state):
-        made = change(entry.type, rows)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
+            made = change(entry.type, rows)
             whole[start : start + len(rows)] = made
         if dtype != "uint32":
             _require_finite(entry, made, whole[start : start + len(rows)], dtype)
