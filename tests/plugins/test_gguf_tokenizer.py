@@ -297,7 +297,11 @@ def test_an_end_that_the_file_calls_ordinary_is_special(tmp_path: Path) -> None:
             {"token_type": [2, 3, 3, *[6] * 255, 1, 4, *[1] * 10]},
             "255 tokens of type byte, wanted <0x00>",
         ),
-        (PIECES, {"token_type": [2, 3, 3, 1, *[6] * 256, *[1] * 10]}, "a token of type byte that is '<tool>'"),
+        (
+            PIECES,
+            {"token_type": [2, 3, 3, 1, *[6] * 256, *[1] * 10]},
+            "a token of type byte that is '<tool>'",
+        ),
     ],
 )
 def test_a_vocabulary_that_cannot_be_is_one_line(
