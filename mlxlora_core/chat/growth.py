@@ -134,6 +134,9 @@ def _as_json(
         allowance.weigh(value)
 
 
+#: filters that need all values at once
+WHOLE = frozenset({"dictsort", "groupby", "join", "max", "min", "sort", "sum", "unique"})
+
 #: filter -> what counts its result
 FILTERS: Mapping[str, Check] = {
     "batch": _in_batches,

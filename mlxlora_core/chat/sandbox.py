@@ -170,6 +170,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._allowance = Allowance(0)
         self._today = today
         own: dict[str, Callable[..., Any]] = {**FILTERS, "tojson": _tojson}
+        tests: dict[str, Any] = dict(TESTS)
         self.filters = {
             name: self._counted(name, call) for name, call in own.items() if name not in _LEFT_OUT
         }
@@ -303,7 +304,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             own = args[hidden:]
             self._allowance.spend(_CALL_UNITS)
             if not shallow:
-                own = (self._listed(own[0]), *own[1:]) if own else own
+                if name in growth.WHOLE:
+                    own = (self._listed(own[0]), *own[1:])
                 for value in (*own, *kwargs.values()):
                     self._allowance.weigh(value)
             if check:

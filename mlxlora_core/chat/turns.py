@@ -181,9 +181,25 @@ def _begin(rendering: _Rendering, number: int, at: int) -> int:
     if prompt is not None and at <= len(prompt) and rendering.whole.startswith(prompt):
         return len(prompt)
     place = rendering.place(number)
-    if place is None or place[0] < at:
+    begin = place[0] if place else _behind_header(rendering, number, prompt)
+    if begin is None or begin < at:
         raise _unclear(rendering, number, "begins")
-    return place[0]
+    return begin
+
+
+def _behind_header(rendering: _Rendering, number: int, prompt: str | None) -> int | None:
+    """The end of what a template writes before an answer, without the thought that a prompt opens.
+
+    Args:
+        rendering: the conversation.
+        number: of the message, which has no content to look for but calls tools.
+        prompt: the text up to it, with the beginning of an answer.
+    """
+    before = rendering.text(number, False)
+    if before is None or prompt is None or not prompt.startswith(before):
+        return None
+    begins = [match.start() for match in _SHAPE.finditer(prompt, len(before)) if match.start() > len(before)]
+    return next((at for at in reversed(begins) if rendering.whole.startswith(prompt[:at])), None)
 
 
 def _end(rendering: _Rendering, number: int, begin: int) -> int:
