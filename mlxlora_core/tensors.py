@@ -54,6 +54,4 @@ def _changed(tensor: LazyTensor, count: int, change: Callable[[mx.array], mx.arr
     if packed is not None:
         parts = {name: _changed(part, count, change) for name, part in packed.parts.items()}
         packed = replace(packed, parts=parts)
-    return LazyTensor(
-        (count, *tensor.shape[1:]), tensor.dtype, lambda: change(tensor.read()), packed
-    )
+    return LazyTensor((count, *tensor.shape[1:]), tensor.dtype, lambda: change(tensor.read()), packed)
