@@ -1,30 +1,19 @@
-"""One tensor of a ``.safetensors``, read alone: of the file its bytes, of memory its size.
-
-MLX reads a whole header before it gives a single tensor. So it is shown a file
-of this one tensor, with a header of its own, behind which the bytes stand as
-they stand in the real file.
-"""
+"""The tensors of a ``.safetensors``, read one at a time: the file is looked at once, and kept is nothing."""
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import struct
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mlxlora_core.errors import ModelError
-from mlxlora_core.files.input_file import open_regular
+from mlxlora_core.files.input_file import name_of_open, open_regular
 from mlxlora_core.files.tensor_header import TYPE_NAMES, read_entries
 from mlxlora_core.values import LazyTensor
 
 if TYPE_CHECKING:
     import mlx.core as mx
-
-_NAME = "tensor"
 
 
 def lazy(path: Path) -> dict[str, LazyTensor]:
@@ -35,107 +24,49 @@ def lazy(path: Path) -> dict[str, LazyTensor]:
             read, also that the file is not the one that was looked at.
     """
     with open_regular(path) as file:
-        start, entries = read_entries(file, path)
-        state = _state(file)
-    found = {}
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, stop = entry["data_offsets"]
-        place = _Place(path, state, name, entry["dtype"], tuple(entry["shape"]), start + begin, stop - begin)
-        found[name] = LazyTensor(place.shape, TYPE_NAMES[place.dtype], partial(_read, place))
-    return found
+        _, entries = read_entries(file, path)
+        opened = _Opened(path, _state(file))
+    return {
+        name: LazyTensor(tuple(entry["shape"]), TYPE_NAMES[entry["dtype"]], partial(opened.read, name))
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+    }
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor stands.
+class _Opened:
+    """A file of which MLX has read the header, and of each tensor nothing before it is asked for.
 
-    Attributes:
+    Args:
         path: of the file.
-        state: which file it was, with its size and the time of its last change.
-        name: of the tensor.
-        dtype: as safetensors calls it.
-        shape: its dimensions.
-        start: byte of the file at which it begins.
-        size: in bytes.
+        state: which file was checked, with its size and the time of its last change.
     """
 
-    path: Path
-    state: tuple[int, ...]
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
+    def __init__(self, path: Path, state: tuple[int, ...]) -> None:
+        self._path, self._state = path, state
+        self._unread: dict[str, mx.array] = {}
 
+    def read(self, name: str) -> mx.array:
+        """One tensor; it is given away, so that the memory is the caller's."""
+        import mlx.core as mx
 
-class _OneTensor(io.RawIOBase):
-    """A ``.safetensors`` of one tensor, whose bytes are those of another file.
-
-    Attributes:
-        fault: what that file said when it was read, or None.
-    """
-
-    def __init__(self, file: BinaryIO, place: _Place) -> None:
-        super().__init__()
-        entry = {"dtype": place.dtype, "shape": place.shape, "data_offsets": [0, place.size]}
-        header = json.dumps({_NAME: entry}).encode()
-        self._head = struct.pack("<Q", len(header)) + header
-        self._file, self._place, self._at = file, place, 0
-        self.fault: OSError | None = None
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def seekable(self) -> bool:
-        """It is."""
-        return True
-
-    def tell(self) -> int:
-        """The byte that is read next."""
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Read on at another byte."""
-        self._at = offset + (0, self._at, len(self._head) + self._place.size)[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill ``buffer``; how many bytes came."""
-        view = memoryview(buffer).cast("B")
-        count = 0
-        if self._at < len(self._head):
-            part = self._head[self._at : self._at + len(view)]
-            view[: len(part)] = part
-            count = len(part)
-        within = self._at + count - len(self._head)
-        rest = view[count : count + self._place.size - within]
-        if rest:
-            try:
-                self._file.seek(self._place.start + within)
-                count += self._file.readinto(rest)  # type: ignore[attr-defined]  # BinaryIO does not say so
-            except OSError as fault:
-                self.fault = fault
-        self._at += count
-        return count
-
-
-def _read(place: _Place) -> mx.array:
-    """The tensor at a place."""
-    import mlx.core as mx
-
-    with open_regular(place.path) as file:
-        if _state(file) != place.state:
-            raise ModelError("changed while it was read", where=place.path, fix="start again")
-        stream: Any = _OneTensor(file, place)
         try:
-            loaded: Any = mx.load(stream, format="safetensors")
-            tensor: mx.array = loaded[_NAME]
+            if name not in self._unread:  # the first one, or one for the second time
+                self._unread = self._load()
+            tensor = self._unread.pop(name)
             mx.eval(tensor)
         except RuntimeError as fault:
-            why = stream.fault.strerror if stream.fault else "it ends too soon, or there is no memory for it"
-            raise ModelError(f"{place.name} cannot be read: {why}", where=place.path) from fault
-    return tensor
+            raise ModelError(f"{name} cannot be read: {fault}", where=self._path) from fault
+        return tensor
+
+    def _load(self) -> dict[str, mx.array]:
+        """All tensors, none of which is read yet."""
+        import mlx.core as mx
+
+        with open_regular(self._path) as file:
+            if _state(file) != self._state:
+                raise ModelError("changed while it was read", where=self._path, fix="start again")
+            # MLX opens what has a name for itself, and reads of it what is used.
+            tensors: Any = mx.load(name_of_open(file) or str(self._path), format="safetensors")
+        return dict(tensors)
 
 
 def _state(file: BinaryIO) -> tuple[int, ...]:
