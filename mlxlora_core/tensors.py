@@ -27,7 +27,7 @@ def ordered_rows(tensor: LazyTensor, rows: Sequence[int]) -> LazyTensor:
     def read(array: mx.array) -> mx.array:
         import mlx.core as mx
 
-        return mx.take(array, mx.array(rows, mx.uint32), axis=0)
+        return mx.take(array, mx.array(list(rows), mx.uint32), axis=0)
 
     return _changed(tensor, len(rows), read)
 

@@ -13,7 +13,7 @@ from mlxlora_core.api import ModelError, listing
 from mlxlora_core.files import read_json
 
 CONFIG, PARAMS = "config.json", "params.json"
-_CONFIG_BYTES = 4 << 20  # a table of bits for each linear of a large model is some 100 kB
+_CONFIG_BYTES = 1 << 20  # a table of bits for each linear of a large model is some 100 kB
 
 
 @dataclass(frozen=True)

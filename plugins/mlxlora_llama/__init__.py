@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from mlxlora_core.api import Architecture, LazyTensor, hookimpl
 from mlxlora_llama.config import MODEL_TYPES, ModelArgs, notes, read
-from mlxlora_llama.names import foreign_linear
 
 if TYPE_CHECKING:
     from mlxlora_core.ops import LanguageModel
@@ -46,7 +45,6 @@ def mlxlora_architectures() -> Iterable[Architecture]:
             args=ModelArgs,
             read=read,
             notes=notes,
-            foreign_linear=foreign_linear,
             tensors=tensors,
             build=build,
             default_targets=("wq", "wv"),
