@@ -25,7 +25,7 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from mlxlora_core.errors import MlxloraError, ModelError, ResourceError
-from mlxlora_core.files import durable, tensor_header
+from mlxlora_core.files import durable, stored_tensor, tensor_header
 from mlxlora_core.files.fingerprints import begin_tensor, combine, tensor_digests
 from mlxlora_core.files.input_file import name_of_open, open_regular
 from mlxlora_core.files.npz_file import (
@@ -186,21 +186,20 @@ def stated(path: Path) -> dict[str, str]:
 
 
 def lazy(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a file, each read when it is asked for and kept nowhere.
+    """The tensors of a file in the order of their bytes, each read when it is asked for and kept nowhere.
 
     Raises:
         ModelError: as :func:`load`, now or when a tensor is read.
     """
-    if path.suffix == ".npz":
-        with open_regular(path) as file:
-            layout = npz_layout(file, path)
-            # Looked at one after another, for what an array is stands in front of its bytes.
-            sizes = {name: (t.shape, t.dtype) for name, t in npz_tensors(file, layout.members, path)}
-    else:
-        opened, _ = load(path)
-        sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in opened.items()}
+    check_ending(path)
+    if path.suffix != ".npz":
+        return stored_tensor.lazy(path)
+    with open_regular(path) as file:
+        layout = npz_layout(file, path)
+        # Looked at one after another, for what an array is stands in front of its bytes.
+        sizes = {name: (t.shape, t.dtype) for name, t in npz_tensors(file, layout.members, path)}
     return {
-        name: LazyTensor(shape, type_name(dtype), partial(_read_one, path, name))
+        name: LazyTensor(shape, type_name(dtype), partial(_read_array, path, name))
         for name, (shape, dtype) in sizes.items()
     }
 
@@ -220,21 +219,13 @@ def digests(path: Path) -> dict[str, str]:
         }
 
 
-def _read_one(path: Path, name: str) -> mx.array:
-    """One tensor of a file, and in memory nothing of the others."""
-    if path.suffix != ".npz":
-        tensors, _ = load(path)
-        found = {name: tensors[name]} if name in tensors else {}
-    else:
-        with open_regular(path) as file:
-            members = [m for m in npz_layout(file, path).members if m.name == f"{name}.npy"]
-            found = dict(npz_tensors(file, members, path))
+def _read_array(path: Path, name: str) -> mx.array:
+    """One array of an ``.npz``, and in memory nothing of the others."""
+    with open_regular(path) as file:
+        members = [m for m in npz_layout(file, path).members if m.name == f"{name}.npy"]
+        found = dict(npz_tensors(file, members, path))
     if name not in found:
         raise ModelError(f"{name} is gone: the file was replaced while it was read", where=path)
-    try:
-        mx.eval(found[name])
-    except RuntimeError as fault:
-        raise ModelError(f"{name} cannot be read: {fault}", where=path) from fault
     return found[name]
 
 
