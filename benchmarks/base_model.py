@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pretrain import BASE, VOCABULARY, corpus, documents, examples, rows
 
 from mlxlora_core.machine.device import prepare_cpu
-from mlxlora_core.model import folder as model_folder
+from mlxlora_core.model import loading
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
 from mlxlora_core.plugins import load, start_runtimes
@@ -115,7 +115,7 @@ def main(site: Path, base: Path, packages: tuple[str, ...]) -> None:
     grams = KneserNey(examples(trained, tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         result_of(convert(base, Path(folder) / "model", registry))
-        model = model_folder.load(Path(folder) / "model", registry).language_model
+        model = loading.load(Path(folder) / "model", registry).language_model
     click.echo("| package | rows | bytes | base | 5-gram | `xz -9` |\n|---|---|---|---|---|---|")
     for package in packages:
         found = [d for d in documents(site, package) if d.text not in known]

@@ -24,7 +24,7 @@ from mlxlora_core.training.events import Advanced
 
 if TYPE_CHECKING:
     from mlxlora_core.model.adapters import Adapted, AdapterFile
-    from mlxlora_core.model.folder import Model as Base
+    from mlxlora_core.model.loading import Model as Base
 
 T = TypeVar("T")
 
@@ -179,10 +179,10 @@ def load(
     """
     found = registry(plugins)
     runtimes = prepare(found)
-    from mlxlora_core.model import folder
+    from mlxlora_core.model import loading
 
     with told(found.plugins):
-        model = Model(folder.load(Path(path), found), found, runtimes)
+        model = Model(loading.load(Path(path), found), found, runtimes)
     if adapter_file is None:
         return model
     return model.load_adapter(adapter_file, base_mismatch=base_mismatch)

@@ -27,7 +27,7 @@ def ordered_rows(tensor: LazyTensor, rows: Sequence[int]) -> LazyTensor:
     def read(array: mx.array) -> mx.array:
         import mlx.core as mx
 
-        return mx.take(array, mx.array(rows, mx.uint32), axis=0)
+        return mx.take(array, mx.array(list(rows), mx.uint32), axis=0)
 
     return _changed(tensor, len(rows), read)
 
@@ -54,6 +54,4 @@ def _changed(tensor: LazyTensor, count: int, change: Callable[[mx.array], mx.arr
     if packed is not None:
         parts = {name: _changed(part, count, change) for name, part in packed.parts.items()}
         packed = replace(packed, parts=parts)
-    return LazyTensor(
-        (count, *tensor.shape[1:]), tensor.dtype, lambda: change(tensor.read()), packed
-    )
+    return LazyTensor((count, *tensor.shape[1:]), tensor.dtype, lambda: change(tensor.read()), packed)

@@ -287,7 +287,7 @@ class ExportSource:
 
     Attributes:
         config: config.json of a dense model: it says nothing of quantization.
-        tokenizer: file name -> file that the tokenizer is opened from.
+        tokenizer: the files that the tokenizer is opened from.
         tensors: parameter name -> tensor, dense, the adapter's change in it, in the
             type that the base stores (a quantized weight: that of its first part with
             floating-point numbers in it, or float32).
@@ -295,7 +295,7 @@ class ExportSource:
     """
 
     config: Mapping[str, Any]
-    tokenizer: Mapping[str, Path]
+    tokenizer: TokenizerFiles
     tensors: Mapping[str, LazyTensor]
     adapter: ExportAdapter | None = None
 

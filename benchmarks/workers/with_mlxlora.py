@@ -12,7 +12,7 @@ import numpy as np
 
 from mlxlora_core.cli.session import start
 from mlxlora_core.model import adapters
-from mlxlora_core.model import folder as model_folder
+from mlxlora_core.model import loading
 from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.generate import decode
 from mlxlora_core.plugins import Registry, load
@@ -37,7 +37,7 @@ def main() -> None:
     if work.task == "matmul":
         samples, loss = _products(work), None
     else:
-        model = model_folder.load(Path(work.folder), registry)
+        model = loading.load(Path(work.folder), registry)
         if work.adapter or work.task == "train":
             _attach(model, registry)
         rows = [_example(row) for row in work.read_rows()]

@@ -21,14 +21,14 @@ from mlxlora_core.training.settings import BatchConfig, EvaluateConfig, Generate
 from mlxlora_core.training.sources import SplitRows
 
 if TYPE_CHECKING:
-    from mlxlora_core.model.folder import Model
     from mlxlora_core.model.generate import Segment
+    from mlxlora_core.model.loading import Model
     from mlxlora_core.training.examples import Examples
 
 
 def load_base(folder: Path, registry: Registry) -> Model:
     """The model in a folder; what there is to tell of it is told."""
-    from mlxlora_core.model.folder import load
+    from mlxlora_core.model.loading import load
 
     model = load(folder, registry)
     if model.note:

@@ -54,7 +54,7 @@ from mlxlora_core.values import RunInfo
 
 if TYPE_CHECKING:
     from mlxlora_core.model.adapters import AdapterFile
-    from mlxlora_core.model.folder import Model
+    from mlxlora_core.model.loading import Model
     from mlxlora_core.training.examples import Examples
     from mlxlora_core.training.session import NewAdapter
 

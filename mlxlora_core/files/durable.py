@@ -81,15 +81,16 @@ def append_line(path: Path, line: str) -> None:
         file.write(utf8(line) + b"\n")
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy the bytes of a small file.
+def copy_file(source: Path | bytes, target: Path) -> None:
+    """Copy a small file, or contents that a checkpoint holds inside another one.
 
     Raises:
         ResourceError: ``source`` cannot be read, or as :func:`new_file`.
     """
-    with _disk_faults(source, "read"):
-        content = source.read_bytes()
-    write_file(target, content)
+    if isinstance(source, Path):
+        with _disk_faults(source, "read"):
+            source = source.read_bytes()
+    write_file(target, source)
 
 
 def version(path: Path) -> tuple[int, ...] | None:

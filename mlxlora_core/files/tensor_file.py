@@ -235,9 +235,14 @@ def _read_one(path: Path, name: str) -> mx.array:
     return found[name]
 
 
+def tensor_digest(name: str, tensor: mx.array) -> str:
+    """The digest, in hex, of a tensor as a file holds it under ``name``."""
+    return _digest(name, tensor, _bytes(tensor))
+
+
 def fingerprint(tensors: Mapping[str, mx.array]) -> str:
     """What :func:`save` calls these tensors: SHA-256 over names, types, shapes and bytes, in hex."""
-    return combine({name: _digest(name, tensor, _bytes(tensor)) for name, tensor in tensors.items()})
+    return combine({name: tensor_digest(name, tensor) for name, tensor in tensors.items()})
 
 
 def check_ending(path: Path) -> None:

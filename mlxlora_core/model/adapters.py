@@ -21,8 +21,8 @@ from mlxlora_core.files.documents import parse_form
 from mlxlora_core.files.forms import Items, Map, Option, Plain, Strict, Table, Text
 from mlxlora_core.files.targets import is_written
 from mlxlora_core.files.tensor_checks import is_finite, mismatches, type_name
-from mlxlora_core.model.folder import Model
 from mlxlora_core.model.linears import is_packed, layers_by_path, linear_shape, linears, parameters, replace
+from mlxlora_core.model.loading import Model
 from mlxlora_core.model.places import at, choose, with_targets
 from mlxlora_core.model.unrecorded import recognise
 from mlxlora_core.options import divide, plain

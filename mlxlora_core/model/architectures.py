@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora_core.errors import ModelError, SafetyError, UsageError, listing
@@ -14,13 +15,16 @@ from mlxlora_core.model.linears import linears
 from mlxlora_core.model.tokenizers import FILES
 from mlxlora_core.options import explain, parse, plain
 from mlxlora_core.plugins import Component, Registry
-from mlxlora_core.specs import Architecture
-from mlxlora_core.values import LazyTensor
+from mlxlora_core.specs import Architecture, Layout
+from mlxlora_core.tensors import ordered_rows, shifted, some_rows
+from mlxlora_core.values import ForeignLinear, ForeignModel, ForeignTensor, LazyTensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 # Keys by which other libraries find code to run for a model.
 _CODE_KEYS = ("auto_map", "model_file")
+# layout -> the key that says which family a model is of
+_TYPE_KEYS = {"gguf": "general.architecture"}
 # Keys of config.json that are core's own, whatever the architecture.
 _CORE_KEYS = ("model_type", "quantizer", "quantization", "quantized", FILES)
 
@@ -53,14 +57,11 @@ def folder_args(spec: Architecture, config: Mapping[str, Any]) -> Any:
     return _parsed(spec, {k: v for k, v in config.items() if k not in apart and v is not None})
 
 
-def read_foreign(
-    config: Mapping[str, Any], shapes: Shapes, registry: Registry, where: Path
-) -> tuple[Component, Any]:
+def read_foreign(foreign: ForeignModel, registry: Registry, where: Path) -> tuple[Component, Any]:
     """The architecture that reads a foreign config, and the arguments that it makes of it.
 
     Args:
-        config: as the checkpoint spells it.
-        shapes: of the tensors by their foreign names.
+        foreign: what a loader opened.
         registry: where architectures are looked up.
         where: of the checkpoint, for messages.
 
@@ -70,27 +71,43 @@ def read_foreign(
         PluginError: what the architecture gives breaks the contract.
     """
     read = []
-    plain_config = {key: value for key, value in config.items() if key not in _CODE_KEYS}
+    shapes = shapes_of(foreign)
+    plain_config = {key: value for key, value in foreign.config.items() if key not in _CODE_KEYS}
     for component in registry.of("architecture"):
+        reader = reader_of(component, foreign.layout)
+        if reader is None:
+            continue
         # A config that asks for code is refused as such below, and not for a key that is not known.
-        seen = plain_config if component.plugin.origin == "built-in" else config
-        args = placed(where, foreign_args, component.spec, seen, shapes)
+        seen = plain_config if component.plugin.origin == "built-in" else foreign.config
+        args = placed(where, foreign_args, reader, seen, shapes)
         if args is not None:
             read.append((component, component.checked("read", args, component.spec.args)))
-    component = _only([component for component, _ in read], config, registry, where)
+    found = [component for component, _ in read]
+    component = _only(found, foreign.config, registry, where, foreign.layout)
     return component, placed(where, _parsed, component.spec, _stated(read[0][1]))
 
 
-def foreign_notes(component: Component, config: Mapping[str, Any], shapes: Shapes) -> list[str]:
+def shapes_of(foreign: ForeignModel) -> dict[str, tuple[int, ...]]:
+    """The shapes of a foreign model's tensors by their names."""
+    return {name: tensor.shape for name, tensor in foreign.tensors.items()}
+
+
+def reader_of(component: Component, layout: str) -> Architecture | Layout | None:
+    """What reads a config that is spelt in a layout, or None where the architecture does not know it."""
+    spec: Architecture = component.spec
+    return spec.layouts.get(layout) if layout else spec
+
+
+def foreign_notes(component: Component, foreign: ForeignModel) -> list[str]:
     """What the architecture assumed of a foreign config that it has read, in words.
 
     Raises:
         PluginError: it gives something else.
     """
-    if component.spec.notes is None:
+    reader = reader_of(component, foreign.layout)
+    if reader is None or reader.notes is None:
         return []
-    given = component.spec.notes(config, shapes)
-    return checked_notes(component, "notes", given)
+    return checked_notes(component, "notes", reader.notes(foreign.config, shapes_of(foreign)))
 
 
 def checked_notes(component: Component, function: str, given: Any) -> list[str]:
@@ -100,10 +117,13 @@ def checked_notes(component: Component, function: str, given: Any) -> list[str]:
     return [component.checked(function, note, str) for note in given]
 
 
-def foreign_args(spec: Architecture, config: Mapping[str, Any], shapes: Shapes) -> Any:
-    """What ``read`` of an architecture makes of a foreign config; its complaints are about the model."""
+def foreign_args(reader: Architecture | Layout, config: Mapping[str, Any], shapes: Shapes) -> Any:
+    """What ``read`` of an architecture, or of a layout of it, makes of a config.
+
+    Its complaints are about the model.
+    """
     try:
-        return spec.read(config, shapes)
+        return reader.read(config, shapes)
     except UsageError as fault:
         raise ModelError(fault.what, where=fault.where, fix=fault.fix) from fault
 
@@ -116,19 +136,94 @@ def model_config(component: Component, args: Any, config: Mapping[str, Any]) -> 
 
 
 def model_tensors(
-    component: Component, found: Mapping[str, LazyTensor], args: Any
+    component: Component, foreign: ForeignModel, args: Any, wanted: Mapping[str, mx.array]
 ) -> Mapping[str, LazyTensor]:
     """The tensors of the model, made of those that were found; nothing is read.
 
+    Args:
+        component: the architecture.
+        foreign: what was found.
+        args: of the model.
+        wanted: its parameters by name, of which only the shapes count.
+
     Raises:
+        ModelError: a tensor is absent, or lacks rows.
         PluginError: the architecture gives something else.
     """
-    tensors: Any = component.spec.tensors(found, args)
+    if foreign.layout:
+        return _by_table(component, foreign, args, wanted)
+    tensors: Any = component.spec.tensors(foreign.tensors, args)
     if not isinstance(tensors, Mapping):
         raise component.breach("tensors", type(tensors).__name__, "a mapping of names to tensors")
     for name, tensor in tensors.items():
         component.checked("tensors", name, str)
         component.checked("tensors", tensor, LazyTensor)
+    return tensors
+
+
+def foreign_table(component: Component, layout: str, args: Any) -> Sequence[ForeignTensor]:
+    """How each parameter of a model of ``args`` is stored in a layout that the architecture knows.
+
+    Raises:
+        PluginError: the architecture gives something else.
+    """
+    given: Any = component.spec.layouts[layout].table(args)
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Sequence):
+        raise component.breach("table", type(given).__name__, "a sequence of foreign tensors")
+    return [component.checked("table", entry, ForeignTensor) for entry in given]
+
+
+def foreign_linears(component: Component, layout: str, args: Any) -> dict[str, ForeignLinear]:
+    """Module path there, from its layer on -> linear here, of a model of ``args``; none without the layout.
+
+    Raises:
+        PluginError: the architecture gives something else.
+    """
+    if layout not in component.spec.layouts:
+        return {}
+    table = foreign_table(component, layout, args)
+    return {
+        within_layer(entry.foreign.removesuffix(".weight")): ForeignLinear(
+            entry.name.removesuffix(".weight"), entry.rows
+        )
+        for entry in table
+        if entry.start is None and entry.name.endswith(".weight")
+    }
+
+
+def within_layer(path: str) -> str:
+    """A module path from its ``layers.N`` on, without what libraries put in front of it."""
+    return "layers." + path.rpartition("layers.")[2] if "layers." in path else path
+
+
+def _by_table(
+    component: Component, foreign: ForeignModel, args: Any, wanted: Mapping[str, mx.array]
+) -> dict[str, LazyTensor]:
+    """The parameters that a layout's table names, in the order in which the tensors are read cheapest."""
+    table = foreign_table(component, foreign.layout, args)
+    absent = sorted({entry.foreign for entry in table} - foreign.tensors.keys())
+    if absent:
+        known = {entry.foreign for entry in table}
+        other = sorted(foreign.tensors.keys() - known)
+        there = f"; nobody knows {listing(other, 4)}" if other else ""
+        raise ModelError(f"{len(absent)} tensors are missing: {listing(absent)}{there}")
+    places = {name: place for place, name in enumerate(foreign.tensors)}
+    tensors = {}
+    for entry in sorted(table, key=lambda entry: places[entry.foreign]):
+        if entry.name not in wanted:
+            raise component.breach("table", f"parameter {entry.name}", "one that the model has")
+        tensor = foreign.tensors[entry.foreign]
+        if entry.start is not None:
+            count = wanted[entry.name].shape[0]
+            if entry.start + count > tensor.shape[0]:
+                rows = f"{entry.foreign} has {tensor.shape[0]} rows"
+                raise ModelError(f"{rows}, {entry.name} is rows {entry.start} to {entry.start + count} of it")
+            tensor = some_rows(tensor, entry.start, count)
+        if entry.rows is not None:
+            if len(entry.rows) != tensor.shape[0]:
+                raise ModelError(f"{entry.foreign} has {tensor.shape[0]} rows, wanted {len(entry.rows)}")
+            tensor = ordered_rows(tensor, entry.rows)
+        tensors[entry.name] = shifted(tensor, entry.shift) if entry.shift else tensor
     return tensors
 
 
@@ -174,16 +269,20 @@ def placed(where: Path, function: Any, *arguments: Any) -> Any:
         raise ModelError(fault.what, where=fault.where or where, fix=fault.fix) from fault
 
 
-def _only(found: list[Component], config: Mapping[str, Any], registry: Registry, where: Path) -> Component:
+def _only(
+    found: list[Component], config: Mapping[str, Any], registry: Registry, where: Path, layout: str = ""
+) -> Component:
     """The one architecture of those that were found."""
     if len(found) == 1:
-        _refuse_code(config, found[0], where)
+        if not layout:  # elsewhere such keys are for a library that the built-in family has no need of
+            _refuse_code(config, found[0], where)
         return found[0]
     if found:
         raise ModelError(f"several architectures build this: {listing(c.id for c in found)}", where=where)
-    known = listing(sorted({name for c in registry.of("architecture") for name in c.spec.model_types}))
+    readers = [reader for c in registry.of("architecture") if (reader := reader_of(c, layout)) is not None]
+    known = listing(sorted({name for reader in readers for name in reader.model_types}), 40)
     failed = "".join(f"; plugin {p} failed to load: {p.reason}" for p in registry.failed)
-    stated = config.get("model_type")
+    stated = config.get(_TYPE_KEYS.get(layout, "model_type"))
     what = (
         f"model_type '{stated}' is not known"
         if stated is not None

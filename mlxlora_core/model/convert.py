@@ -23,6 +23,7 @@ from mlxlora_core.model.foreign import OpenedModel, open_foreign
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import linears
 from mlxlora_core.model.quantization import QUANTIZATION, QUANTIZED, QUANTIZER, pack
+from mlxlora_core.model.stored import folder_form
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Registry
@@ -30,6 +31,8 @@ from mlxlora_core.plugins.sections import QuantizeConfig
 from mlxlora_core.values import LazyTensor
 
 _NOT_THE_HEAD = QuantizeConfig()
+#: the type of each tensor in the checkpoint
+STORED = "stored"
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -40,6 +43,7 @@ class _Tally:
     tensors: int = 0
     parameters: int = 0
     quantized: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)  # packed already in the checkpoint
     left_dense: list[str] = field(default_factory=list)
     widths: set[int] = field(default_factory=set)
     squared_error: float = 0.0
@@ -108,7 +112,7 @@ def convert(
         registry: where loaders and architectures are looked up.
         loader: which weight loader; None asks each whether it knows the folder.
         loader_options: of the loader; None for its defaults.
-        dtype: ``float16``, ``bfloat16`` or ``float32``.
+        dtype: ``float16``, ``bfloat16`` or ``float32``, or ``stored`` for that of each tensor as it is.
         file_format: ``safetensors`` or ``npz``.
         quantization: how to quantize the linears, or None.
         quantize_config: which of them.
@@ -128,13 +132,16 @@ def convert(
     ours = model_folder.holds_only_a_model
     check_output_folder(target, [source, *paths_in(loader_options)], overwrite=overwrite, ours=ours)
     opened = open_foreign(source, registry, loader, loader_options)
-    tensors, model = opened.tensors, opened.model
-    packed = _to_quantize(model, quantize_config) if quantization else set()
-    disk = _need(tensors, packed, DTYPES[dtype], target)
-    yield SpaceNeeded(f"{disk}; {_memory(tensors, packed, DTYPES[dtype])}")
-    tally = _Tally()
+    config, tensors = folder_form(opened)
+    if quantization is not None and QUANTIZATION in config:
+        raise UsageError(f"{source} is quantized already", fix="leave -q out: its bits are kept as they are")
+    packed = _to_quantize(opened.model, quantize_config) if quantization else set()
+    types = _types(opened, tensors, dtype)
+    disk = _need(tensors, packed, types, target)
+    yield SpaceNeeded(f"{disk}; {_memory(tensors, packed, types)}")
+    tally = _tally(opened)
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as folder:
-        stream = _stored(tensors, packed, DTYPES[dtype], quantization, tally, source)
+        stream = _stored(tensors, packed, types, quantization, tally, source)
         size = 0
         most = len(tensors) * (len(quantization.component.spec.parts) if quantization else 1)
         for written in tensor_file.saving(folder / WEIGHTS[file_format], stream, {}, most=most):
@@ -142,11 +149,13 @@ def convert(
                 yield TensorConverted(written, tally.tensors, len(tensors))
             else:
                 size = written.bytes
-        _write_beside(folder, opened, quantization, tally)
+        _write_beside(folder, opened, config, quantization, tally)
     yield _report(target, opened, size, tally)
 
 
-def _write_beside(folder: Path, opened: OpenedModel, quantization: Choice | None, tally: _Tally) -> None:
+def _write_beside(
+    folder: Path, opened: OpenedModel, config: Mapping[str, Any], quantization: Choice | None, tally: _Tally
+) -> None:
     """Write what stands beside the weights: the tokenizer's files and config.json.
 
     Raises:
@@ -156,8 +165,7 @@ def _write_beside(folder: Path, opened: OpenedModel, quantization: Choice | None
         raise _nothing_quantized(quantization, tally)
     for name, path in opened.tokenizer.files.items():
         durable.copy_file(path, folder / name)
-    config = {**opened.config, **_quantized_config(quantization, tally.quantized)}
-    durable.write_json(folder / CONFIG, config)
+    durable.write_json(folder / CONFIG, {**config, **_quantized_config(quantization, tally.quantized)})
 
 
 def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:
@@ -176,20 +184,40 @@ def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:
     return result
 
 
+def _types(opened: OpenedModel, tensors: Mapping[str, LazyTensor], dtype: str) -> dict[str, mx.Dtype]:
+    """The type that each tensor gets; parts of a packed weight keep theirs."""
+    kept = {name for name in tensors if name not in opened.tensors or opened.tensors[name].packed is not None}
+    return {
+        name: getattr(mx, tensor.dtype) if dtype == STORED or name in kept else DTYPES[dtype]
+        for name, tensor in tensors.items()
+    }
+
+
+def _tally(opened: OpenedModel) -> _Tally:
+    """A tally in which the weights that are packed already are counted."""
+    packed = {name: tensor.shape for name, tensor in opened.tensors.items() if tensor.packed is not None}
+    return _Tally(
+        parameters=sum(map(math.prod, packed.values())),
+        kept=[name.removesuffix(".weight") for name in packed],
+    )
+
+
 def _to_quantize(model: LanguageModel, config: QuantizeConfig) -> set[str]:
     """The names of the weights that the quantizer is asked about."""
     paths = {path for path, _ in linears(model)}
     return {f"{path}.weight" for path in paths if config.head or path != model.head_path}
 
 
-def _need(tensors: Mapping[str, LazyTensor], packed: Collection[str], dtype: mx.Dtype, target: Path) -> str:
+def _need(
+    tensors: Mapping[str, LazyTensor], packed: Collection[str], types: Mapping[str, mx.Dtype], target: Path
+) -> str:
     """What the model will need of the disk, in words; of what is quantized only that it is not counted."""
-    dense = sum(math.prod(tensor.shape) for name, tensor in tensors.items() if name not in packed)
-    said = require_disk(dense * dtype.size, target)
+    sizes = (math.prod(t.shape) * types[name].size for name, t in tensors.items() if name not in packed)
+    said = require_disk(sum(sizes), target)
     return f"{said}, not counting what is quantized" if packed else said
 
 
-def _memory(tensors: Mapping[str, LazyTensor], packed: Collection[str], dtype: mx.Dtype) -> str:
+def _memory(tensors: Mapping[str, LazyTensor], packed: Collection[str], types: Mapping[str, mx.Dtype]) -> str:
     """What the largest tensor will need of memory, in words, once the loader has what it reads with.
 
     Raises:
@@ -202,7 +230,7 @@ def _memory(tensors: Mapping[str, LazyTensor], packed: Collection[str], dtype: m
         * (
             2 * getattr(mx, tensors[name].dtype).size + 13
             if name in packed
-            else _bytes_each(tensors[name], dtype)
+            else _bytes_each(tensors[name], types[name])
         )
         for name, size in sizes.items()
     )
@@ -217,19 +245,23 @@ def _bytes_each(tensor: LazyTensor, dtype: mx.Dtype) -> int:
 def _stored(
     tensors: Mapping[str, LazyTensor],
     packed: Collection[str],
-    dtype: mx.Dtype,
+    types: Mapping[str, mx.Dtype],
     quantization: Choice | None,
     tally: _Tally,
     source: Path,
 ) -> Iterator[tuple[str, mx.array]]:
     """(name, tensor) as the weight file will hold them, one at a time."""
+    kept = frozenset(tally.kept)
     for name, lazy in tensors.items():
         try:
-            tensor = cast(name, lazy.read(), dtype, source)
+            tensor = lazy.read()
+            if mx.issubdtype(tensor.dtype, mx.floating):
+                tensor = cast(name, tensor, types[name], source)
         except OSError as fault:  # else it would pass for a fault of the disk that is written to
             raise ModelError(f"{name} cannot be read: {fault}", where=source) from fault
         tally.tensors += 1
-        tally.parameters += tensor.size
+        owner = name.rpartition(".")[0]
+        tally.parameters += 0 if owner in kept else tensor.size
         if quantization is not None and name in packed:
             yield from _quantized(name.removesuffix(".weight"), tensor, quantization, tally)
         else:
@@ -285,7 +317,7 @@ def _report(target: Path, opened: OpenedModel, size: int, tally: _Tally) -> Conv
         architecture=opened.architecture.id,
         parameters=tally.parameters,
         bytes=size,
-        quantized=len(tally.quantized),
+        quantized=len(tally.quantized) + len(tally.kept),
         left_dense=tuple(tally.left_dense),
         relative_error=(tally.squared_error / tally.squared_weight) ** 0.5 if tally.squared_weight else 0.0,
         left_out=tuple(opened.unread),

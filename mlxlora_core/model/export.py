@@ -21,15 +21,13 @@ from mlxlora_core.files.targets import check_output_folder, paths_in
 from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.machine.memory import require_memory
-from mlxlora_core.model import adapters
-from mlxlora_core.model import folder as model_folder
+from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.convert import DTYPES, cast
 from mlxlora_core.model.events import SpaceNeeded
-from mlxlora_core.model.folder import Model
-from mlxlora_core.model.linears import QuantizedLinear, linear_shape, linears
+from mlxlora_core.model.linears import Quantized, linear_shape, linears
+from mlxlora_core.model.loading import Model
 from mlxlora_core.model.quantization import expanded, without_quantization
-from mlxlora_core.model.tokenizers import tokenizer_files
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.values import ExportAdapter, ExportSource, LazyTensor
@@ -101,7 +99,7 @@ def export(
     """
     read = [folder, *([fused.path] if fused else []), *paths_in(exporter.options)]
     check_output_folder(target, read, overwrite=overwrite, ours=holds_only_an_export)
-    model, stored = model_folder.outline(folder, registry)
+    model, stored = loading.outline(folder, registry)
     adapted = adapters.load_file(fused, model, registry) if fused else None
     source = _source(model, stored, adapted, fused, told)
     sizes = {name: math.prod(tensor.shape) for name, tensor in source.tensors.items()}
@@ -170,7 +168,7 @@ def _source(
 
     return ExportSource(
         config=without_quantization(model.config),
-        tokenizer=tokenizer_files(model.folder, model.config),
+        tokenizer=model.tokenizer.files,
         tensors={
             name: LazyTensor(tensor.shape, tensor.dtype, partial(read, name, tensor))
             for name, tensor in tensors.items()
@@ -205,7 +203,9 @@ def _dense(
     """The tensors of the model that the folder and the adapter are, every weight dense."""
     modules = dict(model.module.named_modules())
     wrapped = {path: modules[path] for path in (adapted.paths if adapted else ())}
-    inner = dict(linears(model.module))
+    inner = dict(linears(model.module)) | {
+        path: child for path, child in modules.items() if isinstance(child, Quantized)
+    }
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in stored.items():
         path, _, part = name.rpartition(".")
@@ -230,7 +230,7 @@ def _weight(
     wrapped: nn.Module | None,
 ) -> LazyTensor:
     """The dense weight of one linear, the adapter in it if it is ``wrapped``, in the type that is stored."""
-    if wrapped is None and not isinstance(linear, QuantizedLinear):
+    if wrapped is None and not isinstance(linear, Quantized):
         return parts["weight"]
     dtype = next((part.dtype for part in parts.values() if part.dtype in DTYPES), "float32")
 
@@ -240,13 +240,14 @@ def _weight(
             weight = adapters.fused_weight(adapted.choice.component, wrapped, weight.astype(mx.float32))
         return cast(name, weight, DTYPES[dtype], folder)
 
-    return LazyTensor(tuple(linear_shape(linear)), dtype, read)
+    shape = linear.shape if isinstance(linear, Quantized) else linear_shape(linear)
+    return LazyTensor(tuple(shape), dtype, read)
 
 
 def _expanded(linear: nn.Module, parts: Mapping[str, LazyTensor]) -> mx.array:
     """The dense weight that is stored in parts, in the shape of ``linear_shape``."""
     read = {name: part.read() for name, part in parts.items()}
-    if isinstance(linear, QuantizedLinear):
+    if isinstance(linear, Quantized):
         return expanded(read, linear.quantization, linear.shape)
     return read["weight"]
 

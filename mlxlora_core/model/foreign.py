@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from mlxlora_core.errors import ModelError, listing
 from mlxlora_core.files.input_file import is_plain_name
 from mlxlora_core.files.tensor_checks import mismatches
 from mlxlora_core.model import architectures
+from mlxlora_core.model.architectures import placed
 from mlxlora_core.model.folder import CONFIG
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import parameters
@@ -66,23 +67,22 @@ def open_foreign(source: Path, registry: Registry, loader: str | None, options: 
     """
     reader = find_loader(source, registry, loader)
     foreign = _checked(reader, reader.spec.open(source, options or reader.spec.options()))
-    shapes = {name: tensor.shape for name, tensor in foreign.tensors.items()}
-    architecture, args = architectures.read_foreign(foreign.config, shapes, registry, source)
+    architecture, args = architectures.read_foreign(foreign, registry, source)
     found, unread = _watched(reader, foreign.tensors)
-    tensors = architectures.model_tensors(architecture, found, args)
     model = architectures.build(architecture, args)
-    faults = mismatches(tensors, parameters(model))
+    wanted = parameters(model)
+    watched = replace(foreign, tensors=found)
+    tensors = placed(source, architectures.model_tensors, architecture, watched, args, wanted)
+    faults = mismatches(tensors, wanted)
     if faults:
         raise ModelError("the tensors do not fit the config: " + "; ".join(faults), where=source)
     tokenizer = open_tokenizer(foreign.tokenizer, registry, source)
     check_vocabulary(tokenizer, model.vocab_size, source)
-    tensors = {
-        name: replace(tensor, read=partial(_read, architecture, "tensors", name, tensor))
-        for name, tensor in tensors.items()
-    }
+    read = partial(_read, architecture, "tensors")
+    tensors = {name: _reading(name, tensor, read) for name, tensor in tensors.items()}
     config = architectures.model_config(architecture, args, foreign.config)
     config[FILES] = list(tokenizer.files)
-    notes = [*foreign.notes, *architectures.foreign_notes(architecture, foreign.config, shapes)]
+    notes = [*foreign.notes, *architectures.foreign_notes(architecture, foreign)]
     return OpenedModel(reader, architecture, model, tensors, tokenizer, config, unread, notes)
 
 
@@ -126,11 +126,13 @@ def _checked(reader: Component, given: Any) -> ForeignModel:
         reader.checked("open", name, str)
         reader.checked("open", tensor, LazyTensor)
     architectures.checked_notes(reader, "open", opened.notes)
+    reader.checked("open", opened.layout, str)
     taken = {CONFIG, *WEIGHTS.values()}
-    for name, path in opened.tokenizer.items():
+    for name, file in opened.tokenizer.items():
         if not is_plain_name(name) or name in taken:
             raise reader.breach("open", f"a tokenizer file {name!r}", "a plain file name of its own")
-        reader.checked("open", path, Path)
+        if not isinstance(file, (Path, bytes)):
+            raise reader.breach("open", f"{name} of type {type(file).__name__}", "a path, or contents")
     return opened
 
 
@@ -144,14 +146,24 @@ def _read(owner: Component, function: str, name: str, tensor: LazyTensor) -> mx.
     return value
 
 
+def _reading(name: str, tensor: LazyTensor, read: Callable[[str, LazyTensor], mx.array]) -> LazyTensor:
+    """The tensor, and the parts that it is packed in, as ``read`` reads them."""
+    packed = tensor.packed
+    if packed is not None:
+        path = name.removesuffix(".weight")
+        parts = {part: _reading(f"{path}.{part}", t, read) for part, t in packed.parts.items()}
+        packed = replace(packed, parts=parts)
+    return replace(tensor, read=partial(read, name, tensor), packed=packed)
+
+
 def _watched(
     reader: Component, found: Mapping[str, LazyTensor]
 ) -> tuple[dict[str, LazyTensor], dict[str, None]]:
     """The same tensors, and the names of those that nobody has read so far."""
     unread = dict.fromkeys(found)
 
-    def read(name: str) -> mx.array:
-        unread.pop(name, None)
-        return _read(reader, "open", name, found[name])
+    def watched(whole: str, name: str, tensor: LazyTensor) -> mx.array:
+        unread.pop(whole, None)
+        return _read(reader, "open", name, tensor)
 
-    return {name: replace(tensor, read=partial(read, name)) for name, tensor in found.items()}, unread
+    return {name: _reading(name, tensor, partial(watched, name)) for name, tensor in found.items()}, unread

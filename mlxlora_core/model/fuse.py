@@ -14,16 +14,18 @@ import mlx.nn as nn
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.files.targets import check_output_folder
 from mlxlora_core.machine.disk import require_disk
-from mlxlora_core.model import adapters
+from mlxlora_core.model import adapters, loading
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.convert import DTYPES, cast
 from mlxlora_core.model.events import SpaceNeeded
-from mlxlora_core.model.folder import CONFIG, Model
-from mlxlora_core.model.linears import QuantizedLinear, dense_weight, linears, parameters
+from mlxlora_core.model.folder import CONFIG
+from mlxlora_core.model.linears import Quantized, QuantizedLinear, dense_weight, parameters
+from mlxlora_core.model.loading import Model
 from mlxlora_core.model.memory import require_for
 from mlxlora_core.model.quantization import pack, without_quantization
-from mlxlora_core.model.weights import SMALLER, WEIGHTS, read_weights, weight_files
+from mlxlora_core.model.stored import StoredModel, bytes_of, open_stored
+from mlxlora_core.model.weights import SMALLER, WEIGHTS
 from mlxlora_core.plugins import Registry
 
 PROBE_TOKENS = 64
@@ -89,15 +91,16 @@ def fuse(
     """
     ours = model_folder.holds_only_a_model
     check_output_folder(target, [folder, adapter.path], overwrite=overwrite, ours=ours)
-    written = _need(folder, registry, dequantize)
+    stored = open_stored(folder, registry)
+    written = _need(stored, dequantize)
     yield SpaceNeeded(require_disk(written, target))
-    model = model_folder.load(folder, registry)
-    yield SpaceNeeded(_memory(model, folder, written if dequantize else written // 2))
+    model = loading.load(folder, registry)
+    yield SpaceNeeded(_memory(model, stored, written if dequantize else written // 2))
     probe = _probe(model)
     base = _logits(model, probe)
     adapted = adapters.load_file(adapter, model, registry)
     tuned = _logits(model, probe)
-    tensors, _ = read_weights(folder)
+    tensors = {name: tensor.read() for name, tensor in stored.tensors.items()}
     changed = _fused(model, adapted, tensors, folder, dequantize)
     tensors = (_made_dense(model, adapted, tensors, folder) if dequantize else tensors) | changed
     weights = WEIGHTS["npz" if (folder / WEIGHTS["npz"]).is_file() else "safetensors"]
@@ -105,36 +108,32 @@ def fuse(
         for name, path in model.tokenizer.files.items():
             durable.copy_file(path, new / name)
         tensor_file.save(new / weights, sorted(tensors.items()), {}, len(tensors))
-        if dequantize:
-            durable.write_json(new / CONFIG, without_quantization(model.config))
-        else:
-            durable.copy_file(folder / CONFIG, new / CONFIG)
-        fused = _logits(model_folder.load(new, registry), probe)
-    rounded = 0 if dequantize else len(_quantized(model, adapted.paths).keys() & set(adapted.paths))
+        config = without_quantization(model.config) if dequantize else model.config
+        durable.write_json(new / CONFIG, dict(config))
+        fused = _logits(loading.load(new, registry), probe)
+    rounded = 0 if dequantize else len(_quantized(model.module, adapted.paths).keys() & set(adapted.paths))
     yield _report(target, adapted, rounded, base, tuned, fused)
 
 
-def _need(folder: Path, registry: Registry, dequantize: bool) -> int:
+def _need(stored: StoredModel, dequantize: bool) -> int:
     """Bytes that the fused model will take."""
-    stored = sum(path.stat().st_size for path in model_folder.files(folder))
+    need = sum(map(bytes_of, stored.tensors.values()))
     if not dequantize:
-        return stored
-    model, tensors = model_folder.outline(folder, registry)
-    for path, linear in _quantized(model).items():
-        parts = [tensors[f"{path}.{name}"] for name in linear.parts]
+        return need
+    for path, packed in _quantized(stored.module).items():
+        parts = [stored.tensors[f"{path}.{name}"] for name in packed.parts]
         dtype = next((part.dtype for part in parts if part.dtype in DTYPES), "float32")
-        stored += DTYPES[dtype].size * math.prod(linear.shape)
-        stored -= sum(getattr(mx, part.dtype).size * math.prod(part.shape) for part in parts)
-    return stored
+        need += DTYPES[dtype].size * math.prod(packed.shape) - sum(map(bytes_of, parts))
+    return need
 
 
-def _quantized(model: Model, adapted: Collection[str] = ()) -> dict[str, QuantizedLinear]:
-    """path in the weight file -> quantized linear, those inside of an adapter too."""
+def _quantized(module: nn.Module, adapted: Collection[str] = ()) -> dict[str, Quantized]:
+    """path in the weight file -> quantized linear or embedding, those inside of an adapter too."""
     inside = {f"{path}.linear": path for path in adapted}
     return {
-        inside.get(path, path): linear
-        for path, linear in linears(model.module)
-        if isinstance(linear, QuantizedLinear)
+        inside.get(path, path): child
+        for path, child in module.named_modules()
+        if isinstance(child, Quantized)
     }
 
 
@@ -142,7 +141,7 @@ def _made_dense(
     model: Model, adapted: adapters.Adapted, tensors: Mapping[str, mx.array], folder: Path
 ) -> dict[str, mx.array]:
     """The tensors of the weight file, with a dense weight in the place of each quantized one's parts."""
-    quantized = _quantized(model, adapted.paths)
+    quantized = _quantized(model.module, adapted.paths)
     packed = {f"{path}.{part}" for path, linear in quantized.items() for part in linear.parts}
     dense = {name: tensor for name, tensor in tensors.items() if name not in packed}
     for path, linear in quantized.items():
@@ -152,15 +151,15 @@ def _made_dense(
     return dense
 
 
-def _memory(model: Model, folder: Path, made: int) -> str:
+def _memory(model: Model, stored: StoredModel, made: int) -> str:
     """What fusing needs of memory beside the base, in words: its tensors as stored, and those that are made.
 
     Raises:
         ResourceError: less is free.
     """
     held = sum(tensor.nbytes for tensor in parameters(model.module).values())
-    stored = sum(path.stat().st_size for path in weight_files(folder))
-    return require_for(held + stored + made, "fusing", SMALLER)
+    read = sum(map(bytes_of, stored.tensors.values()))
+    return require_for(held + read + made, "fusing", SMALLER)
 
 
 def _fused(

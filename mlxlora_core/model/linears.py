@@ -54,8 +54,8 @@ class StackedLinear(nn.Module):
         return _times_chosen(x, self.weight, chosen)
 
 
-class QuantizedLinear(nn.Module):
-    """A linear, or a stack of them, whose weight a quantizer packed. It does not train.
+class Quantized(nn.Module):
+    """A weight that a quantizer packed, and what multiplies by it. It does not train.
 
     The parts are parameters by the names that the quantizer gives them.
 
@@ -63,23 +63,14 @@ class QuantizedLinear(nn.Module):
         quantization: the quantizer, and the options that the parts were made with.
         parts: what it made of the weight.
         shape: of the weight: (outputs, inputs) or (experts, outputs, inputs).
-        bias: of the linear, if it has one.
     """
 
-    def __init__(
-        self,
-        quantization: Choice,
-        parts: Mapping[str, mx.array],
-        shape: tuple[int, ...],
-        bias: mx.array | None = None,
-    ) -> None:
+    def __init__(self, quantization: Choice, parts: Mapping[str, mx.array], shape: tuple[int, ...]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.quantization = quantization
         self._shape = tuple(shape)
         for name, part in parts.items():
             self[name] = part
-        if bias is not None:
-            self.bias = bias
         self.freeze()
 
     @property
@@ -97,28 +88,12 @@ class QuantizedLinear(nn.Module):
         weight: mx.array = self.quantization.component.spec.dequantize(self.parts, self.quantization.options)
         return weight
 
-    def __call__(self, x: mx.array, indices: mx.array | None = None) -> mx.array:
-        """Outputs (..., outputs) of inputs (..., inputs), in the type of the inputs.
-
-        Args:
-            x: inputs.
-            indices: as for :class:`StackedLinear`, where this is a stack.
-        """
+    def _times(self, x: mx.array) -> mx.array:
+        """Outputs (..., outputs) of inputs (..., inputs), packed or expanded, whichever is faster."""
         matmul = self.quantization.component.spec.matmul
-        if indices is not None:
-            indices = mx.stop_gradient(indices)
-            y = _times_expanded(x, self.dequantize, indices)
-        elif matmul is None or (on_cpu() and x.size > self._shape[-1]):
+        if matmul is None or (on_cpu() and x.size > self._shape[-1]):
             # 2048 x 2048 at 4 bits: one row takes 3.7 ms packed and 7 ms expanded, 8 rows 29 and 8 ms.
-            y = _times_expanded(x, self.dequantize)
-        else:
-            y = self._product(matmul, x)
-        if "bias" in self:
-            y = y + (self.bias if indices is None else self.bias[indices])
-        return y.astype(x.dtype)
-
-    def _product(self, matmul: Callable[..., Any], x: mx.array) -> mx.array:
-        """What the quantizer's own product gives."""
+            return _times_expanded(x, self.dequantize)
         component = self.quantization.component
         y = component.checked("matmul", matmul(x, self.parts, self.quantization.options), mx.array)
         if y.shape != (*x.shape[:-1], self._shape[-2]):
@@ -127,6 +102,61 @@ class QuantizedLinear(nn.Module):
 
     def _extra_repr(self) -> str:
         return f"shape={self._shape}, {self.quantization.component.id} {self.quantization.options}"
+
+
+class QuantizedLinear(Quantized):
+    """A linear, or a stack of them, whose weight a quantizer packed; see :class:`Quantized`.
+
+    Args:
+        quantization: the quantizer, and the options that the parts were made with.
+        parts: what it made of the weight.
+        shape: of the weight: (outputs, inputs) or (experts, outputs, inputs).
+        bias: of the linear, if it has one.
+    """
+
+    def __init__(
+        self,
+        quantization: Choice,
+        parts: Mapping[str, mx.array],
+        shape: tuple[int, ...],
+        bias: mx.array | None = None,
+    ) -> None:
+        super().__init__(quantization, parts, shape)
+        if bias is not None:
+            self.bias = bias
+            self.freeze()
+
+    def __call__(self, x: mx.array, indices: mx.array | None = None) -> mx.array:
+        """Outputs (..., outputs) of inputs (..., inputs), in the type of the inputs.
+
+        Args:
+            x: inputs.
+            indices: as for :class:`StackedLinear`, where this is a stack.
+        """
+        if indices is not None:
+            indices = mx.stop_gradient(indices)
+            y = _times_expanded(x, self.dequantize, indices)
+        else:
+            y = self._times(x)
+        if "bias" in self:
+            y = y + (self.bias if indices is None else self.bias[indices])
+        return y.astype(x.dtype)
+
+
+class QuantizedEmbedding(Quantized):
+    """An embedding whose weight (V, D) a quantizer packed; the rows of its parts are those of the weight."""
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Embeddings (..., D) of token ids (...), in the type to compute in."""
+        ids = tokens.reshape(-1)
+        rows = {name: part[ids] for name, part in self.parts.items()}
+        weight: mx.array = self.quantization.component.spec.dequantize(rows, self.quantization.options)
+        weight = weight.astype(compute_dtype(mx.float16))
+        return weight.reshape(*tokens.shape, self._shape[-1])
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Logits (..., V) of hidden states (..., D), where the embedding is the output head too."""
+        return self._times(x).astype(x.dtype)
 
 
 class StoredLinear(nn.Linear):
@@ -217,8 +247,8 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether ``module`` is a linear whose weight is in fewer bits than a number each."""
-    return isinstance(module, (QuantizedLinear, nn.QuantizedLinear))
+    """Whether the weight of ``module`` is in fewer bits than a number each."""
+    return isinstance(module, (Quantized, nn.QuantizedLinear))
 
 
 def is_stored(module: nn.Module) -> bool:
@@ -265,6 +295,12 @@ def dense_weight(linear: nn.Module) -> mx.array:
         )
     weight: mx.array = linear.weight
     return weight
+
+
+def embeddings(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, embedding) of every dense or quantized embedding in ``module``."""
+    kinds = (nn.Embedding, QuantizedEmbedding)
+    return ((path, child) for path, child in module.named_modules() if isinstance(child, kinds))
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import mlx.nn as nn
 
 from mlxlora_core.errors import ModelError, UsageError, listing, nearest
-from mlxlora_core.model.folder import Model
 from mlxlora_core.model.linears import layers_by_path, linears
+from mlxlora_core.model.loading import Model
 from mlxlora_core.plugins.sections import AdapterConfig
 
 ALL_LINEAR = "all-linear"

@@ -13,7 +13,14 @@ import mlx.nn as nn
 from mlxlora_core.errors import ModelError, PluginError, UsageError, listing
 from mlxlora_core.files import tensor_file
 from mlxlora_core.files.tensor_checks import is_finite, type_name
-from mlxlora_core.model.linears import QuantizedLinear, linear_shape, linears, replace
+from mlxlora_core.model.linears import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    embeddings,
+    linear_shape,
+    linears,
+    replace,
+)
 from mlxlora_core.options import explain, parse
 from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.plugins.defaults import DEFAULT_QUANTIZER
@@ -103,21 +110,25 @@ def restore(
         ModelError: a linear that the model does not have, or parts that are not those of its weight.
     """
     dense = dict(linears(module))
+    words = dict(embeddings(module))
     packed: dict[str, nn.Module] = {}
     faults: dict[str, str] = {}
-    for path, differing in _packed(dense, tensors, config, where).items():
-        if path not in dense:
-            raise ModelError(f"{QUANTIZED} names {path}, which is no linear of this model", where=where)
+    for path, differing in _packed({**dense, **words}, tensors, config, where).items():
+        place = dense.get(path, words.get(path))
+        if place is None:
+            raise ModelError(
+                f"{QUANTIZED} names {path}, which is no linear and no embedding of this model", where=where
+            )
         stated = {**config[QUANTIZATION], **differing}
         own = Choice(quantization.component, _options(quantization.component, stated, where))
         try:
-            packed[path] = _empty(path, dense[path], tensors, own if differing else quantization)
+            packed[path] = _empty(path, place, tensors, own if differing else quantization)
         except (ModelError, PluginError, ValueError) as fault:
             faults[path] = str(fault)
     if faults:
         first = next(iter(faults.values()))
         raise ModelError(
-            f"the weights do not fit config.json: {len(faults)} quantized linears, "
+            f"the weights do not fit config.json: {len(faults)} quantized weights, "
             f"{listing(faults)}, have other parts: {first}",
             where=where.parent,
         )
@@ -125,31 +136,44 @@ def restore(
 
 
 def _packed(
-    dense: Collection[str], tensors: Mapping[str, mx.array], config: Mapping[str, Any], where: Path
+    known: Collection[str], tensors: Mapping[str, mx.array], config: Mapping[str, Any], where: Path
 ) -> Mapping[str, Mapping[str, Any]]:
-    """path -> the options that differ, of each quantized linear."""
+    """path -> the options that differ, of each quantized weight."""
     stated = config.get(QUANTIZED)
     if stated is None:  # written before linears were named one by one
         names = (name.rpartition(".") for name in tensors)
-        return {path: {} for path, _, part in names if path in dense and part not in ("weight", "bias")}
+        return {path: {} for path, _, part in names if path in known and part not in ("weight", "bias")}
     if not isinstance(stated, dict) or not all(isinstance(value, dict) for value in stated.values()):
         raise ModelError(f"{QUANTIZED} must be a table of tables, by path", where=where)
     return stated
 
 
 def _empty(
-    path: str, linear: nn.Module, tensors: Mapping[str, mx.array], quantization: Choice
-) -> QuantizedLinear:
-    """A quantized linear in place of a dense one, with parts of the shapes that the file has."""
+    path: str, module: nn.Module, tensors: Mapping[str, mx.array], quantization: Choice
+) -> QuantizedLinear | QuantizedEmbedding:
+    """What takes the place of a dense linear or embedding, with parts of the shapes that the file has."""
     names = quantization.component.spec.parts
     absent = [f"{path}.{name}" for name in names if f"{path}.{name}" not in tensors]
     if absent:
         raise ModelError(f"there is no {listing(absent)}")
     found = {name: tensors[f"{path}.{name}"] for name in names}
     parts = {name: mx.zeros(part.shape, part.dtype) for name, part in found.items()}
-    shape = linear_shape(linear)
+    shape = module.weight.shape if isinstance(module, nn.Embedding) else linear_shape(module)
     expanded(parts, quantization, shape)  # only the shape is asked for: nothing is computed
-    return QuantizedLinear(quantization, parts, shape, linear.bias if "bias" in linear else None)
+    if isinstance(module, nn.Embedding):
+        _require_rows(parts, shape[0], quantization)
+        return QuantizedEmbedding(quantization, parts, shape)
+    return QuantizedLinear(quantization, parts, shape, module.bias if "bias" in module else None)
+
+
+def _require_rows(parts: Mapping[str, mx.array], rows: int, quantization: Choice) -> None:
+    """Refuse parts of an embedding that are not laid out row by row: single words are looked up in it."""
+    other = [name for name, part in parts.items() if part.shape[:1] != (rows,)]
+    if other:
+        raise ModelError(
+            f"quantizer '{quantization.component.spec.name}' does not pack row by row ({listing(other)}), "
+            "as an embedding needs it"
+        )
 
 
 def expanded(parts: Mapping[str, mx.array], quantization: Choice, shape: tuple[int, ...]) -> mx.array:

@@ -8,6 +8,9 @@ from mlxlora_core.errors import ModelError
 from mlxlora_core.files.documents import read_json
 from mlxlora_core.files.input_file import open_regular
 
+#: keys of config.json that Hugging Face's libraries and mlx-lm write
+FOREIGN_KEYS = frozenset(("hidden_size", "architectures", "text_config", "transformers_version"))
+
 _CONFIG_BYTES = 1 << 20
 #: first bytes of a file -> what it is
 _MAGIC = (
@@ -44,7 +47,7 @@ def _folder(path: Path) -> str:
             stated = read_json(config, _CONFIG_BYTES)
         except ModelError:
             return ""
-        if isinstance(stated, dict) and {"hidden_size", "architectures"} & stated.keys():
+        if isinstance(stated, dict) and FOREIGN_KEYS & stated.keys():
             return "a Hugging Face folder (config.json with hidden_size)"
         if isinstance(stated, dict) and "tokenizer_files" in stated:
             return "a model folder already, which needs no conversion"

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from mlxlora_core.errors import ModelError, listing
 from mlxlora_core.files.input_file import is_plain_name
 from mlxlora_core.plugins import Component, Registry
-from mlxlora_core.values import Piece
+from mlxlora_core.values import Piece, TokenizerFiles
 
 FILES = "tokenizer_files"  # the key of config.json that names them
 DEFAULT_FILES = ("tokenizer.model",)  # of a model folder that names none
@@ -25,13 +25,13 @@ class CheckedTokenizer:
 
     Attributes:
         component: who opened it.
-        files: name -> path of what it was opened from.
+        files: what it was opened from.
 
     Raises:
         PluginError: an attribute is not what the contract says.
     """
 
-    def __init__(self, component: Component, files: Mapping[str, Path], opened: Any) -> None:
+    def __init__(self, component: Component, files: TokenizerFiles, opened: Any) -> None:
         self.component, self.files, self._opened = component, dict(files), opened
         self.vocab_size: int = self._take("vocab_size", "a whole number above 0", _is_size)
         self.bos: int | None = self._take("bos", "an id or None", lambda v: v is None or self._is_id(v))
@@ -99,11 +99,11 @@ class CheckedTokenizer:
         raise self.component.breach(function, text if len(text) <= 60 else text[:60] + "...", wanted)
 
 
-def open_tokenizer(files: Mapping[str, Path], registry: Registry, where: Path) -> CheckedTokenizer:
+def open_tokenizer(files: TokenizerFiles, registry: Registry, where: Path) -> CheckedTokenizer:
     """The tokenizer in files named as a checkpoint names them.
 
     Args:
-        files: plain name -> path.
+        files: plain name -> path, or contents.
         registry: where tokenizers are looked up.
         where: the folder or file that they belong to, for messages.
 
@@ -111,7 +111,7 @@ def open_tokenizer(files: Mapping[str, Path], registry: Registry, where: Path) -
         ModelError: a file is absent or damaged, or no plugin opens them, or several do.
         PluginError: what the plugin gives breaks the contract.
     """
-    absent = [name for name, path in files.items() if not path.exists()]
+    absent = [name for name, file in files.items() if isinstance(file, Path) and not file.exists()]
     if absent:
         raise ModelError(f"there is no tokenizer: it lacks {listing(absent)}", where=where)
     known = registry.of("tokenizer")
@@ -168,11 +168,11 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _shown(file: tuple[str, Path]) -> str:
+def _shown(file: tuple[str, Path | bytes]) -> str:
     """The name of a file that nobody opens, and its format where that is one that many have."""
-    name, path = file
-    if not path.is_file():
+    name, source = file
+    if isinstance(source, bytes) or not source.is_file():
         return name
-    with path.open("rb") as opened:
+    with source.open("rb") as opened:
         ranks = _RANKS.match(opened.read(4096))
     return f"{name} (a tiktoken vocabulary, as Llama 3 has it)" if ranks else name

@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora_core.errors import ModelError, listing
-from mlxlora_core.model.architectures import folder_args
-from mlxlora_core.model.folder import Model
+from mlxlora_core.model.architectures import folder_args, foreign_linears, within_layer
 from mlxlora_core.model.linears import layers_by_path
 from mlxlora_core.model.linears import linears as linears_of
+from mlxlora_core.model.loading import Model
 from mlxlora_core.model.places import at, choose, with_targets
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component
@@ -96,14 +96,13 @@ def _found(path: Path, component: Component, tensors: Mapping[str, mx.array]) ->
 
 def _translated(paths: Sequence[str], model: Model, where: Path) -> dict[str, ForeignLinear]:
     """path in the file -> the linear that it stands for, by this model's names or those of a library."""
-    known, spec = dict(linears_of(model.module)), model.architecture.spec
-    args = folder_args(spec, model.config) if spec.foreign_linear is not None else None
-    places = {}
-    for path in paths:
-        theirs = spec.foreign_linear(path, args) if path not in known and args is not None else None
-        if theirs is not None:
-            model.architecture.checked("foreign_linear", theirs, ForeignLinear)
-        places[path] = theirs or ForeignLinear(path)
+    known = dict(linears_of(model.module))
+    args = folder_args(model.architecture.spec, model.config)
+    theirs = foreign_linears(model.architecture, "hf", args)
+    places = {
+        path: ForeignLinear(path) if path in known else theirs.get(within_layer(path), ForeignLinear(path))
+        for path in paths
+    }
     twice = [path for path, count in Counter(place.path for place in places.values()).items() if count > 1]
     if twice:
         raise ModelError(f"adapts {listing(twice)} under two names", where=where)

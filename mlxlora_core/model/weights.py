@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import mlx.core as mx
 
 from mlxlora_core.errors import ModelError, SafetyError, listing
 from mlxlora_core.files import tensor_file
 from mlxlora_core.files.documents import read_json
-from mlxlora_core.files.fingerprints import combine
 from mlxlora_core.files.input_file import is_plain_name
+from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.values import LazyTensor
-
-T = TypeVar("T")
 
 WEIGHTS = {"safetensors": "model.safetensors", "npz": "weights.npz"}
 
@@ -28,8 +26,8 @@ INDEX = "model.safetensors.index.json"
 _INDEX_BYTES = 16 << 20
 
 
-def read_weights(folder: Path) -> tuple[dict[str, mx.array], str]:
-    """The tensors of a model folder and the fingerprint of their contents.
+def read_weights(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """The tensors of a model folder, all of which will be read and kept, and the digests of their contents.
 
     Raises:
         ModelError: no weights, a damaged file, or a shard that is absent.
@@ -39,11 +37,11 @@ def read_weights(folder: Path) -> tuple[dict[str, mx.array], str]:
     # Before anything is read: where their digests are not kept, all tensors are read for them.
     sizes = (path.stat().st_size for path in weight_files(folder) if path.is_file())
     require_memory(sum(sizes), "the model", SMALLER)
-    return _whole(folder, lambda path: tensor_file.load(path)[0])
+    return _whole(folder, _opened)
 
 
-def lazy_weights(folder: Path) -> tuple[dict[str, LazyTensor], str]:
-    """The tensors of a model folder, each read when asked for and kept nowhere, and their fingerprint.
+def lazy_weights(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """The tensors of a model folder, each read when asked for and kept nowhere, and their digests.
 
     Raises:
         ModelError: as :func:`read_weights`.
@@ -52,9 +50,24 @@ def lazy_weights(folder: Path) -> tuple[dict[str, LazyTensor], str]:
     return _whole(folder, tensor_file.lazy)
 
 
-def _whole(folder: Path, read: Callable[[Path], dict[str, T]]) -> tuple[dict[str, T], str]:
-    """The tensors of all weight files, and the fingerprint of their bytes, whatever the files state."""
-    tensors: dict[str, T] = {}
+def _opened(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a file that is open until all of them are read."""
+    tensors, _ = tensor_file.load(path)
+    return {
+        name: LazyTensor(tensor.shape, type_name(tensor.dtype), partial(_same, tensor))
+        for name, tensor in tensors.items()
+    }
+
+
+def _same(tensor: mx.array) -> mx.array:
+    return tensor
+
+
+def _whole(
+    folder: Path, read: Callable[[Path], dict[str, LazyTensor]]
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """The tensors of all weight files, and the digests of their bytes, whatever the files state."""
+    tensors: dict[str, LazyTensor] = {}
     digests: dict[str, str] = {}
     for path in weight_files(folder):
         part = read(path)
@@ -63,7 +76,7 @@ def _whole(folder: Path, read: Callable[[Path], dict[str, T]]) -> tuple[dict[str
             raise ModelError(f"another shard holds {listing(sorted(twice))} too", where=path)
         tensors |= part
         digests |= tensor_file.digests(path)
-    return tensors, combine(digests)
+    return tensors, digests
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from mlxlora_core.training.sources import read_data
 
 if TYPE_CHECKING:
     from mlxlora_core.model.adapters import Adapted
-    from mlxlora_core.model.folder import Model
+    from mlxlora_core.model.loading import Model
     from mlxlora_core.training.examples import Examples
 
 
@@ -58,10 +58,10 @@ class Context:
 
         Once an adapter is on it, it is no base any more: see :attr:`adapted`.
         """
-        from mlxlora_core.model import folder
+        from mlxlora_core.model import loading
 
         if self._model is None:
-            self._model = folder.load(self.recipe.model.mlx_path or self.path / MODEL, self.registry)
+            self._model = loading.load(self.recipe.model.mlx_path or self.path / MODEL, self.registry)
             if self._model.note:
                 yield Note(self._model.note)
         return self._model

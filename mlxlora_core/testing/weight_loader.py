@@ -143,7 +143,7 @@ class WeightLoaderSuite:
         assert checkpoint.tokenizer
         for name, path in checkpoint.tokenizer.items():
             assert is_plain_name(name), name
-            assert path.is_file(), path
+            assert isinstance(path, bytes) or path.is_file(), path
 
     def test_source_is_left_alone(self, tmp_path: Path) -> None:
         """Reading changes no file and adds none."""

@@ -19,7 +19,7 @@ from mlxlora_core.version import __version__
 
 if TYPE_CHECKING:
     from mlxlora_core.model.adapters import Adapted
-    from mlxlora_core.model.folder import Model
+    from mlxlora_core.model.loading import Model
     from mlxlora_core.training.examples import Example
     from mlxlora_core.training.loop import Training
 

@@ -9,8 +9,8 @@ from mlxlora_core.errors import ResourceError
 from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.model.adapters import trainable
-from mlxlora_core.model.folder import Model
 from mlxlora_core.model.linears import layers_by_path, linear_shape, linears
+from mlxlora_core.model.loading import Model
 from mlxlora_core.model.memory import fits, measuring_bytes, require_for, sizes_of
 from mlxlora_core.training.batches import longest_of
 from mlxlora_core.training.examples import Examples

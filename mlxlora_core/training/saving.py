@@ -15,8 +15,8 @@ from mlxlora_core.files import durable, leftovers, tensor_file
 from mlxlora_core.files.tensor_checks import is_finite
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapters import Adapted, trainable
-from mlxlora_core.model.folder import Model
 from mlxlora_core.model.linears import parameters
+from mlxlora_core.model.loading import Model
 from mlxlora_core.training.checkpoints import (
     ADAPTER,
     MANIFEST,

@@ -17,7 +17,7 @@ from mlxlora_core.files import durable
 from mlxlora_core.machine import signals
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapters import Adapted, AdapterFile
-from mlxlora_core.model.folder import Model
+from mlxlora_core.model.loading import Model
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.sections import AdapterConfig
 from mlxlora_core.training import metrics

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 
-from mlxlora_core.api import MlxloraError, NoOptions, Tokenizer, TokenizerLoader, hookimpl
+from mlxlora_core.api import MlxloraError, NoOptions, Tokenizer, TokenizerFiles, TokenizerLoader, hookimpl
 from mlxlora_core.files import open_regular, read_some
 
 FILE = "tokenizer.model"
@@ -15,22 +14,24 @@ _HEAD_BYTES = 4096
 _RANKS = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
 
 
-def detect(files: Mapping[str, Path]) -> bool:
+def detect(files: TokenizerFiles) -> bool:
     """Whether there is a ``tokenizer.model``, and it is no list of ranks as Llama 3 has under that name."""
-    if FILE not in files:
-        return False
+    source = files.get(FILE)
+    if source is None or isinstance(source, bytes):
+        return source is not None and not _RANKS.match(source)
     try:
-        with open_regular(files[FILE]) as file:
-            return not _RANKS.match(read_some(file, _HEAD_BYTES, files[FILE]))
+        with open_regular(source) as file:
+            return not _RANKS.match(read_some(file, _HEAD_BYTES, source))
     except MlxloraError:  # what is wrong with it is told when it is opened
         return True
 
 
-def open_files(files: Mapping[str, Path], options: NoOptions) -> Tokenizer:
+def open_files(files: TokenizerFiles, options: NoOptions) -> Tokenizer:
     """The tokenizer in those files; see :class:`mlxlora_sentencepiece.tokenizer.SentencePieceTokenizer`."""
     from mlxlora_sentencepiece.tokenizer import SentencePieceTokenizer
 
-    return SentencePieceTokenizer(files[FILE])
+    source = files[FILE]
+    return SentencePieceTokenizer(source)
 
 
 @hookimpl

@@ -13,7 +13,7 @@ from typing import Any
 import sentencepiece
 
 from mlxlora_core.api import DataError, ModelError, Piece, listing
-from mlxlora_core.files import open_regular, read_some, refuse_stand_in
+from mlxlora_core.files import file_bytes
 from mlxlora_sentencepiece.chat import ASK, ASKED, SYSTEM, SYSTEM_END, Form, Vocabulary, pieces
 from mlxlora_sentencepiece.sentencepiece_file import FILE_BYTES, check_model
 
@@ -31,7 +31,7 @@ class SentencePieceTokenizer:
     """A SentencePiece model; a :class:`mlxlora_core.api.Tokenizer`.
 
     Attributes:
-        path: the model file.
+        path: the model file, or what it would be called.
         vocab_size: number of pieces.
         bos: id that begins a text.
         eos: id that ends one.
@@ -43,12 +43,14 @@ class SentencePieceTokenizer:
             begin or end piece.
     """
 
-    def __init__(self, path: Path) -> None:
-        if not path.exists():
+    def __init__(self, source: Path | bytes) -> None:
+        path = source if isinstance(source, Path) else Path("tokenizer.model")
+        if isinstance(source, Path) and not source.exists():
             raise ModelError(
                 "there is no tokenizer", where=path, fix="put the checkpoint's tokenizer.model there"
             )
-        content, defined = _read(path)
+        content = file_bytes(source, FILE_BYTES, path)
+        defined = check_model(content, path)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
             self._model.encode(SPACE)  # faults of the unknown piece and of normalisation show here
@@ -187,13 +189,3 @@ class SentencePieceTokenizer:
         """Whether the model puts a space in front of a text."""
         first = self._model.encode("a")[:1]
         return bool(first) and self._model.id_to_piece(first[0]).startswith(SPACE)
-
-
-def _read(path: Path) -> tuple[bytes, list[str]]:
-    """The bytes of a SentencePiece model, and its user-defined pieces."""
-    with open_regular(path) as file:
-        refuse_stand_in(file, path)
-        content = read_some(file, FILE_BYTES + 1, path)
-    if len(content) > FILE_BYTES:
-        raise ModelError(f"is larger than {FILE_BYTES >> 20} MiB", where=path)
-    return content, check_model(content, path)

@@ -48,6 +48,7 @@ def prepare(folder: Path) -> None:
     import torch
 
     from mlxlora_core.model import adapters
+    from mlxlora_core.model import loading
     from mlxlora_core.model import folder as model_folder
     from mlxlora_core.model.convert import convert
     from mlxlora_core.model.events import result_of
@@ -71,7 +72,7 @@ def prepare(folder: Path) -> None:
     (checkpoint / "params.json").write_text(json.dumps({**params, "vocab_size": -1, "multiple_of": 16}))
     registry = _registry()
     result_of(convert(checkpoint, folder / "model", registry, dtype="float32"))
-    model = model_folder.load(folder / "model", registry)
+    model = loading.load(folder / "model", registry)
     lora = registry.find("adapter", "lora")
     adapted = adapters.attach(model, *configure(lora, {"rank": 2}), seed=1)
     adapters.save(folder / "adapter.safetensors", model, adapted)
@@ -481,7 +482,7 @@ class Adapter(Subject):
         from mlxlora_core.model import adapters
         from mlxlora_core.model import folder as model_folder
 
-        self.model = model_folder.load(self.material / "model", self.registry)
+        self.model = loading.load(self.material / "model", self.registry)
         self.linears = dict(linears(self.model.module))
         self.path = self.folder / "adapter.safetensors"
         whole = (self.material / "adapter.safetensors").read_bytes()

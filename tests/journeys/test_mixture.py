@@ -14,7 +14,7 @@ import torch
 
 from mlxlora_core import plugins as registry
 from mlxlora_core.files import tensor_file
-from mlxlora_core.model import folder as model_folder
+from mlxlora_core.model import loading
 from mlxlora_core.model.linears import dense_weight, linears
 
 PLUGIN = Path(__file__).with_name("mixture_plugin.py")
@@ -89,7 +89,7 @@ def test_dense_and_quantized_experts_compute_what_their_weights_say(
         done = mlxlora("convert", *arguments, *flags)
         assert done.code == 0, done.err
         report = json.loads(done.out)
-        model = model_folder.load(folder, plugins)
+        model = loading.load(folder, plugins)
         weights = expanded(model)
         np.testing.assert_allclose(
             np.array(model.language_model(mx.array(TOKENS))), logits(weights, TOKENS), atol=2e-4

@@ -17,7 +17,7 @@ from mlxlora_torch import open_folder
 
 from mlxlora_core import plugins
 from mlxlora_core.api import ForeignModel, ModelError, NoOptions, SafetyError
-from mlxlora_core.model import folder as folders
+from mlxlora_core.model import loading
 from mlxlora_core.model.convert import ConvertReport, convert
 from mlxlora_core.model.events import result_of
 
@@ -131,7 +131,7 @@ def test_an_odd_checkpoint_computes_what_the_plain_one_does(
     weights = {name: tensor.float() for name, tensor in plain(tiny_checkpoint).items()}
     tokens = torch.tensor([[1, 5, 300, 17, 9]])
     want = llama_torch.logits(weights, tokens, {**RAW, "n_layers": 2})
-    got = folders.load(tmp_path / "model", registry).language_model(mx.array(tokens.numpy()))
+    got = loading.load(tmp_path / "model", registry).language_model(mx.array(tokens.numpy()))
     np.testing.assert_allclose(np.array(got), want.numpy(), atol=2e-5)
 
 

@@ -9,7 +9,7 @@ from mlxlora_core.runs.events import Event
 from mlxlora_core.runs.stages.measure import MeasureStage
 
 if TYPE_CHECKING:
-    from mlxlora_core.model.folder import Model
+    from mlxlora_core.model.loading import Model
     from mlxlora_core.runs.context import Context
 
 

@@ -15,7 +15,7 @@ from mlxlora_core.runs.stages.stage import Stage, identity_of
 from mlxlora_core.training.events import Advanced, Note
 
 if TYPE_CHECKING:
-    from mlxlora_core.model.folder import Model
+    from mlxlora_core.model.loading import Model
     from mlxlora_core.runs.context import Context
 
 HELD_OUT = ("valid", "test")

@@ -16,8 +16,8 @@ import pytest
 from mlxlora_core.errors import DivergedError, MlxloraError, ModelError, PluginError, UsageError
 from mlxlora_core.files import tensor_file
 from mlxlora_core.model import adapters
-from mlxlora_core.model import folder as folders
-from mlxlora_core.model.folder import Model
+from mlxlora_core.model import loading
+from mlxlora_core.model.loading import Model
 from mlxlora_core.model.linears import linear_shape, linears, parameters
 from mlxlora_core.options import NoOptions
 from mlxlora_core.plugins import Choice, Component, Plugin, Registry
@@ -35,7 +35,7 @@ TOKENS = mx.array([[1, 5, 7, 9, 300, 17]])
 @pytest.fixture
 def load(model_folder: MakeModel, registry: Registry) -> Callable[..., Model]:
     def make(**options: Any) -> Model:
-        return folders.load(model_folder(**options), registry)
+        return loading.load(model_folder(**options), registry)
 
     return make
 

@@ -15,6 +15,7 @@ import torch
 
 from mlxlora_core.errors import ModelError, PluginError, ResourceError, SafetyError, UsageError
 from mlxlora_core.files import tensor_file
+from mlxlora_core.model import loading
 from mlxlora_core.model import folder as folders
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
@@ -99,11 +100,11 @@ def test_both_formats_have_one_fingerprint(
     model_folder: MakeModel, registry: Registry, bits: int | None
 ) -> None:
     models = [
-        folders.load(model_folder(dtype="float16", file_format=f, bits=bits), registry)
+        loading.load(model_folder(dtype="float16", file_format=f, bits=bits), registry)
         for f in ("safetensors", "npz")
     ]
     assert models[0].fingerprint == models[1].fingerprint
-    assert models[0].fingerprint != folders.load(model_folder(dtype="float32"), registry).fingerprint
+    assert models[0].fingerprint != loading.load(model_folder(dtype="float32"), registry).fingerprint
 
 
 def test_config_holds_what_the_model_is_and_nothing_else(
@@ -156,7 +157,7 @@ def test_every_linear_but_the_head_is_quantized_and_reads_back_as_packed(
 ) -> None:
     dense = weights(model_folder(dtype="float16"))
     folder = model_folder(dtype="float16", bits=bits, file_format=file_format)
-    model = folders.load(folder, registry)
+    model = loading.load(folder, registry)
     found = dict(linears(model.module))
     assert len(found) == 15
     for path, linear in found.items():
@@ -179,7 +180,7 @@ def test_every_linear_but_the_head_is_quantized_and_reads_back_as_packed(
 
 def test_the_head_is_quantized_when_asked(model_folder: MakeModel, registry: Registry) -> None:
     assert "output.scales" in weights(model_folder(bits=4, head=True))
-    folders.load(model_folder(bits=4, head=True), registry)
+    loading.load(model_folder(bits=4, head=True), registry)
 
 
 def test_the_report_has_the_sizes_and_the_error(
@@ -207,7 +208,7 @@ def test_the_report_has_the_sizes_and_the_error(
         squared[1] += float((exact**2).sum())
     assert report.relative_error == pytest.approx((squared[0] / squared[1]) ** 0.5, rel=1e-4)
     assert 0.01 < report.relative_error < 0.2
-    folders.load(tmp_path / "model", registry)
+    loading.load(tmp_path / "model", registry)
 
 
 # --- the target ---------------------------------------------------------------
@@ -347,7 +348,7 @@ def test_a_vocabulary_may_be_padded(
     names = {"tok_embeddings__weight": embedding, "output__weight": head}
     checkpoint = change(make_checkpoint(tmp_path / "checkpoint"), **names)
     assert result_of(convert(checkpoint, tmp_path / "model", registry)).padding == 4
-    model = folders.load(tmp_path / "model", registry)
+    model = loading.load(tmp_path / "model", registry)
     assert (model.language_model.vocab_size, model.tokenizer.vocab_size) == (324, 320)
     assert model.language_model(mx.array([[1, 5, 7]])).argmax(-1).min() >= 320
     for sampler, options in (("greedy", {}), ("temperature", {"temp": 1.5}), ("top-p", {})):
@@ -500,7 +501,7 @@ def test_a_loader_may_read_one_file(tiny_checkpoint: Path, registry: Registry, t
     assert report.loader == "torch:one"
     clean(tmp_path / "model", "config.json", "model.safetensors", "words.bin")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["tokenizer_files"] == ["words.bin"]
-    model = folders.load(tmp_path / "model", both)
+    model = loading.load(tmp_path / "model", both)
     assert model.tokenizer.decode(model.tokenizer.encode("the weights")) == "the weights"
     assert folders.holds_only_a_model(tmp_path / "model")
     assert [path.name for path in folders.files(tmp_path / "model")][1] == "words.bin"
@@ -581,7 +582,7 @@ def test_killed_while_it_writes_there_is_no_target_and_the_next_try_succeeds(
     assert not target.exists() and any(tmp_path.iterdir())
     result_of(convert(tiny_checkpoint, target, registry))
     clean(tmp_path, "model")
-    folders.load(target, registry)
+    loading.load(target, registry)
 
 
 @pytest.fixture(autouse=True)

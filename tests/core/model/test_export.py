@@ -17,7 +17,7 @@ import mlxlora_core
 from mlxlora_core import cli
 from mlxlora_core.errors import MlxloraError, ModelError, PluginError, ResourceError, SafetyError, UsageError
 from mlxlora_core.model import adapters
-from mlxlora_core.model import folder as folders
+from mlxlora_core.model import loading
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.events import result_of
 from mlxlora_core.model.export import ExportReport, export, holds_only_an_export
@@ -54,7 +54,7 @@ def numbers(folder: Path) -> dict[str, np.ndarray]:
 
 
 def logits(folder: Path, registry: Registry, adapter: Path | None = None) -> mx.array:
-    model = folders.load(folder, registry)
+    model = loading.load(folder, registry)
     if adapter is not None:
         adapters.load(adapter, model, registry)
     return model.language_model(TOKENS)
@@ -329,7 +329,7 @@ def test_the_record_says_what_was_exported_and_by_whom(
     assert record == {
         "exporter": "npz:npz",
         "options": {"dtype": "float16"},
-        "model": folders.load(base, registry).fingerprint,
+        "model": loading.load(base, registry).fingerprint,
         "adapter": None,
         "versions": {"mlxlora": __version__},
         "files": files,

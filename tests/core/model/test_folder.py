@@ -17,6 +17,7 @@ from mlxlora_core.files import tensor_file
 from mlxlora_core.machine import memory
 from mlxlora_core.machine.device import on_cpu
 from mlxlora_core.model import adapters
+from mlxlora_core.model import loading
 from mlxlora_core.model import folder as folders
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
@@ -53,7 +54,7 @@ def configure(folder: Path, **values: Any) -> Path:
 
 def refused(folder: Path, registry: Registry, error: type[Exception] = ModelError) -> str:
     with pytest.raises(error) as caught:
-        folders.load(folder, registry)
+        loading.load(folder, registry)
     return str(caught.value)
 
 
@@ -65,7 +66,7 @@ def test_parameters_are_those_of_the_file_in_the_type_to_compute_in(
     model_folder: MakeModel, registry: Registry, dtype: str
 ) -> None:
     folder = model_folder(dtype=dtype)
-    model = folders.load(folder, registry)
+    model = loading.load(folder, registry)
     got, want = parameters(model.module), weights(folder)
     assert got.keys() == want.keys()
     for name, tensor in want.items():
@@ -81,7 +82,7 @@ def test_loading_holds_a_tensor_twice_and_not_the_model(
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model = folders.load(tmp_path / "model", registry)
+    model = loading.load(tmp_path / "model", registry)
     held = sum(t.nbytes for t in parameters(model.module).values())
     assert held > 5e6
     assert mx.get_active_memory() - before < 1.05 * held
@@ -89,7 +90,7 @@ def test_loading_holds_a_tensor_twice_and_not_the_model(
 
 
 def test_a_loaded_model_is_frozen_and_ready_to_answer(model_folder: MakeModel, registry: Registry) -> None:
-    model = folders.load(model_folder(), registry)
+    model = loading.load(model_folder(), registry)
     assert tree_flatten(model.module.trainable_parameters()) == []
     assert not model.module.training
     assert model.tokenizer.vocab_size == model.language_model.vocab_size == 320
@@ -98,7 +99,7 @@ def test_a_loaded_model_is_frozen_and_ready_to_answer(model_folder: MakeModel, r
 
 
 def test_a_quantized_folder_says_how_and_loads_packed(model_folder: MakeModel, registry: Registry) -> None:
-    model = folders.load(model_folder(bits=4), registry)
+    model = loading.load(model_folder(bits=4), registry)
     assert model.quantization is not None
     assert model.quantization.component.spec.name == "affine"
     assert (model.quantization.options.group_size, model.quantization.options.bits) == (32, 4)
@@ -108,9 +109,9 @@ def test_a_quantized_folder_says_how_and_loads_packed(model_folder: MakeModel, r
 
 
 def test_rows_are_no_longer_than_the_context(copy: MakeModel, registry: Registry) -> None:
-    model = folders.load(configure(copy(), max_seq_len=100), registry)
+    model = loading.load(configure(copy(), max_seq_len=100), registry)
     assert (model.sequence_limit(2048), model.sequence_limit(50)) == (100, 50)
-    model = folders.load(configure(copy(), max_seq_len=None), registry)
+    model = loading.load(configure(copy(), max_seq_len=None), registry)
     assert model.sequence_limit(2048) == 2048
 
 
@@ -118,7 +119,7 @@ def test_the_fingerprint_tells_bases_apart(
     copy: MakeModel, model_folder: MakeModel, registry: Registry
 ) -> None:
     def mark(folder: Path) -> str:
-        return folders.load(folder, registry).fingerprint
+        return loading.load(folder, registry).fingerprint
 
     first = mark(model_folder())
     assert mark(model_folder(seed=1)) != first
@@ -144,7 +145,7 @@ def test_another_tokenizer_of_the_same_size_is_another_base(
     import sentencepiece
 
     folder = copy()
-    first = folders.load(folder, registry).fingerprint
+    first = loading.load(folder, registry).fingerprint
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["other words altogether, zebras and quizzes"] * 50),
         model_prefix=str(folder / "tokenizer"),
@@ -163,7 +164,7 @@ def test_another_tokenizer_of_the_same_size_is_another_base(
     for name in ("tok_embeddings.weight", "output.weight"):
         tensors[name] = tensors[name][:size]
     store(folder, tensors)
-    second = folders.load(folder, registry).fingerprint
+    second = loading.load(folder, registry).fingerprint
     assert second != first
 
 
@@ -175,7 +176,7 @@ BEFORE = Path(__file__).parent / "before"  # by tests/reference/model_folder_bef
 def test_a_folder_and_an_adapter_written_before_still_fit(registry: Registry) -> None:
     said = json.loads((BEFORE / "said.json").read_text())
     assert "tokenizer_files" not in json.loads((BEFORE / "model" / "config.json").read_text())
-    model = folders.load(BEFORE / "model", registry)
+    model = loading.load(BEFORE / "model", registry)
     assert model.fingerprint == said["fingerprint"]
     assert model.quantization is not None
     tokens = mx.array([[1, 300, 7, 41]])
@@ -195,9 +196,9 @@ def test_lists_that_config_json_did_not_have_before_are_no_part_of_the_base(
     config = json.loads((folder / "config.json").read_text())
     assert config.pop("tokenizer_files") == ["tokenizer.model"]
     assert not any(config.pop("quantized").values())
-    first = folders.load(folder, registry).fingerprint
+    first = loading.load(folder, registry).fingerprint
     (folder / "config.json").write_text(json.dumps(config))
-    assert folders.load(folder, registry).fingerprint == first
+    assert loading.load(folder, registry).fingerprint == first
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,7 @@ def shard(folder: Path, names: tuple[str, str] = ("model-1.safetensors", "model-
 
 
 def test_shards_are_one_model(copy: MakeModel, model_folder: MakeModel, registry: Registry) -> None:
-    whole, sharded = folders.load(model_folder(), registry), folders.load(shard(copy()), registry)
+    whole, sharded = loading.load(model_folder(), registry), loading.load(shard(copy()), registry)
     assert whole.fingerprint == sharded.fingerprint
     tokens = mx.array([[1, 5, 7, 9]])
     assert mx.array_equal(whole.language_model(tokens), sharded.language_model(tokens))
@@ -374,11 +375,11 @@ def test_weights_too_large_to_expand_are_expanded_on_use_and_compute_the_same(
 ) -> None:
     """Logits, gradients with respect to an adapter and to what enters, and memory."""
     folder = model_folder(dtype=dtype, bits=bits)
-    expanded = folders.load(folder, registry)
+    expanded = loading.load(folder, registry)
     assert expanded.note == ""
     size = sum(t.nbytes for t in parameters(expanded.module).values())
     monkeypatch.setattr(folders, "free_memory_bytes", lambda: int(1.5 * size))
-    stored = folders.load(folder, registry)
+    stored = loading.load(folder, registry)
     assert "expanded for each product" in stored.note and "50% of" in stored.note
     assert sum(t.nbytes for t in parameters(stored.module).values()) < 0.7 * size
     assert stored.fingerprint == expanded.fingerprint
@@ -423,4 +424,4 @@ def test_what_is_stored_must_fit(
 ) -> None:
     monkeypatch.setattr(memory, "_rooms", lambda root: [memory._Room(0, 1000, "memory")])
     with pytest.raises(ResourceError, match=r"the model needs about .* of memory in all, 0.00 MB can be had"):
-        folders.load(model_folder(dtype="float16"), registry)
+        loading.load(model_folder(dtype="float16"), registry)

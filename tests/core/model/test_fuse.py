@@ -15,7 +15,7 @@ import pytest
 from mlxlora_core.errors import ModelError, PluginError, SafetyError, UsageError
 from mlxlora_core.files import tensor_file
 from mlxlora_core.model import adapters
-from mlxlora_core.model import folder as folders
+from mlxlora_core.model import loading
 from mlxlora_core.model import fuse as fusing
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.events import result_of
@@ -32,7 +32,7 @@ def make_adapter(registry: Registry, tmp_path: Path) -> Callable[..., Path]:
     """A function that writes an adapter with random values for a base."""
 
     def make(base: Path, size: float = 0.1, **options: Any) -> Path:
-        model = folders.load(base, registry)
+        model = loading.load(base, registry)
         lora = registry.find("adapter", "lora")
         adapted = adapters.attach(model, *configure(lora, {"rank": 4, **options}), 0)
         names = adapters.trainable(model.module).items()
@@ -46,7 +46,7 @@ def make_adapter(registry: Registry, tmp_path: Path) -> Callable[..., Path]:
 
 
 def logits(folder: Path, registry: Registry, adapter: Path | None = None) -> mx.array:
-    model = folders.load(folder, registry)
+    model = loading.load(folder, registry)
     if adapter is not None:
         adapters.load(adapter, model, registry)
     return model.language_model(TOKENS)
@@ -128,7 +128,7 @@ def test_a_quantized_fused_model_is_as_far_as_the_report_says(
     base = model_folder(bits=bits, dtype="float16")
     adapter = make_adapter(base)
     report = result_of(fuse(base, adapter, tmp_path / "fused", registry))
-    fused = folders.load(tmp_path / "fused", registry)
+    fused = loading.load(tmp_path / "fused", registry)
     assert type(fused.language_model.layers[0].attention.wq).__name__ == "QuantizedLinear"
     want = logits(base, registry, adapter)
     got = fused.language_model(TOKENS)
@@ -145,11 +145,11 @@ def test_the_report_is_measured_on_the_model_that_was_written(
     adapter = make_adapter(base)
     report = result_of(fuse(base, adapter, tmp_path / "fused", registry))
     probe = mx.random.randint(0, 320, (1, 64), key=mx.random.key(0))
-    adapted = folders.load(base, registry)
+    adapted = loading.load(base, registry)
     adapters.load(adapter, adapted, registry)
     want, plain, got = (
         np.array(model.language_model(probe))
-        for model in (adapted, folders.load(base, registry), folders.load(tmp_path / "fused", registry))
+        for model in (adapted, loading.load(base, registry), loading.load(tmp_path / "fused", registry))
     )
     assert report.largest_difference == pytest.approx(np.abs(got - want).max(), rel=1e-4)
     assert report.distance == pytest.approx(np.linalg.norm(got - want) / np.linalg.norm(want), rel=1e-4)

@@ -9,10 +9,10 @@ import pytest
 
 from mlxlora_core.errors import ResourceError, UsageError
 from mlxlora_core.machine import memory as machine
-from mlxlora_core.model import folder as folders
+from mlxlora_core.model import loading
 from mlxlora_core.model import memory
 from mlxlora_core.model.drawing import Drawing
-from mlxlora_core.model.folder import Model
+from mlxlora_core.model.loading import Model
 from mlxlora_core.model.generate import Segment, decode, generate, whole
 from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.plugins import Component, Plugin, Registry
@@ -24,7 +24,7 @@ PROMPT = "Q: what scales the weights?\nA:"
 
 @pytest.fixture(scope="module")
 def model(model_folder: Callable[..., Path], registry: Registry) -> Model:
-    return folders.load(model_folder(), registry)
+    return loading.load(model_folder(), registry)
 
 
 def sampler(transform: Any, name: str = "mine") -> tuple[Component, Any]:
@@ -283,7 +283,7 @@ def test_an_empty_prompt_is_a_begin_token(model: Model) -> None:
 def test_dropout_is_off_in_a_model_that_is_being_trained(model: Model, registry: Registry) -> None:
     from mlxlora_core.model import adapters
 
-    other = folders.load(model.folder, registry)
+    other = loading.load(model.folder, registry)
     lora = registry.find("adapter", "lora")
     adapters.attach(other, *configure(lora, {"rank": 4, "dropout": 0.9}), 0)
     other.module.load_weights(

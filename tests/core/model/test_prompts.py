@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mlxlora_core.errors import DataError, UsageError
-from mlxlora_core.model import folder as folders
+from mlxlora_core.model import loading
 from mlxlora_core.model.generate import generate, whole
 from mlxlora_core.model.prompts import continued, is_taken, prompt_ids, words_on
 from mlxlora_core.model.tokenizers import CheckedTokenizer
@@ -129,7 +129,7 @@ def test_a_chat_is_one_question_behind_a_system_message() -> None:
 def test_messages_are_answered_as_the_text_of_their_form_is(
     model_folder: Callable[..., Path], registry: Registry
 ) -> None:
-    model = folders.load(model_folder(), registry)
+    model = loading.load(model_folder(), registry)
 
     def said(prompt: Any) -> str:
         segments = generate(model.language_model, model.tokenizer, prompt, [], num_tokens=9, seed=1)

@@ -15,7 +15,7 @@ import pytest
 from mlxlora_core.errors import ModelError, PluginError, UsageError
 from mlxlora_core.files import tensor_file
 from mlxlora_core.model import adapters
-from mlxlora_core.model import folder as folders
+from mlxlora_core.model import loading
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
 from mlxlora_core.model.fuse import fuse
@@ -147,8 +147,8 @@ def test_a_folder_of_before_opens_with_the_same_bits(
     copy: Path, model_folder: MakeModel, registry: Registry
 ) -> None:
     """Without the list, packed is what has other parts than a weight and a bias."""
-    want = folders.load(model_folder(bits=4), registry)
-    got = folders.load(change(copy, {"quantized": None}), registry)
+    want = loading.load(model_folder(bits=4), registry)
+    got = loading.load(change(copy, {"quantized": None}), registry)
     kinds = {path: type(linear) for path, linear in linears(got.module)}
     assert [path for path, kind in kinds.items() if kind is not QuantizedLinear] == ["output"]
     assert mx.array_equal(got.language_model(TOKENS), want.language_model(TOKENS))
@@ -159,8 +159,8 @@ def test_the_mode_that_mlx_states_is_what_is_computed(
     copy: Path, model_folder: MakeModel, registry: Registry, mode: str | None
 ) -> None:
     stated = json.loads((copy / "config.json").read_text())["quantization"] | {"mode": mode}
-    got = folders.load(change(copy, {"quantization": stated, "quantizer": None}), registry)
-    want = folders.load(model_folder(bits=4), registry)
+    got = loading.load(change(copy, {"quantization": stated, "quantizer": None}), registry)
+    want = loading.load(model_folder(bits=4), registry)
     assert mx.array_equal(got.language_model(TOKENS), want.language_model(TOKENS))
 
 
@@ -168,14 +168,14 @@ def test_the_mode_that_mlx_states_is_what_is_computed(
 def test_another_mode_is_refused(copy: Path, registry: Registry, mode: Any) -> None:
     stated = json.loads((copy / "config.json").read_text())["quantization"] | {"mode": mode}
     with pytest.raises(ModelError, match=r"is quantized in mode .* which 'affine' does not read"):
-        folders.load(change(copy, {"quantization": stated}), registry)
+        loading.load(change(copy, {"quantization": stated}), registry)
 
 
 def test_the_fingerprint_of_a_folder_of_before_is_what_it_was(copy: Path, registry: Registry) -> None:
     """Adapters that were made for it still fit."""
     import hashlib
 
-    model = folders.load(change(copy, {"quantized": None}), registry)
+    model = loading.load(change(copy, {"quantized": None}), registry)
     config = json.loads((copy / "config.json").read_text())
     assert config.keys() >= {"quantizer", "quantization"} and "quantized" not in config
     del config["tokenizer_files"]  # they had none, and it tells nothing of the base
@@ -200,7 +200,7 @@ def test_options_may_differ_from_linear_to_linear(
     listed = json.loads((copy / "config.json").read_text())["quantized"]
     del listed[dense]
     store(copy, tensors)
-    model = folders.load(change(copy, {"quantized": listed | {eight: {"bits": 8}}}), registry)
+    model = loading.load(change(copy, {"quantized": listed | {eight: {"bits": 8}}}), registry)
     found = dict(linears(model.module))
     assert mx.array_equal(dense_weight(found[eight]), again.weight)
     assert mx.array_equal(dense_weight(found[dense]), exact[f"{dense}.weight"])
@@ -210,7 +210,7 @@ def test_options_may_differ_from_linear_to_linear(
     adapted = adapters.attach(model, *configure(registry.find("adapter", "lora"), {"rank": 2}), 0)
     adapters.save(tmp_path / "a.safetensors", model, adapted)
     result_of(fuse(copy, adapters.AdapterFile(tmp_path / "a.safetensors"), tmp_path / "fused", registry))
-    fused = dict(linears(folders.load(tmp_path / "fused", registry).module))
+    fused = dict(linears(loading.load(tmp_path / "fused", registry).module))
     # The adapter changes nothing yet: 8 bits again are nearer than 4 could be.
     away = mx.linalg.norm(dense_weight(fused[eight]) - again.weight) / mx.linalg.norm(again.weight)
     assert away < 0.01
@@ -238,5 +238,5 @@ def test_a_list_that_is_not_that_of_the_weights_is_refused(
     copy: Path, registry: Registry, quantized: Any, says: str
 ) -> None:
     with pytest.raises(ModelError) as caught:
-        folders.load(change(copy, {"quantized": quantized}), registry)
+        loading.load(change(copy, {"quantized": quantized}), registry)
     assert says in str(caught.value)

@@ -28,7 +28,7 @@ from mlxlora_core.errors import (
 from mlxlora_core.files.leftovers import temporary_name
 from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.model import adapters
-from mlxlora_core.model import folder as model_folder
+from mlxlora_core.model import loading
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.sections import configure
 from mlxlora_core.training import checkpoints
@@ -152,7 +152,7 @@ def start(model_folder: Callable[..., Path], registry: Registry) -> MakeWork:
     return make
 
 
-load = model_folder.load
+load = loading.load
 
 
 def state(work: Work) -> tuple[str, Any]:

@@ -17,7 +17,7 @@ from mlxlora_core.errors import DataError, MlxloraError, ModelError, SafetyError
 from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.model import adapters
-from mlxlora_core.model import folder as model_folder_module
+from mlxlora_core.model import loading
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.sections import configure
@@ -57,7 +57,7 @@ def session(model_folder: Callable[..., Path], registry: Registry) -> Open:
     ) -> TrainingSession:
         lora = registry.find("adapter", "lora")
         new = NewAdapter(*configure(lora, {"rank": 2, "layers": 1}))
-        model = model_folder_module.load(model_folder(), registry)
+        model = loading.load(model_folder(), registry)
         config = TrainConfig(**BASIC | settings)
         read = read_data(rows, ("train",), ("valid",))
         return open_training(model, adapter or new, read, config, registry, outputs=outputs)

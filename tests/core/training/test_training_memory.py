@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlxlora_core.model import adapters
-from mlxlora_core.model import folder as model_folder
+from mlxlora_core.model import loading
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
 from mlxlora_core.plugins import Choice, Registry
@@ -59,7 +59,7 @@ def test_training_takes_what_was_estimated_within_a_factor_of_two(
     quantization = Choice(affine, affine.spec.options(group_size=32, bits=bits)) if bits else None
     checkpoint = make_checkpoint(tmp_path / "checkpoint", dim=dim, n_layers=layers)
     result_of(convert(checkpoint, tmp_path / "model", registry, dtype="float32", quantization=quantization))
-    model = model_folder.load(tmp_path / "model", registry)
+    model = loading.load(tmp_path / "model", registry)
     lora = registry.find("adapter", "lora")
     adapters.attach(model, *configure(lora, {"layers": adapted, "targets": targets}), 0)
     data = examples(rows, tokens)

@@ -16,6 +16,7 @@ from mlxlora_core import cli
 from mlxlora_core import plugins as registry
 from mlxlora_core.errors import ModelError
 from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.model import loading
 from mlxlora_core.model import folder as model_folder
 
 RECIPE = """
@@ -64,7 +65,7 @@ def test_two_conversions_to_one_target(
     assert f"process {first.pid} " in second(capfd, "convert", *arguments)
     program.go_on()
     assert ended(first).returncode == 0
-    model_folder.load(program.folder / "model", registry.load(environ={registry.ALLOW_LIST: ""}))
+    loading.load(program.folder / "model", registry.load(environ={registry.ALLOW_LIST: ""}))
     assert sorted(path.name for path in program.folder.iterdir()) == ["mark", "mark.go", "model", "watch.py"]
 
 
@@ -143,6 +144,6 @@ def test_a_model_folder_that_is_replaced_while_it_is_read_is_not_taken(
     write()
     monkeypatch.setattr(model_folder, "read_weights", replaced)
     with pytest.raises(ModelError, match="replaced while it was read"):
-        model_folder.load(target, plugins)
+        loading.load(target, plugins)
     monkeypatch.undo()
-    assert model_folder.load(target, plugins).config["rope_theta"] == 5000.0
+    assert loading.load(target, plugins).config["rope_theta"] == 5000.0

@@ -1,0 +1,193 @@
+"""A model in memory, filled from a model folder or straight from another library's files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlxlora_core.errors import ModelError
+from mlxlora_core.files import durable
+from mlxlora_core.files.tensor_file import tensor_digest
+from mlxlora_core.machine.device import compute_dtype
+from mlxlora_core.machine.memory import free_memory_bytes, require_memory
+from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.linears import (
+    StackedLinear,
+    StoredEmbedding,
+    StoredLinear,
+    StoredStackedLinear,
+    replace,
+)
+from mlxlora_core.model.stored import StoredModel, bytes_of, open_stored
+from mlxlora_core.model.tokenizers import CheckedTokenizer
+from mlxlora_core.model.weights import SMALLER
+from mlxlora_core.plugins import Choice, Component, Registry
+from mlxlora_core.values import LazyTensor
+
+#: of the free memory, how much the weights may take when they are expanded to float32 on a CPU
+EXPANDED_SHARE = 0.5
+#: stacks of the four threads that MLX reads files with; where one cannot start, it waits forever
+READERS_BYTES = 4 * 2**23
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was read.
+
+    Attributes:
+        folder: where it was read: a folder or a file.
+        language_model: with frozen parameters, ready to compute.
+        tokenizer: of the model.
+        config: config.json, or what that holds when the model is converted.
+        quantization: how linears were quantized, or None.
+        architecture: who built it.
+        fingerprint: of config, tensors and tokenizer, the same for the same base in any format.
+        note: how the weights are held, where that makes it slower; else nothing.
+        notes: what was assumed of another library's model, or done to it.
+    """
+
+    folder: Path
+    language_model: LanguageModel
+    tokenizer: CheckedTokenizer
+    config: Mapping[str, Any]
+    quantization: Choice | None
+    architecture: Component
+    fingerprint: str
+    note: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> nn.Module:
+        """The language model as the MLX module that it is."""
+        return self.language_model
+
+    def sequence_limit(self, max_seq_length: int) -> int:
+        """The longest row to train on: ``max_seq_length``, or the model's context if that is less."""
+        return min(max_seq_length, self.language_model.context_tokens or max_seq_length)
+
+
+def load(path: Path, registry: Registry) -> Model:
+    """Read a model: a model folder, or anything that a weight loader opens.
+
+    Raises:
+        ModelError: a part is absent, damaged or does not fit the others (all
+            tensors that do not fit are listed), or the folder was replaced
+            by another one meanwhile.
+        SafetyError: a file wants to run code.
+        ResourceError: it does not fit into memory.
+        PluginError: no plugin restores its quantization, or one breaks its contract.
+    """
+    before = durable.version(path)
+    stored = open_stored(path, registry, whole=True)
+    note = _too_large_to_expand(stored.tensors)
+    if note:
+        _keep_stored(stored.module)
+    digests = _fill(stored)
+    if durable.version(path) != before:
+        raise ModelError("was replaced while it was read", where=path, fix="try again")
+    return model_of(stored, stored.fingerprint(digests), note)
+
+
+def outline(path: Path, registry: Registry) -> tuple[Model, dict[str, LazyTensor]]:
+    """A model whose parameters hold nothing yet, and the tensors of its files, none of which is kept.
+
+    Raises:
+        ModelError: as :func:`load`.
+        PluginError: as :func:`load`.
+    """
+    stored = open_stored(path, registry)
+    return model_of(stored, stored.fingerprint(), ""), stored.tensors
+
+
+def model_of(stored: StoredModel, fingerprint: str, note: str) -> Model:
+    """A stored model as one whose parameters can be asked for."""
+    return Model(
+        stored.path,
+        stored.language_model,
+        stored.tokenizer,
+        stored.config,
+        stored.quantization,
+        stored.architecture,
+        fingerprint,
+        note,
+        stored.notes,
+    )
+
+
+def _computed(stored: mx.Dtype) -> mx.Dtype:
+    """The type in which a stored tensor is held in memory."""
+    return compute_dtype(stored) if mx.issubdtype(stored, mx.floating) else stored
+
+
+def _too_large_to_expand(tensors: Mapping[str, LazyTensor]) -> str:
+    """Why the weights stay in the type that they are stored in, or nothing when they are expanded once.
+
+    A CPU computes in float32. Expanded weights may take :data:`EXPANDED_SHARE`
+    of the memory that is free; the rest is for the work.
+
+    Raises:
+        ResourceError: not even what is stored fits.
+    """
+    stored = sum(map(bytes_of, tensors.values()))
+    expanded = sum(math.prod(t.shape) * _computed(getattr(mx, t.dtype)).size for t in tensors.values())
+    require_memory(stored + READERS_BYTES, "the model", SMALLER)
+    free = free_memory_bytes()
+    if expanded == stored or free is None or expanded <= EXPANDED_SHARE * free:
+        return ""
+    return (
+        f"the weights are expanded for each product, which is slower: in float32 they take "
+        f"{expanded / 1e9:.2f} GB, more than {EXPANDED_SHARE:.0%} of the {free / 1e9:.2f} GB that are free"
+    )
+
+
+def _keep_stored(module: nn.Module) -> None:
+    """Let dense linears and embeddings keep their weights as they are stored, and expand them on use."""
+    kinds: dict[type, Any] = {
+        nn.Linear: StoredLinear,
+        nn.Embedding: StoredEmbedding,
+        StackedLinear: StoredStackedLinear,
+    }
+    found = module.named_modules()
+    replace(module, {path: kinds[type(child)](child) for path, child in found if type(child) in kinds})
+
+
+def _fill(stored: StoredModel) -> dict[str, str]:
+    """Give every parameter its tensor, in the type to compute with; empties ``stored.tensors``.
+
+    Returns:
+        The digests of the tensors, where they were not known before; else nothing.
+    """
+    owners = dict(stored.module.named_modules())
+    tensors, digests, ready = stored.tensors, {}, []
+    try:
+        for name in list(tensors):
+            owner, _, part = name.rpartition(".")
+            tensor = tensors[name].read()
+            if stored.digests is None:
+                digests[name] = tensor_digest(name, tensor)
+            tensor = _prepared(owners.get(owner), part, tensor)
+            # One by one: all at once, the weights as they are stored would stand beside the expanded ones.
+            mx.eval(tensor)
+            ready.append((name, tensor))
+            del tensors[name]
+    except RuntimeError as fault:
+        # Where MLX gets no memory to read into, all it says is that it could not read.
+        require_memory(sum(map(bytes_of, tensors.values())), "the rest of the model", SMALLER)
+        raise ModelError(f"the weights cannot be read: {fault}", where=stored.path) from fault
+    stored.module.update(tree_unflatten(ready))
+    stored.module.freeze()
+    return digests
+
+
+def _prepared(owner: nn.Module | None, part: str, tensor: mx.array) -> mx.array:
+    """A parameter of ``owner``, in the type to compute with."""
+    if part == "weight" and isinstance(owner, (StoredLinear, StoredStackedLinear, StoredEmbedding)):
+        return tensor
+    return tensor.astype(_computed(tensor.dtype))
