@@ -348,7 +348,7 @@ class Params(Subject):
         self.good = [(self.material / "checkpoint" / "params.json").read_bytes()]
 
     def parse(self) -> Any:
-        from mlxlora_llama.config import read
+        from mlxlora_llama.params import read
         from mlxlora_torch.folder import read_params
 
         params = read_params(self.path)
