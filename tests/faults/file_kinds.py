@@ -590,7 +590,7 @@ def _vocabulary(files: dict[str, Any]) -> Any:
     if "tokenizer.json" in files:
         model = json.loads(files["tokenizer.json"])
         tokens = list(model["model"]["vocab"])
-        rest: Any = [list(pair) for pair in model["model"]["merges"]]
+        rest: Any = [p.split(" ") if isinstance(p, str) else p for p in model["model"]["merges"]]
     else:
         pieces = [dict(_fields(value)) for number, value in _fields(files["tokenizer.model"]) if number == 1]
         tokens, rest = [piece[1].decode() for piece in pieces], [piece[2].hex() for piece in pieces]
