@@ -34,6 +34,7 @@ def places(messages: Messages, whole: str, render: Callable[[Messages], str]) ->
         for number, message in enumerate(messages)
         if message.get("role") == "assistant" and (text := _text(message.get("content"))).strip()
     }
+    found: dict[int, Place] = {}
     for behind_thought in (False, True):
         marked = [
             {**message, "content": _marked(contents[number], number, behind_thought)}
@@ -46,8 +47,10 @@ def places(messages: Messages, whole: str, render: Callable[[Messages], str]) ->
         except DataError:
             continue
         if _MARK.sub("", text) == whole:
-            return dict(_read(text))
-    return dict(_single(whole, contents))
+            found |= _read(text)
+        if found.keys() == contents.keys():
+            return found
+    return dict(_single(whole, contents)) | found
 
 
 def _text(content: Any) -> str:

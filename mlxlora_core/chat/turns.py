@@ -223,10 +223,10 @@ def _end(rendering: _Rendering, number: int, begin: int) -> int:
             # Some templates write the end of a turn once there is a next one.
             late = [len(end) for end in ends if not found and whole.startswith(end, stop)]
             return stop + max(late, default=0)
-    stop = _first_end(rendering, number, begin)
-    if stop is None:
+    first = _first_end(rendering, number, begin)
+    if first is None:
         raise _unclear(rendering, number, "ends")
-    return stop
+    return first
 
 
 def _first_end(rendering: _Rendering, number: int, begin: int) -> int | None:
