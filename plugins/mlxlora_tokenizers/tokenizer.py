@@ -131,6 +131,8 @@ class LibraryTokenizer:
                 fix="train on rows of text or of prompt and completion, or put the chat_template.jinja "
                 "of the model's chat version beside its tokenizer",
             )
+        if not messages:
+            raise DataError("there is no message")
         library.refuse_halves(json.dumps([messages, tools], ensure_ascii=False, default=str))
         mark = free_mark([messages, tools])
         said, offered = (self._parts.special.marked(value, mark) for value in (messages, tools))
