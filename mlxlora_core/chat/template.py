@@ -10,7 +10,7 @@ from datetime import date as Date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from mlxlora_core.chat.turns import Turn, find_turn_ends, find_turns
+from mlxlora_core.chat.turns import Turn, find_turn_ends, find_turns, find_warning
 from mlxlora_core.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -126,6 +126,14 @@ class ChatTemplate:
         if is_special not in self._ends:
             self._ends[is_special] = find_turn_ends(self, is_special)
         return self._ends[is_special]
+
+    def warning(self, is_special: Callable[[str], bool] | None = None) -> str:
+        """What speaks against training on conversations of this template, or nothing.
+
+        Args:
+            is_special: as of :meth:`turns`.
+        """
+        return find_warning(self, self.turn_ends(is_special))
 
     @cached_property
     def _ends(self) -> dict[Callable[[str], bool] | None, tuple[str, ...]]:

@@ -22,6 +22,7 @@ Messages = Sequence[Mapping[str, Any]]
 _BEGIN, _END = "\ufdd4", "\ufdd5"
 _MARK = re.compile(f"[{_BEGIN}{_END}]")
 _SHAPE = re.compile(r"<[^<>\s]{1,60}>|\[[^\[\]\s]{1,60}\]")  # how tokens are spelt that end a turn
+_TOKEN_AND_SPACE = re.compile(rf"(?:{_SHAPE.pattern})\s*")
 
 _FIX = "mark it in the template by {% generation %}, or use another chat template"
 
@@ -119,8 +120,8 @@ def find_turns(
     rendering.whole = template.marked(messages, tools, waits(messages), ("", ""))
     said = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
     spans = _marked_spans(rendering) if said and template.has_generation else []
-    if len(spans) < len(said):
-        spans = _searched_spans(rendering, said)
+    marked = len(spans) >= len(said)
+    spans = _inside(rendering, said, spans) if marked else _searched_spans(rendering, said)
     return list(_turns(rendering.whole, spans, waits(messages)))
 
 
@@ -138,7 +139,7 @@ def _turns(whole: str, spans: Sequence[Place], to_the_end: bool) -> Iterator[Tur
 
 
 def _marked_spans(rendering: _Rendering) -> list[Place]:
-    """What ``{% generation %}`` holds, without white space behind the end of a turn."""
+    """What ``{% generation %}`` holds; nothing where the marks change the text."""
     messages, tools = rendering.messages, rendering.tools
     text = rendering.template.marked(messages, tools, waits(messages), (_BEGIN, _END))
     if _MARK.sub("", text) != rendering.whole:
@@ -148,7 +149,7 @@ def _marked_spans(rendering: _Rendering) -> list[Place]:
         if part == _BEGIN and open_at is None:
             open_at = at
         elif part == _END and open_at is not None:
-            spans.append((open_at, _cut(rendering, open_at, at)))
+            spans.append((open_at, at))
             open_at = None
         elif _MARK.match(part):
             return []  # one in another
@@ -157,10 +158,16 @@ def _marked_spans(rendering: _Rendering) -> list[Place]:
     return spans
 
 
-def _cut(rendering: _Rendering, begin: int, end: int) -> int:
-    """The end of an answer without the white space behind the token that ends its turn."""
-    text = rendering.whole[begin:end].rstrip()
-    return begin + len(text) if text.endswith(rendering.ends or ("\0",)) else end
+def _inside(rendering: _Rendering, said: Sequence[int], spans: Sequence[Place]) -> list[Place]:
+    """Spans without what generation writes before an answer, and without white space behind its end."""
+    prompts = [rendering.text(number, True) for number in said]
+    asked = [len(prompt) for prompt in prompts if prompt is not None and rendering.whole.startswith(prompt)]
+    found = []
+    for begin, end in spans:
+        begin = max([begin, *(at for at in asked if at <= end)])
+        text = rendering.whole[begin:end].rstrip()
+        found.append((begin, begin + len(text) if text.endswith(rendering.ends or ("\0",)) else end))
+    return found
 
 
 def _searched_spans(rendering: _Rendering, said: Sequence[int]) -> list[Place]:
@@ -198,32 +205,49 @@ def _behind_header(rendering: _Rendering, number: int, prompt: str | None) -> in
     before = rendering.text(number, False)
     if before is None or prompt is None or not prompt.startswith(before):
         return None
-    begins = [match.start() for match in _SHAPE.finditer(prompt, len(before)) if match.start() > len(before)]
-    return next((at for at in reversed(begins) if rendering.whole.startswith(prompt[:at])), None)
+    edges = {edge for match in _TOKEN_AND_SPACE.finditer(prompt, len(before)) for edge in match.span()}
+    edges -= {len(before)}
+    return next((at for at in sorted(edges, reverse=True) if rendering.whole.startswith(prompt[:at])), None)
 
 
 def _end(rendering: _Rendering, number: int, begin: int) -> int:
     """Where the answer in a message ends that begins at ``begin``."""
-    last = number == len(rendering.messages) - 1
-    whole = rendering.whole
-    text = whole if last else rendering.text(number + 1, False)
+    whole, ends = rendering.whole, rendering.ends
+    text = whole if number == len(rendering.messages) - 1 else rendering.text(number + 1, False)
     if text is not None:
-        found = [text.rfind(end, begin) + len(end) for end in rendering.ends if end in text[begin:]]
+        found = [text.rfind(end, begin) + len(end) for end in ends if end in text[begin:]]
         stop = max(found) if found else begin + len(text[begin:].rstrip())
         if begin <= stop and whole.startswith(text[:stop]):
-            return stop
-    place = rendering.place(number)
+            # Some templates write the end of a turn once there is a next one.
+            return (
+                stop
+                if found
+                else stop + max((len(end) for end in ends if whole.startswith(end, stop)), default=0)
+            )
+    stop = _first_end(rendering, number, begin)
+    following = rendering.messages[number + 1 :]
+    held = whole[begin:stop] if stop else ""
+    if not held or any(content in held for message in following if (content := _content(message))):
+        raise _unclear(rendering, number, "ends")
+    return begin + len(held)
+
+
+def _first_end(rendering: _Rendering, number: int, begin: int) -> int:
+    """The end of the first turn behind the content of a message; 0 where it is not certain."""
+    whole, ends, place = rendering.whole, rendering.ends, rendering.place(number)
     own = repr({key: value for key, value in rendering.messages[number].items() if key != "content"})
-    after = place[1] if place else begin
     calls = bool(rendering.messages[number].get("tool_calls"))
-    found = [whole.find(end, after) + len(end) for end in rendering.ends if end in whole[after:]]
-    if (place is None and not calls) or any(end in own for end in rendering.ends):
-        raise _unclear(rendering, number, "ends")
-    if found:
-        return min(found)
-    if calls:
-        raise _unclear(rendering, number, "ends")
-    return after
+    if (place is None and not calls) or any(end in own for end in ends):
+        return 0
+    after = place[1] if place else begin
+    found = [whole.find(end, after) + len(end) for end in ends if end in whole[after:]]
+    return min(found, default=0 if calls else after)
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    """The text of a message, without white space at its ends."""
+    content = message.get("content")
+    return content.strip() if isinstance(content, str) else ""
 
 
 def _unclear(rendering: _Rendering, number: int, what: str) -> DataError:
@@ -250,31 +274,75 @@ def find_turn_ends(template: Renders, is_special: Callable[[str], bool] | None) 
         ModelError: it is no template.
         SafetyError: it reaches for what it must not.
     """
-    tails = []
-    for count in (1, 2):
-        tail = _tail(template, count, parts=False) or _tail(template, count, parts=True)
-        if tail is not None:
-            tails.append(tail)
-    if len(tails) == 2:
-        same = _same_start(*tails)
-        if found := _first_special(template, same, is_special):
-            return (found,)
-    found_in = [_first_special(template, tail, is_special) for tail in tails]
-    return tuple(dict.fromkeys(text for text in found_in if text))
+    for parts in (False, True):
+        once, twice = (_around(template, _probe(count, parts)) for count in (1, 2))
+        if once is None:
+            continue
+        (_, tail), (head, middle) = once, twice or once
+        begins = _begin_tokens(template, _probe(1, parts)[:1], is_special)
+        ends = [
+            spelt
+            for spelt in _specials(template, _same_start(tail, middle), is_special)
+            if spelt not in begins
+        ]
+        if ends:
+            return (ends[-1],)
+        if not tail and head.endswith(middle):
+            return ()  # what stands in the middle begins a question
+        firsts = [next(iter(_specials(template, part, is_special)), "") for part in (tail, middle)]
+        return tuple(dict.fromkeys(filter(None, firsts)))
+    return ()
 
 
-def _tail(template: Renders, count: int, *, parts: bool) -> str | None:
-    """What stands behind the first answer of a conversation of so many, up to the next question."""
-    messages: list[dict[str, Any]] = []
-    for asked, answered in list(zip(_ASKED, _ANSWERED, strict=True))[:count]:
-        for role, text in (("user", asked), ("assistant", answered)):
-            messages.append({"role": role, "content": [{"type": "text", "text": text}] if parts else text})
+def find_warning(template: Renders, ends: tuple[str, ...]) -> str:
+    """What speaks against training on a template's turns, or nothing; see ``ChatTemplate.warning``.
+
+    Args:
+        template: asked for a short conversation.
+        ends: the texts by which it ends turns.
+    """
+    if not ends:
+        return "it writes no token that ends an answer"
+    around = _around(template, _probe(1, False)) or _around(template, _probe(1, True))
+    if around and not any(end in around[1] for end in ends):
+        return "it writes no token behind the last answer of a conversation"
+    return ""
+
+
+def _probe(count: int, parts: bool) -> list[dict[str, Any]]:
+    """A conversation of so many questions and answers, as texts or as lists of one part."""
+    said = [("user", "assistant")[i % 2] for i in range(2 * count)]
+    texts = [text for pair in zip(_ASKED, _ANSWERED, strict=True) for text in pair]
+    return [
+        {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
+        for role, text in zip(said, texts, strict=False)
+    ]
+
+
+def _around(template: Renders, messages: Messages) -> tuple[str, str] | None:
+    """What stands before the first question of a conversation, and between its answer and the next one."""
     try:
         whole = template.marked(messages, (), False, ("", ""))
     except DataError:
         return None
-    head, found, tail = whole.partition(_ANSWERED[0])
-    return tail.partition(_ASKED[1])[0] if found and _ASKED[0] in head else None
+    before, asked, rest = whole.partition(_ASKED[0])
+    _, answered, behind = rest.partition(_ANSWERED[0])
+    return (before, behind.partition(_ASKED[1])[0]) if asked and answered else None
+
+
+def _begin_tokens(
+    template: Renders, messages: Messages, is_special: Callable[[str], bool] | None
+) -> list[str]:
+    """The tokens that begin an answer, and so end none."""
+    try:
+        plain, asking = (template.marked(messages, (), waits, ("", "")) for waits in (False, True))
+    except DataError:
+        return []
+    header = asking[len(_same_start(plain, asking)) :]
+    if header:
+        return _specials(template, header, is_special)
+    # It is there always, behind the one that ends a question.
+    return _specials(template, asking.rpartition(_ASKED[0])[2], is_special)[1:]
 
 
 def _same_start(one: str, other: str) -> str:
@@ -283,10 +351,10 @@ def _same_start(one: str, other: str) -> str:
     return one[: min(len(one), len(other)) if size is None else size]
 
 
-def _first_special(template: Renders, text: str, is_special: Callable[[str], bool] | None) -> str:
-    """The first text of a token that is no ordinary text, or nothing."""
+def _specials(template: Renders, text: str, is_special: Callable[[str], bool] | None) -> list[str]:
+    """The tokens in a text that are no ordinary text, in order."""
     found = {match.start(): match[0] for match in _SHAPE.finditer(text)}
     for special in template.specials.values():
         if special.strip() and special in text:
             found.setdefault(text.find(special), special)
-    return next((spelt for _, spelt in sorted(found.items()) if is_special is None or is_special(spelt)), "")
+    return [spelt for _, spelt in sorted(found.items()) if is_special is None or is_special(spelt)]
