@@ -12,15 +12,22 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mlxlora_core.api import ModelError, TokenizerFiles, listing
-from mlxlora_core.chat import ChatTemplate, find_template
+from mlxlora_core.chat import (
+    IDS,
+    ChatTemplate,
+    SpecialTexts,
+    SpecialToken,
+    TokenizerSettings,
+    file_place,
+    find_template,
+    read_tokenizer_settings,
+)
 from mlxlora_core.files import file_bytes, parse_json
 from mlxlora_tokenizers import RANKS, TEKKEN, TOKENIZER, library
 from mlxlora_tokenizers.decoding import TokenTexts
 from mlxlora_tokenizers.rank_files import RankFile, read_llama, read_tekken
-from mlxlora_tokenizers.settings import Settings, place, read_settings
-from mlxlora_tokenizers.special import SpecialTexts, SpecialToken
 from mlxlora_tokenizers.tokenizer import LibraryTokenizer, Parts
-from mlxlora_tokenizers.tokenizer_json import FILE_BYTES, IDS, Document, check, front_ids, prepared
+from mlxlora_tokenizers.tokenizer_json import FILE_BYTES, Document, check, front_ids, prepared
 
 _OWN = "the template of its files"
 
@@ -42,7 +49,7 @@ class Source:
     where: Path
     content: bytes
     document: Document
-    settings: Settings
+    settings: TokenizerSettings
     template: ChatTemplate | None
     form: str
     is_json: bool
@@ -56,11 +63,11 @@ def open_tokenizer(files: TokenizerFiles) -> LibraryTokenizer:
         SafetyError: the chat template reaches for what it must not.
     """
     name = next(name for name in (TOKENIZER, TEKKEN, RANKS) if name in files)
-    where = place(files, name)
+    where = file_place(files, name)
     if where is files[name] and not where.exists():
         raise ModelError("there is no tokenizer", where=where, fix=f"put the model's {name} there")
     content = file_bytes(files[name], FILE_BYTES, where)
-    template, settings = find_template(files), read_settings(files)
+    template, settings = find_template(files), read_tokenizer_settings(files)
     if name == TOKENIZER:
         source = _from_json(content, where, settings, template)
     else:
@@ -75,7 +82,9 @@ def open_tokenizer(files: TokenizerFiles) -> LibraryTokenizer:
     return LibraryTokenizer(_parts(source, document, opened, vocabulary))
 
 
-def _from_json(content: bytes, where: Path, settings: Settings, template: ChatTemplate | None) -> Source:
+def _from_json(
+    content: bytes, where: Path, settings: TokenizerSettings, template: ChatTemplate | None
+) -> Source:
     document = parse_json(content, where)
     if not isinstance(document, dict):
         raise ModelError(f"holds {type(document).__name__}, wanted an object", where=where)
@@ -84,7 +93,7 @@ def _from_json(content: bytes, where: Path, settings: Settings, template: ChatTe
 
 
 def _from_ranks(
-    found: RankFile, content: bytes, where: Path, settings: Settings, template: ChatTemplate | None
+    found: RankFile, content: bytes, where: Path, settings: TokenizerSettings, template: ChatTemplate | None
 ) -> Source:
     """What a list of ranks is a tokenizer by, with what the files beside it say of its ends."""
     added = {token["content"]: token["id"] for token in found.document["added_tokens"]}
