@@ -10,7 +10,7 @@ from typing import Any
 
 from mlxlora_core.chat.special_tokens import SpecialTexts, free_mark
 from mlxlora_core.chat.template import ChatTemplate
-from mlxlora_core.errors import DataError
+from mlxlora_core.errors import DataError, ModelError
 from mlxlora_core.values import Piece
 
 
@@ -83,6 +83,24 @@ class Renderer:
             else:
                 ids += self.encode(part.replace(mark, ""), behind)
         return ids
+
+
+def turn_end_ids(template: ChatTemplate | None, find: Callable[[str], int | None]) -> list[int]:
+    """The ids of the tokens by which a template ends what the assistant says.
+
+    Args:
+        template: of conversations, if there is one. What is none ends nothing: texts need
+            no template, and conversations tell what is wrong with it.
+        find: the id of the token that is written so, or None.
+
+    Raises:
+        SafetyError: it reaches for what it must not, or wants to loop or write without end.
+    """
+    try:
+        texts = () if template is None else template.turn_ends(lambda text: find(text) is not None)
+    except ModelError:
+        return []
+    return [number for text in texts if (number := find(text)) is not None]
 
 
 def refuse_halves(text: str) -> None:

@@ -31,6 +31,7 @@ class TokenizerSettings:
         bos: how the token that begins a text is written, where one is named.
         eos: how the token that ends a text is written, where one is named.
         adds_bos: whether a text begins with that token; None where nothing says so.
+        spaced: whether a text behind a special token gets a space in front as one at the start does.
         stops: the ids that end what is generated.
         stops_place: the file that states them.
         added: tokens as ``tokenizer.json`` has them below ``added_tokens``.
@@ -41,6 +42,7 @@ class TokenizerSettings:
     bos: str | None = None
     eos: str | None = None
     adds_bos: bool | None = None
+    spaced: bool = True
     stops: tuple[int, ...] = ()
     stops_place: Path = Path(GENERATION)
     added: tuple[dict[str, Any], ...] = ()
@@ -64,6 +66,7 @@ def read_tokenizer_settings(files: TokenizerFiles) -> TokenizerSettings:
         bos=_named("bos_token", config, specials, file_place(files, CONFIG)),
         eos=_named("eos_token", config, specials, file_place(files, CONFIG)),
         adds_bos=adds,
+        spaced=config.get("legacy") is not False,
         stops=_ids(generation.get("eos_token_id"), file_place(files, GENERATION)),
         stops_place=file_place(files, GENERATION),
         added=tuple(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mlxlora_core.chat import (
     file_place,
     find_template,
     read_tokenizer_settings,
+    turn_end_ids,
 )
 from mlxlora_core.files import file_bytes, parse_json
 from mlxlora_tokenizers import RANKS, TEKKEN, TOKENIZER, library
@@ -188,18 +189,8 @@ def _ends(
             where=where,
             fix='put a generation_config.json with {"eos_token_id": ID} beside it',
         )
-    stops = {*ends, *(vocabulary[text] for text in _turn_ends(source, vocabulary))}
+    stops = {*ends, *turn_end_ids(source.template, vocabulary.get)}
     return _bos(source, document, vocabulary, size), ends[0], frozenset(stops)
-
-
-def _turn_ends(source: Source, vocabulary: Container[str]) -> tuple[str, ...]:
-    """How the tokens are written by which the chat template ends what the assistant says."""
-    if source.template is None:
-        return ()
-    try:
-        return source.template.turn_ends(vocabulary.__contains__)
-    except ModelError:  # it is no template: texts need none, and conversations tell
-        return ()
 
 
 def _bos(source: Source, document: Document, vocabulary: Mapping[str, int], size: int) -> int | None:
