@@ -14,9 +14,6 @@ from mlxlora_llama.keys import AS_BUILT, HARMLESS, KnownKeys, show, show_value
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-#: the families of which a config.json is read
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-
 _HEAD, _TIED = "lm_head.weight", "tie_word_embeddings"
 _FIRST = "model.layers.0.self_attn."
 #: argument -> what it is called there
@@ -91,6 +88,11 @@ _FAMILIES = {
     ),
 }
 
+# A mistral whose windows differ from layer to layer is a ministral there.
+_FAMILIES["ministral"] = _FAMILIES["mistral"]
+#: the families of which a config.json is read
+MODEL_TYPES = tuple(_FAMILIES)
+
 _KEYS = KnownKeys(
     AS_BUILT
     | dict.fromkeys(("rope_interleaved", "rope_traditional", "interleaved", "traditional"), (False,))
@@ -144,7 +146,7 @@ def read(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs | None:
 def notes(raw: Mapping[str, Any], shapes: Shapes) -> list[str]:
     """What was assumed that a config.json usually states, and what of it does not count, in words."""
     told = hf_rope.notes(raw)
-    if raw.get("model_type") == "mistral" and not _WINDOWS & raw.keys():
+    if _FAMILIES[raw["model_type"]] is _FAMILIES["mistral"] and not _WINDOWS & raw.keys():
         told.append(
             f"config.json states no sliding_window: {_WINDOW_OF_MISTRAL} is taken, as transformers has it"
         )
@@ -175,7 +177,7 @@ def _values(raw: Mapping[str, Any], family: _Family, shapes: Shapes) -> tuple[di
         **found,
         **rope,
         **layers,
-        "model_type": raw["model_type"],
+        "model_type": "mistral" if family is _FAMILIES["mistral"] else raw["model_type"],
         "biases": _biases(raw, family),
         "head_norms": family.head_norms,
         _TIED: _HEAD not in shapes if tied is None or tied is True else tied,
