@@ -96,11 +96,12 @@ MODEL_TYPES = tuple(_FAMILIES)
 _KEYS = KnownKeys(
     AS_BUILT
     | dict.fromkeys(("rope_interleaved", "rope_traditional", "interleaved", "traditional"), (False,))
-    | dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "use_mrope"), (False,)),
+    | dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "use_mrope"), (False,))
+    | {"is_decoder": (True, False)},  # of a model that decodes and nothing else
     re.compile(
         HARMLESS + r"|"
         # what older versions of transformers wrote into every config: of tasks, of drawing text, of tools
-        r"is_decoder|is_llama_config|max_window_layers|_.*|transformers\..*|unsloth_.*|"
+        r"is_llama_config|max_window_layers|_.*|transformers\..*|unsloth_.*|"
         r"(id2|label2)(label|id)|problem_type|num_labels|return_dict.*|output_.*|torchscript|"
         r"use_bfloat16|tf_legacy_loss|chunk_size_feed_forward|tie_encoder_decoder|pruned_heads|"
         r"finetuning_task|task_specific_params|decoder_start_token_id|prefix|bad_words_ids|"
