@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxlora_core.files.data_path import DataFiles, find_data
-from mlxlora_core.files.documents import read_json
+from mlxlora_core.files.documents import parse_json, read_json
 from mlxlora_core.files.durable import append_line, copy_file, new_file, write_json, write_text
 from mlxlora_core.files.fingerprints import content_digest
-from mlxlora_core.files.input_file import file_bytes, open_regular, read_exactly, read_some, refuse_stand_in
+from mlxlora_core.files.input_file import (
+    file_bytes,
+    is_in_folder,
+    open_regular,
+    read_exactly,
+    read_some,
+    refuse_stand_in,
+)
 from mlxlora_core.files.row_shapes import parse_columns
 from mlxlora_core.files.rows import RowFile, left_out, refuse_faults, scan_rows
 from mlxlora_core.files.zip_layout import ZipMember, read_zip_layout
@@ -30,10 +37,13 @@ __all__ = [
     "copy_file",
     "file_bytes",
     "find_data",
+    "is_in_folder",
+    "lazy_tensors",
     "left_out",
     "new_file",
     "open_regular",
     "parse_columns",
+    "parse_json",
     "read_exactly",
     "read_json",
     "read_some",
@@ -45,6 +55,19 @@ __all__ = [
     "write_json",
     "write_text",
 ]
+
+
+def lazy_tensors(path: Path) -> dict[str, "LazyTensor"]:
+    """The tensors of a ``.safetensors`` or ``.npz``, each read when it is asked for and kept nowhere.
+
+    They come in the order of their bytes. What the file says of itself is checked first.
+
+    Raises:
+        ModelError: the file is absent, damaged, or of another kind; now or when a tensor is read.
+    """
+    from mlxlora_core.files import tensor_file
+
+    return tensor_file.lazy(path)
 
 
 def save_tensors(

@@ -21,24 +21,9 @@ from mlxlora_core.files.documents import read_form
 from mlxlora_core.files.durable import write_json
 from mlxlora_core.files.forms import Map, Table, Text, Whole
 from mlxlora_core.files.input_file import open_regular
-from mlxlora_core.files.tensor_header import read_entries
+from mlxlora_core.files.tensor_header import TYPE_NAMES, read_entries
 from mlxlora_core.machine.processors import processors
 
-#: the types of safetensors -> as MLX calls them
-_TYPES = {
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "U8": "uint8",
-    "U16": "uint16",
-    "U32": "uint32",
-    "U64": "uint64",
-    "I8": "int8",
-    "I16": "int16",
-    "I32": "int32",
-    "I64": "int64",
-    "BOOL": "bool",
-}
 _PART_BYTES = 4 << 20  # read at a time
 _LARGE_BYTES = 64 << 20  # a smaller file is read sooner than it is looked up
 _CACHED_BYTES = 64 << 20
@@ -105,7 +90,7 @@ def _of_tensors(file: BufferedReader, path: Path) -> Digests:
 
     def digest(name: str) -> str:
         entry = entries[name]
-        sha = begin_tensor(name, _TYPES[entry["dtype"]], entry["shape"])
+        sha = begin_tensor(name, TYPE_NAMES[entry["dtype"]], entry["shape"])
         at, end = (start + offset for offset in entry["data_offsets"])
         while at < end:
             part = os.pread(descriptor, min(_PART_BYTES, end - at), at)

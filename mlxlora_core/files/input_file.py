@@ -33,6 +33,22 @@ def is_plain_name(name: Any) -> bool:
     )
 
 
+def is_in_folder(folder: Path, name: Any) -> bool:
+    """Whether ``name`` is that of a file in ``folder``, wherever links lead to.
+
+    A download cache keeps the files of a model in ``blobs`` beside ``snapshots``
+    and links to them, so that a link to there is none to the outside.
+    """
+    if not is_plain_name(name):
+        return False
+    try:
+        root, target = folder.resolve(), (folder / name).resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return False
+    blobs = root.parent.parent / "blobs"
+    return target.parent == root or (root.parent.name == "snapshots" and target.parent == blobs)
+
+
 def open_regular(path: Path, kind: type[MlxloraError] = ModelError) -> BufferedReader:
     """Open a regular file for reading.
 

@@ -39,6 +39,21 @@ ITEM_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64"), 8),
 }
+#: the types of safetensors -> as MLX calls them
+TYPE_NAMES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "BOOL": "bool",
+}
 
 _HEADER_BYTES = 100_000_000  # the format's own limit
 _PARTS = 10 * TENSORS_LIMIT  # a tensor of four axes has 10; each takes memory when it is parsed

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlxlora_core.errors import ModelError, SafetyError, listing
 from mlxlora_core.files import tensor_file
 from mlxlora_core.files.documents import read_json
-from mlxlora_core.files.input_file import is_plain_name
+from mlxlora_core.files.input_file import is_in_folder
 from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.values import LazyTensor
@@ -96,24 +96,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not names or not all(isinstance(name, str) for name in names):
         raise ModelError("is no index of shards: it names no files", where=index)
     shards = [folder / name for name in sorted(names)]
-    outside = [name for name in sorted(names) if not _is_inside(folder, name)]
+    outside = [name for name in sorted(names) if not is_in_folder(folder, name)]
     if outside:
         raise SafetyError(f"names shards outside its folder: {listing(outside)}", where=index)
     return shards
-
-
-def _is_inside(folder: Path, name: str) -> bool:
-    """Whether a name is that of a file in ``folder``, wherever links lead to.
-
-    A download cache keeps the files of a model in ``blobs`` beside ``snapshots``
-    and links to them, so that a link to there is none to the outside.
-    """
-    if not is_plain_name(name):
-        return False
-    try:
-        root, target = folder.resolve(), (folder / name).resolve()
-    except (OSError, RuntimeError):  # a loop of links
-        return False
-    if root.parent.name == "snapshots":
-        return target.parent in (root, root.parent.parent / "blobs")
-    return target.parent == root

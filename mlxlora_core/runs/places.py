@@ -80,4 +80,4 @@ def _inputs(recipe: Recipe) -> list[Path]:
     choices = [recipe.loader, recipe.quantize, recipe.data, recipe.adapter, recipe.export]
     choices += [*recipe.sampler, *recipe.observe]
     read = [path for choice in choices if choice is not None for path in paths_in(choice.options)]
-    return [*read, *paths_in(recipe.model)]
+    return [*read, *paths_in(recipe.model), *paths_in(recipe.evaluate)]

@@ -141,9 +141,9 @@ class WeightLoaderSuite:
         checkpoint = self._open(tmp_path)
         assert json.loads(json.dumps(checkpoint.config)) == checkpoint.config
         assert checkpoint.tokenizer
-        for name, path in checkpoint.tokenizer.items():
+        for name, file in checkpoint.tokenizer.items():
             assert is_plain_name(name), name
-            assert isinstance(path, bytes) or path.is_file(), path
+            assert file if isinstance(file, bytes) else file.is_file(), name
 
     def test_source_is_left_alone(self, tmp_path: Path) -> None:
         """Reading changes no file and adds none."""

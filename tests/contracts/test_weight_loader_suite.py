@@ -92,7 +92,9 @@ class TestTorchPthOfTwoShards(TestTorchPth):
 
 
 def test_every_loader_is_covered() -> None:
-    assert {TestTorchPth.spec.name} == set(LOADERS)
+    elsewhere = {"hf": "plugins/test_hf_suite.py"}
+    assert {TestTorchPth.spec.name, *elsewhere} == set(LOADERS)
+    assert all((Path(__file__).parents[1] / path).is_file() for path in elsewhere.values())
 
 
 def test_the_documented_loader_works(tmp_path: Path) -> None:
