@@ -205,7 +205,7 @@ def _layers(raw: Mapping[str, Any], family: _Family, layers: int) -> tuple[dict[
     told += faults
     if window is None and bounded and raw.get("layer_types") is not None:
         told.append(f"layer_types: got {_SLIDING}, but there is no sliding_window that is used")
-    if window is not None and bounded:
+    if window is not None and (bounded or not layers):  # a window is checked whatever the layers are
         found["sliding_window"] = window
         found["window_layers"] = None if len(bounded) == layers else bounded
     return found, told
