@@ -11,8 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlora_core.cli.session import start
-from mlxlora_core.model import adapters
-from mlxlora_core.model import loading
+from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.generate import decode
 from mlxlora_core.plugins import Registry, load

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxlora_core.files.data_path import DataFiles, find_data
-from mlxlora_core.files.documents import read_json
+from mlxlora_core.files.documents import parse_json, read_json
 from mlxlora_core.files.durable import append_line, copy_file, new_file, write_json, write_text
 from mlxlora_core.files.fingerprints import content_digest
 from mlxlora_core.files.input_file import (
@@ -43,6 +43,7 @@ __all__ = [
     "new_file",
     "open_regular",
     "parse_columns",
+    "parse_json",
     "read_exactly",
     "read_json",
     "read_some",

@@ -82,15 +82,14 @@ def append_line(path: Path, line: str) -> None:
 
 
 def copy_file(source: Path | bytes, target: Path) -> None:
-    """Copy a small file, or contents that a checkpoint holds inside another one.
+    """Copy a small file, or contents that stand inside another one.
 
     Raises:
         ResourceError: ``source`` cannot be read, or as :func:`new_file`.
     """
-    if isinstance(source, Path):
-        with _disk_faults(source, "read"):
-            source = source.read_bytes()
-    write_file(target, source)
+    with _disk_faults(target if isinstance(source, bytes) else source, "read"):
+        content = source if isinstance(source, bytes) else source.read_bytes()
+    write_file(target, content)
 
 
 def version(path: Path) -> tuple[int, ...] | None:

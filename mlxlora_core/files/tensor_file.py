@@ -15,20 +15,28 @@ import json
 import struct
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import mlx.core as mx
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mlxlora_core.errors import MlxloraError, ModelError, ResourceError, listing
-from mlxlora_core.files import durable, stored_tensor, tensor_header, zip_layout
+from mlxlora_core.errors import MlxloraError, ModelError, ResourceError
+from mlxlora_core.files import durable, stored_tensor, tensor_header
 from mlxlora_core.files.fingerprints import begin_tensor, combine, tensor_digests
-from mlxlora_core.files.input_file import name_of_open, open_regular, refuse_stand_in
+from mlxlora_core.files.input_file import name_of_open, open_regular
+from mlxlora_core.files.npz_file import (
+    Described,
+    Packed,
+    comment_of,
+    load_npz,
+    npz_layout,
+    npz_tensors,
+    write_npz,
+)
 from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.values import LazyTensor
 
@@ -49,13 +57,8 @@ TYPES = {
     mx.int64: "I64",
     mx.bool_: "BOOL",
 }
+_HEADER_BYTES = 4096  # what stands in the header of every file
 _ENTRY_BYTES = 384  # more than a name of 256 letters, a shape and two offsets take in the header
-_COMMENT_BYTES = 65535  # what a zip archive has room for
-# An .npz may unpack to so many times its size, and a small one to so much in any case.
-_UNPACK_RATIO, _UNPACK_BYTES = 100, 16 << 20
-
-Described = Callable[[], Mapping[str, str]]
-Packed = tuple[str, mx.array, memoryview]
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def saving(
     content = _Content(metadata)
     with durable.new_file(path, partial(_check_names, content, path)) as file:
         if path.suffix == ".npz":
-            yield from _write_npz(file, content.packed(tensors, path), content.described)
+            yield from write_npz(file, content.packed(tensors, path), content.described)
         else:
             yield from _write_safetensors(file, content.packed(tensors, path), content.described, most)
     yield Written(content.bytes, combine(content.digests))
@@ -164,7 +167,7 @@ def load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     check_ending(path)
     with open_regular(path) as file:
         try:
-            return _load_npz(file, path) if path.suffix == ".npz" else _load_safetensors(file, path)
+            return load_npz(file, path) if path.suffix == ".npz" else _load_safetensors(file, path)
         except (MlxloraError, MemoryError):
             raise
         except Exception as fault:  # whatever MLX makes of bytes that anyone may have written
@@ -177,7 +180,7 @@ def stated(path: Path) -> dict[str, str]:
         return tensor_header.stated(path)
     try:
         with open_regular(path) as file:
-            return _comment(_npz_layout(file, path).comment)
+            return comment_of(npz_layout(file, path).comment)
     except MlxloraError:
         return {}
 
@@ -192,9 +195,9 @@ def lazy(path: Path) -> dict[str, LazyTensor]:
     if path.suffix != ".npz":
         return stored_tensor.lazy(path)
     with open_regular(path) as file:
-        layout = _npz_layout(file, path)
+        layout = npz_layout(file, path)
         # Looked at one after another, for what an array is stands in front of its bytes.
-        sizes = {name: (t.shape, t.dtype) for name, t in _npz_tensors(file, layout.members, path)}
+        sizes = {name: (t.shape, t.dtype) for name, t in npz_tensors(file, layout.members, path)}
     return {
         name: LazyTensor(shape, type_name(dtype), partial(_read_array, path, name))
         for name, (shape, dtype) in sizes.items()
@@ -210,17 +213,17 @@ def digests(path: Path) -> dict[str, str]:
     if path.suffix != ".npz":
         return tensor_digests(path)
     with open_regular(path) as file:
-        layout = _npz_layout(file, path)
+        layout = npz_layout(file, path)
         return {
-            n: _digest(n, tensor, _bytes(tensor)) for n, tensor in _npz_tensors(file, layout.members, path)
+            n: _digest(n, tensor, _bytes(tensor)) for n, tensor in npz_tensors(file, layout.members, path)
         }
 
 
 def _read_array(path: Path, name: str) -> mx.array:
     """One array of an ``.npz``, and in memory nothing of the others."""
     with open_regular(path) as file:
-        members = [m for m in _npz_layout(file, path).members if m.name == f"{name}.npy"]
-        found = dict(_npz_tensors(file, members, path))
+        members = [m for m in npz_layout(file, path).members if m.name == f"{name}.npy"]
+        found = dict(npz_tensors(file, members, path))
     if name not in found:
         raise ModelError(f"{name} is gone: the file was replaced while it was read", where=path)
     return found[name]
@@ -234,6 +237,11 @@ def tensor_digest(name: str, tensor: mx.array) -> str:
 def fingerprint(tensors: Mapping[str, mx.array]) -> str:
     """What :func:`save` calls these tensors: SHA-256 over names, types, shapes and bytes, in hex."""
     return combine({name: tensor_digest(name, tensor) for name, tensor in tensors.items()})
+
+
+def header_bytes(count: int) -> int:
+    """What a ``.safetensors`` of so many tensors takes beside them, at most, as it is written here."""
+    return _HEADER_BYTES + count * _ENTRY_BYTES
 
 
 def check_ending(path: Path) -> None:
@@ -287,7 +295,7 @@ def _write_safetensors(
     left and padded with spaces, as the format allows.
     """
     # In eights, so that the data is aligned.
-    room = 4096 + len(json.dumps(dict(described()))) // 8 * 8 + most * _ENTRY_BYTES
+    room = _HEADER_BYTES + len(json.dumps(dict(described()))) // 8 * 8 + most * _ENTRY_BYTES
     entries: dict[str, Any] = {}
     offset = 0
     file.seek(8 + room)
@@ -322,75 +330,3 @@ def _load_safetensors(file: BinaryIO, path: Path) -> tuple[dict[str, mx.array], 
     # A dictionary for this format; the stub covers every format that MLX reads.
     tensors: dict[str, mx.array] = mx.load(opened, format="safetensors")  # type: ignore[assignment]
     return tensors, metadata
-
-
-# --- npz ----------------------------------------------------------------------
-
-
-def _write_npz(file: BinaryIO, tensors: Iterator[Packed], described: Described) -> Iterator[str]:
-    """Stream an uncompressed ``.npz`` archive; the name of each tensor that is written."""
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, tensor, data in tensors:
-            if tensor.dtype == mx.bfloat16:
-                raise ModelError(
-                    f"{name} is bfloat16, which .npz cannot hold", fix="use float16, or .safetensors"
-                )
-            # A fixed date, so that the same tensors give the same bytes.
-            member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-            header = {
-                "descr": np.dtype(type_name(tensor.dtype)).str,
-                "fortran_order": False,
-                "shape": tuple(tensor.shape),
-            }
-            with archive.open(member, "w", force_zip64=True) as stream:
-                np.lib.format.write_array_header_1_0(stream, header)
-                stream.write(data)
-            del tensor, data
-            yield name
-        comment = json.dumps(dict(described())).encode()
-        if len(comment) > _COMMENT_BYTES:
-            raise ModelError(
-                f"the metadata takes {len(comment)} bytes, an .npz has room for {_COMMENT_BYTES}",
-                fix="use .safetensors",
-            )
-        archive.comment = comment
-
-
-def _load_npz(file: BinaryIO, path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    layout = _npz_layout(file, path)
-    return dict(_npz_tensors(file, layout.members, path)), _comment(layout.comment)
-
-
-def _npz_layout(file: BinaryIO, path: Path) -> zip_layout.ZipLayout:
-    """The members of an archive of arrays."""
-    # Not read by MLX, whose parser trusts what a header says of sizes.
-    refuse_stand_in(file, path)
-    archive = zip_layout.read_zip_layout(file, path)
-    other = [member.name for member in archive.members if not member.name.endswith(".npy")]
-    if other:
-        raise ModelError(f"holds what is no array: {listing(other)}", where=path)
-    packed = sum(member.packed_bytes for member in archive.members)
-    unpacked = sum(member.size_bytes for member in archive.members)
-    if unpacked > max(_UNPACK_BYTES, _UNPACK_RATIO * packed):
-        raise ModelError(f"{packed} bytes would unpack to {unpacked}", where=path)
-    return archive
-
-
-def _npz_tensors(
-    file: BinaryIO, members: Iterable[zip_layout.ZipMember], path: Path
-) -> Iterator[tuple[str, mx.array]]:
-    """(name, tensor) of each member, one at a time."""
-    for member in members:
-        name = member.name.removesuffix(".npy")
-        content = zip_layout.read_zip_member(file, member, path)
-        array: Any = tensor_header.read_npy(content, name, path)
-        yield name, mx.array(array.astype(array.dtype.newbyteorder("=")))
-
-
-def _comment(comment: bytes) -> dict[str, str]:
-    """The metadata in the comment of an archive; another tool's comment is none."""
-    try:
-        metadata = json.loads(comment)
-    except (ValueError, RecursionError):
-        return {}
-    return {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}

@@ -117,7 +117,7 @@ def fuse(
 
 def _need(stored: StoredModel, dequantize: bool) -> int:
     """Bytes that the fused model will take."""
-    need = sum(map(bytes_of, stored.tensors.values()))
+    need = sum(map(bytes_of, stored.tensors.values())) + tensor_file.header_bytes(len(stored.tensors))
     if not dequantize:
         return need
     for path, packed in _quantized(stored.module).items():

@@ -1,12 +1,14 @@
-"""Architecture ``llama``: Llama and Mistral, with the parameter names of their original checkpoints."""
+"""Architecture ``llama``: Llama, Mistral, Qwen and SmolLM, with the names of Llama's original checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from mlxlora_core.api import Architecture, LazyTensor, hookimpl
-from mlxlora_llama.config import MODEL_TYPES, ModelArgs, notes, read
+from mlxlora_core.api import Architecture, Layout, LazyTensor, hookimpl
+from mlxlora_llama import gguf, hf, tables
+from mlxlora_llama.config import MODEL_TYPES, ModelArgs
+from mlxlora_llama.params import notes, read
 
 if TYPE_CHECKING:
     from mlxlora_core.ops import LanguageModel
@@ -40,7 +42,7 @@ def mlxlora_architectures() -> Iterable[Architecture]:
     return [
         Architecture(
             name="llama",
-            summary="Llama and Mistral: grouped queries, rotary positions, sliding window, tied or own head",
+            summary="Llama, Mistral, Qwen and SmolLM: grouped queries, rotary positions, sliding windows",
             model_types=MODEL_TYPES,
             args=ModelArgs,
             read=read,
@@ -48,5 +50,11 @@ def mlxlora_architectures() -> Iterable[Architecture]:
             tensors=tensors,
             build=build,
             default_targets=("wq", "wv"),
+            layouts={
+                "hf": Layout(model_types=hf.MODEL_TYPES, read=hf.read, table=tables.hf, notes=hf.notes),
+                "gguf": Layout(
+                    model_types=gguf.MODEL_TYPES, read=gguf.read, table=tables.gguf, notes=gguf.notes
+                ),
+            },
         )
     ]

@@ -1,49 +1,44 @@
-"""What a Llama or Mistral is: its arguments, and how they are read from a checkpoint's config and shapes."""
+"""What a model of the Llama family is: the arguments that its config.json holds."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
-from mlxlora_core.api import ModelError, UsageError, option, parse
-from mlxlora_llama import keys
+from mlxlora_core.api import option
+from mlxlora_llama import rope
 
-MODEL_TYPES = ("llama", "mistral")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
-Shapes = Mapping[str, tuple[int, ...]]
+#: the linears of a layer, by the module that they are in
+LINEARS = dict.fromkeys(("wq", "wk", "wv", "wo"), "attention") | dict.fromkeys(
+    ("w1", "w2", "w3"), "feed_forward"
+)
 
-_HEAD = "output.weight"
-_EMBEDDING = "tok_embeddings.weight"
-_NORM = "norm.weight"
-_TIED = "tie_word_embeddings"
-_QUERIES = "layers.0.attention.wq.weight"
-_KEYS = "layers.0.attention.wk.weight"
-_MLP = "layers.0.feed_forward.w1.weight"
+HEAD = "output.weight"
+MLP = "layers.0.feed_forward.w1.weight"
 
 # Far beyond any model there is, and small enough that nothing overflows or is
 # built at length because a file claims a large number.
 _WIDEST = 1 << 20  # of a matrix in a layer; 64 times that of the largest Llama
 _LONGEST = 2**31 - 1
-_LAYER = re.compile(r"layers\.([0-9]{1,6})\.")
+_LAYERS = 1024
 
 
 @dataclass(frozen=True)
 class ModelArgs:
     """The arguments of a model: what its config.json holds."""
 
-    model_type: str = option(help="llama or mistral", choices=MODEL_TYPES)
+    model_type: str = option(help="the family within the family", choices=MODEL_TYPES)
     dim: int = option(help="width, D", minimum=1, maximum=_WIDEST)
-    n_layers: int = option(help="layers, L", minimum=1, maximum=1024)
+    n_layers: int = option(help="layers, L", minimum=1, maximum=_LAYERS)
     head_dim: int = option(help="even width of a head, E, or dim / n_heads", minimum=2, maximum=_WIDEST)
     hidden_dim: int = option(
-        help=f"width of the feed-forward, F, or the rows of {_MLP}", minimum=1, maximum=_WIDEST
+        help=f"width of the feed-forward, F, or the rows of {MLP}", minimum=1, maximum=_WIDEST
     )
     n_heads: int = option(help="query heads, H; a multiple of n_kv_heads", minimum=1, maximum=_WIDEST)
     n_kv_heads: int = option(help="key and value heads, K", minimum=1, maximum=_WIDEST)
     norm_eps: float = option(help="what RMSNorm adds to the mean square", minimum=1e-12, maximum=0.1)
-    vocab_size: int = option(help=f"vocabulary, V, or the rows of {_HEAD}", minimum=1, maximum=1 << 24)
+    vocab_size: int = option(help=f"vocabulary, V, or the rows of {HEAD}", minimum=1, maximum=1 << 24)
     rope_theta: float = option(1e4, help="base of the rotary wavelengths", minimum=1.0, maximum=1e12)
     sliding_window: int | None = option(
         None, help="tokens that a token sees, itself included", minimum=1, maximum=_LONGEST
@@ -52,6 +47,50 @@ class ModelArgs:
         None, help="longest sequence it was made for", unit="tokens", minimum=1, maximum=_LONGEST
     )
     tie_word_embeddings: bool = option(False, help="whether the embedding is the output head too")
+    # What follows is None where a model does without it, so that config.json says nothing of it.
+    window_layers: tuple[int, ...] | None = option(
+        None,
+        help="layers that the sliding window bounds, counted from 0; all where it is left out",
+        minimum=0,
+        maximum=_LAYERS - 1,
+    )
+    unrotated_layers: tuple[int, ...] | None = option(
+        None, help="layers without rotary positions, counted from 0", minimum=0, maximum=_LAYERS - 1
+    )
+    biases: tuple[str, ...] | None = option(
+        None, help="linears of a layer that have a bias", choices=tuple(LINEARS)
+    )
+    head_norms: bool | None = option(None, help="whether each head of queries and keys is normalised")
+    rope_scaling: str | None = option(
+        None, help="how the rotary frequencies are scaled", choices=tuple(rope.NEEDS)
+    )
+    rope_factor: float | None = option(
+        None, help="what a scaling divides low frequencies by", minimum=1e-3, maximum=1e6
+    )
+    rope_original_len: int | None = option(
+        None, help="longest sequence before the scaling", unit="tokens", minimum=1, maximum=_LONGEST
+    )
+    rope_low_freq_factor: float | None = option(
+        None, help="llama3: turns in the original length, up to which all is scaled", above=0, maximum=1e6
+    )
+    rope_high_freq_factor: float | None = option(
+        None, help="llama3: turns in the original length, from which nothing is", above=0, maximum=1e6
+    )
+    rope_beta_fast: float | None = option(
+        None, help="yarn: turns in the original length, from which nothing is scaled", above=0, maximum=1e6
+    )
+    rope_beta_slow: float | None = option(
+        None, help="yarn: turns in the original length, up to which all is scaled", above=0, maximum=1e6
+    )
+    rope_truncate: bool | None = option(
+        None, help="yarn: whether the scaled features begin and end at a whole pair; true if left out"
+    )
+    rope_attention_factor: float | None = option(
+        None, help="what turned queries and keys are multiplied by", above=0, maximum=1e3
+    )
+    rope_divisors: tuple[float, ...] | None = option(
+        None, help="divisors: what the frequency of each pair is divided by", above=0, maximum=1e6
+    )
 
     def __post_init__(self) -> None:
         faults = []
@@ -62,182 +101,24 @@ class ModelArgs:
         if self.n_heads * self.head_dim > _WIDEST:
             got = f"n_heads: got {self.n_heads} of head_dim {self.head_dim}"
             faults.append(f"{got}, wanted a product of at most {_WIDEST}")
+        faults += self._layer_faults() + rope.faults(self)
         if faults:
             raise ValueError("; ".join(faults))
 
+    def _layer_faults(self) -> list[str]:
+        """What is wrong with the lists of layers and of linears."""
+        told = []
+        for name in ("window_layers", "unrotated_layers"):
+            layers = getattr(self, name) or ()
+            if len(set(layers)) != len(layers) or any(layer >= self.n_layers for layer in layers):
+                told.append(f"{name}: wanted different numbers below n_layers {self.n_layers}")
+        if len(set(self.biases or ())) != len(self.biases or ()):
+            told.append("biases: wanted different names")
+        if self.window_layers is not None and self.sliding_window is None:
+            told.append("window_layers: there is no sliding_window")
+        return told
 
-# argument -> other names of it in a checkpoint's config, the first that is stated counts
-_ALIASES = {
-    "max_seq_len": ("max_position_embeddings", "max_seq_length", "max_sequence_length", "context_length"),
-    "norm_eps": ("rms_norm_eps",),
-    _TIED: ("tied_embeddings", "tie_embeddings"),
-}
-#: whether the window counts that is stated beside it
-_WINDOW_USED = "use_sliding_window"
-_HONOURED = {
-    *(field.name for field in fields(ModelArgs)),
-    *(name for names in _ALIASES.values() for name in names),
-    _WINDOW_USED,
-}
-#: what mistral-inference calls every model in a params.json
-_MISTRAL_TYPE = "transformer"
-_HUGGING_FACE, _THEIR_QUERIES = "hidden_size", "self_attn.q_proj"
-_META_KEYS = ("multiple_of", "ffn_dim_multiplier")
-_OWN_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "norm_eps", *_META_KEYS}
-_THETA, _THETA_OF_MISTRAL = 1e4, 1e6
-
-
-def read(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs | None:
-    """The arguments out of a params.json, or None for a config of something else.
-
-    What it leaves out, null among it, is derived: ``n_layers`` from the names of
-    the tensors, ``dim`` from the last norm, ``n_heads`` from the rows of the first
-    ``wq`` and ``head_dim``, or the other way round, ``n_kv_heads`` from the rows of
-    the first ``wk``, ``hidden_dim`` from the rows of the first ``w1``,
-    ``vocab_size``, absent or negative, from the rows of the head, and the head is
-    the embedding when there is no ``output.weight`` and ``tie_word_embeddings`` is
-    not false. ``rope_theta`` is that of the family; see :func:`notes`.
-
-    Args:
-        raw: params.json of a checkpoint.
-        shapes: of its tensors by name.
-
-    Raises:
-        ModelError: values that are missing or impossible, and keys that may change what the
-            model computes and are not built here, or not known; all told at once.
-    """
-    if not _is_mine(raw, shapes):
-        return None
-    if _HUGGING_FACE in raw:
-        raise ModelError(
-            f"is a config of Hugging Face ({_HUGGING_FACE}), wanted Meta's or Mistral's params.json"
-        )
-    if any(_THEIR_QUERIES in name for name in shapes):
-        raise ModelError(
-            f"the tensors are named as Hugging Face's ({_THEIR_QUERIES}), whose rows stand in another order, "
-            "wanted Meta's or Mistral's own (attention.wq)"
-        )
-    told = keys.faults(raw, _HONOURED)
-    stated, names = _stated(raw)
-    values = _derived(raw, stated, shapes) | stated | {_TIED: _tied(stated, shapes)}
-    try:
-        args = parse(ModelArgs, values, owner="llama", spell=lambda name: names.get(name, name), strict=True)
-    except UsageError as fault:
-        told.append(fault.what)
-    if told:
-        raise ModelError("; ".join(told))
-    return args
-
-
-def notes(raw: Mapping[str, Any], shapes: Shapes) -> list[str]:
-    """What was assumed or derived that a params.json usually states, in words."""
-    stated, _ = _stated(raw)
-    derived = _derived(raw, stated, shapes)
-    told = []
-    if "rope_theta" not in stated and not any(key in raw for key in _META_KEYS):
-        why = "as Mistral's own reader has it" if _is_mistral(raw, stated) else "as Llama has it"
-        told.append(
-            f"params.json states no rope_theta: {derived['rope_theta']} is taken, {why}; "
-            "state it there if the model was trained with another"
-        )
-    read_off: list[str] = [
-        key for key in ("dim", "n_layers", "n_heads") if key in derived and key not in stated
-    ]
-    if "n_kv_heads" not in stated and derived.get("n_kv_heads") != stated.get("n_heads"):
-        read_off.append("n_kv_heads")
-    if read_off:
-        values = ", ".join(f"{key} {derived[key]}" for key in read_off if key in derived)
-        told.append(f"params.json leaves out what the tensors tell: {values}")
-    return told
-
-
-def _stated(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """argument -> its value, and argument -> the name that it has in ``raw``; null counts as left out."""
-    names = {
-        field.name: next(
-            (name for name in (field.name, *_ALIASES.get(field.name, ())) if raw.get(name) is not None), ""
-        )
-        for field in fields(ModelArgs)
-    }
-    names = {argument: name for argument, name in names.items() if name}
-    stated = {argument: raw[name] for argument, name in names.items()}
-    if _negative(stated.get("vocab_size")):
-        del stated["vocab_size"]
-    if stated.get("model_type") == _MISTRAL_TYPE:
-        del stated["model_type"]
-    window = stated.get("sliding_window")
-    if raw.get(_WINDOW_USED) is False or window is False or window in ([], {}):
-        stated.pop("sliding_window", None)
-    return stated, names
-
-
-def _is_mine(raw: Mapping[str, Any], shapes: Shapes) -> bool:
-    """Whether a config is one of Meta's or Mistral's own, whose keys are those of :class:`ModelArgs`.
-
-    Where some of the three keys that mark it are missing, the tensors tell.
-    """
-    stated = raw.get("model_type")
-    if stated is not None:
-        return stated in (*MODEL_TYPES, _MISTRAL_TYPE)
-    if {"dim", "n_layers", "n_heads"} <= raw.keys():
-        return True
-    known = raw.keys() & _OWN_KEYS and _HUGGING_FACE not in raw
-    return bool(known) and {_KEYS, _QUERIES, _EMBEDDING} <= shapes.keys()
-
-
-def _is_mistral(raw: Mapping[str, Any], stated: Mapping[str, Any]) -> bool:
-    """Whether a config is laid out as Mistral's own are: widths, and not what Meta derives them from."""
-    if raw.get("model_type") is not None:
-        return bool(raw["model_type"] != "llama")
-    return bool({"head_dim", "hidden_dim"} & stated.keys()) and not any(key in raw for key in _META_KEYS)
-
-
-def _derived(raw: Mapping[str, Any], stated: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """What follows from other values and from shapes, where these are such that anything follows."""
-    queries, dim = _rows(shapes, _QUERIES), _whole(stated.get("dim")) or _rows(shapes, _NORM)
-    heads, head_dim = (_whole(stated.get(key)) for key in ("n_heads", "head_dim"))
-    heads = heads or _part(queries, head_dim)
-    head_dim = head_dim or _part(queries or dim, heads) or _part(dim, heads)
-    full = stated.get("sliding_window") is None
-    found = {
-        "model_type": "llama" if full else "mistral",
-        "dim": dim,
-        "n_layers": _layers(shapes),
-        "head_dim": head_dim,
-        "n_heads": heads,
-        "n_kv_heads": _part(_rows(shapes, _KEYS), head_dim) or heads,
-        "hidden_dim": _rows(shapes, _MLP),
-        "vocab_size": _rows(shapes, _EMBEDDING if _tied(stated, shapes) is True else _HEAD),
-        "rope_theta": _THETA_OF_MISTRAL if full and _is_mistral(raw, stated) else _THETA,
-    }
-    return {key: value for key, value in found.items() if value}
-
-
-def _tied(stated: Mapping[str, Any], shapes: Shapes) -> Any:
-    """Tied when stated, or when there is no head; a head that is there is used in any case."""
-    tied = stated.get(_TIED, True)
-    return _HEAD not in shapes if tied is True else tied
-
-
-def _layers(shapes: Shapes) -> int:
-    """How many layers there are tensors of, or 0."""
-    return max((int(match[1]) + 1 for name in shapes if (match := _LAYER.match(name))), default=0)
-
-
-def _part(whole: int, count: int) -> int:
-    """``whole / count`` where that is a whole number, else 0."""
-    return whole // count if count and not whole % count else 0
-
-
-def _whole(value: Any) -> int:
-    """A whole number above 0, or 0 for anything else."""
-    return value if type(value) is int and value > 0 else 0
-
-
-def _rows(shapes: Shapes, name: str) -> int:
-    """The rows of a tensor, or 0 where there is none."""
-    return (shapes.get(name) or (0,))[0]
-
-
-def _negative(value: Any) -> bool:
-    return type(value) is int and value < 0
+    def window(self, layer: int) -> int | None:
+        """How many tokens a token sees in a layer, itself included; None is all before it."""
+        bound = self.window_layers is None or layer in self.window_layers
+        return self.sliding_window if bound else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mlxlora_core.api import listing
@@ -20,7 +21,7 @@ _DEFAULT_ROPE = {"rope_type": "default"}
 _SHOWN_LETTERS, _SHOWN_KEYS = 60, 8
 
 #: keys that say what is computed here anyway -> the values that say so
-_AS_BUILT: dict[str, tuple[Any, ...]] = {
+AS_BUILT: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("causal", "is_causal", "is_decoder", "use_rope", "rope", "rotary"), (True,)),
     **dict.fromkeys(("rope_interleaved", "rope_traditional", "interleaved", "traditional"), (True,)),
     **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "rope_scaling_factor", "rope_factor"), (1,)),
@@ -55,8 +56,8 @@ _FEATURES = tuple(
     )
 )
 
-#: keys that nothing here depends on
-_HARMLESS = re.compile(
+#: keys that nothing here depends on, as a pattern of their lower case
+HARMLESS = (
     # what a person or a tool says of the model
     r"[_#/$].*comment.*|comments?|[#/$].*|_?(note|name|description|version|license|author|source|url|date)s?|"
     r"_name_or_path|model_name|architectures|transformers_version|model_parallel_size|world_size|"
@@ -67,40 +68,53 @@ _HARMLESS = re.compile(
     # what counts in training alone, or in how something is computed and not in what
     r".*drop_?out.*|.*drop_?path.*|(depth_|weight_)?init(ializer)?(_.*)?|gradient_.*|learning_rate|"
     r"weight_decay|seed|pretraining_tp|(max_)?batch_size|.*flash.*|.*cache.*|.*kernel.*|.*compile.*|"
-    r".*checkpoint.*|attn_implementation|use_sdpa|device|(use_)?fused_.*"
+    r".*checkpoint.*|_?attn_implementation|use_sdpa|device|(use_)?fused_.*"
 )
 
 
-def faults(raw: Mapping[str, Any], arguments: Collection[str]) -> list[str]:
-    """What is wrong with the keys of a config beside the ``arguments``, a line each; all unknown ones in one.
+@dataclass(frozen=True)
+class KnownKeys:
+    """The keys of a library's config that are no argument.
 
-    Args:
-        raw: params.json.
-        arguments: the keys that are honoured.
+    Attributes:
+        as_built: those that say what is computed here anyway -> the values that say so.
+        harmless: those that nothing here depends on, in lower case, whatever they say.
     """
-    told, unknown = [], []
-    for key, value in raw.items():
-        if key in arguments or value is None or value in ("", [], {}, {"type": "default"}, _DEFAULT_ROPE):
-            continue
-        what = _feature(key)
-        if key in _AS_BUILT:
-            if not _is_one_of(value, _AS_BUILT[key]):
-                wanted = listing(repr(good) for good in _AS_BUILT[key])
-                told.append(f"{show(key)}: got {show_value(value)}, but only {wanted} is built here")
-        elif what:
-            if not _is_one_of(value, _OFF):
-                told.append(
-                    f"{show(key)}: got {show_value(value)}, which asks for {what}; that is not supported"
-                )
-        elif not _HARMLESS.fullmatch(key.lower()):
-            unknown.append(key)
-    if unknown:
-        # A hint takes its time, and a file may hold any number of keys.
-        shown = [_hinted(key, raw[key], arguments) for key in unknown[:_SHOWN_KEYS]]
-        words = listing([*shown, *unknown[_SHOWN_KEYS:]], _SHOWN_KEYS)
-        advice = "a key may change what the model computes, so take out only what does not"
-        return [*told[:_SHOWN_KEYS], f"unknown: {words}; {advice}"]
-    return told[:_SHOWN_KEYS]
+
+    as_built: Mapping[str, tuple[Any, ...]]
+    harmless: re.Pattern[str]
+
+    def faults(self, raw: Mapping[str, Any], arguments: Collection[str]) -> list[str]:
+        """What is wrong with the keys beside the ``arguments``, a line each; all unknown ones in one.
+
+        Args:
+            raw: the config.
+            arguments: the keys that are honoured.
+        """
+        told, unknown = [], []
+        for key, value in raw.items():
+            if key in arguments or value is None or value in ("", [], {}, {"type": "default"}, _DEFAULT_ROPE):
+                continue
+            if key in self.as_built:
+                if not _is_one_of(value, self.as_built[key]):
+                    wanted = listing(repr(good) for good in self.as_built[key])
+                    told.append(f"{show(key)}: got {show_value(value)}, but only {wanted} is built here")
+            elif self.harmless.fullmatch(key.lower()):
+                continue
+            elif what := _feature(key):
+                if not _is_one_of(value, _OFF):
+                    told.append(
+                        f"{show(key)}: got {show_value(value)}, which asks for {what}; that is not supported"
+                    )
+            else:
+                unknown.append(key)
+        if unknown:
+            # A hint takes its time, and a file may hold any number of keys.
+            shown = [_hinted(key, raw[key], arguments) for key in unknown[:_SHOWN_KEYS]]
+            words = listing([*shown, *unknown[_SHOWN_KEYS:]], _SHOWN_KEYS)
+            advice = "a key may change what the model computes, so take out only what does not"
+            return [*told[:_SHOWN_KEYS], f"unknown: {words}; {advice}"]
+        return told[:_SHOWN_KEYS]
 
 
 def _hinted(key: str, value: Any, arguments: Collection[str]) -> str:
@@ -121,8 +135,6 @@ def show_value(value: Any) -> str:
 
 def _feature(key: str) -> str:
     """What a key asks for that is not built here, or nothing."""
-    if _HARMLESS.fullmatch(key.lower()):
-        return ""
     return next((what for pattern, what in _FEATURES if pattern.search(key.lower())), "")
 
 

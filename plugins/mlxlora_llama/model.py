@@ -1,6 +1,6 @@
-"""The transformer of Llama (arXiv:2302.13971) and Mistral (arXiv:2310.06825).
+"""The transformer of Llama (arXiv:2302.13971), Mistral (arXiv:2310.06825), Qwen and SmolLM.
 
-Parameters have the names of the original checkpoints. Shapes: B batch,
+Parameters have the names of Llama's original checkpoints. Shapes: B batch,
 T tokens, S tokens attended to, D width, H heads, K kv heads, E head width,
 F mlp width, V vocabulary.
 """
@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from mlxlora_core.api import Cache
 from mlxlora_core.ops import KVCache, LanguageModel, attention, rms_norm, rotate, silu_times
+from mlxlora_llama import rope
 from mlxlora_llama.config import ModelArgs
 
 # What the attention of core takes: nothing, "causal", or booleans (T, S).
@@ -38,17 +39,27 @@ class Attention(nn.Module):
     """Causal attention with rotary positions, where H / K query heads share a key and value head.
 
     Source: Ainslie et al. 2023, arXiv:2305.13245.
+
+    Attributes:
+        window: tokens that a token sees, itself included, or None for all before it.
+        rotated: whether queries and keys are turned by their positions.
     """
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads
-        self.head_dim, self.rope_theta = args.head_dim, args.rope_theta
-        self.sliding_window = args.sliding_window
-        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.head_dim = args.head_dim
+        self.window = args.window(layer)
+        self.rotated = layer not in (args.unrotated_layers or ())
+        self._turning, self._factor = rope.turning(args), args.rope_attention_factor or 1.0
+        self.wq = linear(args, "wq", args.dim, args.n_heads * args.head_dim)
+        self.wk = linear(args, "wk", args.dim, args.n_kv_heads * args.head_dim)
+        self.wv = linear(args, "wv", args.dim, args.n_kv_heads * args.head_dim)
+        self.wo = linear(args, "wo", args.n_heads * args.head_dim, args.dim)
+        self.head_norms = bool(args.head_norms)
+        if self.head_norms:
+            self.q_norm = RMSNorm(args.head_dim, args.norm_eps)
+            self.k_norm = RMSNorm(args.head_dim, args.norm_eps)
 
     def __call__(self, x: mx.array, mask: Mask, cache: Cache | None = None) -> mx.array:
         """Attend from (B, T, D) to itself and to what ``cache`` holds.
@@ -61,13 +72,17 @@ class Attention(nn.Module):
         queries = self._heads(self.wq(x), self.n_heads)  # (B, H, T, E)
         keys = self._heads(self.wk(x), self.n_kv_heads)  # (B, K, T, E)
         values = self._heads(self.wv(x), self.n_kv_heads)
-        offset = 0 if cache is None else cache.offset
-        queries, keys = rotate(queries, offset, self.rope_theta), rotate(keys, offset, self.rope_theta)
+        if self.head_norms:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        if self.rotated:
+            offset = 0 if cache is None else cache.offset
+            queries = rotate(queries, offset, self._turning, self._factor)
+            keys = rotate(keys, offset, self._turning, self._factor)
         if cache is not None:
             keys, values = cache.update(keys, values)
-        if self.sliding_window is not None:
+        if self.window is not None:
             # None of these queries sees further back than the first one does.
-            reach = self.sliding_window + x.shape[1] - 1
+            reach = self.window + x.shape[1] - 1
             keys, values = keys[:, :, -reach:], values[:, :, -reach:]
         out = attention(queries, keys, values, self.head_dim**-0.5, mask)
         return self.wo(out.swapaxes(1, 2).flatten(2))
@@ -82,9 +97,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w1 = linear(args, "w1", args.dim, args.hidden_dim)
+        self.w2 = linear(args, "w2", args.hidden_dim, args.dim)
+        self.w3 = linear(args, "w3", args.dim, args.hidden_dim)
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, T, D) -> (B, T, D), each token by itself."""
@@ -94,9 +109,9 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention and feed-forward, each of the normalised input and added to it."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.attention = Attention(args)
+        self.attention = Attention(args, layer)
         self.feed_forward = FeedForward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
@@ -108,7 +123,7 @@ class TransformerBlock(nn.Module):
 
 
 class Model(LanguageModel):
-    """A Llama or Mistral.
+    """A model of the Llama family.
 
     Attributes:
         layers: the blocks, bottom first.
@@ -122,10 +137,9 @@ class Model(LanguageModel):
         super().__init__()  # type: ignore[no-untyped-call]
         self.vocab_size, self.context_tokens = args.vocab_size, args.max_seq_len
         self.heads = args.n_heads
-        self.sliding_window = args.sliding_window
         self.head_path = "" if args.tie_word_embeddings else "output"
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
-        self.layers = [TransformerBlock(args) for _ in range(args.n_layers)]
+        self.layers = [TransformerBlock(args, layer) for layer in range(args.n_layers)]
         self.norm = RMSNorm(args.dim, args.norm_eps)
         if not args.tie_word_embeddings:
             self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
@@ -146,9 +160,10 @@ class Model(LanguageModel):
         blocks = self.layers[first:last]
         entries = [None] * len(blocks) if cache is None else cache[first:last]
         held = entries[0].offset if entries and entries[0] is not None else 0
-        mask = attention_mask(hidden.shape[1], held, self.sliding_window)
+        windows = {block.attention.window for block in blocks}
+        masks = {window: attention_mask(hidden.shape[1], held, window) for window in windows}
         for block, entry in zip(blocks, entries, strict=True):
-            hidden = block(hidden, mask, entry)
+            hidden = block(hidden, masks[block.attention.window], entry)
         return hidden
 
     def head(self, hidden: mx.array) -> mx.array:
@@ -159,6 +174,11 @@ class Model(LanguageModel):
     def make_cache(self) -> list[Cache]:
         """An empty cache, one entry a layer."""
         return [KVCache() for _ in self.layers]
+
+
+def linear(args: ModelArgs, name: str, inputs: int, outputs: int) -> nn.Linear:
+    """One of the linears of a layer, with a bias where the model has one there."""
+    return nn.Linear(inputs, outputs, bias=name in (args.biases or ()))
 
 
 def attention_mask(tokens: int, held: int, window: int | None) -> Mask:

@@ -47,9 +47,7 @@ def prepare(folder: Path) -> None:
     """Write the good files of every kind into ``folder``."""
     import torch
 
-    from mlxlora_core.model import adapters
-    from mlxlora_core.model import loading
-    from mlxlora_core.model import folder as model_folder
+    from mlxlora_core.model import adapters, loading
     from mlxlora_core.model.convert import convert
     from mlxlora_core.model.events import result_of
     from mlxlora_core.plugins.sections import configure
@@ -350,7 +348,7 @@ class Params(Subject):
         self.good = [(self.material / "checkpoint" / "params.json").read_bytes()]
 
     def parse(self) -> Any:
-        from mlxlora_llama.config import read
+        from mlxlora_llama.params import read
         from mlxlora_torch.folder import read_params
 
         params = read_params(self.path)
@@ -371,13 +369,15 @@ class Config(Subject):
 
     def parse(self) -> Any:
         from mlxlora_core.model import architectures
-        from mlxlora_core.model import folder as model_folder
+        from mlxlora_core.model.folder import read_config
+        from mlxlora_core.model.quantization import read_quantization
+        from mlxlora_core.model.tokenizers import tokenizer_files
 
-        config = model_folder.read_config(self.folder)
+        config = read_config(self.folder)
         architecture = architectures.find_architecture(config, self.registry, self.path)
         architectures.folder_args(architecture.spec, config)
-        model_folder.tokenizer_files(self.folder, config)
-        model_folder.read_quantization(config, self.registry, self.path)
+        tokenizer_files(self.folder, config)
+        read_quantization(config, self.registry, self.path)
         return config
 
     def reference(self) -> Any:
@@ -479,8 +479,7 @@ class Adapter(Subject):
     """Adapter files, put on the model that they were made for."""
 
     def prepare(self) -> None:
-        from mlxlora_core.model import adapters
-        from mlxlora_core.model import folder as model_folder
+        from mlxlora_core.model import adapters, loading
 
         self.model = loading.load(self.material / "model", self.registry)
         self.linears = dict(linears(self.model.module))

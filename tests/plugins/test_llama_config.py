@@ -9,7 +9,8 @@ from typing import Any
 import llama_torch
 import pytest
 from mlxlora_llama import mlxlora_architectures, tensors
-from mlxlora_llama.config import ModelArgs, notes, read
+from mlxlora_llama.config import ModelArgs
+from mlxlora_llama.params import notes, read
 
 from mlxlora_core.errors import ExitCode, ModelError
 from mlxlora_core.model.architectures import folder_args
@@ -227,7 +228,6 @@ def test_impossible_values_are_refused(key: str, value: Any, told: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_scaled_rope", True),
         ("use_scaled_rope", "false"),
         ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
         ("rope_scaling_factor", 8),
@@ -404,7 +404,7 @@ def test_hugging_faces_layout_is_named() -> None:
 
 def test_all_faults_are_told_in_one_line() -> None:
     raw = {"dim": -1, "n_layers": "two", "n_heads": 6, "n_kv_heads": 0, "norm_eps": True}
-    told = faults({**raw, "use_scaled_rope": True})
+    told = faults({**raw, "use_scaled_rope": "yes"})
     for key in ("use_scaled_rope", "dim", "n_layers", "n_kv_heads", "norm_eps"):
         assert f"{key}: " in told
     assert "hidden_dim is required" in told and " n_heads: " not in told

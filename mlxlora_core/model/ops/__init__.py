@@ -6,7 +6,10 @@ float32 go the ways that are written out in :mod:`mlxlora_core.model.ops.cpu`.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import mlx.core as mx
+import numpy as np
 
 from mlxlora_core.machine.device import on_cpu
 from mlxlora_core.model.ops import cpu
@@ -28,15 +31,31 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return cpu.rms_norm(x, weight, eps) if _pays(x) else mx.fast.rms_norm(x, weight, eps)
 
 
-def rotate(x: mx.array, offset: int, theta: float) -> mx.array:
+def rotate(x: mx.array, offset: int, theta: float | tuple[float, ...], factor: float = 1.0) -> mx.array:
     """Rotary positions of (B, ·, T, E), whose first token stands at position ``offset``.
 
     Neighbouring features 2i and 2i + 1 turn by the angle ``position · theta^(-2i/E)``.
     Source: Su et al. 2021, arXiv:2104.09864, equation 34.
+
+    Args:
+        x: (B, ·, T, E).
+        offset: position of the first token.
+        theta: base of the wavelengths, or E / 2 angles instead, by which each pair turns a position.
+        factor: what the turned features are multiplied by.
     """
-    if x.dtype != mx.float32 or not on_cpu():
-        return mx.fast.rope(x, x.shape[-1], traditional=True, base=theta, scale=1.0, offset=offset)
-    return cpu.rotate(x, offset, theta)
+    if x.dtype == mx.float32 and on_cpu():
+        return cpu.rotate(x, offset, theta, factor)
+    if factor != 1:
+        x = x * factor
+    base, periods = (None, _periods(theta)) if isinstance(theta, tuple) else (theta, None)
+    return mx.fast.rope(x, x.shape[-1], traditional=True, base=base, scale=1.0, offset=offset, freqs=periods)
+
+
+@lru_cache(maxsize=8)
+def _periods(angles: tuple[float, ...]) -> mx.array:
+    """One over the angles (E / 2,), as MLX's rope takes them."""
+    with np.errstate(divide="ignore"):  # a pair that does not turn
+        return mx.array((1.0 / np.array(angles)).astype(np.float32))
 
 
 def silu_times(gate: mx.array, up: mx.array) -> mx.array:

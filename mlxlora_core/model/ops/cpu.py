@@ -37,12 +37,12 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return cast(_Pair, _rms_norm(eps)(x, weight))[0]
 
 
-def rotate(x: mx.array, offset: int, theta: float) -> mx.array:
+def rotate(x: mx.array, offset: int, theta: float | tuple[float, ...], factor: float) -> mx.array:
     """See :func:`mlxlora_core.model.ops.rotate`."""
     length, width = x.shape[-2:]
     if length == 1:  # one product takes 6 us, the dozens of operations behind mx.fast.rope 125
-        return x @ _turn(offset, width, theta)
-    return cast(mx.array, _rotate(x, *_angles(offset, length, width, theta)))
+        return x @ _turn(offset, width, theta, factor)
+    return cast(mx.array, _rotate(x, *_angles(offset, length, width, theta, factor)))
 
 
 def silu_times(gate: mx.array, up: mx.array) -> mx.array:
@@ -123,18 +123,21 @@ def _rms_norm(eps: float) -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=8)
-def _angles(offset: int, length: int, width: int, theta: float) -> tuple[mx.array, mx.array]:
+def _angles(
+    offset: int, length: int, width: int, theta: float | tuple[float, ...], factor: float
+) -> tuple[mx.array, mx.array]:
     """Cosine and sine (T, E) of each feature's angle, the sine with the sign of what it multiplies."""
-    rates = theta ** (-np.arange(0, width, 2) / width)
+    rates = np.array(theta) if isinstance(theta, tuple) else theta ** (-np.arange(0, width, 2) / width)
     angles = np.repeat(np.arange(offset, offset + length)[:, None] * rates, 2, axis=1)
     signs = np.tile([-1.0, 1.0], width // 2)
-    return mx.array(np.cos(angles).astype(np.float32)), mx.array((np.sin(angles) * signs).astype(np.float32))
+    cosine, sine = factor * np.cos(angles), factor * np.sin(angles) * signs
+    return mx.array(cosine.astype(np.float32)), mx.array(sine.astype(np.float32))
 
 
 @lru_cache(maxsize=8)
-def _turn(offset: int, width: int, theta: float) -> mx.array:
+def _turn(offset: int, width: int, theta: float | tuple[float, ...], factor: float) -> mx.array:
     """The matrix (E, E) that turns the features of a row at one position."""
-    cosine, sine = (np.array(table)[0] for table in _angles(offset, 1, width, theta))
+    cosine, sine = (np.array(table)[0] for table in _angles(offset, 1, width, theta, factor))
     partner = np.arange(width) ^ 1
     matrix = np.diag(cosine)
     matrix[partner, np.arange(width)] = sine

@@ -15,10 +15,9 @@ import pytest
 
 from mlxlora_core.errors import DivergedError, MlxloraError, ModelError, PluginError, UsageError
 from mlxlora_core.files import tensor_file
-from mlxlora_core.model import adapters
-from mlxlora_core.model import loading
-from mlxlora_core.model.loading import Model
+from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.linears import linear_shape, linears, parameters
+from mlxlora_core.model.loading import Model
 from mlxlora_core.options import NoOptions
 from mlxlora_core.plugins import Choice, Component, Plugin, Registry
 from mlxlora_core.plugins.sections import AdapterConfig, configure

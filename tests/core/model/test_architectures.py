@@ -15,7 +15,7 @@ from mlxlora_core.model import architectures
 from mlxlora_core.options import option
 from mlxlora_core.plugins import Component, Registry
 from mlxlora_core.specs import Architecture
-from mlxlora_core.values import LazyTensor
+from mlxlora_core.values import ForeignModel, LazyTensor
 
 HERE = Path("model")
 
@@ -57,6 +57,10 @@ def only(registry: Registry, *components: Component) -> Registry:
     return Registry(registry.plugins, [*others, *components])
 
 
+def foreign(config: dict[str, Any]) -> ForeignModel:
+    return ForeignModel(config, {}, {})
+
+
 # --- a foreign config -----------------------------------------------------------
 
 
@@ -64,7 +68,7 @@ def test_a_config_is_read_by_the_only_architecture_that_knows_it(
     registry: Registry, component: Component
 ) -> None:
     both = only(registry, component, registry.find("architecture", "llama"))
-    found, args = architectures.read_foreign({"odd": 7}, {}, both, HERE)
+    found, args = architectures.read_foreign(foreign({"odd": 7}), both, HERE)
     assert (found.spec.name, args) == ("odd", Args(7))
     assert architectures.model_config(found, args, {"odd": 7}) == {
         "model_type": "odd",
@@ -73,10 +77,10 @@ def test_a_config_is_read_by_the_only_architecture_that_knows_it(
     }
     assert architectures.model_config(found, args, {"model_type": "even"})["model_type"] == "even"
     with pytest.raises(ModelError, match=r"model: no model_type is stated or recog.* \(there is even, llama"):
-        architectures.read_foreign({}, {}, both, HERE)
+        architectures.read_foreign(foreign({}), both, HERE)
     twice = only(registry, component, of(component, name="other"))
     with pytest.raises(ModelError, match="several architectures build this: llama:odd, llama:other"):
-        architectures.read_foreign({"odd": 7}, {}, twice, HERE)
+        architectures.read_foreign(foreign({"odd": 7}), twice, HERE)
 
 
 def test_what_read_gives_is_held_against_the_args(registry: Registry, component: Component) -> None:
@@ -88,7 +92,7 @@ def test_what_read_gives_is_held_against_the_args(registry: Registry, component:
     ):
         odd = only(registry, of(component, read=lambda raw, shapes, given=given: given))
         with pytest.raises(error) as caught:
-            architectures.read_foreign({}, {}, odd, HERE)
+            architectures.read_foreign(foreign({}), odd, HERE)
         assert says in str(caught.value)
 
 
@@ -97,16 +101,16 @@ def test_a_complaint_of_read_is_about_the_model(registry: Registry, component: C
         raise UsageError("it is odd", fix="even it out")
 
     with pytest.raises(ModelError, match=r"^model: it is odd\. Fix: even it out$") as caught:
-        architectures.read_foreign({}, {}, only(registry, of(component, read=refuse)), HERE)
+        architectures.read_foreign(foreign({}), only(registry, of(component, read=refuse)), HERE)
     assert caught.value.exit_code == 4
 
 
 def test_a_config_that_asks_for_code_is_refused(registry: Registry, component: Component) -> None:
     raw = {"odd": 7, "auto_map": {"AutoModel": "x.py"}}
     with pytest.raises(SafetyError, match="auto_map"):
-        architectures.read_foreign(raw, {}, only(registry, component), HERE)
+        architectures.read_foreign(foreign(raw), only(registry, component), HERE)
     installed = replace(component, plugin=replace(component.plugin, origin="installed"))
-    assert architectures.read_foreign(raw, {}, only(registry, installed), HERE)[1] == Args(7)
+    assert architectures.read_foreign(foreign(raw), only(registry, installed), HERE)[1] == Args(7)
     assert architectures.folder_args(installed.spec, {"size": 7, "model_file": "x.py"}) == Args(7)
 
 
@@ -159,7 +163,9 @@ def test_keys_of_core_and_nulls_are_passed_over() -> None:
 
 def test_tensors_that_are_none_are_a_breach(component: Component) -> None:
     def tensors(given: Any) -> Callable[..., Any]:
-        return lambda: architectures.model_tensors(of(component, tensors=lambda *_: given), {}, Args(7))
+        return lambda: architectures.model_tensors(
+            of(component, tensors=lambda *_: given), foreign({}), Args(7), {}
+        )
 
     good = LazyTensor((1,), "float32", lambda: None)  # type: ignore[arg-type, return-value]
     assert tensors({"a": good})() == {"a": good}

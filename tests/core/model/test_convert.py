@@ -15,8 +15,8 @@ import torch
 
 from mlxlora_core.errors import ModelError, PluginError, ResourceError, SafetyError, UsageError
 from mlxlora_core.files import tensor_file
-from mlxlora_core.model import loading
 from mlxlora_core.model import folder as folders
+from mlxlora_core.model import loading
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
 from mlxlora_core.model.generate import decode, generate
@@ -514,7 +514,7 @@ ODD_MODELS: dict[str, tuple[dict[str, Any], str]] = {
         {"tokenizer": {"config.json": Path("x")}},
         "tokenizer file 'config.json'",
     ),
-    "a name for a path": ({"tokenizer": {"x": "x"}}, "gives str, wanted"),
+    "a name for a path": ({"tokenizer": {"x": "x"}}, "x of type str, wanted a path, or contents"),
     "arrays": ({"tensors": {"a": 1}}, "gives int, wanted LazyTensor"),
     "a list of tensors": ({"tensors": []}, "tensors of type list"),
     "no config": ({"config": None}, "config of type NoneType"),

@@ -16,8 +16,7 @@ import pytest
 import mlxlora_core
 from mlxlora_core import cli
 from mlxlora_core.errors import MlxloraError, ModelError, PluginError, ResourceError, SafetyError, UsageError
-from mlxlora_core.model import adapters
-from mlxlora_core.model import loading
+from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.events import result_of
 from mlxlora_core.model.export import ExportReport, export, holds_only_an_export
@@ -51,6 +50,11 @@ def numbers(folder: Path) -> dict[str, np.ndarray]:
     """What numpy, which knows nothing of mlxlora, reads."""
     with np.load(folder / "weights.npz", allow_pickle=False) as archive:
         return dict(archive)
+
+
+def stored(folder: Path) -> dict[str, mx.array]:
+    """What the model folder holds."""
+    return {name: tensor.read() for name, tensor in read_weights(folder)[0].items()}
 
 
 def logits(folder: Path, registry: Registry, adapter: Path | None = None) -> mx.array:
@@ -87,7 +91,7 @@ def test_a_dense_model_comes_out_as_it_went_in(
 ) -> None:
     base = model_folder(dtype=dtype, file_format=file_format)
     report = exported(base, tmp_path / "out", registry)
-    found, want = numbers(tmp_path / "out"), read_weights(base)[0]
+    found, want = numbers(tmp_path / "out"), stored(base)
     assert found.keys() == want.keys()
     assert all(np.array_equal(found[n], np.array(want[n])) and found[n].dtype == dtype for n in found)
     assert sum(array.size for array in found.values()) == report.parameters
@@ -102,7 +106,7 @@ def test_an_adapter_is_in_the_weights_as_fuse_puts_it_there(
     adapter = make_adapter(base)
     result_of(fuse(base, AdapterFile(adapter), tmp_path / "fused", registry))
     report = exported(base, tmp_path / "out", registry, adapter)
-    found, want = numbers(tmp_path / "out"), read_weights(tmp_path / "fused")[0]
+    found, want = numbers(tmp_path / "out"), stored(tmp_path / "fused")
     assert report.adapter == "lora:lora"
     assert found.keys() == want.keys()
     assert all(np.array_equal(found[name], np.array(want[name])) for name in found)
@@ -110,7 +114,7 @@ def test_an_adapter_is_in_the_weights_as_fuse_puts_it_there(
     name = "layers.1.feed_forward.w2"
     held = {key: np.array(value) for key, value in mx.load(str(adapter)).items()}  # type: ignore[union-attr]
     update = 2.0 * (held[f"{name}.lora_a"].astype(float) @ held[f"{name}.lora_b"].astype(float)).T
-    dense = np.array(read_weights(base)[0][f"{name}.weight"]).astype(float)
+    dense = np.array(stored(base)[f"{name}.weight"]).astype(float)
     assert np.abs(update).max() > 1e-3
     assert np.abs(found[f"{name}.weight"] - (dense + update)).max() <= 2.0**-11 * np.abs(dense + update).max()
 
@@ -126,10 +130,10 @@ def test_a_quantized_model_comes_out_dense(
     base = model_folder(dtype="float16", bits=4, head=True)
     adapter = make_adapter(base) if with_adapter else None
     exported(base, tmp_path / "out", registry, adapter)
-    found, stored = numbers(tmp_path / "out"), read_weights(base)[0]
-    assert found.keys() == {name for name in stored if name.endswith("weight")}
+    found, parts_of = numbers(tmp_path / "out"), stored(base)
+    assert found.keys() == {name for name in parts_of if name.endswith("weight")}
     name = "layers.0.attention.wk"
-    parts = [stored[f"{name}.{part}"] for part in ("weight", "scales", "biases")]
+    parts = [parts_of[f"{name}.{part}"] for part in ("weight", "scales", "biases")]
     want = np.array(mx.dequantize(*[parts[0], *(p.astype(mx.float32) for p in parts[1:])], 32, 4)).astype(
         float
     )
@@ -167,7 +171,7 @@ def test_shards_are_exported_as_one_model(
 ) -> None:
     adapter = make_adapter(model_folder())
     folder = Path(shutil.copytree(model_folder(), tmp_path / "sharded"))
-    tensors, _ = read_weights(folder)
+    tensors = stored(folder)
     mx.eval(tensors)
     (folder / "model.safetensors").unlink()
     where = {name: f"model-{index % 2}.safetensors" for index, name in enumerate(tensors)}
@@ -189,7 +193,7 @@ def test_bfloat16_is_refused_with_what_to_do_and_cast_when_asked(
         exported(base, tmp_path / "out", registry)
     assert not (tmp_path / "out").exists()
     exported(base, tmp_path / "out", registry, dtype="float32")
-    want = read_weights(base)[0]
+    want = stored(base)
     assert all(
         np.array_equal(a, np.array(want[n].astype(mx.float32))) for n, a in numbers(tmp_path / "out").items()
     )

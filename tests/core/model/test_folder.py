@@ -15,13 +15,13 @@ from mlx.utils import tree_flatten, tree_map
 from mlxlora_core.errors import ModelError, PluginError, ResourceError, SafetyError
 from mlxlora_core.files import tensor_file
 from mlxlora_core.machine import memory
-from mlxlora_core.machine.device import on_cpu
-from mlxlora_core.model import adapters
-from mlxlora_core.model import loading
+from mlxlora_core.machine.device import compute_dtype, on_cpu
+from mlxlora_core.model import adapters, loading
 from mlxlora_core.model import folder as folders
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
 from mlxlora_core.model.linears import StoredEmbedding, StoredLinear, linears, parameters
+from mlxlora_core.model.tokenizers import open_tokenizer
 from mlxlora_core.plugins import Registry, sections
 
 MakeModel = Callable[..., Path]
@@ -70,7 +70,7 @@ def test_parameters_are_those_of_the_file_in_the_type_to_compute_in(
     got, want = parameters(model.module), weights(folder)
     assert got.keys() == want.keys()
     for name, tensor in want.items():
-        assert got[name].dtype == folders.compute_dtype(tensor.dtype)
+        assert got[name].dtype == compute_dtype(tensor.dtype)
         assert mx.array_equal(got[name], tensor.astype(got[name].dtype)), name
 
 
@@ -158,7 +158,7 @@ def test_another_tokenizer_of_the_same_size_is_another_base(
     )
     (folder / "tokenizer.vocab").unlink()
     files = {"tokenizer.model": folder / "tokenizer.model"}
-    size = folders.open_tokenizer(files, registry, folder).vocab_size
+    size = open_tokenizer(files, registry, folder).vocab_size
     configure(folder, vocab_size=size)
     tensors = weights(folder)
     for name in ("tok_embeddings.weight", "output.weight"):
@@ -378,7 +378,7 @@ def test_weights_too_large_to_expand_are_expanded_on_use_and_compute_the_same(
     expanded = loading.load(folder, registry)
     assert expanded.note == ""
     size = sum(t.nbytes for t in parameters(expanded.module).values())
-    monkeypatch.setattr(folders, "free_memory_bytes", lambda: int(1.5 * size))
+    monkeypatch.setattr(loading, "free_memory_bytes", lambda: int(1.5 * size))
     stored = loading.load(folder, registry)
     assert "expanded for each product" in stored.note and "50% of" in stored.note
     assert sum(t.nbytes for t in parameters(stored.module).values()) < 0.7 * size

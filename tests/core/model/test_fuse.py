@@ -14,8 +14,7 @@ import pytest
 
 from mlxlora_core.errors import ModelError, PluginError, SafetyError, UsageError
 from mlxlora_core.files import tensor_file
-from mlxlora_core.model import adapters
-from mlxlora_core.model import loading
+from mlxlora_core.model import adapters, loading
 from mlxlora_core.model import fuse as fusing
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.events import result_of

@@ -9,11 +9,10 @@ import pytest
 
 from mlxlora_core.errors import ResourceError, UsageError
 from mlxlora_core.machine import memory as machine
-from mlxlora_core.model import loading
-from mlxlora_core.model import memory
+from mlxlora_core.model import loading, memory
 from mlxlora_core.model.drawing import Drawing
-from mlxlora_core.model.loading import Model
 from mlxlora_core.model.generate import Segment, decode, generate, whole
+from mlxlora_core.model.loading import Model
 from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.plugins import Component, Plugin, Registry
 from mlxlora_core.plugins.sections import configure

@@ -14,8 +14,7 @@ import pytest
 
 from mlxlora_core.errors import ModelError, PluginError, UsageError
 from mlxlora_core.files import tensor_file
-from mlxlora_core.model import adapters
-from mlxlora_core.model import loading
+from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
 from mlxlora_core.model.fuse import fuse
@@ -226,8 +225,8 @@ WQ = "layers.0.attention.wq"
     [
         ([WQ], "quantized must be a table of tables, by path"),
         ({WQ: 8}, "quantized must be a table of tables, by path"),
-        ({"layers.9.attention.wq": {}}, "layers.9.attention.wq, which is no linear of this model"),
-        ({"tok_embeddings": {}}, "tok_embeddings, which is no linear of this model"),
+        ({"layers.9.attention.wq": {}}, "layers.9.attention.wq, which is no linear and no embedding"),
+        ({"tok_embeddings": {}}, "there is no tok_embeddings.scales, tok_embeddings.biases"),
         ({WQ: {"bits": 7}}, "'bits': must be one of 2, 3, 4, 5, 6, 8, got 7"),
         ({WQ: {"bits": 8}}, f"{WQ}, have other parts"),
         ({"output": {}}, "there is no output.scales, output.biases"),

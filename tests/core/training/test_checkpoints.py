@@ -27,8 +27,7 @@ from mlxlora_core.errors import (
 )
 from mlxlora_core.files.leftovers import temporary_name
 from mlxlora_core.machine.processors import THREADS
-from mlxlora_core.model import adapters
-from mlxlora_core.model import loading
+from mlxlora_core.model import adapters, loading
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.sections import configure
 from mlxlora_core.training import checkpoints

@@ -16,8 +16,7 @@ import pytest
 from mlxlora_core.errors import DataError, MlxloraError, ModelError, SafetyError, UsageError
 from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.machine.signals import Interrupted
-from mlxlora_core.model import adapters
-from mlxlora_core.model import loading
+from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.sections import configure

@@ -10,8 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxlora_core.model import adapters
-from mlxlora_core.model import loading
+from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
 from mlxlora_core.plugins import Choice, Registry

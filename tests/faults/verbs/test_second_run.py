@@ -16,8 +16,8 @@ from mlxlora_core import cli
 from mlxlora_core import plugins as registry
 from mlxlora_core.errors import ModelError
 from mlxlora_core.files import durable, tensor_file
-from mlxlora_core.model import loading
 from mlxlora_core.model import folder as model_folder
+from mlxlora_core.model import loading, stored
 
 RECIPE = """
 [run]
@@ -135,14 +135,14 @@ def test_a_model_folder_that_is_replaced_while_it_is_read_is_not_taken(
             config = json.loads((new / "config.json").read_text())
             durable.write_json(new / "config.json", config | changes)
 
-    read = model_folder.read_weights
+    read = stored.read_weights
 
     def replaced(folder: Path) -> Any:
         write(rope_theta=5000.0)
         return read(folder)
 
     write()
-    monkeypatch.setattr(model_folder, "read_weights", replaced)
+    monkeypatch.setattr(stored, "read_weights", replaced)
     with pytest.raises(ModelError, match="replaced while it was read"):
         loading.load(target, plugins)
     monkeypatch.undo()

@@ -1,0 +1,360 @@
+"""Which parts of a rendered conversation the assistant says: found for certain, or refused.
+
+A template may mark them itself by ``{% generation %}``. Elsewhere an answer begins where
+the conversation before it ends once its answer is waited for, if that is how the whole
+begins too; some templates write past turns in another way than the last one, and there an
+answer begins where its own content does. It ends with the token that ends its turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mlxlora_core.chat.places import Place, places
+from mlxlora_core.errors import DataError
+
+Messages = Sequence[Mapping[str, Any]]
+
+# Characters that Unicode keeps free for use inside programs: no text has them.
+_BEGIN, _END = "\ufdd4", "\ufdd5"
+_MARK = re.compile(f"[{_BEGIN}{_END}]")
+_SHAPE = re.compile(r"<[^<>\s]{1,60}>|\[[^\[\]\s]{1,60}\]")  # how tokens are spelt that end a turn
+_TOKEN_AND_SPACE = re.compile(rf"(?:{_SHAPE.pattern})\s*")
+
+_FIX = "mark it in the template by {% generation %}, or use another chat template"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A part of a conversation as text.
+
+    Attributes:
+        text: the part.
+        answer: whether it is what the assistant says, the token that ends its turn included.
+    """
+
+    text: str
+    answer: bool
+
+
+class Renders(Protocol):
+    """What is needed of a template."""
+
+    @property
+    def specials(self) -> Mapping[str, str]:
+        """Name -> text of its special tokens."""
+
+    @property
+    def where(self) -> str:
+        """The file that it stands in."""
+
+    @property
+    def has_generation(self) -> bool:
+        """Whether it marks answers itself."""
+
+    def marked(
+        self, messages: Messages, tools: Sequence[Any], add_generation_prompt: bool, marks: tuple[str, str]
+    ) -> str:
+        """The text of a conversation."""
+
+
+@dataclass
+class _Rendering:
+    """A conversation that is being looked through.
+
+    Attributes:
+        template: renders it.
+        messages: the conversation.
+        tools: that the assistant has.
+        ends: texts that end a turn.
+        whole: its text.
+    """
+
+    template: Renders
+    messages: Messages
+    tools: Sequence[Any]
+    ends: tuple[str, ...]
+    whole: str = ""
+    _places: Mapping[int, Place] | None = None
+
+    def text(self, count: int, waits: bool) -> str | None:
+        """The first messages as text, or None where the template refuses them."""
+        try:
+            return self.template.marked(self.messages[:count], self.tools, waits, ("", ""))
+        except DataError:
+            return None
+
+    def place(self, number: int) -> Place | None:
+        """Where the content of a message stands in the whole, if that is certain."""
+        if self._places is None:
+            self._places = places(self.messages, self.whole, self._again)
+        return self._places.get(number)
+
+    def _again(self, messages: Messages) -> str:
+        return self.template.marked(messages, self.tools, waits(messages), ("", ""))
+
+
+def waits(messages: Messages) -> bool:
+    """Whether a conversation waits for an answer."""
+    return not messages or messages[-1].get("role") != "assistant"
+
+
+def find_turns(
+    template: Renders, messages: Messages, tools: Sequence[Any], ends: tuple[str, ...]
+) -> list[Turn]:
+    """The text of a conversation in turns; see :meth:`mlxlora_core.chat.ChatTemplate.turns`.
+
+    Args:
+        template: renders it.
+        messages: the conversation.
+        tools: that the assistant has.
+        ends: texts that end a turn of the assistant.
+
+    Raises:
+        DataError: the template refuses the conversation, or it cannot be told which part the assistant says.
+    """
+    rendering = _Rendering(template, messages, tools, ends)
+    rendering.whole = template.marked(messages, tools, waits(messages), ("", ""))
+    said = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+    spans = _marked_spans(rendering) if said and template.has_generation else []
+    marked = len(spans) >= len(said)
+    spans = _inside(rendering, said, spans) if marked else _searched_spans(rendering, said)
+    return list(_turns(rendering.whole, spans, waits(messages)))
+
+
+def _turns(whole: str, spans: Sequence[Place], to_the_end: bool) -> Iterator[Turn]:
+    """A text in turns, of which the assistant's are these."""
+    at = 0
+    for begin, end in spans:
+        if at < begin:
+            yield Turn(whole[at:begin], False)
+        if begin < end:
+            yield Turn(whole[begin:end], True)
+        at = end
+    if not spans or (to_the_end and at < len(whole)):
+        yield Turn(whole[at:], False)
+
+
+def _marked_spans(rendering: _Rendering) -> list[Place]:
+    """What ``{% generation %}`` holds; nothing where the marks change the text."""
+    messages, tools = rendering.messages, rendering.tools
+    text = rendering.template.marked(messages, tools, waits(messages), (_BEGIN, _END))
+    if _MARK.sub("", text) != rendering.whole:
+        return []
+    spans, at, open_at = [], 0, None
+    for part in re.split(f"([{_BEGIN}{_END}])", text):
+        if part == _BEGIN and open_at is None:
+            open_at = at
+        elif part == _END and open_at is not None:
+            spans.append((open_at, at))
+            open_at = None
+        elif _MARK.match(part):
+            return []  # one in another
+        else:
+            at += len(part)
+    return spans
+
+
+def _inside(rendering: _Rendering, said: Sequence[int], spans: Sequence[Place]) -> list[Place]:
+    """Spans without what generation writes before an answer, and without white space behind its end."""
+    prompts = [rendering.text(number, True) for number in said]
+    asked = [len(prompt) for prompt in prompts if prompt is not None and rendering.whole.startswith(prompt)]
+    found = []
+    for begin, end in spans:
+        begin = max([begin, *(at for at in asked if at <= end)])
+        text = rendering.whole[begin:end].rstrip()
+        found.append((begin, begin + len(text) if text.endswith(rendering.ends or ("\0",)) else end))
+    return found
+
+
+def _searched_spans(rendering: _Rendering, said: Sequence[int]) -> list[Place]:
+    """Where each answer begins and ends."""
+    spans: list[Place] = []
+    at = 0
+    for number in said:
+        begin = _begin(rendering, number, at)
+        end = _end(rendering, number, begin)
+        spans.append((begin, end))
+        at = end
+    return spans
+
+
+def _begin(rendering: _Rendering, number: int, at: int) -> int:
+    """Where the answer in a message begins, behind ``at``."""
+    prompt, place = rendering.text(number, True), None
+    if prompt is not None and at <= len(prompt) and rendering.whole.startswith(prompt):
+        return len(prompt)
+    place = rendering.place(number)
+    begin = place[0] if place else _behind_header(rendering, number, prompt)
+    if begin is None or begin < at:
+        raise _unclear(rendering, number, "begins")
+    return begin
+
+
+def _behind_header(rendering: _Rendering, number: int, prompt: str | None) -> int | None:
+    """The end of what a template writes before an answer, without the thought that a prompt opens.
+
+    Args:
+        rendering: the conversation.
+        number: of the message, which has no content to look for but calls tools.
+        prompt: the text up to it, with the beginning of an answer.
+    """
+    before = rendering.text(number, False)
+    if before is None or prompt is None or not prompt.startswith(before):
+        return None
+    edges = {edge for match in _TOKEN_AND_SPACE.finditer(prompt, len(before)) for edge in match.span()}
+    edges -= {len(before)}
+    return next((at for at in sorted(edges, reverse=True) if rendering.whole.startswith(prompt[:at])), None)
+
+
+def _end(rendering: _Rendering, number: int, begin: int) -> int:
+    """Where the answer in a message ends that begins at ``begin``."""
+    whole, ends = rendering.whole, rendering.ends
+    text = whole if number == len(rendering.messages) - 1 else rendering.text(number + 1, False)
+    if text is not None:
+        found = [text.rfind(end, begin) + len(end) for end in ends if end in text[begin:]]
+        stop = max(found) if found else begin + len(text[begin:].rstrip())
+        if begin <= stop and whole.startswith(text[:stop]):
+            # Some templates write the end of a turn once there is a next one.
+            return (
+                stop
+                if found
+                else stop + max((len(end) for end in ends if whole.startswith(end, stop)), default=0)
+            )
+    stop = _first_end(rendering, number, begin)
+    following = rendering.messages[number + 1 :]
+    held = whole[begin:stop] if stop else ""
+    if not held or any(content in held for message in following if (content := _content(message))):
+        raise _unclear(rendering, number, "ends")
+    return begin + len(held)
+
+
+def _first_end(rendering: _Rendering, number: int, begin: int) -> int:
+    """The end of the first turn behind the content of a message; 0 where it is not certain."""
+    whole, ends, place = rendering.whole, rendering.ends, rendering.place(number)
+    own = repr({key: value for key, value in rendering.messages[number].items() if key != "content"})
+    calls = bool(rendering.messages[number].get("tool_calls"))
+    if (place is None and not calls) or any(end in own for end in ends):
+        return 0
+    after = place[1] if place else begin
+    found = [whole.find(end, after) + len(end) for end in ends if end in whole[after:]]
+    return min(found, default=0 if calls else after)
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    """The text of a message, without white space at its ends."""
+    content = message.get("content")
+    return content.strip() if isinstance(content, str) else ""
+
+
+def _unclear(rendering: _Rendering, number: int, what: str) -> DataError:
+    return DataError(
+        f"it cannot be told where the answer in message {number + 1} {what} in what the chat template writes",
+        where=rendering.template.where,
+        fix=_FIX,
+    )
+
+
+# --- the end of a turn ---------------------------------------------------------
+
+_ASKED, _ANSWERED = ("Question 17.", "Question 23."), ("Answer 17.", "Answer 23.")
+
+
+def find_turn_ends(template: Renders, is_special: Callable[[str], bool] | None) -> tuple[str, ...]:
+    """The texts by which a template ends turns of the assistant; see ``ChatTemplate.turn_ends``.
+
+    Args:
+        template: asked for two short conversations.
+        is_special: whether a text is a token that is no ordinary text.
+
+    Raises:
+        ModelError: it is no template.
+        SafetyError: it reaches for what it must not.
+    """
+    for parts in (False, True):
+        once, twice = (_around(template, _probe(count, parts)) for count in (1, 2))
+        if once is None:
+            continue
+        (_, tail), (head, middle) = once, twice or once
+        begins = _begin_tokens(template, _probe(1, parts)[:1], is_special)
+        ends = [
+            spelt
+            for spelt in _specials(template, _same_start(tail, middle), is_special)
+            if spelt not in begins
+        ]
+        if ends:
+            return (ends[-1],)
+        if not tail and head.endswith(middle):
+            return ()  # what stands in the middle begins a question
+        firsts = [next(iter(_specials(template, part, is_special)), "") for part in (tail, middle)]
+        return tuple(dict.fromkeys(filter(None, firsts)))
+    return ()
+
+
+def find_warning(template: Renders, ends: tuple[str, ...]) -> str:
+    """What speaks against training on a template's turns, or nothing; see ``ChatTemplate.warning``.
+
+    Args:
+        template: asked for a short conversation.
+        ends: the texts by which it ends turns.
+    """
+    if not ends:
+        return "it writes no token that ends an answer"
+    around = _around(template, _probe(1, False)) or _around(template, _probe(1, True))
+    if around and not any(end in around[1] for end in ends):
+        return "it writes no token behind the last answer of a conversation"
+    return ""
+
+
+def _probe(count: int, parts: bool) -> list[dict[str, Any]]:
+    """A conversation of so many questions and answers, as texts or as lists of one part."""
+    said = [("user", "assistant")[i % 2] for i in range(2 * count)]
+    texts = [text for pair in zip(_ASKED, _ANSWERED, strict=True) for text in pair]
+    return [
+        {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
+        for role, text in zip(said, texts, strict=False)
+    ]
+
+
+def _around(template: Renders, messages: Messages) -> tuple[str, str] | None:
+    """What stands before the first question of a conversation, and between its answer and the next one."""
+    try:
+        whole = template.marked(messages, (), False, ("", ""))
+    except DataError:
+        return None
+    before, asked, rest = whole.partition(_ASKED[0])
+    _, answered, behind = rest.partition(_ANSWERED[0])
+    return (before, behind.partition(_ASKED[1])[0]) if asked and answered else None
+
+
+def _begin_tokens(
+    template: Renders, messages: Messages, is_special: Callable[[str], bool] | None
+) -> list[str]:
+    """The tokens that begin an answer, and so end none."""
+    try:
+        plain, asking = (template.marked(messages, (), waits, ("", "")) for waits in (False, True))
+    except DataError:
+        return []
+    header = asking[len(_same_start(plain, asking)) :]
+    if header:
+        return _specials(template, header, is_special)
+    # It is there always, behind the one that ends a question.
+    return _specials(template, asking.rpartition(_ASKED[0])[2], is_special)[1:]
+
+
+def _same_start(one: str, other: str) -> str:
+    """How two texts begin alike."""
+    size = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+    return one[: min(len(one), len(other)) if size is None else size]
+
+
+def _specials(template: Renders, text: str, is_special: Callable[[str], bool] | None) -> list[str]:
+    """The tokens in a text that are no ordinary text, in order."""
+    found = {match.start(): match[0] for match in _SHAPE.finditer(text)}
+    for special in template.specials.values():
+        if special.strip() and special in text:
+            found.setdefault(text.find(special), special)
+    return [spelt for _, spelt in sorted(found.items()) if is_special is None or is_special(spelt)]

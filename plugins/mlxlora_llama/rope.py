@@ -1,0 +1,101 @@
+"""By which angles rotary positions turn: the frequencies of each scaling, in plain floats."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlxlora_llama.config import ModelArgs
+
+#: scaling -> the arguments that it needs, beside those that it may have
+NEEDS: dict[str, tuple[str, ...]] = {
+    "linear": ("rope_factor",),
+    "llama3": ("rope_factor", "rope_original_len", "rope_low_freq_factor", "rope_high_freq_factor"),
+    "yarn": ("rope_factor", "rope_original_len", "rope_beta_fast", "rope_beta_slow", "rope_attention_factor"),
+    "divisors": ("rope_divisors",),
+}
+_MAY: dict[str, tuple[str, ...]] = {"yarn": ("rope_truncate",)}
+
+
+def faults(args: ModelArgs) -> list[str]:
+    """What is wrong with the arguments of the scaling: it lacks some, or does not take some."""
+    kind = args.rope_scaling
+    needs = NEEDS[kind] if kind else ()
+    stated = [
+        name
+        for name in dict.fromkeys((*sum(NEEDS.values(), ()), *sum(_MAY.values(), ())))
+        if getattr(args, name) is not None
+    ]
+    allowed = (*needs, *_MAY.get(kind or "", ()))
+    told = [f"{name}: rope_scaling {kind} has no use for it" for name in stated if name not in allowed]
+    told += [f"{name}: rope_scaling {kind} needs it" for name in needs if name not in stated]
+    if told or not kind:
+        return told
+    if kind == "llama3" and _number(args.rope_high_freq_factor) <= _number(args.rope_low_freq_factor):
+        told.append(f"rope_high_freq_factor: wanted more than {args.rope_low_freq_factor}")
+    if kind == "yarn" and _number(args.rope_beta_fast) <= _number(args.rope_beta_slow):
+        told.append(f"rope_beta_fast: wanted more than {args.rope_beta_slow}")
+    if kind == "yarn" and args.rope_theta <= 1:
+        told.append(f"rope_theta: got {args.rope_theta}, rope_scaling yarn needs more than 1")
+    if args.rope_divisors is not None and len(args.rope_divisors) != args.head_dim // 2:
+        told.append(f"rope_divisors: got {len(args.rope_divisors)}, wanted head_dim / 2")
+    return told
+
+
+def turning(args: ModelArgs) -> float | tuple[float, ...]:
+    """The base of the frequencies, or where they are scaled the angle a position of each pair of features."""
+    if args.rope_scaling is None:
+        return args.rope_theta
+    width = args.head_dim
+    plain = [args.rope_theta ** (-2 * pair / width) for pair in range(width // 2)]
+    if args.rope_scaling == "linear":
+        return tuple(angle / _number(args.rope_factor) for angle in plain)
+    if args.rope_scaling == "llama3":
+        return tuple(_llama3(angle, args) for angle in plain)
+    if args.rope_scaling == "yarn":
+        return _yarn(plain, args)
+    return tuple(angle / by for angle, by in zip(plain, args.rope_divisors or (), strict=True))
+
+
+def yarn_attention(factor: float) -> float:
+    """What YaRN multiplies queries and keys by where nobody says otherwise.
+
+    Source: Peng et al. 2023, arXiv:2309.00071, equation 22.
+    """
+    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def _llama3(angle: float, args: ModelArgs) -> float:
+    """A frequency of Llama 3.1: divided where it turns seldom in the original length, kept where often."""
+    low, high = _number(args.rope_low_freq_factor), _number(args.rope_high_freq_factor)
+    factor = _number(args.rope_factor)
+    turns = _number(args.rope_original_len) * angle / (2 * math.pi)
+    share = min(max((turns - low) / (high - low), 0.0), 1.0)
+    return angle * ((1 - share) / factor + share)
+
+
+def _yarn(plain: list[float], args: ModelArgs) -> tuple[float, ...]:
+    """The frequencies of YaRN: those of the first pairs as they are, of the last ones divided.
+
+    Source: Peng et al. 2023, arXiv:2309.00071, section 3.2.
+    """
+    width, factor = args.head_dim, _number(args.rope_factor)
+    first, last = (
+        width
+        * math.log(_number(args.rope_original_len) / (turns * 2 * math.pi))
+        / (2 * math.log(args.rope_theta))
+        for turns in (_number(args.rope_beta_fast), _number(args.rope_beta_slow))
+    )
+    if args.rope_truncate is not False:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    span = last - first if last != first else 1e-3
+    divided = [min(max((pair - first) / span, 0.0), 1.0) for pair in range(len(plain))]
+    return tuple(angle * (1 - share + share / factor) for angle, share in zip(plain, divided, strict=True))
+
+
+def _number(value: float | None) -> float:
+    """A number that :func:`faults` has found to be there."""
+    assert value is not None
+    return value
