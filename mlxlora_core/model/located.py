@@ -1,0 +1,75 @@
+"""What a model is named by: a path, a file that an installed distribution ships, or a name on the Hub.
+
+``package:NAME/FILE`` stands for a file, or a folder, of an installed distribution; its
+code is not imported. ``org/name``, ``org/name@revision`` and ``org/name/FILE.gguf``
+stand for a model on the Hub of Hugging Face, where there is neither such a path nor
+a folder ``org``: a slip in a path of one's own asks nobody.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxlora_core.model.hub import HubName, find_on_hub
+from mlxlora_core.model.shipped import PREFIX, find_shipped
+
+_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
+_HUB = re.compile(
+    rf"(?P<repo>{_PART}/{_PART})(?:/(?P<file>[A-Za-z0-9][A-Za-z0-9._-]{{0,200}}\.gguf))?"
+    r"(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{0,100}))?"
+)
+
+
+@dataclass(frozen=True)
+class LocatedModel:
+    """Where a model is.
+
+    Attributes:
+        path: of the folder or file.
+        name: by which exactly this one is found again: that of a model on the Hub has its commit.
+        revision: the commit, or the version of the distribution; nothing of a path.
+        notes: what its user may not expect, in words.
+    """
+
+    path: Path
+    name: str
+    revision: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def locate_model(model: str | os.PathLike[str]) -> LocatedModel:
+    """Find the model that is named; one on the Hub is fetched where it is not in the cache.
+
+    A path that is not there is given back as it is: whoever opens it says so.
+
+    Raises:
+        UsageError: a name of a shipped file that names no file.
+        ModelError: no such distribution, file or model, or the Hub does not give it.
+        ResourceError: the disk is full.
+    """
+    text = os.fspath(model)
+    if text.startswith(PREFIX):
+        found = find_shipped(text)
+        return LocatedModel(found.path, found.name, found.version)
+    name = hub_name(text)
+    if name is None:
+        return LocatedModel(Path(text), text)
+    fetched = find_on_hub(name)
+    return LocatedModel(fetched.path, name.pinned(fetched.commit), fetched.commit, fetched.notes)
+
+
+def is_path(model: str | os.PathLike[str]) -> bool:
+    """Whether a model is named by a path, there or not, and by nothing else."""
+    text = os.fspath(model)
+    return not text.startswith(PREFIX) and hub_name(text) is None
+
+
+def hub_name(text: str) -> HubName | None:
+    """The name on the Hub that a text is, or None for what is a path or looks like no name there."""
+    match = _HUB.fullmatch(text)
+    if match is None or "--" in text or ".." in text or os.path.lexists(text.partition("/")[0]):
+        return None
+    return HubName(match["repo"], match["revision"] or "", match["file"] or "")
