@@ -74,8 +74,8 @@ class Fetched:
     notes: tuple[str, ...] = ()
 
 
-def find_on_hub(name: HubName) -> Fetched:
-    """A model out of the cache, or from the Hub.
+def find_on_hub(name: HubName, fetch: bool = True) -> Fetched | None:
+    """A model out of the cache, or from the Hub; None where it would have to be fetched and must not be.
 
     What a commit names is taken from the cache without a question to the Hub, and so is
     everything where ``HF_HUB_OFFLINE`` is set or the Hub cannot be reached.
@@ -89,7 +89,7 @@ def find_on_hub(name: HubName) -> Fetched:
     cached = _cached(library, name)
     if library.constants.HF_HUB_OFFLINE:
         return _offline(cached, name, "HF_HUB_OFFLINE forbids to fetch it")
-    if cached is not None and _COMMIT.fullmatch(name.revision):
+    if not fetch or (cached is not None and _COMMIT.fullmatch(name.revision)):
         return cached
     try:
         return _fetched(library, name)
@@ -116,7 +116,7 @@ def _library(name: HubName) -> Any:
             importlib.import_module(f"huggingface_hub.{module}")
     except ImportError:
         raise ModelError(
-            "there is no such folder or file, and huggingface_hub, which asks the Hub for it, is not installed",
+            "there is no such folder or file; huggingface_hub, which asks the Hub for it, is not installed",
             where=str(name),
             fix="name a folder or file that is there, or: pip install 'mlxlora[hub]'",
         ) from None
@@ -134,7 +134,7 @@ def _cached(library: Any, name: HubName) -> Fetched | None:
 
 
 def _is_whole(last: Path) -> bool:
-    """Whether all weights lie beside the file that comes last; another program may have fetched that alone."""
+    """Whether all weights lie beside the file that comes last; others may have fetched that alone."""
     there = {path.name for path in last.parent.iterdir()}
     if last.suffix == ".gguf":
         part = _PART.fullmatch(last.name)

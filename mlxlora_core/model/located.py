@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mlxlora_core.model.hub import HubName, find_on_hub
 from mlxlora_core.model.shipped import PREFIX, find_shipped
+from mlxlora_core.path_text import path_text
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
 _HUB = re.compile(
@@ -40,10 +41,15 @@ class LocatedModel:
     notes: tuple[str, ...] = ()
 
 
-def locate_model(model: str | os.PathLike[str]) -> LocatedModel:
+def locate_model(model: str | os.PathLike[str], *, fetch: bool = True) -> LocatedModel:
     """Find the model that is named; one on the Hub is fetched where it is not in the cache.
 
     A path that is not there is given back as it is: whoever opens it says so.
+
+    Args:
+        model: what it is named by.
+        fetch: whether one on the Hub may be fetched; what is not in the cache is else
+            given back as if it were a path.
 
     Raises:
         UsageError: a name of a shipped file that names no file.
@@ -56,20 +62,32 @@ def locate_model(model: str | os.PathLike[str]) -> LocatedModel:
         return LocatedModel(found.path, found.name, found.version)
     name = hub_name(text)
     if name is None:
-        return LocatedModel(Path(text), text)
-    fetched = find_on_hub(name)
+        return LocatedModel(Path(text), path_text(Path(text)))
+    fetched = find_on_hub(name, fetch)
+    if fetched is None:
+        return LocatedModel(Path(text), text, notes=(f"{text} would be fetched from the Hub",))
     return LocatedModel(fetched.path, name.pinned(fetched.commit), fetched.commit, fetched.notes)
 
 
-def is_path(model: str | os.PathLike[str]) -> bool:
-    """Whether a model is named by a path, there or not, and by nothing else."""
+def is_path(model: str | os.PathLike[str], folder: Path | None = None) -> bool:
+    """Whether a model is named by a path, there or not, and by nothing else.
+
+    Args:
+        model: what it is named by.
+        folder: that a relative path starts from; None for the working folder.
+    """
     text = os.fspath(model)
-    return not text.startswith(PREFIX) and hub_name(text) is None
+    return not text.startswith(PREFIX) and hub_name(text, folder) is None
 
 
-def hub_name(text: str) -> HubName | None:
+def hub_name(text: str, folder: Path | None = None) -> HubName | None:
     """The name on the Hub that a text is, or None for what is a path or looks like no name there."""
     match = _HUB.fullmatch(text)
-    if match is None or "--" in text or ".." in text or os.path.lexists(text.partition("/")[0]):
+    if (
+        match is None
+        or "--" in text
+        or ".." in text
+        or os.path.lexists((folder or Path()) / text.partition("/")[0])
+    ):
         return None
     return HubName(match["repo"], match["revision"] or "", match["file"] or "")
