@@ -57,11 +57,17 @@ INPUT, OUTPUT_FILE, OUTPUT_FOLDER = PathType(), PathType("file"), PathType("fold
 NAME_OR_PATH = NameOrPathType()
 
 # What several verbs have, and mean the same by.
-MODEL_HELP = (
-    "Model folder, Hugging Face or mlx-lm folder, GGUF file, package:NAME/FILE of an installed "
-    "distribution, or ORG/NAME[@REVISION] on the Hub."
+SOURCES = (
+    "Hugging Face or mlx-lm folder, GGUF file, package:NAME/FILE of an installed distribution, "
+    "ORG/NAME[@REVISION] on the Hub"
 )
-MODEL = click.option("--model", type=NAME_OR_PATH, default="mlx_model", show_default=True, help=MODEL_HELP)
+MODEL = click.option(
+    "--model",
+    type=NAME_OR_PATH,
+    default="mlx_model",
+    show_default=True,
+    help=f"Model folder, or any other model: {SOURCES}.",
+)
 DEFAULT_ADAPTER_FILE = Path("adapters.safetensors")  # what train writes, and others read where it is
 ADAPTER_FILE = click.option(
     "--adapter-file",
