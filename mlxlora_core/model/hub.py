@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import importlib
 import re
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ def _library(name: HubName) -> Any:
     """huggingface_hub, which only who names a model on the Hub needs."""
     try:
         library = importlib.import_module("huggingface_hub")
-        for module in ("constants", "errors"):
+        for module in ("constants", "errors", "utils"):
             importlib.import_module(f"huggingface_hub.{module}")
     except ImportError:
         raise ModelError(
@@ -120,6 +121,8 @@ def _library(name: HubName) -> Any:
             where=str(name),
             fix="name a folder or file that is there, or: pip install 'mlxlora[hub]'",
         ) from None
+    if sys.stderr is None or not sys.stderr.isatty():  # where its bars would be no lines
+        library.utils.disable_progress_bars()
     return library
 
 
