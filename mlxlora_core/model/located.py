@@ -47,7 +47,7 @@ def locate_model(model: str | os.PathLike[str], *, fetch: bool = True) -> Locate
     A path that is not there is given back as it is: whoever opens it says so.
 
     Args:
-        model: what it is named by.
+        model: what it is named by; what is no text is a path.
         fetch: whether one on the Hub may be fetched; what is not in the cache is else
             given back as if it were a path.
 
@@ -56,28 +56,28 @@ def locate_model(model: str | os.PathLike[str], *, fetch: bool = True) -> Locate
         ModelError: no such distribution, file or model, or the Hub does not give it.
         ResourceError: the disk is full.
     """
-    text = os.fspath(model)
-    if text.startswith(PREFIX):
-        found = find_shipped(text)
+    if not isinstance(model, str):
+        return LocatedModel(Path(model), path_text(Path(model)))
+    if model.startswith(PREFIX):
+        found = find_shipped(model)
         return LocatedModel(found.path, found.name, found.version)
-    name = hub_name(text)
+    name = hub_name(model)
     if name is None:
-        return LocatedModel(Path(text), path_text(Path(text)))
+        return LocatedModel(Path(model), path_text(Path(model)))
     fetched = find_on_hub(name, fetch)
     if fetched is None:
-        return LocatedModel(Path(text), text, notes=(f"{text} would be fetched from the Hub",))
+        return LocatedModel(Path(model), model, notes=(f"{model} would be fetched from the Hub",))
     return LocatedModel(fetched.path, name.pinned(fetched.commit), fetched.commit, fetched.notes)
 
 
-def is_path(model: str | os.PathLike[str], folder: Path | None = None) -> bool:
+def is_path(model: str, folder: Path | None = None) -> bool:
     """Whether a model is named by a path, there or not, and by nothing else.
 
     Args:
         model: what it is named by.
         folder: that a relative path starts from; None for the working folder.
     """
-    text = os.fspath(model)
-    return not text.startswith(PREFIX) and hub_name(text, folder) is None
+    return not model.startswith(PREFIX) and hub_name(model, folder) is None
 
 
 def hub_name(text: str, folder: Path | None = None) -> HubName | None:

@@ -31,13 +31,13 @@ def pinned(recipe: Recipe, *, fetch: bool = True) -> tuple[Recipe, list[str]]:
     return replace(recipe, model=model), [*found.notes]
 
 
-def source(model: ModelConfig) -> Path:
+def source(model: ModelConfig) -> str:
     """What the model is named by."""
     named = model.torch_path or model.mlx_path
     assert named is not None, "one of them is stated"
-    return named
+    return str(named)
 
 
 def base_folder(recipe: Recipe, converted: Path) -> Path:
     """Where the base is: the folder that the run has converted it to, or what is used as it is."""
-    return locate_model(recipe.model.mlx_path).path if recipe.model.mlx_path is not None else converted
+    return locate_model(source(recipe.model)).path if recipe.model.mlx_path is not None else converted

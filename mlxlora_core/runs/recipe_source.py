@@ -331,7 +331,7 @@ def _rooted(value: Any, kind: Any, root: Path, *, named: bool = False) -> Any:
     except (ValueError, TypeError):  # another type, or a fault that the parser tells
         return value
     if isinstance(path, Path):
-        if named and not is_path(path, root):
+        if named and not is_path(str(value), root):  # as it is written: ./a/b is a path, and a/b none
             return path
         return Path(os.path.abspath(root / path))
     if isinstance(path, tuple) and any(isinstance(item, Path) for item in path):

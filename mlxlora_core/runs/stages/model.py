@@ -46,7 +46,7 @@ class ModelStage(Stage):
         if model.torch_path is None:
             yield StageDone(self.name, {"folder": str(model.mlx_path)})
         else:
-            yield StageDone(self.name, _convert(locate_model(model.torch_path), context))
+            yield StageDone(self.name, _convert(locate_model(source(model)), context))
 
     def words(self, result: Mapping[str, Any]) -> list[str]:
         """The conversion, or the folder that is used."""
