@@ -19,7 +19,7 @@ from mlxlora_core.runs import pipeline
 from mlxlora_core.runs.base import pinned
 from mlxlora_core.runs.events import Event, RunStarted, StageDone, StageStarted
 from mlxlora_core.runs.folder import REPORT, RunFolder
-from mlxlora_core.runs.grading import describe_change
+from mlxlora_core.runs.grading import describe_change, describe_rows
 from mlxlora_core.runs.observing import ObserverFailed
 from mlxlora_core.runs.plan import plan
 from mlxlora_core.runs.recipe import Recipe
@@ -124,7 +124,7 @@ def _summary(recipe: Recipe, record: dict[str, Any]) -> None:
     summary = record["summary"]
     for split, loss in summary["losses"].items():
         show.result(
-            f"held-out loss ({split}, {after['losses'][split]['tokens']} tokens): {loss['before']:.4f} -> "
+            f"{describe_rows(split)}, {after['losses'][split]['tokens']} tokens): {loss['before']:.4f} -> "
             f"{loss['after']:.4f} nats a token ({describe_change(loss['change'])})"
         )
     for test, meaning in (

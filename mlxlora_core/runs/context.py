@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.base import base_folder
 from mlxlora_core.runs.folder import ADAPTER, DATA, MODEL, RunFolder
+from mlxlora_core.runs.grading import GENERAL
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.training.events import Note
 from mlxlora_core.training.sources import read_data
@@ -76,9 +77,14 @@ class Context:
             self.adapted = adapters.load(self.path / ADAPTER, model, self.registry)
         return model
 
+    def rows_file(self, split: str) -> Path:
+        """Where the rows of a split are, or those that stand in no split."""
+        general = self.recipe.evaluate.general_rows
+        return general if split == GENERAL and general is not None else self.path / DATA / f"{split}.jsonl"
+
     def has_rows(self, split: str) -> bool:
         """Whether there is a row in a split."""
-        path = self.path / DATA / f"{split}.jsonl"
+        path = self.rows_file(split)
         return path.is_file() and path.stat().st_size > 0
 
     def rows(self, split: str, model: Model) -> Examples:
@@ -90,6 +96,6 @@ class Context:
         from mlxlora_core.training.session import examples_of
 
         if split not in self._rows:
-            rows = read_data(self.path / DATA / f"{split}.jsonl", (split,))[split]
+            rows = read_data(self.rows_file(split), (split,))[split]
             self._rows[split] = examples_of(rows, model, self.recipe.train)
         return self._rows[split]

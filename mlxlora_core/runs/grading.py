@@ -18,6 +18,9 @@ from mlxlora_core.files.rows import read_rows
 from mlxlora_core.training.settings import ChatConfig
 from mlxlora_core.values import Tokenizer
 
+#: rows of another kind, in no split: their loss shows what was forgotten
+GENERAL = "general"
+
 #: what questions test -> the splits that their rows are in
 TESTS: Mapping[str, tuple[str | None, ...]] = {
     "memory": ("train",),
@@ -198,6 +201,11 @@ def change(before: float, after: float) -> float | None:
     """How much a loss has changed, relative to before; None where that is no finite number."""
     relative = after / before - 1 if before else math.inf
     return relative if math.isfinite(relative) else None
+
+
+def describe_rows(split: str) -> str:
+    """Whose loss it is, in words, with a bracket that is still open."""
+    return "general loss (rows of another kind" if split == GENERAL else f"held-out loss ({split}"
 
 
 def describe_change(relative: float | None, form: str = "+.1%") -> str:

@@ -82,4 +82,5 @@ def _inputs(recipe: Recipe) -> list[Path]:
     choices = [recipe.loader, recipe.quantize, recipe.data, recipe.adapter, recipe.export]
     choices += [*recipe.sampler, *recipe.observe]
     read = [path for choice in choices if choice is not None for path in paths_in(choice.options)]
-    return [*read, locate_model(source(recipe.model), fetch=False).path]
+    base = locate_model(source(recipe.model), fetch=False).path
+    return [*read, base, *paths_in(recipe.evaluate)]

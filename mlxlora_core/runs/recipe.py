@@ -73,6 +73,15 @@ class AskConfig(ChatConfig):
 
 
 @dataclass(frozen=True)
+class MeasureConfig(EvaluateConfig):
+    """How losses are measured before and after, and on what beside the held-out rows."""
+
+    general_rows: Path | None = option(
+        None, help="file of rows of another kind: their loss, before and after, shows what was forgotten"
+    )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that a run does, with every default filled in.
 
@@ -93,7 +102,7 @@ class Recipe:
     adapter_config: AdapterConfig
     train: TrainConfig
     checkpoints: SaveConfig
-    evaluate: EvaluateConfig
+    evaluate: MeasureConfig
     sampler: tuple[Choice, ...]
     generate: AskConfig
     export: Choice | None
@@ -133,7 +142,7 @@ PLAIN = {
     "model": ModelConfig,
     "train": TrainConfig,
     "checkpoints": SaveConfig,
-    "evaluate": EvaluateConfig,
+    "evaluate": MeasureConfig,
     "generate": AskConfig,
     "plugins": PluginsConfig,
 }

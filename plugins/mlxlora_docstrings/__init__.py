@@ -16,6 +16,11 @@ class DocstringOptions:
     seq_limit: int = option(
         2048, help="longest docstring; longer ones are left out", unit="characters", minimum=1
     )
+    rows: str = option(
+        "text",
+        help="text: question and answer as one text; prompt: the two apart; messages: a conversation",
+        choices=("text", "prompt", "messages"),
+    )
     preprocess: bool = option(
         False, help="lower case, no punctuation, no stop words and crude lemmas in the docstring"
     )

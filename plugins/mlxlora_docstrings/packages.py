@@ -43,7 +43,7 @@ def build_rows(options: DocstringOptions) -> Rows:
     for path, doc in sorted(pair for reading in readings for pair in reading.documented):
         text = normalise(doc) if options.preprocess else doc
         if text:
-            rows[path] = make_row(path, text)
+            rows[path] = make_row(path, text, options.rows)
         else:
             skipped.add(Skipped(path, "nothing is left of its docstring after preprocessing"))
     ordered = sorted(skipped, key=lambda skip: _weight(skip, packages))
@@ -60,14 +60,21 @@ def _weight(skip: Skipped, packages: list[str]) -> tuple[bool, bool, str, str]:
     return skip.source not in packages, "its docstring" in skip.reason, skip.source, skip.reason
 
 
-def make_row(path: str, doc: str) -> Row:
+def make_row(path: str, doc: str, form: str = "text") -> Row:
     """The row that asks what the last part of ``path`` is; rows of one docstring are one group.
 
     >>> make_row("mlx.nn.relu", "Rectifies.").content["text"]
     'Q: What is relu in mlx?\\nA: mlx.nn.relu Rectifies.'
+    >>> make_row("mlx.nn.relu", "Rectifies.", "messages").content["messages"][1]["content"]
+    'mlx.nn.relu: Rectifies.'
     """
-    name, package = path.rpartition(".")[2], path.partition(".")[0]
-    return Row({"text": f"Q: What is {name} in {package}?\nA: {path} {doc}"}, group=doc)
+    question = f"What is {path.rpartition('.')[2]} in {path.partition('.')[0]}?"
+    if form == "messages":
+        said = {"user": question, "assistant": f"{path}: {doc}"}
+        return Row({"messages": [{"role": role, "content": text} for role, text in said.items()]}, group=doc)
+    asked, answer = f"Q: {question}\nA:", f" {path} {doc}"
+    content = {"prompt": asked, "completion": answer} if form == "prompt" else {"text": asked + answer}
+    return Row(content, group=doc)
 
 
 def read_package(package: str, options: DocstringOptions, stop: Event) -> Reading:

@@ -78,7 +78,9 @@ class TestByteLevelWithoutBos(TokenizerSuite):
 
     def reference(self, messages: Messages) -> list[int]:
         encode = plain(self.kind)
-        begin, end = (Tokenizer.from_str(made(self.kind)).token_to_id(f"<|im_{x}|>") for x in ("start", "end"))
+        begin, end = (
+            Tokenizer.from_str(made(self.kind)).token_to_id(f"<|im_{x}|>") for x in ("start", "end")
+        )
         ids = []
         for message in messages:
             ids += [begin, *encode(f"{message['role']}\n{message['content']}"), end, *encode("\n")]
@@ -190,7 +192,9 @@ class TestTekken(TokenizerSuite):
 
     def damage(self) -> Mapping[str, Callable[[Path], object]]:
         def change(**changed: Any) -> Callable[[Path], object]:
-            return lambda folder: (folder / "tekken.json").write_bytes(small_tokenizers.tekken_file(**changed))
+            return lambda folder: (folder / "tekken.json").write_bytes(
+                small_tokenizers.tekken_file(**changed)
+            )
 
         return {
             "more than it lists": change(default_vocab_size=9000),

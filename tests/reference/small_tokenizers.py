@@ -115,7 +115,9 @@ def begins_with(tokenizer: Tokenizer, bos: str) -> Any:
     )
 
 
-def write(folder: Path, tokenizer: Tokenizer, config: dict[str, Any], generation: Any = None) -> dict[str, Path]:
+def write(
+    folder: Path, tokenizer: Tokenizer, config: dict[str, Any], generation: Any = None
+) -> dict[str, Path]:
     """The files of a tokenizer: name -> path.
 
     Args:

@@ -6,10 +6,11 @@ from abc import abstractmethod
 from collections.abc import Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mlxlora_core.files.fingerprints import content_digest
 from mlxlora_core.options import plain
 from mlxlora_core.runs.events import Event, StageDone
 from mlxlora_core.runs.folder import DATA
-from mlxlora_core.runs.grading import Expected, find_expected, grade
+from mlxlora_core.runs.grading import GENERAL, Expected, find_expected, grade
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.stages.stage import Stage, identity_of
 from mlxlora_core.training.events import Advanced, Note
@@ -43,6 +44,7 @@ class MeasureStage(Stage):
             "reading": {"max_seq_length": train.max_seq_length, "mask_prompt": train.mask_prompt},
             "batch_size": train.batch_size,
             "evaluate": plain(recipe.evaluate),
+            "general": content_digest(recipe.evaluate.general_rows) if recipe.evaluate.general_rows else None,
             "generate": plain(recipe.generate),
             "sampler": [identity_of(sampler) for sampler in recipe.sampler],
             "seed": recipe.run.seed,
@@ -56,7 +58,7 @@ class MeasureStage(Stage):
         if self.is_first:
             yield from map(Note, _words(model, context, expected))
         losses = {}
-        for split in HELD_OUT:
+        for split in (*HELD_OUT, GENERAL):
             if context.has_rows(split):
                 losses[split] = yield from _loss(model, split, context)
         answers = []
