@@ -17,7 +17,7 @@ from mlxlora_core.files.tensor_checks import is_finite, type_name
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.model import folder as model_folder
-from mlxlora_core.model.events import SpaceNeeded, TensorConverted
+from mlxlora_core.model.events import SpaceNeeded, TensorWritten
 from mlxlora_core.model.folder import CONFIG
 from mlxlora_core.model.foreign import OpenedModel, open_foreign
 from mlxlora_core.model.language_model import LanguageModel
@@ -99,7 +99,7 @@ def convert(
     quantization: Choice | None = None,
     quantize_config: QuantizeConfig = _NOT_THE_HEAD,
     overwrite: bool = False,
-) -> Iterator[SpaceNeeded | TensorConverted | ConvertReport]:
+) -> Iterator[SpaceNeeded | TensorWritten | ConvertReport]:
     """Turn a foreign model into a model folder, in memory that does not grow with the model.
 
     Args:
@@ -139,7 +139,7 @@ def convert(
         most = len(tensors) * (len(quantization.component.spec.parts) if quantization else 1)
         for written in tensor_file.saving(folder / WEIGHTS[file_format], stream, {}, most=most):
             if isinstance(written, str):
-                yield TensorConverted(written, tally.tensors, len(tensors))
+                yield TensorWritten(written, tally.tensors, len(tensors))
             else:
                 size = written.bytes
         _write_beside(folder, opened, quantization, tally)

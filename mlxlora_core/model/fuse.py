@@ -18,7 +18,7 @@ from mlxlora_core.model import adapters
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.convert import DTYPES, cast
-from mlxlora_core.model.events import SpaceNeeded
+from mlxlora_core.model.events import SpaceNeeded, TensorWritten
 from mlxlora_core.model.folder import CONFIG, Model
 from mlxlora_core.model.linears import QuantizedLinear, dense_weight, linears, parameters
 from mlxlora_core.model.memory import require_for
@@ -62,7 +62,7 @@ def fuse(
     *,
     dequantize: bool = False,
     overwrite: bool = False,
-) -> Iterator[SpaceNeeded | FuseReport]:
+) -> Iterator[SpaceNeeded | TensorWritten | FuseReport]:
     """Write a model folder whose linears do what base and adapter do together.
 
     Tensors that the adapter does not touch are copied byte for byte. A
@@ -79,7 +79,7 @@ def fuse(
         overwrite: whether a model folder that is there may be replaced.
 
     Yields:
-        What the disk must hold, what memory, and the report.
+        What the disk must hold, what memory, each tensor as it is written, and the report.
 
     Raises:
         UsageError: the target is the base, or holds the adapter.
@@ -97,14 +97,10 @@ def fuse(
     base = _logits(model, probe)
     adapted = adapters.load_file(adapter, model, registry)
     tuned = _logits(model, probe)
-    tensors, _ = read_weights(folder)
-    changed = _fused(model, adapted, tensors, folder, dequantize)
-    tensors = (_made_dense(model, adapted, tensors, folder) if dequantize else tensors) | changed
-    weights = WEIGHTS["npz" if (folder / WEIGHTS["npz"]).is_file() else "safetensors"]
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as new:
         for name, path in model.tokenizer.files.items():
             durable.copy_file(path, new / name)
-        tensor_file.save(new / weights, sorted(tensors.items()), {}, len(tensors))
+        yield from _write_weights(new, model, adapted, folder, dequantize)
         if dequantize:
             durable.write_json(new / CONFIG, without_quantization(model.config))
         else:
@@ -138,20 +134,6 @@ def _quantized(model: Model, adapted: Collection[str] = ()) -> dict[str, Quantiz
     }
 
 
-def _made_dense(
-    model: Model, adapted: adapters.Adapted, tensors: Mapping[str, mx.array], folder: Path
-) -> dict[str, mx.array]:
-    """The tensors of the weight file, with a dense weight in the place of each quantized one's parts."""
-    quantized = _quantized(model, adapted.paths)
-    packed = {f"{path}.{part}" for path, linear in quantized.items() for part in linear.parts}
-    dense = {name: tensor for name, tensor in tensors.items() if name not in packed}
-    for path, linear in quantized.items():
-        if path not in adapted.paths:
-            name = f"{path}.weight"
-            dense[name] = cast(name, linear.dequantize(), _type(path, linear, tensors), folder)
-    return dense
-
-
 def _memory(model: Model, folder: Path, made: int) -> str:
     """What fusing needs of memory beside the base, in words: its tensors as stored, and those that are made.
 
@@ -163,29 +145,64 @@ def _memory(model: Model, folder: Path, made: int) -> str:
     return require_for(held + stored + made, "fusing", SMALLER)
 
 
+def _write_weights(
+    new: Path, model: Model, adapted: adapters.Adapted, folder: Path, dequantize: bool
+) -> Iterator[TensorWritten]:
+    """Write the weight file, and tell of each tensor."""
+    stored, _ = read_weights(folder)
+    packed = _quantized(model, adapted.paths).values() if dequantize else ()
+    count = len(stored) - sum(len(linear.parts) - 1 for linear in packed)
+    weights = WEIGHTS["npz" if (folder / WEIGHTS["npz"]).is_file() else "safetensors"]
+    stream = _fused(model, adapted, stored, folder, dequantize)
+    for done, written in enumerate(tensor_file.saving(new / weights, stream, {}, most=count), start=1):
+        if isinstance(written, str):
+            yield TensorWritten(written, done, count)
+
+
 def _fused(
-    model: Model, adapted: adapters.Adapted, stored: Mapping[str, mx.array], folder: Path, dequantize: bool
-) -> dict[str, mx.array]:
-    """The tensors of every adapted linear, in the types that the base stores."""
+    model: Model, adapted: adapters.Adapted, stored: dict[str, mx.array], folder: Path, dequantize: bool
+) -> Iterator[tuple[str, mx.array]]:
+    """(name, tensor) as the weight file will hold them, made for one linear after another."""
     modules = dict(model.module.named_modules())
-    tensors: dict[str, mx.array] = {}
-    for path in adapted.paths:
-        wrapped: Any = modules[path]
-        inner = wrapped.linear
-        before = dense_weight(inner).astype(mx.float32)
-        weight = adapters.fused_weight(adapted.choice.component, wrapped, before)
-        weight = cast(f"{path}.weight, with the adapter in it,", weight, _type(path, inner, stored), folder)
-        if isinstance(inner, QuantizedLinear) and not dequantize:
-            tensors |= {f"{path}.{name}": part for name, part in _repacked(inner, weight, path).items()}
-        else:
-            tensors[f"{path}.weight"] = weight
-    return tensors
+    quantized = _quantized(model, adapted.paths) if dequantize else {}
+    for path, parts in _by_path(stored):
+        name, linear = f"{path}.weight", quantized.get(path)
+        if path in adapted.paths:
+            wrapped: Any = modules[path]
+            name, linear = f"{name}, with the adapter in it,", wrapped.linear
+            before = dense_weight(wrapped.linear).astype(mx.float32)
+            weight = adapters.fused_weight(adapted.choice.component, wrapped, before)
+        elif linear is not None:
+            weight = linear.dequantize()
+        if linear is not None:
+            weight = cast(name, weight, _type(linear, parts), folder)
+            parts = _with_weight(linear, weight, parts, path, dequantize)
+        yield from ((f"{path}.{part}", parts[part]) for part in sorted(parts))
 
 
-def _type(path: str, linear: nn.Module, stored: Mapping[str, mx.array]) -> mx.Dtype:
+def _by_path(stored: dict[str, mx.array]) -> Iterator[tuple[str, dict[str, mx.array]]]:
+    """(path, part -> tensor) of the tensors of a weight file, which is emptied."""
+    by_path: dict[str, list[str]] = {}
+    for name in sorted(stored):
+        by_path.setdefault(name.rpartition(".")[0], []).append(name)
+    for path, names in by_path.items():
+        yield path, {name.rpartition(".")[2]: stored.pop(name) for name in names}
+
+
+def _type(linear: nn.Module, parts: Mapping[str, mx.array]) -> mx.Dtype:
     """The floating type that a linear is stored in."""
-    parts = [stored[f"{path}.{name}"].dtype for name in parameters(linear)]
-    return next((part for part in parts if mx.issubdtype(part, mx.floating)), mx.float32)
+    types = [parts[name].dtype for name in parameters(linear)]
+    return next((found for found in types if mx.issubdtype(found, mx.floating)), mx.float32)
+
+
+def _with_weight(
+    linear: nn.Module, weight: mx.array, parts: Mapping[str, mx.array], path: str, dequantize: bool
+) -> dict[str, mx.array]:
+    """The parts of a linear with another weight: packed again where they are, unless it becomes dense."""
+    if not isinstance(linear, QuantizedLinear):
+        return {**parts, "weight": weight}
+    others = {name: part for name, part in parts.items() if name not in linear.parts}
+    return {**others, **({"weight": weight} if dequantize else _repacked(linear, weight, path))}
 
 
 def _repacked(linear: QuantizedLinear, weight: mx.array, path: str) -> Mapping[str, mx.array]:
