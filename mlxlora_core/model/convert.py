@@ -41,7 +41,6 @@ class _Tally:
     parameters: int = 0
     quantized: list[str] = field(default_factory=list)
     left_dense: list[str] = field(default_factory=list)
-    widths: set[int] = field(default_factory=set)
     squared_error: float = 0.0
     squared_weight: float = 0.0
 
@@ -132,6 +131,8 @@ def convert(
     packed = _to_quantize(model, quantize_config) if quantization else set()
     disk = _need(tensors, packed, DTYPES[dtype], target)
     yield SpaceNeeded(f"{disk}; {_memory(tensors, packed, DTYPES[dtype])}")
+    if quantization is not None:
+        _check_takes_some({tensors[name].shape for name in packed}, len(packed), DTYPES[dtype], quantization)
     tally = _Tally()
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as folder:
         stream = _stored(tensors, packed, DTYPES[dtype], quantization, tally, source)
@@ -147,13 +148,7 @@ def convert(
 
 
 def _write_beside(folder: Path, opened: OpenedModel, quantization: Choice | None, tally: _Tally) -> None:
-    """Write what stands beside the weights: the tokenizer's files and config.json.
-
-    Raises:
-        UsageError: nothing was quantized that should have been.
-    """
-    if quantization is not None and not tally.quantized:
-        raise _nothing_quantized(quantization, tally)
+    """Write what stands beside the weights: the tokenizer's files and config.json."""
     for name, path in opened.tokenizer.files.items():
         durable.copy_file(path, folder / name)
     config = {**opened.config, **_quantized_config(quantization, tally.quantized)}
@@ -245,7 +240,6 @@ def _quantized(
     packed = pack(weight, quantization)
     if packed is None:
         tally.left_dense.append(path)
-        tally.widths.add(weight.shape[-1])
         yield f"{path}.weight", weight
         return
     exact = weight.astype(mx.float32)
@@ -255,13 +249,28 @@ def _quantized(
     yield from ((f"{path}.{name}", part) for name, part in packed.parts.items())
 
 
-def _nothing_quantized(quantization: Choice, tally: _Tally) -> UsageError:
-    """The error for a model of which the quantizer takes no linear, so that it would be no smaller."""
+def _check_takes_some(
+    shapes: Collection[tuple[int, ...]], count: int, dtype: mx.Dtype, quantization: Choice
+) -> None:
+    """Refuse, before any work, a quantizer that would take no linear, so that the model would be no smaller.
+
+    Args:
+        shapes: of the weights that it will be asked about; small ones are tried first, with zeros in them,
+            for whether it takes one is a matter of shape and type.
+        count: of these weights.
+        dtype: of these weights.
+        quantization: the quantizer.
+
+    Raises:
+        UsageError: it leaves all of them as they are.
+    """
+    if any(pack(mx.zeros(shape, dtype), quantization) for shape in sorted(shapes, key=math.prod)):
+        return
     options = ", ".join(f"{key} {value}" for key, value in plain(quantization.options).items())
-    widths = listing(sorted(tally.widths))
+    widths = listing(sorted({shape[-1] for shape in shapes}))
     name = quantization.component.spec.name
-    return UsageError(
-        f"nothing is quantized: quantizer '{name}' ({options}) leaves all {len(tally.left_dense)} linears "
+    raise UsageError(
+        f"nothing is quantized: quantizer '{name}' ({options}) leaves all {count} linears "
         f"as they are, which have {widths} inputs",
         fix="choose options that take them, such as a --q-group-size that divides these, or leave -q out",
     )
