@@ -294,7 +294,7 @@ class SentencePiece(Subject):
         from mlxlora_sentencepiece.tokenizer import SentencePieceTokenizer
 
         tokenizer = SentencePieceTokenizer(self.path)
-        model = tokenizer._model
+        model = tokenizer._pieces.model
         for text in _TEXTS:
             ids = tokenizer.encode(text)
             tokenizer.decode(ids)
