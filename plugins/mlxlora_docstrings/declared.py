@@ -5,7 +5,19 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from mlxlora_docstrings.things import CLASS, FUNCTION, Running, Thing, strings_in, text_of
+from mlxlora_docstrings.things import (
+    CLASS,
+    FUNCTION,
+    GIVEN,
+    IMPORTED,
+    MADE,
+    MODULE,
+    REPLACED,
+    Running,
+    Thing,
+    strings_in,
+    text_of,
+)
 
 
 def exported(node: ast.expr, body: Running) -> Iterator[str]:
@@ -43,10 +55,22 @@ def called(call: ast.Call, body: Running) -> None:
         owners = [owner for item in call.args if isinstance(owner := body.look_at(item), Thing)]
         names = [name for owner in owners for name in owner.exports or ()]
         body.module.exports = [*(body.module.exports or []), *names]
+    elif made_by == "setattr" and len(call.args) == 3:
+        _set(call, body)
     elif made_by.endswith("add_docstr") and len(call.args) == 2:
         add_docstr(call, body)
     elif made_by.endswith("add_newdoc") and len(call.args) >= 3:
         _add_newdoc(call, body)
+
+
+def _set(call: ast.Call, body: Running) -> None:
+    """``setattr(something, name, value)``."""
+    owner, name = body.look_at(call.args[0]), text_of(call.args[1], body.look)
+    if isinstance(owner, Thing) and owner.kind in (MODULE, CLASS):
+        if name is None:
+            owner.more = owner.more or GIVEN
+        else:
+            body.assign(ast.Attribute(call.args[0], name), call.args[2])
 
 
 def add_docstr(call: ast.Call, body: Running) -> Thing | None:
@@ -57,6 +81,8 @@ def add_docstr(call: ast.Call, body: Running) -> Thing | None:
     found = body.look(target)
     if not isinstance(found, Thing):
         owner = body.look(target.value) if isinstance(target, ast.Attribute) else None
+        if isinstance(owner, Thing) and owner.more == REPLACED:
+            return Thing(IMPORTED, body.module.module, reason=MADE)
         found = Thing(FUNCTION, body.module.module)
         if isinstance(owner, Thing) and isinstance(target, ast.Attribute):
             owner.names[target.attr] = found

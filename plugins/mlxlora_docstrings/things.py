@@ -12,6 +12,12 @@ MODULE, CLASS, FUNCTION, PROPERTY = "module", "class", "function", "property"
 VALUE = "value"  # something else, or what only running tells
 IMPORTED = "imported"  # from a module of the package that does not show it in its source
 
+MADE = "it is made when the package runs; mode=import reads it"
+GIVEN = "it is given names when the package runs; mode=import reads them"
+REPLACED = "it puts something else in its place; mode=import reads that"
+FIELDS = "its docstring is made of its fields when the package runs; mode=import reads it"
+TOGETHER = "its docstring is put together when the package runs; mode=import reads it"
+
 _TEXT_BYTES = 1 << 20  # of a text that is put together
 _METHODS: dict[str, Callable[..., str]] = {
     "dedent": inspect.cleandoc,
@@ -105,12 +111,14 @@ class Running(Protocol):
     Attributes:
         loader: for what is imported.
         module: the module.
+        scope: the module or the class.
         tables: names that stand for a literal.
         extenders: functions that add the ``__all__`` of what they are given to that of the module.
     """
 
     loader: Loader
     module: Thing
+    scope: Thing
     tables: dict[str, ast.expr]
     extenders: set[str]
 
@@ -124,6 +132,18 @@ class Running(Protocol):
 
     def origin(self, node: ast.ImportFrom) -> str:
         """The full name of the module that is imported from."""
+        ...
+
+    def imported(self, source: Thing, name: str) -> Thing:
+        """What an import of a name from a module gives."""
+        ...
+
+    def documents(self, node: ast.expr) -> bool:
+        """Whether what is called is a function of the package that writes docstrings."""
+        ...
+
+    def assign(self, target: ast.expr, value: ast.expr) -> None:
+        """``target = value``."""
         ...
 
     def document(self, thing: Thing, text: str | None) -> None:
