@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from typing import Any
 
 from mlxlora_docstrings.declared import called, exported, extends_all
 from mlxlora_docstrings.expressions import value_of
-from mlxlora_docstrings.flow import Flow, Missing
+from mlxlora_docstrings.flow import Flow, Missing, Returned
+from mlxlora_docstrings.fold import Unknown, folded, text_of
 from mlxlora_docstrings.graph import is_public
 from mlxlora_docstrings.lazy import attached, known_to
 from mlxlora_docstrings.things import (
     CLASS,
+    COMPILED,
+    DECORATED,
     FIELDS,
     FUNCTION,
     GIVEN,
@@ -29,12 +33,18 @@ from mlxlora_docstrings.things import (
     VALUE,
     Loader,
     Thing,
-    text_of,
 )
 
-COMPILED = "its docstring is compiled; mode=import reads it"
-DECORATED = "its docstring, if any, is that of what a decorator makes of it; mode=import reads it"
-MENTIONS = (".__doc__", ".__all__", "dataclass")  # what is looked for in functions, where it is anywhere
+MENTIONS = (
+    ".__doc__",
+    ".__all__",
+    "dataclass",
+    "add_docstr",
+    "add_newdoc",
+)  # what is looked for in functions, where it is anywhere
+
+
+_DOCUMENTING = {".__doc__", "add_docstr", "add_newdoc"}
 
 
 class Body(Flow):
@@ -64,6 +74,7 @@ class Body(Flow):
         super().__init__(module, scope)
         self.loader = loader
         self.is_package, self.is_stub, self.outer = is_package, is_stub, outer
+        self.depth: int = outer.depth + 1 if outer else 0
         self.mentions: frozenset[str] = outer.mentions if outer else frozenset()
         self.extenders: set[str] = set()  # functions that add the ``__all__`` of what they are given to ours
 
@@ -194,6 +205,8 @@ class Body(Flow):
             thing.reason = DECORATED
         if self.outer is None and ".__all__" in self.mentions and extends_all(node):
             self.extenders.add(node.name)
+        if self.outer is None and self.mentions & {"add_docstr", "add_newdoc"}:
+            thing.apply = lambda values, named: self._apply(node, values, named)
         if node.name == "__getattr__" and self.outer is None:
             self.module.ask = lambda: known_to(node, self)
         self.bind(node.name, thing)
@@ -246,7 +259,9 @@ class Body(Flow):
             if node.target.id == "__all__":
                 self.module.exports = [*(self.module.exports or []), *exported(node.value, self)]
             elif node.target.id == "__doc__":
-                self.document(self.scope, self.scope.doc + (text_of(node.value, self.look) or ""))
+                self.document(self.scope, self.scope.doc + (text_of(node.value, self) or ""))
+            else:
+                self.assign(node.target, ast.BinOp(ast.Name(node.target.id), node.op, node.value))
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
         """``target = value``."""
@@ -261,7 +276,7 @@ class Body(Flow):
         elif isinstance(target, ast.Name) and target.id == "__all__":
             self.module.exports = list(exported(value, self))
         elif isinstance(target, ast.Name) and target.id == "__doc__":
-            self.document(self.scope, text_of(value, self.look))
+            self.document(self.scope, text_of(value, self))
         elif isinstance(target, ast.Name):
             self._assign_name(target.id, value)
 
@@ -270,19 +285,27 @@ class Body(Flow):
         owner = ast.unparse(target.value)
         if ast.unparse(target) == "sys.modules[__name__]":
             self.module.more = REPLACED
+        elif isinstance(target.value, ast.Name):
+            self._forget(target.value)
         elif owner == "globals()":
-            name = text_of(target.slice, self.look)
+            name = text_of(target.slice, self)
             if name is None:
                 self.module.more = GIVEN
             else:
                 self.assign(ast.Name(name), value)
+
+    def _forget(self, name: ast.Name) -> None:
+        """What a name stands for changes in a way that is not followed."""
+        found = self.look(name)
+        if isinstance(found, Thing):
+            found.value = None
 
     def _assign_attribute(self, target: ast.Attribute, value: ast.expr) -> None:
         owner = self.look(target.value)
         if not isinstance(owner, Thing):
             return
         if target.attr == "__doc__":
-            self.document(owner, text_of(value, self.look))
+            self.document(owner, text_of(value, self))
         elif thing := value_of(value, target.attr, self):
             owner.names[target.attr] = thing
         elif isinstance(value, ast.Call):
@@ -291,21 +314,73 @@ class Body(Flow):
                 owner.names[target.attr] = Thing(**vars(old))  # decorated, under this name alone
 
     def _assign_name(self, name: str, value: ast.expr) -> None:
-        self.flags.pop(name, None)
-        if isinstance(value, ast.Constant) and isinstance(value.value, bool) and not self.doubts:
-            self.flags[name] = value.value
-        text = text_of(value, self.look)
-        if text is not None:
-            self.bind(name, Thing(VALUE, self.module.module, reason=MADE))
-            self.texts[name] = text
+        is_table = isinstance(value, ast.Dict | ast.List | ast.Set | ast.Tuple)
+        try:
+            known = None if is_table and not self.mentions & _DOCUMENTING else folded(value, self)
+        except Unknown:
+            known = None
+        if isinstance(known, str):
+            self.keep(name, known)
             return
-        if isinstance(value, ast.Dict | ast.List | ast.Set | ast.Tuple):
+        if is_table:
             self.tables[name] = value
         thing = value_of(value, name, self)
         if thing is not None:
             self.bind(name, thing)
-        elif self.outer is None:
-            self.bind(name, Thing(VALUE, self.module.module, reason=MADE))
+        elif self.scope.kind != CLASS:
+            self.keep(name, None if self.doubts else known)
+
+    def known(self, node: ast.Name | ast.Attribute) -> Any:
+        """The text or table that a name stands for.
+
+        Raises:
+            Unknown: only running it tells.
+        """
+        found = self.look(node)
+        value = found.value if isinstance(found, Thing) else found
+        if value is None:
+            raise Unknown
+        return value
+
+    def holds(self, test: ast.expr) -> bool | None:
+        """Whether a condition over what is known holds."""
+        try:
+            return bool(folded(test, self))
+        except Unknown:
+            return None
+
+    def keep(self, name: str, value: Any) -> None:
+        """Have a name stand for a text, a table or a truth value."""
+        self.bind(name, Thing(VALUE, self.module.module, reason=MADE, value=value))
+        if isinstance(value, str):
+            self.texts[name] = value
+
+    def _apply(
+        self, function: ast.FunctionDef | ast.AsyncFunctionDef, values: list[Any], named: dict[str, Any]
+    ) -> Any:
+        """What a function of the module gives; its statements are followed like any other."""
+        place = Thing(FUNCTION, self.module.module)
+        inner = Body(self.loader, self.module, place, self.is_package, self.is_stub, self)
+        if inner.depth > 5:
+            raise Unknown
+        names = [item.arg for item in function.args.args]
+        for name, default in zip(reversed(names), reversed(function.args.defaults), strict=False):
+            inner.assign(ast.Name(name), default)
+        given = dict(zip(names, values, strict=False)) | named
+        if function.args.vararg:
+            given[function.args.vararg.arg] = tuple(values[len(names) :])
+        for name, value in given.items():
+            inner.keep(name, value)
+        try:
+            inner.run(function.body)
+        except Returned as returned:
+            return returned.value
+        return None
+
+    def _run_Return(self, node: ast.Return) -> None:
+        if self.doubts or self.tries:
+            raise Unknown
+        raise Returned(folded(node.value, self))
 
     def look_at(self, node: ast.expr) -> Thing | str | None:
         """What an argument stands for."""
@@ -320,3 +395,6 @@ class Body(Flow):
     def _run_Expr(self, node: ast.Expr) -> None:
         if isinstance(node.value, ast.Call):
             called(node.value, self)
+            method = node.value.func
+            if isinstance(method, ast.Attribute) and isinstance(method.value, ast.Name):
+                self._forget(method.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 
 from mlxlora_docstrings.declared import add_docstr
+from mlxlora_docstrings.fold import text_of
 from mlxlora_docstrings.things import (
     CLASS,
     FIELDS,
@@ -16,7 +17,6 @@ from mlxlora_docstrings.things import (
     TOGETHER,
     Running,
     Thing,
-    text_of,
 )
 
 
@@ -42,7 +42,7 @@ def value_of(node: ast.expr, name: str, body: Running) -> Thing | None:
         return Thing(CLASS, body.module.module, reason=FIELDS)
     if made_by.endswith("add_docstr") and len(node.args) == 2:
         return add_docstr(node, body)
-    if made_by == "getattr" and len(node.args) == 2 and (text := text_of(node.args[1], body.look)):
+    if made_by == "getattr" and len(node.args) == 2 and (text := text_of(node.args[1], body)):
         found = _named(ast.Attribute(node.args[0], text), body)
         owner = body.look_at(node.args[0])
         return (
@@ -73,5 +73,5 @@ def _property(call: ast.Call, things: list[Thing], body: Running) -> Thing:
     named = {keyword.arg: keyword.value for keyword in call.keywords}
     getter = body.look_at(named["fget"]) if "fget" in named else next(iter(things), None)
     given = [named["doc"]] if "doc" in named else call.args[3:4]
-    doc = text_of(given[0], body.look) if given else getter.doc if isinstance(getter, Thing) else ""
+    doc = text_of(given[0], body) if given else getter.doc if isinstance(getter, Thing) else ""
     return Thing(PROPERTY, body.module.module, doc or "", "" if doc is not None else TOGETHER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable
+from typing import Any
 
 from mlxlora_docstrings.conditions import named, truth
 from mlxlora_docstrings.things import IMPORTED, MADE, Thing
@@ -13,6 +14,13 @@ ROUNDS_LIMIT = 1000  # of a loop over a literal
 
 class Missing(Exception):
     """An import that fails, where something else is done then."""
+
+
+class Returned(Exception):
+    """What a function gives."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 class Flow:
@@ -25,7 +33,6 @@ class Flow:
     Attributes:
         texts: names that stand for a text.
         tables: names that stand for a literal.
-        flags: names that stand for True or False.
         tries: statements around this one in which an import may fail.
         doubts: conditions around it that cannot be told.
     """
@@ -34,7 +41,6 @@ class Flow:
         self.module, self.scope = module, scope
         self.texts: dict[str, str] = {"__name__": module.module}
         self.tables: dict[str, ast.expr] = {}
-        self.flags: dict[str, bool] = {}
         self.tries = 0
         self.doubts = 0
 
@@ -56,12 +62,16 @@ class Flow:
         if name == "__doc__" and self.scope is not self.module:
             self.scope.doc = ""  # a property, for the objects of the class
 
+    def holds(self, test: ast.expr) -> bool | None:
+        """Whether a condition holds, or None when only running it tells."""
+        raise NotImplementedError
+
     def assign(self, target: ast.expr, value: ast.expr) -> None:
         """``target = value``."""
         raise NotImplementedError
 
     def _run_If(self, node: ast.If) -> None:
-        told = truth(node.test, self.flags)
+        told = truth(node.test, self.holds)
         self.doubts += told is None
         try:
             if told is not True:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlxlora_docstrings.execute import COMPILED, MENTIONS, Body
+from mlxlora_docstrings.execute import MENTIONS, Body
 from mlxlora_docstrings.findings import Findings
 from mlxlora_docstrings.graph import (
     NO_DOCSTRING,
@@ -25,7 +25,7 @@ from mlxlora_docstrings.graph import (
     shortest_paths,
 )
 from mlxlora_docstrings.places import Places
-from mlxlora_docstrings.things import CLASS, IMPORTED, MADE, MODULE, VALUE, Thing
+from mlxlora_docstrings.things import CLASS, COMPILED, IMPORTED, MADE, MODULE, VALUE, Thing
 
 SOURCE_BYTES = 16 << 20  # the largest source file that is read
 _COMPILED = "it is compiled and has no stub; mode=import reads it"
