@@ -481,7 +481,7 @@ for name, module in sorted(sys.modules.items()):
                 continue
             for member, value in vars(cls).items():
                 if not member.startswith("_") and isinstance(value, kinds):
-                    doc = inspect.getdoc(value)
+                    doc = inspect.getdoc(value) if value.__doc__ else None  # its own, and no base class's
                     if doc and doc != inspect.getdoc(type(value)):
                         docs.setdefault(doc, []).append(f"{name}.{attribute}.{member}")
 with open(answer, "w") as file:
@@ -490,7 +490,7 @@ os._exit(0)
 """
 
 #: docstrings of properties, at least
-PROPERTIES = {"mlx": 5, "networkx": 30, "skimage": 4, "numpy": 25, "torch": 110}
+PROPERTIES = {"mlx": 20, "networkx": 20, "skimage": 4, "numpy": 80, "torch": 110}
 
 
 @pytest.mark.parametrize("package", YARDSTICKS)
@@ -501,6 +501,9 @@ def test_no_docstring_of_a_property_is_missing(package: str, tmp_path: Path) -> 
     )
     want: dict[str, list[str]] = json.loads(done.stdout)
     assert len(want) >= PROPERTIES[package]
+    for path, doc in both(package)[0][0].items():
+        if doc in want:
+            want[doc].append(path)  # a name that comes when somebody asks
     for made in both(package):
         docs = set(made[0].values())
         missing = {doc: paths for doc, paths in want.items() if doc not in docs}
