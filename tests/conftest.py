@@ -9,12 +9,13 @@ import signal
 import site
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import Done, Warm
 
 from mlxlora_core.machine.device import prepare_cpu
 
@@ -154,6 +155,14 @@ def make_checkpoint(tiny_tokenizer: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """Starts ``mlxlora`` in processes that have imported everything already."""
+    server = Warm(more=["torch"])
+    yield server
+    server.close()
+
+
 # --- environments -------------------------------------------------------------
 
 
@@ -163,10 +172,12 @@ class Environment:
 
     Attributes:
         folder: of the environment.
+        warm: starts its ``mlxlora`` without the time that imports take; plugins are looked for each time.
         variables: the environment variables that its programs get.
     """
 
     folder: Path
+    warm: Warm
     variables: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -196,9 +207,13 @@ class Environment:
         """Run its ``mlxlora``."""
         return self.run(self.folder / "bin" / "mlxlora", *arguments, cwd=cwd, **variables)
 
+    def forked(self, *arguments: str | Path, cwd: Path, **variables: str) -> Done:
+        """As :meth:`mlxlora`, in a process that has imported everything but plugins from outside."""
+        return self.warm.run(*arguments, cwd=cwd, environ={**self.variables, **variables})
+
 
 @pytest.fixture(scope="session")
-def make_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Environment]:
+def make_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Environment]]:
     """A function that makes a fresh :class:`Environment`; takes a tenth of a second and no network."""
 
     def make(name: str) -> Environment:
@@ -215,6 +230,11 @@ def make_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
         pip = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLXLORA_", "PYTHON", "PIP_"))}
         path = f"{folder}/bin{os.pathsep}{kept.get('PATH', '')}"
-        return Environment(folder, {**kept, **pip, "PATH": path, "VIRTUAL_ENV": str(folder)})
+        variables = {**kept, **pip, "PATH": path, "VIRTUAL_ENV": str(folder)}
+        servers.append(Warm(folder / "bin" / "python", variables))
+        return Environment(folder, servers[-1], variables)
 
-    return make
+    servers: list[Warm] = []
+    yield make
+    for server in servers:
+        server.close()

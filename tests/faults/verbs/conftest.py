@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from processes import Program
+from warm import Warm
 
 from mlxlora_core import cli
 
@@ -16,11 +17,11 @@ def made(*arguments: object) -> None:
 
 
 @pytest.fixture
-def program(tmp_path: Path) -> Program:
+def program(tmp_path: Path, warm: Warm) -> Program:
     """mlxlora in processes of their own."""
     folder = tmp_path / "program"
     folder.mkdir()
-    return Program(folder)
+    return Program(folder, warm)
 
 
 @pytest.fixture(scope="session")
