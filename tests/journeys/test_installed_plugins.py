@@ -51,14 +51,14 @@ def test_a_separate_distribution_from_install_to_uninstall(
 
     environment.pip("uninstall", "-y", "mlxlora-example", cwd=tmp_path)
     for verb in ((), ("--dry-run",)):
-        gone = environment.mlxlora("run", recipe, "--set", model, *verb, cwd=tmp_path)
+        gone = environment.forked("run", recipe, "--set", model, *verb, cwd=tmp_path)
         assert gone.returncode == 8
         (line,) = gone.stderr.splitlines()
         assert "recipe.toml: " in line
         for missing in ("no builder 'markdown'", "no adapter 'scaling'", "no sampler 'typical'"):
             assert missing in line
         assert gone.stdout == ""
-    needed = environment.mlxlora("run", recipe, "--set", model, *need, "--dry-run", cwd=tmp_path)
+    needed = environment.forked("run", recipe, "--set", model, *need, "--dry-run", cwd=tmp_path)
     assert needed.returncode == 8 and len(needed.stderr.splitlines()) == 1
     assert "'mlxlora-example>=0.1' is not installed" in needed.stderr
     assert "Fix: pip install 'mlxlora-example>=0.1'" in needed.stderr
