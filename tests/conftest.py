@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from litter import untracked
 from warm import Done, Warm
 
 from mlxlora_core.machine.device import prepare_cpu
@@ -32,6 +33,31 @@ for _ignored in (signal.SIGHUP, signal.SIGTERM):
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 prepare_cpu()  # as every verb does, before MLX computes anything
+
+
+# --- what a run leaves --------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+BEFORE = pytest.StashKey[set[str] | None]()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Remember which files are in the working tree that do not belong to it."""
+    session.stash[BEFORE] = untracked(ROOT)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run that leaves files in the working tree."""
+    before, after = session.stash.get(BEFORE, None), untracked(ROOT)
+    if before is None or after is None or after <= before:
+        return
+    names = ", ".join(sorted(after - before)[:10])
+    session.config.get_terminal_writer().line(f"\nfiles came into the working tree: {names}", red=True)
+    session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
+# --- a model and its tokenizer ------------------------------------------------
 
 
 def sentences(count: int = 400, seed: int = 0) -> list[str]:
