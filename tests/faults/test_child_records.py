@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import tracemalloc
 from pathlib import Path
@@ -15,8 +14,7 @@ from mlxlora_docstrings.attempt import Attempt
 from mlxlora_docstrings.findings import Findings, decode
 from mutations import mutation
 
-ALL = os.environ.get("MLXLORA_TEST_ALL", "") not in ("", "0")
-COUNT = 10_000 if ALL else 2000
+COUNT = 10_000
 SEQ_LIMIT = 300
 GOOD = '"""A good module."""\n'
 
