@@ -32,6 +32,9 @@ for _ignored in (signal.SIGHUP, signal.SIGTERM):
     signal.signal(_ignored, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Whatever is started compiles what it imports, each time, where this is set; git ignores byte code.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 prepare_cpu()  # as every verb does, before MLX computes anything
 
 
