@@ -175,6 +175,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Pa
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """The tiny checkpoint as a model folder in float32; read it, never write to it."""
+    from mlxlora_core import cli
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    files = ["--torch-path", str(tiny_checkpoint), "--mlx-path", str(folder)]
+    assert cli.execute(["convert", *files, "--dtype", "float32"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
 def make_checkpoint(tiny_tokenizer: Path) -> Callable[..., Path]:
     """:func:`write_checkpoint` with the tiny tokenizer: ``make_checkpoint(folder, seed=1, params={...})``."""
 

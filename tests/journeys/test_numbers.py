@@ -72,22 +72,13 @@ data.options.path = "$ROWS"
 Run = Callable[..., tuple[int, list[str]]]
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
-    """A model folder; read it, never write to it."""
-    folder = tmp_path_factory.mktemp("numbers") / "model"
-    arguments = ["convert", "--torch-path", str(tiny_checkpoint), "--mlx-path", str(folder)]
-    assert cli.execute([*arguments, "--dtype", "float32"]) == 0
-    return folder
-
-
 @pytest.fixture
-def places(tmp_path: Path, converted: Path, tiny_checkpoint: Path, tiny_data: Path) -> dict[str, Path]:
+def places(tmp_path: Path, tiny_model: Path, tiny_checkpoint: Path, tiny_data: Path) -> dict[str, Path]:
     return {
         "$RECIPE": tmp_path / "recipe.toml",
         "$CHECKPOINT": tiny_checkpoint,
         "$FOLDER": tmp_path,
-        "$MODEL": converted,
+        "$MODEL": tiny_model,
         "$ROWS": tiny_data,
         "$ADAPTER": tmp_path / "none.npz",
     }

@@ -25,14 +25,6 @@ def program(tmp_path: Path, warm: Warm) -> Program:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
-    """A model folder; read it, never write to it."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    made("convert", "--torch-path", tiny_checkpoint, "--mlx-path", folder, "--dtype", "float32")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def tiny_adapter(tiny_model: Path, tiny_rows: Path) -> Path:
     """An adapter of the tiny model after two steps; read it, never write to it."""
     path = tiny_model.parent / "adapter.safetensors"
