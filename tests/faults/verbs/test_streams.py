@@ -154,9 +154,13 @@ def test_closed_streams_are_no_fault(
 # --- stdin --------------------------------------------------------------------
 
 
+#: mlxlora, with less patience for a stdin that is silent
+IMPATIENT = "from mlxlora_core.cli import generate, main; generate.SILENCE_SECONDS = 1; main()"
+
+
 def asked(model: Path, **streams: Any) -> tuple[int, str]:
     """Exit code and last line of stderr of a prompt that is read from stdin."""
-    command = [*MLXLORA, "generate", "--model", str(model), "-p", "-", "-n", "2"]
+    command = [sys.executable, "-c", IMPATIENT, "generate", "--model", str(model), "-p", "-", "-n", "2"]
     done = subprocess.run(command, timeout=120, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **streams)
     return done.returncode, done.stderr.decode().splitlines()[-1]
 
