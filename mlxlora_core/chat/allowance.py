@@ -1,6 +1,6 @@
 """What a template may use up: every step and every value costs units, counted the same on every machine.
 
-A unit is about a tenth of a microsecond of work or a few characters. Nothing here looks at a
+A unit is some tenths of a microsecond of work, or a few characters. Nothing here looks at a
 clock: a template that renders a conversation once renders it always.
 """
 
@@ -12,16 +12,17 @@ from typing import Any
 from jinja2.exceptions import SecurityError
 from jinja2.utils import Namespace
 
-BASE_UNITS = 10_000_000
+BASE_UNITS = 5_000_000
 UNITS_PER_VALUE = 10_000  # of the conversation and its tools: templates look through them in loops in loops
 UNITS_PER_CHARACTER = 16
-MOST_UNITS = 1_000_000_000
+MOST_UNITS = 300_000_000
 
 MOST_LEVELS = 100  # of lists and objects in each other
 MOST_BITS = 4096  # of an integer that is computed with
 MOST_WIDTH = 100_000  # that a text is padded to
 
 _CHARACTERS_PER_UNIT = 4
+_VALUE_UNITS = 4
 _VIEWS = (KeysView, ValuesView, ItemsView)
 
 
@@ -70,7 +71,7 @@ class Allowance:
             following: list[Any] = []
             for part in level:
                 inside = _inside(part)
-                self.spend(1 + _size(part))
+                self.spend(_VALUE_UNITS + _size(part))
                 following += inside
             if not following:
                 return None
@@ -104,7 +105,9 @@ def units_of(*values: Any) -> int:
     for value in _everything(list(values)):
         count += 1
         characters += len(value) if isinstance(value, str) else 0
-    return min(BASE_UNITS + UNITS_PER_VALUE * count + UNITS_PER_CHARACTER * characters, MOST_UNITS)
+    # Some templates put the text together message by message, and copy what they have each time.
+    copied = characters * count // 8
+    return min(BASE_UNITS + UNITS_PER_VALUE * count + UNITS_PER_CHARACTER * characters + copied, MOST_UNITS)
 
 
 def _everything(values: list[Any]) -> Iterator[Any]:

@@ -134,7 +134,7 @@ def _tick(body: list[nodes.Node]) -> nodes.Node:
 
 def _units(body: list[Any]) -> int:
     """What the nodes of a piece of a template cost once, at most."""
-    units, waiting = 1, list(body)
+    units, waiting = 2, list(body)
     while waiting:
         node = waiting.pop()
         units += 1

@@ -26,7 +26,7 @@ from mlxlora_core.chat.allowance import Allowance, Overrun
 from mlxlora_core.chat.compiler import CountingGenerator
 
 _MOST_RANGE = 100_000
-_CALL_UNITS = 8
+_CALL_UNITS = 16
 _MOST_FORM = 200  # characters of a form of dates
 
 #: filters of Jinja that are not here: chance, markup for web pages, and what takes time by the square

@@ -22,7 +22,7 @@ Messages = Sequence[Mapping[str, Any]]
 #: a model that is asked on another day, get the ids that the training began with.
 DATE = Date(2024, 7, 26)
 
-MOST_CHARACTERS = 1 << 17  # of a template
+MOST_CHARACTERS = 1 << 16  # of a template
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # what the text before an answer is called
 _VERSION = 1  # of how a conversation becomes text

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlxlora_core.cli import declare, show
+from mlxlora_core.cli.model import located
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.model.events import SpaceNeeded, TensorConverted, describe_conversion
@@ -23,7 +24,14 @@ if TYPE_CHECKING:
 
 
 @verb(
-    click.option("--torch-path", type=declare.INPUT, required=True, help="Folder or file of the checkpoint."),
+    click.option(
+        "--torch-path",
+        "--model",
+        "source",
+        type=declare.NAME_OR_PATH,
+        required=True,
+        help=f"Checkpoint: a folder with consolidated.00.pth, or any other: {declare.SOURCES}.",
+    ),
     click.option(
         "--mlx-path",
         type=declare.OUTPUT_FOLDER,
@@ -38,10 +46,8 @@ if TYPE_CHECKING:
     click.option("--q-bits", metavar="BITS", help="Bits a weight. [default: 4]"),
     click.option(
         "--dtype",
-        type=click.Choice(["float16", "bfloat16", "float32"]),
-        default="float16",
-        show_default=True,
-        help="Type of the weights.",
+        type=click.Choice(["stored", "float16", "bfloat16", "float32"]),
+        help="Type of the weights; stored keeps each as it is. [default: float16 of a .pth, else stored]",
     ),
     click.option(
         "--format",
@@ -59,12 +65,12 @@ if TYPE_CHECKING:
 )
 def command(
     registry: Registry,
-    torch_path: Path,
+    source: str,
     mlx_path: Path,
     quantize: bool,
     q_group_size: str | None,
     q_bits: str | None,
-    dtype: str,
+    dtype: str | None,
     file_format: str,
     loader: str | None,
     quantizer: str,
@@ -91,8 +97,9 @@ def command(
     from mlxlora_core.model.convert import convert
 
     started = time.perf_counter()
+    found = located(source)
     events = convert(
-        torch_path,
+        found.path,
         mlx_path,
         registry,
         loader=loader,
@@ -102,6 +109,7 @@ def command(
         quantization=chosen,
         quantize_config=which,
         overwrite=overwrite,
+        name=found.name if found.revision else "",
     )
     result = _follow(events).values()
     if as_json:

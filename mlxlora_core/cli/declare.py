@@ -57,8 +57,16 @@ INPUT, OUTPUT_FILE, OUTPUT_FOLDER = PathType(), PathType("file"), PathType("fold
 NAME_OR_PATH = NameOrPathType()
 
 # What several verbs have, and mean the same by.
+SOURCES = (
+    "Hugging Face or mlx-lm folder, GGUF file, package:NAME/FILE of an installed distribution, "
+    "ORG/NAME[@REVISION] on the Hub"
+)
 MODEL = click.option(
-    "--model", type=INPUT, default=Path("mlx_model"), show_default=True, help="Model folder."
+    "--model",
+    type=NAME_OR_PATH,
+    default="mlx_model",
+    show_default=True,
+    help=f"Model folder, or any other model: {SOURCES}.",
 )
 DEFAULT_ADAPTER_FILE = Path("adapters.safetensors")  # what train writes, and others read where it is
 ADAPTER_FILE = click.option(

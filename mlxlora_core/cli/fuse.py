@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlxlora_core.cli import declare, show
+from mlxlora_core.cli.model import located
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.recipe import check_sections, overrides
@@ -38,7 +39,7 @@ ROUNDED_AWAY = 0.5
 )
 def command(
     registry: Registry,
-    model: Path,
+    model: str,
     adapter_file: Path,
     adapter: str | None,
     base_mismatch: str,
@@ -62,7 +63,9 @@ def command(
     from mlxlora_core.model.fuse import FuseReport, fuse
 
     file = AdapterFile(adapter_file, adapter, given.get("adapter", {}), base_mismatch == "allow")
-    for event in fuse(model, file, save_path, registry, dequantize=dequantize, overwrite=overwrite):
+    for event in fuse(
+        located(model).path, file, save_path, registry, dequantize=dequantize, overwrite=overwrite
+    ):
         if isinstance(event, FuseReport):
             _show(event, save_path, as_json)
         else:

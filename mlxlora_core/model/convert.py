@@ -18,7 +18,7 @@ from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.events import SpaceNeeded, TensorConverted
-from mlxlora_core.model.folder import CONFIG
+from mlxlora_core.model.folder import CONFIG, SOURCE
 from mlxlora_core.model.foreign import OpenedModel, open_foreign
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import linears
@@ -98,11 +98,12 @@ def convert(
     *,
     loader: str | None = None,
     loader_options: Any = None,
-    dtype: str = "float16",
+    dtype: str | None = None,
     file_format: str = "safetensors",
     quantization: Choice | None = None,
     quantize_config: QuantizeConfig = _NOT_THE_HEAD,
     overwrite: bool = False,
+    name: str = "",
 ) -> Iterator[SpaceNeeded | TensorConverted | ConvertReport]:
     """Turn a foreign model into a model folder, in memory that does not grow with the model.
 
@@ -112,11 +113,13 @@ def convert(
         registry: where loaders and architectures are looked up.
         loader: which weight loader; None asks each whether it knows the folder.
         loader_options: of the loader; None for its defaults.
-        dtype: ``float16``, ``bfloat16`` or ``float32``, or ``stored`` for that of each tensor as it is.
+        dtype: ``float16``, ``bfloat16`` or ``float32``, or ``stored`` for that of each tensor as it
+            is; None for what the loader says of its checkpoints.
         file_format: ``safetensors`` or ``npz``.
         quantization: how to quantize the linears, or None.
         quantize_config: which of them.
         overwrite: whether a model folder that is there may be replaced.
+        name: by which the source is found again, such as ``org/name@commit``, to be kept in config.json.
 
     Yields:
         What disk and memory must hold, each tensor as it is written, and the report.
@@ -127,16 +130,16 @@ def convert(
         SafetyError: the target holds something else, or a file wants to run code.
         ResourceError: disk or memory is too small.
     """
-    if file_format == "npz" and dtype == "bfloat16":
-        raise UsageError("npz cannot hold bfloat16", fix="use --dtype float16, or --format safetensors")
     ours = model_folder.holds_only_a_model
     check_output_folder(target, [source, *paths_in(loader_options)], overwrite=overwrite, ours=ours)
     opened = open_foreign(source, registry, loader, loader_options)
     config, tensors = folder_form(opened)
+    config |= {SOURCE: name} if name else {}
     if quantization is not None and QUANTIZATION in config:
         raise UsageError(f"{source} is quantized already", fix="leave -q out: its bits are kept as they are")
     packed = _to_quantize(opened.model, quantize_config) if quantization else set()
-    types = _types(opened, tensors, dtype)
+    types = _types(opened, tensors, _dtype(opened, dtype))
+    _refuse_types(types, file_format)
     disk = _need(tensors, packed, types, target)
     yield SpaceNeeded(f"{disk}; {_memory(tensors, packed, types)}")
     tally = _tally(opened)
@@ -166,6 +169,21 @@ def _write_beside(
     for name, path in opened.tokenizer.files.items():
         durable.copy_file(path, folder / name)
     durable.write_json(folder / CONFIG, {**config, **_quantized_config(quantization, tally.quantized)})
+
+
+def _dtype(opened: OpenedModel, asked: str | None) -> str:
+    """The type that is asked for, or else what the loader says of its checkpoints."""
+    if asked is not None:
+        return asked
+    told: str = opened.loader.spec.dtype
+    if told not in (STORED, *DTYPES):
+        raise opened.loader.breach("dtype", repr(told), listing((STORED, *DTYPES)))
+    return told
+
+
+def _refuse_types(types: Mapping[str, mx.Dtype], file_format: str) -> None:
+    if file_format == "npz" and mx.bfloat16 in types.values():
+        raise UsageError("npz cannot hold bfloat16", fix="use --dtype float16, or --format safetensors")
 
 
 def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:

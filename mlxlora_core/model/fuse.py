@@ -19,7 +19,7 @@ from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.convert import DTYPES, cast
 from mlxlora_core.model.events import SpaceNeeded
-from mlxlora_core.model.folder import CONFIG
+from mlxlora_core.model.folder import CONFIG, SOURCE
 from mlxlora_core.model.linears import Quantized, QuantizedLinear, dense_weight, parameters
 from mlxlora_core.model.loading import Model
 from mlxlora_core.model.memory import require_for
@@ -109,7 +109,7 @@ def fuse(
             durable.copy_file(path, new / name)
         tensor_file.save(new / weights, sorted(tensors.items()), {}, len(tensors))
         config = without_quantization(model.config) if dequantize else model.config
-        durable.write_json(new / CONFIG, dict(config))
+        durable.write_json(new / CONFIG, {key: value for key, value in config.items() if key != SOURCE})
         fused = _logits(loading.load(new, registry), probe)
     rounded = 0 if dequantize else len(_quantized(model.module, adapted.paths).keys() & set(adapted.paths))
     yield _report(target, adapted, rounded, base, tuned, fused)

@@ -50,9 +50,13 @@ class RunConfig:
 class ModelConfig:
     """Where the base comes from: a checkpoint to convert, or a model folder that is there."""
 
-    torch_path: Path | None = option(None, help="checkpoint to convert")
-    mlx_path: Path | None = option(None, help="model folder to use as it is")
-    dtype: str = option("float16", help="type of the weights", choices=("float16", "bfloat16", "float32"))
+    torch_path: Path | None = option(None, help="model to convert, by whatever --model takes")
+    mlx_path: Path | None = option(None, help="model to use as it is, by whatever --model takes")
+    dtype: str | None = option(
+        None,
+        help="type of the converted weights; none is float16 of a .pth, else as stored",
+        choices=("stored", "float16", "bfloat16", "float32"),
+    )
     format: str = option("safetensors", help="format of the weights", choices=("safetensors", "npz"))
 
     def __post_init__(self) -> None:

@@ -28,10 +28,10 @@ def detect(files: TokenizerFiles) -> bool:
 
 def open_files(files: TokenizerFiles, options: NoOptions) -> Tokenizer:
     """The tokenizer in those files; see :class:`mlxlora_sentencepiece.tokenizer.SentencePieceTokenizer`."""
+    from mlxlora_core.chat import find_template, read_tokenizer_settings
     from mlxlora_sentencepiece.tokenizer import SentencePieceTokenizer
 
-    source = files[FILE]
-    return SentencePieceTokenizer(source)
+    return SentencePieceTokenizer(files[FILE], read_tokenizer_settings(files), find_template(files))
 
 
 @hookimpl

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer, models
 
-from mlxlora_core.api import DataError, ModelError
+from mlxlora_core.api import ModelError
 
 _PANIC = "PanicException"  # of the bridge between Rust and Python: an exception that no module exports
 
@@ -59,21 +59,6 @@ def encode(tokenizer: Tokenizer, text: str, where: Path) -> Encoding:
         return tokenizer.encode(text, add_special_tokens=False)
     except BaseException as fault:
         raise _error(fault, where) from None
-
-
-def refuse_halves(text: str) -> None:
-    """Refuse half a surrogate pair, which no tokenizer has a token for.
-
-    Raises:
-        DataError: with its place.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as fault:
-        raise DataError(
-            f"character {fault.start + 1} of the text is {text[fault.start]!r}, half a surrogate pair",
-            fix="write the text in valid UTF-8",
-        ) from fault
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,23 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mlxlora_core.api import ModelError, TokenizerFiles, listing
-from mlxlora_core.chat import ChatTemplate, find_template
+from mlxlora_core.chat import (
+    IDS,
+    ChatTemplate,
+    SpecialTexts,
+    SpecialToken,
+    TokenizerSettings,
+    file_place,
+    find_template,
+    read_tokenizer_settings,
+    turn_end_ids,
+)
 from mlxlora_core.files import file_bytes, parse_json
 from mlxlora_tokenizers import RANKS, TEKKEN, TOKENIZER, library
 from mlxlora_tokenizers.decoding import TokenTexts
 from mlxlora_tokenizers.rank_files import RankFile, read_llama, read_tekken
-from mlxlora_tokenizers.settings import Settings, place, read_settings
-from mlxlora_tokenizers.special import SpecialTexts, SpecialToken
 from mlxlora_tokenizers.tokenizer import LibraryTokenizer, Parts
-from mlxlora_tokenizers.tokenizer_json import FILE_BYTES, IDS, Document, check, front_ids, prepared
+from mlxlora_tokenizers.tokenizer_json import FILE_BYTES, Document, check, front_ids, prepared
 
 _OWN = "the template of its files"
 
@@ -42,7 +50,7 @@ class Source:
     where: Path
     content: bytes
     document: Document
-    settings: Settings
+    settings: TokenizerSettings
     template: ChatTemplate | None
     form: str
     is_json: bool
@@ -56,11 +64,11 @@ def open_tokenizer(files: TokenizerFiles) -> LibraryTokenizer:
         SafetyError: the chat template reaches for what it must not.
     """
     name = next(name for name in (TOKENIZER, TEKKEN, RANKS) if name in files)
-    where = place(files, name)
+    where = file_place(files, name)
     if where is files[name] and not where.exists():
         raise ModelError("there is no tokenizer", where=where, fix=f"put the model's {name} there")
     content = file_bytes(files[name], FILE_BYTES, where)
-    template, settings = find_template(files), read_settings(files)
+    template, settings = find_template(files), read_tokenizer_settings(files)
     if name == TOKENIZER:
         source = _from_json(content, where, settings, template)
     else:
@@ -75,7 +83,9 @@ def open_tokenizer(files: TokenizerFiles) -> LibraryTokenizer:
     return LibraryTokenizer(_parts(source, document, opened, vocabulary))
 
 
-def _from_json(content: bytes, where: Path, settings: Settings, template: ChatTemplate | None) -> Source:
+def _from_json(
+    content: bytes, where: Path, settings: TokenizerSettings, template: ChatTemplate | None
+) -> Source:
     document = parse_json(content, where)
     if not isinstance(document, dict):
         raise ModelError(f"holds {type(document).__name__}, wanted an object", where=where)
@@ -84,7 +94,7 @@ def _from_json(content: bytes, where: Path, settings: Settings, template: ChatTe
 
 
 def _from_ranks(
-    found: RankFile, content: bytes, where: Path, settings: Settings, template: ChatTemplate | None
+    found: RankFile, content: bytes, where: Path, settings: TokenizerSettings, template: ChatTemplate | None
 ) -> Source:
     """What a list of ranks is a tokenizer by, with what the files beside it say of its ends."""
     added = {token["content"]: token["id"] for token in found.document["added_tokens"]}
@@ -179,18 +189,8 @@ def _ends(
             where=where,
             fix='put a generation_config.json with {"eos_token_id": ID} beside it',
         )
-    stops = {*ends, *(vocabulary[text] for text in _turn_ends(source, vocabulary))}
+    stops = {*ends, *turn_end_ids(source.template, vocabulary.get)}
     return _bos(source, document, vocabulary, size), ends[0], frozenset(stops)
-
-
-def _turn_ends(source: Source, vocabulary: Container[str]) -> tuple[str, ...]:
-    """How the tokens are written by which the chat template ends what the assistant says."""
-    if source.template is None:
-        return ()
-    try:
-        return source.template.turn_ends(vocabulary.__contains__)
-    except ModelError:  # it is no template: texts need none, and conversations tell
-        return ()
 
 
 def _bos(source: Source, document: Document, vocabulary: Mapping[str, int], size: int) -> int | None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.api import ModelError
+from mlxlora_core.chat import IDS
 from mlxlora_core.files import parse_json
 from mlxlora_tokenizers import ranks
-from mlxlora_tokenizers.tokenizer_json import IDS, Document
+from mlxlora_tokenizers.tokenizer_json import Document
 
 _LLAMA_RANKS = 128_000
 _LLAMA_SPECIALS = 256

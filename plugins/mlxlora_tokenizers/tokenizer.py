@@ -14,10 +14,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mlxlora_core.api import DataError, Piece
-from mlxlora_core.chat import ChatTemplate
+from mlxlora_core.chat import Behind, ChatTemplate, Renderer, SpecialTexts, refuse_halves
 from mlxlora_tokenizers import library
 from mlxlora_tokenizers.decoding import TokenTexts
-from mlxlora_tokenizers.special import SpecialTexts, free_mark
 from mlxlora_tokenizers.tokenizer_json import Document, prefixes_first_alone, without_prefix
 
 
@@ -83,7 +82,7 @@ class LibraryTokenizer:
             DataError: half a surrogate pair.
             ModelError: the library fails at the text.
         """
-        library.refuse_halves(text)
+        refuse_halves(text)
         front = [] if self.bos is None or not bos else [self.bos]
         return [*front, *self._plain(text, self._parts.library), *[self._parts.eos] * eos]
 
@@ -117,9 +116,6 @@ class LibraryTokenizer:
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> list[Piece]:
         """A conversation by the chat template.
 
-        What is written as a special token is one where the template writes it, and
-        letters in what people and the model say.
-
         Raises:
             DataError: there is no template, it refuses the conversation, or half a surrogate pair.
         """
@@ -131,41 +127,13 @@ class LibraryTokenizer:
                 fix="train on rows of text or of prompt and completion, or put the chat_template.jinja "
                 "of the model's chat version beside its tokenizer",
             )
-        library.refuse_halves(json.dumps([messages, tools], ensure_ascii=False, default=str))
-        mark = free_mark([messages, tools])
-        said, offered = (self._parts.special.marked(value, mark) for value in (messages, tools))
-        pieces, before = [], ""
-        for turn in template.turns(said, offered, self._parts.special.is_one):
-            pieces.append(Piece(tuple(self._behind(before, turn.text, mark)), turn.answer))
-            before = turn.text
-        return pieces
+        return Renderer(template, self._parts.special, self._part).render(messages, tools)
 
-    def _behind(self, before: str, text: str, mark: str) -> list[int]:
-        """The ids of a turn behind those of the turn before it.
-
-        Both are encoded as one text, as they are read. Where a token would join the end
-        of the one and the beginning of the other they are apart, since generation is
-        told the turn before alone.
-        """
-        front = self._written(before, mark)
-        whole = self._written(before + text, mark) if before else self._written(text, mark)
-        return whole[len(front) :] if whole[: len(front)] == front else self._written(text, mark, inside=True)
-
-    def _written(self, text: str, mark: str, inside: bool = False) -> list[int]:
-        """The ids of what a template has written, special tokens among them; ``inside``: behind text."""
-        if not text:
-            return []
-        parts = self._parts
-        first, others = (
-            (self._bare, self._behind_special) if inside else (parts.library, self._behind_special)
-        )
-        ids: list[int] = []
-        for number, part in enumerate(parts.special.parts(text)):
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                ids += self._plain(part.replace(mark, ""), others if number else first)
-        return ids
+    def _part(self, text: str, behind: Behind) -> list[int]:
+        """The ids of a part of a conversation."""
+        if behind is Behind.TEXT:
+            return self._plain(text, self._bare)
+        return self._plain(text, self._parts.library if behind is Behind.NOTHING else self._behind_special)
 
     def _plain(self, text: str, tokenizer: Tokenizer) -> list[int]:
         """The ids of a text, none of them of a special token.

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mlxlora_core.api import ModelError
-from mlxlora_tokenizers.settings import Settings
+from mlxlora_core.chat import TokenizerSettings, check_added
 
 FILE_BYTES = 64 << 20  # the largest in use have 33 MB
-IDS = 1 << 22  # an id is below this: the largest vocabularies in use have 300 000
 
-_TOKEN_LETTERS = 4096
 _PARTS = 64  # steps of a normalizer or a pre-tokenizer
 _GROWTH = 64  # how many times longer the replacements of a normalizer may make a text
 
@@ -45,21 +43,7 @@ def check(document: Document, where: Path) -> None:
         _refuse(f"its pre-tokenizer has more than {_PARTS} steps", where)
 
 
-def check_added(token: Any, where: Path) -> None:
-    """Refuse an added token without a proper id and text.
-
-    Raises:
-        ModelError: with the token.
-    """
-    content = token.get("content") if isinstance(token, dict) else None
-    number = token.get("id") if isinstance(token, dict) else None
-    if not isinstance(content, str) or not 0 < len(content) <= _TOKEN_LETTERS:
-        _refuse(f"adds a token that is written {content!r:.80}", where)
-    if type(number) is not int or not 0 <= number < IDS:
-        _refuse(f"adds the token {content!r:.80} with the id {number!r:.40}, wanted 0 to {IDS - 1}", where)
-
-
-def prepared(document: Document, settings: Settings, where: Path) -> tuple[Document, bool]:
+def prepared(document: Document, settings: TokenizerSettings, where: Path) -> tuple[Document, bool]:
     """The document that the library is given, and whether it differs from the one in the file.
 
     Nothing in it cuts texts or fills them up, or leaves out merges at random. Tokens
@@ -85,12 +69,11 @@ def prepared(document: Document, settings: Settings, where: Path) -> tuple[Docum
     return made, made != document
 
 
-def _more(added: list[Any], settings: Settings, where: Path) -> Iterator[Any]:
+def _more(added: list[Any], settings: TokenizerSettings, where: Path) -> Iterator[Any]:
     """Tokens of the other files that are not in this one."""
     by_id = {token["id"]: token["content"] for token in added}
     by_content = {token["content"]: token["id"] for token in added}
     for token in settings.added:
-        check_added(token, settings.added_place)
         number, content = token["id"], token["content"]
         if by_id.get(number, content) != content or by_content.get(content, number) != number:
             there = f"{by_id.get(number)!r:.80} has that id" if number in by_id else "it has another one"

@@ -80,13 +80,13 @@ def like_llama_2() -> Tokenizer:
 
 
 def unigram(scheme: str = "first") -> Tokenizer:
-    """A unigram model with bytes, whose control pieces are in the vocabulary, as conversions of SentencePiece are.
+    """A unigram model with bytes, whose control pieces are in the vocabulary, as conversions have them.
 
     Args:
         scheme: what gets a space in front: ``first``, ``always`` or ``never``.
     """
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((byte, -20.0) for byte in BYTES)]
-    letters = sorted(set("".join(LINES)) - {" "}) + ["\u2581", "<", ">", "/", "|"]
+    letters = [*sorted(set("".join(LINES)) - {" "}), "\u2581", "<", ">", "/", "|"]
     pieces += [(letter, -8.0) for letter in letters]
     pieces += [(space + word, -5.0 - len(space)) for word in WORDS for space in ("", "\u2581")]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))

@@ -18,9 +18,9 @@ from mlxlora_core.cli.verbs import VERBS
 
 ROOT = Path(__file__).parents[2]
 CORE, PLUGINS = ROOT / "mlxlora_core", ROOT / "plugins"
-HEAVY = {"mlx", "numpy", "torch", "sentencepiece", "safetensors", "scipy_openblas32"}
-#: what plugins may import of core: the contract, the maths, and safe reading
-DOORS = {"mlxlora_core.api", "mlxlora_core.ops", "mlxlora_core.files"}
+HEAVY = {"mlx", "numpy", "torch", "sentencepiece", "safetensors", "tokenizers", "scipy_openblas32"}
+#: what plugins may import of core: the contract, the maths, safe reading, and chat templates
+DOORS = {"mlxlora_core.api", "mlxlora_core.ops", "mlxlora_core.files", "mlxlora_core.chat"}
 
 #: the rooms of core that every verb may import; the empty one is the door
 LIGHT_ROOMS = {"", "plugins", "files", "machine", "runs", "cli"}
@@ -51,6 +51,7 @@ LIGHT_LIBRARIES = {"click", "pluggy", "rich", "tomli_w"}
 OWN = {
     "mlxlora_torch": {"torch"},
     "mlxlora_sentencepiece": {"sentencepiece"},
+    "mlxlora_tokenizers": {"tokenizers"},
     "mlxlora_openblas": {"scipy_openblas32", "elftools"},
 }
 

@@ -69,7 +69,7 @@ def base(tiny_checkpoint: Path, tiny_model: Path, tiny_adapter: Path, tiny_rows:
 
 
 def convert(base: Base) -> dict[str, Any]:
-    return {"torch_path": base.checkpoint, "mlx_path": "out"}
+    return {"source": base.checkpoint, "mlx_path": "out"}
 
 
 def data(base: Base) -> dict[str, Any]:

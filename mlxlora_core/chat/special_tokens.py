@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from mlxlora_core.api import DataError
+from mlxlora_core.errors import DataError
 
 # Characters that Unicode keeps free for the use of programs. Core takes others of them for its own marks.
 _MARKS = tuple(map(chr, range(0xFDE0, 0xFDF0)))
@@ -22,7 +23,7 @@ class SpecialToken:
         content: how it is written.
         lstrip: whether white space in front of it belongs to it.
         rstrip: whether white space behind it does.
-        single_word: whether it is one only where no letter or digit stands beside it.
+        single_word: whether a place counts only where no letter or digit stands beside it.
     """
 
     id: int
@@ -62,6 +63,11 @@ class SpecialTexts:
                 end += 1
         if text[end:]:
             yield text[end:]
+
+    def cut(self, text: str) -> list[str]:
+        """A text in parts, so that no special text is in one of them."""
+        edges = [0, *(found.start() + 1 for found in self._pattern.finditer(text)), len(text)]
+        return [text[start:stop] for start, stop in pairwise(edges)]
 
     def marked(self, value: Any, mark: str) -> Any:
         """``value`` with a mark inside every special text in it, so that :meth:`parts` finds none there."""
