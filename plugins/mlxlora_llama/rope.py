@@ -25,7 +25,7 @@ def turning(args: ModelArgs) -> float | tuple[float, ...]:
 def yarn_attention(factor: float) -> float:
     """What YaRN multiplies queries and keys by where nobody says otherwise.
 
-    Source: Peng et al. 2023, arXiv:2309.00071, equation 22.
+    Source: Peng et al. 2023, arXiv:2309.00071, section 3.4.
     """
     return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
 
