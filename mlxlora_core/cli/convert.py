@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -13,14 +11,11 @@ from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.model import located
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError, listing
-from mlxlora_core.model.events import SpaceNeeded, TensorConverted, describe_conversion
+from mlxlora_core.model.events import describe_conversion
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.defaults import DEFAULT_QUANTIZER
 from mlxlora_core.plugins.sections import QuantizeConfig
 from mlxlora_core.runs.recipe import check_sections, choose, overrides
-
-if TYPE_CHECKING:
-    from mlxlora_core.model.convert import ConvertReport
 
 
 @verb(
@@ -94,7 +89,7 @@ def command(
     read = choose("loader", loader, given.get("loader", {}), registry)[0] if loader else None
     hold(mlx_path)
     start(registry)
-    from mlxlora_core.model.convert import convert
+    from mlxlora_core.model.convert import ConvertReport, convert
 
     started = time.perf_counter()
     found = located(source)
@@ -111,23 +106,10 @@ def command(
         overwrite=overwrite,
         name=found.name if found.revision else "",
     )
-    result = _follow(events).values()
+    result = show.writing("converting", events, ConvertReport).values()
     if as_json:
         show.as_json(result)
         return
     for line in describe_conversion(result):
         show.result(line)
     show.result(f"{mlx_path} written in {time.perf_counter() - started:.1f} s")
-
-
-def _follow(events: Iterator[SpaceNeeded | TensorConverted | ConvertReport]) -> ConvertReport:
-    """Show how a conversion goes on; its report."""
-    with show.Bar() as bar:
-        for event in events:
-            if isinstance(event, SpaceNeeded):
-                show.progress(event.text)
-            elif isinstance(event, TensorConverted):
-                bar.move("converting", event.done, event.count)
-            else:
-                return event
-    raise AssertionError("the report comes last")

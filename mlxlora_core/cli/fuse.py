@@ -63,13 +63,8 @@ def command(
     from mlxlora_core.model.fuse import FuseReport, fuse
 
     file = AdapterFile(adapter_file, adapter, given.get("adapter", {}), base_mismatch == "allow")
-    for event in fuse(
-        located(model).path, file, save_path, registry, dequantize=dequantize, overwrite=overwrite
-    ):
-        if isinstance(event, FuseReport):
-            _show(event, save_path, as_json)
-        else:
-            show.progress(event.text)
+    events = fuse(located(model).path, file, save_path, registry, dequantize=dequantize, overwrite=overwrite)
+    _show(show.writing("fusing", events, FuseReport), save_path, as_json)
 
 
 def _show(report: FuseReport, save_path: Path, as_json: bool) -> None:

@@ -17,7 +17,7 @@ from mlxlora_core.files.tensor_checks import is_finite, type_name
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.model import folder as model_folder
-from mlxlora_core.model.events import SpaceNeeded, TensorConverted
+from mlxlora_core.model.events import SpaceNeeded, TensorWritten
 from mlxlora_core.model.folder import CONFIG, SOURCE
 from mlxlora_core.model.foreign import OpenedModel, open_foreign
 from mlxlora_core.model.language_model import LanguageModel
@@ -45,7 +45,6 @@ class _Tally:
     quantized: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)  # packed already in the checkpoint
     left_dense: list[str] = field(default_factory=list)
-    widths: set[int] = field(default_factory=set)
     squared_error: float = 0.0
     squared_weight: float = 0.0
 
@@ -104,7 +103,7 @@ def convert(
     quantize_config: QuantizeConfig = _NOT_THE_HEAD,
     overwrite: bool = False,
     name: str = "",
-) -> Iterator[SpaceNeeded | TensorConverted | ConvertReport]:
+) -> Iterator[SpaceNeeded | TensorWritten | ConvertReport]:
     """Turn a foreign model into a model folder, in memory that does not grow with the model.
 
     Args:
@@ -142,6 +141,8 @@ def convert(
     _refuse_types(types, file_format)
     disk = _need(tensors, packed, types, target)
     yield SpaceNeeded(f"{disk}; {_memory(tensors, packed, types)}")
+    if quantization is not None:
+        _check_takes_some({(tensors[name].shape, types[name]) for name in packed}, len(packed), quantization)
     tally = _tally(opened)
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as folder:
         stream = _stored(tensors, packed, types, quantization, tally, source)
@@ -149,7 +150,7 @@ def convert(
         most = len(tensors) * (len(quantization.component.spec.parts) if quantization else 1)
         for written in tensor_file.saving(folder / WEIGHTS[file_format], stream, {}, most=most):
             if isinstance(written, str):
-                yield TensorConverted(written, tally.tensors, len(tensors))
+                yield TensorWritten(written, tally.tensors, len(tensors))
             else:
                 size = written.bytes
         _write_beside(folder, opened, config, quantization, tally)
@@ -159,13 +160,7 @@ def convert(
 def _write_beside(
     folder: Path, opened: OpenedModel, config: Mapping[str, Any], quantization: Choice | None, tally: _Tally
 ) -> None:
-    """Write what stands beside the weights: the tokenizer's files and config.json.
-
-    Raises:
-        UsageError: nothing was quantized that should have been.
-    """
-    if quantization is not None and not tally.quantized:
-        raise _nothing_quantized(quantization, tally)
+    """Write what stands beside the weights: the tokenizer's files and config.json."""
     for name, path in opened.tokenizer.files.items():
         durable.copy_file(path, folder / name)
     durable.write_json(folder / CONFIG, {**config, **_quantized_config(quantization, tally.quantized)})
@@ -295,7 +290,6 @@ def _quantized(
     packed = pack(weight, quantization)
     if packed is None:
         tally.left_dense.append(path)
-        tally.widths.add(weight.shape[-1])
         yield f"{path}.weight", weight
         return
     exact = weight.astype(mx.float32)
@@ -305,13 +299,28 @@ def _quantized(
     yield from ((f"{path}.{name}", part) for name, part in packed.parts.items())
 
 
-def _nothing_quantized(quantization: Choice, tally: _Tally) -> UsageError:
-    """The error for a model of which the quantizer takes no linear, so that it would be no smaller."""
+def _check_takes_some(
+    weights: Collection[tuple[tuple[int, ...], mx.Dtype]], count: int, quantization: Choice
+) -> None:
+    """Refuse, before any work, a quantizer that would take no linear, so that the model would be no smaller.
+
+    Args:
+        weights: shape and type of those that it will be asked about; small ones are tried first, with zeros
+            in them, for whether it takes one is a matter of shape and type.
+        count: of these weights.
+        quantization: the quantizer.
+
+    Raises:
+        UsageError: it leaves all of them as they are.
+    """
+    small_first = sorted(weights, key=lambda weight: math.prod(weight[0]))
+    if any(pack(mx.zeros(shape, dtype), quantization) for shape, dtype in small_first):
+        return
     options = ", ".join(f"{key} {value}" for key, value in plain(quantization.options).items())
-    widths = listing(sorted(tally.widths))
+    widths = listing(sorted({shape[-1] for shape, _ in weights}))
     name = quantization.component.spec.name
-    return UsageError(
-        f"nothing is quantized: quantizer '{name}' ({options}) leaves all {len(tally.left_dense)} linears "
+    raise UsageError(
+        f"nothing is quantized: quantizer '{name}' ({options}) leaves all {count} linears "
         f"as they are, which have {widths} inputs",
         fix="choose options that take them, such as a --q-group-size that divides these, or leave -q out",
     )

@@ -21,7 +21,7 @@ from typing import Any
 
 from mlxlora_core.errors import UsageError, listing, nearest
 from mlxlora_core.options import NoOptions, option, plain
-from mlxlora_core.path_text import path_text, text_path
+from mlxlora_core.path_text import check_path, path_text, text_path
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.sections import AdapterConfig, QuantizeConfig, SplitConfig, configure
@@ -42,8 +42,8 @@ class RunConfig:
     seed: int = option(0, help="seed of everything that is random", minimum=0, maximum=2**32 - 1)
 
     def __post_init__(self) -> None:
-        if "\0" in self.folder:
-            raise ValueError(f"wanted a folder, got {self.folder!r}")
+        if self.folder:
+            check_path(self.folder)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ LIGHT_ROOMS = {"", "plugins", "files", "machine", "runs", "cli"}
 #: what reads or computes with tensors in them
 HEAVY_IN_LIGHT_ROOMS = {
     "mlxlora_core.ops",
+    "mlxlora_core.files.npz_file",
     "mlxlora_core.files.tensor_checks",
     "mlxlora_core.files.tensor_file",
 }

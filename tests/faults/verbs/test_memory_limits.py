@@ -149,16 +149,45 @@ def test_what_is_said_is_taken_within_a_factor_of_one_and_a_half(
     reading += ["--max-seq-length", shape.tokens]
     training = ["train", *reading, "--iters", 2, "--lora-layers", shape.adapted]
     training += ["--set", f"adapter.rank={shape.rank}", "--set", f"adapter.targets={shape.targets}"]
-    training += ["--adapter-file", tmp_path / "a.safetensors"]
+    adapter, dense = ["--adapter-file", tmp_path / "a.safetensors"], tmp_path / "dense"
+    training += adapter
     prompt = "the adapter keeps the weights " * (shape.tokens // 10)
     for verb in (
         training,
         ["evaluate", *reading],
         ["generate", "--model", model, "-p", prompt, "-n", 3],
+        ["export", "--model", model, "--to", "npz", "--out", tmp_path / "exported"],
+        ["export", "--model", model, "--to", "npz", *adapter, "--out", tmp_path / "exported with it"],
+        ["fuse", "--model", model, *adapter, "--save-path", tmp_path / "fused"],
+        *([["fuse", "--model", model, *adapter, "--dequantize", "--save-path", dense]] if shape.bits else []),
     ):
         said, taken, child = done([], *verb)
         assert child.returncode == 0, child.stderr
         assert said / 1.5 < taken < said * 1.5, (verb[0], said / 1e6, taken / 1e6)
+
+
+@pytest.mark.skipif(not ALL, reason="takes 5 GB of memory and of the disk: MLXLORA_TEST_ALL=1")
+def test_a_tensor_above_two_gib_is_exported(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    """2.3 GB of an embedding in float16, whose last number is looked for."""
+    shape = Shape(1100, 1, 4, 1, 276, 320, 320, batch=1, tokens=8)
+    model, rows = write_model(tmp_path / "model", shape, tiny_tokenizer), 2**20
+    tensors = dict(mx.load(str(model / "model.safetensors"), return_metadata=True)[0])
+    mx.eval(list(tensors.values()))
+    del tensors["output.weight"]
+    tensors["tok_embeddings.weight"] = mx.zeros((rows, shape.dim), mx.float16)
+    tensors["tok_embeddings.weight"][-1, -1] = 3.0
+    assert tensors["tok_embeddings.weight"].nbytes > 2**31
+    mx.save_safetensors(str(model / "model.safetensors"), tensors)
+    del tensors
+    mx.clear_cache()
+    config = json.loads((model / "config.json").read_text())
+    config |= {"vocab_size": rows, "tie_word_embeddings": True}
+    (model / "config.json").write_text(json.dumps(config))
+    said, taken, child = done([], "export", "--model", model, "--to", "npz", "--out", tmp_path / "out")
+    assert child.returncode == 0, child.stderr
+    assert said / 1.5 < taken < said * 1.5, (said / 1e6, taken / 1e6)
+    embedding = mx.load(str(tmp_path / "out/weights.npz"))["tok_embeddings.weight"]
+    assert embedding.shape == (rows, shape.dim) and embedding[-1, -1].item() == 3.0
 
 
 @pytest.fixture

@@ -82,13 +82,45 @@ def test_a_module_that_lies_around_is_not_run(
     assert done.returncode in (0, 3, 5), done.stderr
 
 
-def test_neither_does_python_m_once_it_has_found_us(tmp_path: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize("path", [None, ":", ":/nowhere"])
+def test_neither_does_python_m_once_it_has_found_us(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, path: str | None
+) -> None:
     """Python itself looks there for what -m names, and for what it needs to find that."""
-    for name in ("click", "pluggy", "rich", "numpy", "mlx", "difflib", "tomllib", "mlxlora_lora", "json"):
-        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\n")
+    here, empty = tmp_path / "here", tmp_path / "empty"
+    here.mkdir()
+    empty.mkdir()
+    (empty / "__main__.py").write_text("import sys; print(*sys.modules)")
+    listed = subprocess.run([sys.executable, "-m", "empty"], cwd=tmp_path, capture_output=True, text=True)
+    needed = {name.partition(".")[0] for name in listed.stdout.split()}
+    assert "runpy" in needed
+    ours = {"click", "pluggy", "rich", "numpy", "mlx", "mlxlora_lora"}
+    for name in (ours | sys.stdlib_module_names) - needed:
+        (here / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r} + ' ')\n")
+    if path is not None:
+        monkeypatch.setenv("PYTHONPATH", path)
     command = [sys.executable, "-m", "mlxlora_core", "generate", "--model", str(tiny_model), "-p", "A"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=120)
+    assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_script_looks_into_no_folder_that_an_empty_entry_stands_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python reads its standard library there before it comes to the script; that much is its own."""
+    here, script = tmp_path / "here", tmp_path / "bin" / "mlxlora"
+    here.mkdir()
+    script.parent.mkdir()
+    script.write_text("from mlxlora_core.cli import main\nmain()\n")
+    for name in ("click", "pluggy", "rich", "numpy", "mlx", "mlxlora_lora", "tomllib"):
+        (here / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r} + ' ')\n")
+    monkeypatch.setenv("PYTHONPATH", ":/nowhere")
+    done = subprocess.run([sys.executable, script, "plugins"], cwd=here, capture_output=True, text=True)
     assert done.returncode == 0 and not (tmp_path / "ran").exists(), done.stderr
+    monkeypatch.setenv("PYTHONPATH", str(here))  # which is the user's word for it
+    subprocess.run([sys.executable, script, "plugins"], cwd=here, capture_output=True, text=True)
+    assert (tmp_path / "ran").exists()
 
 
 def test_an_entry_point_that_lies_around_is_no_plugin(tmp_path: Path) -> None:
