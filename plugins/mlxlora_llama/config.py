@@ -97,7 +97,7 @@ class ModelArgs:
         None, help="what turned queries and keys are multiplied by", above=0, maximum=1e3
     )
     rope_divisors: tuple[float, ...] | None = option(
-        None, help="divisors: what the frequency of each pair is divided by", above=0, maximum=1e6
+        None, help="divisors: what the frequency of each pair is divided by", minimum=1e-3, maximum=1e6
     )
 
     def __post_init__(self) -> None:
