@@ -387,6 +387,38 @@ class Config(Subject):
         return json.loads(self.path.read_bytes().decode("utf-8-sig"))
 
 
+class TheirConfig(Subject):
+    """config.json of a Hugging Face folder, in both spellings of the rope."""
+
+    def prepare(self) -> None:
+        self.path = self.folder / "config.json"
+        sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 8}
+        sizes |= {"num_key_value_heads": 2, "vocab_size": 60, "max_position_embeddings": 64}
+        yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 8, "mscale": 1.0}
+        yarn |= {"mscale_all_dim": 0.5, "original_max_position_embeddings": 16, "truncate": False}
+        new = {"model_type": "qwen3", **sizes, "head_dim": 8, "rms_norm_eps": 1e-6, "rope_parameters": yarn}
+        new |= {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}
+        old = {"model_type": "smollm3", **sizes, "rms_norm_eps": 1e-5, "rope_theta": 5e5}
+        old |= {"rope_scaling": {"type": "linear", "factor": 2.0}, "no_rope_layers": [1, 0, 1, 1]}
+        old |= {"layer_types": ["full_attention"] * 4, "tie_word_embeddings": True, "head_dim": None}
+        self.good = [json.dumps(config, indent=2).encode() for config in (new, old)]
+
+    def parse(self) -> Any:
+        from mlxlora_hf.config import read_config
+        from mlxlora_hf.folder import read_table
+        from mlxlora_llama import hf, tables
+
+        config = read_config(self.folder).text
+        args = hf.read(config, {})
+        if args is not None:
+            hf.notes(config, {})
+            tables.hf(args)
+        return read_table(self.path)
+
+    def reference(self) -> Any:
+        return json.loads(self.path.read_bytes().decode("utf-8-sig"))
+
+
 class Index(Subject):
     """The index of a model in shards."""
 
@@ -633,6 +665,7 @@ KINDS: dict[str, type[Subject]] = {
     "tokenizer": SentencePiece,
     "params": Params,
     "config": Config,
+    "hf_config": TheirConfig,
     "index": Index,
     "jsonl": Jsonl,
     "json_array": JsonArray,
