@@ -96,6 +96,8 @@ class Context:
         from mlxlora_core.training.session import examples_of
 
         if split not in self._rows:
-            rows = read_data(self.rows_file(split), (split,))[split]
+            # A file by itself is of whatever split is asked for; "general" is none that rows have.
+            name = "test" if split == GENERAL else split
+            rows = read_data(self.rows_file(split), (name,))[name]
             self._rows[split] = examples_of(rows, model, self.recipe.train)
         return self._rows[split]
