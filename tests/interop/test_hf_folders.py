@@ -98,7 +98,7 @@ def test_what_transformers_saves(tmp_path: Path, family: str, dtype: torch.dtype
         bits = want[name].contiguous().view(torch.int16 if dtype == torch.bfloat16 else torch.int32).numpy()
         got = lazy.read().view(mx.int16 if dtype == torch.bfloat16 else mx.int32)
         assert np.array_equal(np.array(got), bits), name
-    # In float64 there, of the very numbers that are stored; cast, the rotary frequencies would be rounded too.
+    # In float64 there, of the numbers that are stored; a cast would round the rotary frequencies too.
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     with torch.no_grad():
         exact = reloaded(torch.tensor([TEXT_IDS])).logits[0].numpy()
