@@ -112,8 +112,7 @@ def convert(
         registry: where loaders and architectures are looked up.
         loader: which weight loader; None asks each whether it knows the folder.
         loader_options: of the loader; None for its defaults.
-        dtype: ``float16``, ``bfloat16`` or ``float32``, or ``stored`` for that of each tensor as it
-            is; None for what the loader says of its checkpoints.
+        dtype: a type, or ``stored`` for that of each tensor as it is; None for what the loader says.
         file_format: ``safetensors`` or ``npz``.
         quantization: how to quantize the linears, or None.
         quantize_config: which of them.
