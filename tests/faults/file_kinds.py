@@ -408,7 +408,7 @@ def _front(library: Any) -> int | None:
     """The id that a library puts in front of a text."""
     bare, whole = (library.encode("the", add_special_tokens=special).ids for special in (False, True))
     at = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
-    return whole[0] if at else None
+    return whole[0] if at or (whole and not bare) else None
 
 
 def _bits(value: float) -> bytes:
