@@ -150,12 +150,18 @@ class Tokenizer(Protocol):
         ends inside a character.
         """
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Piece]:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> Sequence[Piece]:
         """A conversation of ``{"role": ..., "content": ...}`` messages, in order.
 
-        After a last message of the user the pieces end where the answer would
-        begin. They are then a prefix of those of the same conversation with an
+        After a last message that is not the assistant's the pieces end where the answer
+        would begin. They are then a prefix of those of the same conversation with an
         answer, so that generation is told what training was told.
+
+        Args:
+            messages: roles are ``system``, ``user``, ``assistant`` and ``tool``. One of the
+                assistant may have ``tool_calls``, and then needs no content, and the text of its
+                reasoning; one of a tool may have ``tool_call_id`` and ``name``.
+            tools: JSON schemas of functions that the assistant may call.
 
         Raises:
             DataError: a conversation that this form cannot say.
@@ -225,7 +231,8 @@ class Row:
 
     Attributes:
         content: ``{"text": str}``, ``{"prompt": str, "completion": str}`` or
-            ``{"messages": [{"role": str, "content": str}, ...]}``.
+            ``{"messages": [{"role": str, "content": str}, ...]}``, the last with
+            ``tools`` where the assistant has some.
         group: rows of one group never stand in two splits; nothing is a group
             of its own.
         split: ``train``, ``valid`` or ``test``, when the source has settled it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ def places(messages: Messages, whole: str, render: Callable[[Messages], str]) ->
         for number, message in enumerate(messages)
         if message.get("role") == "assistant" and (text := _text(message.get("content"))).strip()
     }
+    found: dict[int, Place] = {}
     for behind_thought in (False, True):
         marked = [
             {**message, "content": _marked(contents[number], number, behind_thought)}
@@ -45,8 +47,10 @@ def places(messages: Messages, whole: str, render: Callable[[Messages], str]) ->
         except DataError:
             continue
         if _MARK.sub("", text) == whole:
-            return dict(_read(text))
-    return dict(_single(whole, contents))
+            found |= _read(text)
+        if found.keys() == contents.keys():
+            return found
+    return dict(_single(whole, contents)) | found
 
 
 def _text(content: Any) -> str:
@@ -65,14 +69,16 @@ def _marked(content: str, number: int, behind_thought: bool) -> str:
 
 def _read(text: str) -> Iterator[tuple[int, Place]]:
     """(number, place) of each pair of marks in a text, places as they are without marks."""
-    removed, begins = 0, {}
+    removed, found = 0, defaultdict[int, list[tuple[str, int]]](list)
     for mark in _MARK.finditer(text):
-        at, number = mark.start() - removed, int(mark[2])
+        found[int(mark[2])].append((mark[1], mark.start() - removed))
         removed += len(mark[0])
-        if mark[1] == _BEGIN:
-            begins[number] = None if number in begins else at  # twice: which one is meant?
-        elif (begin := begins.get(number)) is not None:
-            yield number, (begin, at)
+    for number, marks in found.items():
+        if [mark for mark, _ in marks] == [
+            _BEGIN,
+            _END,
+        ]:  # of a text that is there twice, which one is meant?
+            yield number, (marks[0][1], marks[1][1])
 
 
 def _single(whole: str, contents: Mapping[int, str]) -> Iterator[tuple[int, Place]]:

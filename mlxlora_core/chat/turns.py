@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Protocol
 
 from mlxlora_core.chat.places import Place, places
@@ -188,7 +189,8 @@ def _begin(rendering: _Rendering, number: int, at: int) -> int:
     if prompt is not None and at <= len(prompt) and rendering.whole.startswith(prompt):
         return len(prompt)
     place = rendering.place(number)
-    begin = place[0] if place else _behind_header(rendering, number, prompt)
+    silent = not rendering.messages[number].get("content")
+    begin = place[0] if place else _behind_header(rendering, number, prompt) if silent else None
     if begin is None or begin < at:
         raise _unclear(rendering, number, "begins")
     return begin
@@ -219,29 +221,29 @@ def _end(rendering: _Rendering, number: int, begin: int) -> int:
         stop = max(found) if found else begin + len(text[begin:].rstrip())
         if begin <= stop and whole.startswith(text[:stop]):
             # Some templates write the end of a turn once there is a next one.
-            return (
-                stop
-                if found
-                else stop + max((len(end) for end in ends if whole.startswith(end, stop)), default=0)
-            )
-    stop = _first_end(rendering, number, begin)
-    following = rendering.messages[number + 1 :]
-    held = whole[begin:stop] if stop else ""
-    if not held or any(content in held for message in following if (content := _content(message))):
+            late = [len(end) for end in ends if not found and whole.startswith(end, stop)]
+            return stop + max(late, default=0)
+    first = _first_end(rendering, number, begin)
+    if first is None:
         raise _unclear(rendering, number, "ends")
-    return begin + len(held)
+    return first
 
 
-def _first_end(rendering: _Rendering, number: int, begin: int) -> int:
-    """The end of the first turn behind the content of a message; 0 where it is not certain."""
+def _first_end(rendering: _Rendering, number: int, begin: int) -> int | None:
+    """The end of the first turn behind the content of a message, where that is certain."""
     whole, ends, place = rendering.whole, rendering.ends, rendering.place(number)
-    own = repr({key: value for key, value in rendering.messages[number].items() if key != "content"})
-    calls = bool(rendering.messages[number].get("tool_calls"))
+    message, following = rendering.messages[number], rendering.messages[number + 1 :]
+    calls = bool(message.get("tool_calls"))
+    own = repr({key: value for key, value in message.items() if key != "content"})
     if (place is None and not calls) or any(end in own for end in ends):
-        return 0
+        return None
     after = place[1] if place else begin
     found = [whole.find(end, after) + len(end) for end in ends if end in whole[after:]]
-    return min(found, default=0 if calls else after)
+    if not found:
+        return None if calls else after
+    others = map(_content, takewhile(lambda message: message.get("role") != "assistant", following))
+    tail = whole[after : min(found)]
+    return None if any(content and content in tail for content in others) else min(found)
 
 
 def _content(message: Mapping[str, Any]) -> str:
@@ -341,8 +343,9 @@ def _begin_tokens(
     header = asking[len(_same_start(plain, asking)) :]
     if header:
         return _specials(template, header, is_special)
-    # It is there always, behind the one that ends a question.
-    return _specials(template, asking.rpartition(_ASKED[0])[2], is_special)[1:]
+    # Some templates write it always. It is behind the token that ends a question, and begins one, too.
+    head, _, rest = asking.partition(_ASKED[0])
+    return [spelt for spelt in _specials(template, rest, is_special)[1:] if spelt in head]
 
 
 def _same_start(one: str, other: str) -> str:

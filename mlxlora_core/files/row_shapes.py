@@ -1,7 +1,8 @@
 """What a row is: the shapes that people have, each turned into one of three plain ones.
 
 The plain ones are ``{text}``, ``{prompt, completion}`` and ``{messages: [{role,
-content}, ...]}``; everything behind this module knows no others.
+content}, ...]}``, the last with ``tools`` where the assistant has some; everything
+behind this module knows no others.
 """
 
 from __future__ import annotations
@@ -13,22 +14,16 @@ from typing import Any
 
 from mlxlora_core.errors import listing, nearest
 from mlxlora_core.files.jsonl import short
+from mlxlora_core.files.row_messages import Reader, RowFault, answered, holds, keys, kind, named, text, tools
 
 #: what a column can be read as, see :func:`parse_columns`
 COLUMN_NAMES = (
     *("text", "prompt", "completion", "messages", "conversations", "instruction", "input", "output"),
-    *("system", "role", "content"),
+    *("system", "tools", "role", "content"),
 )
 WANTED = "text, prompt and completion, messages, conversations, or instruction and output"
 
 _INSIDE = ("role", "content")  # the columns of a message, not of a row
-_ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
-}
-_CALLS = ("tool_calls", "function_call")
-_KEYS_TOLD = 6
 #: pairs of columns that people ask and answer in, for the advice in a message
 _ASKED = (
     *("question", "query", "instruction", "input", "inputs", "input_text", "user", "human", "problem"),
@@ -40,18 +35,6 @@ _ANSWERED = (
 )
 _TALKS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 _TEXTS = ("text", "content", "body", "document", "sentence")
-
-
-class RowFault(ValueError):
-    """Why something is no row.
-
-    Attributes:
-        fix: what to do about it, where that is known.
-    """
-
-    def __init__(self, what: str, fix: str = "") -> None:
-        super().__init__(what)
-        self.fix = fix
 
 
 @dataclass(frozen=True)
@@ -76,10 +59,10 @@ def parse_columns(texts: Iterable[str]) -> dict[str, str]:
         ValueError: a text that is no such thing, a name that there is not, or one that is there twice.
     """
     columns: dict[str, str] = {}
-    for text in texts:
-        name, equals, column = (part.strip() for part in text.partition("="))
+    for each in texts:
+        name, equals, column = (part.strip() for part in each.partition("="))
         if not equals or not column:
-            raise ValueError(f"wanted NAME=COLUMN such as prompt=question, got {short(text)!r}")
+            raise ValueError(f"wanted NAME=COLUMN such as prompt=question, got {short(each)!r}")
         if name not in COLUMN_NAMES:
             hint = nearest(name, COLUMN_NAMES)
             raise ValueError(
@@ -103,14 +86,14 @@ def read_row(value: object, columns: Mapping[str, str] | None = None) -> PlainRo
         RowFault: it is no row, or one that could be read in two ways.
     """
     if not isinstance(value, Mapping):
-        raise RowFault(f"is {_kind(value)}, wanted an object with {WANTED}")
+        raise RowFault(f"is {kind(value)}, wanted an object with {WANTED}")
     columns = columns or {}
     outer = {name: column for name, column in columns.items() if name not in _INSIDE}
     row = _renamed(value, outer) if outer else value
     shape = _shape_of(row, value, outer)
     reading = _Reading(columns)
     content = shape.read(reading, row)
-    form = "" if content.keys() == shape.needs else " and ".join(shape.keys)
+    form = "" if content.keys() - {"tools"} == shape.needs else " and ".join(shape.keys)
     unread = _unread(value, shape, outer) if len(value) > len(shape.keys) else []
     return PlainRow(content, form, (*unread, *sorted(reading.unread)))
 
@@ -136,7 +119,7 @@ def _unread(value: Mapping[Any, Any], shape: _Shape, outer: Mapping[str, str]) -
     read = {*shape.keys, *shape.beside}
     columns = {name: column for name, column in outer.items() if name in read}
     read = (read - columns.keys()) | {*columns.values()}
-    return [_named(key) for key, held in value.items() if key not in read and _holds(held)]
+    return [named(key) for key, held in value.items() if key not in read and holds(held)]
 
 
 def _shape_of(row: Mapping[str, Any], value: Mapping[str, Any], outer: Mapping[str, str]) -> _Shape:
@@ -153,9 +136,9 @@ def _shape_of(row: Mapping[str, Any], value: Mapping[str, Any], outer: Mapping[s
         raise RowFault(f"has {' and '.join(names)}, wanted only one of these", fix)
     gone = [f"{short(column)} for {name}" for name, column in outer.items() if column not in value]
     if gone:
-        raise RowFault(f"has no column {listing(gone)}; it has {_keys(value)}")
+        raise RowFault(f"has no column {listing(gone)}; it has {keys(value)}")
     wanted = " or ".join(" and ".join(shape.keys) for shape in asked) or WANTED
-    raise RowFault(f"needs {wanted}; it has {_keys(value)}", "" if outer else _advice(value))
+    raise RowFault(f"needs {wanted}; it has {keys(value)}", "" if outer else _advice(value))
 
 
 def _advice(value: Mapping[str, Any]) -> str:
@@ -179,40 +162,50 @@ def _advice(value: Mapping[str, Any]) -> str:
     return f"say which column is which, such as --columns {guess} (in a recipe: [data] options columns)"
 
 
-class _Reading:
-    """The reading of one row.
+def _conversation(said: list[dict[str, Any]], row: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain conversation, with the tools of its row."""
+    found = tools(row.get("tools"))
+    return {"messages": answered(said)} | ({"tools": found} if found else {})
 
-    Attributes:
-        unread: what its messages hold beside role and content.
-    """
+
+class _Reading:
+    """The reading of one row."""
 
     def __init__(self, columns: Mapping[str, str]) -> None:
-        self._columns = columns
-        self.unread: set[str] = set()
+        self._messages = Reader(columns)
+
+    @property
+    def unread(self) -> set[str]:
+        """What its messages hold that is not read."""
+        return self._messages.unread
 
     def text(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A plain text."""
-        return {"text": _text("text", row["text"])}
+        return {"text": text("text", row["text"])}
 
     def pair(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Prompt and completion: two texts, or two lists of messages, which are one conversation."""
         lists = [isinstance(row[key], list) for key in ("prompt", "completion")]
         if not any(lists):
-            return {key: _text(key, row[key]) for key in ("prompt", "completion")}
-        said = [self._said(key, row[key]) for key in ("prompt", "completion")]
-        return {"messages": _in_turn(said[0] + said[1])}
+            if holds(row.get("tools")):
+                raise RowFault("has tools beside prompt and completion as texts, wanted messages")
+            return {key: text(key, row[key]) for key in ("prompt", "completion")}
+        said = [self._messages.said(key, row[key]) for key in ("prompt", "completion")]
+        return _conversation(said[0] + said[1], row)
 
     def talk(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A conversation, with a system text in it or beside it."""
         key = "messages" if "messages" in row else "conversations"
-        said = self._said(key, row[key])
+        said = self._messages.said(key, row[key])
         if row.get("system"):
-            said.insert(0, {"role": "system", "content": _text("system", row["system"])})
-        return {"messages": _in_turn(said)}
+            if said[0]["role"] == "system":
+                raise RowFault(f"has system beside {key} that begin with one of system")
+            said.insert(0, {"role": "system", "content": text("system", row["system"])})
+        return _conversation(said, row)
 
     def instruction(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Instruction, input and output, in the words that Stanford Alpaca put them in."""
-        asked, more = _text("instruction", row["instruction"]), _text("input", row.get("input") or "")
+        asked, more = text("instruction", row["instruction"]), text("input", row.get("input") or "")
         told = ", paired with an input that provides further context" if more else ""
         parts = [
             f"Below is an instruction that describes a task{told}. "
@@ -224,33 +217,7 @@ class _Reading:
         for key in ("system", "history"):
             if row.get(key):
                 raise RowFault(f"has {key} beside instruction and output, wanted such a row as messages")
-        return {"prompt": "\n\n".join(parts), "completion": _text("output", row["output"])}
-
-    def _said(self, name: str, messages: object) -> list[dict[str, str]]:
-        """The messages of a list, each as role and content."""
-        if not isinstance(messages, list) or not messages:
-            raise RowFault(f"{name} is {_kind(messages)}, wanted a list of at least one {{role, content}}")
-        return [self._message(f"message {place}", each) for place, each in enumerate(messages, 1)]
-
-    def _message(self, place: str, message: object) -> dict[str, str]:
-        """One message, whatever its keys are called."""
-        if not isinstance(message, Mapping):
-            raise RowFault(f"{place} is {_kind(message)}, wanted {{role, content}}")
-        old = message.get("from") is not None and message.get("role") is None
-        role_key = self._columns.get("role", "from" if old else "role")
-        content_key = self._columns.get("content", "value" if old else "content")
-        if calls := [key for key in _CALLS if message.get(key)]:
-            raise RowFault(f"{place} has {calls[0]}, and calls of tools cannot be trained on")
-        for key in (role_key, content_key):
-            if key not in message:
-                raise RowFault(f"{place} has no {short(key)}; it has {_keys(message)}")
-        more = [key for key in message if key not in (role_key, content_key) and _holds(message[key])]
-        self.unread |= {f"{short(str(key))} of messages" for key in more}
-        role = _text(f"role of {place}", message[role_key])
-        known = _ROLES.get(role.lower())
-        if known is None:
-            raise RowFault(f"role of {place} is {short(role)!r}, wanted system, user or assistant")
-        return {"role": known, "content": _content(f"content of {place}", message[content_key])}
+        return {"prompt": "\n\n".join(parts), "completion": text("output", row["output"])}
 
 
 @dataclass(frozen=True)
@@ -275,77 +242,8 @@ class _Shape:
 
 _SHAPES = (
     _Shape(("text",), _Reading.text),
-    _Shape(("prompt", "completion"), _Reading.pair),
-    _Shape(("messages",), _Reading.talk, beside=("system",)),
-    _Shape(("conversations",), _Reading.talk, beside=("system",)),
+    _Shape(("prompt", "completion"), _Reading.pair, beside=("tools",)),
+    _Shape(("messages",), _Reading.talk, beside=("system", "tools")),
+    _Shape(("conversations",), _Reading.talk, beside=("system", "tools")),
     _Shape(("instruction", "output"), _Reading.instruction, beside=("input",)),
 )
-
-
-def _in_turn(said: list[dict[str, str]]) -> list[dict[str, str]]:
-    """A conversation of which every model can say the form: system, then user and assistant in turn."""
-    first = 1 if said[0]["role"] == "system" else 0
-    for place, message in enumerate(said[first:], first + 1):
-        role = message["role"]
-        if role == "system":
-            raise RowFault(f"message {place} is of system, wanted that first or nowhere")
-        wanted = ("user", "assistant")[(place - first - 1) % 2]
-        if role != wanted:
-            before = f"after one of {said[place - 2]['role']}" if place > 1 else "at the beginning"
-            raise RowFault(f"message {place} is of {role} {before}, wanted user and assistant in turn")
-    if said[-1]["role"] != "assistant":
-        raise RowFault(f"the last message is of {said[-1]['role']}, wanted an answer of assistant")
-    return said
-
-
-def _content(name: str, content: object) -> str:
-    """The text of a message: a string, or a list of parts of text, which are joined."""
-    if not isinstance(content, list):
-        return _text(name, content)
-    if not content:
-        raise RowFault(f"{name} is an empty list, wanted a string or a list of parts of text")
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text" or "text" not in part:
-            what = f"of type {short(str(kind))!r}" if kind not in (None, "text") else "that is none of text"
-            raise RowFault(f'{name} has a part {what}, and only {{"type": "text", "text": …}} can be read')
-        texts.append(_text(f"a part of {name}", part["text"]))
-    return "".join(texts)
-
-
-def _text(name: str, text: object) -> str:
-    """A string that can be written as UTF-8."""
-    if not isinstance(text, str):
-        raise RowFault(f"{name} is {_kind(text)}, wanted a string")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as fault:
-            half = text[fault.start]
-            raise RowFault(f"{name} holds half a surrogate pair ({half!r}), which is no character") from None
-    return text
-
-
-def _holds(value: object) -> bool:
-    """Whether something would be lost with a value."""
-    return bool(value) if isinstance(value, str | list | dict) else value is not None
-
-
-def _kind(value: object) -> str:
-    """The JSON type of a value, as one would say it."""
-    if value is None:
-        return "null"
-    names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list"}
-    return names.get(type(value), "an object") if value != [] else "an empty list"
-
-
-def _keys(content: Mapping[Any, Any]) -> str:
-    if not content:
-        return "no keys"
-    return "the keys " + listing(map(_named, content), _KEYS_TOLD)
-
-
-def _named(key: object) -> str:
-    """A key in a message; one that is empty is seen, too."""
-    return short(str(key)) or "''"

@@ -19,7 +19,8 @@ from mlxlora_core.errors import DataError, listing
 from mlxlora_core.files.csv_table import read_table
 from mlxlora_core.files.input_file import open_regular
 from mlxlora_core.files.jsonl import Record, begins_array, read_array, read_lines
-from mlxlora_core.files.row_shapes import RowFault, read_row
+from mlxlora_core.files.row_messages import RowFault
+from mlxlora_core.files.row_shapes import read_row
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 

@@ -17,7 +17,7 @@ from mlxlora_core.model.special_texts import special_texts
 from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.values import Tokenizer
 
-#: a text, or ``{"role": …, "content": …}`` messages of which the last one waits for an answer
+#: a text, or messages, as of :meth:`mlxlora_core.api.Tokenizer.render`, that wait for an answer
 Prompt = str | Sequence[Mapping[str, Any]]
 
 # What a completion is put behind, to see which ids it has where it does not begin a text.
@@ -46,8 +46,13 @@ class Continued:
     apart: bool
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, tools: Sequence[Any] = ()) -> list[int]:
     """The ids of what a model is asked, begin id in front.
+
+    Args:
+        tokenizer: turns it into ids.
+        prompt: text or messages.
+        tools: that the assistant may call, beside messages.
 
     Raises:
         DataError: half a surrogate pair, or a conversation that the tokenizer's form cannot say or
@@ -55,7 +60,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
-    pieces = tokenizer.render(prompt)
+    pieces = tokenizer.render(prompt, tools)
     if pieces[-1].answer:
         raise DataError("messages that are asked must not end with an answer")
     return [token for piece in pieces for token in piece.ids]
@@ -82,7 +87,9 @@ def checked(prompt: object, config: Asking) -> Prompt:
 
 
 def _is_message(value: object) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(value.get(k), str) for k in ("role", "content"))
+    if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
+        return False
+    return isinstance(value.get("content"), str) or bool(value.get("tool_calls"))
 
 
 def words_on(tokenizer: CheckedTokenizer, prompt: Prompt) -> Iterator[str]:
@@ -91,7 +98,7 @@ def words_on(tokenizer: CheckedTokenizer, prompt: Prompt) -> Iterator[str]:
     Raises:
         DataError: half a surrogate pair.
     """
-    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    texts = [prompt] if isinstance(prompt, str) else [message.get("content") or "" for message in prompt]
     special = {name for text in texts for name in special_texts(text, tokenizer.special_texts)}
     taken = {name for name in special if is_taken(tokenizer, name)}
     names, letters = (listing(map(one_line, sorted(found))) for found in (taken, special - taken))

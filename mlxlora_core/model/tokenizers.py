@@ -68,9 +68,9 @@ class CheckedTokenizer:
         for segment in self._opened.stream(ids, every):
             yield self.component.checked("stream", segment, str)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> list[Piece]:
         """As :meth:`mlxlora_core.values.Tokenizer.render`."""
-        pieces = self._opened.render(messages)
+        pieces = self._opened.render(messages, tools) if tools else self._opened.render(messages)
         if not isinstance(pieces, Sequence) or not pieces:
             self._refuse("render", pieces, "a sequence of pieces")
         for piece in pieces:

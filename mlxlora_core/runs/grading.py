@@ -111,7 +111,7 @@ def _continued(
             if question.is_text and question.prompt == content["prompt"]:
                 yield question, _completion(content, tokenizer), True
     else:
-        yield from _answered(content["messages"], questions, tokenizer)
+        yield from _answered(content["messages"], content.get("tools", ()), questions, tokenizer)
 
 
 def _completion(content: Mapping[str, Any], tokenizer: Tokenizer) -> str:
@@ -122,15 +122,18 @@ def _completion(content: Mapping[str, Any], tokenizer: Tokenizer) -> str:
 
 
 def _answered(
-    messages: Sequence[Mapping[str, Any]], questions: Sequence[_Question], tokenizer: Tokenizer
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any],
+    questions: Sequence[_Question],
+    tokenizer: Tokenizer,
 ) -> Iterator[tuple[_Question, str, bool]]:
     """The same of a conversation, up to its first answer."""
     first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
-    said = messages[first - 1]["content"].strip() if first else ""
+    said = messages[first - 1].get("content", "").strip() if first else ""
     likely = [question for question in questions if first and said in question.prompt]
     if not likely:  # rendering every row takes long
         return
-    pieces = tokenizer.render(messages[: first + 1])
+    pieces = tokenizer.render(messages[: first + 1], tools)
     asked = tuple(token for piece in pieces if not piece.answer for token in piece.ids)
     answer = tokenizer.decode([token for piece in pieces if piece.answer for token in piece.ids])
     yield from ((question, answer, True) for question in likely if question.ids == asked)

@@ -96,7 +96,7 @@ class DatasetBuilderSuite:
         for row in rows:
             content = dict(row.content)
             assert check_content(content) is None
-            assert content.keys() in ({"text"}, {"prompt", "completion"}, {"messages"})
+            assert content.keys() - {"tools"} in ({"text"}, {"prompt", "completion"}, {"messages"})
             assert json.loads(json.dumps(content)) == content
             assert isinstance(row.group, str)
             assert row.split is None or row.split in SPLITS

@@ -189,7 +189,7 @@ class _RowReader:
         elif "prompt" in content:
             self._pieces = self._completed(content["prompt"], content["completion"])
         else:
-            self._pieces = self._conversation(content["messages"])
+            self._pieces = self._conversation(content["messages"], content.get("tools", ()))
         parts = ((piece.ids, piece.answer or not self._mask_prompt) for piece in self._pieces)
         return _example(parts, self._tokenizer.bos)
 
@@ -221,18 +221,20 @@ class _RowReader:
             self._found.append(Finding.APART)
         return [Piece(tuple(row.asked), False), Piece(tuple(row.answered), True)]
 
-    def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
-        pieces = self._tokenizer.render(messages)
+    def _conversation(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> list[Piece]:
+        pieces = self._tokenizer.render(messages, tools)
         if not pieces[-1].answer:
             raise DataError("messages must end with an answer of the assistant")
-        if not self._is_asked_so(messages[:-1], pieces[:-1]):
+        if not self._is_asked_so(messages[:-1], tools, pieces[:-1]):
             self._found.append(Finding.ASKED_OTHERWISE)
         return pieces
 
-    def _is_asked_so(self, messages: Sequence[Mapping[str, Any]], pieces: Sequence[Piece]) -> bool:
+    def _is_asked_so(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], pieces: Sequence[Piece]
+    ) -> bool:
         """Whether messages without their last answer have the ids that stand before it."""
         try:
-            ids = prompt_ids(self._tokenizer, messages) if messages else []
+            ids = prompt_ids(self._tokenizer, messages, tools) if messages else []
         except DataError:  # nobody can ask it
             return False
         return ids == [token for piece in pieces for token in piece.ids]
@@ -243,7 +245,7 @@ class _RowReader:
             whole = self._tokenizer.decode([token for piece in self._pieces for token in piece.ids])
             return whole == "".join(texts(self._content))
         whole, at = "".join(self._tokenizer.decode(piece.ids) for piece in self._pieces), 0
-        for text in texts(self._content):
+        for text in map(str.strip, texts(self._content)):  # templates cut white space off
             at = whole.find(text, at)
             if at < 0:
                 return False

@@ -17,6 +17,7 @@ from mlxlora_core.errors import listing, one_line
 from mlxlora_core.model.special_texts import special_texts
 
 _NAMES_TOLD = 6
+_SAID = ("reasoning_content", "reasoning", "thinking", "content")  # the texts of a message
 # White space, and what is neither seen nor takes any room.
 _NOTHING = {"Cc", "Cf", "Zl", "Zp", "Zs"}
 
@@ -88,7 +89,11 @@ def look(content: Mapping[str, Any]) -> list[Finding]:
     if "prompt" in content:
         blank = is_blank(content["completion"])
         return [Finding.BLANK if is_blank(content["prompt"]) else Finding.NO_ANSWER] if blank else []
-    said = [(message["role"], message["content"]) for message in content["messages"]]
+    said = [
+        (message["role"], message.get("content", ""))
+        for message in content["messages"]
+        if not message.get("tool_calls")
+    ]
     found = []
     if any(is_blank(text) for role, text in said if role == "assistant"):
         found.append(Finding.NO_ANSWER)
@@ -113,7 +118,7 @@ def findings_in(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Findings:
 def texts(content: Mapping[str, Any]) -> list[str]:
     """Every text in a row."""
     if "messages" in content:
-        return [message["content"] for message in content["messages"]]
+        return [message[key] for message in content["messages"] for key in _SAID if key in message]
     return [content[key] for key in ("text", "prompt", "completion") if key in content]
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from mlxlora_core.errors import DataError, UsageError, listing, nearest
 from mlxlora_core.files.data_path import SPLITS, DataFiles, absence, find_data
-from mlxlora_core.files.row_shapes import RowFault, parse_columns, read_row
+from mlxlora_core.files.row_messages import RowFault
+from mlxlora_core.files.row_shapes import parse_columns, read_row
 from mlxlora_core.files.rows import Faults, RowFile, left_out, refuse_empty, refuse_faults, scan_rows
 
 #: a data path, the rows of one split, or the rows of each

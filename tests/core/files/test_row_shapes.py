@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from mlxlora_core.files.row_shapes import RowFault, check_content, parse_columns, read_row
+from mlxlora_core.files.row_messages import RowFault
+from mlxlora_core.files.row_shapes import check_content, parse_columns, read_row
 
 U, A, S = "user", "assistant", "system"
 
@@ -22,6 +24,14 @@ def old(*turns: tuple[str, str]) -> list[dict[str, str]]:
 
 TALK = {"messages": said((U, "hi"), (A, "ho"))}
 NAMED = {"messages": said((S, "be brief"), (U, "hi"), (A, "ho"))}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+CALLED = [
+    *said((U, "hi")),
+    {"role": A, "tool_calls": [CALL]},
+    {"role": "tool", "content": "5", "name": "f", "tool_call_id": "1"},
+    {"role": A, "content": "ho", "reasoning_content": "so"},
+]
 INSTRUCTED = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the "
     "request.\n\n### Instruction:\nAdd.\n\n### Response:\n"
@@ -93,6 +103,24 @@ READ: dict[str, tuple[Any, dict[str, Any]]] = {
         },
         TALK,
     ),
+    "calls": ({"messages": CALLED, "tools": [TOOL]}, {"messages": CALLED, "tools": [TOOL]}),
+    "calls with null": (
+        {"messages": [CALLED[0], {**CALLED[1], "content": None, "name": None}, *CALLED[2:]], "tools": []},
+        {"messages": CALLED},
+    ),
+    "calls with content": (
+        {"messages": [*said((U, "hi")), {"role": A, "content": "", "tool_calls": [CALL]}]},
+        {"messages": [*said((U, "hi")), {"role": A, "content": "", "tool_calls": [CALL]}]},
+    ),
+    "tools as JSON": ({**TALK, "tools": json.dumps([TOOL])}, {**TALK, "tools": [TOOL]}),
+    "tools of a pair": (
+        {"prompt": said((U, "hi")), "completion": said((A, "ho")), "tools": [TOOL]},
+        {**TALK, "tools": [TOOL]},
+    ),
+    "any order": (
+        {"messages": said((A, "a"), (U, "b"), (U, "c"), (S, "d"), (A, "e"), (A, "f"))},
+        {"messages": said((A, "a"), (U, "b"), (U, "c"), (S, "d"), (A, "e"), (A, "f"))},
+    ),
     "no calls": (
         {"messages": [said((U, "hi"))[0], {"role": A, "content": "ho", "tool_calls": None}]},
         TALK,
@@ -133,39 +161,48 @@ ODD: dict[str, tuple[Any, str]] = {
         "text and prompt/completion and messages",
     ),
     "nothing known": ({"question": "a", "answer": "b"}, "it has the keys question, answer"),
-    "two of user": (
-        {"messages": said((U, "a"), (U, "b"), (A, "c"))},
-        "message 2 is of user after one of user",
-    ),
-    "two answers": (
-        {"messages": said((U, "a"), (A, "b"), (A, "c"))},
-        "message 3 is of assistant after one of assistant",
-    ),
     "ends with user": (
         {"messages": said((U, "a"), (A, "b"), (U, "c"))},
         "the last message is of user, wanted an answer",
     ),
-    "system inside": (
-        {"messages": said((U, "a"), (A, "b"), (S, "c"), (U, "d"), (A, "e"))},
-        "message 3 is of system, wanted that first or nowhere",
-    ),
-    "two systems": ({"messages": said((S, "a"), (S, "b"), (U, "c"), (A, "d"))}, "message 2 is of system"),
-    "system within and beside": ({**NAMED, "system": "too"}, "message 2 is of system, wanted that first"),
-    "begins with an answer": (
-        {"conversations": old(("gpt", "a"), ("human", "b"), ("gpt", "c"))},
-        "message 1 is of assistant at the beginning",
+    "system within and beside": (
+        {**NAMED, "system": "too"},
+        "has system beside messages that begin with one",
     ),
     "system alone": ({"messages": said((S, "a"))}, "the last message is of system"),
     "a role of its own": (
         {"messages": said((U, "a"), ("narrator", "b"))},
-        "role of message 2 is 'narrator', wanted system, user or assistant",
+        "role of message 2 is 'narrator', wanted system, user, assistant or tool",
     ),
-    "tool": ({"messages": said((U, "a"), ("tool", "b"))}, "role of message 2 is 'tool'"),
-    "calls": (
-        calls(content=None, tool_calls=[{"id": 1}]),
-        "message 2 has tool_calls, and calls of tools cannot be trained on",
+    "ends with a tool": ({"messages": said((U, "a"), ("tool", "b"))}, "the last message is of tool, wanted"),
+    "an old call": (calls(content="a", function_call={"name": "f"}), "message 2 has function_call, wanted"),
+    "calls of user": (
+        {"messages": [{**said((U, "hi"))[0], "tool_calls": [CALL]}, *said((A, "ho"))]},
+        "message 1 has tool_calls and is of user, wanted them of assistant",
     ),
-    "calls and content": (calls(content="a", function_call={"name": "f"}), "message 2 has function_call"),
+    "one call": (
+        calls(tool_calls=CALL),
+        "tool_calls of message 2 is an object, wanted a list",
+    ),
+    "calls as texts": (
+        calls(tool_calls=["f()"]),
+        "tool_calls of message 2 is a list, wanted",
+    ),
+    "half a pair in a call": (
+        calls(tool_calls=[{"a": ["\ud800"]}]),
+        "tool_calls of message 2 holds half",
+    ),
+    "a number for a name": (
+        {"messages": [*said((U, "hi")), {"role": "tool", "content": "x", "name": 5}, *said((A, "ho"))]},
+        "name of message 2 is a number, wanted a string",
+    ),
+    "tools as no list": ({**TALK, "tools": {"a": 1}}, "tools is an object, wanted a list of schemas"),
+    "tools as texts": ({**TALK, "tools": ["f"]}, "tools is a list, wanted a list of schemas"),
+    "tools as half a text": ({**TALK, "tools": "[{"}, "tools is a string that is no JSON"),
+    "tools beside texts": (
+        {"prompt": "a", "completion": "b", "tools": [TOOL]},
+        "has tools beside prompt",
+    ),
     "no content": (calls(), "message 2 has no content; it has the keys role"),
     "null": (calls(content=None), "content of message 2 is null, wanted a string"),
     "number": (calls(content=5), "content of message 2 is a number"),
@@ -188,7 +225,7 @@ ODD: dict[str, tuple[Any, str]] = {
     ),
     "completion of user": (
         {"prompt": said((U, "a")), "completion": said((U, "b"))},
-        "message 2 is of user after one of user",
+        "the last message is of user, wanted an answer of assistant",
     ),
     "history": (
         {"instruction": "a", "output": "b", "history": [["c", "d"]]},
