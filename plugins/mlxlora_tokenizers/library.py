@@ -83,7 +83,7 @@ def _quiet() -> Iterator[None]:
     except OSError:  # there is no stderr
         yield
         return
-    nothing = os.open(os.devnull, os.O_WRONLY)
+    nothing = os.open(os.devnull, os.O_RDONLY)  # to which nothing can be written
     try:
         os.dup2(nothing, 2)
         yield
