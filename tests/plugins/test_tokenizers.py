@@ -18,6 +18,7 @@ from mlxlora_tokenizers.decoding import byte_steps
 from tokenizers import Tokenizer, decoders
 
 from mlxlora_core.api import DataError, ModelError, NoOptions
+from mlxlora_core.model.prompts import reads_as
 
 HERE = Path("tokenizer.json")
 TEXTS = (
@@ -200,6 +201,20 @@ def test_special_tokens_are_letters_even_where_the_vocabulary_has_them(
         ids = tokenizer.encode(text, bos=False)
         assert not tokenizer.stops & set(ids) and tokenizer.bos not in ids
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_space_that_no_begin_id_tells_of_is_no_change_of_a_text() -> None:
+    """As Phi-3 has it: a space in front of a text, and no token."""
+    document = json.loads(small_tokenizers.like_llama_2().to_str()) | {"post_processor": None}
+    tokenizer = opened(document, tokenizer_config={"eos_token": "</s>"})
+    ids = tokenizer.encode("the layer")
+    assert tokenizer.bos is None and tokenizer.decode(ids) == " the layer"
+    assert reads_as(tokenizer, ids, "the layer") and not reads_as(tokenizer, ids, "the  layer")
+    begun = opened(
+        document, tokenizer_config={"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": True}
+    )
+    assert reads_as(begun, begun.encode("the layer"), "the layer")
+    assert not reads_as(begun, ids, "the layer")
 
 
 def test_added_tokens_are_text_and_special_ones_are_not(library: Tokenizer, tokenizer: Any) -> None:
