@@ -167,8 +167,10 @@ def _parts(source: Source, document: Document, opened: Tokenizer, vocabulary: Ma
         eos=eos,
         stops=stops,
         kept_apart=frozenset((special - unknown) | ends),
-        special=SpecialTexts(_special_token(number, written[number], added) for number in sorted(silent)),
-        special_texts=frozenset(written[number] for number in silent | added.keys()),
+        special=SpecialTexts(
+            _special_token(number, written[number], added) for number in sorted(silent & written.keys())
+        ),
+        special_texts=frozenset(written[number] for number in (silent & written.keys()) | added.keys()),
         template=source.template,
         form=source.form if source.template else "no chat template",
         fingerprint=_fingerprint(source, document, bos, eos, stops),

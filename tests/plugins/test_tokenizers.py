@@ -236,6 +236,17 @@ def test_an_added_token_that_looks_like_bytes_is_what_it_looks_like(level_withou
     assert tokenizer.decode([level_without.get_vocab_size()]) == "éé"
 
 
+def test_an_end_without_a_token_is_one_all_the_same(level_without: Tokenizer) -> None:
+    """A vocabulary may have gaps, and what a file calls an end may be in one."""
+    document = json.loads(level_without.to_str())
+    document["model"]["vocab"] = {
+        word: number + 5 * (number > 300) for word, number in document["model"]["vocab"].items()
+    }
+    tokenizer = opened(document, generation_config={"eos_token_id": [1, 303]})
+    assert tokenizer.stops == {1, 303} and tokenizer.decode([303]) == ""
+    assert tokenizer.vocab_size == level_without.get_vocab_size() + 5
+
+
 def test_words_are_joined_by_spaces() -> None:
     tokenizer = made(small_tokenizers.words(), tokenizer_config={"eos_token": "</s>"})
     ids = tokenizer.encode("the layer  unheard </s>")
