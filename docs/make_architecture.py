@@ -31,6 +31,7 @@ WORDS = {
     "training": "rows to an adapter",
     "model": "linears, adapters, folders, text",
     "plugins": "found, checked, looked up",
+    "chat": "templates in a sandbox",
     "files": "bytes in and out",
     "machine": "processors, memory, device",
     "the door": "what plugins import",

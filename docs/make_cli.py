@@ -48,6 +48,14 @@ as `\\x1b`, and so are those that change the direction of a line; other text is 
 is so everywhere. In a pipe or a file the text of a model on stdout is exact, and `--json` writes such
 characters as JSON's `\\u001b`. Characters that the encoding of a stream does not have are written as escapes.
 
+## The working folder
+
+No module that lies in the working folder is run, neither by `mlxlora` nor by `python -m mlxlora_core`,
+unless `PYTHONPATH` or `-P` names it. An empty entry, as `PYTHONPATH=$PYTHONPATH:folder` leaves it, names
+nothing here. What Python imports before it comes to mlxlora, from its standard library, it looks for as it
+always does: `python -m` in the working folder first (`python -P -m` does not), and both there where
+`PYTHONPATH` has an empty entry.
+
 ## Signals
 
 SIGINT (Ctrl-C), SIGTERM and SIGHUP end a verb with 130, 143 and 129. Training finishes its step and saves

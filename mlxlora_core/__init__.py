@@ -10,8 +10,8 @@ What is named here is for people; it is loaded when it is first asked for.
 Plugins import ``mlxlora_core.api``, ``.ops`` and ``.files``.
 """
 
-from __future__ import annotations
-
+# No import before that of our own modules: ``python -m mlxlora_core`` begins here, and Python would look
+# for it, even for ``__future__``, in the working folder.
 from mlxlora_core.version import __version__ as __version__
 
 __all__ = [

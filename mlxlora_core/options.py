@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 from mlxlora_core.errors import UsageError, listing, nearest
-from mlxlora_core.path_text import path_text, text_path
+from mlxlora_core.path_text import check_path, path_text, text_path
 
 T = TypeVar("T")
 
@@ -314,12 +314,13 @@ def _str(value: Any) -> str:
 
 
 def _path(value: Any) -> Path:
-    if isinstance(value, Path) or (isinstance(value, str) and value and "\0" not in value):
-        try:
-            return text_path(str(value)).expanduser()
-        except RuntimeError as fault:  # ~ of a user that is not there
-            raise ValueError(f"wanted a path, got {str(value)!r} ({fault})") from fault
-    raise ValueError(f"wanted a path, got {value!r}")
+    if not isinstance(value, (str, Path)):
+        raise ValueError(f"wanted a path, got {_shown(value)}")
+    check_path(str(value))
+    try:
+        return text_path(str(value)).expanduser()
+    except RuntimeError as fault:  # ~ of a user that is not there
+        raise ValueError(f"wanted a path, got {str(value)!r} ({fault})") from fault
 
 
 _READERS = {bool: _bool, int: _int, float: _float, str: _str, Path: _path}

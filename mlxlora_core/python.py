@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.files import lock
+from mlxlora_core.model.located import locate_model
 from mlxlora_core.options import divide
 from mlxlora_core.plugins.blame import told
 from mlxlora_core.plugins.defaults import DEFAULT_RECIPE, DEFAULT_SAMPLER
@@ -274,7 +275,7 @@ def fuse(
     """Write a model folder with an adapter's change in its weights.
 
     Args:
-        model: the folder of the base.
+        model: the base, by whatever :func:`load` takes.
         adapter_file: an adapter made for it.
         save_path: the folder to write.
         adapter: insist on this one.
@@ -296,12 +297,13 @@ def fuse(
         PluginError: no such plugin, or one that breaks its contract.
     """
     found = registry(plugins)
-    base, target = Path(model), Path(save_path)
+    target = Path(save_path)
     with told(found.plugins), lock.hold(target):
         prepare(found)
         from mlxlora_core.model.events import result_of
         from mlxlora_core.model.fuse import fuse as fused
 
+        base = locate_model(model).path
         file = file_of(adapter_file, base_mismatch, adapter, options)
         return result_of(fused(base, file, target, found, dequantize=dequantize, overwrite=overwrite))
 
@@ -320,7 +322,7 @@ def export(
     """Write a model, with or without an adapter, in the form of another tool.
 
     Args:
-        model: a model folder.
+        model: by whatever :func:`load` takes.
         to: the exporter.
         out: the folder to write.
         adapter_file: an adapter made for the model, to put into the weights.
@@ -342,12 +344,13 @@ def export(
     """
     found = registry(plugins)
     exporter, _ = configure(found.find("exporter", to), options)
-    base, target = Path(model), Path(out)
+    target = Path(out)
     with told(found.plugins), lock.hold(target):
         prepare(found)
         from mlxlora_core.model.events import result_of
         from mlxlora_core.model.export import export as exported
 
+        base = locate_model(model).path
         adapter = file_of(adapter_file, base_mismatch) if adapter_file is not None else None
         return result_of(exported(base, target, exporter, found, fused=adapter, overwrite=overwrite))
 

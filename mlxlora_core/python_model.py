@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +14,7 @@ from mlxlora_core.errors import UsageError
 from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.machine.signals import Interrupted
+from mlxlora_core.model.located import locate_model
 from mlxlora_core.options import explain, option, parse
 from mlxlora_core.plugins import Registry, start_runtimes
 from mlxlora_core.plugins import load as load_plugins
@@ -163,10 +164,11 @@ def load(
     base_mismatch: str = "refuse",
     plugins: Sequence[str] = (),
 ) -> Model:
-    """Read a model folder and, if it is named, the adapter for it.
+    """Read a model and, if it is named, the adapter for it.
 
     Args:
-        path: a model folder, as ``mlxlora convert`` makes it.
+        path: a model folder, as ``mlxlora convert`` makes it, or any other model that
+            ``--model`` takes: ``package:NAME/FILE``, or ``org/name`` on the Hub.
         adapter_file: an adapter file made for this model.
         base_mismatch: as for :meth:`Model.load_adapter`.
         plugins: as for :func:`registry`.
@@ -182,7 +184,9 @@ def load(
     from mlxlora_core.model import loading
 
     with told(found.plugins):
-        model = Model(loading.load(Path(path), found), found, runtimes)
+        place = locate_model(path)
+        base = replace(loading.load(place.path, found), name=place.name if place.revision else "")
+        model = Model(base, found, runtimes)
     if adapter_file is None:
         return model
     return model.load_adapter(adapter_file, base_mismatch=base_mismatch)

@@ -67,10 +67,14 @@ class WeightLoader(Spec):
         open: the checkpoint at a path. Memory in use while its tensors are
             read one after another must not grow with the model, no code found
             in a file may run, and a missing or damaged part is an error.
+        dtype: type of the weights in a model folder that is made of such a
+            checkpoint, where nobody says another: ``float16``, ``bfloat16``,
+            ``float32``, or ``stored`` for that of each tensor as it is.
     """
 
     detect: Callable[[Path], bool]
     open: Callable[[Path, Any], ForeignModel]
+    dtype: str = "stored"
 
 
 # --- tokenizers ---------------------------------------------------------------

@@ -16,6 +16,7 @@ from contextlib import suppress
 
 from mlxlora_core.cli import streams
 from mlxlora_core.machine import signals
+from mlxlora_core.machine.children import forget_working_folder
 
 _end = os._exit  # as it is before plugins are kept from it
 
@@ -26,6 +27,7 @@ GRACE_SECONDS = 5.0
 def main() -> None:
     """Run the command line and leave with a documented exit code."""
     signals.install()
+    forget_working_folder()
     streams.open_streams()
     warnings.showwarning = streams.tell_warning
     code = execute(sys.argv[1:])

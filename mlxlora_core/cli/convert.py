@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from mlxlora_core.cli import declare, show
+from mlxlora_core.cli.model import located
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError, listing
-from mlxlora_core.model.events import SpaceNeeded, TensorConverted, describe_conversion
+from mlxlora_core.model.events import describe_conversion
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.defaults import DEFAULT_QUANTIZER
 from mlxlora_core.plugins.sections import QuantizeConfig
 from mlxlora_core.runs.recipe import check_sections, choose, overrides
 
-if TYPE_CHECKING:
-    from mlxlora_core.model.convert import ConvertReport
-
 
 @verb(
-    click.option("--torch-path", type=declare.INPUT, required=True, help="Folder or file of the checkpoint."),
+    click.option(
+        "--torch-path",
+        "--model",
+        "source",
+        type=declare.NAME_OR_PATH,
+        required=True,
+        help=f"Checkpoint: a folder with consolidated.00.pth, or any other: {declare.SOURCES}.",
+    ),
     click.option(
         "--mlx-path",
         type=declare.OUTPUT_FOLDER,
@@ -38,10 +41,8 @@ if TYPE_CHECKING:
     click.option("--q-bits", metavar="BITS", help="Bits a weight. [default: 4]"),
     click.option(
         "--dtype",
-        type=click.Choice(["float16", "bfloat16", "float32"]),
-        default="float16",
-        show_default=True,
-        help="Type of the weights.",
+        type=click.Choice(["stored", "float16", "bfloat16", "float32"]),
+        help="Type of the weights; stored keeps each as it is. [default: float16 of a .pth, else stored]",
     ),
     click.option(
         "--format",
@@ -59,12 +60,12 @@ if TYPE_CHECKING:
 )
 def command(
     registry: Registry,
-    torch_path: Path,
+    source: str,
     mlx_path: Path,
     quantize: bool,
     q_group_size: str | None,
     q_bits: str | None,
-    dtype: str,
+    dtype: str | None,
     file_format: str,
     loader: str | None,
     quantizer: str,
@@ -88,11 +89,12 @@ def command(
     read = choose("loader", loader, given.get("loader", {}), registry)[0] if loader else None
     hold(mlx_path)
     start(registry)
-    from mlxlora_core.model.convert import convert
+    from mlxlora_core.model.convert import ConvertReport, convert
 
     started = time.perf_counter()
+    found = located(source)
     events = convert(
-        torch_path,
+        found.path,
         mlx_path,
         registry,
         loader=loader,
@@ -102,24 +104,12 @@ def command(
         quantization=chosen,
         quantize_config=which,
         overwrite=overwrite,
+        name=found.name if found.revision else "",
     )
-    result = _follow(events).values()
+    result = show.writing("converting", events, ConvertReport).values()
     if as_json:
         show.as_json(result)
         return
     for line in describe_conversion(result):
         show.result(line)
     show.result(f"{mlx_path} written in {time.perf_counter() - started:.1f} s")
-
-
-def _follow(events: Iterator[SpaceNeeded | TensorConverted | ConvertReport]) -> ConvertReport:
-    """Show how a conversion goes on; its report."""
-    with show.Bar() as bar:
-        for event in events:
-            if isinstance(event, SpaceNeeded):
-                show.progress(event.text)
-            elif isinstance(event, TensorConverted):
-                bar.move("converting", event.done, event.count)
-            else:
-                return event
-    raise AssertionError("the report comes last")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mlxlora_core.options import Option, explain, items, parse
+from mlxlora_core.path_text import check_path
 from mlxlora_core.plugins.defaults import DEFAULT_SAMPLER
 from mlxlora_core.training import sources
 
@@ -37,8 +38,10 @@ class PathType(_ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """The value as a path."""
-        if not str(value) or "\0" in str(value):
-            self.fail(f"wanted a path, got {str(value)!r}", param, ctx)
+        try:
+            check_path(str(value))
+        except ValueError as fault:
+            self.fail(str(fault), param, ctx)
         return Path(value)
 
 
@@ -57,8 +60,16 @@ INPUT, OUTPUT_FILE, OUTPUT_FOLDER = PathType(), PathType("file"), PathType("fold
 NAME_OR_PATH = NameOrPathType()
 
 # What several verbs have, and mean the same by.
+SOURCES = (
+    "Hugging Face or mlx-lm folder, GGUF file, package:NAME/FILE of an installed distribution, "
+    "ORG/NAME[@REVISION] on the Hub"
+)
 MODEL = click.option(
-    "--model", type=INPUT, default=Path("mlx_model"), show_default=True, help="Model folder."
+    "--model",
+    type=NAME_OR_PATH,
+    default="mlx_model",
+    show_default=True,
+    help=f"Model folder, or any other model: {SOURCES}.",
 )
 DEFAULT_ADAPTER_FILE = Path("adapters.safetensors")  # what train writes, and others read where it is
 ADAPTER_FILE = click.option(

@@ -29,7 +29,7 @@ from mlxlora_core.training.sources import read_data
 )
 def command(
     registry: Registry,
-    model: Path,
+    model: str,
     data: Path,
     columns: tuple[str, ...],
     adapter_file: Path | None,

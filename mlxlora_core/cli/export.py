@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from mlxlora_core.cli import declare, show
+from mlxlora_core.cli.model import located
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.plugins import Registry
@@ -33,7 +34,7 @@ from mlxlora_core.runs.stages.export import describe_export
 def command(
     registry: Registry,
     to: str,
-    model: Path,
+    model: str,
     adapter_file: Path | None,
     adapter: str | None,
     base_mismatch: str,
@@ -61,9 +62,10 @@ def command(
     started = time.perf_counter()
     values, any_base = given.get("adapter", {}), base_mismatch == "allow"
     fused = AdapterFile(adapter_file, adapter, values, any_base) if adapter_file else None
+    base = located(model).path
     with show.Bar() as bar:
         for event in export(
-            model,
+            base,
             out,
             exporter,
             registry,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlxlora_core.cli import declare, show
+from mlxlora_core.cli.model import located
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.recipe import check_sections, overrides
@@ -38,7 +39,7 @@ ROUNDED_AWAY = 0.5
 )
 def command(
     registry: Registry,
-    model: Path,
+    model: str,
     adapter_file: Path,
     adapter: str | None,
     base_mismatch: str,
@@ -62,11 +63,8 @@ def command(
     from mlxlora_core.model.fuse import FuseReport, fuse
 
     file = AdapterFile(adapter_file, adapter, given.get("adapter", {}), base_mismatch == "allow")
-    for event in fuse(model, file, save_path, registry, dequantize=dequantize, overwrite=overwrite):
-        if isinstance(event, FuseReport):
-            _show(event, save_path, as_json)
-        else:
-            show.progress(event.text)
+    events = fuse(located(model).path, file, save_path, registry, dequantize=dequantize, overwrite=overwrite)
+    _show(show.writing("fusing", events, FuseReport), save_path, as_json)
 
 
 def _show(report: FuseReport, save_path: Path, as_json: bool) -> None:

@@ -45,7 +45,7 @@ SILENCE_SECONDS = 10  # for what comes from a stdin that does not block
 )
 def command(
     registry: Registry,
-    model: Path,
+    model: str,
     prompt: str,
     adapter_file: Path | None,
     no_adapter: bool,

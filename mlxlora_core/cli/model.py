@@ -6,13 +6,14 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.cli import show
 from mlxlora_core.cli.declare import DEFAULT_ADAPTER_FILE
 from mlxlora_core.errors import ModelError, UsageError
+from mlxlora_core.model.located import LocatedModel, is_path, locate_model
 from mlxlora_core.options import explain
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.runs.recipe import choose_samplers
@@ -26,14 +27,26 @@ if TYPE_CHECKING:
     from mlxlora_core.training.examples import Examples
 
 
-def load_base(folder: Path, registry: Registry) -> Model:
-    """The model in a folder; what there is to tell of it is told."""
+def located(model: str) -> LocatedModel:
+    """Where the model is that a command line names; fetched, and told, where it is on the Hub."""
+    if not is_path(model):
+        show.progress(f"looking for {model}")
+    found = locate_model(model)
+    for note in found.notes:
+        show.progress(note)
+    if found.revision:
+        show.progress(f"{found.name} is {found.path}")
+    return found
+
+
+def load_base(model: LocatedModel, registry: Registry) -> Model:
+    """A model that was found; what there is to tell of it is told."""
     from mlxlora_core.model.loading import load
 
-    model = load(folder, registry)
-    if model.note:
-        show.progress(model.note)
-    return model
+    base = load(model.path, registry)
+    for note in (*base.notes, *([base.note] if base.note else [])):
+        show.progress(note)
+    return replace(base, name=model.name if model.revision else "")
 
 
 @dataclass(frozen=True)
@@ -72,11 +85,11 @@ def asked_adapter(
     return None
 
 
-def load_adapted(folder: Path, asked: AskedAdapter | None, registry: Registry) -> tuple[Model, str]:
+def load_adapted(name: str, asked: AskedAdapter | None, registry: Registry) -> tuple[Model, str]:
     """A model with the adapter that is asked for, and which one that is in words."""
     from mlxlora_core.model import adapters
 
-    model = load_base(folder, registry)
+    model = load_base(located(name), registry)
     if asked is None:
         return model, "without an adapter: this was the model itself"
     try:

@@ -16,6 +16,7 @@ from mlxlora_core.errors import one_line
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.defaults import DEFAULT_RECIPE
 from mlxlora_core.runs import pipeline
+from mlxlora_core.runs.base import pinned
 from mlxlora_core.runs.events import Event, RunStarted, StageDone, StageStarted
 from mlxlora_core.runs.folder import REPORT, RunFolder
 from mlxlora_core.runs.grading import describe_change, describe_rows
@@ -51,7 +52,7 @@ def command(
     resolved = read(find_recipe(recipe or DEFAULT_RECIPE, registry), sets, registry)
     if dry_run:
         check_samplers(resolved.sampler)
-        _dry_run(resolved, as_json)
+        _dry_run(pinned(resolved, fetch=False)[0], as_json)
         return
     hold(resolved.folder)
     runtimes = start(registry)

@@ -41,6 +41,14 @@ JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print the re
 class Verb(click.Command):
     """A command whose help shows the options under the titles that they were declared with."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the command line; every fault of it is one of this verb, which click does not always say."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as fault:
+            fault.ctx = fault.ctx or ctx
+            raise
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, section by section."""
         for title, options in declare.sections(self, ctx).items():

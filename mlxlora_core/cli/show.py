@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mlxlora_core.cli import streams
 from mlxlora_core.errors import bounded, one_line, short
 from mlxlora_core.files.documents import finite
+from mlxlora_core.model.events import SpaceNeeded, TensorWritten
 from mlxlora_core.plugins import Plugin
 from mlxlora_core.training.events import (
     Advanced,
@@ -138,6 +139,19 @@ def to_its_end(work: Generator[Advanced, None, T]) -> T:
                 value: T = end.value
                 return value
             bar.move(event.what, event.done, event.count)
+
+
+def writing(what: str, events: Iterable[SpaceNeeded | TensorWritten | T], report: type[T]) -> T:
+    """Show how far the writing of a model is, over a bar; its report, of type ``report``."""
+    with Bar() as bar:
+        for event in events:
+            if isinstance(event, report):
+                return event
+            if isinstance(event, TensorWritten):
+                bar.move(what, event.done, event.count)
+            elif isinstance(event, SpaceNeeded):
+                progress(event.text)
+    raise AssertionError("the report comes last")
 
 
 def training(bar: Bar) -> Callable[[TrainEvent], None]:

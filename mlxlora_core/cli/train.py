@@ -11,7 +11,15 @@ import click
 
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.command_line import resume_command
-from mlxlora_core.cli.model import chosen_samplers, continue_prompt, given_text, load_base, measure, read_test
+from mlxlora_core.cli.model import (
+    chosen_samplers,
+    continue_prompt,
+    given_text,
+    load_base,
+    located,
+    measure,
+    read_test,
+)
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain, plain
@@ -120,7 +128,7 @@ if TYPE_CHECKING:
 )
 def command(
     registry: Registry,
-    model: Path,
+    model: str,
     data: Path,
     adapter_file: Path,
     resume_adapter_file: Path | None,
@@ -142,7 +150,8 @@ def command(
     asked = _check(registry, checkpoints, given, speaks=prompt is not None)
     outputs = Outputs(adapter_file, checkpoints, metrics_file, asked.save, resume_command(resume=True))
     click.get_current_context().with_resource(held(outputs))
-    check_outputs(outputs, inputs_of(model, data, resume_adapter_file))
+    place = located(model)
+    check_outputs(outputs, inputs_of(place.path, data, resume_adapter_file))
     found, folder = find_for(asked.how, checkpoints), open_folder(checkpoints)
     refuse_finished(adapter_file, asked.how)
     rows = _rows(data, asked.columns, test=test)
@@ -152,7 +161,7 @@ def command(
 
     # A sampler that is faulty is told now and not when hours of training are over.
     check_samplers(asked.samplers)
-    base = load_base(model, registry)
+    base = load_base(place, registry)
     test_rows = rows.pop("test") if test else None
     if prompt is not None:  # one that does not fit is told now, too
         fitting_ids(base.language_model, base.tokenizer, asked.generate.asked(given_text(prompt)))
@@ -164,9 +173,9 @@ def command(
     held_out = read_test(base, test_rows, asked.train) if test_rows is not None else None
     facts = circumstances(adapter_file.stem, seed, _origins(given), registry, runtimes)
     lengths = length_counts(session.rows["train"].lengths)
-    record = TrainingRecord(folder, facts, _settings(asked, model, data, seed), lengths)
+    record = TrainingRecord(folder, facts, _settings(asked, place.name, data, seed), lengths)
     events = record.keep(session.start(asked.how, found))
-    info = _info(adapter_file, model, data, asked)
+    info = _info(adapter_file, place.name, data, asked)
     trained = _follow(observed(events, asked.observers, info, event_values))
     of_best = f", of step {trained.adapter_step}, the best" if asked.train.patience is not None else ""
     show.progress(f"{adapter_file} written{of_best}; {checkpoints / REPORT} shows the training")
@@ -258,13 +267,13 @@ def _adapter(asked: _Asked, path: Path | None) -> NewAdapter | AdapterFile:
     return NewAdapter(*asked.adapter)
 
 
-def _settings(asked: _Asked, model: Path, data: Path, seed: int) -> dict[str, Any]:
+def _settings(asked: _Asked, model: str, data: Path, seed: int) -> dict[str, Any]:
     """What the training was begun with, in the sections of a recipe."""
     choice, config = asked.adapter
     columns = [f"{name}={column}" for name, column in asked.columns.items()]
     sections = {
         "run": {"seed": seed},
-        "model": {"mlx_path": plain(model)},
+        "model": {"mlx_path": model},
         "data": {"use": "jsonl", "options": {"path": plain(data), "columns": columns}},
         "adapter": {"use": choice.component.id, **plain(config), "options": plain(choice.options)},
         "train": plain(asked.train),
@@ -282,10 +291,10 @@ def _origins(given: dict[str, Any]) -> dict[str, str]:
     } | dict.fromkeys(("model.mlx_path", "data.path"), "command line")
 
 
-def _info(adapter_file: Path, model: Path, data: Path, asked: _Asked) -> RunInfo:
+def _info(adapter_file: Path, model: str, data: Path, asked: _Asked) -> RunInfo:
     """What observers are told of the training before it begins."""
     settings = {
-        "model": plain(model),
+        "model": model,
         "data": plain(data),
         "adapter": {**plain(asked.adapter[0].options), **plain(asked.adapter[1])},
         "train": plain(asked.train),

@@ -96,7 +96,8 @@ def _tell(fault: BaseException) -> int:
         return ExitCode.USAGE
     if isinstance(fault, click.UsageError):
         command = fault.ctx.command_path if fault.ctx else "mlxlora"
-        return _say(f"{fault.format_message().rstrip('.')}. See: {command} --help", ExitCode.USAGE)
+        what = fault.format_message().rstrip(".")
+        return _say(f"{what}{'' if what.endswith('?') else '.'} See: {command} --help", ExitCode.USAGE)
     known = fault if isinstance(fault, MlxloraError) else exhausted(fault)
     if known is not None:
         return _say(str(known), known.exit_code)

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 from mlxlora_core.errors import ResourceError, SafetyError
 from mlxlora_core.files.exchange import exchange
 from mlxlora_core.files.leftovers import GONE, NEW, OLD, beside, clear_leftovers
+from mlxlora_core.path_text import too_long
 
 # What a file system says that has nothing to flush by.
 _NO_FLUSHING = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
@@ -393,8 +394,6 @@ def _disk_faults(path: Path, verb: str = "written") -> Iterator[None]:
         yield
     except OSError as fault:
         full = fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise ResourceError(
-            f"cannot be {verb}: {fault.strerror or fault}",
-            where=path,
-            fix="free some space" if full else f"name a place that can be {verb}",
-        ) from fault
+        said = f"cannot be {verb}: {fault.strerror or fault}"
+        fix = "free some space" if full else f"name a place that can be {verb}"
+        raise too_long(fault, path) or ResourceError(said, where=path, fix=fix) from fault

@@ -21,6 +21,7 @@ from mlxlora_core.errors import LockedError, ModelError, ResourceError, SafetyEr
 from mlxlora_core.files.documents import parse_form
 from mlxlora_core.files.durable import place_of
 from mlxlora_core.files.forms import Map, Text
+from mlxlora_core.path_text import too_long
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # the same in every container of a machine
 _HEAD = b'{"process": "'  # how each lock file begins
@@ -49,7 +50,7 @@ def hold(target: Path) -> Iterator[None]:
     except OSError as fault:
         fixes = dict.fromkeys(_NO_LOCKS, "name a place on a local disk")
         fixes |= dict.fromkeys(_NO_WRITING, "name a place that can be written")
-        raise ResourceError(
+        raise too_long(fault, target) or ResourceError(
             f"cannot be locked against a second run: {fault.strerror or fault}",
             where=target,
             fix=fixes.get(fault.errno or 0, ""),

@@ -1,6 +1,8 @@
-"""Python in a process of its own that runs no module of the working folder."""
+"""No module of the working folder is run: not in this process, nor in a Python that it starts.
 
-from __future__ import annotations
+Only what every Python has loaded when it begins is imported here, for until
+:func:`forget_working_folder` is called it would be looked for there.
+"""
 
 import os
 import sys
@@ -12,9 +14,25 @@ def safe_python(*arguments: str) -> list[str]:
 
 
 def safe_environment() -> dict[str, str]:
-    """The variables of this process, without what would let a child look for modules where it stands.
+    """The variables of this process, without what would let a child look for modules where it stands."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, _entries())), "PYTHONSAFEPATH": "1"}
 
-    An empty entry of ``PYTHONPATH``, as ``PYTHONPATH=$PYTHONPATH:folder`` leaves it, is the working folder.
+
+def forget_working_folder() -> None:
+    """Look for no module in the working folder where only an empty entry of ``PYTHONPATH`` stands for it."""
+    entries = _entries()
+    try:
+        here = os.getcwd()
+    except OSError:  # it is gone
+        return
+    if "" in entries and here not in map(os.path.abspath, filter(None, entries)):
+        sys.path[:] = [entry for entry in sys.path if entry not in ("", here)]
+
+
+def _entries() -> list[str]:
+    """Those of ``PYTHONPATH``, of which Python takes an empty one for the working folder.
+
+    ``PYTHONPATH=$PYTHONPATH:folder`` leaves one where there was none before.
     """
-    path = os.pathsep.join(entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry)
-    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    path = os.environ.get("PYTHONPATH", "")
+    return path.split(os.pathsep) if path else []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 
-from mlxlora_core.errors import ResourceError
+from mlxlora_core.errors import ResourceError, UsageError
+from mlxlora_core.path_text import too_long
 
 #: what the operating system says when a limit of the machine or of the user is reached
 LIMITS = {
@@ -22,7 +23,6 @@ LIMITS = {
     errno.EAGAIN,
     errno.ENOLCK,
     errno.ENOBUFS,
-    errno.ENAMETOOLONG,
     errno.ELOOP,
 }
 
@@ -46,8 +46,11 @@ _NO_MEMORY = (
 _NO_GPU = ("command buffer execution failed", "cuda error", "gpu timeout")
 
 
-def exhausted(fault: BaseException) -> ResourceError | None:
-    """The error that a fault of disk, memory, GPU or a limit is for the user; None for any other fault."""
+def exhausted(fault: BaseException) -> ResourceError | UsageError | None:
+    """The error that a fault of disk, memory, GPU or a limit is for the user; None for any other fault.
+
+    A name that is too long is the fault of whoever gave it.
+    """
     said = _said(fault)
     if isinstance(fault, MemoryError) or _tells(fault, said, _NO_MEMORY):
         return ResourceError(
@@ -56,10 +59,12 @@ def exhausted(fault: BaseException) -> ResourceError | None:
         )
     if isinstance(fault, RuntimeError) and _tells(fault, said, _NO_GPU):
         return ResourceError(f"the GPU gave up: {fault}", fix="give the same command again")
-    if isinstance(fault, OSError) and fault.errno in LIMITS:
-        where = os.fsdecode(fault.filename) if isinstance(fault.filename, (str, bytes)) else ""
+    if not isinstance(fault, OSError):
+        return None
+    where = os.fsdecode(fault.filename) if isinstance(fault.filename, (str, bytes)) else ""
+    if fault.errno in LIMITS:
         return ResourceError(str(fault.strerror), where=where, fix="free it, raise the limit or name another")
-    return None
+    return too_long(fault, where)
 
 
 def _said(fault: BaseException) -> str:

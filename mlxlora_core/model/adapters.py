@@ -161,6 +161,7 @@ def save(path: Path, model: Model, adapted: Adapted) -> None:
         "config": plain(adapted.config),
         "paths": list(adapted.paths),
         "base": model.fingerprint,
+        **({"base_name": model.name} if model.name else {}),
         "versions": {"mlxlora": __version__, component.plugin.distribution: component.plugin.version},
     }
     metadata = {METADATA: json.dumps(record, sort_keys=True)}

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora_core.errors import ModelError, SafetyError, UsageError, listing
+from mlxlora_core.model.folder import SOURCE
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import linears
 from mlxlora_core.model.tokenizers import FILES
@@ -26,7 +27,7 @@ _CODE_KEYS = ("auto_map", "model_file")
 # layout -> the key that says which family a model is of
 _TYPE_KEYS = {"gguf": "general.architecture"}
 # Keys of config.json that are core's own, whatever the architecture.
-_CORE_KEYS = ("model_type", "quantizer", "quantization", "quantized", FILES)
+_CORE_KEYS = ("model_type", "quantizer", "quantization", "quantized", FILES, SOURCE)
 
 
 def find_architecture(config: Mapping[str, Any], registry: Registry, where: Path) -> Component:

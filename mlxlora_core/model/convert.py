@@ -17,8 +17,8 @@ from mlxlora_core.files.tensor_checks import is_finite, type_name
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.model import folder as model_folder
-from mlxlora_core.model.events import SpaceNeeded, TensorConverted
-from mlxlora_core.model.folder import CONFIG
+from mlxlora_core.model.events import SpaceNeeded, TensorWritten
+from mlxlora_core.model.folder import CONFIG, SOURCE
 from mlxlora_core.model.foreign import OpenedModel, open_foreign
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import linears
@@ -45,7 +45,6 @@ class _Tally:
     quantized: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)  # packed already in the checkpoint
     left_dense: list[str] = field(default_factory=list)
-    widths: set[int] = field(default_factory=set)
     squared_error: float = 0.0
     squared_weight: float = 0.0
 
@@ -98,12 +97,13 @@ def convert(
     *,
     loader: str | None = None,
     loader_options: Any = None,
-    dtype: str = "float16",
+    dtype: str | None = None,
     file_format: str = "safetensors",
     quantization: Choice | None = None,
     quantize_config: QuantizeConfig = _NOT_THE_HEAD,
     overwrite: bool = False,
-) -> Iterator[SpaceNeeded | TensorConverted | ConvertReport]:
+    name: str = "",
+) -> Iterator[SpaceNeeded | TensorWritten | ConvertReport]:
     """Turn a foreign model into a model folder, in memory that does not grow with the model.
 
     Args:
@@ -112,11 +112,13 @@ def convert(
         registry: where loaders and architectures are looked up.
         loader: which weight loader; None asks each whether it knows the folder.
         loader_options: of the loader; None for its defaults.
-        dtype: ``float16``, ``bfloat16`` or ``float32``, or ``stored`` for that of each tensor as it is.
+        dtype: ``float16``, ``bfloat16`` or ``float32``, or ``stored`` for that of each tensor as it
+            is; None for what the loader says of its checkpoints.
         file_format: ``safetensors`` or ``npz``.
         quantization: how to quantize the linears, or None.
         quantize_config: which of them.
         overwrite: whether a model folder that is there may be replaced.
+        name: by which the source is found again, such as ``org/name@commit``, to be kept in config.json.
 
     Yields:
         What disk and memory must hold, each tensor as it is written, and the report.
@@ -127,18 +129,20 @@ def convert(
         SafetyError: the target holds something else, or a file wants to run code.
         ResourceError: disk or memory is too small.
     """
-    if file_format == "npz" and dtype == "bfloat16":
-        raise UsageError("npz cannot hold bfloat16", fix="use --dtype float16, or --format safetensors")
     ours = model_folder.holds_only_a_model
     check_output_folder(target, [source, *paths_in(loader_options)], overwrite=overwrite, ours=ours)
     opened = open_foreign(source, registry, loader, loader_options)
     config, tensors = folder_form(opened)
+    config |= {SOURCE: name} if name else {}
     if quantization is not None and QUANTIZATION in config:
         raise UsageError(f"{source} is quantized already", fix="leave -q out: its bits are kept as they are")
     packed = _to_quantize(opened.model, quantize_config) if quantization else set()
-    types = _types(opened, tensors, dtype)
+    types = _types(opened, tensors, _dtype(opened, dtype))
+    _refuse_types(types, file_format)
     disk = _need(tensors, packed, types, target)
     yield SpaceNeeded(f"{disk}; {_memory(tensors, packed, types)}")
+    if quantization is not None:
+        _check_takes_some({(tensors[name].shape, types[name]) for name in packed}, len(packed), quantization)
     tally = _tally(opened)
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as folder:
         stream = _stored(tensors, packed, types, quantization, tally, source)
@@ -146,7 +150,7 @@ def convert(
         most = len(tensors) * (len(quantization.component.spec.parts) if quantization else 1)
         for written in tensor_file.saving(folder / WEIGHTS[file_format], stream, {}, most=most):
             if isinstance(written, str):
-                yield TensorConverted(written, tally.tensors, len(tensors))
+                yield TensorWritten(written, tally.tensors, len(tensors))
             else:
                 size = written.bytes
         _write_beside(folder, opened, config, quantization, tally)
@@ -156,16 +160,25 @@ def convert(
 def _write_beside(
     folder: Path, opened: OpenedModel, config: Mapping[str, Any], quantization: Choice | None, tally: _Tally
 ) -> None:
-    """Write what stands beside the weights: the tokenizer's files and config.json.
-
-    Raises:
-        UsageError: nothing was quantized that should have been.
-    """
-    if quantization is not None and not tally.quantized:
-        raise _nothing_quantized(quantization, tally)
+    """Write what stands beside the weights: the tokenizer's files and config.json."""
     for name, path in opened.tokenizer.files.items():
         durable.copy_file(path, folder / name)
     durable.write_json(folder / CONFIG, {**config, **_quantized_config(quantization, tally.quantized)})
+
+
+def _dtype(opened: OpenedModel, asked: str | None) -> str:
+    """The type that is asked for, or else what the loader says of its checkpoints."""
+    if asked is not None:
+        return asked
+    told: str = opened.loader.spec.dtype
+    if told not in (STORED, *DTYPES):
+        raise opened.loader.breach("dtype", repr(told), listing((STORED, *DTYPES)))
+    return told
+
+
+def _refuse_types(types: Mapping[str, mx.Dtype], file_format: str) -> None:
+    if file_format == "npz" and mx.bfloat16 in types.values():
+        raise UsageError("npz cannot hold bfloat16", fix="use --dtype float16, or --format safetensors")
 
 
 def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:
@@ -277,7 +290,6 @@ def _quantized(
     packed = pack(weight, quantization)
     if packed is None:
         tally.left_dense.append(path)
-        tally.widths.add(weight.shape[-1])
         yield f"{path}.weight", weight
         return
     exact = weight.astype(mx.float32)
@@ -287,13 +299,28 @@ def _quantized(
     yield from ((f"{path}.{name}", part) for name, part in packed.parts.items())
 
 
-def _nothing_quantized(quantization: Choice, tally: _Tally) -> UsageError:
-    """The error for a model of which the quantizer takes no linear, so that it would be no smaller."""
+def _check_takes_some(
+    weights: Collection[tuple[tuple[int, ...], mx.Dtype]], count: int, quantization: Choice
+) -> None:
+    """Refuse, before any work, a quantizer that would take no linear, so that the model would be no smaller.
+
+    Args:
+        weights: shape and type of those that it will be asked about; small ones are tried first, with zeros
+            in them, for whether it takes one is a matter of shape and type.
+        count: of these weights.
+        quantization: the quantizer.
+
+    Raises:
+        UsageError: it leaves all of them as they are.
+    """
+    small_first = sorted(weights, key=lambda weight: math.prod(weight[0]))
+    if any(pack(mx.zeros(shape, dtype), quantization) for shape, dtype in small_first):
+        return
     options = ", ".join(f"{key} {value}" for key, value in plain(quantization.options).items())
-    widths = listing(sorted(tally.widths))
+    widths = listing(sorted({shape[-1] for shape, _ in weights}))
     name = quantization.component.spec.name
-    return UsageError(
-        f"nothing is quantized: quantizer '{name}' ({options}) leaves all {len(tally.left_dense)} linears "
+    raise UsageError(
+        f"nothing is quantized: quantizer '{name}' ({options}) leaves all {count} linears "
         f"as they are, which have {widths} inputs",
         fix="choose options that take them, such as a --q-group-size that divides these, or leave -q out",
     )

@@ -20,8 +20,8 @@ class SpaceNeeded:
 
 
 @dataclass(frozen=True)
-class TensorConverted:
-    """A tensor was read, converted and written.
+class TensorWritten:
+    """A tensor was read, made what it is to be, and written.
 
     Attributes:
         name: of the tensor in the model.
@@ -34,10 +34,10 @@ class TensorConverted:
     count: int
 
 
-def result_of(events: Iterable[SpaceNeeded | TensorConverted | T]) -> T:
+def result_of(events: Iterable[SpaceNeeded | TensorWritten | T]) -> T:
     """Let the work be done, and take its result: the last event."""
     (result,) = deque(events, maxlen=1)
-    assert not isinstance(result, SpaceNeeded | TensorConverted), "the result comes last"
+    assert not isinstance(result, SpaceNeeded | TensorWritten), "the result comes last"
     return result
 
 

@@ -14,6 +14,7 @@ from mlxlora_core.model.tokenizers import FILES, tokenizer_files
 from mlxlora_core.model.weights import WEIGHTS, weight_files
 
 CONFIG = "config.json"
+SOURCE = "source"  # the key of config.json that names what it was made of, where that has a name
 
 _CONFIG_BYTES = 1 << 20
 

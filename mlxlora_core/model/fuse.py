@@ -18,15 +18,16 @@ from mlxlora_core.model import adapters, loading
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.convert import DTYPES, cast
-from mlxlora_core.model.events import SpaceNeeded
-from mlxlora_core.model.folder import CONFIG
-from mlxlora_core.model.linears import Quantized, QuantizedLinear, dense_weight, parameters
+from mlxlora_core.model.events import SpaceNeeded, TensorWritten
+from mlxlora_core.model.folder import CONFIG, SOURCE
+from mlxlora_core.model.linears import Quantized, dense_weight, parameters
 from mlxlora_core.model.loading import Model
 from mlxlora_core.model.memory import require_for
 from mlxlora_core.model.quantization import pack, without_quantization
 from mlxlora_core.model.stored import StoredModel, bytes_of, open_stored
 from mlxlora_core.model.weights import SMALLER, WEIGHTS
 from mlxlora_core.plugins import Registry
+from mlxlora_core.values import LazyTensor
 
 PROBE_TOKENS = 64
 
@@ -64,7 +65,7 @@ def fuse(
     *,
     dequantize: bool = False,
     overwrite: bool = False,
-) -> Iterator[SpaceNeeded | FuseReport]:
+) -> Iterator[SpaceNeeded | TensorWritten | FuseReport]:
     """Write a model folder whose linears do what base and adapter do together.
 
     Tensors that the adapter does not touch are copied byte for byte. A
@@ -81,7 +82,7 @@ def fuse(
         overwrite: whether a model folder that is there may be replaced.
 
     Yields:
-        What the disk must hold, what memory, and the report.
+        What the disk must hold, what memory, each tensor as it is written, and the report.
 
     Raises:
         UsageError: the target is the base, or holds the adapter.
@@ -100,16 +101,13 @@ def fuse(
     base = _logits(model, probe)
     adapted = adapters.load_file(adapter, model, registry)
     tuned = _logits(model, probe)
-    tensors = {name: tensor.read() for name, tensor in stored.tensors.items()}
-    changed = _fused(model, adapted, tensors, folder, dequantize)
-    tensors = (_made_dense(model, adapted, tensors, folder) if dequantize else tensors) | changed
-    weights = WEIGHTS["npz" if (folder / WEIGHTS["npz"]).is_file() else "safetensors"]
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as new:
         for name, path in model.tokenizer.files.items():
             durable.copy_file(path, new / name)
-        tensor_file.save(new / weights, sorted(tensors.items()), {}, len(tensors))
+        weights = WEIGHTS["npz" if (folder / WEIGHTS["npz"]).is_file() else "safetensors"]
+        yield from _write_weights(new / weights, model, adapted, stored, dequantize)
         config = without_quantization(model.config) if dequantize else model.config
-        durable.write_json(new / CONFIG, dict(config))
+        durable.write_json(new / CONFIG, {key: value for key, value in config.items() if key != SOURCE})
         fused = _logits(loading.load(new, registry), probe)
     rounded = 0 if dequantize else len(_quantized(model.module, adapted.paths).keys() & set(adapted.paths))
     yield _report(target, adapted, rounded, base, tuned, fused)
@@ -137,20 +135,6 @@ def _quantized(module: nn.Module, adapted: Collection[str] = ()) -> dict[str, Qu
     }
 
 
-def _made_dense(
-    model: Model, adapted: adapters.Adapted, tensors: Mapping[str, mx.array], folder: Path
-) -> dict[str, mx.array]:
-    """The tensors of the weight file, with a dense weight in the place of each quantized one's parts."""
-    quantized = _quantized(model.module, adapted.paths)
-    packed = {f"{path}.{part}" for path, linear in quantized.items() for part in linear.parts}
-    dense = {name: tensor for name, tensor in tensors.items() if name not in packed}
-    for path, linear in quantized.items():
-        if path not in adapted.paths:
-            name = f"{path}.weight"
-            dense[name] = cast(name, linear.dequantize(), _type(path, linear, tensors), folder)
-    return dense
-
-
 def _memory(model: Model, stored: StoredModel, made: int) -> str:
     """What fusing needs of memory beside the base, in words: its tensors as stored, and those that are made.
 
@@ -162,32 +146,65 @@ def _memory(model: Model, stored: StoredModel, made: int) -> str:
     return require_for(held + read + made, "fusing", SMALLER)
 
 
+def _write_weights(
+    path: Path, model: Model, adapted: adapters.Adapted, stored: StoredModel, dequantize: bool
+) -> Iterator[TensorWritten]:
+    """Write the weight file, and tell of each tensor."""
+    packed = _quantized(model.module, adapted.paths).values() if dequantize else ()
+    count = len(stored.tensors) - sum(len(linear.parts) - 1 for linear in packed)
+    stream = _fused(model, adapted, stored, dequantize)
+    for done, written in enumerate(tensor_file.saving(path, stream, {}, most=count), start=1):
+        if isinstance(written, str):
+            yield TensorWritten(written, done, count)
+
+
 def _fused(
-    model: Model, adapted: adapters.Adapted, stored: Mapping[str, mx.array], folder: Path, dequantize: bool
-) -> dict[str, mx.array]:
-    """The tensors of every adapted linear, in the types that the base stores."""
+    model: Model, adapted: adapters.Adapted, stored: StoredModel, dequantize: bool
+) -> Iterator[tuple[str, mx.array]]:
+    """(name, tensor) as the weight file will hold them, made for one linear after another."""
     modules = dict(model.module.named_modules())
-    tensors: dict[str, mx.array] = {}
-    for path in adapted.paths:
-        wrapped: Any = modules[path]
-        inner = wrapped.linear
-        before = dense_weight(inner).astype(mx.float32)
-        weight = adapters.fused_weight(adapted.choice.component, wrapped, before)
-        weight = cast(f"{path}.weight, with the adapter in it,", weight, _type(path, inner, stored), folder)
-        if isinstance(inner, QuantizedLinear) and not dequantize:
-            tensors |= {f"{path}.{name}": part for name, part in _repacked(inner, weight, path).items()}
-        else:
-            tensors[f"{path}.weight"] = weight
-    return tensors
+    quantized: Mapping[str, Quantized] = _quantized(model.module, adapted.paths) if dequantize else {}
+    for path, parts in _by_path(stored.tensors):
+        name, linear = f"{path}.weight", quantized.get(path)
+        if path in adapted.paths:
+            wrapped: Any = modules[path]
+            name, linear = f"{name}, with the adapter in it,", wrapped.linear
+            before = dense_weight(wrapped.linear).astype(mx.float32)
+            weight = adapters.fused_weight(adapted.choice.component, wrapped, before)
+        elif linear is not None:
+            weight = linear.dequantize()
+        if linear is not None:
+            weight = cast(name, weight, _type(linear, parts), stored.path)
+            parts = _with_weight(linear, weight, parts, path, dequantize)
+        yield from ((f"{path}.{part}", parts[part]) for part in sorted(parts))
 
 
-def _type(path: str, linear: nn.Module, stored: Mapping[str, mx.array]) -> mx.Dtype:
+def _by_path(stored: Mapping[str, LazyTensor]) -> Iterator[tuple[str, dict[str, mx.array]]]:
+    """(path, part -> tensor) of the tensors of a model, read one path after another."""
+    by_path: dict[str, list[str]] = {}
+    for name in sorted(stored):
+        by_path.setdefault(name.rpartition(".")[0], []).append(name)
+    for path, names in by_path.items():
+        yield path, {name.rpartition(".")[2]: stored[name].read() for name in names}
+
+
+def _type(linear: nn.Module, parts: Mapping[str, mx.array]) -> mx.Dtype:
     """The floating type that a linear is stored in."""
-    parts = [stored[f"{path}.{name}"].dtype for name in parameters(linear)]
-    return next((part for part in parts if mx.issubdtype(part, mx.floating)), mx.float32)
+    types = [parts[name].dtype for name in parameters(linear)]
+    return next((found for found in types if mx.issubdtype(found, mx.floating)), mx.float32)
 
 
-def _repacked(linear: QuantizedLinear, weight: mx.array, path: str) -> Mapping[str, mx.array]:
+def _with_weight(
+    linear: nn.Module, weight: mx.array, parts: Mapping[str, mx.array], path: str, dequantize: bool
+) -> dict[str, mx.array]:
+    """The parts of a linear with another weight: packed again where they are, unless it becomes dense."""
+    if not isinstance(linear, Quantized):
+        return {**parts, "weight": weight}
+    others = {name: part for name, part in parts.items() if name not in linear.parts}
+    return {**others, **({"weight": weight} if dequantize else _repacked(linear, weight, path))}
+
+
+def _repacked(linear: Quantized, weight: mx.array, path: str) -> Mapping[str, mx.array]:
     """A weight quantized as that of ``linear`` was."""
     packed = pack(weight, linear.quantization)
     if packed is None:

@@ -51,6 +51,7 @@ class Model:
         fingerprint: of config, tensors and tokenizer, the same for the same base in any format.
         note: how the weights are held, where that makes it slower; else nothing.
         notes: what was assumed of another library's model, or done to it.
+        name: by which it is found again, such as ``org/name@commit``; nothing where that is its path.
     """
 
     folder: Path
@@ -62,6 +63,7 @@ class Model:
     fingerprint: str
     note: str
     notes: tuple[str, ...] = ()
+    name: str = ""
 
     @property
     def module(self) -> nn.Module:

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlxlora_core.errors import ModelError, PluginError, UsageError, listing
 from mlxlora_core.files import tensor_file
 from mlxlora_core.files.tensor_checks import is_finite, type_name
+from mlxlora_core.model.folder import SOURCE
 from mlxlora_core.model.linears import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -31,8 +32,9 @@ _MODE = "mode"
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of the same model when every weight is dense."""
-    return {key: value for key, value in config.items() if key not in (QUANTIZER, QUANTIZATION, QUANTIZED)}
+    """config.json of the same model when every weight is dense, and other than what it was made of."""
+    apart = (QUANTIZER, QUANTIZATION, QUANTIZED, SOURCE)
+    return {key: value for key, value in config.items() if key not in apart}
 
 
 @dataclass(frozen=True)

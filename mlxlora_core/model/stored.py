@@ -23,7 +23,7 @@ from mlxlora_core.files.fingerprints import combine
 from mlxlora_core.files.tensor_checks import mismatches
 from mlxlora_core.files.tensor_file import tensor_digest
 from mlxlora_core.model.architectures import build, find_architecture, folder_args, placed
-from mlxlora_core.model.folder import CONFIG, is_model_folder, read_config
+from mlxlora_core.model.folder import CONFIG, SOURCE, is_model_folder, read_config
 from mlxlora_core.model.foreign import OpenedModel, open_foreign
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import parameters
@@ -209,7 +209,8 @@ def _telling(config: Mapping[str, Any]) -> dict[str, Any]:
     it when config.json did not list files and packed linears yet.
     """
     table = config.get(QUANTIZED)
-    silent = {FILES} if not isinstance(table, dict) or any(table.values()) else {FILES, QUANTIZED}
+    silent = {FILES, SOURCE}
+    silent |= set() if not isinstance(table, dict) or any(table.values()) else {QUANTIZED}
     return {key: value for key, value in config.items() if key not in silent}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxlora_core.plugins import Registry
+from mlxlora_core.runs.base import base_folder
 from mlxlora_core.runs.folder import ADAPTER, DATA, MODEL, RunFolder
 from mlxlora_core.runs.grading import GENERAL
 from mlxlora_core.runs.recipe import Recipe
@@ -62,9 +63,9 @@ class Context:
         from mlxlora_core.model import loading
 
         if self._model is None:
-            self._model = loading.load(self.recipe.model.mlx_path or self.path / MODEL, self.registry)
-            if self._model.note:
-                yield Note(self._model.note)
+            self._model = loading.load(base_folder(self.recipe, self.path / MODEL), self.registry)
+            for note in (*self._model.notes, *([self._model.note] if self._model.note else [])):
+                yield Note(note)
         return self._model
 
     def load_tuned(self) -> Generator[Note, None, Model]:
@@ -95,6 +96,8 @@ class Context:
         from mlxlora_core.training.session import examples_of
 
         if split not in self._rows:
-            rows = read_data(self.rows_file(split), (split,))[split]
+            # A file by itself is of whatever split is asked for; "general" is none that rows have.
+            name = "test" if split == GENERAL else split
+            rows = read_data(self.rows_file(split), (name,))[name]
             self._rows[split] = examples_of(rows, model, self.recipe.train)
         return self._rows[split]

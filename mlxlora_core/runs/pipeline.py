@@ -14,6 +14,7 @@ from typing import Any
 
 from mlxlora_core.files import leftovers
 from mlxlora_core.plugins import Registry
+from mlxlora_core.runs.base import pinned
 from mlxlora_core.runs.context import Context
 from mlxlora_core.runs.events import Event, RunStarted, StageDone, StageStarted
 from mlxlora_core.runs.folder import ADAPTER, METRICS, RunFolder
@@ -47,12 +48,13 @@ def run(
     for place in (recipe.folder, (recipe.folder / ADAPTER).parent):  # of a run that was killed in its checks
         leftovers.clear_leftovers(place, "*")
     folder = RunFolder(recipe.folder)
+    recipe, said = pinned(recipe)
     check_run(recipe, folder.record)
     marks = fingerprints(recipe)
     facts = circumstances(recipe.name, recipe.run.seed, recipe.origins, registry, runtimes)
     folder.begin(facts | {"inputs": marks}, recipe.values())
     unsound = (f"warning: not sound, and taken as not done: {fault}" for fault in folder.faults)
-    yield RunStarted((*runtimes, *unsound))
+    yield RunStarted((*runtimes, *said, *unsound))
     context = Context(recipe, registry, folder, runtimes, resume_command)
     info = RunInfo(folder.path, recipe.name, recipe.values())
     yield from observed(_do_all(context, marks), recipe.observe, info, event_values)

@@ -13,6 +13,8 @@ from mlxlora_core.errors import SafetyError, UsageError
 from mlxlora_core.files import durable
 from mlxlora_core.files.input_file import read_whole
 from mlxlora_core.files.targets import is_written, paths_in, refuse_inputs
+from mlxlora_core.model.located import locate_model
+from mlxlora_core.runs.base import source
 from mlxlora_core.runs.folder import ADAPTER, CHECKPOINTS, DATA, EXPORT, METRICS, MODEL, RECIPE, REPORT
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.report import is_report
@@ -80,4 +82,5 @@ def _inputs(recipe: Recipe) -> list[Path]:
     choices = [recipe.loader, recipe.quantize, recipe.data, recipe.adapter, recipe.export]
     choices += [*recipe.sampler, *recipe.observe]
     read = [path for choice in choices if choice is not None for path in paths_in(choice.options)]
-    return [*read, *paths_in(recipe.model), *paths_in(recipe.evaluate)]
+    base = locate_model(source(recipe.model), fetch=False).path
+    return [*read, base, *paths_in(recipe.evaluate)]

@@ -21,7 +21,7 @@ from typing import Any
 
 from mlxlora_core.errors import UsageError, listing, nearest
 from mlxlora_core.options import NoOptions, option, plain
-from mlxlora_core.path_text import path_text, text_path
+from mlxlora_core.path_text import check_path, path_text, text_path
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.sections import AdapterConfig, QuantizeConfig, SplitConfig, configure
@@ -42,17 +42,21 @@ class RunConfig:
     seed: int = option(0, help="seed of everything that is random", minimum=0, maximum=2**32 - 1)
 
     def __post_init__(self) -> None:
-        if "\0" in self.folder:
-            raise ValueError(f"wanted a folder, got {self.folder!r}")
+        if self.folder:
+            check_path(self.folder)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Where the base comes from: a checkpoint to convert, or a model folder that is there."""
 
-    torch_path: Path | None = option(None, help="checkpoint to convert")
-    mlx_path: Path | None = option(None, help="model folder to use as it is")
-    dtype: str = option("float16", help="type of the weights", choices=("float16", "bfloat16", "float32"))
+    torch_path: Path | None = option(None, help="model to convert, by whatever --model takes")
+    mlx_path: Path | None = option(None, help="model to use as it is, by whatever --model takes")
+    dtype: str | None = option(
+        None,
+        help="type of the converted weights; none is float16 of a .pth, else as stored",
+        choices=("stored", "float16", "bfloat16", "float32"),
+    )
     format: str = option("safetensors", help="format of the weights", choices=("safetensors", "npz"))
 
     def __post_init__(self) -> None:

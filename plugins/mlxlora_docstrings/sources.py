@@ -12,22 +12,24 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlxlora_docstrings.execute import MADE, MENTIONS, Body
+from mlxlora_docstrings.execute import MENTIONS, Body
 from mlxlora_docstrings.findings import Findings
 from mlxlora_docstrings.graph import (
     NO_DOCSTRING,
     PARTS_LIMIT,
     Child,
+    Names,
     is_public,
     is_public_path,
     is_read,
     shortest_paths,
 )
 from mlxlora_docstrings.places import Places
-from mlxlora_docstrings.things import CLASS, IMPORTED, MODULE, VALUE, Thing
+from mlxlora_docstrings.things import CLASS, COMPILED, IMPORTED, MADE, MODULE, VALUE, Thing
 
 SOURCE_BYTES = 16 << 20  # the largest source file that is read
 _COMPILED = "it is compiled and has no stub; mode=import reads it"
+_STUBBED = "it is compiled, and its stub may not tell all that it has; mode=import reads it"
 _FRAMES = 5000  # of Python's stack: a chain of imports takes ten or so for each
 
 
@@ -61,6 +63,7 @@ class _Sources:
         self._asking: set[tuple[str, str]] = set()
         self._values: dict[tuple[int, str], Thing] = {}
         self._public_classes: set[int] = set()
+        self._all_names = Names()
 
     # --- modules ---
 
@@ -79,10 +82,11 @@ class _Sources:
         self.findings.at(name)
         thing = self.modules[name] = Thing(MODULE, name, is_compiled=place.is_compiled)
         try:
+            if place.is_compiled:
+                thing.reason, thing.more = (COMPILED, _STUBBED) if place.source else (_COMPILED, "")
             if place.source is not None:
                 self._read(thing, place.source, place.is_package, place.is_compiled)
             elif place.is_compiled:
-                thing.reason = _COMPILED
                 self.findings.skip(name, _COMPILED)
         except Exception as fault:
             self.modules[name] = None
@@ -214,15 +218,24 @@ class _Sources:
         for path, thing in shortest_paths(wanted, self._children, id):
             if is_public(path.rpartition(".")[2]):
                 self._tell(path, thing, id(thing) in declared)
+        for source, reason in self._all_names.others():
+            self.findings.skip(source, reason)
 
     def _tell(self, path: str, thing: Thing, is_declared: bool) -> None:
-        if thing.more and is_public_path(path) and thing.kind in (MODULE, CLASS):
-            self.findings.skip(f"{path}.*", thing.more)
+        if is_public_path(path) and thing.kind in (MODULE, CLASS):
+            more = next((base.more for base in self._own(thing) if base.more), "")
+            if more:
+                self.findings.skip(f"{path}.*", more)
         doc = inspect.cleandoc(thing.doc)
         if doc:
             self.findings.row(path, doc)
+            self._all_names.tell(path, id(thing))
         elif is_public_path(path) and (thing.reason or is_declared):
             self.findings.skip(path, thing.reason or NO_DOCSTRING)
+
+    def _own(self, thing: Thing) -> Iterator[Thing]:
+        """A class and those of its bases that have no public name: their members are its own."""
+        return (base for base in thing.lineage() if base is thing or id(base) not in self._public_classes)
 
     def _children(self, path: str, thing: Thing) -> Iterator[Child[Thing]]:
         if thing.kind == MODULE:
@@ -237,12 +250,15 @@ class _Sources:
                         )
                 # Any other module is an import for the module's own use, and no name of it.
                 elif child.kind != MODULE or name in listed or child.module.startswith(thing.module + "."):
+                    self._all_names.stand(path, name, False, id(child))
                     yield Child(name, False, child)
         elif thing.kind == CLASS:
             seen: set[str] = set()
             for base in thing.lineage():
                 for name, child in base.names.items():
                     if is_public(name) and name not in seen and child.kind not in (VALUE, MODULE):
+                        if base is thing:
+                            self._all_names.stand(path, name, True, id(child))
                         yield Child(name, base is not thing and id(base) in self._public_classes, child)
                     seen.add(name)
 

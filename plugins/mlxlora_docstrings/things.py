@@ -1,24 +1,23 @@
-"""What mode ``static`` knows of a module, a class or a function, and of texts in the sources."""
+"""What mode ``static`` knows of a module, a class or a function."""
 
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 MODULE, CLASS, FUNCTION, PROPERTY = "module", "class", "function", "property"
 VALUE = "value"  # something else, or what only running tells
 IMPORTED = "imported"  # from a module of the package that does not show it in its source
 
-_TEXT_BYTES = 1 << 20  # of a text that is put together
-_METHODS: dict[str, Callable[..., str]] = {
-    "dedent": inspect.cleandoc,
-    "cleandoc": inspect.cleandoc,
-    "getdoc": inspect.cleandoc,
-}
-_STR_METHODS = ("format", "replace", "strip", "lstrip", "rstrip", "lower", "upper", "title")
+COMPILED = "its docstring is compiled; mode=import reads it"
+DECORATED = "its docstring, if any, is that of what a decorator makes of it; mode=import reads it"
+MADE = "it is made when the package runs; mode=import reads it"
+GIVEN = "it is given names when the package runs; mode=import reads them"
+REPLACED = "it puts something else in its place; mode=import reads that"
+FIELDS = "its docstring is made of its fields when the package runs; mode=import reads it"
+TOGETHER = "its docstring is put together when the package runs; mode=import reads it"
 
 
 @dataclass(eq=False)
@@ -33,11 +32,13 @@ class Thing:
         more: why there may be more names in it than are known, if so.
         is_compiled: whether it is known from a stub or not at all.
         is_module: whether it is a class of modules.
+        value: the text, the table or the truth value that it is, if that is known.
         documents: whether it is a function that writes docstrings.
         names: what is in a module or a class.
         bases: of a class.
         exports: ``__all__`` of a module, where it has one.
         lazy: name -> (module, name in it) of what a module gets when somebody asks for it.
+        apply: gives what a function gives, whose module has a part in documenting what is compiled.
         ask: tells more of ``lazy``, for a module whose ``__getattr__`` is its own.
     """
 
@@ -48,11 +49,13 @@ class Thing:
     more: str = ""
     is_compiled: bool = False
     is_module: bool = False
+    value: Any = None
     documents: bool = False
     names: dict[str, Thing] = field(default_factory=dict)
     bases: list[Thing] = field(default_factory=list)
     exports: list[str] | None = None
     lazy: dict[str, tuple[str, str]] = field(default_factory=dict)
+    apply: Callable[[list[Any], dict[str, Any]], Any] | None = None
     ask: Callable[[], dict[str, tuple[str, str]]] | None = None
 
     def lineage(self) -> Iterator[Thing]:
@@ -105,12 +108,14 @@ class Running(Protocol):
     Attributes:
         loader: for what is imported.
         module: the module.
+        scope: the module or the class.
         tables: names that stand for a literal.
         extenders: functions that add the ``__all__`` of what they are given to that of the module.
     """
 
     loader: Loader
     module: Thing
+    scope: Thing
     tables: dict[str, ast.expr]
     extenders: set[str]
 
@@ -122,38 +127,29 @@ class Running(Protocol):
         """What an argument stands for."""
         ...
 
+    def known(self, node: ast.Name | ast.Attribute) -> Any:
+        """The text or table that a name stands for."""
+        ...
+
     def origin(self, node: ast.ImportFrom) -> str:
         """The full name of the module that is imported from."""
+        ...
+
+    def imported(self, source: Thing, name: str) -> Thing:
+        """What an import of a name from a module gives."""
+        ...
+
+    def documents(self, node: ast.expr) -> bool:
+        """Whether what is called is a function of the package that writes docstrings."""
+        ...
+
+    def assign(self, target: ast.expr, value: ast.expr) -> None:
+        """``target = value``."""
         ...
 
     def document(self, thing: Thing, text: str | None) -> None:
         """Give something a docstring; None is one that only running tells."""
         ...
-
-
-Lookup = Callable[[ast.expr], "Thing | str | None"]
-
-
-def text_of(node: ast.expr | None, look: Lookup) -> str | None:
-    """The text that an expression gives, or None when only running it tells.
-
-    Args:
-        node: the expression.
-        look: what a name or an attribute stands for.
-    """
-    if isinstance(node, ast.Constant):
-        return node.value if isinstance(node.value, str) else None
-    if isinstance(node, ast.Name | ast.Attribute):
-        found = look(node)
-        return found if isinstance(found, str) else None
-    if isinstance(node, ast.JoinedStr):
-        return _joined([_piece(value, look) for value in node.values])
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _joined([text_of(side, look) for side in _terms(node)])
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
-        form, value = text_of(node.left, look), text_of(node.right, look)
-        return _made(lambda: str(form) % value) if form is not None and value is not None else None
-    return _called(node, look) if isinstance(node, ast.Call) else None
 
 
 def strings_in(node: ast.AST | None) -> list[str]:
@@ -163,46 +159,3 @@ def strings_in(node: ast.AST | None) -> list[str]:
     if isinstance(node, ast.List | ast.Set | ast.Tuple):
         return [text for item in node.elts for text in strings_in(item)]
     return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
-
-
-def _terms(node: ast.expr) -> list[ast.expr]:
-    """The terms of a sum, however many."""
-    terms = []
-    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        terms.append(node.right)
-        node = node.left
-    return [node, *reversed(terms)]
-
-
-def _piece(node: ast.expr, look: Lookup) -> str | None:
-    is_plain = isinstance(node, ast.FormattedValue) and node.conversion == -1 and node.format_spec is None
-    return text_of(node.value if is_plain and isinstance(node, ast.FormattedValue) else node, look)
-
-
-def _joined(pieces: list[str | None]) -> str | None:
-    known = [piece for piece in pieces if piece is not None]
-    return "".join(known) if len(known) == len(pieces) and sum(map(len, known)) < _TEXT_BYTES else None
-
-
-def _called(node: ast.Call, look: Lookup) -> str | None:
-    """A text that a known function or a method of a text gives."""
-    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-    values = [text_of(argument, look) for argument in node.args]
-    keywords = {keyword.arg: text_of(keyword.value, look) for keyword in node.keywords}
-    if None in values or None in keywords.values() or None in keywords:
-        return None
-    if name in _METHODS and len(values) == 1:
-        return _METHODS[name](values[0])
-    owner = text_of(node.func.value, look) if isinstance(node.func, ast.Attribute) else None
-    if owner is None or name not in _STR_METHODS:
-        return None
-    return _made(lambda: getattr(owner, name)(*values, **{str(key): text for key, text in keywords.items()}))
-
-
-def _made(make: Callable[[], str]) -> str | None:
-    """What ``make`` gives, unless the arguments do not fit or it is absurdly long."""
-    try:
-        text = make()
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, MemoryError):
-        return None
-    return text if len(text) < _TEXT_BYTES else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,18 +94,26 @@ def _added(vocabulary: Vocabulary) -> Iterator[Mapping[str, Any]]:
             }
 
 
-def _merges(vocabulary: Vocabulary, tokens: Mapping[str, int], path: Path) -> list[tuple[str, str]]:
-    """The pairs that are merged: what stands before and behind the first space, which is no part itself."""
+def _merges(
+    vocabulary: Vocabulary, tokens: Mapping[str, int], path: Path
+) -> Sequence[str] | Sequence[tuple[str, str]]:
+    """What is merged, as ``"a b"``, which is read fastest, or in pairs where a token has a space."""
     if not vocabulary.merges:
         raise ModelError("has a tokenizer of model gpt2 without merges (tokenizer.ggml.merges)", where=path)
-    pairs = []
     for merge in vocabulary.merges:
-        at = merge.find(" ", 1)
-        first, second = merge[:at], merge[at + 1 :]
-        if at < 0 or first not in tokens or second not in tokens or first + second not in tokens:
-            raise ModelError(f"has a merge {merge!r:.100} that makes no token of two others", where=path)
-        pairs.append((first, second))
-    return pairs
+        first, _, second = merge.partition(" ")
+        if " " in second or not (first in tokens and second in tokens and first + second in tokens):
+            return [_pair(merge, tokens, path) for merge in vocabulary.merges]
+    return vocabulary.merges
+
+
+def _pair(merge: str, tokens: Mapping[str, int], path: Path) -> tuple[str, str]:
+    """What stands before and behind the first space that is not the first letter."""
+    at = merge.find(" ", 1)
+    first, second = merge[:at], merge[at + 1 :]
+    if at < 0 or not (first in tokens and second in tokens and first + second in tokens):
+        raise ModelError(f"has a merge {merge!r:.100} that makes no token of two others", where=path)
+    return first, second
 
 
 def _splitter(rule: Rule) -> Mapping[str, Any]:

@@ -94,7 +94,7 @@ def _require_finite(entry: Entry, made: Array, kept: Array, dtype: str) -> None:
             f"tensor {entry.name} ({entry.type.name}) has a bias or scale of {largest:g}, "
             f"which {dtype} cannot hold",
             where=entry.path,
-            fix="set the option scales of the loader gguf to float32",
+            fix="convert it with --loader gguf --set loader.scales=float32",
         )
     if wrong:
         raise _not_finite(entry, wrong)

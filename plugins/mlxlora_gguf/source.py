@@ -96,7 +96,7 @@ class Source:
                 stop = start + 8 + length_of(data, start)[0]
                 if stop > size:
                     break
-                append(str(data[start + 8 : stop], "utf-8"))
+                append(data[start + 8 : stop].decode())
                 start = stop
         except struct.error:  # the length itself is not in memory
             pass

@@ -41,16 +41,14 @@ _NAMES = {
 _VALUE_WIDTH, _ROTATED = "attention.value_length", "rope.dimension_count"
 _OLD_FACTOR, _SCALED = "rope.scale_linear", "rope.scaling.attn_factor"
 _YARN_FACTOR, _YARN_LOG = "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_log_multiplier"
-_HONOURED = {*_NAMES.values(), _VALUE_WIDTH, _ROTATED, _OLD_FACTOR, _SCALED, _YARN_FACTOR, _YARN_LOG}
+_HONOURED = (*_NAMES.values(), _VALUE_WIDTH, _ROTATED, _OLD_FACTOR, _SCALED, _YARN_FACTOR, _YARN_LOG)
 #: what a key counts, 0 where there are none
 _ABSENT = ("expert_count", "expert_used_count", "nextn_predict_layers", "attention.temperature_scale")
-_KEYS = KnownKeys(
-    dict.fromkeys(_ABSENT, (0,)) | {"attention.causal": (True,), "hidden_activation": ("silu",)},
-    # What the file and its making are; what llama.cpp says of how to draw and to split.
-    re.compile(
-        r"general\..*|split\..*|quantize\..*|rope\.scaling\.finetuned|tensor_data_layout|"
-        r"tokenizer\..*|imatrix\..*|(mradermacher|unsloth)\..*"
-    ),
+_AS_BUILT = dict.fromkeys(_ABSENT, (0,)) | {"attention.causal": (True,), "hidden_activation": ("silu",)}
+# What the file and its making are; what llama.cpp says of how to draw and to split.
+_HARMLESS = re.compile(
+    r"(general|split|quantize|tokenizer|imatrix|mradermacher|unsloth)\..*|"
+    r"[a-z0-9]+\.(rope\.scaling\.finetuned|tensor_data_layout)"
 )
 _EVERY = 4  # the layers of SmolLM3 without positions, which no key states
 _THETA = 1e4  # what llama.cpp takes where no base is stated
@@ -80,16 +78,18 @@ def read(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs | None:
     architecture = raw.get(_ARCHITECTURE)
     if not isinstance(architecture, str) or architecture not in _TYPES:
         return None
-    stated = {key.removeprefix(f"{architecture}."): value for key, value in raw.items()}
-    told = _KEYS.faults(stated, _HONOURED)
+    prefix = f"{architecture}."
+    known = KnownKeys({prefix + key: good for key, good in _AS_BUILT.items()}, _HARMLESS)
+    told = known.faults(raw, {_key(prefix, key) for key in _HONOURED})
+    stated = {key.removeprefix(prefix): value for key, value in raw.items()}
     values = _values(stated, shapes) | {"model_type": _TYPES[architecture]}
-    told += _faults(stated, values)
+    told += [prefix + fault for fault in _faults(stated, values)]
     try:
         args = parse(
             ModelArgs,
             {name: value for name, value in values.items() if value is not None},
             owner="llama",
-            spell=lambda name: _NAMES.get(name, name),
+            spell=lambda name: _key(prefix, _NAMES.get(name, name)),
             strict=True,
         )
     except UsageError as fault:
@@ -97,6 +97,11 @@ def read(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs | None:
     if told:
         raise ModelError("; ".join(told))
     return args
+
+
+def _key(prefix: str, key: str) -> str:
+    """A key as the file has it; the divisors are a tensor, whose name is the same in every family."""
+    return key if key == _DIVISORS else prefix + key
 
 
 def notes(raw: Mapping[str, Any], shapes: Shapes) -> list[str]:
@@ -169,9 +174,8 @@ def _faults(stated: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
                 f"{key}: got {show_value(stated[key])}, wanted the width of a head, {values['head_dim']}"
             )
     if stated.get(_DIVISORS) is not None and values.get("rope_scaling") not in (None, "divisors"):
-        told.append(
-            f"{_DIVISORS}: there is a rope.scaling.type {show_value(values['rope_scaling'])} beside it"
-        )
+        kind = show_value(values["rope_scaling"])
+        told.append(f"{_NAMES['rope_scaling']}: got {kind}, but there is a {_DIVISORS} too")
     if stated.get(_SCALED) not in (None, 1) and values.get("rope_scaling") != "yarn":
         told.append(f"{_SCALED}: got {show_value(stated[_SCALED])}, which only a yarn has here")
     return told

@@ -14,9 +14,6 @@ from mlxlora_llama.keys import AS_BUILT, HARMLESS, KnownKeys, show, show_value
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-#: the families of which a config.json is read
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-
 _HEAD, _TIED = "lm_head.weight", "tie_word_embeddings"
 _FIRST = "model.layers.0.self_attn."
 #: argument -> what it is called there
@@ -91,14 +88,20 @@ _FAMILIES = {
     ),
 }
 
+# A mistral whose windows differ from layer to layer is a ministral there.
+_FAMILIES["ministral"] = _FAMILIES["mistral"]
+#: the families of which a config.json is read
+MODEL_TYPES = tuple(_FAMILIES)
+
 _KEYS = KnownKeys(
     AS_BUILT
     | dict.fromkeys(("rope_interleaved", "rope_traditional", "interleaved", "traditional"), (False,))
-    | dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "use_mrope"), (False,)),
+    | dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "use_mrope"), (False,))
+    | {"is_decoder": (True, False)},  # of a model that decodes and nothing else
     re.compile(
         HARMLESS + r"|"
         # what older versions of transformers wrote into every config: of tasks, of drawing text, of tools
-        r"is_decoder|is_llama_config|max_window_layers|_.*|transformers\..*|unsloth_.*|"
+        r"is_llama_config|max_window_layers|_.*|transformers\..*|unsloth_.*|"
         r"(id2|label2)(label|id)|problem_type|num_labels|return_dict.*|output_.*|torchscript|"
         r"use_bfloat16|tf_legacy_loss|chunk_size_feed_forward|tie_encoder_decoder|pruned_heads|"
         r"finetuning_task|task_specific_params|decoder_start_token_id|prefix|bad_words_ids|"
@@ -144,7 +147,7 @@ def read(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs | None:
 def notes(raw: Mapping[str, Any], shapes: Shapes) -> list[str]:
     """What was assumed that a config.json usually states, and what of it does not count, in words."""
     told = hf_rope.notes(raw)
-    if raw.get("model_type") == "mistral" and not _WINDOWS & raw.keys():
+    if _FAMILIES[raw["model_type"]] is _FAMILIES["mistral"] and not _WINDOWS & raw.keys():
         told.append(
             f"config.json states no sliding_window: {_WINDOW_OF_MISTRAL} is taken, as transformers has it"
         )
@@ -175,7 +178,7 @@ def _values(raw: Mapping[str, Any], family: _Family, shapes: Shapes) -> tuple[di
         **found,
         **rope,
         **layers,
-        "model_type": raw["model_type"],
+        "model_type": "mistral" if family is _FAMILIES["mistral"] else raw["model_type"],
         "biases": _biases(raw, family),
         "head_norms": family.head_norms,
         _TIED: _HEAD not in shapes if tied is None or tied is True else tied,
@@ -202,7 +205,7 @@ def _layers(raw: Mapping[str, Any], family: _Family, layers: int) -> tuple[dict[
     told += faults
     if window is None and bounded and raw.get("layer_types") is not None:
         told.append(f"layer_types: got {_SLIDING}, but there is no sliding_window that is used")
-    if window is not None and bounded:
+    if window is not None and (bounded or not layers):  # a window is checked whatever the layers are
         found["sliding_window"] = window
         found["window_layers"] = None if len(bounded) == layers else bounded
     return found, told

@@ -116,12 +116,10 @@ def notes(raw: Mapping[str, Any], shapes: Shapes) -> list[str]:
             f"params.json states no rope_theta: {derived['rope_theta']} is taken, {why}; "
             "state it there if the model was trained with another"
         )
-    if scaling := _scaling(raw):
-        high = scaling["rope_high_freq_factor"]
+    if raw.get(_SCALED) is True and raw.get(_FACTOR) is None:
         told.append(
-            f"params.json says {_SCALED} and no more: factor {scaling['rope_factor']} is taken, from "
-            f"{_META_LOW} to {high} turns in {_META_LEN} tokens, as Meta's own reader has it; "
-            f"state {_FACTOR} there if the model was trained with another factor"
+            f"params.json says {_SCALED} and not by how much: {_META_FACTOR} is taken, as Meta's own reader "
+            f"has it; state {_FACTOR} there if the model was trained with another"
         )
     read_off: list[str] = [
         key for key in ("dim", "n_layers", "n_heads") if key in derived and key not in stated

@@ -18,7 +18,7 @@ import resource
 from functools import cache
 from typing import Any
 
-from mlxlora_core.api import RuntimeStarted, free_in_groups_bytes, thread_count
+from mlxlora_core.api import MlxloraError, RuntimeStarted, free_in_groups_bytes, thread_count
 from mlxlora_openblas.runtime import computes_on_cpu
 from mlxlora_openblas.slots import mlx_slots
 
@@ -45,7 +45,7 @@ def start() -> RuntimeStarted | None:
         return None
     try:
         _set()
-    except (OSError, ValueError, AttributeError) as fault:
+    except (OSError, ValueError, AttributeError, MlxloraError) as fault:
         return RuntimeStarted(f"guard: too little memory would end in a crash: {fault}", warning=True)
     if free_in_groups_bytes() is not None:
         _take_buffers()
@@ -69,15 +69,19 @@ def _set() -> None:
 
     Raises:
         OSError: there is no C++ library, or the process may not be looked into or changed.
-        ValueError: libmlx.so is not laid out as expected.
+        ValueError: libmlx.so is not laid out as expected, or takes its memory from nobody.
+        MlxloraError: what is in memory is not what the file says.
         AttributeError: the C++ library has other names.
     """
     global _handler
+    slots = mlx_slots("malloc")
+    if not slots:
+        raise ValueError("libmlx.so takes no malloc from another library")
     library = ctypes.CDLL("libstdc++.so.6")
     allocate = ctypes.cast(getattr(library, _NEW), ctypes.c_void_p).value or 0
     _handler = ctypes.CFUNCTYPE(None)(_end)
     getattr(library, _SET_HANDLER)(_handler)
-    for slot in mlx_slots("malloc"):
+    for slot in slots:
         slot.point_at(allocate)
 
 

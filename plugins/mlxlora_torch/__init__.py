@@ -31,4 +31,4 @@ def open_folder(folder: Path, options: NoOptions) -> ForeignModel:
 def mlxlora_weight_loaders() -> Iterable[WeightLoader]:
     """The one loader of this plugin."""
     summary = "PyTorch checkpoints: consolidated.NN.pth, params.json and tokenizer.model"
-    return [WeightLoader(name="torch-pth", summary=summary, detect=detect, open=open_folder)]
+    return [WeightLoader(name="torch-pth", summary=summary, detect=detect, open=open_folder, dtype="float16")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import types
 from collections.abc import Mapping
@@ -81,6 +82,186 @@ class TestMistral(TestLlama):
     unused = frozenset()
     checkpoint = llama_torch.shapes(MISTRAL)
     sizes = (*TestLlama.sizes, "sliding_window", "max_seq_len")
+
+
+def in_neighbours(weight: np.ndarray, heads: int) -> torch.Tensor:
+    """The rows of queries or keys, halves of a head against each other, as neighbouring pairs."""
+    split = torch.from_numpy(weight).unflatten(0, (heads, 2, -1))
+    return split.swapaxes(1, 2).flatten(0, 2).contiguous()
+
+
+class TestQwen3(ArchitectureSuite):
+    """As Hugging Face spells it: norms of heads, biases, YaRN, a window in the upper layers, a tied head."""
+
+    spec = ARCHITECTURES["llama"]
+    layout = "hf"
+    raw: Mapping[str, Any] = {
+        "model_type": "qwen3",
+        "hidden_size": 12,
+        "num_hidden_layers": 3,
+        "head_dim": 8,
+        "intermediate_size": 20,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 17,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 8,
+            "beta_fast": 2.0,
+        },
+    }
+    ours: Mapping[str, Any] = {
+        **LLAMA,
+        "n_layers": 3,
+        "head_dim": 8,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "head_norms": True,
+        "biases": ("wq", "wk", "wv", "wo"),
+        "sliding_window": 5,
+        "window_layers": (1, 2),
+        "rope_theta": 100.0,
+        "rope_scaling": "yarn",
+        "rope_factor": 4.0,
+        "rope_original_len": 8,
+        "rope_beta_fast": 2.0,
+        "rope_beta_slow": 1.0,
+        "rope_attention_factor": 0.1 * math.log(4) + 1,
+    }
+    names: Mapping[str, str] = {
+        "model.embed_tokens": "tok_embeddings",
+        "model.norm": "norm",
+        "model.layers.": "layers.",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attention.wq",
+        "self_attn.k_proj": "attention.wk",
+        "self_attn.v_proj": "attention.wv",
+        "self_attn.o_proj": "attention.wo",
+        "self_attn.q_norm": "attention.q_norm",
+        "self_attn.k_norm": "attention.k_norm",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+    }
+    turned: Mapping[str, int] = {"wq": 4, "wk": 2, "q_norm": 1, "k_norm": 1}
+    sizes = (
+        "hidden_size",
+        "num_hidden_layers",
+        "head_dim",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "sliding_window",
+    )
+
+    @property
+    def checkpoint(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]
+        shapes = llama_torch.shapes(self.ours, tied=True)
+        theirs = {ours: theirs for theirs, ours in self.names.items()}
+        found = {}
+        for name, shape in shapes.items():
+            place, _, part = name.rpartition(".")
+            layer = re.match(r"layers\.\d+\.", place)
+            front = theirs["layers."] + layer[0].removeprefix("layers.") if layer else ""
+            found[f"{front}{theirs[place[layer.end() if layer else 0 :]]}.{part}"] = shape
+        return found
+
+    def reference(self, weights: Mapping[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
+        named = {}
+        for name, weight in weights.items():
+            for theirs, ours in self.names.items():
+                name = name.replace(theirs, ours)
+            heads = self.turned.get(name.split(".")[-2])
+            named[name] = in_neighbours(weight, heads) if heads else torch.from_numpy(weight)
+        return llama_torch.logits(named, torch.from_numpy(tokens).long(), self.ours).numpy()
+
+
+class TestSmolLM3(TestQwen3):
+    """As GGUF spells it: the fourth layer without positions, divisors of the others' frequencies."""
+
+    layout = "gguf"
+    raw: Mapping[str, Any] = {
+        "general.architecture": "smollm3",
+        "smollm3.embedding_length": 32,
+        "smollm3.block_count": 4,
+        "smollm3.feed_forward_length": 20,
+        "smollm3.attention.head_count": 4,
+        "smollm3.attention.head_count_kv": 2,
+        "smollm3.attention.key_length": 8,
+        "smollm3.attention.layer_norm_rms_epsilon": 1e-5,
+        "smollm3.rope.freq_base": 100.0,
+        "rope_freqs.weight": [1.0, 1.5, 4.0, 8.0],
+    }
+    ours: Mapping[str, Any] = {
+        **LLAMA,
+        "dim": 32,
+        "n_layers": 4,
+        "head_dim": 8,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "unrotated_layers": (3,),
+        "rope_theta": 100.0,
+        "rope_scaling": "divisors",
+        "rope_divisors": (1.0, 1.5, 4.0, 8.0),
+    }
+    names: Mapping[str, str] = {
+        "token_embd": "tok_embeddings",
+        "output_norm": "norm",
+        "blk.": "layers.",
+        "attn_norm": "attention_norm",
+        "ffn_norm": "ffn_norm",
+        "attn_q": "attention.wq",
+        "attn_k": "attention.wk",
+        "attn_v": "attention.wv",
+        "attn_output": "attention.wo",
+        "ffn_gate": "feed_forward.w1",
+        "ffn_down": "feed_forward.w2",
+        "ffn_up": "feed_forward.w3",
+    }
+    turned: Mapping[str, int] = {}
+    sizes = (
+        "smollm3.embedding_length",
+        "smollm3.block_count",
+        "smollm3.feed_forward_length",
+        "smollm3.attention.head_count_kv",
+        "smollm3.attention.key_length",
+    )
+
+
+class TestQwen2(TestSmolLM3):
+    """As GGUF spells it: biases of queries, keys and values, whose halves are turned against each other."""
+
+    raw: Mapping[str, Any] = {
+        key.replace("smollm3", "qwen2"): "qwen2" if value == "smollm3" else value
+        for key, value in TestSmolLM3.raw.items()
+        if key not in ("rope_freqs.weight", "smollm3.attention.key_length")
+    }
+    ours: Mapping[str, Any] = {
+        **LLAMA,
+        "dim": 32,
+        "n_layers": 4,
+        "head_dim": 8,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "biases": ("wq", "wk", "wv"),
+        "rope_theta": 100.0,
+    }
+    turned: Mapping[str, int] = {"wq": 4, "wk": 2}
+    sizes = (
+        "qwen2.embedding_length",
+        "qwen2.block_count",
+        "qwen2.feed_forward_length",
+        "qwen2.attention.head_count_kv",
+    )
 
 
 def documented() -> Any:

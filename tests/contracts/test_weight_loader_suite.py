@@ -92,7 +92,7 @@ class TestTorchPthOfTwoShards(TestTorchPth):
 
 
 def test_every_loader_is_covered() -> None:
-    elsewhere = {"hf": "plugins/test_hf_suite.py"}
+    elsewhere = {"gguf": "plugins/test_gguf_suite.py", "hf": "plugins/test_hf_suite.py"}
     assert {TestTorchPth.spec.name, *elsewhere} == set(LOADERS)
     assert all((Path(__file__).parents[1] / path).is_file() for path in elsewhere.values())
 

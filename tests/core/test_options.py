@@ -155,6 +155,8 @@ def test_the_edges_of_a_range_belong_to_it_or_not() -> None:
         ({"clip": 0}, "must be more than 0, got 0.0"),
         ({"file": ""}, "wanted a path, got ''"),
         ({"file": "a\0b"}, "wanted a path"),
+        ({"file": "a" * 300}, f"wanted a path, got '{'a' * 79}…' (File name too long)"),
+        ({"file": "absent/" + "a" * 300}, "(File name too long)"),
         ({"file": "~no-such-user-here/x"}, "wanted a path, got '~no-such-user-here/x'"),
         ({"file": 3}, "wanted a path, got 3"),
         ({"cuont": 3}, "has no option 'cuont' (did you mean 'count'? it has count, share,"),

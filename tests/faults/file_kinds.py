@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import struct
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from mlxlora_core.model.linears import linears, replace
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins import load as load_registry
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))  # children know nothing of pytest
 
 _VOCAB = 300
 _TEXTS = ("The quick brown fox.", "é😀日本語 ①ﬁ ½", "", "▁ x  y\n\t", "a" * 200)
@@ -509,6 +512,120 @@ class Adapter(Subject):
         return _safetensors(self.path)
 
 
+class Gguf(Subject):
+    """Models of llama.cpp with tensors of every type, and vocabularies of both kinds without."""
+
+    def prepare(self) -> None:
+        import gguf_files as files
+
+        self.path = self.folder / "model.gguf"
+        keys: dict[str, Any] = {**files.ARCHITECTURE, "general.quantization_version": 2, "rope": [0.5, 2.0]}
+        few = [
+            *files.some_tensors(("Q4_1", "Q8_0"))[:2],
+            files.Tensor("rope_freqs.weight", (2,), "F32", bytes(8)),
+        ]
+        self.good = [
+            files.gguf({**keys, **files.BYTE_LEVEL}, files.some_tensors()),
+            files.gguf({**keys, **files.PIECES}, few, version=2, alignment=64),
+        ]
+        self.header_bytes = 1200
+
+    def parse(self) -> Any:
+        from mlxlora_gguf import GgufOptions, open_path
+
+        model = open_path(self.path, GgufOptions())
+        tensors = {}
+        for name, tensor in model.tensors.items():
+            told = tensor.shape, _digest(_array_bytes(tensor.read()))
+            packed = tensor.packed.parts if tensor.packed is not None else {}
+            tensors[name] = told, {part: _digest(_array_bytes(lazy.read())) for part, lazy in packed.items()}
+        return dict(model.config), tensors, _vocabulary(dict(model.tokenizer))
+
+    def reference(self) -> Any:
+        import gguf_files as files
+
+        keys, tensors = files.read(self.path.read_bytes())
+        config = {key: value for key, value in keys.items() if not key.startswith(("tokenizer.", "split."))}
+        if "rope_freqs.weight" in tensors:
+            config["rope_freqs.weight"] = files.weights("F32", tensors.pop("rope_freqs.weight")[2])
+        found = {name: _foreign(*tensor) for name, tensor in tensors.items()}
+        return config, found, _stated_vocabulary(keys)
+
+
+def _array_bytes(array: Any) -> bytes:
+    import mlx.core as mx
+    import numpy as np
+
+    array = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    return np.array(array).tobytes()
+
+
+def _foreign(kind: str, shape: tuple[int, ...], data: bytes) -> Any:
+    """What the bytes of a tensor in a GGUF file stand for, and its parts where it is a packed weight."""
+    import gguf_files as files
+    import numpy as np
+
+    _, _, size = files.TYPES[kind]
+    if kind in ("F32", "F16", "BF16"):
+        return (shape, _digest(data)), {}
+    weights = np.array(files.weights(kind, data)).astype(np.float32)
+    if kind not in files.PACKED or len(shape) == 1:
+        return (shape, _digest(weights.tobytes())), {}
+    blocks = [data[at : at + size] for at in range(0, len(data), size)]
+    bits = {"4": 4, "5": 5, "8": 8}[kind[1]]
+    stream, groups = b"", []
+    for block in blocks:
+        whole = sum(number << bits * n for n, number in enumerate(files.integers(kind, block)))
+        stream += whole.to_bytes(len(files.integers(kind, block)) * bits // 8, "little")
+        groups += files.groups(kind, block)
+    scales = np.array(groups).astype(np.float32 if kind.endswith("K") else np.float16)
+    parts = {"weight": stream, "scales": scales[:, 0].tobytes(), "biases": scales[:, 1].tobytes()}
+    return (shape, _digest(weights.tobytes())), {name: _digest(part) for name, part in parts.items()}
+
+
+def _vocabulary(files: dict[str, Any]) -> Any:
+    """Tokens, what splits or scores them, and the template, in the files that a tokenizer is opened from."""
+    config = json.loads(files["tokenizer_config.json"])
+    ends = json.loads(files["generation_config.json"])["eos_token_id"]
+    if "tokenizer.json" in files:
+        model = json.loads(files["tokenizer.json"])
+        tokens = list(model["model"]["vocab"])
+        rest: Any = [p.split(" ") if isinstance(p, str) else p for p in model["model"]["merges"]]
+    else:
+        pieces = [dict(_fields(value)) for number, value in _fields(files["tokenizer.model"]) if number == 1]
+        tokens, rest = [piece[1].decode() for piece in pieces], [piece[2].hex() for piece in pieces]
+    return tokens, rest, ends[0], config.get("chat_template")
+
+
+def _stated_vocabulary(keys: dict[str, Any]) -> Any:
+    """The same in the keys of a GGUF file."""
+    ggml = {key.removeprefix("tokenizer.ggml."): value for key, value in keys.items()}
+    tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(ggml["tokens"])]
+    if ggml["model"] == "gpt2":
+        rest: Any = [
+            [merge[: merge.index(" ", 1)], merge[merge.index(" ", 1) + 1 :]] for merge in ggml["merges"]
+        ]
+    else:
+        rest = [_bits(score).hex() for score in ggml["scores"]]
+    named = [
+        key for key in keys if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template.")
+    ]
+    templates: Any = [
+        {
+            "name": key.removeprefix("tokenizer.chat_template").removeprefix(".") or "default",
+            "template": keys[key],
+        }
+        for key in named
+    ]
+    if [template["name"] for template in templates] == ["default"]:
+        templates = templates[0]["template"]
+    usual = {"gpt2": None, "llama": 2}[ggml["model"]]
+    ids = [ggml.get(f"{name}_token_id", usual if name == "eos" else None) for name in ("eos", "eot", "eom")]
+    ids = [number for number in ids if number is not None and number not in (-1, 2**32 - 1)]
+    known = [n for n, token in enumerate(tokens) if token in ("<|im_end|>", "</s>")]
+    return tokens, rest, (ids or known)[0], templates or None
+
+
 KINDS: dict[str, type[Subject]] = {
     "safetensors": Safetensors,
     "npz": Npz,
@@ -521,4 +638,5 @@ KINDS: dict[str, type[Subject]] = {
     "json_array": JsonArray,
     "recipe": Recipe,
     "adapter": Adapter,
+    "gguf": Gguf,
 }

@@ -216,8 +216,7 @@ def fault_of(arguments: list[str]) -> tuple[int, str]:
         return 1, f"{arguments[0]} raised {type(fault).__name__}: {fault}"[:300]
     seconds = time.perf_counter() - began
     last = (told.splitlines() or [""])[-1]
-    too_long = code == 6 and "File name too long" in last  # a limit of the system
-    if code not in (0, 2, 3, 4, 5, 8) and not too_long:
+    if code not in (0, 2, 3, 4, 5, 8):
         return code, f"{arguments[0]} ended with {code}: {last}"[:300]
     if code and not (last.startswith("mlxlora: ") and last.isprintable()):
         return code, f"{arguments[0]} told {last!r}"[:300]

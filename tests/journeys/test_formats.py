@@ -136,7 +136,7 @@ def test_a_model_folder_needs_no_conversion(
 
 def test_a_quantized_embedding_is_named(convert: Callable[..., Path], mlxlora: Command) -> None:
     folder = convert("model")
-    weights: dict[str, mx.array] = dict(mx.load(str(folder / "model.safetensors")))  # type: ignore[arg-type]
+    weights, _ = mx.load(str(folder / "model.safetensors"), return_metadata=True)
     path = "tok_embeddings"
     packed = mx.quantize(weights[f"{path}.weight"], group_size=64, bits=4)
     weights |= {f"{path}.{part}": t for part, t in zip(("weight", "scales", "biases"), packed, strict=True)}

@@ -51,11 +51,9 @@ num_tokens = 4
 
 
 @pytest.fixture
-def model(tmp_path: Path, tiny_checkpoint: Path, mlxlora: Command) -> Path:
-    folder = tmp_path / "model"
-    done = mlxlora("convert", "--torch-path", tiny_checkpoint, "--mlx-path", folder, "--dtype", "float32")
-    assert done.code == 0, done.err
-    return folder
+def model(tmp_path: Path, tiny_model: Path) -> Path:
+    """A model folder of one's own."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
 def train(mlxlora: Command, model: Path, data: Path, adapter: Path, *more: object) -> dict[str, Any]:
@@ -367,6 +365,20 @@ def test_the_help_of_train_is_in_sections(mlxlora: Command) -> None:
     assert len(flags) == len(set(flags)) > 35
 
 
+def on_a_terminal(command: list[str]) -> str:
+    """What a command that ends well shows on a terminal, without the sequences that move its cursor."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(command[0], command)
+    shown = b""
+    with suppress(OSError):  # Linux says so when the other side has gone
+        while part := os.read(terminal, 1 << 16):
+            shown += part
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+
+
 def test_a_terminal_sees_every_step_and_the_time_that_is_left(
     model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -380,19 +392,23 @@ def test_a_terminal_sees_every_step_and_the_time_that_is_left(
         "--steps-per-report",
         "400",
     ]
-    process, terminal = pty.fork()
-    if process == 0:
-        os.execv(command[0], command)
-    shown = b""
-    with suppress(OSError):  # Linux says so when the other side has gone
-        while part := os.read(terminal, 1 << 16):
-            shown += part
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    text = on_a_terminal(command)
     seen = [int(step) for step in re.findall(r"training \S+ +(\d+)/400 \d\d:\d\d", text)]
     assert len(set(seen)) > 5, "though there is one report alone"
     assert re.search(r"test loss \S+ +\d+/\d+", text)
+
+
+@pytest.mark.parametrize("verb", ["fuse", "export"])
+def test_on_a_terminal_writing_a_model_shows_how_many_tensors_are_done(
+    mlxlora: Command, model: Path, tiny_data: Path, tmp_path: Path, verb: str
+) -> None:
+    adapter = tmp_path / "a.safetensors"
+    train(mlxlora, model, tiny_data, adapter)
+    out = ["--save-path"] if verb == "fuse" else ["--to", "npz", "--out"]
+    command = [sys.executable, "-m", "mlxlora_core", verb, "--model", str(model)]
+    text = on_a_terminal([*command, "--adapter-file", str(adapter), *out, str(tmp_path / "out")])
+    seen = re.findall(r"(?:fusing|exporting) \S+ +(\d+)/(\d+)", text)
+    assert seen and seen[-1][0] == seen[-1][1] != "0"
 
 
 def test_interrupted_training_says_how_to_go_on_and_leaves_no_adapter(

@@ -1,4 +1,7 @@
-"""Dataset builder ``docstrings``: both modes find the same public names, held against counts of their own."""
+"""Dataset builder ``docstrings``: both modes find the same public names, held against counts of their own.
+
+The suite reads two of five large packages; ``MLXLORA_TEST_ALL=1`` reads all.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -281,9 +285,127 @@ def test_statements_bind_what_they_bind_when_they_run(read: Read) -> None:
     }
 
 
+MAKES = {
+    "__in__": '''"""Top."""
+import functools
+from . import _impl, changed
+from ._impl import decorate, kept, Part
+for name in ("one", "two"):
+    globals()[name] = getattr(_impl, name)
+del name
+HAS_ISLAND = True
+try:
+    import no_such_module
+except ImportError:
+    HAS_ISLAND = False
+if HAS_ISLAND:
+    def ashore():
+        """Ashore."""
+else:
+    def afloat():
+        """Afloat."""
+_impl.kept = decorate(_impl.kept)
+setattr(Part, "late", _impl.helper)
+class Silent:
+    """Nobody reads this."""
+    @property
+    def __doc__(self):
+        """Another text."""
+    def loud(self):
+        """Loud."""
+''',
+    "_impl": FUNCTIONS
+    + '''
+import functools
+def decorate(function):
+    return functools.wraps(function)(lambda: function())
+def kept():
+    """Kept."""
+def helper():
+    """Helper."""
+class Part:
+    """Part."""
+    def first(self):
+        """First."""
+    second = first
+class Copy:
+    """Copy."""
+    first = Part.first
+''',
+    "changed": "from ._impl import kept, Copy\n",
+}
+
+
+def test_names_that_statements_make_are_found(read: Read) -> None:
+    files = {f"makes_S_{name}": source for name, source in MAKES.items()}
+    live, static = (read(mode, "makes", **files) for mode in MODES)
+    assert static == live
+    assert live[0] == {
+        "makes": "Top.",
+        "makes.one": "one.",
+        "makes.two": "two.",
+        "makes.afloat": "Afloat.",
+        "makes.kept": "Kept.",
+        "makes.Part": "Part.",
+        "makes.Part.first": "First.",
+        "makes.Part.late": "Helper.",
+        "makes.Silent.loud": "Loud.",
+        "makes.changed.Copy": "Copy.",
+    }
+    assert live[1] == {
+        "makes.Part.second": "it is another name of makes.Part.first",
+        "makes.changed.Copy.*": "it has members that are those of another class, as first of makes.Part",
+    }
+
+
+TOLD = '''"""Top."""
+import dataclasses, functools
+from ._impl import *
+def _cached(cls):
+    return dataclasses.dataclass(cls)
+@_cached
+class Pair:
+    left: int
+class Adder:
+    def __init__(self, function):
+        self.__doc__ = "Adds " + function.__name__ + "."
+    def __call__(self):
+        return 0
+wrap = functools.partial(Adder)
+@wrap
+def made():
+    return 1
+def _base():
+    class Base:
+        def inside(self):
+            """Inside."""
+    return Base
+class Part:
+    """Part."""
+for _name, _value in vars(_base()).items():
+    if _name == "inside":
+        setattr(Part, _name, _value)
+for _name in [name.lower() for name in ("Left",)]:
+    globals()[_name] = Adder(_base)
+for left_over in filter(None, [Adder(_base)]):
+    pass
+'''
+
+
+def test_what_only_running_tells_is_listed(read: Read) -> None:
+    impl = FUNCTIONS + "globals()['thr' + 'ee'.strip()] = one\nfor _n in filter(None, ['four']):\n"
+    impl += "    globals()[_n] = lambda: 0\n    globals()[_n].__doc__ = 'Four.'\n"
+    files = {"told_S___in__": TOLD, "told_S__impl": impl}
+    live, static = (read(mode, "told", **files) for mode in MODES)
+    only = {"Pair", "made", "Part.inside", "left", "left_over", "four"}
+    assert live[0].keys() - static[0].keys() == {f"told.{name}" for name in only}
+    assert (untold(live[0], static), untold(static[0], live)) == ([], [])
+    assert {"told.*", "told.Part.inside", "told.Pair", "told.made", "told.left_over"} <= static[1].keys()
+
+
 # --- the yardsticks -----------------------------------------------------------
 
-YARDSTICKS = ["mlx", "networkx", "skimage", "numpy", *(["torch"] if ALL else [])]
+YARDSTICKS = ["mlx", "networkx", *(["skimage", "numpy", "torch"] if ALL else [])]
 
 
 @functools.cache
@@ -295,35 +417,56 @@ def is_public(path: str) -> bool:
     return not any(part.startswith("_") for part in path.split("."))
 
 
-def is_told(path: str, skipped: dict[str, str]) -> bool:
-    """Whether a path, or a module or class that it is in, is listed."""
+def heads(path: str) -> list[str]:
+    """``a``, ``a.b``, ``a.b.c`` of ``a.b.c``."""
     parts = path.split(".")
-    heads = [".".join(parts[: length + 1]) for length in range(len(parts))]
-    return any(head in skipped or f"{head}.*" in skipped for head in heads)
+    return [".".join(parts[: length + 1]) for length in range(len(parts))]
 
 
-#: public names that one mode has and the other neither has nor lists, at most: what only running tells
-LEFT = {"mlx": 0, "networkx": 0, "skimage": 0, "numpy": 6, "torch": 60}
+def untold(paths: Iterable[str], other: Found) -> list[str]:
+    """The public paths that another mode has no row for and does not list.
+
+    It lists a path, a module or class of which it knows nothing, or whatever it
+    does not know of one (``a.b.*``). What is listed of a package excuses nothing
+    in its modules.
+    """
+    rows, skipped = other
+    known = {head for path in (*rows, *skipped) if not path.endswith(".*") for head in heads(path)}
+    looked_into = {path.rpartition(".")[0] for path in known}
+    left = []
+    for path in filter(is_public, paths):
+        above = heads(path)
+        told = path in rows or path in skipped
+        for head, child in pairwise(above):
+            told |= f"{head}.*" in skipped and child not in known
+            told |= head in skipped and head not in looked_into
+        if not told:
+            left.append(path)
+    return sorted(left)
 
 
 @pytest.mark.parametrize("package", YARDSTICKS)
 def test_both_modes_find_the_same_public_names_or_list_them(package: str) -> None:
     pytest.importorskip(package)
-    (live, left_out), (static, not_seen) = both(package)
-    missing = {
-        path for path in live.keys() - static.keys() if is_public(path) and not is_told(path, not_seen)
-    }
-    surplus = {
-        path for path in static.keys() - live.keys() if is_public(path) and not is_told(path, left_out)
-    }
-    assert len(missing) + len(surplus) <= LEFT[package], (sorted(missing), sorted(surplus))
+    live, static = both(package)
+    assert (untold(live[0], static), untold(static[0], live)) == ([], [])
 
 
-#: walks a package in its own way and prints the docstrings of the properties of its public classes
+def test_the_comparison_finds_what_is_missing() -> None:
+    other = ({"a.b.c": "C."}, {"a.*": "More.", "a.b.d": "D.", "a.e": "Not read."})
+    assert untold(["a.b.c", "a.b.d", "a.x", "a.x.y", "a.e.f", "a._b.c"], other) == []
+    assert untold(["a", "a.b", "a.b.x", "a.b.c.y"], other) == ["a", "a.b", "a.b.c.y", "a.b.x"]
+
+
+#: walks a package in its own way and prints the docstrings of the properties of its public classes,
+#: each with the paths under which it stands
 COUNT = """
-import functools, importlib, inspect, json, pkgutil, sys, warnings
+import functools, importlib, inspect, json, os, pkgutil, sys, types, warnings
 warnings.simplefilter("ignore")
+answer = os.dup(1)
+os.dup2(2, 1)
 package = importlib.import_module(sys.argv[1])
+kinds = (property, functools.cached_property, types.GetSetDescriptorType)
 for info in pkgutil.walk_packages(package.__path__, package.__name__ + ".", onerror=lambda name: None):
     parts = info.name.split(".")[1:]
     if not any(p.startswith("_") or "test" in p or p == "conftest" for p in parts):
@@ -331,36 +474,47 @@ for info in pkgutil.walk_packages(package.__path__, package.__name__ + ".", oner
             importlib.import_module(info.name)
         except BaseException:
             pass
-seen, docs = set(), set()
+docs = {}
 for name, module in sorted(sys.modules.items()):
     if name.split(".")[0] != package.__name__ or "test" in name or "._" in name:
         continue
     for attribute, cls in sorted(vars(module).items()):
-        if inspect.isclass(cls) and not attribute.startswith("_") and cls not in seen:
-            seen.add(cls)
-            if not str(cls.__module__).startswith(package.__name__):
+        if inspect.isclass(cls) and not attribute.startswith("_"):
+            if str(cls.__module__).split(".")[0] != package.__name__:
                 continue
             for member, value in vars(cls).items():
-                if not member.startswith("_") and isinstance(value, (property, functools.cached_property)):
-                    doc = inspect.getdoc(value)
-                    if doc and " at 0x" not in doc and doc != inspect.getdoc(type(value)):
-                        docs.add(doc)
-print(json.dumps(sorted(docs)))
+                if not member.startswith("_") and isinstance(value, kinds):
+                    doc = inspect.getdoc(value) if value.__doc__ else None  # its own, and no base class's
+                    if doc and doc != inspect.getdoc(type(value)):
+                        docs.setdefault(doc, []).append(f"{name}.{attribute}.{member}")
+with open(answer, "w") as file:
+    json.dump(docs, file)
+os._exit(0)
 """
 
+#: docstrings of properties, at least
+PROPERTIES = {"mlx": 20, "networkx": 20, "skimage": 4, "numpy": 80, "torch": 110}
 
-@pytest.mark.parametrize("package", [name for name in YARDSTICKS if name != "mlx"])
+
+@pytest.mark.parametrize("package", YARDSTICKS)
 def test_no_docstring_of_a_property_is_missing(package: str, tmp_path: Path) -> None:
     pytest.importorskip(package)
     done = subprocess.run(
-        [sys.executable, "-c", COUNT, package], capture_output=True, text=True, cwd=tmp_path, check=True
+        [sys.executable, "-c", COUNT, package], stdout=subprocess.PIPE, cwd=tmp_path, check=True
     )
-    want = set(json.loads(done.stdout.splitlines()[-1]))
-    assert want
-    (live, _), _ = both(package)
-    assert want - set(live.values()) == set()
+    want: dict[str, list[str]] = json.loads(done.stdout)
+    assert len(want) >= PROPERTIES[package]
+    for path, doc in both(package)[0][0].items():
+        if doc in want:
+            want[doc].append(path)  # a name that comes when somebody asks
+    for made in both(package):
+        docs = set(made[0].values())
+        missing = {doc: paths for doc, paths in want.items() if doc not in docs}
+        listed = {doc for doc, paths in missing.items() if len(untold(paths, made)) < len(paths)}
+        assert {doc: paths for doc, paths in missing.items() if doc not in listed} == {}
 
 
+@pytest.mark.skipif(not ALL, reason="takes long: MLXLORA_TEST_ALL=1")
 def test_skimages_functions_have_the_path_that_its_users_write() -> None:
     pytest.importorskip("skimage")
     (live, _), (static, not_seen) = both("skimage")
@@ -372,6 +526,6 @@ def test_skimages_functions_have_the_path_that_its_users_write() -> None:
             if inspect.isfunction(thing) and inspect.getdoc(thing):
                 paths = [path for path, doc in live.items() if doc == inspect.getdoc(thing)]
                 assert any(map(is_public, paths)), (submodule, name)
-                assert set(paths) & static.keys() or is_told(paths[0], not_seen), paths
+                assert not untold(paths[:1], (static, not_seen)), paths
                 count += 1
     assert count > 200

@@ -154,7 +154,11 @@ def test_compiled_modules_are_read_from_their_stubs(read: Any) -> None:
         }
     )
     assert paths == {"pkg.f": "Fast.", "pkg.both.g": "From the source."}
-    assert skipped == {"pkg.bare": "it is compiled and has no stub; mode=import reads it"}
+    assert skipped == {
+        "pkg.bare": "it is compiled and has no stub; mode=import reads it",
+        "pkg.fast": "its docstring is compiled; mode=import reads it",
+        "pkg.fast.*": "it is compiled, and its stub may not tell all that it has; mode=import reads it",
+    }
 
 
 def test_sources_that_cannot_be_read_are_told_and_the_others_go_on(read: Any) -> None:
@@ -201,3 +205,75 @@ def test_the_installed_mlx() -> None:
     stub = str(inspect.getdoc(mx.matmul)).partition("\n\n")[2]
     assert any(text.startswith("Q: What is matmul in mlx?\nA: mlx.core.matmul ") for text in texts), stub
     assert len({row.group for row in made.rows}) >= 500
+
+
+DOCUMENTED = '''"""Top."""
+import re
+import textwrap
+from ._told import merged, notes
+from ._fast import _add_docstr as add_docstr, Array, one, two, three, four
+from .writer import add_newdoc
+def parse(text):
+    """Arguments by their names."""
+    split = re.compile(r"\\n\\s{4}(?!\\s)")
+    parts = [part.strip() for part in split.split(text)]
+    parts = [part for part in parts if len(part) > 0]
+    return {part.split(" ")[0]: part for part in parts}
+common = parse("""
+    input (Array): what goes in,
+        in two lines.
+    out (Array): what comes out.
+""")
+add_docstr(one, r"""one(input) -> Array
+
+{input}
+{out}""".format(**common))
+add_docstr(two, "Two, {size}, {out}.".format(**merged(common, {"size": "sized"}), **notes))
+def add_method(name, given, text, *more):
+    """Documents a method."""
+    if "/" not in given:
+        given = f"/, {given}" if given else "/"
+    text = textwrap.dedent(text).strip() + "".join(more)
+    add_newdoc("pkg._fast", "Array", (name, f"{name}($self, {given})\\n--\\n\\n{text}"))
+add_method("all", "axis=None", """
+    Whether all are.
+      Indented.
+    """, " More.", " And more.")
+for name in ("any", "sum"):
+    add_method(name, "", f"The {name} of it.")
+common["out"] = common["out"].title()
+add_docstr(three, "Three {out}".format(**common))
+def told(text):
+    if open("/etc/hostname").read() == "none":
+        return text
+    return "Never."
+add_docstr(four, told("Four."))
+'''
+
+
+def test_docstrings_that_the_source_gives_to_what_is_compiled(read: Any) -> None:
+    suffix = EXTENSION_SUFFIXES[0]
+    stub = "def one(input): ...\ndef two(): ...\ndef three(): ...\ndef four(): ...\n"
+    stub += "class Array:\n    def all(self): ...\n    def any(self): ...\n    def sum(self): ...\n"
+    files = {
+        "__init__.py": DOCUMENTED,
+        f"_fast{suffix}": "",
+        "_fast.pyi": stub,
+        "_told.py": "# for add_docstr\nnotes = {'note': 'A note.'}\n"
+        "def merged(*tables):\n    return {name: table[name] for table in tables for name in table}\n",
+        "writer.py": "def add_newdoc(place, name, text): pass\n",
+    }
+    paths, skipped = read(files)
+    assert paths == {
+        "pkg": "Top.",
+        "pkg.parse": "Arguments by their names.",
+        "pkg.add_method": "Documents a method.",
+        "pkg.one": "one(input) -> Array\n\ninput (Array): what goes in,\n        in two lines.\n"
+        "out (Array): what comes out.",
+        "pkg.two": "Two, sized, out (Array): what comes out..",
+        "pkg.Array.all": "Whether all are.\nIndented. More. And more.",
+        "pkg.Array.any": "The any of it.",
+        "pkg.Array.sum": "The sum of it.",
+    }
+    together = "its docstring is put together when the package runs; mode=import reads it"
+    assert skipped["pkg.three"] == skipped["pkg.four"] == together

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import llama_torch
@@ -16,6 +15,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxlora_llama.model import RMSNorm, attention_mask
 
 from mlxlora_core.ops import rotate
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 BASE = {
     "dim": 32,
@@ -42,15 +43,6 @@ CONFIGS = {
     "large eps": {**LLAMA, "norm_eps": 0.05},
 }
 TOKENS = 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """Products this small gain nothing from threads, and wait long for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def both(config: dict[str, Any], tied: bool = False) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -402,6 +402,37 @@ def test_hugging_faces_layout_is_named() -> None:
     assert "the tensors are named as Hugging Face's" in faults(LLAMA_2_7B, theirs)
 
 
+LLAMA_3_2 = {**LLAMA_2_7B, "n_kv_heads": 8, "rope_theta": 5e5, "use_scaled_rope": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "factor", "high"),
+    [
+        ({}, 8.0, 4.0),
+        ({"rope_scaling_factor": 32}, 32.0, 4.0),
+        ({"rope_scaling_factor": None, "rope_high_freq_factor": 2.0}, 8.0, 2.0),
+    ],
+)
+def test_scaled_positions_are_those_of_meta_s_own_reader(
+    change: dict[str, Any], factor: float, high: float
+) -> None:
+    shapes = shapes_of(11008, 128256)
+    args = config(LLAMA_3_2 | change, shapes)
+    assert (args.rope_scaling, args.rope_factor, args.rope_original_len) == ("llama3", factor, 8192)
+    assert (args.rope_low_freq_factor, args.rope_high_freq_factor) == (1.0, high)
+    told = notes(LLAMA_3_2 | change, shapes)
+    assert bool(told) == (change.get("rope_scaling_factor") is None)
+    assert all(note.startswith("params.json says use_scaled_rope and not by how much: 8.0") for note in told)
+
+
+def test_a_factor_without_scaled_positions_is_refused() -> None:
+    raw = {key: value for key, value in LLAMA_3_2.items() if key != "use_scaled_rope"}
+    shapes = shapes_of(11008, 128256)
+    assert "rope_scaling_factor: got 32" in faults({**raw, "rope_scaling_factor": 32}, shapes)
+    told = faults({**LLAMA_3_2, "rope_scaling_factor": "x"}, shapes)
+    assert told == "rope_scaling_factor: wanted number or none, got 'x'"
+
+
 def test_all_faults_are_told_in_one_line() -> None:
     raw = {"dim": -1, "n_layers": "two", "n_heads": 6, "n_kv_heads": 0, "norm_eps": True}
     told = faults({**raw, "use_scaled_rope": "yes"})

@@ -325,7 +325,7 @@ BYTE_LEVEL = {
     "tokenizer.ggml.add_bos_token": False,
     "tokenizer.chat_template": "{{ messages }}",
 }
-_WORDS = ["\u2581he", "ll", "\u2581hell", "o", "\u2581hello", "h", "e", "l", "\u2581"]
+_WORDS = ["ll", "he", "\u2581he", "\u2581hell", "\u2581hello", "o", "h", "e", "l", "\u2581"]
 PIECES = {
     "tokenizer.ggml.model": "llama",
     "tokenizer.ggml.tokens": [

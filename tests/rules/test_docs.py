@@ -87,7 +87,19 @@ def test_the_fields_that_all_specs_have() -> None:
         assert f"| `{field.name}: {field.type}` |" in text
 
 
-HANDED_OVER = ("ForeignModel", "LazyTensor", "Piece", "Row", "Rows", "Skipped", "RuntimeStarted", "Place")
+HANDED_OVER = (
+    "ForeignModel",
+    "LazyTensor",
+    "PackedTensor",
+    "Layout",
+    "ForeignTensor",
+    "Piece",
+    "Row",
+    "Rows",
+    "Skipped",
+    "RuntimeStarted",
+    "Place",
+)
 FOREIGN = ("ForeignLinear", "FoundAdapter")
 GIVEN = ("ExportSource", "ExportAdapter", "RunInfo")
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxlora_core.runs.base import base_folder
 from mlxlora_core.runs.events import Event, StageDone
 from mlxlora_core.runs.folder import ADAPTER, EXPORT, MODEL
 from mlxlora_core.runs.recipe import Recipe
@@ -44,7 +45,7 @@ class ExportStage(Stage):
         recipe, path = context.recipe, context.path
         assert recipe.export is not None, "else this stage is not wanted"
         events = export(
-            recipe.model.mlx_path or path / MODEL,
+            base_folder(recipe, path / MODEL),
             path / EXPORT,
             recipe.export,
             context.registry,

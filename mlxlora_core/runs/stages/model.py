@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.files.fingerprints import content_digest
 from mlxlora_core.model.events import describe_conversion
+from mlxlora_core.model.located import LocatedModel, locate_model
 from mlxlora_core.options import plain
+from mlxlora_core.runs.base import source
 from mlxlora_core.runs.events import Event, StageDone
 from mlxlora_core.runs.folder import MODEL, files
 from mlxlora_core.runs.recipe import Recipe
@@ -25,8 +27,9 @@ class ModelStage(Stage):
 
     def inputs(self, recipe: Recipe) -> Mapping[str, Any]:
         """The files of the model, and how they are converted."""
-        source = recipe.model.torch_path or recipe.model.mlx_path or Path()
-        read = [source] if source.is_file() else [source / name for name in files(source)]
+        named = source(recipe.model)
+        place = locate_model(named, fetch=False).path
+        read = [place] if place.is_file() else [place / name for name in files(place)]
         return {
             "model": plain(recipe.model),
             "files": {path.name: content_digest(path) for path in read},
@@ -39,18 +42,18 @@ class ModelStage(Stage):
 
     def work(self, context: Context) -> Iterator[Event]:
         """Convert."""
-        source = context.recipe.model
-        if source.torch_path is None:
-            yield StageDone(self.name, {"folder": str(source.mlx_path)})
+        model = context.recipe.model
+        if model.torch_path is None:
+            yield StageDone(self.name, {"folder": str(model.mlx_path)})
         else:
-            yield StageDone(self.name, _convert(source.torch_path, context))
+            yield StageDone(self.name, _convert(locate_model(source(model)), context))
 
     def words(self, result: Mapping[str, Any]) -> list[str]:
         """The conversion, or the folder that is used."""
         return describe_conversion(result) if "loader" in result else [f"uses {result['folder']}"]
 
 
-def _convert(source: Path, context: Context) -> dict[str, Any]:
+def _convert(found: LocatedModel, context: Context) -> dict[str, Any]:
     """Convert a foreign model into the run folder; what there is to say of it."""
     from mlxlora_core.model.convert import convert
     from mlxlora_core.model.events import result_of
@@ -58,7 +61,7 @@ def _convert(source: Path, context: Context) -> dict[str, Any]:
     recipe = context.recipe
     loader = recipe.loader
     events = convert(
-        source,
+        found.path,
         context.path / MODEL,
         context.registry,
         loader=loader.component.id if loader else None,
@@ -68,5 +71,6 @@ def _convert(source: Path, context: Context) -> dict[str, Any]:
         quantization=recipe.quantize,
         quantize_config=recipe.quantize_config,
         overwrite=True,
+        name=found.name if found.revision else "",
     )
     return result_of(events).values()

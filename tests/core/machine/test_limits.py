@@ -48,6 +48,12 @@ def test_no_memory_is_6_however_it_is_said(fault: Exception) -> None:
     assert "there is not enough memory" in str(exhausted(fault))
 
 
+def test_a_name_that_is_too_long_is_bad_input_and_no_limit() -> None:
+    found = exhausted(OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300))
+    assert found is not None and found.exit_code == ExitCode.USAGE == 2
+    assert str(found) == f"{'x' * 300}: File name too long. Fix: choose a shorter name"
+
+
 def test_a_gpu_that_gives_up_is_6() -> None:
     fault = RuntimeError("[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:...)")
     assert str(exhausted(fault)).startswith("the GPU gave up: [METAL] Command buffer")

@@ -17,7 +17,7 @@ from mlxlora_core.files import tensor_file
 from mlxlora_core.model import adapters, loading
 from mlxlora_core.model import fuse as fusing
 from mlxlora_core.model.adapters import AdapterFile
-from mlxlora_core.model.events import result_of
+from mlxlora_core.model.events import TensorWritten, result_of
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.sections import configure
@@ -372,3 +372,20 @@ def test_an_adapter_of_a_quantized_base_goes_into_the_dense_one_when_allowed(
         + 2.0 * (tensors[f"{path}.lora_a"] @ tensors[f"{path}.lora_b"]).T
     )
     np.testing.assert_allclose(np.array(weights(tmp_path / "fused")[f"{path}.weight"]), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_fusing_tells_of_each_tensor_of_the_file_as_it_is_written(
+    model_folder: MakeModel,
+    make_adapter: Callable[..., Path],
+    registry: Registry,
+    tmp_path: Path,
+    dequantize: bool,
+) -> None:
+    base = model_folder(bits=8)
+    events = [*fuse(base, make_adapter(base), tmp_path / "fused", registry, dequantize=dequantize)]
+    written = [event for event in events if isinstance(event, TensorWritten)]
+    names = set(weights(tmp_path / "fused"))
+    assert {event.name for event in written} == names and len(names) == len(written)
+    assert [event.done for event in written] == [*range(1, len(names) + 1)]
+    assert {event.count for event in written} == {len(names)}

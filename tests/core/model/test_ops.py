@@ -96,6 +96,30 @@ def test_rotate(offset: int, length: int, copied: bool) -> None:
     agree(value_and_gradients(ours, x), torch_gradients(reference, x), 1e-6)
 
 
+@pytest.mark.parametrize("length", [1, 30])
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+def test_rotate_by_listed_angles(length: int, factor: float) -> None:
+    """One angle of its own for each pair, one of them none, and all of it made longer."""
+    x, angles = normal(2, 6, length, 16), (1.0, 0.5, 0.3, 0.0, 0.01, 3.0, 1e-4, 0.07)
+    turns = np.arange(7, 7 + length)[:, None] * np.array(angles)
+    circle = torch.polar(torch.full((length, 8), factor, dtype=torch.float64), torch.tensor(turns))
+
+    def reference(x: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (8, 2))) * circle).flatten(-2)
+
+    want = torch_gradients(reference, x)
+    agree(value_and_gradients(lambda x: ops.rotate(x, 7, angles, factor), x), want, 1e-6)
+    for dtype, bound in ((mx.float16, 4e-3), (mx.bfloat16, 3e-2)):  # as MLX's own operation has it
+        got = ops.rotate(mx.array(x).astype(dtype), 7, angles, factor)
+        assert got.dtype == dtype
+        agree([np.array(got.astype(mx.float32))], want[:1], bound)
+
+
+def test_listed_angles_of_a_base_are_those_of_the_base() -> None:
+    x, angles = mx.array(normal(2, 6, 30, 16)), tuple(500.0 ** (-2 * pair / 16) for pair in range(8))
+    assert mx.array_equal(ops.rotate(x, 90, 500.0), ops.rotate(x, 90, angles)).item()
+
+
 @pytest.mark.parametrize("vocabulary", [64, 1000])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_cross_entropy(vocabulary: int, scale: float) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlxlora_core import cli
+from mlxlora_core.cli.verbs import VERBS
 from mlxlora_core.errors import ResourceError
 from mlxlora_core.files import tensor_file
 
@@ -30,6 +31,29 @@ def ended(capfd: Capfd, *arguments: object) -> tuple[int, list[str]]:
     capfd.readouterr()
     code = cli.execute([str(argument) for argument in arguments])
     return int(code), capfd.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("train --model", "Option '--model' requires an argument. See: mlxlora train --help"),
+        ("generate -n", "Option '-n' requires an argument. See: mlxlora generate --help"),
+        ("train --resume=3", "Option '--resume' does not take a value. See: mlxlora train --help"),
+        ("convert", "Missing option '--torch-path'. See: mlxlora convert --help"),
+        ("report a b", "Got unexpected extra argument (b). See: mlxlora report --help"),
+        ("nonsense", "No such command 'nonsense'. See: mlxlora --help"),
+    ],
+)
+def test_a_wrong_command_line_names_the_help_of_its_verb(capfd: Capfd, line: str, said: str) -> None:
+    assert ended(capfd, *line.split()) == (2, [f"mlxlora: {said}"])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_is_named_by_what_is_wrong_with_its_options(capfd: Capfd, verb: str) -> None:
+    for wrong in ("--nonsense", "--plugin", "--debug=1", "-P"):
+        code, lines = ended(capfd, verb, wrong)
+        assert code == 2 and len(lines) == 1 and lines[0].endswith(f" See: mlxlora {verb} --help")
+        assert "?." not in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -112,13 +112,35 @@ def test_odd_names_of_folders(tmp_path: Path, tiny_rows: Path, capfd: Capfd, nam
     assert err.count("\n") == 1
 
 
-def test_a_name_that_is_too_long_is_one_line(tmp_path: Path, tiny_rows: Path, capfd: Capfd) -> None:
-    for name in ("x" * 4000, "/".join(["x" * 200] * 30)):
-        arguments = ("--builder", "jsonl", "--set", f"path={tiny_rows}", "--out", tmp_path / name)
-        _, err = said(capfd, 6, "data", *arguments)
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "/".join(["x" * 200] * 30), "absent/" + "x" * 300], ids=["name", "path", "in none"]
+)
+def test_a_path_that_is_too_long_is_bad_input(
+    tmp_path: Path, tiny_model: Path, tiny_rows: Path, capfd: Capfd, name: str
+) -> None:
+    place, rows = tmp_path / name, f"path={tiny_rows}"
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[model]\nmlx_path = "{place}"\n[data]\nuse = "jsonl"\noptions.path = "{tiny_rows}"\n')
+    for arguments in (
+        ("data", "--builder", "jsonl", "--set", rows, "--out", place),
+        ("data", "--builder", "jsonl", "--set", f"path={place}", "--out", tmp_path / "out"),
+        ("generate", "--model", place, "-p", "A"),
+        ("run", place),
+        ("run", recipe),
+        ("run", recipe, "--set", f"model.mlx_path={tiny_model}", "--set", f"run.folder={place}"),
+        ("report", place),
+    ):
+        _, err = said(capfd, 2, *arguments)
         assert err.count("\n") == 1 and "File name too long" in err
-        _, err = said(capfd, 6, "generate", "--model", tmp_path / name, "-p", "A")
-        assert err.count("\n") == 1 and "File name too long" in err
+    assert list(tmp_path.iterdir()) == [recipe]
+
+
+def test_a_name_that_leaves_no_room_for_a_lock_is_bad_input(
+    tmp_path: Path, tiny_rows: Path, capfd: Capfd
+) -> None:
+    rows = ("data", "--builder", "jsonl", "--set", f"path={tiny_rows}")
+    _, err = said(capfd, 2, *rows, "--out", tmp_path / ("x" * 252))
+    assert err.endswith(": File name too long. Fix: choose a shorter name\n") and not [*tmp_path.iterdir()]
 
 
 def run(*arguments: object, prefix: tuple[str, ...] = (), **variables: str) -> Any:
