@@ -121,7 +121,8 @@ def make_examples(
         try:
             whole = reader.read(content)
         except DataError as fault:
-            refused.setdefault((fault.what, fault.fix), []).append(place)
+            what = f"{fault.what} ({fault.where})" if fault.where else fault.what
+            refused.setdefault((what, fault.fix), []).append(place)
             continue
         example = Example(whole.tokens[:max_seq_length], whole.mask[:max_seq_length])
         if len(whole.tokens) > max_seq_length:
