@@ -119,7 +119,7 @@ def _named(key: str, config: Mapping[str, Any], specials: Mapping[str, Any], whe
     value = config.get(key)
     if value is None:
         value = specials.get(key)
-    text = value.get("content") if isinstance(value, dict) else value
+    text = value.get("content", value) if isinstance(value, dict) else value
     if text is not None and not isinstance(text, str):
         raise ModelError(f"{key} is {text!r:.80}, wanted a text", where=where)
     return text or None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlxlora_core.errors import DataError, listing
-from mlxlora_core.model.prompts import continued, is_taken, prompt_ids
+from mlxlora_core.model.prompts import continued, is_taken, prompt_ids, reads_as
 from mlxlora_core.model.special_texts import special_texts
 from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.training.findings import Finding, Findings, counted, look, texts
@@ -245,8 +245,8 @@ class _RowReader:
     def _comes_back(self, seen: Callable[[str], str] = str) -> bool:
         """Whether what is ``seen`` of all texts of the row stands in what its ids are decoded to."""
         if "messages" not in self._content:
-            whole = self._tokenizer.decode([token for piece in self._pieces for token in piece.ids])
-            return whole == "".join(texts(self._content))  # nothing is cut off
+            ids = [token for piece in self._pieces for token in piece.ids]
+            return reads_as(self._tokenizer, ids, "".join(texts(self._content)))
         whole, at = "".join(self._tokenizer.decode(piece.ids) for piece in self._pieces), 0
         for text in map(seen, texts(self._content)):
             at = whole.find(text, at)

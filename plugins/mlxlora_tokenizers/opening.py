@@ -147,18 +147,30 @@ def _parts(source: Source, document: Document, opened: Tokenizer, vocabulary: Ma
     silent = special | ends
     unknown = {vocabulary.get(document["model"].get("unk_token") or ""), document["model"].get("unk_id")}
     written = {number: text for text, number in vocabulary.items()}
+    # A token that is looked for in the normalized text stands for what is found there.
+    normal = {
+        number: text for number in added if (text := str(opened.id_to_token(number))) != written[number]
+    }
     return Parts(
         where=where,
         document=document,
         library=opened,
-        texts=TokenTexts(document.get("decoder"), written, added=added, silent=silent, where=where),
+        texts=TokenTexts(
+            document.get("decoder"),
+            {**written, **normal},
+            added=added.keys() - normal.keys(),
+            silent=silent,
+            where=where,
+        ),
         vocab_size=size,
         bos=bos,
         eos=eos,
         stops=stops,
         kept_apart=frozenset((special - unknown) | ends),
-        special=SpecialTexts(_special_token(number, written[number], added) for number in sorted(silent)),
-        special_texts=frozenset(written[number] for number in silent | added.keys()),
+        special=SpecialTexts(
+            _special_token(number, written[number], added) for number in sorted(silent & written.keys())
+        ),
+        special_texts=frozenset(written[number] for number in (silent & written.keys()) | added.keys()),
         template=source.template,
         form=source.form if source.template else "no chat template",
         fingerprint=_fingerprint(source, document, bos, eos, stops),

@@ -141,12 +141,12 @@ class LibraryTokenizer:
         A vocabulary may have special tokens among its words too. Where one is found it
         is cut in two, until none is.
         """
-        found = library.encode(tokenizer, text, self._parts.where)
-        ids: list[int] = found.ids
+        ids = library.ids(tokenizer, text, self._parts.where)
         apart = self._parts.kept_apart
         if apart.isdisjoint(ids):
             return ids
-        spans = [span for token, span in zip(ids, found.offsets, strict=True) if token in apart]
+        places = library.places(tokenizer, text, self._parts.where)
+        spans = [span for token, span in zip(ids, places, strict=True) if token in apart]
         cuts = [(start + stop) // 2 for start, stop in spans if stop - start > 1]
         if not cuts:  # characters of their own that are no text
             return [token for token in ids if token not in apart]

@@ -119,11 +119,13 @@ class Subject(ABC):
         path: where the file to parse is written.
         good: the bytes of good files.
         header_bytes: how many bytes at the start are damaged one after another.
+        is_document: whether it is JSON, of which every other damage changes what it says.
     """
 
     path: Path
     good: list[bytes]
     header_bytes = 4096
+    is_document = False
 
     def __init__(self, material: Path, folder: Path) -> None:
         self.material, self.folder = material, folder
@@ -314,6 +316,101 @@ class SentencePiece(Subject):
                 kinds = [piece[3] == kind for kind in (2, 3, 5, 6)]
                 found.append((piece[1].decode(), _bits(struct.unpack("<f", piece[2])[0]), kinds))
         return found
+
+
+class TokenizerJson(Subject):
+    """Vocabularies of the library tokenizers; the other reader is the library itself."""
+
+    is_document = True
+    name = "tokenizer.json"
+
+    def prepare(self) -> None:
+        import small_tokenizers as small
+
+        self.path = self.folder / self.name
+        kinds = [
+            small.byte_level(["</s>", "<s>"], bos="<s>"),
+            small.like_llama_2(),
+            small.unigram(),
+            small.words(),
+        ]
+        good = {
+            "tokenizer.json": [*(kind.to_str().encode() for kind in kinds), *small.tiny()],
+            "tokenizer_config.json": small.configs(),
+            "generation_config.json": [
+                b'{"eos_token_id": 1}',
+                b'{"eos_token_id": [0, 3], "bos_token_id": 0}',
+            ],
+        }
+        for name, contents in good.items():
+            (self.folder / name).write_bytes(contents[0])
+        self.good = good[self.name]
+
+    def parse(self) -> Any:
+        from mlxlora_tokenizers import open_files
+
+        from mlxlora_core.api import NoOptions
+
+        tokenizer = open_files({path.name: path for path in self.folder.iterdir()}, NoOptions())
+        encoded = []
+        for text in _TEXTS:
+            ids = tokenizer.encode(text, bos=False)
+            assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids)
+            encoded.append(ids)
+        tokenizer.decode(range(tokenizer.vocab_size + 2))
+        return tokenizer.vocab_size, tokenizer.bos, sorted(tokenizer.stops), encoded
+
+    def reference(self) -> Any:
+        from tokenizers import Tokenizer
+
+        document, config, generation = (
+            json.loads((self.folder / f"{name}.json").read_bytes().decode("utf-8-sig"))
+            for name in ("tokenizer", "tokenizer_config", "generation_config")
+        )
+        library = Tokenizer.from_str(json.dumps({**document, "truncation": None, "padding": None}))
+        library.encode_special_tokens = True
+        self._add(library, config.get("added_tokens_decoder") or {})
+        vocabulary = library.get_vocab()
+        bos, eos = (_written(config.get(f"{name}_token")) for name in ("bos", "eos"))
+        ends = generation.get("eos_token_id")
+        stops = {*(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+        stops |= {vocabulary[eos]} if eos else set()
+        begin = vocabulary[bos] if bos and config.get("add_bos_token") else _front(library)
+        begin = None if config.get("add_bos_token") is False else begin
+        encoded = [library.encode(text, add_special_tokens=False).ids for text in _TEXTS]
+        plain = [[number for number in ids if number not in {begin, *stops}] for ids in encoded]
+        return max(vocabulary.values()) + 1, begin, sorted(stops), plain
+
+    def _add(self, library: Any, decoder: dict[str, Any]) -> None:
+        from tokenizers import AddedToken
+
+        for number, token in sorted(decoder.items(), key=lambda pair: int(pair[0])):
+            if library.id_to_token(int(number)) is None:
+                flags = {key: value for key, value in token.items() if key in ("special", "lstrip", "rstrip")}
+                library.add_tokens([AddedToken(token["content"], **flags)])
+
+
+class TokenizerConfig(TokenizerJson):
+    """What stands beside a vocabulary: names of tokens, and tokens that are added."""
+
+    name = "tokenizer_config.json"
+
+
+class GenerationConfig(TokenizerJson):
+    """The ids that end texts."""
+
+    name = "generation_config.json"
+
+
+def _written(token: Any) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _front(library: Any) -> int | None:
+    """The id that a library puts in front of a text."""
+    bare, whole = (library.encode("the", add_special_tokens=special).ids for special in (False, True))
+    at = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return whole[0] if at or (whole and not bare) else None
 
 
 def _bits(value: float) -> bytes:
@@ -725,6 +822,9 @@ KINDS: dict[str, type[Subject]] = {
     "npz": Npz,
     "pth": Pth,
     "tokenizer": SentencePiece,
+    "tokenizer_json": TokenizerJson,
+    "tokenizer_config": TokenizerConfig,
+    "generation_config": GenerationConfig,
     "params": Params,
     "config": Config,
     "index": Index,
