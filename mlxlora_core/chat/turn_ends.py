@@ -17,6 +17,7 @@ SHAPE = re.compile(r"<[^<>\s]{1,60}>|\[[^\[\]\s]{1,60}\]")
 
 _ASKED, _ANSWERED = ("Question 17.", "Question 23."), ("Answer 17.", "Answer 23.")
 _TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
+_ODD, _SPACE = re.compile(r"[^\w\s]"), re.compile(r"\s")
 _MOST_LETTERS = 60  # of a special token
 
 
@@ -113,9 +114,10 @@ class _Probe:
             if is_special is None:
                 shape = SHAPE.match(text, at)
                 spelt = shape[0] if shape else next((s for s in known if text.startswith(s, at)), "")
-            else:
-                parts = (text[at : at + size] for size in range(_MOST_LETTERS, 0, -1))
-                spelt = next(filter(is_special, parts), "")
+            else:  # words and white space are tokens, too, but end no turn
+                sizes = range(_MOST_LETTERS, 2, -1) if _ODD.match(text, at) else ()
+                parts = (text[at : at + size] for size in sizes)
+                spelt = next((part for part in parts if not _SPACE.search(part) and is_special(part)), "")
             if spelt:
                 yield spelt
             at += len(spelt) or 1
