@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import struct
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mlxlora_core.model.linears import linears, replace
@@ -117,11 +119,13 @@ class Subject(ABC):
         path: where the file to parse is written.
         good: the bytes of good files.
         header_bytes: how many bytes at the start are damaged one after another.
+        is_document: whether it is JSON, of which every other damage changes what it says.
     """
 
     path: Path
     good: list[bytes]
     header_bytes = 4096
+    is_document = False
 
     def __init__(self, material: Path, folder: Path) -> None:
         self.material, self.folder = material, folder
@@ -312,6 +316,101 @@ class SentencePiece(Subject):
                 kinds = [piece[3] == kind for kind in (2, 3, 5, 6)]
                 found.append((piece[1].decode(), _bits(struct.unpack("<f", piece[2])[0]), kinds))
         return found
+
+
+class TokenizerJson(Subject):
+    """Vocabularies of the library tokenizers; the other reader is the library itself."""
+
+    is_document = True
+    name = "tokenizer.json"
+
+    def prepare(self) -> None:
+        import small_tokenizers as small
+
+        self.path = self.folder / self.name
+        kinds = [
+            small.byte_level(["</s>", "<s>"], bos="<s>"),
+            small.like_llama_2(),
+            small.unigram(),
+            small.words(),
+        ]
+        good = {
+            "tokenizer.json": [*(kind.to_str().encode() for kind in kinds), *small.tiny()],
+            "tokenizer_config.json": small.configs(),
+            "generation_config.json": [
+                b'{"eos_token_id": 1}',
+                b'{"eos_token_id": [0, 3], "bos_token_id": 0}',
+            ],
+        }
+        for name, contents in good.items():
+            (self.folder / name).write_bytes(contents[0])
+        self.good = good[self.name]
+
+    def parse(self) -> Any:
+        from mlxlora_tokenizers import open_files
+
+        from mlxlora_core.api import NoOptions
+
+        tokenizer = open_files({path.name: path for path in self.folder.iterdir()}, NoOptions())
+        encoded = []
+        for text in _TEXTS:
+            ids = tokenizer.encode(text, bos=False)
+            assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids)
+            encoded.append(ids)
+        tokenizer.decode(range(tokenizer.vocab_size + 2))
+        return tokenizer.vocab_size, tokenizer.bos, sorted(tokenizer.stops), encoded
+
+    def reference(self) -> Any:
+        from tokenizers import Tokenizer
+
+        document, config, generation = (
+            json.loads((self.folder / f"{name}.json").read_bytes().decode("utf-8-sig"))
+            for name in ("tokenizer", "tokenizer_config", "generation_config")
+        )
+        library = Tokenizer.from_str(json.dumps({**document, "truncation": None, "padding": None}))
+        library.encode_special_tokens = True
+        self._add(library, config.get("added_tokens_decoder") or {})
+        vocabulary = library.get_vocab()
+        bos, eos = (_written(config.get(f"{name}_token")) for name in ("bos", "eos"))
+        ends = generation.get("eos_token_id")
+        stops = {*(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+        stops |= {vocabulary[eos]} if eos else set()
+        begin = vocabulary[bos] if bos and config.get("add_bos_token") else _front(library)
+        begin = None if config.get("add_bos_token") is False else begin
+        encoded = [library.encode(text, add_special_tokens=False).ids for text in _TEXTS]
+        plain = [[number for number in ids if number not in {begin, *stops}] for ids in encoded]
+        return max(vocabulary.values()) + 1, begin, sorted(stops), plain
+
+    def _add(self, library: Any, decoder: dict[str, Any]) -> None:
+        from tokenizers import AddedToken
+
+        for number, token in sorted(decoder.items(), key=lambda pair: int(pair[0])):
+            if library.id_to_token(int(number)) is None:
+                flags = {key: value for key, value in token.items() if key in ("special", "lstrip", "rstrip")}
+                library.add_tokens([AddedToken(token["content"], **flags)])
+
+
+class TokenizerConfig(TokenizerJson):
+    """What stands beside a vocabulary: names of tokens, and tokens that are added."""
+
+    name = "tokenizer_config.json"
+
+
+class GenerationConfig(TokenizerJson):
+    """The ids that end texts."""
+
+    name = "generation_config.json"
+
+
+def _written(token: Any) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _front(library: Any) -> int | None:
+    """The id that a library puts in front of a text."""
+    bare, whole = (library.encode("the", add_special_tokens=special).ids for special in (False, True))
+    at = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return whole[0] if at or (whole and not bare) else None
 
 
 def _bits(value: float) -> bytes:
@@ -774,11 +873,106 @@ def write_hugging_face(folder: Path, shards: int = 1) -> dict[str, str]:
     return placed
 
 
+_TEMPLATES = (
+    """{% for message in messages %}
+<|im_start|>{{ message.role }}
+{{ message['content'] | trim }}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}
+""",
+    """{%- set ns = namespace(count=0, text='') %}{{ bos_token }}
+{%- if tools %}{{- 'Tools: ' ~ tools | tojson(indent=2) + '\\n' }}{% endif %}
+{%- for m in messages if m.role != 'system' %}
+{%- set ns.count = ns.count + 1 %}
+{%- if m.role == 'user' %}{{ '[INST] %s [/INST]' % m.content }}
+{%- elif m.role == 'assistant' %}{% generation %}{{ ' ' + m.content.split('</think>')[-1].strip() }}
+{%- for call in m.tool_calls or [] %}{{ call | tojson }}{{ ', ' if not loop.last }}{% endfor %}
+{{- eos_token }}{% endgeneration %}
+{%- else %}{{ raise_exception('role ' ~ m.role) }}{% endif %}
+{%- endfor %}
+{%- if ns.count > 10 ** 2 or range(4) | sum > 9 %}{{ 'a' * 3 }}{% endif %}""",
+    """{% macro turn(role, text, end=true) %}<{{ role }}>{{ text | replace('<', '&lt;') }}
+{%- if end %}</{{ role }}>{% endif %}{% endmacro %}
+{% for m in messages %}{% set role = {'user': 'u', 'assistant': 'a'}.get(m.role, m.role[:1] | upper) %}
+{{ turn(role, [m.content, loop.index] | join(' #')) }}
+{% if loop.last and m.content | length is divisibleby 2 %}{% break %}{% endif %}
+{% endfor %}
+{{ messages | map(attribute='role') | select('equalto', 'user') | list | length }}{{ '{:>4}'.format(5) }}""",
+)
+
+
+_BLOCKS = {"generation": r"{%\1 filter string \2%}", "endgeneration": r"{%\1 endfilter \2%}"}
+
+
+class Template(Subject):
+    """Chat templates; the other reader is Jinja as it is."""
+
+    messages = (
+        {"role": "user", "content": "What is é?"},
+        {"role": "assistant", "content": " A <letter>.\n"},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "No more."},
+    )
+    specials = MappingProxyType({"bos_token": "<s>", "eos_token": "</s>"})
+
+    def prepare(self) -> None:
+        self.path = self.folder / "chat_template.jinja"
+        self.good = [template.encode() for template in _TEMPLATES]
+        self.header_bytes = 700
+
+    def parse(self) -> Any:
+        from mlxlora_core.chat import ChatTemplate, find_template
+        from mlxlora_core.errors import MlxloraError
+
+        found = find_template({self.path.name: self.path})
+        assert found is not None
+        template = ChatTemplate(found.source, self.specials, where=found.where)
+        texts = [template.render(self.messages[:count], (), waits) for count, waits in self.cases()]
+        try:
+            turns = template.turns(self.messages)
+        except MlxloraError as fault:  # which part the assistant says may have become unclear
+            assert str(fault).isprintable()
+        else:
+            assert texts[0].startswith("".join(turn.text for turn in turns))
+        return texts
+
+    def cases(self) -> tuple[tuple[int, bool], ...]:
+        """How many of the messages are rendered, and whether an answer is waited for."""
+        return (4, False), (3, True), (1, True)
+
+    def reference(self) -> Any:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message: str) -> None:
+            raise ValueError(message)
+
+        source = self.path.read_bytes().decode("utf-8-sig")
+        for mark in ("generation", "endgeneration"):  # a block of nothing else: it says what stands in it
+            source = re.sub(rf"{{%(-?)\s*{mark}\s*(-?)%}}", _BLOCKS[mark], source)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value, **more: json.dumps(value, ensure_ascii=False, **more)
+        environment.globals |= {"raise_exception": refuse}
+        template = environment.from_string(source)
+        return [
+            template.render(
+                messages=list(self.messages[:count]), tools=None, add_generation_prompt=waits, **self.specials
+            )
+            for count, waits in self.cases()
+        ]
+
+
 KINDS: dict[str, type[Subject]] = {
     "safetensors": Safetensors,
     "npz": Npz,
     "pth": Pth,
     "tokenizer": SentencePiece,
+    "tokenizer_json": TokenizerJson,
+    "tokenizer_config": TokenizerConfig,
+    "generation_config": GenerationConfig,
     "params": Params,
     "config": Config,
     "hf_arguments": TheirConfig,
@@ -790,4 +984,5 @@ KINDS: dict[str, type[Subject]] = {
     "gguf": Gguf,
     "hf_config": HfConfig,
     "hf_index": HfIndex,
+    "template": Template,
 }
