@@ -21,6 +21,7 @@ from mlxlora_core.files.input_file import (
     read_some,
     refuse_stand_in,
 )
+from mlxlora_core.files.lazy_tensors import ordered_rows, shifted, some_rows
 from mlxlora_core.files.row_shapes import parse_columns
 from mlxlora_core.files.rows import RowFile, left_out, refuse_faults, scan_rows
 from mlxlora_core.files.zip_layout import ZipMember, read_zip_layout
@@ -42,6 +43,7 @@ __all__ = [
     "left_out",
     "new_file",
     "open_regular",
+    "ordered_rows",
     "parse_columns",
     "parse_json",
     "read_exactly",
@@ -52,6 +54,8 @@ __all__ = [
     "refuse_stand_in",
     "save_tensors",
     "scan_rows",
+    "shifted",
+    "some_rows",
     "write_json",
     "write_text",
 ]
