@@ -21,7 +21,7 @@ from mlxlora_core.files.input_file import (
     read_some,
     refuse_stand_in,
 )
-from mlxlora_core.files.lazy_tensors import ordered_rows, shifted, some_rows
+from mlxlora_core.files.lazy_rows import ordered_rows, shifted, some_rows
 from mlxlora_core.files.row_shapes import parse_columns
 from mlxlora_core.files.rows import RowFile, left_out, refuse_faults, scan_rows
 from mlxlora_core.files.zip_layout import ZipMember, read_zip_layout

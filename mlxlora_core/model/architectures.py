@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora_core.errors import ModelError, SafetyError, UsageError, listing
-from mlxlora_core.files.lazy_tensors import ordered_rows, shifted, some_rows
+from mlxlora_core.files.lazy_rows import ordered_rows, shifted, some_rows
 from mlxlora_core.model.folder import SOURCE
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import linears
