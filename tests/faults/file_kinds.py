@@ -486,6 +486,38 @@ class Config(Subject):
         return json.loads(self.path.read_bytes().decode("utf-8-sig"))
 
 
+class TheirConfig(Subject):
+    """config.json of a Hugging Face folder, in both spellings of the rope."""
+
+    def prepare(self) -> None:
+        self.path = self.folder / "config.json"
+        sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 8}
+        sizes |= {"num_key_value_heads": 2, "vocab_size": 60, "max_position_embeddings": 64}
+        yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 8, "mscale": 1.0}
+        yarn |= {"mscale_all_dim": 0.5, "original_max_position_embeddings": 16, "truncate": False}
+        new = {"model_type": "qwen3", **sizes, "head_dim": 8, "rms_norm_eps": 1e-6, "rope_parameters": yarn}
+        new |= {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}
+        old = {"model_type": "smollm3", **sizes, "rms_norm_eps": 1e-5, "rope_theta": 5e5}
+        old |= {"rope_scaling": {"type": "linear", "factor": 2.0}, "no_rope_layers": [1, 0, 1, 1]}
+        old |= {"layer_types": ["full_attention"] * 4, "tie_word_embeddings": True, "head_dim": None}
+        self.good = [json.dumps(config, indent=2).encode() for config in (new, old)]
+
+    def parse(self) -> Any:
+        from mlxlora_hf.config import read_config
+        from mlxlora_hf.folder import read_table
+        from mlxlora_llama import hf, tables
+
+        config = read_config(self.folder).text
+        args = hf.read(config, {})
+        if args is not None:
+            hf.notes(config, {})
+            tables.hf(args)
+        return read_table(self.path)
+
+    def reference(self) -> Any:
+        return json.loads(self.path.read_bytes().decode("utf-8-sig"))
+
+
 class Index(Subject):
     """The index of a model in shards."""
 
@@ -817,6 +849,122 @@ class Template(Subject):
         ]
 
 
+class HfConfig(Subject):
+    """config.json of Hugging Face: dense, with packed weights, and of a model around a text model."""
+
+    def prepare(self) -> None:
+        self.path = self.folder / "config.json"
+        write_hugging_face(self.folder)
+        table = {
+            "group_size": 32,
+            "bits": 4,
+            "mode": "affine",
+            "model.norm": False,
+            "lm_head": {"bits": 4, "group_size": 32},
+        }
+        inner = {**_HUGGING_FACE, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+        outer = {"model_type": "llava", "text_config": inner, "vision_config": {"hidden_size": 3}}
+        configs = (_HUGGING_FACE | {"quantization": table}, outer | {"quantization_config": table})
+        self.good = [json.dumps(config, indent=1).encode() for config in configs]
+
+    def parse(self) -> Any:
+        from mlxlora_hf import open_folder
+
+        from mlxlora_core.api import NoOptions
+        from mlxlora_core.model import architectures
+
+        model = open_folder(self.folder, NoOptions())
+        architectures.read_foreign(model, self.registry, self.path)
+        packed = model.tensors["lm_head.weight"].packed
+        ends = model.tokenizer.get("generation_config.json")
+        ids = json.loads(ends)["eos_token_id"] if isinstance(ends, bytes) else []
+        return dict(model.config), dict(packed.options) if packed else {}, ids
+
+    def reference(self) -> Any:
+        whole = json.loads(self.path.read_bytes().decode("utf-8-sig"))
+        text = whole.get("text_config")
+        tied = {"tie_word_embeddings": whole.get("tie_word_embeddings")}
+        text = whole if text is None else ({**tied, **text} if "tie_word_embeddings" in whole else text)
+        table = next(
+            found
+            for key in ("quantization", "quantization_config")
+            for c in (whole, text)
+            if (found := c.get(key))
+        )
+        own = next((v for k, v in table.items() if k == "lm_head" and isinstance(v, dict)), table)
+        options = {k: own.get(k) or default for k, default in (("group_size", 64), ("bits", 4))}
+        apart = ("auto_map", "quantization", "quantization_config")
+        ends: list[int] = []
+        for stated in (whole.get("eos_token_id"), text.get("eos_token_id")):
+            ends += stated if isinstance(stated, list) else [] if stated is None else [stated]
+        return {k: v for k, v in text.items() if k not in apart}, options, list(dict.fromkeys(ends))
+
+
+class HfIndex(Subject):
+    """The index of a Hugging Face folder in shards."""
+
+    def prepare(self) -> None:
+        self.path = self.folder / "model.safetensors.index.json"
+        names = write_hugging_face(self.folder, shards=2)
+        (self.folder / "config.json").write_text(
+            json.dumps(_HUGGING_FACE | {"quantization": {"group_size": 32, "bits": 4}})
+        )
+        index = {"metadata": {"total_size": 1000}, "weight_map": names}
+        self.good = [json.dumps(index, indent=1).encode()]
+
+    def parse(self) -> Any:
+        from mlxlora_hf.folder import HUGGING_FACE
+        from mlxlora_hf.shards import find_tensors
+
+        found = find_tensors(self.folder, HUGGING_FACE)
+        for tensor in found.tensors.values():
+            tensor.read()
+        return sorted(found.tensors)
+
+    def reference(self) -> Any:
+        return sorted(json.loads(self.path.read_bytes().decode("utf-8-sig"))["weight_map"])
+
+
+_HUGGING_FACE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 40,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 5],
+}
+
+
+def write_hugging_face(folder: Path, shards: int = 1) -> dict[str, str]:
+    """Write a folder of one layer whose head is packed, without a config; name -> file of each tensor."""
+    import mlx.core as mx
+
+    at = "model.layers.0"
+    shapes = {f"{at}.self_attn.{letter}_proj.weight": (64, 64) for letter in "qkvo"}
+    shapes |= {f"{at}.mlp.{name}_proj.weight": (32, 64) for name in ("gate", "up")}
+    shapes |= {f"{at}.mlp.down_proj.weight": (64, 32), "model.embed_tokens.weight": (40, 64)}
+    shapes |= {f"{at}.{name}_layernorm.weight": (64,) for name in ("input", "post_attention")}
+    tensors = {name: mx.ones(shape) for name, shape in {**shapes, "model.norm.weight": (64,)}.items()}
+    parts = mx.quantize(mx.ones((40, 64)), 32, 4)
+    tensors |= {f"lm_head.{part}": a for part, a in zip(("weight", "scales", "biases"), parts, strict=True)}
+    files = [
+        f"model-{n + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors"
+        for n in range(shards)
+    ]
+    placed = {name: files[number % shards] for number, name in enumerate(tensors)}
+    for file in files:
+        mx.save_safetensors(str(folder / file), {n: t for n, t in tensors.items() if placed[n] == file})
+    (folder / "tokenizer.json").write_text("{}")
+    return placed
+
+
 KINDS: dict[str, type[Subject]] = {
     "safetensors": Safetensors,
     "npz": Npz,
@@ -827,6 +975,7 @@ KINDS: dict[str, type[Subject]] = {
     "generation_config": GenerationConfig,
     "params": Params,
     "config": Config,
+    "hf_arguments": TheirConfig,
     "index": Index,
     "jsonl": Jsonl,
     "json_array": JsonArray,
@@ -834,4 +983,6 @@ KINDS: dict[str, type[Subject]] = {
     "adapter": Adapter,
     "gguf": Gguf,
     "template": Template,
+    "hf_config": HfConfig,
+    "hf_index": HfIndex,
 }
