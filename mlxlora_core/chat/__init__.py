@@ -2,10 +2,9 @@
 
 from mlxlora_core.chat.rendering import Behind, Renderer, refuse_halves, template_warning, turn_end_ids
 from mlxlora_core.chat.special_tokens import SpecialTexts, SpecialToken
-from mlxlora_core.chat.template import DATE, ChatTemplate
+from mlxlora_core.chat.template import ChatTemplate
 from mlxlora_core.chat.template_files import find_template
 from mlxlora_core.chat.tokenizer_settings import (
-    IDS,
     TokenizerSettings,
     check_added,
     file_place,
@@ -14,8 +13,6 @@ from mlxlora_core.chat.tokenizer_settings import (
 from mlxlora_core.chat.turns import Turn
 
 __all__ = [
-    "DATE",
-    "IDS",
     "Behind",
     "ChatTemplate",
     "Renderer",

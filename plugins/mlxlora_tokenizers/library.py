@@ -19,7 +19,7 @@ _PANIC = "PanicException"  # of the bridge between Rust and Python: an exception
 
 
 def load(content: str, where: Path) -> Tokenizer:
-    """The library's tokenizer of a ``tokenizer.json``, which cuts nothing and fills up nothing.
+    """The library's tokenizer of a ``tokenizer.json``, which takes special tokens in a text for letters.
 
     Raises:
         ModelError: the library cannot read it.
@@ -27,8 +27,6 @@ def load(content: str, where: Path) -> Tokenizer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns where a process forks
     with _quiet(), _told(where):
         tokenizer = Tokenizer.from_str(content)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # as the letters that they are written with
         for text in _PROBES:
             tokenizer.encode(text, add_special_tokens=False)

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 
 from mlxlora_core.api import ModelError, TokenizerFiles, listing
 from mlxlora_core.chat import (
-    IDS,
     ChatTemplate,
     SpecialTexts,
     SpecialToken,
@@ -130,8 +129,12 @@ def _vocabulary(opened: Tokenizer, document: Document, where: Path) -> dict[str,
                 fix="download it again",
             )
         vocabulary[token["content"]] = token["id"]
-    if not vocabulary or max(vocabulary.values()) >= IDS:
-        raise ModelError(f"it has no token, or an id from {IDS} on", where=where, fix="download it again")
+    if not vocabulary or max(vocabulary.values()) >= TokenizerSettings.MOST_IDS:
+        raise ModelError(
+            f"it has no token, or an id from {TokenizerSettings.MOST_IDS} on",
+            where=where,
+            fix="download it again",
+        )
     if len(set(vocabulary.values())) < len(vocabulary):
         raise ModelError("two of its tokens have one id", where=where, fix="download it again")
     return vocabulary

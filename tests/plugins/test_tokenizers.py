@@ -407,6 +407,20 @@ def test_what_a_template_writes_has_the_ids_that_the_library_gives_it(level: Tok
         assert ids == library.encode(text, add_special_tokens=False).ids, text
 
 
+def test_spaces_in_front_of_what_a_template_writes_are_those_of_the_library(library: Tokenizer) -> None:
+    """Some kinds put one in front of every part between special tokens, and some in front of the first."""
+    draw = random.Random(1)
+    parts = ("</s>", "<s>", " ", "\n", "the", " layer", "é", "<", "x")
+    for _ in range(40):
+        text = "".join(draw.choices(parts, k=draw.randrange(1, 12)))
+        template = "{{ '" + text.replace("\n", "\\n") + "' }}"
+        config = {"chat_template": template, "eos_token": "</s>"}
+        pieces = made(library, tokenizer_config=config).render([{"role": "user", "content": "x"}])
+        ids = [number for piece in pieces for number in piece.ids]
+        library.encode_special_tokens = False
+        assert ids == library.encode(text, add_special_tokens=False).ids, text
+
+
 def test_marks_are_no_part_of_a_text(level: Tokenizer) -> None:
     config = {"chat_template": small_tokenizers.CHATML, "eos_token": "</s>"}
     tokenizer = made(level, tokenizer_config=config)
