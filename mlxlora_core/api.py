@@ -38,6 +38,7 @@ from mlxlora_core.specs import (
     TokenizerLoader,
     WeightLoader,
 )
+from mlxlora_core.tensors import neighbour_rows
 from mlxlora_core.values import (
     Cache,
     ExportAdapter,
@@ -105,6 +106,7 @@ __all__ = [
     "free_in_groups_bytes",
     "hookimpl",
     "listing",
+    "neighbour_rows",
     "option",
     "parse",
     "thread_count",

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxlora_core.api import ModelError, UsageError, parse
+from mlxlora_core.files import KnownKeys, show_key, show_value
 from mlxlora_llama import hf_rope
 from mlxlora_llama.config import ModelArgs
-from mlxlora_llama.keys import AS_BUILT, HARMLESS, KnownKeys, show, show_value
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -94,12 +94,12 @@ _FAMILIES["ministral"] = _FAMILIES["mistral"]
 MODEL_TYPES = tuple(_FAMILIES)
 
 _KEYS = KnownKeys(
-    AS_BUILT
+    {**KnownKeys.COMMON}
     | dict.fromkeys(("rope_interleaved", "rope_traditional", "interleaved", "traditional"), (False,))
     | dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "use_mrope"), (False,))
     | {"is_decoder": (True, False)},  # of a model that decodes and nothing else
     re.compile(
-        HARMLESS + r"|"
+        KnownKeys.COMMON_HARMLESS + r"|"
         # what older versions of transformers wrote into every config: of tasks, of drawing text, of tools
         r"is_llama_config|max_window_layers|_.*|transformers\..*|unsloth_.*|"
         r"(id2|label2)(label|id)|problem_type|num_labels|return_dict.*|output_.*|torchscript|"
@@ -259,7 +259,7 @@ def _kind_faults(kinds: Any, layers: int) -> list[str]:
     """What is wrong with the kinds of attention of the layers."""
     if not isinstance(kinds, list) or len(kinds) < layers:
         return [f"layer_types: got {show_value(kinds)}, wanted a kind for each of {layers} layers"]
-    other = sorted({show(str(kind)) for kind in kinds if kind not in (_FULL, _SLIDING)})[:3]
+    other = sorted({show_key(str(kind)) for kind in kinds if kind not in (_FULL, _SLIDING)})[:3]
     if other:
         return [f"layer_types: got {', '.join(other)}, but only {_FULL} and {_SLIDING} are built here"]
     return []

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlxlora_core.api import ModelError, UsageError, parse
-from mlxlora_llama import keys
+from mlxlora_core.files import KnownKeys
 from mlxlora_llama.config import HEAD, MLP, ModelArgs
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -51,7 +51,7 @@ _HONOURED = {
     *(name for names in _ALIASES.values() for name in names),
     _WINDOW_USED,
 }
-_KEYS_THERE = keys.KnownKeys(keys.AS_BUILT, re.compile(keys.HARMLESS))
+_KEYS_THERE = KnownKeys(KnownKeys.COMMON, re.compile(KnownKeys.COMMON_HARMLESS))
 #: what mistral-inference calls every model in a params.json
 _MISTRAL_TYPE = "transformer"
 _TYPES = ("llama", "mistral", _MISTRAL_TYPE)

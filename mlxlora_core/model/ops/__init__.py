@@ -107,6 +107,27 @@ def attention(
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
+def attention_mask(tokens: int, held: int, window: int | None) -> mx.array | str | None:
+    """Which keys each of T queries sees: those up to itself, at most ``window`` of them.
+
+    Args:
+        tokens: T.
+        held: keys that a cache holds from before.
+        window: tokens that a token sees, itself included; None is all before it.
+
+    Returns:
+        None when every query sees every key, ``"causal"``, or booleans (T, S)
+        for the S keys that any of the queries sees, which are the last ones.
+    """
+    if tokens == 1:
+        return None
+    if window is None or held + tokens <= window:
+        return "causal"
+    key = mx.arange(min(held + tokens, window + tokens - 1))
+    query = key[-tokens:, None]
+    return (key <= query) & (key > query - window)
+
+
 def _pays(x: mx.array) -> bool:
     """Whether the way of a CPU is the faster one for ``x``."""
     return x.size >= LARGE and x.dtype == mx.float32 and on_cpu()
