@@ -71,6 +71,25 @@ _HARMLESS = (
     r".*checkpoint.*|_?attn_implementation|use_sdpa|device|(use_)?fused_.*"
 )
 
+#: keys of a config.json that say what is computed here anyway -> the values that say so
+_HF_AS_BUILT: Mapping[str, tuple[Any, ...]] = {
+    **_AS_BUILT,
+    **dict.fromkeys(("rope_interleaved", "rope_traditional", "interleaved", "traditional"), (False,)),
+    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "use_mrope"), (False,)),
+    "is_decoder": (True, False),  # of a model that decodes and nothing else
+}
+#: what versions of transformers wrote into every config.json: of tasks, of drawing text, of tools
+_HF_HARMLESS = (
+    r"_.*|transformers\..*|unsloth_.*|"
+    r"(id2|label2)(label|id)|problem_type|num_labels|return_dict.*|output_.*|torchscript|"
+    r"use_bfloat16|tf_legacy_loss|chunk_size_feed_forward|tie_encoder_decoder|pruned_heads|"
+    r"finetuning_task|task_specific_params|decoder_start_token_id|prefix|bad_words_ids|"
+    r"(begin_)?suppress_tokens|forced_(bos|eos)_token_id|(min|max)_(new_tokens|length)|do_sample|"
+    r"early_stopping|num_(beams|beam_groups|return_sequences)|temperature|(top|typical)_[kp]|"
+    r"(repetition|length|diversity|exponential_decay_length)_penalty|(encoder_)?no_repeat_ngram_size|"
+    r"remove_invalid_values"
+)
+
 
 @dataclass(frozen=True)
 class KnownKeys:
@@ -85,6 +104,14 @@ class KnownKeys:
 
     COMMON: ClassVar[Mapping[str, tuple[Any, ...]]] = _AS_BUILT
     COMMON_HARMLESS: ClassVar[str] = _HARMLESS
+
+    @classmethod
+    def of_config_json(
+        cls, as_built: Mapping[str, tuple[Any, ...]] | None = None, harmless: str = ""
+    ) -> KnownKeys:
+        """Those of a config.json of transformers: of any family and of this one."""
+        parts = (_HARMLESS, _HF_HARMLESS, *((harmless,) if harmless else ()))
+        return cls({**_HF_AS_BUILT, **(as_built or {})}, re.compile("|".join(parts)))
 
     as_built: Mapping[str, tuple[Any, ...]]
     harmless: re.Pattern[str]

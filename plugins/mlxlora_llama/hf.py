@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -93,23 +92,8 @@ _FAMILIES["ministral"] = _FAMILIES["mistral"]
 #: the families of which a config.json is read
 MODEL_TYPES = tuple(_FAMILIES)
 
-_KEYS = KnownKeys(
-    {**KnownKeys.COMMON}
-    | dict.fromkeys(("rope_interleaved", "rope_traditional", "interleaved", "traditional"), (False,))
-    | dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "use_mrope"), (False,))
-    | {"is_decoder": (True, False)},  # of a model that decodes and nothing else
-    re.compile(
-        KnownKeys.COMMON_HARMLESS + r"|"
-        # what older versions of transformers wrote into every config: of tasks, of drawing text, of tools
-        r"is_llama_config|max_window_layers|_.*|transformers\..*|unsloth_.*|"
-        r"(id2|label2)(label|id)|problem_type|num_labels|return_dict.*|output_.*|torchscript|"
-        r"use_bfloat16|tf_legacy_loss|chunk_size_feed_forward|tie_encoder_decoder|pruned_heads|"
-        r"finetuning_task|task_specific_params|decoder_start_token_id|prefix|bad_words_ids|"
-        r"(begin_)?suppress_tokens|forced_(bos|eos)_token_id|(min|max)_(new_tokens|length)|do_sample|"
-        r"early_stopping|num_(beams|beam_groups|return_sequences)|temperature|(top|typical)_[kp]|"
-        r"(repetition|length|diversity|exponential_decay_length)_penalty|(encoder_)?no_repeat_ngram_size|"
-        r"remove_invalid_values|max_sequence_length|model_max_length|layer_norm_eps"
-    ),
+_KEYS = KnownKeys.of_config_json(
+    harmless=r"is_llama_config|max_window_layers|max_sequence_length|model_max_length|layer_norm_eps"
 )
 
 
