@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,7 +57,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         _WINDOW: 4096,
     },
 }
-#: every so-manieth layer sees all
+#: one layer in so many sees all
 _EVERY = {GEMMA2: 2, GEMMA3: 6}
 _ARGUMENTS = {
     "model_type",
@@ -70,25 +69,10 @@ _ARGUMENTS = {
     "quantization",
     "quantization_config",
 }
-_KEYS = KnownKeys(
-    {**KnownKeys.COMMON}
-    | dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh",))
-    | dict.fromkeys(("rope_interleaved", "rope_traditional", "interleaved", "traditional"), (False,))
-    | dict.fromkeys(("is_encoder_decoder", "add_cross_attention"), (False,))
-    | dict.fromkeys(("attention_bias", "mlp_bias", "use_bidirectional_attention"), (False,))
-    | {"is_decoder": (True, False)},  # of a model that decodes and nothing else
-    re.compile(
-        KnownKeys.COMMON_HARMLESS + r"|"
-        # what transformers writes into every config: of tasks, of drawing text, of tools
-        r"_.*|transformers\..*|unsloth_.*|"
-        r"(id2|label2)(label|id)|problem_type|num_labels|return_dict.*|output_.*|torchscript|"
-        r"use_bfloat16|tf_legacy_loss|chunk_size_feed_forward|tie_encoder_decoder|pruned_heads|"
-        r"finetuning_task|task_specific_params|decoder_start_token_id|prefix|bad_words_ids|"
-        r"(begin_)?suppress_tokens|forced_(bos|eos)_token_id|(min|max)_(new_tokens|length)|do_sample|"
-        r"early_stopping|num_(beams|beam_groups|return_sequences)|temperature|(top|typical)_[kp]|"
-        r"(repetition|length|diversity|exponential_decay_length)_penalty|(encoder_)?no_repeat_ngram_size|"
-        r"remove_invalid_values|max_sequence_length|model_max_length"
-    ),
+_KEYS = KnownKeys.of_config_json(
+    dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh",))
+    | dict.fromkeys(("attention_bias", "mlp_bias", "use_bidirectional_attention"), (False,)),
+    r"max_sequence_length|model_max_length",
 )
 
 

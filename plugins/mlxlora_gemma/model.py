@@ -150,8 +150,13 @@ class Model(LanguageModel):
             self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """Embeddings (B, T, D) of token ids (B, T), times the root of D as their type has it."""
+        """Embeddings (B, T, D) of token ids (B, T), times the root of D as their type has it.
+
+        They are in float32 where the weight is in float16, whose range the hidden states of Gemma leave.
+        """
         embeddings: mx.array = self.tok_embeddings(tokens)
+        if embeddings.dtype == mx.float16:
+            embeddings = embeddings.astype(mx.float32)
         return embeddings * mx.array(self._factor, embeddings.dtype)
 
     def run(

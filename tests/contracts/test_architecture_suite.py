@@ -314,7 +314,9 @@ class TestShown(ArchitectureSuite):
 
 
 def test_every_architecture_is_covered() -> None:
-    assert {TestLlama.spec.name} == set(ARCHITECTURES)
+    here = {TestLlama.spec.name}
+    elsewhere = {"gemma"}  # tests/contracts/test_gemma_suite.py
+    assert here | elsewhere == set(ARCHITECTURES)
 
 
 # --- the suite fails what is broken ---------------------------------------------
