@@ -138,6 +138,8 @@ def _rope(raw: Mapping[str, Any], width: int) -> tuple[dict[str, Any], list[str]
     if kind not in _LONGROPE:
         told.append(f"rope_type: got {show_value(kind)}, but only default and longrope are built here")
         return found, told
+    if stated.get("factor") is not None and not _positive(stated["factor"]):
+        told.append(f"factor: got {show_value(stated['factor'])}, wanted a number above 0")
     needed = [name for name in (_ORIGINAL, "short_factor", "long_factor") if stated.get(name) is None]
     if stated.get("factor") is None and stated.get("attention_factor") is None and raw.get(_LONGEST) is None:
         needed.append(_LONGEST)
