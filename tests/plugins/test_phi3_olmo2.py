@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import hf_folder
 import mlx.core as mx
 import mlxlora_olmo2
 import mlxlora_phi3
@@ -15,14 +17,18 @@ import torch
 from mlx.utils import tree_flatten
 from mlxlora_phi3.rope import attention_factor
 
+from mlxlora_core import plugins
 from mlxlora_core.api import LazyTensor
 from mlxlora_core.errors import ModelError
+from mlxlora_core.model import architectures
 from mlxlora_core.model.architectures import folder_args
+from mlxlora_core.model.linears import parameters
 from mlxlora_core.options import plain
 from mlxlora_core.tensors import ordered_rows, some_rows
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
+REGISTRY = plugins.load(environ={plugins.ALLOW_LIST: ""})
 SPECS = {
     spec.name: spec for plugin in (mlxlora_phi3, mlxlora_olmo2) for spec in plugin.mlxlora_architectures()
 }
@@ -181,6 +187,33 @@ def test_a_model_without_flags_says_nothing_of_them() -> None:
     common = {"model_type", "dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps"}
     assert told == common | {"vocab_size", "rope_theta", "max_seq_len", "tie_word_embeddings"}
     assert {key for key, value in plain(args_of(OLMO2)).items() if value is not None} == told
+
+
+@pytest.mark.parametrize("name", ["all of phi3", "olmo2"])
+def test_a_packed_folder_of_mlx_lm_stays_packed(tmp_path: Path, name: str) -> None:
+    """A fused weight is taken apart, and rows put in order, without unpacking it."""
+    config = {**MODELS[name], "intermediate_size": 64}
+    dense = {n: mx.array(w.numpy()) for n, w in phi3_olmo2_torch.random_weights(config).items()}
+    table = {"group_size": 32, "bits": 4}
+    stated = {**config, "auto_map": {"AutoModel": "modeling.Model"}, "quantization": table}
+    hf_folder.write(tmp_path, hf_folder.packed(dense, {}), stated)
+    loader = REGISTRY.find("loader", "hf").spec
+    foreign = loader.open(tmp_path, loader.options())
+    assert any("auto_map" in note and "not run" in note for note in foreign.notes)
+    component, args = architectures.read_foreign(foreign, REGISTRY, tmp_path)
+    model = architectures.build(component, args)
+    tensors = architectures.model_tensors(component, foreign, args, parameters(model))
+    matrices = {key for key, value in parameters(model).items() if value.ndim == 2}
+    assert {key for key, tensor in tensors.items() if tensor.packed is not None} == matrices
+    for key in matrices:
+        packed = tensors[key].packed
+        assert packed is not None
+        parts = (packed.parts[part].read() for part in ("weight", "scales", "biases"))
+        assert mx.allclose(mx.dequantize(*parts, 32, 4), tensors[key].read(), atol=1e-6).item()
+    model.load_weights([(key, tensor.read()) for key, tensor in tensors.items()])
+    plainly = {n: w if w.ndim < 2 else mx.dequantize(*mx.quantize(w, 32, 4), 32, 4) for n, w in dense.items()}
+    weights = {n: torch.from_numpy(np.array(w)).double() for n, w in plainly.items()}
+    assert far(model(mx.array(some_ids())), wanted(weights, some_ids(), config)) < 5e-5
 
 
 # --- config.json ------------------------------------------------------------------
