@@ -9,12 +9,14 @@ import signal
 import site
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from litter import untracked
+from warm import Done, Warm
 
 from mlxlora_core.machine.device import prepare_cpu
 
@@ -31,8 +33,35 @@ for _ignored in (signal.SIGHUP, signal.SIGTERM):
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants a Hub brings its own
+# Whatever is started compiles what it imports, each time, where this is set; git ignores byte code.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 prepare_cpu()  # as every verb does, before MLX computes anything
+
+
+# --- what a run leaves --------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+BEFORE = pytest.StashKey[set[str] | None]()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Remember which files are in the working tree that do not belong to it."""
+    session.stash[BEFORE] = untracked(ROOT)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run that leaves files in the working tree."""
+    before, after = session.stash.get(BEFORE, None), untracked(ROOT)
+    if before is None or after is None or after <= before:
+        return
+    names = ", ".join(sorted(after - before)[:10])
+    session.config.get_terminal_writer().line(f"\nfiles came into the working tree: {names}", red=True)
+    session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
+# --- a model and its tokenizer ------------------------------------------------
 
 
 def sentences(count: int = 400, seed: int = 0) -> list[str]:
@@ -147,6 +176,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Pa
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """The tiny checkpoint as a model folder in float32; read it, never write to it."""
+    from mlxlora_core import cli
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    files = ["--torch-path", str(tiny_checkpoint), "--mlx-path", str(folder)]
+    assert cli.execute(["convert", *files, "--dtype", "float32"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
 def make_checkpoint(tiny_tokenizer: Path) -> Callable[..., Path]:
     """:func:`write_checkpoint` with the tiny tokenizer: ``make_checkpoint(folder, seed=1, params={...})``."""
 
@@ -154,6 +194,14 @@ def make_checkpoint(tiny_tokenizer: Path) -> Callable[..., Path]:
         return write_checkpoint(folder, tiny_tokenizer, **arguments)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """Starts ``mlxlora`` in processes that have imported everything already."""
+    server = Warm(more=["torch"])
+    yield server
+    server.close()
 
 
 # --- environments -------------------------------------------------------------
@@ -165,10 +213,12 @@ class Environment:
 
     Attributes:
         folder: of the environment.
+        warm: starts its ``mlxlora`` without the time that imports take; plugins are looked for each time.
         variables: the environment variables that its programs get.
     """
 
     folder: Path
+    warm: Warm
     variables: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -198,9 +248,13 @@ class Environment:
         """Run its ``mlxlora``."""
         return self.run(self.folder / "bin" / "mlxlora", *arguments, cwd=cwd, **variables)
 
+    def forked(self, *arguments: str | Path, cwd: Path, **variables: str) -> Done:
+        """As :meth:`mlxlora`, in a process that has imported everything but plugins from outside."""
+        return self.warm.run(*arguments, cwd=cwd, environ={**self.variables, **variables})
+
 
 @pytest.fixture(scope="session")
-def make_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Environment]:
+def make_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Environment]]:
     """A function that makes a fresh :class:`Environment`; takes a tenth of a second and no network."""
 
     def make(name: str) -> Environment:
@@ -217,6 +271,11 @@ def make_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
         pip = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLXLORA_", "PYTHON", "PIP_"))}
         path = f"{folder}/bin{os.pathsep}{kept.get('PATH', '')}"
-        return Environment(folder, {**kept, **pip, "PATH": path, "VIRTUAL_ENV": str(folder)})
+        variables = {**kept, **pip, "PATH": path, "VIRTUAL_ENV": str(folder)}
+        servers.append(Warm(folder / "bin" / "python", variables))
+        return Environment(folder, servers[-1], variables)
 
-    return make
+    servers: list[Warm] = []
+    yield make
+    for server in servers:
+        server.close()

@@ -96,8 +96,12 @@ def _discover() -> list[tuple[Plugin, Callable[[], Any]]]:
     """The entry points of the group, each distribution's once, and how to import each."""
     seen = set()
     found = []
+    told: dict[int, tuple[str, str]] = {}  # parsing metadata takes longer than importing a plugin
     for distribution, entry, value, get in _entries():
-        name, version = _told(distribution, "Name") or "unknown", _told(distribution, "Version")
+        if id(distribution) not in told:
+            told[id(distribution)] = _told(distribution)
+        name, version = told[id(distribution)]
+        name = name or "unknown"
         if (normal_name(name), entry, value) in seen:
             continue
         seen.add((normal_name(name), entry, value))
@@ -119,7 +123,7 @@ def _distributions() -> Iterator[importlib.metadata.Distribution]:
     """Every distribution once: the first of its name on the path is the one that Python imports."""
     seen = set()
     for distribution in importlib.metadata.distributions():
-        name = normal_name(_told(distribution, "Name"))
+        name = normal_name(_told(distribution)[0])
         if not name or name not in seen:
             seen.add(name)
             yield distribution
@@ -141,17 +145,19 @@ def _entries_of(distribution: importlib.metadata.Distribution) -> list[_Entry]:
         ours = f"[{GROUP}]" in (distribution.read_text("entry_points.txt") or "")
     except Exception:
         ours = False
-    return [(distribution, _told(distribution, "Name"), "entry_points.txt", refuse)] if ours else []
+    return [(distribution, _told(distribution)[0], "entry_points.txt", refuse)] if ours else []
 
 
-def _told(distribution: importlib.metadata.Distribution | None, name: str) -> str:
-    """A field of a distribution's metadata, or nothing where it is damaged."""
+def _told(distribution: importlib.metadata.Distribution | None) -> tuple[str, str]:
+    """Name and version of a distribution; nothing for what its metadata does not tell, damaged or not."""
+    if distribution is None:
+        return "", ""
     try:
-        if distribution is None or name not in distribution.metadata:
-            return ""
-        return str(distribution.metadata[name])
+        metadata = distribution.metadata
+        name, version = (str(metadata[key]) if key in metadata else "" for key in ("Name", "Version"))
     except Exception:
-        return ""
+        return "", ""
+    return name, version
 
 
 def _selection(select: Iterable[str]) -> tuple[list[str], list[str], list[Path]]:

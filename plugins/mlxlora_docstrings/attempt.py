@@ -179,12 +179,13 @@ def _listen(process: subprocess.Popen[bytes], made: Attempt, deadline: float, st
             if place not in ("", made.package) and now - since > share:
                 made.death, made.stuck = STUCK, True
                 return False
-            if selector.select(_POLL_SECONDS):
+            ended = process.poll() is not None  # asked first: what it wrote before its end is there to read
+            if selector.select(0 if ended else _POLL_SECONDS):
                 chunk = os.read(process.stdout.fileno(), _CHUNK_BYTES)
                 if not chunk:
                     return True
                 made.feed(chunk)
-            elif process.poll() is not None:
+            elif ended:
                 return True  # and something that it started holds the pipe
     return False
 

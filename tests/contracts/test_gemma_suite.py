@@ -9,11 +9,13 @@ from typing import Any
 import gemma_numpy
 import numpy as np
 from gemma_numpy import Gemma
-from mlxlora_gemma import mlxlora_architectures
 
+from mlxlora_core import plugins as registry
 from mlxlora_core.testing.architecture import ArchitectureSuite
 
-(GEMMA,) = mlxlora_architectures()
+ARCHITECTURES = {
+    c.spec.name: c.spec for c in registry.load(environ={registry.ALLOW_LIST: ""}).of("architecture")
+}
 GEMMA3 = Gemma(
     dim=12,
     hidden=20,
@@ -46,7 +48,7 @@ GEMMA2 = Gemma(
 class TestGemma3(ArchitectureSuite):
     """As transformers 5 spells it: two rotary bases, the one scaled, norms of heads, tied."""
 
-    spec = GEMMA
+    spec = ARCHITECTURES["gemma"]
     layout = "hf"
     plain = GEMMA3
     raw: Mapping[str, Any] = {

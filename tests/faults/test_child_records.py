@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import selectors
+import subprocess
+import sys
+import time
 import tracemalloc
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -75,6 +80,24 @@ def test_what_a_child_writes_is_what_its_parent_reads(tmp_path: Path) -> None:
         assert (made.pid, made.place, made.is_done) == (4711, "pkg", True)
         assert made.documented == {"pkg.f": "Tab\t, line\nand 🙂."}
         assert made.skipped == {"pkg.g": "ValueError: a [31m b"}
+
+
+def test_what_a_child_writes_just_before_its_end_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine, which looks into the pipe a moment before, and at the process a moment after."""
+
+    class Busy(selectors.DefaultSelector):
+        def select(self, timeout: float | None = None) -> Any:
+            if process.poll() is None:
+                process.wait()
+                return []
+            return super().select(timeout)
+
+    monkeypatch.setattr(selectors, "DefaultSelector", Busy)
+    code = f"import sys; sys.stdout.buffer.write({encoded(told())!r})"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        made = Attempt("pkg", SEQ_LIMIT)
+        attempt._listen(process, made, time.monotonic() + 60, Event())
+    assert made.is_done and made.documented.keys() == {"pkg.f", "pkg.sub.Class.prop"}
 
 
 def test_damage_byte_by_byte() -> None:

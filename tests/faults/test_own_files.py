@@ -9,7 +9,7 @@ import own_files
 import pytest
 
 ALL = os.environ.get("MLXLORA_TEST_ALL", "") not in ("", "0")
-COUNT = 5000 if ALL else 25  # of each way
+COUNT = 5000 if ALL else 15  # of each way
 
 
 @pytest.fixture(scope="module")

@@ -51,14 +51,14 @@ def test_a_separate_distribution_from_install_to_uninstall(
 
     environment.pip("uninstall", "-y", "mlxlora-example", cwd=tmp_path)
     for verb in ((), ("--dry-run",)):
-        gone = environment.mlxlora("run", recipe, "--set", model, *verb, cwd=tmp_path)
+        gone = environment.forked("run", recipe, "--set", model, *verb, cwd=tmp_path)
         assert gone.returncode == 8
         (line,) = gone.stderr.splitlines()
         assert "recipe.toml: " in line
         for missing in ("no builder 'markdown'", "no adapter 'scaling'", "no sampler 'typical'"):
             assert missing in line
         assert gone.stdout == ""
-    needed = environment.mlxlora("run", recipe, "--set", model, *need, "--dry-run", cwd=tmp_path)
+    needed = environment.forked("run", recipe, "--set", model, *need, "--dry-run", cwd=tmp_path)
     assert needed.returncode == 8 and len(needed.stderr.splitlines()) == 1
     assert "'mlxlora-example>=0.1' is not installed" in needed.stderr
     assert "Fix: pip install 'mlxlora-example>=0.1'" in needed.stderr
@@ -83,7 +83,7 @@ def check_run(record: dict[str, Any], folder: Path) -> None:
 
 
 def listed(environment: Any, verb: str, folder: Path) -> list[dict[str, Any]]:
-    done = environment.mlxlora(verb, "--json", cwd=folder)
+    done = environment.forked(verb, "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     return rows
@@ -207,7 +207,7 @@ def test_verbs_that_name_none_of_them_work(
     crowd: Any, tmp_path: Path, tiny_checkpoint: Path, arguments: tuple[str, ...]
 ) -> None:
     write_recipe(tmp_path, tiny_checkpoint)
-    done = crowd.mlxlora(*arguments, cwd=tmp_path)
+    done = crowd.forked(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert failures(done.stderr).keys() == BROKEN.keys()
     assert "hello" not in done.stdout, "what a plugin prints is no result"
@@ -221,13 +221,13 @@ def test_help_needs_no_plugin(crowd: Any, tmp_path: Path) -> None:
 
 def test_a_run_that_names_none_of_them_works(crowd: Any, tmp_path: Path, tiny_checkpoint: Path) -> None:
     write_recipe(tmp_path, tiny_checkpoint)
-    done = crowd.mlxlora("run", "recipe.toml", *SMALL, "--json", cwd=tmp_path)
+    done = crowd.forked("run", "recipe.toml", *SMALL, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert set(record["stages"]) == {"model", "data", "before", "train", "after"}
     assert not BROKEN.keys() & record["plugins"].keys()
     # What the run wrote down names the built-in adapter, and is understood again.
-    again = crowd.mlxlora("run", tmp_path / "out" / "recipe.toml", "--dry-run", cwd=tmp_path)
+    again = crowd.forked("run", tmp_path / "out" / "recipe.toml", "--dry-run", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
 
 
@@ -235,7 +235,7 @@ def test_a_run_that_names_one_stops_with_the_reason(
     crowd: Any, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     write_recipe(tmp_path, tiny_checkpoint)
-    done = crowd.mlxlora("run", "recipe.toml", "--set", "sampler.use=midway:fine", cwd=tmp_path)
+    done = crowd.forked("run", "recipe.toml", "--set", "sampler.use=midway:fine", cwd=tmp_path)
     assert done.returncode == 8
     last = done.stderr.splitlines()[-1]
     assert "no sampler 'midway:fine'" in last
@@ -245,35 +245,35 @@ def test_a_run_that_names_one_stops_with_the_reason(
 
 @pytest.mark.parametrize("name", ["midway", "no-syntax", "EXITS"])
 def test_one_that_is_required_stops_every_verb(crowd: Any, tmp_path: Path, name: str) -> None:
-    done = crowd.mlxlora("components", "-P", name, cwd=tmp_path)
+    done = crowd.forked("components", "-P", name, cwd=tmp_path)
     assert done.returncode == 8
     lines = [line for line in done.stderr.splitlines() if line != "{ hello"]
     assert len(lines) == 1
     assert BROKEN[name.lower()][1] in lines[0]
-    shown = crowd.mlxlora("components", "-P", name, "--debug", cwd=tmp_path)
+    shown = crowd.forked("components", "-P", name, "--debug", cwd=tmp_path)
     assert "Traceback" in shown.stderr and f"{name.lower().replace('-', '_')}.py" in shown.stderr
 
 
 def test_names_that_two_plugins_give(crowd: Any, tmp_path: Path) -> None:
-    done = crowd.mlxlora("options", "adapter", "lora", cwd=tmp_path)
+    done = crowd.forked("options", "adapter", "lora", cwd=tmp_path)
     assert done.returncode == 8
     last = done.stderr.splitlines()[-1]
     assert "given by lora (mlxlora " in last and "squatter (squatter 1.0)" in last
     assert "Fix: write lora:lora or squatter:lora" in last
-    assert crowd.mlxlora("options", "adapter", "squatter:lora", cwd=tmp_path).returncode == 0
+    assert crowd.forked("options", "adapter", "squatter:lora", cwd=tmp_path).returncode == 0
 
     # One entry-point name from two distributions: the distribution tells them apart.
-    done = crowd.mlxlora("options", "sampler", "twin", cwd=tmp_path)
+    done = crowd.forked("options", "sampler", "twin", cwd=tmp_path)
     assert done.returncode == 8
     assert "Fix: write twin-one:twin or twin-two:twin" in done.stderr
-    shown = crowd.mlxlora("options", "sampler", "twin-two:twin", cwd=tmp_path)
+    shown = crowd.forked("options", "sampler", "twin-two:twin", cwd=tmp_path)
     assert (shown.returncode, "twin-two:twin" in shown.stdout) == (0, True)
 
 
 def test_selection(crowd: Any, tmp_path: Path) -> None:
     def active(*select: str, **variables: str) -> tuple[set[str], set[str]]:
         """(distributions that are active, those that failed)."""
-        done = crowd.mlxlora("plugins", "--json", *select, cwd=tmp_path, **variables)
+        done = crowd.forked("plugins", "--json", *select, cwd=tmp_path, **variables)
         assert done.returncode == 0, done.stderr
         rows = json.loads(done.stdout)
         return tuple(
@@ -285,12 +285,12 @@ def test_selection(crowd: Any, tmp_path: Path) -> None:
     assert active() == everything
     assert active(MLXLORA_PLUGINS="") == (set(), set())
     assert active(MLXLORA_PLUGINS="twin-one, midway,elsewhere") == ({"twin-one"}, {"midway"})
-    misspelt = crowd.mlxlora("components", cwd=tmp_path, MLXLORA_PLUGINS="twin-one,squater")
+    misspelt = crowd.forked("components", cwd=tmp_path, MLXLORA_PLUGINS="twin-one,squater")
     assert misspelt.returncode == 8
     assert "MLXLORA_PLUGINS names no plugin: 'squater' (did you mean 'squatter'?" in misspelt.stderr
-    seen = crowd.mlxlora("plugins", cwd=tmp_path, MLXLORA_PLUGINS="squater")
+    seen = crowd.forked("plugins", cwd=tmp_path, MLXLORA_PLUGINS="squater")
     assert seen.returncode == 0 and seen.stderr.startswith("mlxlora: warning: MLXLORA_PLUGINS names no")
-    assert crowd.mlxlora("--help", cwd=tmp_path, MLXLORA_PLUGINS="squater").returncode == 0
+    assert crowd.forked("--help", cwd=tmp_path, MLXLORA_PLUGINS="squater").returncode == 0
     assert active(MLXLORA_PLUGINS="twin") == ({"twin-one", "twin-two"}, set())
     assert active("-P", "squatter", MLXLORA_PLUGINS="") == ({"squatter"}, set())
     assert active("-P", "no:midway", "-P", "no:twin-two") == (

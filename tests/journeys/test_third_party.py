@@ -274,7 +274,7 @@ def test_the_observer_was_told_everything_in_order(run: Run) -> None:
 
 def test_a_second_run_does_nothing(run: Run, environment: Any) -> None:
     files = {path: path.read_bytes() for path in (run.folder / "out").rglob("*.*") if path.suffix != ".html"}
-    again = environment.mlxlora("run", "recipe.toml", "--json", cwd=run.folder)
+    again = environment.forked("run", "recipe.toml", "--json", cwd=run.folder)
     assert again.returncode == 0, again.stderr
     told = [line for line in again.stderr.splitlines() if line.startswith("[")]
     assert told == [f"[{stage}] done already" for stage in run.record["stages"]]
@@ -314,7 +314,7 @@ def test_a_model_whose_plugin_is_gone_is_told_so(
     run: Run, environment: Any, left_out: str, code: int, said: str
 ) -> None:
     arguments = ("--model", "out/model", "--data", "out/data", "-P", f"no:{left_out}")
-    done = environment.mlxlora("evaluate", *arguments, cwd=run.folder)
+    done = environment.forked("evaluate", *arguments, cwd=run.folder)
     assert done.returncode == code
     assert said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
@@ -399,7 +399,7 @@ def refused(run: Run, environment: Any, faulty: Faulty, kind: str, *arguments: s
     """The verb ends with 8, one line of error, no traceback, and no file that was not there before."""
     (run.folder / "odd.py").write_text(IMPORTS + faulty.code)
     before = sorted(run.folder.rglob("*"))
-    done = environment.mlxlora(*arguments, "-P", "./odd.py", cwd=run.folder, PYTHONDONTWRITEBYTECODE="1")
+    done = environment.forked(*arguments, "-P", "./odd.py", cwd=run.folder, PYTHONDONTWRITEBYTECODE="1")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("mlxlora:")]
     assert (done.returncode, done.stdout) == (8, ""), done.stderr
     assert line == done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
@@ -447,7 +447,7 @@ def test_a_tensor_that_is_not_what_was_told_of_it(
     assert code.count(good) == 1
     (tmp_path / "odd.py").write_text(code.replace(good, bad))
     files = ("--torch-path", run.folder / "base.npz", "--mlx-path", "model")
-    done = environment.mlxlora("convert", "-P", "no:mosaic", "-P", "./odd.py", *files, cwd=tmp_path)
+    done = environment.forked("convert", "-P", "no:mosaic", "-P", "./odd.py", *files, cwd=tmp_path)
     assert done.returncode == 8, done.stderr
     assert done.stderr.splitlines()[-1] == f"mlxlora: {said}"
     assert not (tmp_path / "model").exists()
@@ -467,7 +467,7 @@ def test_an_adapter_that_fuses_to_another_shape(run: Run, environment: Any) -> N
     )
     (run.folder / "odd.py").write_text(IMPORTS + faulty.code)
     files = ("--model", "out/model", "--adapter-file", "odd.safetensors")
-    trained = environment.mlxlora(
+    trained = environment.forked(
         *("train", "--adapter", "odd", "--set", "adapter.targets=wq", "--iters", "2", "-P", "./odd.py"),
         *(*files, "--data", "out/data"),
         cwd=run.folder,
@@ -485,7 +485,7 @@ def test_of_several_plugins_the_one_that_fails_is_blamed(run: Run, environment: 
     files = ("--model", "out/model", "--adapter-file", "late.safetensors", "-P", "./odd.py")
 
     def mlxlora(*arguments: str) -> Any:
-        return environment.mlxlora(*arguments, *files, cwd=run.folder, PYTHONDONTWRITEBYTECODE="1")
+        return environment.forked(*arguments, *files, cwd=run.folder, PYTHONDONTWRITEBYTECODE="1")
 
     plugin.write_text(code)
     trained = mlxlora("train", "--adapter", "odd", "--data", "out/data", "--iters", "1")
@@ -499,7 +499,7 @@ def test_of_several_plugins_the_one_that_fails_is_blamed(run: Run, environment: 
 
 
 def test_a_prompt_without_a_token(run: Run, environment: Any) -> None:
-    done = environment.mlxlora("generate", "--model", "out/model", "--prompt", "", cwd=run.folder)
+    done = environment.forked("generate", "--model", "out/model", "--prompt", "", cwd=run.folder)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and "the prompt is empty, and texts of this model have no begin token" in line
 
@@ -507,7 +507,7 @@ def test_a_prompt_without_a_token(run: Run, environment: Any) -> None:
 def test_a_misspelt_name_in_the_list_of_plugins(run: Run, environment: Any) -> None:
     arguments = ("generate", "--model", "out/model", "--prompt", "x")
     listed = "bytes,int8,mosiac"
-    done = environment.mlxlora(*arguments, cwd=run.folder, MLXLORA_PLUGINS=listed)
+    done = environment.forked(*arguments, cwd=run.folder, MLXLORA_PLUGINS=listed)
     (line,) = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (8, "")
     assert line.startswith("mlxlora: MLXLORA_PLUGINS names no plugin: 'mosiac' (did you mean 'mosaic'?")
@@ -530,7 +530,7 @@ def test_a_quantizer_of_whole_numbers_alone_is_fused_and_exported(run: Run, envi
     (run.folder / "fp8.py").write_text(IMPORTS + FP8)
 
     def done(*arguments: str) -> None:
-        result = environment.mlxlora(*arguments, "-P", "./fp8.py", cwd=run.folder)
+        result = environment.forked(*arguments, "-P", "./fp8.py", cwd=run.folder)
         assert result.returncode == 0, result.stderr
 
     done("convert", "-q", "--quantizer", "fp8", "--torch-path", "base.npz", "--mlx-path", "of8")

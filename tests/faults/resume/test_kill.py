@@ -19,9 +19,11 @@ from bench import Bench
 from forkserver import MUTANTS, Ended
 
 ALL = os.environ.get("MLXLORA_TEST_ALL", "") not in ("", "0")
-SAMPLE = 3  # instants a scenario in the suite, beside the last
-CHECKS = range(2, 10)  # those in which a run looks whether it may write, before its record is there
-KILLS = 200 if ALL else 20
+SAMPLE = 2  # instants a scenario in the suite, beside the last
+CHECKS = range(
+    2, 10, 1 if ALL else 3
+)  # those in which a run looks whether it may write, before its record is there
+KILLS = 200 if ALL else 8
 
 RECIPE = """
 [run]

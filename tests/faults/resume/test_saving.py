@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -188,8 +189,12 @@ def test_a_kill_at_a_rename_from_outside_loses_nothing(
 # --- signals ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
-@pytest.mark.parametrize("place", [*PLACES, "mid save"])
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+WHERE = (*PLACES, "mid save")
+SIGNALLED = list(itertools.product(WHERE, SIGNALS) if ALL else zip(WHERE, SIGNALS, strict=True))
+
+
+@pytest.mark.parametrize(("place", "signum"), SIGNALLED, ids=lambda value: getattr(value, "name", value))
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     bench: Bench, tmp_path: Path, whole: Path, place: str, signum: signal.Signals
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from processes import Program
+from warm import Warm
 
 from mlxlora_core import cli
 
@@ -16,19 +17,11 @@ def made(*arguments: object) -> None:
 
 
 @pytest.fixture
-def program(tmp_path: Path) -> Program:
+def program(tmp_path: Path, warm: Warm) -> Program:
     """mlxlora in processes of their own."""
     folder = tmp_path / "program"
     folder.mkdir()
-    return Program(folder)
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
-    """A model folder; read it, never write to it."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    made("convert", "--torch-path", tiny_checkpoint, "--mlx-path", folder, "--dtype", "float32")
-    return folder
+    return Program(folder, warm)
 
 
 @pytest.fixture(scope="session")

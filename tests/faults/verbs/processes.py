@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from warm import Done, Running, Warm
+
 #: a plugin file that watches which files are opened, and at the first with $AT in its path does $DO:
 #: sends the process that signal, or says so in $MARK and waits for $MARK.go; $AT may be function():n
 #: for the n-th call of a function of that name instead
@@ -54,35 +56,38 @@ else:
     sys.addaudithook(watch)
 """
 
-Done = subprocess.CompletedProcess[str]
+Process = subprocess.Popen[str] | Running
 
 
 class Program:
-    """``python -m mlxlora_core`` in ``folder``, with a plugin that watches it when ``at`` is given."""
+    """``mlxlora`` in ``folder``, with a plugin that watches it when ``at`` is given."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, warm: Warm) -> None:
         self.folder = folder
         self.watch = folder / "watch.py"
         self.mark = folder / "mark"
+        self._warm = warm
 
     def start(
         self, *arguments: object, at: str = "", do: int | str = "wait", prefix: tuple[str, ...] = ()
-    ) -> subprocess.Popen[str]:
-        """A process that has begun; one that is to wait has come to the place where it does."""
+    ) -> Process:
+        """A process that has begun; one that is to wait has come to the place where it does.
+
+        With ``prefix``, a command that starts another, it has an interpreter of its own.
+        """
         verb, *rest = map(str, arguments)
-        command = [*prefix, sys.executable, "-m", "mlxlora_core", verb]
         if at:
             self.watch.write_text(WATCH)
-            command += ["-P", str(self.watch)]
+            rest = ["-P", str(self.watch), *rest]
         variables = {"AT": at, "DO": str(int(do) if isinstance(do, int) else do), "MARK": str(self.mark)}
-        process = subprocess.Popen(
-            [*command, *rest],
-            cwd=self.folder,
-            env={**os.environ, **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        environ = {**os.environ, **variables}
+        process: Process
+        if prefix:
+            command = [*prefix, sys.executable, "-m", "mlxlora_core", verb, *rest]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            process = subprocess.Popen(command, cwd=self.folder, env=environ, text=True, **pipes)
+        else:
+            process = self._warm.start(verb, *rest, cwd=self.folder, environ=environ)
         if at and do == "wait":
             wait_for(self.mark.exists, process)
         return process
@@ -98,14 +103,14 @@ class Program:
         self.mark.with_name("mark.go").touch()
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
+def wait_for(condition: Callable[[], object], process: Process | None = None) -> None:
     """Wait until something holds; fail when the process that is to bring it about has ended."""
     while not condition():
         assert process is None or process.poll() is None, ended(process)
         time.sleep(0.01)
 
 
-def ended(process: subprocess.Popen[str]) -> Done:
+def ended(process: Process) -> Done:
     """A process that has ended, with what it said."""
     out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

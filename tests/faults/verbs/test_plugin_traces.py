@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import Done, Warm
 
 from mlxlora_core import cli
 
@@ -41,13 +43,30 @@ def mlxlora_samplers():
 WHEN = ("import", "build", "transform")
 
 
-def generate(folder: Path, model: Path, body: str, when: str) -> subprocess.CompletedProcess[str]:
-    """A text that the odd sampler has a part in, in a process of its own."""
-    (folder / "odd.py").write_text(PLUGIN.format(body=body, when=when))
-    command = [sys.executable, "-m", "mlxlora_core", "generate", "-P", "./odd.py", "--sampler", "odd"]
+Generate = Callable[..., Done]
+
+
+@pytest.fixture
+def generate(tmp_path: Path, tiny_model: Path, warm: Warm) -> Generate:
+    """Makes a text that the odd sampler has a part in, in a process of its own."""
+
+    def run(body: str, when: str, start: Callable[..., Done] = warm.run) -> Done:
+        (tmp_path / "odd.py").write_text(PLUGIN.format(body=body, when=when))
+        plugin = ("-P", "./odd.py", "--sampler", "odd")
+        return start("generate", *plugin, "--model", tiny_model, "-p", "A", "-n", 3, cwd=tmp_path)
+
+    return run
+
+
+#: mlxlora, with less patience at the end
+IMPATIENT = "from mlxlora_core import cli; cli.GRACE_SECONDS = 0.5; cli.main()"
+
+
+def from_the_start(*arguments: object, cwd: Path) -> Done:
+    """As :meth:`Warm.run`, with an interpreter of its own, whose end is the real one too."""
     return subprocess.run(
-        [*command, "--model", str(model), "-p", "A", "-n", "3"],
-        cwd=folder, capture_output=True, text=True, errors="replace", timeout=60, stdin=subprocess.DEVNULL,
+        [sys.executable, "-c", IMPATIENT, *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, errors="replace", timeout=60, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 
@@ -79,9 +98,9 @@ ENDINGS = {
 
 @pytest.mark.parametrize(("body", "words", "when"), in_turn(ENDINGS))
 def test_what_would_end_the_process_is_8_and_names_the_plugin(
-    tmp_path: Path, tiny_model: Path, body: str, words: str, when: str
+    generate: Generate, body: str, words: str, when: str
 ) -> None:
-    done = generate(tmp_path, tiny_model, body, when)
+    done = generate(body, when)
     assert done.returncode == 8, (done.returncode, done.stderr)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("mlxlora: ")]
     assert line == done.stderr.splitlines()[-1], "an error is the last line, and one"
@@ -116,32 +135,30 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(("body", "what", "when"), in_turn(CHANGES))
-def test_what_is_changed_is_named_and_put_back(
-    tmp_path: Path, tiny_model: Path, body: str, what: str, when: str
-) -> None:
-    done = generate(tmp_path, tiny_model, body, when)
+def test_what_is_changed_is_named_and_put_back(generate: Generate, body: str, what: str, when: str) -> None:
+    done = generate(body, when)
     assert done.returncode == 0 and done.stdout.strip(), (done.returncode, done.stderr)
     assert f"has changed {what}, which is put back" in done.stderr
     assert done.stderr.count("put back") == 1 and "odd" in done.stderr
 
 
 @pytest.mark.parametrize("when", WHEN)
-def test_descriptors_that_are_closed_beyond_recall_are_8(tmp_path: Path, tiny_model: Path, when: str) -> None:
+def test_descriptors_that_are_closed_beyond_recall_are_8(generate: Generate, when: str) -> None:
     body = "os.closerange(0, os.sysconf('SC_OPEN_MAX'))"
-    assert generate(tmp_path, tiny_model, body, when).returncode == 8
+    assert generate(body, when).returncode == 8
 
 
 @pytest.mark.parametrize("when", WHEN)
-def test_what_it_prints_is_no_result(tmp_path: Path, tiny_model: Path, when: str) -> None:
-    done = generate(tmp_path, tiny_model, "print('from the plugin')", when)
+def test_what_it_prints_is_no_result(generate: Generate, when: str) -> None:
+    done = generate("print('from the plugin')", when)
     assert done.returncode == 0
     assert "from the plugin" in done.stderr and "from the plugin" not in done.stdout
 
 
 @pytest.mark.parametrize("when", WHEN)
-def test_a_child_that_it_forks_does_not_answer_too(tmp_path: Path, tiny_model: Path, when: str) -> None:
-    plain = generate(tmp_path, tiny_model, "pass", when)
-    done = generate(tmp_path, tiny_model, "os.fork()", when)
+def test_a_child_that_it_forks_does_not_answer_too(generate: Generate, when: str) -> None:
+    plain = generate("pass", when)
+    done = generate("os.fork()", when)
     assert (done.returncode, done.stdout) == (0, plain.stdout)
 
 
@@ -152,16 +169,14 @@ def test_a_child_that_it_forks_does_not_answer_too(tmp_path: Path, tiny_model: P
         ("atexit.register(time.sleep, 60)", "an exit function"),
     ],
 )
-def test_what_goes_on_at_the_end_is_left_behind(
-    tmp_path: Path, tiny_model: Path, body: str, words: str
-) -> None:
-    done = generate(tmp_path, tiny_model, body, "build")  # its time is limited
+def test_what_goes_on_at_the_end_is_left_behind(generate: Generate, body: str, words: str) -> None:
+    done = generate(body, "build", from_the_start)  # its time is limited
     assert done.returncode == 0 and done.stdout
     assert f"warning: still at work, and left behind: {words}" in done.stderr
 
 
-def test_an_exit_function_does_not_change_the_exit_code(tmp_path: Path, tiny_model: Path) -> None:
-    done = generate(tmp_path, tiny_model, "atexit.register(lambda: os._exit(3))", "import")
+def test_an_exit_function_does_not_change_the_exit_code(generate: Generate) -> None:
+    done = generate("atexit.register(lambda: os._exit(3))", "import", from_the_start)
     assert done.returncode == 0 and "Traceback" not in done.stderr
 
 
@@ -173,10 +188,8 @@ MEMORY = [
 
 
 @pytest.mark.parametrize(("when", "fault"), list(zip(WHEN, MEMORY, strict=True)), ids=WHEN)
-def test_memory_that_runs_out_in_a_plugin_is_6(
-    tmp_path: Path, tiny_model: Path, fault: str, when: str
-) -> None:
-    done = generate(tmp_path, tiny_model, f"raise {fault}", when)
+def test_memory_that_runs_out_in_a_plugin_is_6(generate: Generate, fault: str, when: str) -> None:
+    done = generate(f"raise {fault}", when)
     assert done.returncode == 6, done.stderr
 
 

@@ -1,4 +1,8 @@
-"""Standard streams that are full, closed, gone or slow: the work goes on, and exit codes stay."""
+"""Standard streams that are full, closed, gone or slow: the work goes on, and exit codes stay.
+
+The suite closes two sets of streams of four, and looks at a part of the verbs under odd clocks;
+``MLXLORA_TEST_ALL=1`` takes all.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from typing import Any
 
 import pytest
 
+ALL = os.environ.get("MLXLORA_TEST_ALL", "") not in ("", "0")
 MLXLORA = [sys.executable, "-m", "mlxlora_core"]
 
 
@@ -126,7 +131,10 @@ def test_a_stdout_that_is_open_to_read_alone_is_6(verb: str) -> None:
 # --- closed ones --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("closed", [(1,), (2,), (0,), (0, 1, 2)], ids=str)
+CLOSED = [(0, 1, 2), (2,), (0,), (1,)]
+
+
+@pytest.mark.parametrize("closed", CLOSED if ALL else CLOSED[:2], ids=str)
 def test_closed_streams_are_no_fault(
     tmp_path: Path, tiny_model: Path, tiny_rows: Path, closed: tuple[int, ...]
 ) -> None:
@@ -146,9 +154,13 @@ def test_closed_streams_are_no_fault(
 # --- stdin --------------------------------------------------------------------
 
 
+#: mlxlora, with less patience for a stdin that is silent
+IMPATIENT = "from mlxlora_core.cli import generate, main; generate.SILENCE_SECONDS = 1; main()"
+
+
 def asked(model: Path, **streams: Any) -> tuple[int, str]:
     """Exit code and last line of stderr of a prompt that is read from stdin."""
-    command = [*MLXLORA, "generate", "--model", str(model), "-p", "-", "-n", "2"]
+    command = [sys.executable, "-c", IMPATIENT, "generate", "--model", str(model), "-p", "-", "-n", "2"]
     done = subprocess.run(command, timeout=120, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **streams)
     return done.returncode, done.stderr.decode().splitlines()[-1]
 
@@ -206,5 +218,7 @@ def test_a_clock_that_stands_still_or_goes_back_divides_by_nothing(
     done = run([sys.executable, "-c", CLOCK, tick, *command[3:]], stderr=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
     assert '"steps_per_second": null' in log.read_text()
+    if tick != "0" and not ALL:
+        return
     doctor = run([sys.executable, "-c", CLOCK, tick, "doctor", "--json"], capture_output=True)
     assert doctor.returncode == 0 and b'"gflops": null' in doctor.stdout, doctor.stderr

@@ -1,8 +1,10 @@
-"""No process that mlxlora starts looks for modules in the folder that it is started in."""
+"""No process that mlxlora starts looks for modules in the folder that it is started in.
+
+The suite takes the verbs that import most, each its own part; ``MLXLORA_TEST_ALL=1`` takes all.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,23 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from mlxlora_core import cli
 from mlxlora_core.machine.children import safe_environment, safe_python
 
-#: runs a verb and tells which modules were imported, those of its child processes among them
-LIST = """
-import json, os, subprocess, sys
-from pathlib import Path
-from mlxlora_core import cli
-folder = Path(sys.argv.pop(1))
-code = cli.execute(sys.argv[1:])
-assert code in (0, 3, 5), code
-names = {name.partition(".")[0] for name in sys.modules}
-(folder / "names.json").write_text(json.dumps(sorted(names)))
-"""
-
-#: what any verb may import, though not where this test has seen it
+#: what any verb may import, though not in this process
 ALSO = {"statistics", "decimal", "random", "subprocess", "mlx", "numpy", "torch", "griffe", "csv", "email"}
 
+ALL = os.environ.get("MLXLORA_TEST_ALL", "") not in ("", "0")
+EVERYDAY = ("convert", "data", "doctor", "generate", "run", "train")
 VERBS = {
     "doctor": "",
     "plugins": "",
@@ -44,13 +37,14 @@ VERBS = {
 }
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", VERBS if ALL else EVERYDAY)
 def test_a_module_that_lies_around_is_not_run(
     tmp_path: Path,
     tiny_checkpoint: Path,
     tiny_model: Path,
     tiny_rows: Path,
     tiny_adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
     verb: str,
 ) -> None:
     out, here = tmp_path / "out", tmp_path / "here"
@@ -60,13 +54,10 @@ def test_a_module_that_lies_around_is_not_run(
     line = VERBS[verb]
     for name, path in {**places, "$ADAPTER": tiny_adapter, "$OUT": out}.items():
         line = line.replace(name, str(path))
-    environment = {**os.environ, "MLXLORA_PLUGINS": ""}
-    listed = subprocess.run(
-        [sys.executable, "-c", LIST, str(tmp_path), verb, *line.split()],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert listed.returncode == 0, listed.stderr
-    names = set(json.loads((tmp_path / "names.json").read_text())) | ALSO
+    monkeypatch.setenv("MLXLORA_PLUGINS", "")
+    monkeypatch.chdir(tmp_path)
+    assert cli.execute([verb, *line.split()]) in (0, 3, 5)
+    names = {name.partition(".")[0] for name in sys.modules} | ALSO
     assert len(names) > 100
     for name in names - {"__main__"}:
         (here / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r} + ' ')\n")
@@ -76,7 +67,7 @@ def test_a_module_that_lies_around_is_not_run(
     (out / "mlxlora").write_text("from mlxlora_core.cli import main\nmain()\n")
     done = subprocess.run(
         [sys.executable, str(out / "mlxlora"), verb, *line.split()],
-        env=environment, cwd=here, capture_output=True, text=True, timeout=120,
+        cwd=here, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
     assert done.returncode in (0, 3, 5), done.stderr
