@@ -297,13 +297,12 @@ def fuse(
         PluginError: no such plugin, or one that breaks its contract.
     """
     found = registry(plugins)
-    target = Path(save_path)
+    base, target = locate_model(model).path, Path(save_path)
     with told(found.plugins), lock.hold(target):
         prepare(found)
         from mlxlora_core.model.events import result_of
         from mlxlora_core.model.fuse import fuse as fused
 
-        base = locate_model(model).path
         file = file_of(adapter_file, base_mismatch, adapter, options)
         return result_of(fused(base, file, target, found, dequantize=dequantize, overwrite=overwrite))
 
@@ -344,13 +343,12 @@ def export(
     """
     found = registry(plugins)
     exporter, _ = configure(found.find("exporter", to), options)
-    target = Path(out)
+    base, target = locate_model(model).path, Path(out)
     with told(found.plugins), lock.hold(target):
         prepare(found)
         from mlxlora_core.model.events import result_of
         from mlxlora_core.model.export import export as exported
 
-        base = locate_model(model).path
         adapter = file_of(adapter_file, base_mismatch) if adapter_file is not None else None
         return result_of(exported(base, target, exporter, found, fused=adapter, overwrite=overwrite))
 

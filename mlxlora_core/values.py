@@ -22,7 +22,7 @@ class LazyTensor:
             expanded to float32.
         packed: the weight in fewer bits, where the checkpoint stores it so; it stands for
             what ``read`` gives, so a tensor that is made of another one with the functions of
-            :mod:`mlxlora_core.tensors` keeps it, and one with a ``read`` of its own has none.
+            :mod:`mlxlora_core.files` for rows keeps it, and one with a ``read`` of its own has none.
     """
 
     shape: tuple[int, ...]

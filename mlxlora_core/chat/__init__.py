@@ -1,11 +1,10 @@
 """Conversations as text by the template that a model brings, and as ids; what a tokenizer's files say."""
 
-from mlxlora_core.chat.rendering import Behind, Renderer, refuse_halves, turn_end_ids
+from mlxlora_core.chat.rendering import Behind, Renderer, refuse_halves, template_warning, turn_end_ids
 from mlxlora_core.chat.special_tokens import SpecialTexts, SpecialToken
-from mlxlora_core.chat.template import DATE, ChatTemplate
+from mlxlora_core.chat.template import ChatTemplate
 from mlxlora_core.chat.template_files import find_template
 from mlxlora_core.chat.tokenizer_settings import (
-    IDS,
     TokenizerSettings,
     check_added,
     file_place,
@@ -14,8 +13,6 @@ from mlxlora_core.chat.tokenizer_settings import (
 from mlxlora_core.chat.turns import Turn
 
 __all__ = [
-    "DATE",
-    "IDS",
     "Behind",
     "ChatTemplate",
     "Renderer",
@@ -28,5 +25,6 @@ __all__ = [
     "find_template",
     "read_tokenizer_settings",
     "refuse_halves",
+    "template_warning",
     "turn_end_ids",
 ]

@@ -103,6 +103,22 @@ def turn_end_ids(template: ChatTemplate | None, find: Callable[[str], int | None
     return [number for text in texts if (number := find(text)) is not None]
 
 
+def template_warning(template: ChatTemplate | None, find: Callable[[str], int | None]) -> str:
+    """What speaks against training on conversations of a template, or nothing.
+
+    Args:
+        template: of conversations, if there is one.
+        find: the id of the token that is written so, or None.
+
+    Raises:
+        SafetyError: it reaches for what it must not, or wants to loop or write without end.
+    """
+    try:
+        return "" if template is None else template.warning(lambda text: find(text) is not None)
+    except ModelError:  # conversations tell what is wrong with it
+        return ""
+
+
 def refuse_halves(text: str) -> None:
     """Refuse half a surrogate pair, which no tokenizer has a token for.
 

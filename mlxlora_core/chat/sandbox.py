@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import date
-from types import BuiltinMethodType
+from types import BuiltinMethodType, MethodType
 from typing import Any
 
 from jinja2 import nodes
@@ -243,7 +243,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for name, value in kwargs.items():
             if name not in _JINJA_ARGUMENTS:
                 allowance.weigh(value)
-        if isinstance(__obj, BuiltinMethodType):
+        if isinstance(__obj, BuiltinMethodType) or isinstance(getattr(__obj, "__self__", None), str):
             args = __self._method(__obj, args, kwargs)
         return __self.made(super().call(__context, __obj, *args, **kwargs))
 
@@ -275,7 +275,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def wrap_str_format(self, value: Any) -> Any:
         """``str.format`` that resolves attributes as templates do and counts what it makes."""
-        if not isinstance(value, BuiltinMethodType) or value.__name__ not in ("format", "format_map"):
+        kinds = (BuiltinMethodType, MethodType)  # markup has methods of its own
+        if not isinstance(value, kinds) or value.__name__ not in ("format", "format_map"):
             return None
         form: Any = value.__self__
         if not isinstance(form, str):

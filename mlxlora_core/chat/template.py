@@ -10,7 +10,8 @@ from datetime import date as Date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from mlxlora_core.chat.turns import Turn, find_turn_ends, find_turns, find_warning
+from mlxlora_core.chat.turn_ends import find_turn_ends, find_warning
+from mlxlora_core.chat.turns import Turn, find_turns
 from mlxlora_core.errors import DataError, ModelError
 
 if TYPE_CHECKING:

@@ -39,7 +39,8 @@ def find_template(files: TokenizerFiles) -> ChatTemplate | None:
     default = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
     if default is None:
         raise ModelError(f"has the chat templates {listing(named)}, and none is named default", where=where)
-    specials = dict(_specials({**_object(files, SPECIALS), **config}))
+    stated = {name: value for name, value in config.items() if value is not None}
+    specials = dict(_specials({**_object(files, SPECIALS), **stated}))
     return ChatTemplate(default, specials, tools_source=named.get("tool_use", ""), where=where)
 
 

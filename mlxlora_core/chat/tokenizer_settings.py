@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mlxlora_core.errors import ModelError
 from mlxlora_core.files.documents import parse_json
@@ -14,8 +14,6 @@ from mlxlora_core.values import TokenizerFiles
 
 CONFIG, SPECIALS = "tokenizer_config.json", "special_tokens_map.json"
 ADDED, GENERATION = "added_tokens.json", "generation_config.json"
-
-IDS = 1 << 22  # an id is below this: the largest vocabularies in use have 300 000
 
 _FILE_BYTES = 16 << 20
 _TOKEN_LETTERS = 4096
@@ -37,6 +35,8 @@ class TokenizerSettings:
         added: tokens as ``tokenizer.json`` has them below ``added_tokens``.
         added_place: the file that they stand in.
     """
+
+    MOST_IDS: ClassVar[int] = 1 << 22  # the largest vocabularies in use have 300 000
 
     config_place: Path = Path(CONFIG)
     bos: str | None = None
@@ -108,9 +108,11 @@ def check_added(token: Any, where: Path) -> None:
     content, number = (token.get(key) if isinstance(token, dict) else None for key in ("content", "id"))
     if not isinstance(content, str) or not 0 < len(content) <= _TOKEN_LETTERS:
         raise ModelError(f"adds a token that is written {content!r:.80}", where=where)
-    if type(number) is not int or not 0 <= number < IDS:
+    most = TokenizerSettings.MOST_IDS
+    if type(number) is not int or not 0 <= number < most:
         raise ModelError(
-            f"adds the token {content!r:.80} with the id {number!r:.40}, wanted 0 to {IDS - 1}", where=where
+            f"adds the token {content!r:.80} with the id {number!r:.40}, wanted 0 to {most - 1}",
+            where=where,
         )
 
 
@@ -119,7 +121,7 @@ def _named(key: str, config: Mapping[str, Any], specials: Mapping[str, Any], whe
     value = config.get(key)
     if value is None:
         value = specials.get(key)
-    text = value.get("content") if isinstance(value, dict) else value
+    text = value.get("content", value) if isinstance(value, dict) else value
     if text is not None and not isinstance(text, str):
         raise ModelError(f"{key} is {text!r:.80}, wanted a text", where=where)
     return text or None

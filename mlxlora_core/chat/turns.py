@@ -9,21 +9,19 @@ answer begins where its own content does. It ends with the token that ends its t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import Any
 
 from mlxlora_core.chat.places import Place, places
+from mlxlora_core.chat.turn_ends import SHAPE, Messages, Renders
 from mlxlora_core.errors import DataError
-
-Messages = Sequence[Mapping[str, Any]]
 
 # Characters that Unicode keeps free for use inside programs: no text has them.
 _BEGIN, _END = "\ufdd4", "\ufdd5"
 _MARK = re.compile(f"[{_BEGIN}{_END}]")
-_SHAPE = re.compile(r"<[^<>\s]{1,60}>|\[[^\[\]\s]{1,60}\]")  # how tokens are spelt that end a turn
-_TOKEN_AND_SPACE = re.compile(rf"(?:{_SHAPE.pattern})\s*")
+_TOKEN_AND_SPACE = re.compile(rf"(?:{SHAPE.pattern})\s*")
 
 _FIX = "mark it in the template by {% generation %}, or use another chat template"
 
@@ -39,27 +37,6 @@ class Turn:
 
     text: str
     answer: bool
-
-
-class Renders(Protocol):
-    """What is needed of a template."""
-
-    @property
-    def specials(self) -> Mapping[str, str]:
-        """Name -> text of its special tokens."""
-
-    @property
-    def where(self) -> str:
-        """The file that it stands in."""
-
-    @property
-    def has_generation(self) -> bool:
-        """Whether it marks answers itself."""
-
-    def marked(
-        self, messages: Messages, tools: Sequence[Any], add_generation_prompt: bool, marks: tuple[str, str]
-    ) -> str:
-        """The text of a conversation."""
 
 
 @dataclass
@@ -258,106 +235,3 @@ def _unclear(rendering: _Rendering, number: int, what: str) -> DataError:
         where=rendering.template.where,
         fix=_FIX,
     )
-
-
-# --- the end of a turn ---------------------------------------------------------
-
-_ASKED, _ANSWERED = ("Question 17.", "Question 23."), ("Answer 17.", "Answer 23.")
-
-
-def find_turn_ends(template: Renders, is_special: Callable[[str], bool] | None) -> tuple[str, ...]:
-    """The texts by which a template ends turns of the assistant; see ``ChatTemplate.turn_ends``.
-
-    Args:
-        template: asked for two short conversations.
-        is_special: whether a text is a token that is no ordinary text.
-
-    Raises:
-        ModelError: it is no template.
-        SafetyError: it reaches for what it must not.
-    """
-    for parts in (False, True):
-        once, twice = (_around(template, _probe(count, parts)) for count in (1, 2))
-        if once is None:
-            continue
-        (_, tail), (head, middle) = once, twice or once
-        begins = _begin_tokens(template, _probe(1, parts)[:1], is_special)
-        ends = [
-            spelt
-            for spelt in _specials(template, _same_start(tail, middle), is_special)
-            if spelt not in begins
-        ]
-        if ends:
-            return (ends[-1],)
-        if not tail and head.endswith(middle):
-            return ()  # what stands in the middle begins a question
-        firsts = [next(iter(_specials(template, part, is_special)), "") for part in (tail, middle)]
-        return tuple(dict.fromkeys(filter(None, firsts)))
-    return ()
-
-
-def find_warning(template: Renders, ends: tuple[str, ...]) -> str:
-    """What speaks against training on a template's turns, or nothing; see ``ChatTemplate.warning``.
-
-    Args:
-        template: asked for a short conversation.
-        ends: the texts by which it ends turns.
-    """
-    if not ends:
-        return "it writes no token that ends an answer"
-    around = _around(template, _probe(1, False)) or _around(template, _probe(1, True))
-    if around and not any(end in around[1] for end in ends):
-        return "it writes no token behind the last answer of a conversation"
-    return ""
-
-
-def _probe(count: int, parts: bool) -> list[dict[str, Any]]:
-    """A conversation of so many questions and answers, as texts or as lists of one part."""
-    said = [("user", "assistant")[i % 2] for i in range(2 * count)]
-    texts = [text for pair in zip(_ASKED, _ANSWERED, strict=True) for text in pair]
-    return [
-        {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
-        for role, text in zip(said, texts, strict=False)
-    ]
-
-
-def _around(template: Renders, messages: Messages) -> tuple[str, str] | None:
-    """What stands before the first question of a conversation, and between its answer and the next one."""
-    try:
-        whole = template.marked(messages, (), False, ("", ""))
-    except DataError:
-        return None
-    before, asked, rest = whole.partition(_ASKED[0])
-    _, answered, behind = rest.partition(_ANSWERED[0])
-    return (before, behind.partition(_ASKED[1])[0]) if asked and answered else None
-
-
-def _begin_tokens(
-    template: Renders, messages: Messages, is_special: Callable[[str], bool] | None
-) -> list[str]:
-    """The tokens that begin an answer, and so end none."""
-    try:
-        plain, asking = (template.marked(messages, (), waits, ("", "")) for waits in (False, True))
-    except DataError:
-        return []
-    header = asking[len(_same_start(plain, asking)) :]
-    if header:
-        return _specials(template, header, is_special)
-    # Some templates write it always. It is behind the token that ends a question, and begins one, too.
-    head, _, rest = asking.partition(_ASKED[0])
-    return [spelt for spelt in _specials(template, rest, is_special)[1:] if spelt in head]
-
-
-def _same_start(one: str, other: str) -> str:
-    """How two texts begin alike."""
-    size = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
-    return one[: min(len(one), len(other)) if size is None else size]
-
-
-def _specials(template: Renders, text: str, is_special: Callable[[str], bool] | None) -> list[str]:
-    """The tokens in a text that are no ordinary text, in order."""
-    found = {match.start(): match[0] for match in _SHAPE.finditer(text)}
-    for special in template.specials.values():
-        if special.strip() and special in text:
-            found.setdefault(text.find(special), special)
-    return [spelt for _, spelt in sorted(found.items()) if is_special is None or is_special(spelt)]

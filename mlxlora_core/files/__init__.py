@@ -22,6 +22,7 @@ from mlxlora_core.files.input_file import (
     read_some,
     refuse_stand_in,
 )
+from mlxlora_core.files.lazy_rows import ordered_rows, shifted, some_rows
 from mlxlora_core.files.row_shapes import parse_columns
 from mlxlora_core.files.rows import RowFile, left_out, refuse_faults, scan_rows
 from mlxlora_core.files.zip_layout import ZipMember, read_zip_layout
@@ -44,6 +45,7 @@ __all__ = [
     "left_out",
     "new_file",
     "open_regular",
+    "ordered_rows",
     "parse_columns",
     "parse_json",
     "read_exactly",
@@ -54,8 +56,10 @@ __all__ = [
     "refuse_stand_in",
     "save_tensors",
     "scan_rows",
+    "shifted",
     "show_key",
     "show_value",
+    "some_rows",
     "stated_rope",
     "write_json",
     "write_text",

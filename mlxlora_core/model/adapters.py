@@ -21,7 +21,14 @@ from mlxlora_core.files.documents import parse_form
 from mlxlora_core.files.forms import Items, Map, Option, Plain, Strict, Table, Text
 from mlxlora_core.files.targets import is_written
 from mlxlora_core.files.tensor_checks import is_finite, mismatches, type_name
-from mlxlora_core.model.linears import is_packed, layers_by_path, linear_shape, linears, parameters, replace
+from mlxlora_core.model.linears import (
+    is_packed,
+    layers_by_path,
+    linear_shape,
+    packed_shape,
+    parameters,
+    replace,
+)
 from mlxlora_core.model.loading import Model
 from mlxlora_core.model.places import at, choose, with_targets
 from mlxlora_core.model.unrecorded import recognise
@@ -260,8 +267,8 @@ def trainable(module: nn.Module) -> dict[str, mx.array]:
 
 def count(model: Model) -> dict[str, int]:
     """How many parameters there are, packed ones counted as weights, and how many of them train."""
-    packed = {path: linear for path, linear in linears(model.module) if is_packed(linear)}
-    weights = sum(math.prod(linear_shape(linear)) for linear in packed.values())
+    packed = {path: child for path, child in model.module.named_modules() if is_packed(child)}
+    weights = sum(math.prod(packed_shape(child)) for child in packed.values())
     others = sum(
         tensor.size
         for name, tensor in parameters(model.module).items()

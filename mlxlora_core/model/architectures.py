@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora_core.errors import ModelError, SafetyError, UsageError, listing
+from mlxlora_core.files.lazy_rows import ordered_rows, shifted, some_rows
 from mlxlora_core.model.folder import SOURCE
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import linears
@@ -17,7 +18,6 @@ from mlxlora_core.model.tokenizers import FILES
 from mlxlora_core.options import explain, parse, plain
 from mlxlora_core.plugins import Component, Registry
 from mlxlora_core.specs import Architecture, Layout
-from mlxlora_core.tensors import ordered_rows, shifted, some_rows
 from mlxlora_core.values import ForeignLinear, ForeignModel, ForeignTensor, LazyTensor
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -112,8 +112,7 @@ def convert(
         registry: where loaders and architectures are looked up.
         loader: which weight loader; None asks each whether it knows the folder.
         loader_options: of the loader; None for its defaults.
-        dtype: ``float16``, ``bfloat16`` or ``float32``, or ``stored`` for that of each tensor as it
-            is; None for what the loader says of its checkpoints.
+        dtype: a type, or ``stored`` for that of each tensor as it is; None for what the loader says.
         file_format: ``safetensors`` or ``npz``.
         quantization: how to quantize the linears, or None.
         quantize_config: which of them.
@@ -132,13 +131,9 @@ def convert(
     ours = model_folder.holds_only_a_model
     check_output_folder(target, [source, *paths_in(loader_options)], overwrite=overwrite, ours=ours)
     opened = open_foreign(source, registry, loader, loader_options)
-    config, tensors = folder_form(opened)
-    config |= {SOURCE: name} if name else {}
-    if quantization is not None and QUANTIZATION in config:
-        raise UsageError(f"{source} is quantized already", fix="leave -q out: its bits are kept as they are")
+    config, tensors = _folder_form(opened, source, name, quantization)
     packed = _to_quantize(opened.model, quantize_config) if quantization else set()
-    types = _types(opened, tensors, _dtype(opened, dtype))
-    _refuse_types(types, file_format)
+    types = _types(opened, tensors, dtype, file_format)
     disk = _need(tensors, packed, types, target)
     yield SpaceNeeded(f"{disk}; {_memory(tensors, packed, types)}")
     if quantization is not None:
@@ -176,9 +171,18 @@ def _dtype(opened: OpenedModel, asked: str | None) -> str:
     return told
 
 
-def _refuse_types(types: Mapping[str, mx.Dtype], file_format: str) -> None:
-    if file_format == "npz" and mx.bfloat16 in types.values():
-        raise UsageError("npz cannot hold bfloat16", fix="use --dtype float16, or --format safetensors")
+def _folder_form(
+    opened: OpenedModel, source: Path, name: str, quantization: Choice | None
+) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+    """What config.json and the weight file would hold of the model as it is.
+
+    Raises:
+        UsageError: it is to be quantized, and is so already.
+    """
+    config, tensors = folder_form(opened)
+    if quantization is not None and QUANTIZATION in config:
+        raise UsageError(f"{source} is quantized already", fix="leave -q out: its bits are kept as they are")
+    return config | ({SOURCE: name} if name else {}), tensors
 
 
 def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:
@@ -197,13 +201,23 @@ def cast(name: str, tensor: mx.array, dtype: mx.Dtype, where: Path) -> mx.array:
     return result
 
 
-def _types(opened: OpenedModel, tensors: Mapping[str, LazyTensor], dtype: str) -> dict[str, mx.Dtype]:
-    """The type that each tensor gets; parts of a packed weight keep theirs."""
+def _types(
+    opened: OpenedModel, tensors: Mapping[str, LazyTensor], asked: str | None, file_format: str
+) -> dict[str, mx.Dtype]:
+    """The type that each tensor gets; parts of a packed weight keep theirs.
+
+    Raises:
+        UsageError: the format cannot hold one of them.
+    """
+    dtype = _dtype(opened, asked)
     kept = {name for name in tensors if name not in opened.tensors or opened.tensors[name].packed is not None}
-    return {
+    types = {
         name: getattr(mx, tensor.dtype) if dtype == STORED or name in kept else DTYPES[dtype]
         for name, tensor in tensors.items()
     }
+    if file_format == "npz" and mx.bfloat16 in types.values():
+        raise UsageError("npz cannot hold bfloat16", fix="use --dtype float16, or --format safetensors")
+    return types
 
 
 def _tally(opened: OpenedModel) -> _Tally:

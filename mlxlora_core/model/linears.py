@@ -272,6 +272,11 @@ def linear_shape(linear: nn.Module) -> tuple[int, ...]:
     return shape
 
 
+def packed_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of the weight of a quantized linear or embedding."""
+    return module.shape if isinstance(module, Quantized) else linear_shape(module)
+
+
 def dense_weight(linear: nn.Module) -> mx.array:
     """The weight of a dense, stacked or quantized linear, expanded, in the shape of :func:`linear_shape`.
 

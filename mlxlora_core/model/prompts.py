@@ -107,8 +107,17 @@ def words_on(tokenizer: CheckedTokenizer, prompt: Prompt) -> Iterator[str]:
     if special - taken:
         chat = "; --chat asks in the form of the tokenizer" if isinstance(prompt, str) else ""
         yield f"warning: {letters} in the prompt is text: letters, and no token{chat}"
-    if any(tokenizer.decode(tokenizer.encode(text)) != text for text in texts):
+    if not all(reads_as(tokenizer, tokenizer.encode(text), text) for text in texts):
         yield "warning: the tokenizer lacks or changes characters of the prompt: it is told another text"
+
+
+def reads_as(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> bool:
+    """Whether the ids of a text are decoded to it again.
+
+    Where texts begin without an id, nothing tells that a space was put in front of one.
+    """
+    found = tokenizer.decode(ids)
+    return found == text or (tokenizer.bos is None and found == f" {text}")
 
 
 def is_taken(tokenizer: Tokenizer, special: str) -> bool:

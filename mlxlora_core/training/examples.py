@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlxlora_core.errors import DataError, listing
-from mlxlora_core.model.prompts import continued, is_taken, prompt_ids
+from mlxlora_core.model.prompts import continued, is_taken, prompt_ids, reads_as
 from mlxlora_core.model.special_texts import special_texts
 from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.training.findings import Finding, Findings, counted, look, texts
@@ -121,7 +121,8 @@ def make_examples(
         try:
             whole = reader.read(content)
         except DataError as fault:
-            refused.setdefault((fault.what, fault.fix), []).append(place)
+            what = f"{fault.what} ({fault.where})" if fault.where else fault.what
+            refused.setdefault((what, fault.fix), []).append(place)
             continue
         example = Example(whole.tokens[:max_seq_length], whole.mask[:max_seq_length])
         if len(whole.tokens) > max_seq_length:
@@ -197,10 +198,12 @@ class _RowReader:
         """Count what there is to tell of the row that was read last, which stands at ``place``."""
         content = self._content
         self.conversations += "messages" in content
-        for finding in (*look(content), *self._found):
+        found, whole = [*look(content), *self._found], self._comes_back()
+        if not whole and self._comes_back(str.strip):
+            whole = True
+            found = [Finding.CUT_EDGES if finding is Finding.EDGES else finding for finding in found]
+        for finding in [*found, *([] if whole else [Finding.CHANGED])]:
             self.findings.add(finding, place)
-        if not self._comes_back():
-            self.findings.add(Finding.CHANGED, place)
         known = self._tokenizer.special_texts
         special = {name for text in texts(content) for name in special_texts(text, known)}
         for finding, taken in ((Finding.SPECIAL, False), (Finding.TAKEN, True)):
@@ -239,13 +242,13 @@ class _RowReader:
             return False
         return ids == [token for piece in pieces for token in piece.ids]
 
-    def _comes_back(self) -> bool:
-        """Whether all texts of the row stand in what its ids are decoded to."""
+    def _comes_back(self, seen: Callable[[str], str] = str) -> bool:
+        """Whether what is ``seen`` of all texts of the row stands in what its ids are decoded to."""
         if "messages" not in self._content:
-            whole = self._tokenizer.decode([token for piece in self._pieces for token in piece.ids])
-            return whole == "".join(texts(self._content))
+            ids = [token for piece in self._pieces for token in piece.ids]
+            return reads_as(self._tokenizer, ids, "".join(texts(self._content)))
         whole, at = "".join(self._tokenizer.decode(piece.ids) for piece in self._pieces), 0
-        for text in map(str.strip, texts(self._content)):  # templates cut white space off
+        for text in map(seen, texts(self._content)):
             at = whole.find(text, at)
             if at < 0:
                 return False

@@ -31,6 +31,7 @@ class Finding(Enum):
     NO_ANSWER = "with an answer without content, which teaches to end at once"
     NO_QUESTION = "with a question without content"
     EDGES = "with white space at the ends of messages, which is kept"
+    CUT_EDGES = "with white space at the ends of messages, which the form of the model cuts off"
     APART = (
         "with a prompt and a completion that the tokenizer would join in one token; they are kept apart, as "
         "when the prompt is asked (white space is best put at the front of the completion)"
@@ -40,7 +41,7 @@ class Finding(Enum):
 
 
 #: those that are as they should be, and are told for the record
-_SOUND = {Finding.EDGES}
+_SOUND = {Finding.EDGES, Finding.CUT_EDGES}
 
 
 @dataclass

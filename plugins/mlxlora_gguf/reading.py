@@ -19,7 +19,7 @@ from mlxlora_gguf.blocks import GROUP, BlockType
 from mlxlora_gguf.header import Entry, file_state
 from mlxlora_gguf.unpack import Array
 
-_RUN_BYTES = 1 << 20  # of a file that are unpacked at a time: what is made of them stays in the cache
+_RUN_BYTES = 1 << 18  # of a file that are unpacked at a time: what is made of them stays in the cache
 
 _Change = Callable[[BlockType, Array], Array]
 

@@ -68,5 +68,8 @@ RULES = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "grok-2"), _QWEN_2),
     "qwen35": Rule((_WITH_MARKS,)),
     "tekken": Rule((_TEKKEN,), ignore_merges=True, bos=True),
+    "deepseek-coder": Rule(
+        ("[\\r\\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"), digits=True
+    ),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), Rule((_GPT_4O,))),
 }

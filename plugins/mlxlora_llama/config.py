@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlxlora_core.api import option
-from mlxlora_llama import rope
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
@@ -13,6 +12,15 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 LINEARS = dict.fromkeys(("wq", "wk", "wv", "wo"), "attention") | dict.fromkeys(
     ("w1", "w2", "w3"), "feed_forward"
 )
+
+#: scaling -> the arguments that it needs, beside those that it may have
+SCALINGS: dict[str, tuple[str, ...]] = {
+    "linear": ("rope_factor",),
+    "llama3": ("rope_factor", "rope_original_len", "rope_low_freq_factor", "rope_high_freq_factor"),
+    "yarn": ("rope_factor", "rope_original_len", "rope_beta_fast", "rope_beta_slow", "rope_attention_factor"),
+    "divisors": ("rope_divisors",),
+}
+_MAY: dict[str, tuple[str, ...]] = {"yarn": ("rope_truncate",)}
 
 HEAD = "output.weight"
 MLP = "layers.0.feed_forward.w1.weight"
@@ -62,7 +70,7 @@ class ModelArgs:
     )
     head_norms: bool | None = option(None, help="whether each head of queries and keys is normalised")
     rope_scaling: str | None = option(
-        None, help="how the rotary frequencies are scaled", choices=tuple(rope.NEEDS)
+        None, help="how the rotary frequencies are scaled", choices=tuple(SCALINGS)
     )
     rope_factor: float | None = option(
         None, help="what a scaling divides low frequencies by", minimum=1e-3, maximum=1e6
@@ -89,7 +97,7 @@ class ModelArgs:
         None, help="what turned queries and keys are multiplied by", above=0, maximum=1e3
     )
     rope_divisors: tuple[float, ...] | None = option(
-        None, help="divisors: what the frequency of each pair is divided by", above=0, maximum=1e6
+        None, help="divisors: what the frequency of each pair is divided by", minimum=1e-3, maximum=1e6
     )
 
     def __post_init__(self) -> None:
@@ -101,7 +109,7 @@ class ModelArgs:
         if self.n_heads * self.head_dim > _WIDEST:
             got = f"n_heads: got {self.n_heads} of head_dim {self.head_dim}"
             faults.append(f"{got}, wanted a product of at most {_WIDEST}")
-        faults += self._layer_faults() + rope.faults(self)
+        faults += self._layer_faults() + self._rope_faults()
         if faults:
             raise ValueError("; ".join(faults))
 
@@ -116,6 +124,30 @@ class ModelArgs:
             told.append("biases: wanted different names")
         if self.window_layers is not None and self.sliding_window is None:
             told.append("window_layers: there is no sliding_window")
+        return told
+
+    def _rope_faults(self) -> list[str]:
+        """What is wrong with the arguments of the scaling: it lacks some, or does not take some."""
+        kind = self.rope_scaling
+        needs = SCALINGS[kind] if kind else ()
+        stated = [
+            name
+            for name in dict.fromkeys((*sum(SCALINGS.values(), ()), *sum(_MAY.values(), ())))
+            if getattr(self, name) is not None
+        ]
+        allowed = (*needs, *_MAY.get(kind or "", ()))
+        told = [f"{name}: rope_scaling {kind} has no use for it" for name in stated if name not in allowed]
+        told += [f"{name}: rope_scaling {kind} needs it" for name in needs if name not in stated]
+        if told or not kind:
+            return told
+        if kind == "llama3" and (self.rope_high_freq_factor or 0) <= (self.rope_low_freq_factor or 0):
+            told.append(f"rope_high_freq_factor: wanted more than {self.rope_low_freq_factor}")
+        if kind == "yarn" and (self.rope_beta_fast or 0) <= (self.rope_beta_slow or 0):
+            told.append(f"rope_beta_fast: wanted more than {self.rope_beta_slow}")
+        if kind == "yarn" and self.rope_theta <= 1:
+            told.append(f"rope_theta: got {self.rope_theta}, rope_scaling yarn needs more than 1")
+        if self.rope_divisors is not None and len(self.rope_divisors) != self.head_dim // 2:
+            told.append(f"rope_divisors: got {len(self.rope_divisors)}, wanted head_dim / 2")
         return told
 
     def window(self, layer: int) -> int | None:

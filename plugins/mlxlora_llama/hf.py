@@ -45,9 +45,6 @@ _EVERY_FAMILY = {
     "max_position_embeddings",
     _TIED,
     *hf_rope.KEYS,
-    # Whether a checkpoint's weights can be read is for its loader to say.
-    "quantization",
-    "quantization_config",
 }
 _WINDOW_USED, _WINDOW_FROM, _UNROTATED_STEP = (
     "use_sliding_window",
@@ -106,7 +103,7 @@ def read(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs | None:
     not false.
 
     Args:
-        raw: config.json of a checkpoint.
+        raw: config.json of a checkpoint, without what its loader has dealt with.
         shapes: of its tensors by name.
 
     Raises:

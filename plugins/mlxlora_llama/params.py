@@ -35,10 +35,11 @@ _ARGUMENTS = (
     "max_seq_len",
     _TIED,
 )
-# argument -> other names of it in a checkpoint's config, the first that is stated counts
+# argument -> other names of it in a checkpoint's config, of which one is stated
 _ALIASES = {
     "max_seq_len": ("max_position_embeddings", "max_seq_length", "max_sequence_length", "context_length"),
     "norm_eps": ("rms_norm_eps",),
+    "sliding_window": ("_sliding_window",),
     _TIED: ("tied_embeddings", "tie_embeddings"),
 }
 #: whether the window counts that is stated beside it
@@ -93,9 +94,14 @@ def read(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs | None:
         )
     scaling = _scaling(raw)
     told = _KEYS_THERE.faults(raw, _HONOURED | ({_SCALED, _FACTOR, _HIGH} if scaling else set()))
+    told += _contradictions(raw)
     stated, names = _stated(raw)
     names |= {"rope_factor": _FACTOR, "rope_high_freq_factor": _HIGH} if scaling else {}
     values = _derived(raw, stated, shapes) | stated | scaling | {_TIED: _tied(stated, shapes)}
+    if isinstance(window := values.get("sliding_window"), list):
+        bounded, fault = _windows(window, _whole(values.get("n_layers")))
+        told += [f"{names['sliding_window']}: {fault}"] if fault else []
+        values |= bounded
     try:
         args = parse(ModelArgs, values, owner="llama", spell=lambda name: names.get(name, name), strict=True)
     except UsageError as fault:
@@ -144,6 +150,31 @@ def _scaling(raw: Mapping[str, Any]) -> dict[str, Any]:
         "rope_high_freq_factor": _META_HIGH if high is None else high,
         "rope_original_len": _META_LEN,
     }
+
+
+def _contradictions(raw: Mapping[str, Any]) -> list[str]:
+    """The names of one argument that say different things."""
+    told = []
+    for argument, others in _ALIASES.items():
+        said = {name: raw[name] for name in (argument, *others) if raw.get(name) is not None}
+        first = next(iter(said), "")
+        told += [
+            f"{name}: got {keys.show_value(value)}, but {first} is {keys.show_value(said[first])}"
+            for name, value in said.items()
+            if name != first and value != said[first]
+        ]
+    return told
+
+
+def _windows(pattern: list[Any], layers: int) -> tuple[dict[str, Any], str]:
+    """The window of a list, which Mistral's own reader repeats up to the last layer, and what is wrong."""
+    widths = {width for width in pattern if type(width) is int}
+    single = len(widths) == 1 and all(width is None or type(width) is int for width in pattern)
+    if not single or (layers and layers % len(pattern)):
+        wanted = f"one width and nulls, as many as divide {layers} layers"
+        return {"sliding_window": None}, f"got {keys.show_value(pattern)}, wanted {wanted}"
+    bounded = tuple(i for i in range(min(layers, 1024)) if pattern[i % len(pattern)] is not None)
+    return {"sliding_window": widths.pop(), "window_layers": None if None not in pattern else bounded}, ""
 
 
 def _stated(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

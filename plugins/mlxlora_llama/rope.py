@@ -3,44 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from mlxlora_llama.config import ModelArgs
-
-#: scaling -> the arguments that it needs, beside those that it may have
-NEEDS: dict[str, tuple[str, ...]] = {
-    "linear": ("rope_factor",),
-    "llama3": ("rope_factor", "rope_original_len", "rope_low_freq_factor", "rope_high_freq_factor"),
-    "yarn": ("rope_factor", "rope_original_len", "rope_beta_fast", "rope_beta_slow", "rope_attention_factor"),
-    "divisors": ("rope_divisors",),
-}
-_MAY: dict[str, tuple[str, ...]] = {"yarn": ("rope_truncate",)}
-
-
-def faults(args: ModelArgs) -> list[str]:
-    """What is wrong with the arguments of the scaling: it lacks some, or does not take some."""
-    kind = args.rope_scaling
-    needs = NEEDS[kind] if kind else ()
-    stated = [
-        name
-        for name in dict.fromkeys((*sum(NEEDS.values(), ()), *sum(_MAY.values(), ())))
-        if getattr(args, name) is not None
-    ]
-    allowed = (*needs, *_MAY.get(kind or "", ()))
-    told = [f"{name}: rope_scaling {kind} has no use for it" for name in stated if name not in allowed]
-    told += [f"{name}: rope_scaling {kind} needs it" for name in needs if name not in stated]
-    if told or not kind:
-        return told
-    if kind == "llama3" and _number(args.rope_high_freq_factor) <= _number(args.rope_low_freq_factor):
-        told.append(f"rope_high_freq_factor: wanted more than {args.rope_low_freq_factor}")
-    if kind == "yarn" and _number(args.rope_beta_fast) <= _number(args.rope_beta_slow):
-        told.append(f"rope_beta_fast: wanted more than {args.rope_beta_slow}")
-    if kind == "yarn" and args.rope_theta <= 1:
-        told.append(f"rope_theta: got {args.rope_theta}, rope_scaling yarn needs more than 1")
-    if args.rope_divisors is not None and len(args.rope_divisors) != args.head_dim // 2:
-        told.append(f"rope_divisors: got {len(args.rope_divisors)}, wanted head_dim / 2")
-    return told
+from mlxlora_llama.config import ModelArgs
 
 
 def turning(args: ModelArgs) -> float | tuple[float, ...]:
@@ -61,7 +25,7 @@ def turning(args: ModelArgs) -> float | tuple[float, ...]:
 def yarn_attention(factor: float) -> float:
     """What YaRN multiplies queries and keys by where nobody says otherwise.
 
-    Source: Peng et al. 2023, arXiv:2309.00071, equation 22.
+    Source: Peng et al. 2023, arXiv:2309.00071, section 3.4.
     """
     return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
 
@@ -96,6 +60,6 @@ def _yarn(plain: list[float], args: ModelArgs) -> tuple[float, ...]:
 
 
 def _number(value: float | None) -> float:
-    """A number that :func:`faults` has found to be there."""
+    """A number that the arguments have found to be there."""
     assert value is not None
     return value

@@ -69,8 +69,10 @@ def read(messages: Sequence[Mapping[str, Any]]) -> Conversation:
     Texts are taken as they are, white space at their ends included.
 
     Raises:
-        DataError: roles that do not alternate.
+        DataError: roles that do not alternate, or calls of tools.
     """
+    if any(message.get("tool_calls") for message in messages):
+        raise DataError("messages call tools, and a form without a chat template has no calls of tools")
     rest = list(messages)
     system = rest.pop(0)["content"] if rest and rest[0]["role"] == "system" else ""
     roles = [message["role"] for message in rest]

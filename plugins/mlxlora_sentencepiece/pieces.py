@@ -113,7 +113,8 @@ class Pieces:
 
     def special_texts(self, numbers: Iterable[int]) -> SpecialTexts:
         """How some of them are written."""
-        plain = (SpecialToken(number, str(self.text(number))) for number in numbers)
+        written = ((number, self.text(number)) for number in numbers)
+        plain = (SpecialToken(number, text) for number, text in written if text is not None)
         return SpecialTexts(self.added.get(token.id, token) for token in plain)
 
     def encoder(self, silent: Iterable[int]) -> Callable[[str, bool], list[int]]:

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.api import DataError, ModelError, Piece, listing
-from mlxlora_core.chat import Behind, ChatTemplate, Renderer, TokenizerSettings, refuse_halves, turn_end_ids
+from mlxlora_core.chat import (
+    Behind,
+    ChatTemplate,
+    Renderer,
+    TokenizerSettings,
+    refuse_halves,
+    template_warning,
+    turn_end_ids,
+)
 from mlxlora_sentencepiece.chat import ASK, ASKED, SYSTEM, SYSTEM_END, Form, Vocabulary, pieces
 from mlxlora_sentencepiece.pieces import SPACE, Pieces
 
@@ -165,7 +173,9 @@ class SentencePieceTokenizer:
     @property
     def chat_warning(self) -> str:
         """What speaks against that form, or nothing."""
-        others = [piece for piece in _OTHER_FORMS if piece in self._named and self._template is None]
+        if self._template:
+            return template_warning(self._template, self._pieces.id)
+        others = [piece for piece in _OTHER_FORMS if piece in self._named]
         return f"the vocabulary has {listing(others)} for another form" if others else ""
 
     @property

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 
 from mlxlora_core.api import ModelError, TokenizerFiles, listing
 from mlxlora_core.chat import (
-    IDS,
     ChatTemplate,
     SpecialTexts,
     SpecialToken,
@@ -130,8 +129,12 @@ def _vocabulary(opened: Tokenizer, document: Document, where: Path) -> dict[str,
                 fix="download it again",
             )
         vocabulary[token["content"]] = token["id"]
-    if not vocabulary or max(vocabulary.values()) >= IDS:
-        raise ModelError(f"it has no token, or an id from {IDS} on", where=where, fix="download it again")
+    if not vocabulary or max(vocabulary.values()) >= TokenizerSettings.MOST_IDS:
+        raise ModelError(
+            f"it has no token, or an id from {TokenizerSettings.MOST_IDS} on",
+            where=where,
+            fix="download it again",
+        )
     if len(set(vocabulary.values())) < len(vocabulary):
         raise ModelError("two of its tokens have one id", where=where, fix="download it again")
     return vocabulary
@@ -147,18 +150,30 @@ def _parts(source: Source, document: Document, opened: Tokenizer, vocabulary: Ma
     silent = special | ends
     unknown = {vocabulary.get(document["model"].get("unk_token") or ""), document["model"].get("unk_id")}
     written = {number: text for text, number in vocabulary.items()}
+    # A token that is looked for in the normalized text stands for what is found there.
+    normal = {
+        number: text for number in added if (text := str(opened.id_to_token(number))) != written[number]
+    }
     return Parts(
         where=where,
         document=document,
         library=opened,
-        texts=TokenTexts(document.get("decoder"), written, added=added, silent=silent, where=where),
+        texts=TokenTexts(
+            document.get("decoder"),
+            {**written, **normal},
+            added=added.keys() - normal.keys(),
+            silent=silent,
+            where=where,
+        ),
         vocab_size=size,
         bos=bos,
         eos=eos,
         stops=stops,
         kept_apart=frozenset((special - unknown) | ends),
-        special=SpecialTexts(_special_token(number, written[number], added) for number in sorted(silent)),
-        special_texts=frozenset(written[number] for number in silent | added.keys()),
+        special=SpecialTexts(
+            _special_token(number, written[number], added) for number in sorted(silent & written.keys())
+        ),
+        special_texts=frozenset(written[number] for number in (silent & written.keys()) | added.keys()),
         template=source.template,
         form=source.form if source.template else "no chat template",
         fingerprint=_fingerprint(source, document, bos, eos, stops),

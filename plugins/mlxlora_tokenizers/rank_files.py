@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.api import ModelError
-from mlxlora_core.chat import IDS
+from mlxlora_core.chat import TokenizerSettings
 from mlxlora_core.files import parse_json
 from mlxlora_tokenizers import ranks
 from mlxlora_tokenizers.tokenizer_json import Document
@@ -116,7 +116,9 @@ def read_tekken(content: bytes, where: Path) -> RankFile:
         names = [token["token_str"] for token in named]
     except (KeyError, TypeError, AttributeError) as fault:
         raise _other(f"it lacks {fault}" if isinstance(fault, KeyError) else str(fault), where) from None
-    if not isinstance(pattern, str) or not all(type(n) is int and 0 < n < IDS for n in (size, count)):
+    if not isinstance(pattern, str) or not all(
+        type(n) is int and 0 < n < TokenizerSettings.MOST_IDS for n in (size, count)
+    ):
         raise _other("its config has settings of another kind", where)
     if any(token.get("rank", number) != number for number, token in enumerate(named)) or len(names) > count:
         raise _other("its special tokens are not in order", where)

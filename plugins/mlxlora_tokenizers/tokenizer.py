@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mlxlora_core.api import DataError, Piece
-from mlxlora_core.chat import Behind, ChatTemplate, Renderer, SpecialTexts, refuse_halves
+from mlxlora_core.chat import Behind, ChatTemplate, Renderer, SpecialTexts, refuse_halves, template_warning
 from mlxlora_tokenizers import library
 from mlxlora_tokenizers.decoding import TokenTexts
 from mlxlora_tokenizers.tokenizer_json import Document, prefixes_first_alone, without_prefix
@@ -66,6 +66,7 @@ class LibraryTokenizer:
         stops: ids of which each ends a text.
         fingerprint: SHA-256 of what decides ids and conversations.
         chat_form: where the form of :meth:`render` comes from.
+        chat_warning: what speaks against that form.
         special_texts: how the tokens are written that are no ordinary text.
     """
 
@@ -74,6 +75,8 @@ class LibraryTokenizer:
         self.vocab_size, self.bos, self.stops = parts.vocab_size, parts.bos, parts.stops
         self.fingerprint, self.chat_form = parts.fingerprint, parts.form
         self.special_texts = parts.special_texts
+        ids = {text: 0 for text in parts.special_texts if parts.special.is_one(text)}
+        self.chat_warning = template_warning(parts.template, ids.get)
 
     def encode(self, text: str, *, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of ``text``; the begin id, if there is one, in front and, if asked, the end id behind.
@@ -141,12 +144,12 @@ class LibraryTokenizer:
         A vocabulary may have special tokens among its words too. Where one is found it
         is cut in two, until none is.
         """
-        found = library.encode(tokenizer, text, self._parts.where)
-        ids: list[int] = found.ids
+        ids = library.ids(tokenizer, text, self._parts.where)
         apart = self._parts.kept_apart
         if apart.isdisjoint(ids):
             return ids
-        spans = [span for token, span in zip(ids, found.offsets, strict=True) if token in apart]
+        places = library.places(tokenizer, text, self._parts.where)
+        spans = [span for token, span in zip(ids, places, strict=True) if token in apart]
         cuts = [(start + stop) // 2 for start, stop in spans if stop - start > 1]
         if not cuts:  # characters of their own that are no text
             return [token for token in ids if token not in apart]

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mlxlora_core.api import ModelError
+from mlxlora_core.api import ModelError, listing
 from mlxlora_core.chat import TokenizerSettings, check_added
 
 FILE_BYTES = 64 << 20  # the largest in use have 33 MB
 
 _PARTS = 64  # steps of a normalizer or a pre-tokenizer
 _GROWTH = 64  # how many times longer the replacements of a normalizer may make a text
+
+# The library takes a step whose type it does not know for one with the same settings.
+_KNOWN = {
+    "normalizer": {
+        *("BertNormalizer", "ByteLevel", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled"),
+        *("Prepend", "Replace", "Strip", "StripAccents"),
+    },
+    "pre_tokenizer": {
+        *("BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Digits", "FixedLength", "Metaspace"),
+        *("Punctuation", "Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit"),
+    },
+    "post_processor": {"BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"},
+}
+_SEQUENCES = {
+    "normalizer": "normalizers",
+    "pre_tokenizer": "pretokenizers",
+    "post_processor": "processors",
+}
 
 Document = dict[str, Any]
 
@@ -34,13 +54,14 @@ def check(document: Document, where: Path) -> None:
     contents = [token["content"] for token in added]
     if len({token["id"] for token in added}) < len(added) or len(set(contents)) < len(contents):
         _refuse("adds a token twice, or two tokens with one id", where)
-    growth = 1.0
-    for count, part in enumerate(_parts(document.get("normalizer"), "normalizers"), 1):
-        growth *= _growth(part, where)
-        if count > _PARTS or growth > _GROWTH:
-            _refuse(f"its normalizer makes texts {_GROWTH} times longer, or has {_PARTS} steps", where)
-    if sum(1 for _ in _parts(document.get("pre_tokenizer"), "pretokenizers")) > _PARTS:
-        _refuse(f"its pre-tokenizer has more than {_PARTS} steps", where)
+    for section, known in _KNOWN.items():
+        steps = list(islice(_steps(document, section), _PARTS + 1))
+        others = [kind for step in steps if (kind := str(step.get("type"))) not in known]
+        if others or len(steps) > _PARTS:
+            what = f"the type {others[0]!r:.60}" if others else f"more than {_PARTS} steps"
+            _refuse(f"its {section} has {what}, mlxlora knows {listing(sorted(known), 20)}", where)
+    if prod(_growth(step, where) for step in _steps(document, "normalizer")) > _GROWTH:
+        _refuse(f"its normalizer makes texts more than {_GROWTH} times longer", where)
 
 
 def prepared(document: Document, settings: TokenizerSettings, where: Path) -> tuple[Document, bool]:
@@ -89,10 +110,10 @@ def _more(added: list[Any], settings: TokenizerSettings, where: Path) -> Iterato
 def without_prefix(document: Document) -> Document:
     """The same tokenizer without the space that it puts in front of a text."""
     made = copy.deepcopy({key: document.get(key) for key in ("normalizer", "pre_tokenizer")})
-    for part in _parts(made["normalizer"], "normalizers"):
+    for part in _steps(made, "normalizer"):
         if part.get("type") == "Prepend":
             part["prepend"] = ""
-    for part in _parts(made["pre_tokenizer"], "pretokenizers"):
+    for part in _steps(made, "pre_tokenizer"):
         if part.get("type") == "Metaspace":
             part.pop("add_prefix_space", None)
             part["prepend_scheme"] = "never"
@@ -103,8 +124,7 @@ def without_prefix(document: Document) -> Document:
 
 def prefixes_first_alone(document: Document) -> bool:
     """Whether only the very start of a text gets a space in front, and not what follows a special token."""
-    parts = list(_parts(document.get("pre_tokenizer"), "pretokenizers"))
-    return any(part.get("prepend_scheme") == "first" for part in parts)
+    return any(step.get("prepend_scheme") == "first" for step in _steps(document, "pre_tokenizer"))
 
 
 def front_ids(document: Document, where: Path) -> list[int]:
@@ -115,7 +135,7 @@ def front_ids(document: Document, where: Path) -> list[int]:
     """
     found: list[int] = []
     try:
-        for part in _parts(document.get("post_processor"), "processors"):
+        for part in _steps(document, "post_processor"):
             if part.get("type") == "TemplateProcessing":
                 found = [*_template_front(part), *found]
             elif part.get("type") in ("BertProcessing", "RobertaProcessing"):
@@ -134,16 +154,18 @@ def _template_front(part: dict[str, Any]) -> Iterator[int]:
         yield from part["special_tokens"][step["SpecialToken"]["id"]]["ids"]
 
 
-def _parts(value: Any, key: str) -> Iterator[dict[str, Any]]:
+def _steps(document: Document, section: str) -> Iterator[dict[str, Any]]:
     """The steps of a normalizer, pre-tokenizer or post-processor, one after another."""
-    if not isinstance(value, dict):
-        return
-    if value.get("type") == "Sequence":
-        inner = value.get(key)
-        for part in inner if isinstance(inner, Iterable) else ():
-            yield from _parts(part, key)
-    else:
-        yield value
+    left = [document.get(section)]
+    while left:
+        step = left.pop()
+        if not isinstance(step, dict):
+            continue
+        inner = step.get(_SEQUENCES[section]) if step.get("type") == "Sequence" else None
+        if isinstance(inner, list):
+            left += reversed(inner)
+        else:
+            yield step
 
 
 def _growth(part: dict[str, Any], where: Path) -> float:
@@ -153,8 +175,8 @@ def _growth(part: dict[str, Any], where: Path) -> float:
     if part.get("type") != "Replace":
         return 1.0
     pattern = part.get("pattern")
-    old = pattern.get("String") if isinstance(pattern, dict) else None
-    return max(1.0, len(str(part.get("content"))) / max(1, len(old) if isinstance(old, str) else 1))
+    old, new = pattern.get("String") if isinstance(pattern, dict) else None, len(str(part.get("content")))
+    return max(1.0, new / len(old)) if isinstance(old, str) and old else 1.0 + new
 
 
 def _refuse(what: str, where: Path) -> NoReturn:

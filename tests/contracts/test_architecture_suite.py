@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from mlxlora_core import plugins as registry
-from mlxlora_core.api import LazyTensor, option
+from mlxlora_core.api import ForeignTensor, LazyTensor, option
 from mlxlora_core.model.ops import LARGE
 from mlxlora_core.testing.architecture import ArchitectureSuite
 
@@ -389,6 +389,26 @@ def test_a_tensor_that_is_lost_read_or_made_up_fails() -> None:
 
     with pytest.raises(AssertionError):
         broken(tensors=known_alone).test_unknown_names_pass()
+
+
+def test_a_table_that_loses_doubles_or_moves_rows_fails() -> None:
+    layout = TestLlama.spec.layouts["hf"]
+
+    def suite(change: Any) -> ArchitectureSuite:
+        def table(args: Any) -> list[ForeignTensor]:
+            return [changed for entry in layout.table(args) if (changed := change(entry)) is not None]
+
+        return broken(layouts={"hf": replace(layout, table=table)})
+
+    suite(lambda entry: entry).test_a_table_out_and_in_again_is_the_identity()
+    name = "layers.1.attention.wk.weight"
+    for change, told in (
+        (lambda e: None if e.name == name else e, "does not name every parameter once"),
+        (lambda e: replace(e, rows=[0] * 12) if e.name == name else e, "are no new order"),
+        (lambda e: replace(e, start=3) if e.name == name else e, "leave rows out"),
+    ):
+        with pytest.raises(AssertionError, match=told):
+            suite(change).test_a_table_out_and_in_again_is_the_identity()
 
 
 def test_args_without_bounds_and_a_config_of_anything_fail() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import struct
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mlxlora_core.model.linears import linears, replace
@@ -117,11 +119,13 @@ class Subject(ABC):
         path: where the file to parse is written.
         good: the bytes of good files.
         header_bytes: how many bytes at the start are damaged one after another.
+        is_document: whether it is JSON, of which every other damage changes what it says.
     """
 
     path: Path
     good: list[bytes]
     header_bytes = 4096
+    is_document = False
 
     def __init__(self, material: Path, folder: Path) -> None:
         self.material, self.folder = material, folder
@@ -314,6 +318,101 @@ class SentencePiece(Subject):
         return found
 
 
+class TokenizerJson(Subject):
+    """Vocabularies of the library tokenizers; the other reader is the library itself."""
+
+    is_document = True
+    name = "tokenizer.json"
+
+    def prepare(self) -> None:
+        import small_tokenizers as small
+
+        self.path = self.folder / self.name
+        kinds = [
+            small.byte_level(["</s>", "<s>"], bos="<s>"),
+            small.like_llama_2(),
+            small.unigram(),
+            small.words(),
+        ]
+        good = {
+            "tokenizer.json": [*(kind.to_str().encode() for kind in kinds), *small.tiny()],
+            "tokenizer_config.json": small.configs(),
+            "generation_config.json": [
+                b'{"eos_token_id": 1}',
+                b'{"eos_token_id": [0, 3], "bos_token_id": 0}',
+            ],
+        }
+        for name, contents in good.items():
+            (self.folder / name).write_bytes(contents[0])
+        self.good = good[self.name]
+
+    def parse(self) -> Any:
+        from mlxlora_tokenizers import open_files
+
+        from mlxlora_core.api import NoOptions
+
+        tokenizer = open_files({path.name: path for path in self.folder.iterdir()}, NoOptions())
+        encoded = []
+        for text in _TEXTS:
+            ids = tokenizer.encode(text, bos=False)
+            assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids)
+            encoded.append(ids)
+        tokenizer.decode(range(tokenizer.vocab_size + 2))
+        return tokenizer.vocab_size, tokenizer.bos, sorted(tokenizer.stops), encoded
+
+    def reference(self) -> Any:
+        from tokenizers import Tokenizer
+
+        document, config, generation = (
+            json.loads((self.folder / f"{name}.json").read_bytes().decode("utf-8-sig"))
+            for name in ("tokenizer", "tokenizer_config", "generation_config")
+        )
+        library = Tokenizer.from_str(json.dumps({**document, "truncation": None, "padding": None}))
+        library.encode_special_tokens = True
+        self._add(library, config.get("added_tokens_decoder") or {})
+        vocabulary = library.get_vocab()
+        bos, eos = (_written(config.get(f"{name}_token")) for name in ("bos", "eos"))
+        ends = generation.get("eos_token_id")
+        stops = {*(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+        stops |= {vocabulary[eos]} if eos else set()
+        begin = vocabulary[bos] if bos and config.get("add_bos_token") else _front(library)
+        begin = None if config.get("add_bos_token") is False else begin
+        encoded = [library.encode(text, add_special_tokens=False).ids for text in _TEXTS]
+        plain = [[number for number in ids if number not in {begin, *stops}] for ids in encoded]
+        return max(vocabulary.values()) + 1, begin, sorted(stops), plain
+
+    def _add(self, library: Any, decoder: dict[str, Any]) -> None:
+        from tokenizers import AddedToken
+
+        for number, token in sorted(decoder.items(), key=lambda pair: int(pair[0])):
+            if library.id_to_token(int(number)) is None:
+                flags = {key: value for key, value in token.items() if key in ("special", "lstrip", "rstrip")}
+                library.add_tokens([AddedToken(token["content"], **flags)])
+
+
+class TokenizerConfig(TokenizerJson):
+    """What stands beside a vocabulary: names of tokens, and tokens that are added."""
+
+    name = "tokenizer_config.json"
+
+
+class GenerationConfig(TokenizerJson):
+    """The ids that end texts."""
+
+    name = "generation_config.json"
+
+
+def _written(token: Any) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _front(library: Any) -> int | None:
+    """The id that a library puts in front of a text."""
+    bare, whole = (library.encode("the", add_special_tokens=special).ids for special in (False, True))
+    at = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return whole[0] if at or (whole and not bare) else None
+
+
 def _bits(value: float) -> bytes:
     return struct.pack("<f", value)
 
@@ -382,6 +481,38 @@ class Config(Subject):
         tokenizer_files(self.folder, config)
         read_quantization(config, self.registry, self.path)
         return config
+
+    def reference(self) -> Any:
+        return json.loads(self.path.read_bytes().decode("utf-8-sig"))
+
+
+class TheirConfig(Subject):
+    """config.json of a Hugging Face folder, in both spellings of the rope."""
+
+    def prepare(self) -> None:
+        self.path = self.folder / "config.json"
+        sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 8}
+        sizes |= {"num_key_value_heads": 2, "vocab_size": 60, "max_position_embeddings": 64}
+        yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 8, "mscale": 1.0}
+        yarn |= {"mscale_all_dim": 0.5, "original_max_position_embeddings": 16, "truncate": False}
+        new = {"model_type": "qwen3", **sizes, "head_dim": 8, "rms_norm_eps": 1e-6, "rope_parameters": yarn}
+        new |= {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}
+        old = {"model_type": "smollm3", **sizes, "rms_norm_eps": 1e-5, "rope_theta": 5e5}
+        old |= {"rope_scaling": {"type": "linear", "factor": 2.0}, "no_rope_layers": [1, 0, 1, 1]}
+        old |= {"layer_types": ["full_attention"] * 4, "tie_word_embeddings": True, "head_dim": None}
+        self.good = [json.dumps(config, indent=2).encode() for config in (new, old)]
+
+    def parse(self) -> Any:
+        from mlxlora_hf.config import read_config
+        from mlxlora_hf.folder import read_table
+        from mlxlora_llama import hf, tables
+
+        config = read_config(self.folder).text
+        args = hf.read(config, {})
+        if args is not None:
+            hf.notes(config, {})
+            tables.hf(args)
+        return read_table(self.path)
 
     def reference(self) -> Any:
         return json.loads(self.path.read_bytes().decode("utf-8-sig"))
@@ -626,17 +757,232 @@ def _stated_vocabulary(keys: dict[str, Any]) -> Any:
     return tokens, rest, (ids or known)[0], templates or None
 
 
+_TEMPLATES = (
+    """{% for message in messages %}
+<|im_start|>{{ message.role }}
+{{ message['content'] | trim }}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}
+""",
+    """{%- set ns = namespace(count=0, text='') %}{{ bos_token }}
+{%- if tools %}{{- 'Tools: ' ~ tools | tojson(indent=2) + '\\n' }}{% endif %}
+{%- for m in messages if m.role != 'system' %}
+{%- set ns.count = ns.count + 1 %}
+{%- if m.role == 'user' %}{{ '[INST] %s [/INST]' % m.content }}
+{%- elif m.role == 'assistant' %}{% generation %}{{ ' ' + m.content.split('</think>')[-1].strip() }}
+{%- for call in m.tool_calls or [] %}{{ call | tojson }}{{ ', ' if not loop.last }}{% endfor %}
+{{- eos_token }}{% endgeneration %}
+{%- else %}{{ raise_exception('role ' ~ m.role) }}{% endif %}
+{%- endfor %}
+{%- if ns.count > 10 ** 2 or range(4) | sum > 9 %}{{ 'a' * 3 }}{% endif %}""",
+    """{% macro turn(role, text, end=true) %}<{{ role }}>{{ text | replace('<', '&lt;') }}
+{%- if end %}</{{ role }}>{% endif %}{% endmacro %}
+{% for m in messages %}{% set role = {'user': 'u', 'assistant': 'a'}.get(m.role, m.role[:1] | upper) %}
+{{ turn(role, [m.content, loop.index] | join(' #')) }}
+{% if loop.last and m.content | length is divisibleby 2 %}{% break %}{% endif %}
+{% endfor %}
+{{ messages | map(attribute='role') | select('equalto', 'user') | list | length }}{{ '{:>4}'.format(5) }}""",
+)
+
+
+_BLOCKS = {"generation": r"{%\1 filter string \2%}", "endgeneration": r"{%\1 endfilter \2%}"}
+
+
+class Template(Subject):
+    """Chat templates; the other reader is Jinja as it is."""
+
+    messages = (
+        {"role": "user", "content": "What is é?"},
+        {"role": "assistant", "content": " A <letter>.\n"},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "No more."},
+    )
+    specials = MappingProxyType({"bos_token": "<s>", "eos_token": "</s>"})
+
+    def prepare(self) -> None:
+        self.path = self.folder / "chat_template.jinja"
+        self.good = [template.encode() for template in _TEMPLATES]
+        self.header_bytes = 700
+
+    def parse(self) -> Any:
+        from mlxlora_core.chat import ChatTemplate, find_template
+        from mlxlora_core.errors import MlxloraError
+
+        found = find_template({self.path.name: self.path})
+        assert found is not None
+        template = ChatTemplate(found.source, self.specials, where=found.where)
+        texts = [template.render(self.messages[:count], (), waits) for count, waits in self.cases()]
+        try:
+            turns = template.turns(self.messages)
+        except MlxloraError as fault:  # which part the assistant says may have become unclear
+            assert str(fault).isprintable()
+        else:
+            assert texts[0].startswith("".join(turn.text for turn in turns))
+        return texts
+
+    def cases(self) -> tuple[tuple[int, bool], ...]:
+        """How many of the messages are rendered, and whether an answer is waited for."""
+        return (4, False), (3, True), (1, True)
+
+    def reference(self) -> Any:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message: str) -> None:
+            raise ValueError(message)
+
+        source = self.path.read_bytes().decode("utf-8-sig")
+        for mark in ("generation", "endgeneration"):  # a block of nothing else: it says what stands in it
+            source = re.sub(rf"{{%(-?)\s*{mark}\s*(-?)%}}", _BLOCKS[mark], source)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value, **more: json.dumps(value, ensure_ascii=False, **more)
+        environment.globals |= {"raise_exception": refuse}
+        template = environment.from_string(source)
+        return [
+            template.render(
+                messages=list(self.messages[:count]), tools=None, add_generation_prompt=waits, **self.specials
+            )
+            for count, waits in self.cases()
+        ]
+
+
+class HfConfig(Subject):
+    """config.json of Hugging Face: dense, with packed weights, and of a model around a text model."""
+
+    def prepare(self) -> None:
+        self.path = self.folder / "config.json"
+        write_hugging_face(self.folder)
+        table = {
+            "group_size": 32,
+            "bits": 4,
+            "mode": "affine",
+            "model.norm": False,
+            "lm_head": {"bits": 4, "group_size": 32},
+        }
+        inner = {**_HUGGING_FACE, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+        outer = {"model_type": "llava", "text_config": inner, "vision_config": {"hidden_size": 3}}
+        configs = (_HUGGING_FACE | {"quantization": table}, outer | {"quantization_config": table})
+        self.good = [json.dumps(config, indent=1).encode() for config in configs]
+
+    def parse(self) -> Any:
+        from mlxlora_hf import open_folder
+
+        from mlxlora_core.api import NoOptions
+        from mlxlora_core.model import architectures
+
+        model = open_folder(self.folder, NoOptions())
+        architectures.read_foreign(model, self.registry, self.path)
+        packed = model.tensors["lm_head.weight"].packed
+        ends = model.tokenizer.get("generation_config.json")
+        ids = json.loads(ends)["eos_token_id"] if isinstance(ends, bytes) else []
+        return dict(model.config), dict(packed.options) if packed else {}, ids
+
+    def reference(self) -> Any:
+        whole = json.loads(self.path.read_bytes().decode("utf-8-sig"))
+        text = whole.get("text_config")
+        tied = {"tie_word_embeddings": whole.get("tie_word_embeddings")}
+        text = whole if text is None else ({**tied, **text} if "tie_word_embeddings" in whole else text)
+        table = next(
+            found
+            for key in ("quantization", "quantization_config")
+            for c in (whole, text)
+            if (found := c.get(key))
+        )
+        own = next((v for k, v in table.items() if k == "lm_head" and isinstance(v, dict)), table)
+        options = {k: own.get(k) or default for k, default in (("group_size", 64), ("bits", 4))}
+        apart = ("auto_map", "quantization", "quantization_config")
+        ends: list[int] = []
+        for stated in (whole.get("eos_token_id"), text.get("eos_token_id")):
+            ends += stated if isinstance(stated, list) else [] if stated is None else [stated]
+        return {k: v for k, v in text.items() if k not in apart}, options, list(dict.fromkeys(ends))
+
+
+class HfIndex(Subject):
+    """The index of a Hugging Face folder in shards."""
+
+    def prepare(self) -> None:
+        self.path = self.folder / "model.safetensors.index.json"
+        names = write_hugging_face(self.folder, shards=2)
+        (self.folder / "config.json").write_text(
+            json.dumps(_HUGGING_FACE | {"quantization": {"group_size": 32, "bits": 4}})
+        )
+        index = {"metadata": {"total_size": 1000}, "weight_map": names}
+        self.good = [json.dumps(index, indent=1).encode()]
+
+    def parse(self) -> Any:
+        from mlxlora_hf.folder import HUGGING_FACE
+        from mlxlora_hf.shards import find_tensors
+
+        found = find_tensors(self.folder, HUGGING_FACE)
+        for tensor in found.tensors.values():
+            tensor.read()
+        return sorted(found.tensors)
+
+    def reference(self) -> Any:
+        return sorted(json.loads(self.path.read_bytes().decode("utf-8-sig"))["weight_map"])
+
+
+_HUGGING_FACE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 40,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 5],
+}
+
+
+def write_hugging_face(folder: Path, shards: int = 1) -> dict[str, str]:
+    """Write a folder of one layer whose head is packed, without a config; name -> file of each tensor."""
+    import mlx.core as mx
+
+    at = "model.layers.0"
+    shapes = {f"{at}.self_attn.{letter}_proj.weight": (64, 64) for letter in "qkvo"}
+    shapes |= {f"{at}.mlp.{name}_proj.weight": (32, 64) for name in ("gate", "up")}
+    shapes |= {f"{at}.mlp.down_proj.weight": (64, 32), "model.embed_tokens.weight": (40, 64)}
+    shapes |= {f"{at}.{name}_layernorm.weight": (64,) for name in ("input", "post_attention")}
+    tensors = {name: mx.ones(shape) for name, shape in {**shapes, "model.norm.weight": (64,)}.items()}
+    parts = mx.quantize(mx.ones((40, 64)), 32, 4)
+    tensors |= {f"lm_head.{part}": a for part, a in zip(("weight", "scales", "biases"), parts, strict=True)}
+    files = [
+        f"model-{n + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors"
+        for n in range(shards)
+    ]
+    placed = {name: files[number % shards] for number, name in enumerate(tensors)}
+    for file in files:
+        mx.save_safetensors(str(folder / file), {n: t for n, t in tensors.items() if placed[n] == file})
+    (folder / "tokenizer.json").write_text("{}")
+    return placed
+
+
 KINDS: dict[str, type[Subject]] = {
     "safetensors": Safetensors,
     "npz": Npz,
     "pth": Pth,
     "tokenizer": SentencePiece,
+    "tokenizer_json": TokenizerJson,
+    "tokenizer_config": TokenizerConfig,
+    "generation_config": GenerationConfig,
     "params": Params,
     "config": Config,
+    "hf_arguments": TheirConfig,
     "index": Index,
     "jsonl": Jsonl,
     "json_array": JsonArray,
     "recipe": Recipe,
     "adapter": Adapter,
     "gguf": Gguf,
+    "template": Template,
+    "hf_config": HfConfig,
+    "hf_index": HfIndex,
 }

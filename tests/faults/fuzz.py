@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import select
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import file_kinds
+import structures
 from mutations import mutation, summary
 
 MEMORY_BYTES = 256 << 20
@@ -169,6 +171,9 @@ def serve(kind: str, material: Path, folder: Path) -> None:
 def damaged(subject: file_kinds.Subject, kind: str, number: int) -> bytes:
     """The bytes of one mutation."""
     data = subject.good[number % len(subject.good)]
+    if subject.is_document and number // len(subject.good) % 2:
+        draw = random.Random(f"{kind}/{number}")
+        return structures.as_json(structures.changed(json.loads(data), draw))
     return mutation(data, subject.good, subject.header_bytes, kind, number // len(subject.good))
 
 

@@ -338,6 +338,30 @@ def test_templates_in_a_model_folder_are_not_run(mlxlora: Command, model: Path, 
     assert not canary.exists()
 
 
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "it loops for too",
+        ),
+        ("{{ 'a' * 10**9 }}", "it loops for too long or makes too much text"),
+        ("{{ cycler.__init__.__globals__.os.system('touch CANARY') }}", "it reaches for '__init__' of type"),
+    ],
+)
+def test_a_chat_template_that_is_hostile_is_stopped(
+    mlxlora: Command, model: Path, canary: Path, template: str, told: str
+) -> None:
+    (model / "chat_template.jinja").write_text(template.replace("CANARY", str(canary)))
+    path = model / "config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_files": ["tokenizer.model", "chat_template.jinja"]}
+    path.write_text(json.dumps(config))
+    done = mlxlora("generate", "--model", model, "-p", "A", "--num-tokens", 1, "--chat")
+    assert done.code == 5
+    assert "chat_template.jinja:1: the chat template was stopped: " + told in done.error
+    assert not canary.exists()
+
+
 def test_numbers_of_a_config_allocate_nothing(mlxlora: Command, source: Path, tmp_path: Path) -> None:
     path = source / "params.json"
     good = json.loads(path.read_text())

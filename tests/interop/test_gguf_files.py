@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,33 @@ def test_every_type_is_what_the_gguf_package_makes_of_it(kind: str, tmp_path: Pa
     assert np.array_equal(np.array(lazy.read().astype(mx.float32)), want)
 
 
+def test_a_model_of_mixed_types(gemma3: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="needs another reader: pip install gguf")
+    model = open_path(gemma3, GgufOptions())
+    entries = read_header(gemma3).tensors
+    assert Counter(entry.type.name for entry in entries) == {
+        "F32": 109,
+        "Q5_0": 81,
+        "Q4_K": 27,
+        "Q8_0": 10,
+        "Q6_K": 9,
+    }
+    assert [note for note in model.notes if note.startswith("9 tensors (Q6_K)")]
+    content = np.memmap(gemma3, np.uint8, "r")
+    for entry in entries:
+        if entry.type.weights == 1:
+            continue
+        rows = slice(0, 2000)  # of the embedding, which is large
+        raw = content[entry.offset : entry.offset + entry.size].reshape(-1, entry.row_bytes)[rows]
+        want = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[entry.type.name])
+        lazy = model.tensors[entry.name]
+        assert (lazy.packed is None) == (entry.type.name == "Q6_K")
+        got = lazy.read()[rows] if lazy.packed is None else steps(lazy, rows)
+        assert np.array_equal(np.array(got), want), entry.name
+    tokenizer = Opened(model.tokenizer)
+    assert tokenizer.encode("The capital of France is") == [818, 5279, 529, 7001, 563]
+
+
 # --- vocabularies -------------------------------------------------------------
 
 
@@ -114,7 +142,7 @@ class Opened:
         return str(self.whole.decode(ids, skip_special_tokens=False))
 
 
-GOLDEN = (
+GOLDEN = [
     "llama-bpe",
     "qwen2",
     "qwen35",
@@ -123,9 +151,9 @@ GOLDEN = (
     "refact",
     "command-r",
     "mpt",
-    "llama-spm",
-    "phi-3",
-)
+    "deepseek-coder",
+]
+GOLDEN += ["llama-spm", "phi-3"]
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -10,13 +10,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+import small_tokenizers
 import torch
 from mlx.utils import tree_unflatten
 
 from mlxlora_core import plugins
 from mlxlora_core.api import ForeignModel, LazyTensor
 from mlxlora_core.files.tensor_checks import mismatches
-from mlxlora_core.model import architectures
+from mlxlora_core.model import architectures, loading
 from mlxlora_core.model.linears import parameters
 
 transformers: Any = pytest.importorskip(
@@ -135,23 +136,26 @@ def spellings(model: Any, family: dict[str, Any], tied: bool) -> dict[str, dict[
     return {"new": new, "old": old}
 
 
-def opened(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> tuple[Any, Any, Any]:
+def lazy(weight: torch.Tensor) -> LazyTensor:
+    """A tensor of theirs as a loader gives it."""
+    dtype = str(weight.dtype).removeprefix("torch.")
+    half = weight.dtype == torch.bfloat16
+    array = mx.array(weight.view(torch.uint16).numpy()).view(mx.bfloat16) if half else weight.numpy()
+    return LazyTensor(tuple(weight.shape), dtype, lambda: mx.array(array))
+
+
+def opened(
+    config: dict[str, Any], weights: dict[str, torch.Tensor], layout: str = "hf"
+) -> tuple[Any, Any, Any]:
     """Our model, its component and arguments, on the way that a folder of theirs takes."""
-
-    def lazy(weight: torch.Tensor) -> LazyTensor:
-        dtype = str(weight.dtype).removeprefix("torch.")
-        half = weight.dtype == torch.bfloat16
-        array = mx.array(weight.view(torch.uint16).numpy()).view(mx.bfloat16) if half else weight.numpy()
-        return LazyTensor(tuple(weight.shape), dtype, lambda: mx.array(array))
-
-    foreign = ForeignModel(config, {}, {name: lazy(w) for name, w in weights.items()}, (), "hf")
+    foreign = ForeignModel(config, {}, {name: lazy(w) for name, w in weights.items()}, (), layout)
     component, args = architectures.read_foreign(foreign, REGISTRY, HERE)
     model = architectures.build(component, args)
     tensors = architectures.model_tensors(component, foreign, args, parameters(model))
     assert not mismatches(tensors, parameters(model))
     read = {name: tensor.read() for name, tensor in tensors.items()}
     back = {}
-    for entry in architectures.foreign_table(component, "hf", args):
+    for entry in architectures.foreign_table(component, layout, args):
         rows = np.arange(read[entry.name].shape[0]) if entry.rows is None else np.array(entry.rows)
         back[entry.foreign] = mx.take(read[entry.name], mx.array(np.argsort(rows)), axis=0)
     assert back.keys() == weights.keys()
@@ -229,3 +233,96 @@ def test_a_dynamic_scaling_is_none_up_to_the_stated_length() -> None:
     assert (args.rope_scaling, model.context_tokens) == (None, BASE["max_position_embeddings"])
     with torch.no_grad():
         close(model(mx.array(some_ids().numpy())), theirs(some_ids()).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "qwen3", "smollm3"])
+def test_a_folder_that_they_write_is_one_model_in_shards_or_not(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    theirs, _ = their_model(FAMILIES[name], tied=name in ("qwen3", "smollm3"), dtype=dtype)
+    with torch.no_grad():
+        want = theirs(some_ids()).logits
+    theirs.to(dtype)
+    fingerprints = set()
+    for folder, largest in ((tmp_path / "single", "1GB"), (tmp_path / "shards", "20KB")):
+        theirs.save_pretrained(folder, max_shard_size=largest)
+        small_tokenizers.write(folder, small_tokenizers.words(), {}, [0])
+        model = loading.load(folder, REGISTRY)
+        close(model.language_model(mx.array(some_ids().numpy())), want)
+        fingerprints.add(model.fingerprint)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert len(fingerprints) == 1
+
+
+#: a tensor of theirs -> what llama.cpp calls it
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "model.layers.": "blk.",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.down_proj": "ffn_down",
+    "mlp.up_proj": "ffn_up",
+}
+
+
+def as_gguf(
+    model: Any, weights: dict[str, torch.Tensor], architecture: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Metadata and tensors as llama.cpp's converter makes them of a model of theirs."""
+    config = model.config
+    width = model.model.layers[0].self_attn.head_dim
+    kv = config.num_key_value_heads
+    rope = config.rope_parameters
+    keys = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": kv,
+        "attention.key_length": width,
+        "attention.value_length": width,
+        "attention.layer_norm_rms_epsilon": float(np.float32(config.rms_norm_eps)),
+        "rope.freq_base": rope["rope_theta"],
+    }
+    if rope["rope_type"] in ("linear", "yarn"):
+        keys |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
+    if rope["rope_type"] == "yarn":
+        keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    raw = {"general.architecture": architecture} | {f"{architecture}.{k}": v for k, v in keys.items()}
+    if rope["rope_type"] == "llama3":
+        plain = rope["rope_theta"] ** (-np.arange(0, width, 2) / width)
+        divisors = plain / model.model.rotary_emb.inv_freq.numpy()
+        raw["rope_freqs.weight"] = divisors.astype(np.float32).tolist()
+    found = {}
+    for name, weight in weights.items():
+        if architecture in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name):
+            heads = kv if "k_proj" in name else config.num_attention_heads
+            weight = weight.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2).contiguous()
+        for theirs, ours in GGUF_NAMES.items():
+            name = name.replace(theirs, ours)
+        found[name] = weight
+    return raw, found
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama with biases", "llama3", "linear", "smollm3", "qwen2", "yarn", "qwen3"]
+)
+def test_the_same_as_gguf_is_the_same_model(name: str, tied: bool) -> None:
+    theirs, weights = their_model(FAMILIES[name], tied, torch.float32)
+    raw, tensors = as_gguf(theirs, weights, FAMILIES[name]["model_type"])
+    model, _, args = opened(raw, tensors, "gguf")
+    with torch.no_grad():
+        close(model(mx.array(some_ids().numpy())), theirs(some_ids()).logits)
+    assert (args.rope_scaling == "divisors") == (name == "llama3")

@@ -110,7 +110,7 @@ HF_CONFIG = json.dumps(
     [
         ("model.gguf", b"GGUF\x03\0\0\0", "GGUF file"),
         ("model.bin", b"ggjt\x03\0\0\0", "GGML file"),
-        ("config.json", HF_CONFIG, "a Hugging Face folder"),
+        ("config.json", HF_CONFIG, "there are no weights; read are model.safetensors, or shards"),
         ("pytorch_model.bin", b"PK\x03\x04", "pytorch_model.bin"),
         ("model.pth", b"PK\x03\x04", "none is called consolidated.NN.pth"),
     ],

@@ -65,16 +65,20 @@ GOOD: dict[str, tuple[dict[str, str], str]] = {
 
 #: name -> the files of a folder, the columns to read, and words of the error
 BAD: dict[str, tuple[dict[str, str | bytes], str, str]] = {
-    "two of user": (
-        {"train.jsonl": lines(*[said((U, "a"), (U, "b"), (A, "c"))] * 3), "valid.jsonl": lines(TALK)},
+    "ends with user": (
+        {"train.jsonl": lines(*[said((U, "a"), (A, "b"), (U, "c"))] * 3), "valid.jsonl": lines(TALK)},
         "",
-        r"3 bad lines: .*train\.jsonl:1: message 2 is of user after one of user, .*\(3 of this kind: 1, 2",
+        r"3 bad lines: .*train\.jsonl:1: the last message is of user, .*\(3 of this kind: 1, 2",
     ),
-    "ends with user": ({"train.jsonl": lines(said((U, "a"), (A, "b"), (U, "c")))}, "", "the last message is"),
-    "system inside": (
-        {"train.jsonl": lines(said((U, "a"), (A, "b"), (S, "c"), (U, "d"), (A, "e")))},
+    "two systems": (
+        {"train.jsonl": lines({**said((S, "a"), (U, "b"), (A, "c")), "system": "d"})},
         "",
-        "message 3 is of system",
+        "has system beside messages that begin with one of system",
+    ),
+    "tools of another kind": (
+        {"train.jsonl": lines({**TALK, "tools": "f"})},
+        "",
+        "tools is a string that is no JSON",
     ),
     "text and messages": ({"train.jsonl": lines({**TALK, "text": "a"})}, "", "has text and messages"),
     "question and answer": (

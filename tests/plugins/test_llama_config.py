@@ -216,7 +216,14 @@ def test_what_does_not_follow_is_asked_for() -> None:
         ("rope_theta", 0.5, "rope_theta: must be at least 1.0"),
         ("rope_theta", False, "rope_theta: wanted a finite number, got False"),
         ("sliding_window", 0, "sliding_window: must be at least 1"),
-        ("sliding_window", [None, 4096], "sliding_window: wanted a whole number, got [None, 4096]"),
+        ("sliding_window", [None], "sliding_window: got [None], wanted one width and nulls"),
+        ("sliding_window", [4096, 9], "sliding_window: got [4096, 9], wanted one width and nulls"),
+        ("sliding_window", [True, None], "sliding_window: got [True, None], wanted one width and nulls"),
+        ("sliding_window", [{}, 9], "sliding_window: got [{}, 9], wanted one width and nulls"),
+        ("sliding_window", [0, None], "sliding_window: must be at least 1"),
+        ("sliding_window", [9] * 3, "sliding_window: got [9, 9, 9], wanted one width and nulls, as many"),
+        ("_sliding_window", [None, 4096], "_sliding_window: got [None, 4096], but sliding_window is 4096"),
+        ("rms_norm_eps", 1e-6, "rms_norm_eps: got 1e-06, but norm_eps is 1e-05"),
         ("max_seq_len", -2048, "max_seq_len: must be at least 1"),
         ("tie_word_embeddings", "no", "tie_word_embeddings: wanted true/false, got 'no'"),
     ],
@@ -235,7 +242,6 @@ def test_impossible_values_are_refused(key: str, value: Any, told: str) -> None:
         ("llama_4_scaling", {"beta": 0.1}),
         ("moe", {"num_experts": 8, "num_experts_per_tok": 2}),
         ("num_local_experts", 8),
-        ("_sliding_window", [None, 4096]),
         ("Sliding_Window", 4096),
         ("sliding_window_pattern", 6),
         ("attention_chunk_size", 8192),
@@ -339,6 +345,16 @@ def test_a_window_that_is_stated_and_not_used_does_not_count() -> None:
 def test_a_window_that_is_off_is_none(off: Any) -> None:
     assert config({**WHOLE, "sliding_window": off}, {}).sliding_window is None
     assert config({**MISTRAL_7B, "sliding_window": off}, {}).rope_theta == 1e6
+
+
+@pytest.mark.parametrize("key", ["sliding_window", "_sliding_window"])
+def test_mistral_lists_the_windows_of_layers(key: str) -> None:
+    """The list stands for the first layers, and again for those above them."""
+    raw = {k: v for k, v in WHOLE.items() if k != "sliding_window"}
+    args = config({**raw, key: [None, 512, 512, 512]}, {})
+    assert args.sliding_window == 512
+    assert args.window_layers == tuple(i for i in range(32) if i % 4)
+    assert config({**raw, key: [512, 512]}, {}) == config({**raw, "sliding_window": 512}, {})
 
 
 @pytest.mark.parametrize("stated", [True, False])

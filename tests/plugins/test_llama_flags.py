@@ -204,7 +204,7 @@ def test_the_flags_come_back_from_a_config(name: str) -> None:
         ({**YARN, "rope_beta_slow": 3.0}, "rope_beta_fast: wanted more than 3.0"),
         ({**YARN, "rope_theta": 1.0}, "rope_theta: got 1.0, rope_scaling yarn needs more than 1"),
         ({"rope_scaling": "divisors", "rope_divisors": [1.0]}, "rope_divisors: got 1, wanted head_dim / 2"),
-        ({"rope_scaling": "divisors", "rope_divisors": [0.0] * 4}, "rope_divisors: must be more than 0"),
+        ({"rope_scaling": "divisors", "rope_divisors": [0.0] * 4}, "rope_divisors: must be at least 0.001"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flags: dict[str, Any], told: str) -> None:

@@ -441,6 +441,7 @@ def test_the_config_of_another_family_is_nobody_s(model_type: Any) -> None:
         ({"layer_types": ["full_attention"]}, "layer_types: got"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: got 50.0"),
         ({"use_qk_norm": True}, "use_qk_norm: got True, which asks for other norms"),
+        ({"quantization_config": {"bits": 4}}, "which asks for a checkpoint that is quantized already"),
         ({"dual_chunk_attention_config": {"chunk_size": 8}}, "unknown: dual_chunk_attention_config"),
         ({"rms_norm_epss": 1e-5}, "unknown: rms_norm_epss 1e-05 (did you mean 'rms_norm_eps'?)"),
         ({"attention_bias": "yes"}, "attention_bias: got 'yes', wanted true or false"),
@@ -488,8 +489,6 @@ def test_layers_that_make_no_sense_are_refused(raw: dict[str, Any], told: str) -
 @pytest.mark.parametrize(
     "change",
     [
-        {"quantization": {"group_size": 64, "bits": 4}},
-        {"quantization_config": {"group_size": 64, "bits": 4}},
         {"id2label": {"0": "LABEL_0"}, "problem_type": None, "torchscript": False, "top_k": 50},
         {"is_decoder": False, "is_encoder_decoder": False, "chunk_size_feed_forward": 0},
         {"_attn_implementation_autoset": True, "unsloth_version": "2025.1.1", "_name_or_path": "x"},

@@ -20,11 +20,11 @@ from mlxlora_phi3.rope import attention_factor
 from mlxlora_core import plugins
 from mlxlora_core.api import LazyTensor
 from mlxlora_core.errors import ModelError
+from mlxlora_core.files import ordered_rows, some_rows
 from mlxlora_core.model import architectures
 from mlxlora_core.model.architectures import folder_args
 from mlxlora_core.model.linears import parameters
 from mlxlora_core.options import plain
-from mlxlora_core.tensors import ordered_rows, some_rows
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -108,6 +108,78 @@ def words() -> Tokenizer:
     return tokenizer
 
 
+def tiny() -> list[bytes]:
+    """Documents that say a little of everything."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    split = {"type": "Split", "pattern": {"Regex": " ?[a-z]+|."}, "behavior": "Isolated", "invert": False}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    front = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }
+    added = [{"id": i, "content": text, **flags} for i, text in enumerate(("<s>", "</s>"))]
+    merges = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": {"<s>": 0, "</s>": 1, "t": 2, "h": 3, "e": 4, "th": 5, "the": 6, "\u0120": 7},
+        "merges": [["t", "h"], ["th", "e"]],
+    }
+    pieces = [
+        ["<s>", 0.0],
+        ["</s>", 0.0],
+        ["\u2581", -3.0],
+        ["t", -2.5],
+        ["h", -2.5],
+        ["e", -2.0],
+        ["the", -1.0],
+    ]
+    scores = {"type": "Unigram", "unk_id": 2, "vocab": pieces, "byte_fallback": False}
+    shared = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "post_processor": front,
+    }
+    kinds = (
+        {"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}}
+        | {"decoder": level, "model": merges},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "_"}, replace]}}
+        | {
+            "pre_tokenizer": metaspace,
+            "decoder": {"type": "Sequence", "decoders": [metaspace]},
+            "model": scores,
+        },
+    )
+    return [json.dumps({**shared, **kind}).encode() for kind in kinds]
+
+
+def configs() -> list[bytes]:
+    """Files called tokenizer_config.json for the first of the small tokenizers."""
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    end = {"content": "</s>", **flags}
+    full = {
+        "bos_token": "<s>",
+        "eos_token": {"__type": "AddedToken", **end},
+        "unk_token": None,
+        "add_bos_token": False,
+        "added_tokens_decoder": {"0": {**end, "special": True}, "311": {"content": "<think>", **flags}},
+        "model_max_length": 2048,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    return [json.dumps(config).encode() for config in ({"eos_token": "</s>"}, full)]
+
+
 def begins_with(tokenizer: Tokenizer, bos: str) -> Any:
     """A post-processor that puts one token in front of a text."""
     return processors.TemplateProcessing(

@@ -34,6 +34,9 @@ HEAVY_IN_LIGHT_ROOMS = {
 #: what other rooms have that light ones need: settings, events, the record of a dataset, checkpoints as files
 LIGHT_IN_HEAVY_ROOMS = {
     "mlxlora_core.model.events",
+    "mlxlora_core.model.hub",
+    "mlxlora_core.model.located",
+    "mlxlora_core.model.shipped",
     "mlxlora_core.model.special_texts",
     "mlxlora_core.training.settings",
     "mlxlora_core.training.sources",

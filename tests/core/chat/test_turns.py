@@ -165,6 +165,10 @@ def test_a_tokenizer_says_what_is_a_token() -> None:
     assert template(source).turn_ends() == ("<|x|>",)
     assert template(source).turn_ends({"</assistant>"}.__contains__) == ("</assistant>",)
     assert template(source).turn_ends(lambda text: False) == ()
+    odd = small.CHATML.replace("<|im_end|>", "[e~[")
+    assert (template(odd).turn_ends(), template(odd).turn_ends({"[e~["}.__contains__)) == ((), ("[e~[",))
+    ordinary = {"\n", "\n\n", ".", "Yes", "assistant", "<", "[e~["}
+    assert template(odd).turn_ends(ordinary.__contains__) == ("[e~[",)
     found = template(source).turns(ONE, (), {"</assistant>"}.__contains__)
     assert [turn.text for turn in found if turn.answer] == ["<assistant>Yes.</assistant>"]
 

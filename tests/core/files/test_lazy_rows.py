@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlxlora_core.tensors import neighbour_rows
+from mlxlora_core.api import neighbour_rows
 
 
 @pytest.mark.parametrize(
