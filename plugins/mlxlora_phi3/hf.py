@@ -154,8 +154,9 @@ def _longrope(stated: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, An
     if growth is None and _positive(original) and _positive(raw.get(_LONGEST)):
         growth = raw[_LONGEST] / original
     if factor is None:  # of values that are impossible, none: those are told
-        known = _positive(growth) and _positive(original)
-        factor = attention_factor(growth, int(original)) if known else 1.0
+        factor = 1.0
+        if _positive(growth) and _positive(original):
+            factor = attention_factor(growth, int(original))
     return {
         "rope_original_len": original,
         "rope_short_divisors": stated["short_factor"],

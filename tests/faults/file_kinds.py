@@ -757,6 +757,98 @@ def _stated_vocabulary(keys: dict[str, Any]) -> Any:
     return tokens, rest, (ids or known)[0], templates or None
 
 
+_TEMPLATES = (
+    """{% for message in messages %}
+<|im_start|>{{ message.role }}
+{{ message['content'] | trim }}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}
+""",
+    """{%- set ns = namespace(count=0, text='') %}{{ bos_token }}
+{%- if tools %}{{- 'Tools: ' ~ tools | tojson(indent=2) + '\\n' }}{% endif %}
+{%- for m in messages if m.role != 'system' %}
+{%- set ns.count = ns.count + 1 %}
+{%- if m.role == 'user' %}{{ '[INST] %s [/INST]' % m.content }}
+{%- elif m.role == 'assistant' %}{% generation %}{{ ' ' + m.content.split('</think>')[-1].strip() }}
+{%- for call in m.tool_calls or [] %}{{ call | tojson }}{{ ', ' if not loop.last }}{% endfor %}
+{{- eos_token }}{% endgeneration %}
+{%- else %}{{ raise_exception('role ' ~ m.role) }}{% endif %}
+{%- endfor %}
+{%- if ns.count > 10 ** 2 or range(4) | sum > 9 %}{{ 'a' * 3 }}{% endif %}""",
+    """{% macro turn(role, text, end=true) %}<{{ role }}>{{ text | replace('<', '&lt;') }}
+{%- if end %}</{{ role }}>{% endif %}{% endmacro %}
+{% for m in messages %}{% set role = {'user': 'u', 'assistant': 'a'}.get(m.role, m.role[:1] | upper) %}
+{{ turn(role, [m.content, loop.index] | join(' #')) }}
+{% if loop.last and m.content | length is divisibleby 2 %}{% break %}{% endif %}
+{% endfor %}
+{{ messages | map(attribute='role') | select('equalto', 'user') | list | length }}{{ '{:>4}'.format(5) }}""",
+)
+
+
+_BLOCKS = {"generation": r"{%\1 filter string \2%}", "endgeneration": r"{%\1 endfilter \2%}"}
+
+
+class Template(Subject):
+    """Chat templates; the other reader is Jinja as it is."""
+
+    messages = (
+        {"role": "user", "content": "What is é?"},
+        {"role": "assistant", "content": " A <letter>.\n"},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "No more."},
+    )
+    specials = MappingProxyType({"bos_token": "<s>", "eos_token": "</s>"})
+
+    def prepare(self) -> None:
+        self.path = self.folder / "chat_template.jinja"
+        self.good = [template.encode() for template in _TEMPLATES]
+        self.header_bytes = 700
+
+    def parse(self) -> Any:
+        from mlxlora_core.chat import ChatTemplate, find_template
+        from mlxlora_core.errors import MlxloraError
+
+        found = find_template({self.path.name: self.path})
+        assert found is not None
+        template = ChatTemplate(found.source, self.specials, where=found.where)
+        texts = [template.render(self.messages[:count], (), waits) for count, waits in self.cases()]
+        try:
+            turns = template.turns(self.messages)
+        except MlxloraError as fault:  # which part the assistant says may have become unclear
+            assert str(fault).isprintable()
+        else:
+            assert texts[0].startswith("".join(turn.text for turn in turns))
+        return texts
+
+    def cases(self) -> tuple[tuple[int, bool], ...]:
+        """How many of the messages are rendered, and whether an answer is waited for."""
+        return (4, False), (3, True), (1, True)
+
+    def reference(self) -> Any:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message: str) -> None:
+            raise ValueError(message)
+
+        source = self.path.read_bytes().decode("utf-8-sig")
+        for mark in ("generation", "endgeneration"):  # a block of nothing else: it says what stands in it
+            source = re.sub(rf"{{%(-?)\s*{mark}\s*(-?)%}}", _BLOCKS[mark], source)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value, **more: json.dumps(value, ensure_ascii=False, **more)
+        environment.globals |= {"raise_exception": refuse}
+        template = environment.from_string(source)
+        return [
+            template.render(
+                messages=list(self.messages[:count]), tools=None, add_generation_prompt=waits, **self.specials
+            )
+            for count, waits in self.cases()
+        ]
+
+
 class HfConfig(Subject):
     """config.json of Hugging Face: dense, with packed weights, and of a model around a text model."""
 
@@ -873,98 +965,6 @@ def write_hugging_face(folder: Path, shards: int = 1) -> dict[str, str]:
     return placed
 
 
-_TEMPLATES = (
-    """{% for message in messages %}
-<|im_start|>{{ message.role }}
-{{ message['content'] | trim }}<|im_end|>
-{% endfor %}
-{% if add_generation_prompt %}
-<|im_start|>assistant
-{% endif %}
-""",
-    """{%- set ns = namespace(count=0, text='') %}{{ bos_token }}
-{%- if tools %}{{- 'Tools: ' ~ tools | tojson(indent=2) + '\\n' }}{% endif %}
-{%- for m in messages if m.role != 'system' %}
-{%- set ns.count = ns.count + 1 %}
-{%- if m.role == 'user' %}{{ '[INST] %s [/INST]' % m.content }}
-{%- elif m.role == 'assistant' %}{% generation %}{{ ' ' + m.content.split('</think>')[-1].strip() }}
-{%- for call in m.tool_calls or [] %}{{ call | tojson }}{{ ', ' if not loop.last }}{% endfor %}
-{{- eos_token }}{% endgeneration %}
-{%- else %}{{ raise_exception('role ' ~ m.role) }}{% endif %}
-{%- endfor %}
-{%- if ns.count > 10 ** 2 or range(4) | sum > 9 %}{{ 'a' * 3 }}{% endif %}""",
-    """{% macro turn(role, text, end=true) %}<{{ role }}>{{ text | replace('<', '&lt;') }}
-{%- if end %}</{{ role }}>{% endif %}{% endmacro %}
-{% for m in messages %}{% set role = {'user': 'u', 'assistant': 'a'}.get(m.role, m.role[:1] | upper) %}
-{{ turn(role, [m.content, loop.index] | join(' #')) }}
-{% if loop.last and m.content | length is divisibleby 2 %}{% break %}{% endif %}
-{% endfor %}
-{{ messages | map(attribute='role') | select('equalto', 'user') | list | length }}{{ '{:>4}'.format(5) }}""",
-)
-
-
-_BLOCKS = {"generation": r"{%\1 filter string \2%}", "endgeneration": r"{%\1 endfilter \2%}"}
-
-
-class Template(Subject):
-    """Chat templates; the other reader is Jinja as it is."""
-
-    messages = (
-        {"role": "user", "content": "What is é?"},
-        {"role": "assistant", "content": " A <letter>.\n"},
-        {"role": "user", "content": "And?"},
-        {"role": "assistant", "content": "No more."},
-    )
-    specials = MappingProxyType({"bos_token": "<s>", "eos_token": "</s>"})
-
-    def prepare(self) -> None:
-        self.path = self.folder / "chat_template.jinja"
-        self.good = [template.encode() for template in _TEMPLATES]
-        self.header_bytes = 700
-
-    def parse(self) -> Any:
-        from mlxlora_core.chat import ChatTemplate, find_template
-        from mlxlora_core.errors import MlxloraError
-
-        found = find_template({self.path.name: self.path})
-        assert found is not None
-        template = ChatTemplate(found.source, self.specials, where=found.where)
-        texts = [template.render(self.messages[:count], (), waits) for count, waits in self.cases()]
-        try:
-            turns = template.turns(self.messages)
-        except MlxloraError as fault:  # which part the assistant says may have become unclear
-            assert str(fault).isprintable()
-        else:
-            assert texts[0].startswith("".join(turn.text for turn in turns))
-        return texts
-
-    def cases(self) -> tuple[tuple[int, bool], ...]:
-        """How many of the messages are rendered, and whether an answer is waited for."""
-        return (4, False), (3, True), (1, True)
-
-    def reference(self) -> Any:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message: str) -> None:
-            raise ValueError(message)
-
-        source = self.path.read_bytes().decode("utf-8-sig")
-        for mark in ("generation", "endgeneration"):  # a block of nothing else: it says what stands in it
-            source = re.sub(rf"{{%(-?)\s*{mark}\s*(-?)%}}", _BLOCKS[mark], source)
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, **more: json.dumps(value, ensure_ascii=False, **more)
-        environment.globals |= {"raise_exception": refuse}
-        template = environment.from_string(source)
-        return [
-            template.render(
-                messages=list(self.messages[:count]), tools=None, add_generation_prompt=waits, **self.specials
-            )
-            for count, waits in self.cases()
-        ]
-
-
 KINDS: dict[str, type[Subject]] = {
     "safetensors": Safetensors,
     "npz": Npz,
@@ -982,7 +982,7 @@ KINDS: dict[str, type[Subject]] = {
     "recipe": Recipe,
     "adapter": Adapter,
     "gguf": Gguf,
+    "template": Template,
     "hf_config": HfConfig,
     "hf_index": HfIndex,
-    "template": Template,
 }

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from mlxlora_core.chat import DATE, ChatTemplate
+from mlxlora_core.chat import ChatTemplate
+from mlxlora_core.chat.template import DATE
 from mlxlora_core.errors import MlxloraError
 
 COUNT = 70

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import small_templates as small
 
-from mlxlora_core.chat import DATE, ChatTemplate
+from mlxlora_core.chat import ChatTemplate
+from mlxlora_core.chat.template import DATE
 from mlxlora_core.errors import DataError
 
 ASKED = [{"role": "user", "content": "Füße <b> \u2028"}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlxlora_core.files.lazy_rows import neighbour_rows
+from mlxlora_core.api import neighbour_rows
 
 
 @pytest.mark.parametrize(
