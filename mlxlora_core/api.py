@@ -20,6 +20,7 @@ from mlxlora_core.errors import (
     UsageError,
     listing,
 )
+from mlxlora_core.files.lazy_rows import neighbour_rows
 from mlxlora_core.hookspecs import hookimpl
 from mlxlora_core.machine.memory import free_in_groups_bytes
 from mlxlora_core.machine.processors import thread_count
@@ -105,6 +106,7 @@ __all__ = [
     "free_in_groups_bytes",
     "hookimpl",
     "listing",
+    "neighbour_rows",
     "option",
     "parse",
     "thread_count",

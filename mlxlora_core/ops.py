@@ -7,14 +7,16 @@ from mlxlora_core.machine.device import on_cpu, on_cuda
 from mlxlora_core.model.cache import KVCache
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import StackedLinear, dense_weight, linear_shape
-from mlxlora_core.model.ops import attention, rms_norm, rotate, silu_times
+from mlxlora_core.model.ops import attention, attention_mask, gelu_times, rms_norm, rotate, silu_times
 
 __all__ = [
     "KVCache",
     "LanguageModel",
     "StackedLinear",
     "attention",
+    "attention_mask",
     "dense_weight",
+    "gelu_times",
     "linear_shape",
     "on_cpu",
     "on_cuda",

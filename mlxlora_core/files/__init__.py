@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxlora_core.files.config_keys import KnownKeys, show_key, show_value, stated_rope
 from mlxlora_core.files.data_path import DataFiles, find_data
 from mlxlora_core.files.documents import parse_json, read_json
 from mlxlora_core.files.durable import append_line, copy_file, new_file, write_json, write_text
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DataFiles",
+    "KnownKeys",
     "RowFile",
     "ZipMember",
     "append_line",
@@ -55,7 +57,10 @@ __all__ = [
     "save_tensors",
     "scan_rows",
     "shifted",
+    "show_key",
+    "show_value",
     "some_rows",
+    "stated_rope",
     "write_json",
     "write_text",
 ]

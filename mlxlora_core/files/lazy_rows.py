@@ -16,6 +16,23 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 
+def neighbour_rows(heads: int, width: int, turned: int | None = None) -> list[int]:
+    """Which row there each row of queries or keys here is, where libraries pair features of a head otherwise.
+
+    Here rotary positions turn features 2i and 2i + 1 of a head against each other,
+    there features i and i + half of those that are turned. So row 2i + s of a head
+    is row i + s half there.
+
+    Args:
+        heads: that stand one above the other.
+        width: rows of a head, E.
+        turned: the first rows of a head that are turned, an even number; None for all.
+    """
+    half = (width if turned is None else turned) // 2
+    one = [s * half + i for i in range(half) for s in (0, 1)] + list(range(2 * half, width))
+    return [head * width + row for head in range(heads) for row in one]
+
+
 def ordered_rows(tensor: LazyTensor, rows: Sequence[int]) -> LazyTensor:
     """The tensor with row ``rows[i]`` at place i.
 

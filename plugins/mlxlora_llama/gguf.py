@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlxlora_core.api import ModelError, UsageError, parse
+from mlxlora_core.files import KnownKeys, show_value
 from mlxlora_llama.config import LINEARS, ModelArgs
-from mlxlora_llama.keys import KnownKeys, show_value
 from mlxlora_llama.rope import yarn_attention
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mlxlora_core.api import ModelError, UsageError, parse
+from mlxlora_core.files import KnownKeys, show_key, show_value
 from mlxlora_llama import hf_rope
 from mlxlora_llama.config import ModelArgs
-from mlxlora_llama.keys import AS_BUILT, HARMLESS, KnownKeys, show, show_value
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -90,23 +89,8 @@ _FAMILIES["ministral"] = _FAMILIES["mistral"]
 #: the families of which a config.json is read
 MODEL_TYPES = tuple(_FAMILIES)
 
-_KEYS = KnownKeys(
-    AS_BUILT
-    | dict.fromkeys(("rope_interleaved", "rope_traditional", "interleaved", "traditional"), (False,))
-    | dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "use_mrope"), (False,))
-    | {"is_decoder": (True, False)},  # of a model that decodes and nothing else
-    re.compile(
-        HARMLESS + r"|"
-        # what older versions of transformers wrote into every config: of tasks, of drawing text, of tools
-        r"is_llama_config|max_window_layers|_.*|transformers\..*|unsloth_.*|"
-        r"(id2|label2)(label|id)|problem_type|num_labels|return_dict.*|output_.*|torchscript|"
-        r"use_bfloat16|tf_legacy_loss|chunk_size_feed_forward|tie_encoder_decoder|pruned_heads|"
-        r"finetuning_task|task_specific_params|decoder_start_token_id|prefix|bad_words_ids|"
-        r"(begin_)?suppress_tokens|forced_(bos|eos)_token_id|(min|max)_(new_tokens|length)|do_sample|"
-        r"early_stopping|num_(beams|beam_groups|return_sequences)|temperature|(top|typical)_[kp]|"
-        r"(repetition|length|diversity|exponential_decay_length)_penalty|(encoder_)?no_repeat_ngram_size|"
-        r"remove_invalid_values|max_sequence_length|model_max_length|layer_norm_eps"
-    ),
+_KEYS = KnownKeys.of_config_json(
+    harmless=r"is_llama_config|max_window_layers|max_sequence_length|model_max_length|layer_norm_eps"
 )
 
 
@@ -256,7 +240,7 @@ def _kind_faults(kinds: Any, layers: int) -> list[str]:
     """What is wrong with the kinds of attention of the layers."""
     if not isinstance(kinds, list) or len(kinds) < layers:
         return [f"layer_types: got {show_value(kinds)}, wanted a kind for each of {layers} layers"]
-    other = sorted({show(str(kind)) for kind in kinds if kind not in (_FULL, _SLIDING)})[:3]
+    other = sorted({show_key(str(kind)) for kind in kinds if kind not in (_FULL, _SLIDING)})[:3]
     if other:
         return [f"layer_types: got {', '.join(other)}, but only {_FULL} and {_SLIDING} are built here"]
     return []

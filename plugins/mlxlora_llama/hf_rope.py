@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from mlxlora_llama.keys import show, show_value
+from mlxlora_core.files import show_key, show_value, stated_rope
 from mlxlora_llama.rope import yarn_attention
 
-_NEW, _OLD, _THETA, _LONGEST = "rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings"
+_NEW, _THETA, _LONGEST = "rope_parameters", "rope_theta", "max_position_embeddings"
 _ORIGINAL = "original_max_position_embeddings"
-#: keys of the config that this module reads
-KEYS = (_NEW, _OLD, _THETA, _ORIGINAL)
-
+#: keys of the config that say it
+KEYS = (_NEW, "rope_scaling", _THETA, _ORIGINAL)
 #: argument -> what it is called there
 NAMES = {
     "rope_scaling": "rope_type",
@@ -37,7 +36,7 @@ def read(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     A scaling that is ``dynamic`` depends on how long the text is. Up to the stated
     length it is none, so that the model is taken to be no longer than that.
     """
-    stated, told = _stated(raw)
+    stated, told = stated_rope(raw)
     theta = stated.get(_THETA)
     if theta is None and raw.get("model_type") == "llama":
         theta = _THETA_OF_LLAMA
@@ -47,7 +46,7 @@ def read(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     found: dict[str, Any] = {_THETA: theta}
     kind = stated.get("rope_type") or stated.get("type") or "default"
     told += [
-        f"{_NEW}: unknown: {show(str(key))} {show_value(value)}"
+        f"{_NEW}: unknown: {show_key(str(key))} {show_value(value)}"
         for key, value in stated.items()
         if key not in _KNOWN and value is not None
     ][:4]
@@ -67,7 +66,7 @@ def read(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def notes(raw: Mapping[str, Any]) -> list[str]:
     """What was assumed of the rotary positions, in words."""
-    stated, _ = _stated(raw)
+    stated, _ = stated_rope(raw)
     told = []
     if stated.get(_THETA) is None:
         told.append(
@@ -110,31 +109,6 @@ def _attention(stated: Mapping[str, Any], factor: Any) -> Any:
     if not _positive(one) or not _positive(other):
         return usual
     return (1 + one * (usual - 1)) / (1 + other * (usual - 1))
-
-
-def _stated(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """All that is said of rotary positions, in one table; the two spellings of it must not differ."""
-    told = []
-    tables: list[dict[str, Any]] = []
-    for key in (_NEW, _OLD):
-        table = raw.get(key)
-        if table is None or table in ({}, False):
-            continue
-        if not isinstance(table, Mapping) or any(isinstance(value, Mapping) for value in table.values()):
-            told.append(f"{key}: got {show_value(table)}, wanted one table for all layers")
-            continue
-        tables.append(dict(table))
-    tables += [{key: raw[key]} for key in (_THETA, _ORIGINAL) if raw.get(key) is not None]
-    stated: dict[str, Any] = {}
-    for table in tables:
-        if "rope_type" not in table and "type" in table:
-            table["rope_type"] = table.pop("type")
-        for name, value in table.items():
-            if value is None:
-                continue
-            if stated.setdefault(name, value) != value:
-                told.append(f"{show(str(name))}: got both {show_value(stated[name])} and {show_value(value)}")
-    return stated, told
 
 
 def _positive(value: Any) -> TypeGuard[float]:

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora_core.api import Cache
-from mlxlora_core.ops import KVCache, LanguageModel, attention, rms_norm, rotate, silu_times
+from mlxlora_core.ops import KVCache, LanguageModel, attention, attention_mask, rms_norm, rotate, silu_times
 from mlxlora_llama import rope
 from mlxlora_llama.config import ModelArgs
 
@@ -179,24 +179,3 @@ class Model(LanguageModel):
 def linear(args: ModelArgs, name: str, inputs: int, outputs: int) -> nn.Linear:
     """One of the linears of a layer, with a bias where the model has one there."""
     return nn.Linear(inputs, outputs, bias=name in (args.biases or ()))
-
-
-def attention_mask(tokens: int, held: int, window: int | None) -> Mask:
-    """Which keys each of T queries sees: those up to itself, at most ``window`` of them.
-
-    Args:
-        tokens: T.
-        held: keys that a cache holds from before.
-        window: tokens that a token sees, itself included; None is all before it.
-
-    Returns:
-        None when every query sees every key, ``"causal"``, or booleans (T, S)
-        for the S keys that any of the queries sees, which are the last ones.
-    """
-    if tokens == 1:
-        return None
-    if window is None or held + tokens <= window:
-        return "causal"
-    key = mx.arange(min(held + tokens, window + tokens - 1))
-    query = key[-tokens:, None]
-    return (key <= query) & (key > query - window)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlxlora_core.api import ModelError, UsageError, parse
-from mlxlora_llama import keys
+from mlxlora_core.files import KnownKeys, show_value
 from mlxlora_llama.config import HEAD, MLP, ModelArgs
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -52,7 +52,7 @@ _HONOURED = {
     *(name for names in _ALIASES.values() for name in names),
     _WINDOW_USED,
 }
-_KEYS_THERE = keys.KnownKeys(keys.AS_BUILT, re.compile(keys.HARMLESS))
+_KEYS_THERE = KnownKeys(KnownKeys.COMMON, re.compile(KnownKeys.COMMON_HARMLESS))
 #: what mistral-inference calls every model in a params.json
 _MISTRAL_TYPE = "transformer"
 _TYPES = ("llama", "mistral", _MISTRAL_TYPE)
@@ -159,7 +159,7 @@ def _contradictions(raw: Mapping[str, Any]) -> list[str]:
         said = {name: raw[name] for name in (argument, *others) if raw.get(name) is not None}
         first = next(iter(said), "")
         told += [
-            f"{name}: got {keys.show_value(value)}, but {first} is {keys.show_value(said[first])}"
+            f"{name}: got {show_value(value)}, but {first} is {show_value(said[first])}"
             for name, value in said.items()
             if name != first and value != said[first]
         ]
@@ -172,7 +172,7 @@ def _windows(pattern: list[Any], layers: int) -> tuple[dict[str, Any], str]:
     single = len(widths) == 1 and all(width is None or type(width) is int for width in pattern)
     if not single or (layers and layers % len(pattern)):
         wanted = f"one width and nulls, as many as divide {layers} layers"
-        return {"sliding_window": None}, f"got {keys.show_value(pattern)}, wanted {wanted}"
+        return {"sliding_window": None}, f"got {show_value(pattern)}, wanted {wanted}"
     bounded = tuple(i for i in range(min(layers, 1024)) if pattern[i % len(pattern)] is not None)
     return {"sliding_window": widths.pop(), "window_layers": None if None not in pattern else bounded}, ""
 

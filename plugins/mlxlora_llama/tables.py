@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from mlxlora_core.api import ForeignTensor
+from mlxlora_core.api import ForeignTensor, neighbour_rows
 from mlxlora_llama.config import LINEARS, ModelArgs
 
 
@@ -104,21 +104,11 @@ def _modules(args: ModelArgs) -> dict[str, tuple[str, ...]]:
 
 
 def _turned(args: ModelArgs) -> dict[str, Sequence[int]]:
-    """module -> which row there each row here is, of those that rotary positions turn.
-
-    Here features 2i and 2i + 1 of a head are a pair, there features i and i + E / 2.
-    So row 2i + s of a head is row i + s E / 2 there.
-    """
-    one = _neighbours(1, args.head_dim)
+    """module -> which row there each row here is, of those that rotary positions turn."""
+    one = neighbour_rows(1, args.head_dim)
     return {
-        "attention.wq": _neighbours(args.n_heads, args.head_dim),
-        "attention.wk": _neighbours(args.n_kv_heads, args.head_dim),
+        "attention.wq": neighbour_rows(args.n_heads, args.head_dim),
+        "attention.wk": neighbour_rows(args.n_kv_heads, args.head_dim),
         "attention.q_norm": one,
         "attention.k_norm": one,
     }
-
-
-def _neighbours(heads: int, width: int) -> list[int]:
-    """The rows of ``heads`` heads of even ``width``, the halves of a head by turns."""
-    half = width // 2
-    return [head * width + s * half + i for head in range(heads) for i in range(half) for s in (0, 1)]

@@ -6,6 +6,7 @@ float32 go the ways that are written out in :mod:`mlxlora_core.model.ops.cpu`.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ import numpy as np
 
 from mlxlora_core.machine.device import on_cpu
 from mlxlora_core.model.ops import cpu
+from mlxlora_core.model.ops.capped import capped_attention
 
 # Below this many elements MLX's own operation, which is one call, is as fast.
 LARGE = 1 << 12
@@ -63,6 +65,16 @@ def silu_times(gate: mx.array, up: mx.array) -> mx.array:
     return cpu.silu_times(gate, up) if _pays(gate) else mx.sigmoid(gate) * gate * up
 
 
+def gelu_times(gate: mx.array, up: mx.array) -> mx.array:
+    """``gelu(gate) · up``, element by element, with a hyperbolic tangent for the error function.
+
+    Source: Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2. The gate is computed in float32.
+    """
+    x = gate.astype(mx.float32)
+    gelu = 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+    return gelu.astype(gate.dtype) * up
+
+
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """Sum over N of ``logsumexp(logits) - logits[target]``, in float32.
 
@@ -78,7 +90,12 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
 
 
 def attention(
-    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    mask: mx.array | str | None,
+    cap: float | None = None,
 ) -> mx.array:
     """Grouped-query attention (B, H, T, E).
 
@@ -91,6 +108,7 @@ def attention(
             or an array that broadcasts to (B, H, T, S): booleans, true where a
             query sees a key (one that sees none gets the mean of all values), or
             numbers that are added to the scores, of a type that the result's takes in.
+        cap: what the scores stay below: before the mask each becomes ``cap · tanh(score / cap)``.
 
     Raises:
         ValueError: another mask, or H is no multiple of K.
@@ -100,11 +118,34 @@ def attention(
         raise ValueError(f"attention: {heads} heads of queries cannot share {keys.shape[1]} of keys")
     if mask is not None:
         _check_mask(mask, (*queries.shape[:3], keys.shape[2]), queries.dtype)
+    if cap is not None:
+        return capped_attention(queries, keys, values, scale, mask, cap)
     if length == 1 and mask is None and on_cpu():
         return cpu.attention_of_one(queries, keys, values, scale)
     if _pays(queries):
         return cpu.attention(queries, keys, values, scale, mask)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def attention_mask(tokens: int, held: int, window: int | None) -> mx.array | str | None:
+    """Which keys each of T queries sees: those up to itself, at most ``window`` of them.
+
+    Args:
+        tokens: T.
+        held: keys that a cache holds from before.
+        window: tokens that a token sees, itself included; None is all before it.
+
+    Returns:
+        None when every query sees every key, ``"causal"``, or booleans (T, S)
+        for the S keys that any of the queries sees, which are the last ones.
+    """
+    if tokens == 1:
+        return None
+    if window is None or held + tokens <= window:
+        return "causal"
+    key = mx.arange(min(held + tokens, window + tokens - 1))
+    query = key[-tokens:, None]
+    return (key <= query) & (key > query - window)
 
 
 def _pays(x: mx.array) -> bool:

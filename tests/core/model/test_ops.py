@@ -69,6 +69,13 @@ def test_silu_times(scale: float) -> None:
     agree(value_and_gradients(ops.silu_times, gate, up), want)
 
 
+@pytest.mark.parametrize("scale", [0.1, 1.0, 40.0])
+def test_gelu_times(scale: float) -> None:
+    gate, up = normal(4, 30, 20, scale=scale), normal(4, 30, 20, seed=1)
+    want = torch_gradients(lambda g, u: torch.nn.functional.gelu(g, approximate="tanh") * u, gate, up)
+    agree(value_and_gradients(ops.gelu_times, gate, up), want)
+
+
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
 def test_rms_norm(scale: float) -> None:
     x, weight = normal(3, 50, 96, scale=scale), normal(96, seed=1)
