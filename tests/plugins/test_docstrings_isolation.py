@@ -229,7 +229,7 @@ finally:
 # --- what takes too long: all of it in one call, since each waits for the limit ---
 
 HANG = "while True: pass\n"
-LIMIT = 8.0  # seconds; a busy machine must start twenty interpreters in a fifth of it
+LIMIT = 12.0  # seconds; a busy machine must start twenty interpreters in a fifth of it
 LATE = f"no answer within {LIMIT:g} s (option time_limit)"
 
 SLOW = {
@@ -551,7 +551,10 @@ Circle.again = Circle
     paths, skipped = read("bombs")
     assert {"bombs.f", "bombs.Property.raises", "bombs.Circle", "bombs.Odd"} <= set(paths)
     assert not {"bombs.g", "bombs.Number", "bombs.proxy", "bombs.endless", "bombs.Circle.again"} & set(paths)
-    assert skipped == {}
+    assert skipped == {
+        "bombs.Circle.*": "it has members that are those of another class, as again of bombs",
+        "bombs.lazy": "it has no docstring of its own",
+    }
 
 
 def test_text_that_differs_from_run_to_run_is_left_out(write: Write) -> None:

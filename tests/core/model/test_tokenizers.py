@@ -43,7 +43,7 @@ def test_files_that_nobody_opens_are_named_with_what_there_is(registry: Registry
     (tmp_path / "words.txt").write_text("a b")
     with pytest.raises(ModelError) as caught:
         open_tokenizer({"words.txt": tmp_path / "words.txt"}, registry, tmp_path)
-    assert caught.value.what == "no tokenizer opens words.txt; there is sentencepiece"
+    assert caught.value.what == "no tokenizer opens words.txt; there is sentencepiece, tokenizers"
     with pytest.raises(ModelError, match=r"there is no tokenizer: it lacks tokenizer\.model"):
         open_tokenizer({"tokenizer.model": tmp_path / "tokenizer.model"}, registry, tmp_path)
 
@@ -51,11 +51,14 @@ def test_files_that_nobody_opens_are_named_with_what_there_is(registry: Registry
 def test_a_list_of_ranks_under_the_same_name_is_told_for_what_it_is(
     registry: Registry, tmp_path: Path
 ) -> None:
-    """As Llama 3 has it."""
+    """As Llama 3 has it, where the plugin that opens it is left out."""
+    fewer = [component for component in registry.components if component.id != "tokenizers:tokenizers"]
     lines = (base64.b64encode(bytes([i, 65])).decode() + f" {i}\n" for i in range(256))
     (tmp_path / "tokenizer.model").write_text("".join(lines))
     with pytest.raises(ModelError) as caught:
-        open_tokenizer({"tokenizer.model": tmp_path / "tokenizer.model"}, registry, tmp_path)
+        open_tokenizer(
+            {"tokenizer.model": tmp_path / "tokenizer.model"}, Registry(registry.plugins, fewer), tmp_path
+        )
     named = "tokenizer.model (a tiktoken vocabulary, as Llama 3 has it)"
     assert caught.value.what == f"no tokenizer opens {named}; there is sentencepiece"
 

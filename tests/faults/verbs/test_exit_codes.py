@@ -39,7 +39,7 @@ def ended(capfd: Capfd, *arguments: object) -> tuple[int, list[str]]:
         ("train --model", "Option '--model' requires an argument. See: mlxlora train --help"),
         ("generate -n", "Option '-n' requires an argument. See: mlxlora generate --help"),
         ("train --resume=3", "Option '--resume' does not take a value. See: mlxlora train --help"),
-        ("convert", "Missing option '--torch-path'. See: mlxlora convert --help"),
+        ("convert", "Missing option '--torch-path' / '--model'. See: mlxlora convert --help"),
         ("report a b", "Got unexpected extra argument (b). See: mlxlora report --help"),
         ("nonsense", "No such command 'nonsense'. See: mlxlora --help"),
     ],

@@ -70,7 +70,7 @@ CASES = {
     "the weight as it is": (
         CONVERT,
         "{'weight': weight}",
-        "quantizer odd:odd: dequantize gives (32, 32) float16, wanted (32, 32) float32",
+        "quantizer odd:odd: dequantize gives (16, 32) float16, wanted (16, 32) float32",
     ),
     "no parts": (CONVERT, "weight", "quantizer odd:odd: quantize gives array, wanted a mapping of its parts"),
     "other parts": (CONVERT, "{'q': weight}", "quantizer odd:odd: quantize gives parts q, wanted weight"),

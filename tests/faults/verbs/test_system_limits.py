@@ -105,14 +105,14 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(
 LITTLE = """
 import resource, sys
 from mlxlora_core import cli
-from mlxlora_core.model import folder as model_folder, generate
+from mlxlora_core.model import generate, loading
 name = sys.argv.pop(1)
-function = getattr(model_folder, name)
+function = getattr(loading, name)
 def limited(*arguments):
     held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + (40 << 20),) * 2)
     return function(*arguments)
-setattr(model_folder, name, limited)
+setattr(loading, name, limited)
 raise SystemExit(cli.execute(sys.argv[1:]))
 """
 
