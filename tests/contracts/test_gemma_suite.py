@@ -82,7 +82,7 @@ class TestGemma3(ArchitectureSuite):
     )
 
     @property
-    def checkpoint(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]
+    def checkpoint(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]  # a field there
         return self.plain.shapes()
 
     def reference(self, weights: Mapping[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
@@ -112,7 +112,7 @@ class TestGemma2(TestGemma3):
     }
 
     @property
-    def checkpoint(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]
+    def checkpoint(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]  # a field there
         return self.plain.shapes(tied=False)
 
 
@@ -145,7 +145,7 @@ class TestGemma2InGguf(TestGemma3):
     )
 
     @property
-    def checkpoint(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]
+    def checkpoint(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]  # a field there
         return gemma_numpy.gguf_names(self.plain.shapes())
 
     def reference(self, weights: Mapping[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:

@@ -139,7 +139,7 @@ class TestPhi3OfGguf(TestPhi3):
     )
 
     @property
-    def checkpoint(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]
+    def checkpoint(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]  # a field there
         found = {}
         for name, shape in phi3_olmo2_torch.shapes(self.theirs, tied=True).items():
             for ours, theirs in self.names.items():

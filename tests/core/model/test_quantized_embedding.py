@@ -88,8 +88,8 @@ def test_gradients_pass_through_it(both: tuple[Path, Path], registry: Registry) 
         module = model.module
 
         def loss(trained: dict[str, mx.array], module: object = module) -> mx.array:
-            module.update(trained)  # type: ignore[attr-defined] - an MLX module
-            return module(TOKENS).square().mean()  # type: ignore[operator] - an MLX module
+            module.update(trained)  # type: ignore[attr-defined]  # an MLX module
+            return module(TOKENS).square().mean()  # type: ignore[operator]  # an MLX module
 
         _, grads = mx.value_and_grad(loss)(module.trainable_parameters())
         found.append([g for _, g in sorted(tree_flatten(grads))])
