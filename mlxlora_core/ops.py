@@ -6,12 +6,15 @@ Heavy: take it inside the function that uses it, or in a module that only such f
 from mlxlora_core.machine.device import on_cpu, on_cuda
 from mlxlora_core.model.cache import KVCache
 from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.layers import GatedFeedForward, RMSNorm
 from mlxlora_core.model.linears import StackedLinear, dense_weight, linear_shape
 from mlxlora_core.model.ops import attention, attention_mask, gelu_times, rms_norm, rotate, silu_times
 
 __all__ = [
+    "GatedFeedForward",
     "KVCache",
     "LanguageModel",
+    "RMSNorm",
     "StackedLinear",
     "attention",
     "attention_mask",

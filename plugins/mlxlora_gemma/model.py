@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from mlxlora_core.api import Cache
 from mlxlora_core.ops import (
+    GatedFeedForward,
     KVCache,
     LanguageModel,
     attention,
@@ -94,27 +95,13 @@ class Attention(nn.Module):
         return mx.unflatten(x, 2, (heads, self.head_dim)).swapaxes(1, 2)
 
 
-class FeedForward(nn.Module):
-    """``w2(gelu(w1 x) · w3 x)``. Source: Shazeer 2020, arXiv:2002.05202, equation 6."""
-
-    def __init__(self, args: ModelArgs) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """(B, T, D) -> (B, T, D), each token by itself."""
-        return self.w2(gelu_times(self.w1(x), self.w3(x)))
-
-
 class TransformerBlock(nn.Module):
     """Attention and feed-forward, each of the normalised input, normalised again and added to it."""
 
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.attention = Attention(args, layer)
-        self.feed_forward = FeedForward(args)
+        self.feed_forward = GatedFeedForward(args.dim, args.hidden_dim, gelu_times)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.post_attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)

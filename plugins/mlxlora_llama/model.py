@@ -14,25 +14,20 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora_core.api import Cache
-from mlxlora_core.ops import KVCache, LanguageModel, attention, attention_mask, rms_norm, rotate, silu_times
+from mlxlora_core.ops import (
+    GatedFeedForward,
+    KVCache,
+    LanguageModel,
+    RMSNorm,
+    attention,
+    attention_mask,
+    rotate,
+)
 from mlxlora_llama import rope
 from mlxlora_llama.config import ModelArgs
 
 # What the attention of core takes: nothing, "causal", or booleans (T, S).
 Mask: TypeAlias = mx.array | str | None
-
-
-class RMSNorm(nn.Module):
-    """Normalisation by the root of the mean square, with a weight a feature."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.weight = mx.ones((dim,))
-        self.eps = eps
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Normalise (..., D) over its last axis."""
-        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -92,27 +87,13 @@ class Attention(nn.Module):
         return mx.unflatten(x, 2, (heads, self.head_dim)).swapaxes(1, 2)
 
 
-class FeedForward(nn.Module):
-    """``w2(silu(w1 x) · w3 x)``. Source: Shazeer 2020, arXiv:2002.05202, equation 6."""
-
-    def __init__(self, args: ModelArgs) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.w1 = linear(args, "w1", args.dim, args.hidden_dim)
-        self.w2 = linear(args, "w2", args.hidden_dim, args.dim)
-        self.w3 = linear(args, "w3", args.dim, args.hidden_dim)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """(B, T, D) -> (B, T, D), each token by itself."""
-        return self.w2(silu_times(self.w1(x), self.w3(x)))
-
-
 class TransformerBlock(nn.Module):
     """Attention and feed-forward, each of the normalised input and added to it."""
 
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.attention = Attention(args, layer)
-        self.feed_forward = FeedForward(args)
+        self.feed_forward = GatedFeedForward(args.dim, args.hidden_dim, biases=args.biases or ())
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 

@@ -15,13 +15,13 @@ import mlx.nn as nn
 
 from mlxlora_core.api import Cache
 from mlxlora_core.ops import (
+    GatedFeedForward,
     KVCache,
     LanguageModel,
+    RMSNorm,
     attention,
     attention_mask,
-    rms_norm,
     rotate,
-    silu_times,
 )
 from mlxlora_phi3.config import ModelArgs
 from mlxlora_phi3.rope import Turning, turnings
@@ -31,19 +31,6 @@ Mask: TypeAlias = mx.array | str | None
 
 # Tokens that are read again at a time, which bounds what that needs of memory.
 _PART = 256
-
-
-class RMSNorm(nn.Module):
-    """Normalisation by the root of the mean square, with a weight a feature."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.weight = mx.ones((dim,))
-        self.eps = eps
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Normalise (..., D) over its last axis."""
-        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -97,27 +84,13 @@ class Attention(nn.Module):
         return mx.unflatten(x, 2, (heads, self.head_dim)).swapaxes(1, 2)
 
 
-class FeedForward(nn.Module):
-    """``w2(silu(w1 x) · w3 x)``. Source: Shazeer 2020, arXiv:2002.05202, equation 6."""
-
-    def __init__(self, args: ModelArgs) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """(B, T, D) -> (B, T, D), each token by itself."""
-        return self.w2(silu_times(self.w1(x), self.w3(x)))
-
-
 class TransformerBlock(nn.Module):
     """Attention and feed-forward, each of the normalised input and added to it."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.attention = Attention(args)
-        self.feed_forward = FeedForward(args)
+        self.feed_forward = GatedFeedForward(args.dim, args.hidden_dim)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 

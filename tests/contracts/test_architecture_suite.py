@@ -21,6 +21,7 @@ import torch
 
 from mlxlora_core import plugins as registry
 from mlxlora_core.api import ForeignTensor, LazyTensor, option
+from mlxlora_core.model import layers
 from mlxlora_core.model.ops import LARGE
 from mlxlora_core.testing.architecture import ArchitectureSuite
 
@@ -164,7 +165,7 @@ class TestQwen3(ArchitectureSuite):
     )
 
     @property
-    def checkpoint(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]
+    def checkpoint(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]  # a field there
         shapes = llama_torch.shapes(self.ours, tied=True)
         theirs = {ours: theirs for theirs, ours in self.names.items()}
         found = {}
@@ -359,7 +360,7 @@ def test_a_gradient_that_is_wrong_at_large_sizes_alone_fails(monkeypatch: pytest
         scale = mx.rsqrt(x.square().mean(-1, keepdims=True) + eps)
         return x * (mx.stop_gradient(scale) if x.size > LARGE else scale) * weight
 
-    monkeypatch.setattr(mlxlora_llama.model, "rms_norm", norm)
+    monkeypatch.setattr(layers, "rms_norm", norm)
     suite = TestLlama()
     suite.test_agrees_with_the_reference(large=True)
     with pytest.raises(AssertionError, match="the slope is"):

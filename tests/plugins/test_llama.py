@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten, tree_unflatten
-from mlxlora_llama.model import RMSNorm
 
-from mlxlora_core.ops import attention_mask, rotate
+from mlxlora_core.ops import RMSNorm, attention_mask, rotate
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
