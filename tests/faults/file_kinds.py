@@ -518,6 +518,145 @@ class TheirConfig(Subject):
         return json.loads(self.path.read_bytes().decode("utf-8-sig"))
 
 
+class FamilyConfig(Subject):
+    """config.json of one family as Hugging Face spells it; the other reader looks up its sizes.
+
+    Attributes:
+        family: the package that reads it.
+        types: what ``model_type`` says of it.
+        configs: good ones.
+        sizes: argument -> its key and what it is where the file says nothing or null: a value, another
+            key, or two keys to divide.
+    """
+
+    is_document = True
+    family: str
+    types: tuple[str, ...]
+    configs: tuple[dict[str, Any], ...]
+    sizes: dict[str, tuple[Any, ...]]
+
+    def prepare(self) -> None:
+        self.path = self.folder / "config.json"
+        self.good = [json.dumps(config, indent=2).encode() for config in self.configs]
+
+    def parse(self) -> Any:
+        import importlib
+
+        from mlxlora_hf.config import read_config
+        from mlxlora_hf.folder import read_table
+
+        hf, tables = (importlib.import_module(f"{self.family}.{name}") for name in ("hf", "tables"))
+        config = read_config(self.folder).text
+        args = hf.read(config, {})
+        if args is None:
+            return read_table(self.path), None
+        hf.notes(config, {})
+        tables.hf(args)
+        return read_table(self.path), {name: getattr(args, name) for name in self.sizes}
+
+    def reference(self) -> Any:
+        whole = json.loads(self.path.read_bytes().decode("utf-8-sig"))
+        text = whole.get("text_config")
+        text = whole if text is None else text
+        if text.get("model_type") not in self.types:
+            return whole, None
+        found = {}
+        for name, (key, *other) in self.sizes.items():
+            value = text.get(key)
+            if value is None:
+                stated = [text[o] if isinstance(o, str) else o for o in other]
+                value = stated[0] // stated[1] if len(stated) == 2 else stated[0] if stated else None
+            found[name] = value
+        return whole, found
+
+
+_FAMILY = {
+    **{"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"intermediate_size": 48, "vocab_size": 60, "rms_norm_eps": 1e-6, "max_position_embeddings": 64},
+}
+_FAMILY_SIZES: dict[str, tuple[Any, ...]] = {
+    "dim": ("hidden_size",),
+    "n_layers": ("num_hidden_layers",),
+    "n_heads": ("num_attention_heads",),
+    "hidden_dim": ("intermediate_size",),
+    "vocab_size": ("vocab_size",),
+    "norm_eps": ("rms_norm_eps",),
+    "max_seq_len": ("max_position_embeddings",),
+    "tie_word_embeddings": ("tie_word_embeddings", True),
+}
+_DIVIDED_SIZES = {
+    "n_kv_heads": ("num_key_value_heads", "num_attention_heads"),
+    "head_dim": ("head_dim", "hidden_size", "num_attention_heads"),
+}
+
+
+def _gemma() -> tuple[dict[str, Any], ...]:
+    old = {"model_type": "gemma2", **_FAMILY, "head_dim": 16, "query_pre_attn_scalar": 24}
+    old |= {"sliding_window": 9, "attn_logit_softcapping": 50.0, "final_logit_softcapping": None}
+    old |= {"hidden_activation": "gelu_pytorch_tanh", "rope_theta": 1e4, "tie_word_embeddings": False}
+    new = {"model_type": "gemma3_text", **_FAMILY, "head_dim": 16, "query_pre_attn_scalar": 16}
+    new |= {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    new["rope_parameters"] = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    within = {"model_type": "gemma3_text", **_FAMILY, "sliding_window": 9, "sliding_window_pattern": 2}
+    within |= {"rope_local_base_freq": 1e4, "rope_theta": 1e6, "attention_bias": False}
+    within |= {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    return old, new, {"model_type": "gemma3", "text_config": within, "vision_config": {"hidden_size": 3}}
+
+
+def _phi3() -> tuple[dict[str, Any], ...]:
+    family = {"model_type": "phi3", **_FAMILY}
+    scaled = {"short_factor": [1.0, 1.25, 1.5], "long_factor": [1.0, 2.0, 4.0]}
+    original = {"original_max_position_embeddings": 16}
+    plain = {**family, **original, "rope_theta": 1e4, "sliding_window": 9, "resid_pdrop": 0.0}
+    old = {**family, **original, "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+    old |= {"rope_scaling": {"type": "longrope", **scaled}, "interpolate_factor": 1}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **scaled, "partial_rotary_factor": 0.75}
+    rope |= {**original, "attention_factor": 1.2, "factor": 4.0}
+    return plain, old, {**family, "rope_parameters": rope, "tie_word_embeddings": False}
+
+
+def _olmo2() -> tuple[dict[str, Any], ...]:
+    old = {"model_type": "olmo2", **_FAMILY, "rope_theta": 5e5, "rope_scaling": None}
+    old |= {"attention_bias": True, "tie_word_embeddings": False}
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    return old, {"model_type": "olmo2", **_FAMILY, "head_dim": 8, "rope_parameters": rope}
+
+
+_GEMMA_SIZES: dict[str, tuple[Any, ...]] = {
+    **{name: keys for name, keys in _FAMILY_SIZES.items() if name != "max_seq_len"},  # its default varies
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "n_kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim", 256),
+    "query_pre_attn_scalar": ("query_pre_attn_scalar", 256),
+}
+_PHI3_SIZES = {**_FAMILY_SIZES, **_DIVIDED_SIZES, "sliding_window": ("sliding_window",)}
+_OLMO2_SIZES = {**_FAMILY_SIZES, **_DIVIDED_SIZES}
+
+
+class GemmaConfig(FamilyConfig):
+    """Gemma 2, and Gemma 3 in both spellings of the rope, one of them inside a model that sees."""
+
+    family, types = "mlxlora_gemma", ("gemma2", "gemma3_text")
+    configs, sizes = _gemma(), _GEMMA_SIZES
+
+
+class Phi3Config(FamilyConfig):
+    """Phi-3 with plain positions, and with two tables of divisors in either spelling of the rope."""
+
+    family, types = "mlxlora_phi3", ("phi3",)
+    configs, sizes = _phi3(), _PHI3_SIZES
+
+
+class Olmo2Config(FamilyConfig):
+    """OLMo 2 in both spellings of the rope."""
+
+    family, types = "mlxlora_olmo2", ("olmo2",)
+    configs, sizes = _olmo2(), _OLMO2_SIZES
+
+
 class Index(Subject):
     """The index of a model in shards."""
 
@@ -976,6 +1115,9 @@ KINDS: dict[str, type[Subject]] = {
     "params": Params,
     "config": Config,
     "hf_arguments": TheirConfig,
+    "gemma_config": GemmaConfig,
+    "phi3_config": Phi3Config,
+    "olmo2_config": Olmo2Config,
     "index": Index,
     "jsonl": Jsonl,
     "json_array": JsonArray,
