@@ -17,6 +17,10 @@ from typing import Any
 import pytest
 from litter import untracked
 from warm import Done, Warm
+from workers import is_one_of_several
+from workers import pytest_cmdline_main as pytest_cmdline_main
+from workers import pytest_collection_modifyitems as pytest_collection_modifyitems
+from workers import pytest_xdist_make_scheduler as pytest_xdist_make_scheduler
 
 from mlxlora_core.machine.device import prepare_cpu
 
@@ -47,13 +51,15 @@ BEFORE = pytest.StashKey[set[str] | None]()
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Remember which files are in the working tree that do not belong to it."""
-    session.stash[BEFORE] = untracked(ROOT)
+    if not is_one_of_several(session.config):
+        session.stash[BEFORE] = untracked(ROOT)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a run that leaves files in the working tree."""
-    before, after = session.stash.get(BEFORE, None), untracked(ROOT)
+    before = session.stash.get(BEFORE, None)
+    after = untracked(ROOT) if before is not None else None
     if before is None or after is None or after <= before:
         return
     names = ", ".join(sorted(after - before)[:10])

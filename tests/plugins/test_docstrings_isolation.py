@@ -349,7 +349,12 @@ ENDS_SO = {
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds what has left its group in /proc")
 @pytest.mark.parametrize("end", ENDS_SO)
-def test_nothing_that_a_package_started_outlives_it(write: Write, tmp_path: Path, end: str) -> None:
+def test_nothing_that_a_package_started_outlives_it(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     imports = "import os, signal, subprocess, sys, time\n"
     for name, start in STARTS.items():
         note = tmp_path / name
@@ -359,7 +364,6 @@ def test_nothing_that_a_package_started_outlives_it(write: Write, tmp_path: Path
             f"{imports}NOTE = {str(note)!r}\n{start}\n{NOTED}{ENDS_SO[end]}{GOOD.partition(chr(10))[2]}",
         )
     write("good.py", GOOD)
-    before = set(Path(tempfile.gettempdir()).glob("mlxlora-*"))
     names = [f"{name}_" for name in STARTS]
     paths, skipped = read(*names, "good", time_limit=5.0, workers=6)
     assert {"good", "good.f"} <= set(paths)
@@ -371,7 +375,7 @@ def test_nothing_that_a_package_started_outlives_it(write: Write, tmp_path: Path
     for name in hidden:
         with suppress(ProcessLookupError):
             os.kill(pids[name], signal.SIGKILL)
-    assert set(Path(tempfile.gettempdir()).glob("mlxlora-*")) <= before
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds what has left its group in /proc")
