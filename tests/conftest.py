@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 from litter import untracked
+from sharing import is_one_of_several
+from sharing import pytest_cmdline_main as pytest_cmdline_main
+from sharing import pytest_collection_modifyitems as pytest_collection_modifyitems
+from sharing import pytest_xdist_make_scheduler as pytest_xdist_make_scheduler
 from warm import Done, Warm
-from workers import is_one_of_several
-from workers import pytest_cmdline_main as pytest_cmdline_main
-from workers import pytest_collection_modifyitems as pytest_collection_modifyitems
-from workers import pytest_xdist_make_scheduler as pytest_xdist_make_scheduler
 
 from mlxlora_core.machine.device import prepare_cpu
 

@@ -420,12 +420,17 @@ def test_nothing_in_the_tree_loads_unsafely() -> None:
     assert ROOT / "plugins/mlxlora_torch/reader.py" in files
     loads, faults = 0, []
     for path in files:
-        for node in ast.walk(ast.parse(path.read_text())):
+        text = path.read_text()
+        if "weights_only" not in text and not ("torch" in text and "load" in text):
+            continue  # parsing takes a while
+        for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.Call):
                 continue
             given = {word.arg: word.value for word in node.keywords}
             safe = given.get("weights_only")
-            is_load = ast.unparse(node.func) == "torch.load"
+            name = node.func
+            is_load = isinstance(name, ast.Attribute) and name.attr == "load"
+            is_load = is_load and ast.unparse(name) == "torch.load"
             loads += is_load
             if (is_load or safe is not None) and not (isinstance(safe, ast.Constant) and safe.value is True):
                 faults.append(f"{path.relative_to(ROOT)}:{node.lineno}")

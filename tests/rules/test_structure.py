@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -103,6 +104,14 @@ def test_modules_are_short() -> None:
 def test_the_door_of_core_has_few_files() -> None:
     found = sorted(path.name for path in CORE.iterdir() if path.is_file())
     assert len(found) <= FILES_AT_THE_DOOR, found
+
+
+def test_no_two_modules_of_the_tests_have_one_name() -> None:
+    """Nor one that a folder of programs has: pytest imports them all by their names, from one process."""
+    files = [path for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    programs = [path for name in ("benchmarks", "tools") for path in (ROOT / name).iterdir()]
+    names = [path.stem for path in (*files, *programs)]
+    assert [name for name, count in Counter(names).items() if count > 1 and name != "__pycache__"] == []
 
 
 # --- docstrings ---------------------------------------------------------------

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import workers
+import sharing
 
 TESTS = Path(__file__).parents[1]
 NOTES = """
@@ -21,19 +21,19 @@ def test_it(number):
 
 
 def test_every_file_that_needs_a_quiet_machine_is_there() -> None:
-    for name in workers.QUIET:
+    for name in sharing.QUIET:
         assert (TESTS / name).is_file(), name
-        assert workers.is_quiet(f"tests/{name}::test_it[a::b]")
-    assert not workers.is_quiet("tests/rules/test_workers.py::test_it")
+        assert sharing.is_quiet(f"tests/{name}::test_it[a::b]")
+    assert not sharing.is_quiet("tests/rules/test_sharing.py::test_it")
 
 
 def ran(folder: Path, *arguments: str) -> tuple[list[str], dict[str, set[str]]]:
     """The files of a suite of its own in the order of their tests, and the processes that each was in."""
-    for name in ("a/test_a.py", "a/test_b.py", "a/test_c.py", *workers.QUIET[-3:]):
+    for name in ("a/test_a.py", "a/test_b.py", "a/test_c.py", *sharing.QUIET[-3:]):
         path = folder / "tests" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(NOTES)
-    (folder / "tests" / "conftest.py").write_text("from workers import *\n")
+    (folder / "tests" / "conftest.py").write_text("from sharing import *\n")
     (folder / "pytest.ini").write_text("[pytest]\ntestpaths = tests\n")
     (folder / "note").unlink(missing_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
@@ -51,7 +51,7 @@ def test_files_stay_whole_and_quiet_ones_are_with_one_process(tmp_path: Path) ->
     pytest.importorskip("xdist")
     _, processes = ran(tmp_path, "-n", "2")
     assert all(len(found) == 1 for found in processes.values())
-    quiet = set.union(*(processes[Path(name).name] for name in workers.QUIET[-3:]))
+    quiet = set.union(*(processes[Path(name).name] for name in sharing.QUIET[-3:]))
     assert len(quiet) == 1
     assert set.union(*processes.values()) == {"gw0", "gw1"}
 
@@ -61,4 +61,4 @@ def test_a_part_and_a_search_for_a_fault_run_in_one_process(tmp_path: Path, argu
     pytest.importorskip("xdist")
     files, processes = ran(tmp_path, *arguments)
     assert set.union(*processes.values()) == {"None"}
-    assert set(files[: 3 * 9]) == {Path(name).name for name in workers.QUIET[-3:]}
+    assert set(files[: 3 * 9]) == {Path(name).name for name in sharing.QUIET[-3:]}
