@@ -49,13 +49,20 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     # Without pytest-xdist; or in one of its processes, which has the same command line.
     if not hasattr(option, "numprocesses") or is_one_of_several(config) or _WORKER in os.environ:
         return
-    if option.numprocesses is None and not option.file_or_dir and not option.usepdb and _processors() > 1:
+    if option.numprocesses is None and _is_whole(config) and not option.usepdb and processors() > 1:
         option.numprocesses = COUNT
     if option.numprocesses and option.dist == "no":
         option.dist, option.loadscopereorder = "loadfile", False
 
 
-def _processors() -> int:
+def _is_whole(config: pytest.Config) -> bool:
+    """Whether all tests are asked for."""
+    asked = {config.invocation_params.dir.joinpath(path).resolve() for path in config.option.file_or_dir}
+    return not asked or not asked.isdisjoint({config.rootpath, config.rootpath / "tests"})
+
+
+def processors() -> int:
+    """How many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
