@@ -20,10 +20,12 @@ QUIET = (
     "core/files/test_tensor_file.py",
     "faults/resume/test_kill.py",
     "faults/resume/test_saving.py",
+    "faults/test_child_records.py",
     "faults/test_fuzz.py",
     "faults/test_own_files.py",
     "faults/verbs/test_memory_limits.py",
     "faults/verbs/test_system_limits.py",
+    "journeys/test_bad_input.py",
     "plugins/test_docstrings_isolation.py",
     "plugins/test_openblas_guard.py",
 )
