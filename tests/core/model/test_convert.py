@@ -23,6 +23,7 @@ from mlxlora_core.model.generate import decode, generate
 from mlxlora_core.model.linears import dense_weight, linears
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.plugins import Choice, Component, Registry
+from mlxlora_core.plugins.sections import Quantization
 from mlxlora_core.specs import TokenizerLoader, WeightLoader
 from mlxlora_core.values import ForeignModel, LazyTensor
 
@@ -43,9 +44,9 @@ def change(checkpoint: Path, **tensors: torch.Tensor | None) -> Path:
     return checkpoint
 
 
-def affine(registry: Registry, **options: Any) -> Choice:
+def affine(registry: Registry, **options: Any) -> Quantization:
     component = registry.find("quantizer", "affine")
-    return Choice(component, component.spec.options(**options))
+    return Quantization(Choice(component, component.spec.options(**options)))
 
 
 def weights(folder: Path) -> dict[str, mx.array]:
