@@ -302,7 +302,8 @@ def _other_base(base: str, model: Model, path: Path, allowed: bool) -> list[str]
         return [f"{path}: {what}, and put on this one all the same: what it does here is not what it learnt"]
     fix = (
         f"use the model folder that it was trained on, not {model.folder}; "
-        "if this is the same model in other bits, add --base-mismatch allow"
+        "if this is the same model in other bits, give the --quantize that it was trained with, "
+        "or add --base-mismatch allow"
     )
     raise ModelError(what, where=path, fix=fix)
 
