@@ -121,17 +121,11 @@ def convert(
     disk = require_disk(sum(map(bytes_of, tensors.values())), target)
     yield SpaceNeeded(f"{disk}; {_memory(stored)}")
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as folder:
-        stream, size = _read(tensors, source), 0
-        events = tensor_file.saving(folder / WEIGHTS[file_format], stream, {}, most=len(tensors))
-        for done, written in enumerate(events, start=1):
-            if isinstance(written, str):
-                yield TensorWritten(written, done, len(tensors))
-            else:
-                size = written.bytes
+        yield from _write_weights(folder / WEIGHTS[file_format], tensors, source)
         for file, path in stored.tokenizer.files.items():
             durable.copy_file(path, folder / file)
         durable.write_json(folder / CONFIG, {**stored.config, **({SOURCE: name} if name else {})})
-    yield _report(target, stored, size)
+    yield _report(target, stored)
 
 
 def _memory(stored: StoredModel) -> str:
@@ -151,6 +145,14 @@ def _memory(stored: StoredModel) -> str:
     return require_memory(max(need, packing), "converting", "convert where there is more memory")
 
 
+def _write_weights(path: Path, tensors: Mapping[str, LazyTensor], source: Path) -> Iterator[TensorWritten]:
+    """Write the weight file, and tell of each tensor."""
+    events = tensor_file.saving(path, _read(tensors, source), {}, most=len(tensors))
+    for done, written in enumerate(events, start=1):
+        if isinstance(written, str):
+            yield TensorWritten(written, done, len(tensors))
+
+
 def _read(tensors: Mapping[str, LazyTensor], source: Path) -> Iterator[tuple[str, mx.array]]:
     """(name, tensor) as the weight file will hold them, one at a time."""
     for name, lazy in tensors.items():
@@ -163,7 +165,7 @@ def _read(tensors: Mapping[str, LazyTensor], source: Path) -> Iterator[tuple[str
         mx.clear_cache()
 
 
-def _report(target: Path, stored: StoredModel, size: int) -> ConvertReport:
+def _report(target: Path, stored: StoredModel) -> ConvertReport:
     """What was done, once all tensors are read."""
     packing = stored.packing
     packed = {path: child for path, child in stored.module.named_modules() if isinstance(child, Quantized)}
@@ -177,7 +179,7 @@ def _report(target: Path, stored: StoredModel, size: int) -> ConvertReport:
         architecture=stored.architecture.id,
         parameters=sum(math.prod(child.shape) for child in packed.values())
         + sum(math.prod(tensor.shape) for tensor in dense),
-        bytes=size,
+        bytes=sum(map(bytes_of, stored.tensors.values())),
         quantized=len(packed),
         left_dense=packing.left_dense if packing else (),
         relative_error=packing.relative_error if packing else 0.0,
