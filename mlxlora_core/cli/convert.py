@@ -22,7 +22,7 @@ from mlxlora_core.runs.recipe import check_sections, choose, overrides
         "source",
         type=declare.NAME_OR_PATH,
         required=True,
-        help=f"Model: a folder with consolidated.00.pth, a model folder, or any other: {declare.SOURCES}.",
+        help=f"Model: a folder with consolidated.00.pth, or any other: {declare.SOURCES}.",
     ),
     click.option(
         "--mlx-path",

@@ -141,6 +141,8 @@ def open_to_convert(
 ) -> StoredModel:
     """Open a model whose tensors are read once, in the types that its model folder will hold.
 
+    A model folder is opened where there is something to change; else no loader knows it.
+
     Args:
         path: folder or file.
         registry: where plugins are looked up.
@@ -153,7 +155,8 @@ def open_to_convert(
         MlxloraError: as :func:`open_stored`.
     """
     known = loader is not None or any(component.spec.detect(path) for component in registry.of("loader"))
-    if known or not (path / CONFIG).is_file() or not is_model_folder(path):
+    idle = quantization is None and dtype is None
+    if known or idle or not (path / CONFIG).is_file() or not is_model_folder(path):
         found = _foreign(path, registry, loader, loader_options)
     else:
         found = _own(path, registry)
