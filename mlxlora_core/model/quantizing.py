@@ -106,7 +106,8 @@ def pack_on_reading(
     if kept and not weights:
         raise UsageError(f"{where} is quantized already", fix="leave -q out: its bits are kept as they are")
     forms = _forms(weights, asked.choice)
-    taken = [path for path, weight in weights.items() if forms[_kind(weight)] is not None]
+    words = {path for path, _ in embeddings(model)}
+    taken = [p for p, weight in weights.items() if _is_taken(weight, forms[_kind(weight)], p in words)]
     if not taken:
         raise _takes_nothing(weights, asked.choice)
     options = plain(asked.choice.options)
@@ -171,6 +172,12 @@ def _forms(weights: Mapping[str, LazyTensor], choice: Choice) -> dict[tuple[tupl
         del packed
         mx.clear_cache()
     return forms
+
+
+def _is_taken(weight: LazyTensor, form: _Form, looked_up: bool) -> bool:
+    """Whether a weight is packed; one whose rows are looked up is only by parts that have the same rows."""
+    rows = weight.shape[:1]
+    return form is not None and not (looked_up and any(shape[:1] != rows for shape, _ in form.values()))
 
 
 def _form(parts: Mapping[str, mx.array]) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -212,6 +212,7 @@ def _remade(
     """A model whose tensors are made what converting makes of them when they are read."""
     if dtype is None:
         dtype = _told_dtype(found.loader) if found.loader is not None else STORED
+    read_quantization(found.config, registry, found.where)  # what it says in another form is told
     known = packed_already(found.module, found.tensors, found.config, found.where)
     parts = {name for name in found.tensors if is_part(name, known)}
     tensors = cast_on_reading(found.tensors, dtype, parts, found.path)

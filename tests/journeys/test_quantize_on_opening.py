@@ -193,6 +193,19 @@ def test_load_quantizes_too(dense: Path, packed: Path) -> None:
     assert mlxlora_core.load(dense).base.quantization is None
 
 
+def test_python_fuses_and_exports_what_it_quantized(dense: Path, tmp_path: Path) -> None:
+    asked = {"group_size": 32, "bits": 8}
+    adapter = tmp_path / "a.safetensors"
+    mlxlora_core.load(dense, quantize=asked).attach("lora", layers=-1).save_adapter(adapter)
+    with pytest.raises(MlxloraError, match="made for another base"):
+        mlxlora_core.fuse(dense, adapter, tmp_path / "fused")
+    report = mlxlora_core.fuse(dense, adapter, tmp_path / "fused", quantize=asked)
+    assert report.rounded == report.linears > 0
+    files = {"adapter_file": adapter, "dtype": "float32"}
+    exported = mlxlora_core.export(dense, "npz", tmp_path / "npz", quantize=asked, **files)
+    assert "weights.npz" in exported.files
+
+
 @pytest.mark.parametrize(
     ("quantize", "says"),
     [

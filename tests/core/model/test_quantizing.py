@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlxlora_core.errors import PluginError, ResourceError, UsageError
+from mlxlora_core.errors import ModelError, PluginError, ResourceError, UsageError
 from mlxlora_core.machine import memory
 from mlxlora_core.model import loading
 from mlxlora_core.model.convert import convert
@@ -211,6 +212,27 @@ def test_a_quantizer_whose_parts_depend_on_the_numbers_is_named(
     registry = Registry(registry.plugins, [*registry.components, asked.choice.component])
     with pytest.raises(PluginError, match=r"other parts of layers\.0.* than of zeros in its shape and type"):
         loading.load(sources["model folder"], registry, asked)
+
+
+def test_an_embedding_is_left_to_quantizers_that_pack_row_by_row(registry: Registry, tmp_path: Path) -> None:
+    gguf_llama.write(tmp_path / "model.gguf", ["Q6_K"], tied=True)
+    asked = Quantization(choice("quantizer", ROUNDING, NoOptions()))
+    registry = Registry(registry.plugins, [*registry.components, asked.choice.component])
+    got = loading.load(tmp_path / "model.gguf", registry, asked)
+    assert all(is_packed(linear) for _, linear in linears(got.module))
+    assert "tok_embeddings.weight" in parameters(got.module)
+    assert "left dense by the quantizer: tok_embeddings" in got.notes[-1]
+
+
+@pytest.mark.parametrize("stated", [5, {"bits": "x"}, []])
+def test_a_config_that_says_it_in_another_form_is_told(
+    model_folder: MakeModel, registry: Registry, tmp_path: Path, stated: Any
+) -> None:
+    folder = Path(shutil.copytree(model_folder(bits=4), tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text()) | {"quantization": stated}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError):
+        loading.load(folder, registry, affine(registry, head=True))
 
 
 # --- memory -------------------------------------------------------------------
