@@ -502,6 +502,7 @@ def test_what_core_decides_is_set_and_explained_as_an_option_is(
         "test_set_size": True,
         "split_seed": True,
         "write_batch_size": True,
+        "extra_rows": True,
     }
     assert "beside use" not in mlxlora("options", "sampler", "top-k").out
     (lora,) = json.loads(mlxlora("components", "adapter", "--json").out)
@@ -511,7 +512,12 @@ def test_what_core_decides_is_set_and_explained_as_an_option_is(
     path = ("--set", f"path={tiny_data / 'train.jsonl'}")
     done = mlxlora("data", "--builder", "jsonl", "--out", tmp_path / "rows", *path, *sets, "--json")
     record = json.loads(done.out)
-    assert record["split"] == {"test_set_size": 0.5, "split_seed": 3, "write_batch_size": 1000}
+    assert record["split"] == {
+        "test_set_size": 0.5,
+        "split_seed": 3,
+        "write_batch_size": 1000,
+        "extra_rows": None,
+    }
     assert sum(record["rows"].values()) == pytest.approx(2 * record["rows"]["train"], abs=1)
 
     flags = ("-q", "--q-group-size", 32, "--set", "quantize.head=true")
