@@ -411,6 +411,14 @@ def test_on_a_terminal_writing_a_model_shows_how_many_tensors_are_done(
     assert seen and seen[-1][0] == seen[-1][1] != "0"
 
 
+def test_on_a_terminal_reading_packages_shows_how_many_are_done(tmp_path: Path) -> None:
+    packages = ("colorsys", "json", "wave")
+    command = [sys.executable, "-m", "mlxlora_core", "data", "--builder", "docstrings"]
+    command += ["--out", str(tmp_path / "rows"), *(word for name in packages for word in ("--package", name))]
+    seen = re.findall(r"reading packages \S+ +(\d+)/(\d+)", on_a_terminal(command))
+    assert seen[-1] == ("3", "3")
+
+
 def test_interrupted_training_says_how_to_go_on_and_leaves_no_adapter(
     model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
