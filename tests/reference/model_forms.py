@@ -283,7 +283,7 @@ def with_scales(kind: str, data: bytes, largest: float, seed: int) -> bytes:
     draw, content = random.Random(seed), bytearray(data)
     middle = {"Q4": 8, "Q5": 16, "Q8": 128, "Q6": 32}[kind[:2]]
     for at in range(0, len(data), gguf_files.TYPES[kind][2]):
-        scale = draw.uniform(0.5, 1.5) * largest / middle / (32 if kind.endswith("K") else 1)
+        scale = draw.uniform(0.5, 1.5) * largest / middle / (64 if kind.endswith("K") else 1)
         # The second number is what is added, and in super-blocks what is taken off.
         numbers = (scale, middle * scale if kind.endswith("K") else -middle * scale)
         for half, number in zip(gguf_files.HALVES[kind], numbers, strict=False):
