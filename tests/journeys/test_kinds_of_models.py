@@ -135,6 +135,14 @@ def own(*more: object) -> Make:
     return make
 
 
+def meta(parts: Parts) -> Given:
+    """As it is, unconverted."""
+    found = torch.load(parts.checkpoint / "consolidated.00.pth", weights_only=True)
+    weights = {name: weight.double() for name, weight in found.items()}
+    config = model_forms.config(hidden_dim=128, vocab_size=320)
+    return Given(str(parts.checkpoint), parts.checkpoint, config, weights)
+
+
 def hf(**arguments: Any) -> Make:
     def make(parts: Parts) -> Given:
         path, config = parts.folder / "hf", model_forms.config()
@@ -201,6 +209,7 @@ KINDS: dict[str, Make] = {
     "mlx-lm, 4 bits": hf(dtype=torch.float16, tied=True, bits={}),
     "mlx-lm, a table of bits": hf(dtype=torch.bfloat16, shards=2, bits=MIXED),
     "mistral": mistral,
+    "meta": meta,
     "gguf, F16": gguf("F16"),
     "gguf, Q4_0": gguf("Q4_0"),
     "gguf, Q8_0": gguf("Q8_0", tied=False),
