@@ -25,6 +25,7 @@ from mlxlora_core.hookspecs import hookimpl
 from mlxlora_core.machine.memory import free_in_groups_bytes
 from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.options import NoOptions, option, parse
+from mlxlora_core.plugins.progress import report_progress
 from mlxlora_core.specs import (
     Adapter,
     Architecture,
@@ -109,5 +110,6 @@ __all__ = [
     "neighbour_rows",
     "option",
     "parse",
+    "report_progress",
     "thread_count",
 ]

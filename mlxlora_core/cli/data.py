@@ -11,6 +11,7 @@ from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain
 from mlxlora_core.plugins import Registry
+from mlxlora_core.plugins.progress import progress_shown
 from mlxlora_core.runs.recipe import choose, overrides
 from mlxlora_core.training.dataset import build_dataset
 
@@ -56,7 +57,7 @@ def command(
         values["columns"] = [f"{name}={column}" for name, column in declare.columns_from(columns).items()]
     chosen, config = choose("builder", builder, values, registry)
     hold(out)
-    with show.Bar() as bar:
+    with show.Bar() as bar, progress_shown(bar.move):
         bar.wait("reading")
         record = build_dataset(chosen, config, out, overwrite=overwrite)
     if as_json:

@@ -15,6 +15,7 @@ from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import one_line
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.defaults import DEFAULT_RECIPE
+from mlxlora_core.plugins.progress import progress_shown
 from mlxlora_core.runs import pipeline
 from mlxlora_core.runs.base import pinned
 from mlxlora_core.runs.events import Event, RunStarted, StageDone, StageStarted
@@ -73,7 +74,7 @@ def _follow(events: Iterator[Event]) -> None:
     """Show the events of a run on stderr."""
     words = {stage.name: stage.words for stage in STAGES}
     place = ""
-    with show.Bar() as bar:
+    with show.Bar() as bar, progress_shown(bar.move):
         display = show.training(bar)
         for event in events:
             if isinstance(event, RunStarted):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlxlora_core.errors import UsageError
@@ -40,13 +41,16 @@ class QuantizeConfig:
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """How rows are split and written."""
+    """How rows are split and written, and what is trained on beside them."""
 
     test_set_size: float = option(
         0.1, help="share held out; half of it validation, half test", minimum=0.0, below=1.0
     )
     split_seed: int = option(0, help="seed of the split", minimum=0)
     write_batch_size: int = option(1000, help="rows written at a time", unit="rows", minimum=1)
+    extra_rows: Path | None = option(
+        None, help="file of rows to train on beside those, such as general ones, so that less is forgotten"
+    )
 
 
 #: kind of component -> what its section holds beside ``use`` and ``options``, where it holds anything

@@ -17,6 +17,7 @@ from mlxlora_core.files.data_path import RECORD, SPLITS
 from mlxlora_core.files.documents import read_form
 from mlxlora_core.files.forms import Map, Plain, Table, Text, Whole
 from mlxlora_core.files.row_shapes import check_content
+from mlxlora_core.files.rows import read_rows
 from mlxlora_core.files.targets import check_output_folder, hold_only_files, paths_in
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice
@@ -54,17 +55,18 @@ def build_dataset(
     Raises:
         UsageError: the folder is what the builder reads, or holds it.
         SafetyError: the folder holds something else.
-        DataError: no rows, or none left to train on.
+        DataError: no rows, or none left to train on; extra rows that cannot be read.
         PluginError: the builder gives something else.
     """
-    read = paths_in(choice.options)
+    read = [*paths_in(choice.options), *paths_in(config)]
     check_output_folder(folder, read, overwrite=overwrite, ours=holds_only_a_dataset)
     builder, options = choice.component, choice.options
+    extra = [Row(content) for _, content in read_rows(config.extra_rows)] if config.extra_rows else []
     rows = builder.checked("build", builder.spec.build(options), Rows)
     for row in rows.rows:
         builder.checked("build", row, Row)
     with durable.new_folder(folder, overwrite=overwrite, ours=holds_only_a_dataset) as new:
-        return write_dataset(rows, new, config, {"builder": builder.id, "options": options})
+        return write_dataset(rows, new, config, {"builder": builder.id, "options": options}, extra)
 
 
 def holds_only_a_dataset(folder: Path) -> bool:
@@ -77,7 +79,11 @@ def holds_only_a_dataset(folder: Path) -> bool:
 
 
 def write_dataset(
-    rows: Rows, folder: Path, config: SplitConfig, made_by: Mapping[str, Any]
+    rows: Rows,
+    folder: Path,
+    config: SplitConfig,
+    made_by: Mapping[str, Any],
+    extra: Sequence[Row] = (),
 ) -> dict[str, Any]:
     """Dedupe and split ``rows`` into ``train.jsonl``, ``valid.jsonl``, ``test.jsonl`` and ``dataset.json``.
 
@@ -86,6 +92,7 @@ def write_dataset(
         folder: where the files go.
         config: how to split and write them.
         made_by: builder and options, for the record.
+        extra: rows to train on beside those, which are not split.
 
     Returns:
         The record, as ``dataset.json`` holds it.
@@ -102,6 +109,7 @@ def write_dataset(
     by_split = _split(kept, groups, config)
     if not by_split["train"]:
         raise DataError(f"none of {len(kept)} rows is in the train split")
+    by_split["train"] = _without_repeats([*by_split["train"], *extra])
     for name in SPLITS:
         with durable.new_file(folder / f"{name}.jsonl") as file:
             _write_rows(by_split[name], config, file)
@@ -109,6 +117,7 @@ def write_dataset(
         "rows": {name: len(by_split[name]) for name in SPLITS},
         "groups": len(set(groups.values())),
         "repeated_rows": len(sound) - len(kept),
+        "extra_rows": len(extra),
         "rows_in_two_splits": _overlap(by_split),
         "versions": dict(rows.versions),
         **plain(made_by),

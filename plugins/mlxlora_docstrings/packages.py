@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
 
-from mlxlora_core.api import DataError, Row, Rows, Skipped
+from mlxlora_core.api import DataError, Row, Rows, Skipped, report_progress
 from mlxlora_docstrings import DocstringOptions
 from mlxlora_docstrings.attempt import Attempt, attempt
 from mlxlora_docstrings.normalise import normalise
@@ -118,7 +118,11 @@ def _read_all(packages: list[str], options: DocstringOptions) -> list[Reading]:
     stop = Event()
     with ThreadPoolExecutor(options.workers or _cpus()) as pool:
         try:
-            return list(pool.map(lambda package: read_package(package, options, stop), packages))
+            readings = []
+            for reading in pool.map(lambda package: read_package(package, options, stop), packages):
+                readings.append(reading)
+                report_progress("reading packages", len(readings), len(packages))
+            return readings
         except BaseException:
             stop.set()  # the children end now, and not at their time limit
             pool.shutdown(cancel_futures=True)

@@ -411,6 +411,14 @@ def test_on_a_terminal_writing_a_model_shows_how_many_tensors_are_done(
     assert seen and seen[-1][0] == seen[-1][1] != "0"
 
 
+def test_on_a_terminal_reading_packages_shows_how_many_are_done(tmp_path: Path) -> None:
+    packages = ("colorsys", "json", "wave")
+    command = [sys.executable, "-m", "mlxlora_core", "data", "--builder", "docstrings"]
+    command += ["--out", str(tmp_path / "rows"), *(word for name in packages for word in ("--package", name))]
+    seen = re.findall(r"reading packages \S+ +(\d+)/(\d+)", on_a_terminal(command))
+    assert seen[-1] == ("3", "3")
+
+
 def test_interrupted_training_says_how_to_go_on_and_leaves_no_adapter(
     model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -502,6 +510,7 @@ def test_what_core_decides_is_set_and_explained_as_an_option_is(
         "test_set_size": True,
         "split_seed": True,
         "write_batch_size": True,
+        "extra_rows": True,
     }
     assert "beside use" not in mlxlora("options", "sampler", "top-k").out
     (lora,) = json.loads(mlxlora("components", "adapter", "--json").out)
@@ -511,7 +520,12 @@ def test_what_core_decides_is_set_and_explained_as_an_option_is(
     path = ("--set", f"path={tiny_data / 'train.jsonl'}")
     done = mlxlora("data", "--builder", "jsonl", "--out", tmp_path / "rows", *path, *sets, "--json")
     record = json.loads(done.out)
-    assert record["split"] == {"test_set_size": 0.5, "split_seed": 3, "write_batch_size": 1000}
+    assert record["split"] == {
+        "test_set_size": 0.5,
+        "split_seed": 3,
+        "write_batch_size": 1000,
+        "extra_rows": None,
+    }
     assert sum(record["rows"].values()) == pytest.approx(2 * record["rows"]["train"], abs=1)
 
     flags = ("-q", "--q-group-size", 32, "--set", "quantize.head=true")

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -45,13 +46,23 @@ def test_the_wheel_holds_the_same_files(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         held = {name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()}
-    shipped = [*BASE.iterdir(), FOLDER / "demo.toml", FOLDER / "MODEL_CARD.md"]
+    shipped = [*BASE.iterdir(), *FOLDER.glob("*.toml"), *FOLDER.glob("*.jsonl"), FOLDER / "MODEL_CARD.md"]
     shipped += [
         path for path in (root / "mlxlora_core" / "runs" / "report").rglob("*") if path.suffix != ".pyc"
     ]
     for path in (path for path in shipped if path.is_file()):
         name = path.relative_to(root).as_posix().removeprefix("plugins/")
         assert held[name] == hashlib.sha256(path.read_bytes()).hexdigest(), name
+
+
+def test_what_shows_forgetting_is_not_trained_on() -> None:
+    def questions(name: str) -> set[str]:
+        rows = [json.loads(line) for line in (FOLDER / name).read_text("utf-8").splitlines()]
+        return {row["messages"][0]["content"] for row in rows}
+
+    recipe = tomllib.loads((FOLDER / "smollm2.toml").read_text("utf-8"))
+    replayed, general = questions(recipe["data"]["extra_rows"]), questions(recipe["evaluate"]["general_rows"])
+    assert len(replayed) == 32 and not replayed & (general | set(recipe["generate"]["prompts"]))
 
 
 def test_the_tokenizer_gives_any_text_back() -> None:

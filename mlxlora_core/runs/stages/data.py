@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxlora_core.files.fingerprints import content_digest
 from mlxlora_core.runs.events import Event, StageDone
 from mlxlora_core.runs.folder import DATA, files
 from mlxlora_core.runs.recipe import Recipe
@@ -27,7 +28,12 @@ class DataStage(Stage):
     def inputs(self, recipe: Recipe) -> Mapping[str, Any]:
         """The builder, and what it says that it reads."""
         sources = recipe.data.component.spec.inputs(recipe.data.options)
-        return {"builder": identity_of(recipe.data, recipe.data_config), "sources": dict(sources)}
+        extra = recipe.data_config.extra_rows
+        return {
+            "builder": identity_of(recipe.data, recipe.data_config),
+            "sources": dict(sources),
+            "extra": content_digest(extra) if extra else None,
+        }
 
     def outputs(self, folder: Path) -> list[str]:
         """The dataset folder."""

@@ -154,3 +154,28 @@ def test_a_stage_of_ones_own_is_one_entry(
     list(pipeline.run(recipe, registry))
     assert "count" not in RunFolder(recipe.folder).record["inputs"]
     assert write_report(recipe.folder).is_file()
+
+
+def test_rows_beside_those_of_the_builder(recipe: Recipe, registry: Registry, tmp_path: Path) -> None:
+    extra, general = tmp_path / "extra.jsonl", tmp_path / "general.jsonl"
+    extra.write_text('{"text": "The sea is blue."}\n{"text": "A week has seven days."}\n')
+    general.write_text('{"text": "The sun is warm."}\n')
+    text = (tmp_path / "recipe.toml").read_text()
+    text = text.replace("[data]\n", '[data]\nextra_rows = "extra.jsonl"\n')
+    text = text.replace("[evaluate]\n", '[evaluate]\ngeneral_rows = "general.jsonl"\n')
+    (tmp_path / "recipe.toml").write_text(text)
+    added = read(tmp_path / "recipe.toml", (), registry)
+
+    list(pipeline.run(added, registry))
+    record = RunFolder(added.folder).record
+    train = (added.folder / "data" / "train.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in train[-2:]] == ["The sea is blue.", "A week has seven days."]
+    assert record["summary"]["losses"].keys() == {"valid", "test", "general"}
+    again = read(added.folder / "recipe.toml", (), registry)
+    assert done(list(pipeline.run(again, registry))) == []
+
+    extra.write_text('{"text": "The sea is deep."}\n')
+    assert done(list(pipeline.run(added, registry)))[0] == "data"
+    assert "The sea is deep." in (added.folder / "data" / "train.jsonl").read_text()
+    general.write_text('{"text": "The sun is very warm."}\n')
+    assert done(list(pipeline.run(added, registry))) == ["before", "after"]

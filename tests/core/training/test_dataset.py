@@ -131,6 +131,25 @@ def test_splits_of_the_source_are_kept_and_overlap_is_told(tmp_path: Path) -> No
     assert (record["rows_in_two_splits"], record["repeated_rows"]) == (1, 1)
 
 
+def test_extra_rows_are_trained_on_and_held_out_nowhere(tmp_path: Path) -> None:
+    extra = [Row({"text": f"general {i}"}) for i in range(40)]
+    config = SplitConfig(test_set_size=0.5)
+    record = write_dataset(Rows(texts(20)), tmp_path / "a", config, {}, [*extra, extra[0]])
+    write_dataset(Rows(texts(20)), tmp_path / "b", config, {})
+    added, plain = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert added["train"] == [*plain["train"], *(dict(row.content) for row in extra)]
+    assert (added["valid"], added["test"]) == (plain["valid"], plain["test"])
+    assert (record["rows"]["train"], record["extra_rows"], record["groups"]) == (50, 41, 20)
+
+
+def test_an_extra_row_that_is_held_out_is_told(tmp_path: Path) -> None:
+    held_out = Row({"text": "a"}, split="valid")
+    rows = Rows([held_out, Row({"text": "b"}, split="train")])
+    record = write_dataset(rows, tmp_path, SplitConfig(), {}, [Row({"text": "a"}), Row({"text": "b"})])
+    assert [row["text"] for row in contents(tmp_path)["train"]] == ["b", "a"]
+    assert record["rows_in_two_splits"] == 1
+
+
 def test_a_split_that_there_is_not_is_an_error_and_no_row_is_lost(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no split 'validation' \(there is train, valid, test\)"):
         write(tmp_path, [Row({"text": "a"}, split="train"), Row({"text": "b"}, split="validation")])
@@ -152,7 +171,12 @@ def test_rows_that_could_not_be_read_back_are_skipped_with_the_reason(tmp_path: 
     assert record["skipped"][0] == {"source": "a.module", "reason": "it\ud800 hangs"}
     assert [skipped["source"] for skipped in record["skipped"][1:]] == ["row 1", "row 2", "row 3"]
     assert json.loads((tmp_path / "dataset.json").read_text("utf-8")) == record
-    assert record["split"] == {"test_set_size": 0.1, "split_seed": 0, "write_batch_size": 1000}
+    assert record["split"] == {
+        "test_set_size": 0.1,
+        "split_seed": 0,
+        "write_batch_size": 1000,
+        "extra_rows": None,
+    }
     assert (record["builder"], record["versions"], record["groups"]) == ("b", {"mlx": "1"}, 3)
 
 
