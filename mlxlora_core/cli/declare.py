@@ -189,7 +189,7 @@ def config_from(config: type[T], arguments: Mapping[str, Any]) -> T:
     Raises:
         UsageError: values out of range, all of them told.
     """
-    names = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    names = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]  # a dataclass
     given = {name: value for name, value in arguments.items() if name in names and value is not None}
     return parse(config, given, owner="the command line", spell=flag_name)
 

@@ -122,6 +122,7 @@ def _wrap(
         got = "modules without a parameter that trains" if wrapped else f"None for {listing(linears)}"
         raise choice.component.breach("wrap", got, "a module that trains for at least one linear")
     replace(model.module, wrapped)
+    model.module.eval()  # modules are made for training: what drops at random must not before it begins
     mx.eval(trained)
     return Adapted(choice, config, tuple(wrapped))
 

@@ -10,22 +10,24 @@ from typing import Any
 import gguf_files
 import llama_torch
 import mlx.core as mx
+import model_forms
 import numpy as np
 import pytest
 import torch
-from gguf_llama import CONFIG, write
+from model_forms import GGUF_VOCAB
 
 from mlxlora_core.model import loading
 from mlxlora_core.model.linears import is_packed, linears
 from mlxlora_core.plugins import load as load_registry
 
-CASES = {"packed": [*gguf_files.PACKED], "mixed": ["Q4_K", "Q6_K", "F16", "BF16", "F32", "Q8_0"]}
+CONFIG = model_forms.config(dim=256, hidden_dim=256, vocab_size=GGUF_VOCAB)
+CASES = {"packed": gguf_files.PACKED, "mixed": ("Q4_K", "Q6_K", "F16", "BF16", "F32", "Q8_0")}
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "with a head"])
 @pytest.mark.parametrize("kinds", CASES.values(), ids=list(CASES))
-def test_logits_are_those_of_torch(kinds: list[str], tied: bool, tmp_path: Path) -> None:
-    weights = write(tmp_path / "model.gguf", kinds, tied=tied)
+def test_logits_are_those_of_torch(kinds: tuple[str, ...], tied: bool, tmp_path: Path) -> None:
+    weights = model_forms.write_gguf(tmp_path / "model.gguf", CONFIG, kinds, tied=tied)
     model = loading.load(tmp_path / "model.gguf", load_registry(environ={"MLXLORA_PLUGINS": ""}))
     assert [path for path, linear in linears(model.module) if is_packed(linear)]
     ids = model.tokenizer.encode("hello hell, 12 caf\u00e9!")
@@ -39,7 +41,7 @@ def test_it_generates_converts_and_trains(
     mlxlora: Callable[..., Any], tiny_data: Path, tmp_path: Path
 ) -> None:
     source, folder = tmp_path / "model.gguf", tmp_path / "model"
-    write(source, CASES["mixed"], tied=True)
+    model_forms.write_gguf(source, CONFIG, CASES["mixed"], tied=True)
     asked = ("--temp", "0", "-n", "8", "-p", "hello", "--json")
     first = mlxlora("generate", "--model", source, *asked)
     assert first.code == 0, first.err

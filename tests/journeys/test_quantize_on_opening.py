@@ -8,22 +8,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf_llama
-import hf_llama
+import model_forms
 import pytest
+import torch
 
 import mlxlora_core
 from mlxlora_core.errors import MlxloraError
 
 Command = Callable[..., Any]
+GGUF_CONFIG = model_forms.config(dim=256, hidden_dim=256, vocab_size=model_forms.GGUF_VOCAB)
 BITS = ("-q", "--q-group-size", 32)
 ASKED = ("--temp", 0, "-n", 8, "-p", "The adapter scales", "--json")
 
 
 @pytest.fixture(scope="module")
-def dense(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense Hugging Face folder; read it, never write to it."""
-    return hf_llama.write(tmp_path_factory.mktemp("dense") / "hf", tiny_tokenizer, hidden=96)
+    folder = tmp_path_factory.mktemp("dense") / "hf"
+    model_forms.write_hf(folder, model_forms.config(), dtype=torch.bfloat16)
+    return folder
 
 
 @pytest.fixture
@@ -110,13 +113,13 @@ def test_what_makes_no_sense_is_one_line(
 
 
 def test_a_file_that_is_packed_already_is_one_line(mlxlora: Command, tmp_path: Path) -> None:
-    gguf_llama.write(tmp_path / "model.gguf", ["Q4_K", "Q8_0"], tied=True)
+    model_forms.write_gguf(tmp_path / "model.gguf", GGUF_CONFIG, ("Q4_K", "Q8_0"), tied=True)
     refused = mlxlora("generate", "--model", tmp_path / "model.gguf", "-q", *ASKED)
     assert refused.code == 2 and "is quantized already" in refused.error
 
 
 def test_weights_of_q6_k_are_taken_and_told(mlxlora: Command, tmp_path: Path) -> None:
-    gguf_llama.write(tmp_path / "model.gguf", ["Q6_K", "Q4_K", "Q8_0"], tied=True)
+    model_forms.write_gguf(tmp_path / "model.gguf", GGUF_CONFIG, ("Q6_K", "Q4_K", "Q8_0"), tied=True)
     done = mlxlora("generate", "--model", tmp_path / "model.gguf", "-q", "--q-bits", 8, *ASKED)
     (line,) = [line for line in done.err.splitlines() if "are quantized by affine" in line]
     assert done.code == 0 and "(group_size 64, bits 8)" in line and "packed stay as they are" in line

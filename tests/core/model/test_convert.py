@@ -141,9 +141,10 @@ def test_config_holds_what_the_model_is_and_nothing_else(
 def test_the_same_checkpoint_gives_the_same_bytes(
     tiny_checkpoint: Path, model_folder: MakeModel, registry: Registry, tmp_path: Path
 ) -> None:
-    for options in ({}, {"file_format": "npz"}):
+    ways: tuple[dict[str, Any], ...] = ({}, {"file_format": "npz"})
+    for options in ways:
         first = model_folder(dtype="float16", **options)
-        result_of(convert(tiny_checkpoint, tmp_path / "again", registry, overwrite=True, **options))  # type: ignore[arg-type]
+        result_of(convert(tiny_checkpoint, tmp_path / "again", registry, overwrite=True, **options))
         for path in first.iterdir():
             assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 

@@ -11,9 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf_llama
-import hf_llama
 import mlx.core as mx
+import model_forms
 import numpy as np
 import pytest
 import torch
@@ -31,6 +30,7 @@ from mlxlora_core.plugins.sections import Quantization, QuantizeConfig
 from mlxlora_core.testing.stand_in import ROUNDING, choice
 
 MakeModel = Callable[..., Path]
+GGUF_CONFIG = model_forms.config(dim=256, hidden_dim=256, vocab_size=model_forms.GGUF_VOCAB)
 
 
 def affine(registry: Registry, *, head: bool = False, **options: Any) -> Quantization:
@@ -47,21 +47,21 @@ def converted(source: Path, target: Path, registry: Registry, quantization: Quan
 def sources(
     model_folder: MakeModel,
     tiny_checkpoint: Path,
-    tiny_tokenizer: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     """Dense models of every kind; read them, never write to them."""
     folder = tmp_path_factory.mktemp("sources")
-    gguf_llama.write(folder / "dense.gguf", ["F16", "BF16", "F16"], tied=True)
-    gguf_llama.write(folder / "mixed.gguf", ["Q4_K", "Q6_K", "F16", "Q8_0", "Q6_K"], tied=True)
-    gguf_llama.write(folder / "packed.gguf", ["Q4_K", "Q8_0"], tied=True)
+    model_forms.write_gguf(folder / "dense.gguf", GGUF_CONFIG, ("F16", "BF16", "F16"), tied=True)
+    model_forms.write_gguf(folder / "mixed.gguf", GGUF_CONFIG, ("Q4_K", "Q6_K", "F16", "Q8_0", "Q6_K"), tied=True)
+    model_forms.write_gguf(folder / "packed.gguf", GGUF_CONFIG, ("Q4_K", "Q8_0"), tied=True)
     halves = Path(shutil.copytree(tiny_checkpoint, folder / "bfloat16"))
     theirs = torch.load(tiny_checkpoint / "consolidated.00.pth", weights_only=True)
     torch.save({name: t.bfloat16() for name, t in theirs.items()}, halves / "consolidated.00.pth")
+    model_forms.write_hf(folder / "hf", model_forms.config(), dtype=torch.bfloat16)
     return {
         "model folder": model_folder(dtype="bfloat16"),
         "weights.npz": model_folder(dtype="float16", file_format="npz"),
-        "Hugging Face": hf_llama.write(folder / "hf", tiny_tokenizer),
+        "Hugging Face": folder / "hf",
         "pth": tiny_checkpoint,
         "pth of bfloat16": halves,  # converting makes float16 of it
         "GGUF": folder / "dense.gguf",
@@ -125,8 +125,8 @@ def test_what_each_weight_is_packed_in_is_what_mlx_makes_of_it(
 
 def test_a_file_of_several_types_keeps_what_is_packed(registry: Registry, tmp_path: Path) -> None:
     """Weights of Q6_K are taken, the embedding too; those that MLX has the bits of stay as they are."""
-    kinds = ["Q6_K", "Q4_K", "Q8_0"]
-    weights = gguf_llama.write(tmp_path / "model.gguf", kinds, tied=True)
+    kinds = ("Q6_K", "Q4_K", "Q8_0")
+    weights = model_forms.write_gguf(tmp_path / "model.gguf", GGUF_CONFIG, kinds, tied=True)
     before = loading.load(tmp_path / "model.gguf", registry)
     got = loading.load(tmp_path / "model.gguf", registry, affine(registry, bits=8))
     held = dict(before.module.named_modules())
@@ -215,7 +215,7 @@ def test_a_quantizer_whose_parts_depend_on_the_numbers_is_named(
 
 
 def test_an_embedding_is_left_to_quantizers_that_pack_row_by_row(registry: Registry, tmp_path: Path) -> None:
-    gguf_llama.write(tmp_path / "model.gguf", ["Q6_K"], tied=True)
+    model_forms.write_gguf(tmp_path / "model.gguf", GGUF_CONFIG, ("Q6_K",), tied=True)
     asked = Quantization(choice("quantizer", ROUNDING, NoOptions()))
     registry = Registry(registry.plugins, [*registry.components, asked.choice.component])
     got = loading.load(tmp_path / "model.gguf", registry, asked)
@@ -262,10 +262,12 @@ print(peak() - before)
 
 
 @pytest.fixture(scope="module")
-def large(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def large(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A dense model of 95 MB, its largest weight a hundredth of that."""
     folder = tmp_path_factory.mktemp("large") / "hf"
-    yield hf_llama.write(folder, tiny_tokenizer, layers=LAYERS, dim=DIM, hidden=2 * DIM)
+    config = model_forms.config(n_layers=LAYERS, dim=DIM, hidden_dim=2 * DIM)
+    model_forms.write_hf(folder, config, dtype=torch.bfloat16)
+    yield folder
     shutil.rmtree(folder)  # pytest keeps folders of earlier runs
 
 
