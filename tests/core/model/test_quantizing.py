@@ -52,7 +52,9 @@ def sources(
     """Dense models of every kind; read them, never write to them."""
     folder = tmp_path_factory.mktemp("sources")
     model_forms.write_gguf(folder / "dense.gguf", GGUF_CONFIG, ("F16", "BF16", "F16"), tied=True)
-    model_forms.write_gguf(folder / "mixed.gguf", GGUF_CONFIG, ("Q4_K", "Q6_K", "F16", "Q8_0", "Q6_K"), tied=True)
+    model_forms.write_gguf(
+        folder / "mixed.gguf", GGUF_CONFIG, ("Q4_K", "Q6_K", "F16", "Q8_0", "Q6_K"), tied=True
+    )
     model_forms.write_gguf(folder / "packed.gguf", GGUF_CONFIG, ("Q4_K", "Q8_0"), tied=True)
     halves = Path(shutil.copytree(tiny_checkpoint, folder / "bfloat16"))
     theirs = torch.load(tiny_checkpoint / "consolidated.00.pth", weights_only=True)
