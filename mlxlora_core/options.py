@@ -185,7 +185,7 @@ def parse(
     """
     spell = spell or (lambda name: f"{owner} option '{name}'")
     known = {o.name: o for o in explain(options)}
-    rules = {field.name: field.metadata for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    rules = {field.name: field.metadata for field in dataclasses.fields(options)}  # type: ignore[arg-type]  # a dataclass
     faults: list[str] = []
     parsed: dict[str, Any] = {}
     for name, value in values.items():

@@ -26,8 +26,10 @@ from mlxlora_core.python_model import (
     file_of,
     followed,
     load,
+    outputs_of,
     parsed,
     prepare,
+    quantization_of,
     registry,
     texts,
 )
@@ -123,7 +125,7 @@ def train(
     adapted = model.needed_adapter()
     rows = read_data(data, ("train",), ("valid",), columns_from(columns))
     how = Start.RESUME if resume else Start.OVERWRITE if overwrite else Start.BEGIN
-    outputs = _outputs(adapter_file, metrics_file, saving)
+    outputs = outputs_of(adapter_file, metrics_file, saving)
     return _train(model, adapted, rows, config, number, outputs, how)
 
 
@@ -267,6 +269,7 @@ def fuse(
     *,
     adapter: str | None = None,
     base_mismatch: str = "refuse",
+    quantize: str | Mapping[str, Any] | None = None,
     dequantize: bool = False,
     overwrite: bool = False,
     plugins: Sequence[str] = (),
@@ -280,6 +283,7 @@ def fuse(
         save_path: the folder to write.
         adapter: insist on this one.
         base_mismatch: ``allow`` to put it on another base than its own, such as the same model in other bits.
+        quantize: as for :func:`load`, which the adapter was trained with.
         dequantize: write a dense model where the base is quantized.
         overwrite: whether a model folder that is there may be replaced.
         plugins: as for :func:`registry`.
@@ -297,6 +301,7 @@ def fuse(
         PluginError: no such plugin, or one that breaks its contract.
     """
     found = registry(plugins)
+    bits = quantization_of(quantize, found)
     base, target = locate_model(model).path, Path(save_path)
     with told(found.plugins), lock.hold(target):
         prepare(found)
@@ -304,7 +309,8 @@ def fuse(
         from mlxlora_core.model.fuse import fuse as fused
 
         file = file_of(adapter_file, base_mismatch, adapter, options)
-        return result_of(fused(base, file, target, found, dequantize=dequantize, overwrite=overwrite))
+        made = fused(base, file, target, found, quantization=bits, dequantize=dequantize, overwrite=overwrite)
+        return result_of(made)
 
 
 def export(
@@ -314,6 +320,7 @@ def export(
     *,
     adapter_file: str | os.PathLike[str] | None = None,
     base_mismatch: str = "refuse",
+    quantize: str | Mapping[str, Any] | None = None,
     overwrite: bool = False,
     plugins: Sequence[str] = (),
     **options: Any,
@@ -325,7 +332,7 @@ def export(
         to: the exporter.
         out: the folder to write.
         adapter_file: an adapter made for the model, to put into the weights.
-        base_mismatch: as for :func:`fuse`.
+        base_mismatch, quantize: as for :func:`fuse`.
         overwrite: whether an export that is there may be replaced.
         plugins: as for :func:`registry`.
         options: of the exporter.
@@ -343,6 +350,7 @@ def export(
     """
     found = registry(plugins)
     exporter, _ = configure(found.find("exporter", to), options)
+    bits = quantization_of(quantize, found)
     base, target = locate_model(model).path, Path(out)
     with told(found.plugins), lock.hold(target):
         prepare(found)
@@ -350,7 +358,8 @@ def export(
         from mlxlora_core.model.export import export as exported
 
         adapter = file_of(adapter_file, base_mismatch) if adapter_file is not None else None
-        return result_of(exported(base, target, exporter, found, fused=adapter, overwrite=overwrite))
+        made = exported(base, target, exporter, found, fused=adapter, quantization=bits, overwrite=overwrite)
+        return result_of(made)
 
 
 def run(
@@ -387,14 +396,3 @@ def run(
             yield from followed(pipeline.run(resolved, found, notes, "run(…)"))
 
     return events()
-
-
-def _outputs(
-    adapter_file: str | os.PathLike[str] | None, metrics: str | os.PathLike[str] | None, saving: SaveConfig
-) -> Outputs:
-    """What a training writes: the adapter with checkpoints beside it, and a log."""
-    from mlxlora_core.training.outputs import Outputs, checkpoints_of
-
-    log, target = (Path(path) if path is not None else None for path in (metrics, adapter_file))
-    folder = checkpoints_of(target) if target is not None else None
-    return Outputs(target, folder, log, saving, resume_command="train(…, resume=True)")

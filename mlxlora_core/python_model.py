@@ -19,13 +19,15 @@ from mlxlora_core.options import explain, option, parse
 from mlxlora_core.plugins import Registry, start_runtimes
 from mlxlora_core.plugins import load as load_plugins
 from mlxlora_core.plugins.blame import told
-from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
-from mlxlora_core.plugins.sections import configure
+from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER, DEFAULT_QUANTIZER
+from mlxlora_core.plugins.sections import Quantization, configure
 from mlxlora_core.training.events import Advanced
 
 if TYPE_CHECKING:
     from mlxlora_core.model.adapters import Adapted, AdapterFile
     from mlxlora_core.model.loading import Model as Base
+    from mlxlora_core.training.outputs import Outputs
+    from mlxlora_core.training.settings import SaveConfig
 
 T = TypeVar("T")
 
@@ -162,6 +164,7 @@ def load(
     *,
     adapter_file: str | os.PathLike[str] | None = None,
     base_mismatch: str = "refuse",
+    quantize: str | Mapping[str, Any] | None = None,
     plugins: Sequence[str] = (),
 ) -> Model:
     """Read a model and, if it is named, the adapter for it.
@@ -171,21 +174,25 @@ def load(
             ``--model`` takes: ``package:NAME/FILE``, or ``org/name`` on the Hub.
         adapter_file: an adapter file made for this model.
         base_mismatch: as for :meth:`Model.load_adapter`.
+        quantize: quantize dense linears as they are read: the name of a quantizer, or a mapping such as
+            ``{"use": "affine", "bits": 8}``, with ``head`` and the quantizer's options.
         plugins: as for :func:`registry`.
 
     Raises:
-        UsageError: MLX has no backend here.
+        UsageError: MLX has no backend here; an option that there is not; nothing that is quantized.
         ModelError: a part is absent, damaged or does not fit the others.
         ResourceError: it does not fit into memory.
         PluginError: no plugin builds its model_type or reads its tokenizer.
     """
     found = registry(plugins)
+    quantization = quantization_of(quantize, found)
     runtimes = prepare(found)
     from mlxlora_core.model import loading
 
     with told(found.plugins):
         place = locate_model(path)
-        base = replace(loading.load(place.path, found), name=place.name if place.revision else "")
+        base = loading.load(place.path, found, quantization)
+        base = replace(base, name=place.name if place.revision else "")
         model = Model(base, found, runtimes)
     if adapter_file is None:
         return model
@@ -245,6 +252,23 @@ def file_of(
     return AdapterFile(Path(path), adapter, options, base_mismatch == "allow")
 
 
+def quantization_of(quantize: str | Mapping[str, Any] | None, found: Registry) -> Quantization | None:
+    """How a model is to be quantized as it is read, from the argument that says it.
+
+    Raises:
+        UsageError: it is neither a name nor a mapping; options that there are not or that are out of range.
+        PluginError: no such quantizer.
+    """
+    if quantize is None:
+        return None
+    given = quantize if isinstance(quantize, Mapping) else {"use": quantize}
+    use = given.get("use", DEFAULT_QUANTIZER)
+    if not isinstance(use, str):
+        raise UsageError(f"quantize: wanted a name, or a mapping with use, got {quantize!r:.100}")
+    values = {key: value for key, value in given.items() if key != "use"}
+    return Quantization(*configure(found.find("quantizer", use), values))
+
+
 def texts(given: Sequence[str], name: str) -> tuple[str, ...]:
     """Several texts; a single one, which Python takes for its letters, is refused.
 
@@ -269,3 +293,14 @@ def followed(events: Iterator[T]) -> Generator[T, None, None]:
         if fault.signum == signal.SIGINT:
             raise KeyboardInterrupt(str(fault)) from fault
         raise SystemExit(fault.exit_code) from fault
+
+
+def outputs_of(
+    adapter_file: str | os.PathLike[str] | None, metrics: str | os.PathLike[str] | None, saving: SaveConfig
+) -> Outputs:
+    """What a training writes: the adapter with checkpoints beside it, and a log."""
+    from mlxlora_core.training.outputs import Outputs, checkpoints_of
+
+    log, target = (Path(path) if path is not None else None for path in (metrics, adapter_file))
+    folder = checkpoints_of(target) if target is not None else None
+    return Outputs(target, folder, log, saving, resume_command="train(…, resume=True)")

@@ -23,12 +23,15 @@ class LazyTensor:
         packed: the weight in fewer bits, where the checkpoint stores it so; it stands for
             what ``read`` gives, so a tensor that is made of another one with the functions of
             :mod:`mlxlora_core.files` for rows keeps it, and one with a ``read`` of its own has none.
+        expanded: whether the checkpoint stores it in fewer bits, in a form that no quantizer has:
+            quantizing the model takes it, be it the head or the embedding.
     """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], mx.array]
     packed: PackedTensor | None = None
+    expanded: bool = False
 
 
 @dataclass(frozen=True)

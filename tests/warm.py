@@ -205,7 +205,7 @@ def _begin(job: Mapping[str, Any]) -> None:
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - as the interpreter does
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]  # final there
     os.chdir(job["cwd"])
     os.environ.clear()
     os.environ.update(job["environ"])

@@ -8,13 +8,10 @@ from pathlib import Path
 import click
 
 from mlxlora_core.cli import declare, show
-from mlxlora_core.cli.model import located
+from mlxlora_core.cli.model import asked_quantization, located
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
-from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.model.events import describe_conversion
 from mlxlora_core.plugins import Registry
-from mlxlora_core.plugins.defaults import DEFAULT_QUANTIZER
-from mlxlora_core.plugins.sections import QuantizeConfig
 from mlxlora_core.runs.recipe import check_sections, choose, overrides
 
 
@@ -25,7 +22,7 @@ from mlxlora_core.runs.recipe import check_sections, choose, overrides
         "source",
         type=declare.NAME_OR_PATH,
         required=True,
-        help=f"Checkpoint: a folder with consolidated.00.pth, or any other: {declare.SOURCES}.",
+        help=f"Model: a folder with consolidated.00.pth, or any other: {declare.SOURCES}.",
     ),
     click.option(
         "--mlx-path",
@@ -34,11 +31,7 @@ from mlxlora_core.runs.recipe import check_sections, choose, overrides
         show_default=True,
         help="Folder to write.",
     ),
-    click.option("-q", "--quantize", is_flag=True, help="Quantize the linear layers."),
-    click.option(
-        "--q-group-size", metavar="WEIGHTS", help="Weights that share one scale and bias. [default: 64]"
-    ),
-    click.option("--q-bits", metavar="BITS", help="Bits a weight. [default: 4]"),
+    declare.quantize,
     click.option(
         "--dtype",
         type=click.Choice(["stored", "float16", "bfloat16", "float32"]),
@@ -53,7 +46,6 @@ from mlxlora_core.runs.recipe import check_sections, choose, overrides
         help="Format of the weight file.",
     ),
     click.option("--loader", help="Weight loader. [default: the one that knows the folder]"),
-    click.option("--quantizer", default=DEFAULT_QUANTIZER, show_default=True, help="Quantizer for -q."),
     click.option("--overwrite", is_flag=True, help="Replace a model folder that is there."),
     SETS_OPTION,
     JSON_OPTION,
@@ -62,30 +54,22 @@ def command(
     registry: Registry,
     source: str,
     mlx_path: Path,
-    quantize: bool,
-    q_group_size: str | None,
-    q_bits: str | None,
     dtype: str | None,
     file_format: str,
     loader: str | None,
-    quantizer: str,
     overwrite: bool,
     sets: tuple[str, ...],
     as_json: bool,
+    **quantize: str | None,
 ) -> None:
-    """Turn a foreign checkpoint into a model folder.
+    """Turn a model of any kind into a model folder.
 
     The folder gets config.json, the weights and the tokenizer. A folder that
     holds something else is left alone.
     """
     given = overrides(sets)
     check_sections(given, ("loader", "quantize"))
-    bits = {"group_size": q_group_size, "bits": q_bits}
-    values = given.get("quantize", {}) | {key: value for key, value in bits.items() if value is not None}
-    if values and not quantize:
-        raise UsageError(f"{listing(values)} given without -q", fix="add -q")
-    none = (None, QuantizeConfig())
-    chosen, which = choose("quantizer", quantizer, values, registry) if quantize else none
+    quantization = asked_quantization(registry, quantize, given)
     read = choose("loader", loader, given.get("loader", {}), registry)[0] if loader else None
     hold(mlx_path)
     start(registry)
@@ -101,8 +85,7 @@ def command(
         loader_options=read.options if read else None,
         dtype=dtype,
         file_format=file_format,
-        quantization=chosen,
-        quantize_config=which,
+        quantization=quantization,
         overwrite=overwrite,
         name=found.name if found.revision else "",
     )

@@ -11,7 +11,7 @@ import click
 
 from mlxlora_core.options import Option, explain, items, parse
 from mlxlora_core.path_text import check_path
-from mlxlora_core.plugins.defaults import DEFAULT_SAMPLER
+from mlxlora_core.plugins.defaults import DEFAULT_QUANTIZER, DEFAULT_SAMPLER
 from mlxlora_core.training import sources
 
 T = TypeVar("T")
@@ -86,6 +86,21 @@ BASE_MISMATCH = click.option(
     show_default=True,
     help="Whether an adapter may go on another base than its own, such as the same model in other bits.",
 )
+_QUANTIZE = (
+    click.option(
+        "-q",
+        "--quantize",
+        is_flag=False,
+        flag_value=DEFAULT_QUANTIZER,
+        metavar="[NAME]",
+        help="Quantize dense linears, each as it is read, by the quantizer NAME. "
+        f"[default of NAME: {DEFAULT_QUANTIZER}]",
+    ),
+    click.option(
+        "--q-group-size", metavar="WEIGHTS", help="Weights that share one scale and bias. [default: 64]"
+    ),
+    click.option("--q-bits", metavar="BITS", help="Bits a weight. [default: 4]"),
+)
 SAMPLER = click.option(
     "--sampler", default=DEFAULT_SAMPLER, show_default=True, help="Samplers, in order: NAME or NAME,NAME."
 )
@@ -99,6 +114,13 @@ COLUMNS = click.option(
     metavar="NAME=COLUMN",
     help="Read NAME from this column, such as prompt=question,completion=answer. May be repeated.",
 )
+
+
+def quantize(function: Any) -> Any:
+    """Add the options that say how dense linears are quantized as they are read."""
+    for decorate in reversed(_QUANTIZE):
+        function = decorate(function)
+    return function
 
 
 def columns_from(given: tuple[str, ...]) -> dict[str, str]:
@@ -167,7 +189,7 @@ def config_from(config: type[T], arguments: Mapping[str, Any]) -> T:
     Raises:
         UsageError: values out of range, all of them told.
     """
-    names = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    names = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]  # a dataclass
     given = {name: value for name, value in arguments.items() if name in names and value is not None}
     return parse(config, given, owner="the command line", spell=flag_name)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.cli import declare, show
-from mlxlora_core.cli.model import asked_adapter, load_adapted, measure, read_test
+from mlxlora_core.cli.model import asked_adapter, asked_quantization, load_adapted, measure, read_test
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.recipe import check_sections, overrides
@@ -16,6 +16,7 @@ from mlxlora_core.training.sources import read_data
 
 @verb(
     declare.MODEL,
+    declare.quantize,
     declare.data("test.jsonl"),
     declare.COLUMNS,
     declare.ADAPTER_FILE,
@@ -50,10 +51,11 @@ def command(
     given = overrides(sets)
     any_base = base_mismatch == "allow"
     asked = asked_adapter(adapter_file, no_adapter, adapter, given.get("adapter", {}), any_base)
-    check_sections(given, ("adapter",))
+    check_sections(given, ("adapter", "quantize"))
+    quantization = asked_quantization(registry, arguments, given)
     rows = read_data(data, ("test",), columns=declare.columns_from(columns))["test"]
     start(registry)
-    base, said = load_adapted(model, asked, registry)
+    base, said = load_adapted(model, asked, registry, quantization)
     result = measure(base, read_test(base, rows, batches), batches, config, quiet=as_json)
     show.progress(said)
     if as_json:

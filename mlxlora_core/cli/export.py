@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from mlxlora_core.cli import declare, show
-from mlxlora_core.cli.model import located
+from mlxlora_core.cli.model import asked_quantization, located
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.errors import UsageError
 from mlxlora_core.plugins import Registry
@@ -23,6 +23,7 @@ from mlxlora_core.runs.stages.export import describe_export
         "--to", required=True, metavar="EXPORTER", help="Exporter (see: mlxlora components exporter)."
     ),
     declare.MODEL,
+    declare.quantize,
     click.option("--adapter-file", type=declare.INPUT, help="Adapter file to put into the weights."),
     declare.ADAPTER,
     declare.BASE_MISMATCH,
@@ -42,6 +43,7 @@ def command(
     overwrite: bool,
     sets: tuple[str, ...],
     as_json: bool,
+    **quantize: str | None,
 ) -> None:
     """Write a model, with or without an adapter, in the form of another tool.
 
@@ -50,7 +52,8 @@ def command(
     `--set export.KEY=VALUE` sets an option of the exporter.
     """
     given = overrides(sets)
-    check_sections(given, ("export", "adapter"))
+    check_sections(given, ("export", "adapter", "quantize"))
+    quantization = asked_quantization(registry, quantize, given)
     if adapter_file is None and (adapter is not None or "adapter" in given):
         raise UsageError("an adapter is described, but no file is named", fix="add --adapter-file")
     exporter, _ = choose("exporter", to, given.get("export", {}), registry)
@@ -70,6 +73,7 @@ def command(
             exporter,
             registry,
             fused=fused,
+            quantization=quantization,
             overwrite=overwrite,
             told=partial(bar.move, "exporting"),
         ):

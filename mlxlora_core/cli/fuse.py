@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlxlora_core.cli import declare, show
-from mlxlora_core.cli.model import located
+from mlxlora_core.cli.model import asked_quantization, located
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.recipe import check_sections, overrides
@@ -23,6 +23,7 @@ ROUNDED_AWAY = 0.5
 
 @verb(
     declare.MODEL,
+    declare.quantize,
     click.option("--adapter-file", type=declare.INPUT, required=True, help="Adapter file made for it."),
     declare.ADAPTER,
     declare.BASE_MISMATCH,
@@ -48,6 +49,7 @@ def command(
     overwrite: bool,
     sets: tuple[str, ...],
     as_json: bool,
+    **quantize: str | None,
 ) -> None:
     """Write a model folder with an adapter's change in its weights.
 
@@ -56,14 +58,23 @@ def command(
     adapter's change too; --dequantize writes a dense model instead.
     """
     given = overrides(sets)
-    check_sections(given, ("adapter",))
+    check_sections(given, ("adapter", "quantize"))
+    quantization = asked_quantization(registry, quantize, given)
     hold(save_path)
     start(registry)
     from mlxlora_core.model.adapters import AdapterFile
     from mlxlora_core.model.fuse import FuseReport, fuse
 
     file = AdapterFile(adapter_file, adapter, given.get("adapter", {}), base_mismatch == "allow")
-    events = fuse(located(model).path, file, save_path, registry, dequantize=dequantize, overwrite=overwrite)
+    events = fuse(
+        located(model).path,
+        file,
+        save_path,
+        registry,
+        quantization=quantization,
+        dequantize=dequantize,
+        overwrite=overwrite,
+    )
     _show(show.writing("fusing", events, FuseReport), save_path, as_json)
 
 

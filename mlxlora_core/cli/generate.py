@@ -13,6 +13,7 @@ import click
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.model import (
     asked_adapter,
+    asked_quantization,
     chosen_samplers,
     continue_prompt,
     given_text,
@@ -31,6 +32,7 @@ SILENCE_SECONDS = 10  # for what comes from a stdin that does not block
 
 @verb(
     declare.MODEL,
+    declare.quantize,
     click.option("-p", "--prompt", required=True, help="Text to continue; - reads it from stdin."),
     declare.ADAPTER_FILE,
     declare.NO_ADAPTER,
@@ -67,12 +69,13 @@ def command(
     given = overrides(sets)
     any_base = base_mismatch == "allow"
     asked = asked_adapter(adapter_file, no_adapter, adapter, given.get("adapter", {}), any_base)
-    check_sections(given, ("adapter", "sampler"))
+    check_sections(given, ("adapter", "sampler", "quantize"))
+    quantization = asked_quantization(registry, arguments, given)
     chosen = chosen_samplers(registry, sampler, temp, given.get("sampler", {}))
     text = _stdin() if prompt == "-" else given_text(prompt)
     start(registry)
     check_samplers(chosen)
-    base, said = load_adapted(model, asked, registry)
+    base, said = load_adapted(model, asked, registry, quantization)
     result = continue_prompt(base, text, chosen, config, seed, quiet=as_json)
     show.progress(said)
     if as_json:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.cli import show
 from mlxlora_core.cli.declare import DEFAULT_ADAPTER_FILE
-from mlxlora_core.errors import ModelError, UsageError
+from mlxlora_core.errors import ModelError, UsageError, listing
 from mlxlora_core.model.located import LocatedModel, is_path, locate_model
 from mlxlora_core.options import explain
 from mlxlora_core.plugins import Choice, Registry
-from mlxlora_core.runs.recipe import choose_samplers
+from mlxlora_core.plugins.sections import Quantization
+from mlxlora_core.runs.recipe import choose, choose_samplers
 from mlxlora_core.runs.samplers import TEMPERATURE, names
 from mlxlora_core.training.settings import BatchConfig, EvaluateConfig, GenerateConfig
 from mlxlora_core.training.sources import SplitRows
@@ -39,11 +40,34 @@ def located(model: str) -> LocatedModel:
     return found
 
 
-def load_base(model: LocatedModel, registry: Registry) -> Model:
+def asked_quantization(
+    registry: Registry, arguments: Mapping[str, Any], sets: Mapping[str, Mapping[str, Any]]
+) -> Quantization | None:
+    """How a command line asks for dense linears to be quantized, or None.
+
+    Args:
+        registry: where quantizers are looked up.
+        arguments: what the options of :func:`~mlxlora_core.cli.declare.quantize` were given.
+        sets: what ``--set`` was given.
+
+    Raises:
+        PluginError: no such quantizer.
+        UsageError: options of a quantizer, and none is asked for; or out of range.
+    """
+    bits = {"group_size": arguments["q_group_size"], "bits": arguments["q_bits"]}
+    values = {**sets.get("quantize", {}), **{key: value for key, value in bits.items() if value is not None}}
+    if arguments["quantize"] is not None:
+        return Quantization(*choose("quantizer", arguments["quantize"], values, registry))
+    if values:
+        raise UsageError(f"{listing(values)} given without -q", fix="add -q")
+    return None
+
+
+def load_base(model: LocatedModel, registry: Registry, quantization: Quantization | None) -> Model:
     """A model that was found; what there is to tell of it is told."""
     from mlxlora_core.model.loading import load
 
-    base = load(model.path, registry)
+    base = load(model.path, registry, quantization)
     for note in (*base.notes, *([base.note] if base.note else [])):
         show.progress(note)
     return replace(base, name=model.name if model.revision else "")
@@ -85,11 +109,13 @@ def asked_adapter(
     return None
 
 
-def load_adapted(name: str, asked: AskedAdapter | None, registry: Registry) -> tuple[Model, str]:
+def load_adapted(
+    name: str, asked: AskedAdapter | None, registry: Registry, quantization: Quantization | None
+) -> tuple[Model, str]:
     """A model with the adapter that is asked for, and which one that is in words."""
     from mlxlora_core.model import adapters
 
-    model = load_base(located(name), registry)
+    model = load_base(located(name), registry, quantization)
     if asked is None:
         return model, "without an adapter: this was the model itself"
     try:

@@ -12,6 +12,7 @@ import click
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.command_line import resume_command
 from mlxlora_core.cli.model import (
+    asked_quantization,
     chosen_samplers,
     continue_prompt,
     given_text,
@@ -25,7 +26,7 @@ from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain, plain
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
-from mlxlora_core.plugins.sections import AdapterConfig
+from mlxlora_core.plugins.sections import AdapterConfig, Quantization
 from mlxlora_core.runs.folder import REPORT
 from mlxlora_core.runs.observing import ObserverFailed, event_values, observed
 from mlxlora_core.runs.pipeline import circumstances
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     declare.section(
         "Model and data",
         declare.MODEL,
+        declare.quantize,
         declare.data("train.jsonl and, to validate on, valid.jsonl"),
         declare.COLUMNS,
         declare.flags(BatchConfig),
@@ -142,7 +144,7 @@ def command(
     """Train an adapter on a dataset folder.
 
     The base stays as it is; only the adapter's own parameters train. A
-    quantized model folder makes it QLoRA. Checkpoints go into a folder beside
+    quantized model, or -q, makes it QLoRA. Checkpoints go into a folder beside
     the adapter file, NAME.checkpoints; --resume goes on from the newest. So
     does report.html, a page that shows the training.
     """
@@ -161,7 +163,7 @@ def command(
 
     # A sampler that is faulty is told now and not when hours of training are over.
     check_samplers(asked.samplers)
-    base = load_base(place, registry)
+    base = load_base(place, registry, asked.quantization)
     test_rows = rows.pop("test") if test else None
     if prompt is not None:  # one that does not fit is told now, too
         fitting_ids(base.language_model, base.tokenizer, asked.generate.asked(given_text(prompt)))
@@ -207,6 +209,7 @@ class _Asked:
     evaluate: EvaluateConfig
     generate: GenerateConfig
     columns: Mapping[str, str]
+    quantization: Quantization | None
 
 
 def _check(registry: Registry, checkpoints: Path, given: dict[str, Any], *, speaks: bool) -> _Asked:
@@ -216,7 +219,7 @@ def _check(registry: Registry, checkpoints: Path, given: dict[str, Any], *, spea
     if given["resume"]:
         check_plugins(find(checkpoints), registry)
     sets = overrides(given["sets"])
-    check_sections(sets, ("adapter", "sampler", "observe"))
+    check_sections(sets, ("adapter", "sampler", "observe", "quantize"))
     layers = given["lora_layers"]
     values = sets.get("adapter", {}) | ({"layers": layers} if layers is not None else {})
     return _Asked(
@@ -234,6 +237,7 @@ def _check(registry: Registry, checkpoints: Path, given: dict[str, Any], *, spea
         evaluate=declare.config_from(EvaluateConfig, given),
         generate=declare.config_from(GenerateConfig, given),
         columns=declare.columns_from(given["columns"]),
+        quantization=asked_quantization(registry, given, sets),
     )
 
 
@@ -279,6 +283,8 @@ def _settings(asked: _Asked, model: str, data: Path, seed: int) -> dict[str, Any
         "train": plain(asked.train),
         "checkpoints": plain(asked.save),
     }
+    if asked.quantization is not None:
+        sections["quantize"] = asked.quantization.values()
     return {name: without_none(values) for name, values in sections.items()}
 
 

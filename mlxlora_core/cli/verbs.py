@@ -19,7 +19,7 @@ from mlxlora_core.version import __version__
 VERBS = {
     "run": "Do a whole recipe: convert, build data, train, evaluate and answer.",
     "report": "Write the report of a run folder again, also while the run is going on.",
-    "convert": "Turn a foreign checkpoint into a model folder.",
+    "convert": "Turn a model of any kind into a model folder.",
     "data": "Build a dataset folder with a dataset builder.",
     "train": "Train an adapter on a dataset folder.",
     "evaluate": "Measure loss and perplexity on the test set.",

@@ -71,4 +71,5 @@ def _changed(tensor: LazyTensor, count: int, change: Callable[[mx.array], mx.arr
     if packed is not None:
         parts = {name: _changed(part, count, change) for name, part in packed.parts.items()}
         packed = replace(packed, parts=parts)
-    return LazyTensor((count, *tensor.shape[1:]), tensor.dtype, lambda: change(tensor.read()), packed)
+    shape = (count, *tensor.shape[1:])
+    return replace(tensor, shape=shape, read=lambda: change(tensor.read()), packed=packed)

@@ -328,5 +328,5 @@ def _load_safetensors(file: BinaryIO, path: Path) -> tuple[dict[str, mx.array], 
     # MLX reads a tensor of a named file when that is first used, but all of an open one at once.
     opened: Any = name_of_open(file) or file
     # A dictionary for this format; the stub covers every format that MLX reads.
-    tensors: dict[str, mx.array] = mx.load(opened, format="safetensors")  # type: ignore[assignment]
+    tensors: dict[str, mx.array] = mx.load(opened, format="safetensors")  # type: ignore[assignment]  # as said
     return tensors, metadata

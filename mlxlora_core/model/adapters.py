@@ -122,6 +122,7 @@ def _wrap(
         got = "modules without a parameter that trains" if wrapped else f"None for {listing(linears)}"
         raise choice.component.breach("wrap", got, "a module that trains for at least one linear")
     replace(model.module, wrapped)
+    model.module.eval()  # modules are made for training: what drops at random must not before it begins
     mx.eval(trained)
     return Adapted(choice, config, tuple(wrapped))
 
@@ -302,7 +303,8 @@ def _other_base(base: str, model: Model, path: Path, allowed: bool) -> list[str]
         return [f"{path}: {what}, and put on this one all the same: what it does here is not what it learnt"]
     fix = (
         f"use the model folder that it was trained on, not {model.folder}; "
-        "if this is the same model in other bits, add --base-mismatch allow"
+        "if this is the same model in other bits, give the --quantize that it was trained with, "
+        "or add --base-mismatch allow"
     )
     raise ModelError(what, where=path, fix=fix)
 

@@ -23,13 +23,14 @@ from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.adapters import AdapterFile
-from mlxlora_core.model.convert import DTYPES, cast
+from mlxlora_core.model.casting import DTYPES, cast
 from mlxlora_core.model.events import SpaceNeeded
 from mlxlora_core.model.linears import Quantized, linear_shape, linears
 from mlxlora_core.model.loading import Model
 from mlxlora_core.model.quantization import expanded, without_quantization
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component, Registry
+from mlxlora_core.plugins.sections import Quantization
 from mlxlora_core.values import ExportAdapter, ExportSource, LazyTensor
 from mlxlora_core.version import __version__
 
@@ -72,6 +73,7 @@ def export(
     registry: Registry,
     *,
     fused: AdapterFile | None = None,
+    quantization: Quantization | None = None,
     overwrite: bool = False,
     told: Callable[[int, int], None] = lambda done, count: None,
 ) -> Iterator[SpaceNeeded | ExportReport]:
@@ -83,6 +85,7 @@ def export(
         exporter: who writes it, with which options.
         registry: where plugins are looked up.
         fused: the adapter to put into the weights.
+        quantization: how the base is quantized when it is opened, as it was when the adapter was trained.
         overwrite: whether an export that is there may be replaced.
         told: called with (tensors begun, all) while the exporter works, for it
             takes the tensors at its own pace.
@@ -99,7 +102,7 @@ def export(
     """
     read = [folder, *([fused.path] if fused else []), *paths_in(exporter.options)]
     check_output_folder(target, read, overwrite=overwrite, ours=holds_only_an_export)
-    model, stored = loading.outline(folder, registry)
+    model, stored = loading.outline(folder, registry, quantization)
     adapted = adapters.load_file(fused, model, registry) if fused else None
     source = _source(model, stored, adapted, fused, told)
     sizes = {name: math.prod(tensor.shape) for name, tensor in source.tensors.items()}

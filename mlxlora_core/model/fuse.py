@@ -17,7 +17,7 @@ from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.model import adapters, loading
 from mlxlora_core.model import folder as model_folder
 from mlxlora_core.model.adapters import AdapterFile
-from mlxlora_core.model.convert import DTYPES, cast
+from mlxlora_core.model.casting import DTYPES, cast
 from mlxlora_core.model.events import SpaceNeeded, TensorWritten
 from mlxlora_core.model.folder import CONFIG, SOURCE
 from mlxlora_core.model.linears import Quantized, dense_weight, parameters
@@ -27,6 +27,7 @@ from mlxlora_core.model.quantization import pack, without_quantization
 from mlxlora_core.model.stored import StoredModel, bytes_of, open_stored
 from mlxlora_core.model.weights import SMALLER, WEIGHTS
 from mlxlora_core.plugins import Registry
+from mlxlora_core.plugins.sections import Quantization
 from mlxlora_core.values import LazyTensor
 
 PROBE_TOKENS = 64
@@ -63,6 +64,7 @@ def fuse(
     target: Path,
     registry: Registry,
     *,
+    quantization: Quantization | None = None,
     dequantize: bool = False,
     overwrite: bool = False,
 ) -> Iterator[SpaceNeeded | TensorWritten | FuseReport]:
@@ -78,6 +80,7 @@ def fuse(
         adapter: a file of one made for it, and what the caller insists on.
         target: model folder to make.
         registry: where plugins are looked up.
+        quantization: how the base is quantized when it is opened, as it was when the adapter was trained.
         dequantize: whether the fused model is dense where the base is quantized.
         overwrite: whether a model folder that is there may be replaced.
 
@@ -92,10 +95,10 @@ def fuse(
     """
     ours = model_folder.holds_only_a_model
     check_output_folder(target, [folder, adapter.path], overwrite=overwrite, ours=ours)
-    stored = open_stored(folder, registry)
+    stored = open_stored(folder, registry, quantization=quantization)
     written = _need(stored, dequantize)
     yield SpaceNeeded(require_disk(written, target))
-    model = loading.load(folder, registry)
+    model = loading.load(folder, registry, quantization)
     yield SpaceNeeded(_memory(model, stored, written if dequantize else written // 2))
     probe = _probe(model)
     base = _logits(model, probe)

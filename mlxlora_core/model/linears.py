@@ -31,7 +31,7 @@ class StackedLinear(nn.Module):
     """
 
     def __init__(self, experts: int, inputs: int, outputs: int, bias: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         edge = inputs**-0.5
         self.weight = mx.random.uniform(-edge, edge, (experts, outputs, inputs))
         if bias:
@@ -66,7 +66,7 @@ class Quantized(nn.Module):
     """
 
     def __init__(self, quantization: Choice, parts: Mapping[str, mx.array], shape: tuple[int, ...]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self.quantization = quantization
         self._shape = tuple(shape)
         for name, part in parts.items():

@@ -29,6 +29,7 @@ from mlxlora_core.model.stored import StoredModel, bytes_of, open_stored
 from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.model.weights import SMALLER
 from mlxlora_core.plugins import Choice, Component, Registry
+from mlxlora_core.plugins.sections import Quantization
 from mlxlora_core.values import LazyTensor
 
 #: of the free memory, how much the weights may take when they are expanded to float32 on a CPU
@@ -75,10 +76,17 @@ class Model:
         return min(max_seq_length, self.language_model.context_tokens or max_seq_length)
 
 
-def load(path: Path, registry: Registry) -> Model:
+def load(path: Path, registry: Registry, quantization: Quantization | None = None) -> Model:
     """Read a model: a model folder, or anything that a weight loader opens.
 
+    Args:
+        path: folder or file.
+        registry: where plugins are looked up.
+        quantization: how dense linears are quantized, each as it is read; the model is then the one
+            that converting so and loading the folder gives. None to take the weights as they are.
+
     Raises:
+        UsageError: there is nothing to quantize, or the quantizer takes none of it.
         ModelError: a part is absent, damaged or does not fit the others (all
             tensors that do not fit are listed), or the folder was replaced
             by another one meanwhile.
@@ -87,8 +95,8 @@ def load(path: Path, registry: Registry) -> Model:
         PluginError: no plugin restores its quantization, or one breaks its contract.
     """
     before = durable.version(path)
-    stored = open_stored(path, registry, whole=True)
-    note = _too_large_to_expand(stored.tensors)
+    stored = open_stored(path, registry, whole=True, quantization=quantization)
+    note = _too_large_to_expand(stored)
     if note:
         _keep_stored(stored.module)
     digests = _fill(stored)
@@ -97,14 +105,19 @@ def load(path: Path, registry: Registry) -> Model:
     return model_of(stored, stored.fingerprint(digests), note)
 
 
-def outline(path: Path, registry: Registry) -> tuple[Model, dict[str, LazyTensor]]:
+def outline(
+    path: Path, registry: Registry, quantization: Quantization | None = None
+) -> tuple[Model, dict[str, LazyTensor]]:
     """A model whose parameters hold nothing yet, and the tensors of its files, none of which is kept.
 
+    The arguments are those of :func:`load`.
+
     Raises:
+        UsageError: as :func:`load`.
         ModelError: as :func:`load`.
         PluginError: as :func:`load`.
     """
-    stored = open_stored(path, registry)
+    stored = open_stored(path, registry, quantization=quantization)
     return model_of(stored, stored.fingerprint(), ""), stored.tensors
 
 
@@ -119,7 +132,7 @@ def model_of(stored: StoredModel, fingerprint: str, note: str) -> Model:
         stored.architecture,
         fingerprint,
         note,
-        stored.notes,
+        (*stored.notes, *([stored.packing.words()] if stored.packing is not None else [])),
     )
 
 
@@ -128,7 +141,7 @@ def _computed(stored: mx.Dtype) -> mx.Dtype:
     return compute_dtype(stored) if mx.issubdtype(stored, mx.floating) else stored
 
 
-def _too_large_to_expand(tensors: Mapping[str, LazyTensor]) -> str:
+def _too_large_to_expand(model: StoredModel) -> str:
     """Why the weights stay in the type that they are stored in, or nothing when they are expanded once.
 
     A CPU computes in float32. Expanded weights may take :data:`EXPANDED_SHARE`
@@ -137,9 +150,11 @@ def _too_large_to_expand(tensors: Mapping[str, LazyTensor]) -> str:
     Raises:
         ResourceError: not even what is stored fits.
     """
+    tensors = model.tensors
     stored = sum(map(bytes_of, tensors.values()))
+    packing = model.packing.work_bytes if model.packing is not None else 0
     expanded = sum(math.prod(t.shape) * _computed(getattr(mx, t.dtype)).size for t in tensors.values())
-    require_memory(stored + READERS_BYTES, "the model", SMALLER)
+    require_memory(stored + packing + READERS_BYTES, "the model", SMALLER)
     free = free_memory_bytes()
     if expanded == stored or free is None or expanded <= EXPANDED_SHARE * free:
         return ""

@@ -30,7 +30,7 @@ _TILE = 64  # queries that attention takes at a time, or an eighth of all
 _HEAD_WIDTH = 64  # where a model does not tell how many heads it has: few are narrower
 CACHE_STEP = 256  # tokens by which a cache grows
 
-SHORTER = "shorten the prompt, or use a smaller model or one that is quantized (mlxlora convert -q)"
+SHORTER = "shorten the prompt, or use a smaller model, or fewer bits of it (--quantize)"
 #: tokens of a prompt that are read at a time, and of how many where memory is short
 PARTS = (512, 256, 128, 64, 32, 16)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +94,44 @@ def read_quantization(config: Mapping[str, Any], registry: Registry, where: Path
     return Choice(component, _options(component, stated, where))
 
 
+def packed_config(quantizer: str, packed: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What config.json holds of packed weights: the commonest options, and of each what differs from them.
+
+    Args:
+        quantizer: who packed them.
+        packed: path -> the options of each weight; one at least.
+    """
+    found = {path: json.dumps(dict(options), sort_keys=True) for path, options in packed.items()}
+    commonest = Counter(found.values()).most_common(1)[0][0]
+    common = dict(next(packed[path] for path, text in found.items() if text == commonest))
+    differing = {
+        path: {key: value for key, value in options.items() if common.get(key) != value}
+        for path, options in packed.items()
+    }
+    return {QUANTIZER: quantizer, QUANTIZATION: common, QUANTIZED: differing}
+
+
+def packed_already(
+    module: nn.Module, tensors: Collection[str], config: Mapping[str, Any], where: Path
+) -> dict[str, dict[str, Any]]:
+    """path -> the options of each weight that a config says is packed.
+
+    Args:
+        module: the model, with dense linears.
+        tensors: names of those of the weight file.
+        config: config.json.
+        where: config.json, for messages.
+
+    Raises:
+        ModelError: the config says it in another form.
+    """
+    if QUANTIZATION not in config:
+        return {}
+    known = {path for found in (linears(module), embeddings(module)) for path, _ in found}
+    stated = _packed(known, tensors, config, where)
+    return {path: {**config[QUANTIZATION], **differing} for path, differing in stated.items()}
+
+
 def restore(
     module: nn.Module,
     tensors: Mapping[str, mx.array],
@@ -138,7 +178,7 @@ def restore(
 
 
 def _packed(
-    known: Collection[str], tensors: Mapping[str, mx.array], config: Mapping[str, Any], where: Path
+    known: Collection[str], tensors: Collection[str], config: Mapping[str, Any], where: Path
 ) -> Mapping[str, Mapping[str, Any]]:
     """path -> the options that differ, of each quantized weight."""
     stated = config.get(QUANTIZED)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,19 @@ from mlxlora_core.files.fingerprints import combine
 from mlxlora_core.files.tensor_checks import mismatches
 from mlxlora_core.files.tensor_file import tensor_digest
 from mlxlora_core.model.architectures import build, find_architecture, folder_args, placed
+from mlxlora_core.model.casting import DTYPES, STORED, cast_on_reading
 from mlxlora_core.model.folder import CONFIG, SOURCE, is_model_folder, read_config
 from mlxlora_core.model.foreign import OpenedModel, open_foreign
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import parameters
-from mlxlora_core.model.quantization import QUANTIZATION, QUANTIZED, QUANTIZER, read_quantization, restore
+from mlxlora_core.model.quantization import (
+    QUANTIZED,
+    packed_already,
+    packed_config,
+    read_quantization,
+    restore,
+)
+from mlxlora_core.model.quantizing import Packing, pack_on_reading
 from mlxlora_core.model.strangers import known_as
 from mlxlora_core.model.tokenizers import (
     FILES,
@@ -38,6 +45,7 @@ from mlxlora_core.model.tokenizers import (
 )
 from mlxlora_core.model.weights import lazy_weights, read_weights
 from mlxlora_core.plugins import Choice, Component, Registry
+from mlxlora_core.plugins.sections import Quantization
 from mlxlora_core.values import LazyTensor, PackedTensor
 
 
@@ -47,25 +55,34 @@ class StoredModel:
 
     Attributes:
         path: the folder or file.
+        where: what says how it is quantized, for messages.
         language_model: with places for the parameters, quantized ones where weights are packed.
         tokenizer: of the model.
         config: config.json of its model folder, or what that would hold.
-        quantization: how linears were quantized, or None.
         architecture: who built it.
         tensors: every parameter, as a model folder holds it, still to be read.
         digests: name -> digest of each tensor, or None where the tensors must be read for them.
         notes: what was assumed of another library's model, or done to it.
+        quantization: how linears are quantized, or None.
+        packing: what is quantized when the tensors are read, or None.
+        loader: who opened it, or None for a model folder.
+        unread: tensors of another library's model that nobody has read so far; what is left when
+            all of ``tensors`` are read has no use here.
     """
 
     path: Path
+    where: Path
     language_model: LanguageModel
     tokenizer: CheckedTokenizer
     config: Mapping[str, Any]
-    quantization: Choice | None
     architecture: Component
     tensors: dict[str, LazyTensor]
     digests: Mapping[str, str] | None
     notes: tuple[str, ...] = ()
+    quantization: Choice | None = None
+    packing: Packing | None = None
+    loader: Component | None = None
+    unread: Collection[str] = ()
 
     @property
     def module(self) -> nn.Module:
@@ -83,7 +100,9 @@ class StoredModel:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def open_stored(path: Path, registry: Registry, *, whole: bool = False) -> StoredModel:
+def open_stored(
+    path: Path, registry: Registry, *, whole: bool = False, quantization: Quantization | None = None
+) -> StoredModel:
     """Open a model folder, or a model of another tool that a weight loader knows.
 
     Args:
@@ -91,8 +110,11 @@ def open_stored(path: Path, registry: Registry, *, whole: bool = False) -> Store
         registry: where plugins are looked up.
         whole: whether all tensors will be read, and kept: those of a model folder are then
             read from one open file, and held by what is returned.
+        quantization: how dense linears are quantized when they are read, to the bits that converting
+            makes of them; None to take the weights as they are.
 
     Raises:
+        UsageError: there is nothing to quantize, or the quantizer takes none of it.
         ModelError: a part is absent, damaged or does not fit the others (all
             tensors that do not fit are listed).
         SafetyError: a file wants to run code, or leads out of its folder.
@@ -100,16 +122,45 @@ def open_stored(path: Path, registry: Registry, *, whole: bool = False) -> Store
         PluginError: no plugin restores its quantization, or one breaks its contract.
     """
     if is_foreign(path, registry):
-        return _foreign(path, registry)
-    config = read_config(path)
-    tensors, digests = (read_weights if whole else lazy_weights)(path)
-    architecture = find_architecture(config, registry, path / CONFIG)
-    args = placed(path / CONFIG, folder_args, architecture.spec, config)
-    language_model = build(architecture, args)
-    quantization = _restored(language_model, tensors, config, registry, path / CONFIG)
-    tokenizer = open_tokenizer(tokenizer_files(path, config), registry, path)
-    check_vocabulary(tokenizer, language_model.vocab_size, path)
-    return StoredModel(path, language_model, tokenizer, config, quantization, architecture, tensors, digests)
+        found = _foreign(path, registry)
+    else:
+        found = _own(path, registry, whole=whole and quantization is None)
+    if quantization is not None:
+        found = _remade(found, None, quantization, registry)
+    return _restored(found, registry)
+
+
+def open_to_convert(
+    path: Path,
+    registry: Registry,
+    *,
+    loader: str | None = None,
+    loader_options: Any = None,
+    dtype: str | None = None,
+    quantization: Quantization | None = None,
+) -> StoredModel:
+    """Open a model whose tensors are read once, in the types that its model folder will hold.
+
+    A model folder is opened where there is something to change; else no loader knows it.
+
+    Args:
+        path: folder or file.
+        registry: where plugins are looked up.
+        loader: which weight loader; None asks each whether it knows the path.
+        loader_options: of the loader; None for its defaults.
+        dtype: a type, or ``stored`` for that of each tensor as it is; None for what the loader says.
+        quantization: how to quantize the linears, or None.
+
+    Raises:
+        MlxloraError: as :func:`open_stored`.
+    """
+    known = loader is not None or any(component.spec.detect(path) for component in registry.of("loader"))
+    idle = quantization is None and dtype is None
+    if known or idle or not (path / CONFIG).is_file() or not is_model_folder(path):
+        found = _foreign(path, registry, loader, loader_options)
+    else:
+        found = _own(path, registry)
+    return _restored(_remade(found, dtype, quantization, registry), registry)
 
 
 def is_foreign(path: Path, registry: Registry) -> bool:
@@ -124,22 +175,66 @@ def is_foreign(path: Path, registry: Registry) -> bool:
     return any(component.spec.detect(path) for component in registry.of("loader"))
 
 
-def _foreign(path: Path, registry: Registry) -> StoredModel:
-    """A model that a weight loader opens, as the model folder would be that is made of it."""
-    opened = open_foreign(path, registry, None, None)
+def _own(path: Path, registry: Registry, *, whole: bool = False) -> StoredModel:
+    """A model folder, whose packed weights have no places yet."""
+    config = read_config(path)
+    tensors, digests = (read_weights if whole else lazy_weights)(path)
+    architecture = find_architecture(config, registry, path / CONFIG)
+    args = placed(path / CONFIG, folder_args, architecture.spec, config)
+    language_model = build(architecture, args)
+    tokenizer = open_tokenizer(tokenizer_files(path, config), registry, path)
+    check_vocabulary(tokenizer, language_model.vocab_size, path)
+    return StoredModel(path, path / CONFIG, language_model, tokenizer, config, architecture, tensors, digests)
+
+
+def _foreign(path: Path, registry: Registry, loader: str | None = None, options: Any = None) -> StoredModel:
+    """A model that a weight loader opens, as the model folder would be; packed weights have no places yet."""
+    opened = open_foreign(path, registry, loader, options)
     config, tensors = folder_form(opened)
-    quantization = _restored(opened.model, tensors, config, registry, path)
     return StoredModel(
+        path,
         path,
         opened.model,
         opened.tokenizer,
         config,
-        quantization,
         opened.architecture,
         tensors,
         None,
         tuple(opened.notes),
+        loader=opened.loader,
+        unread=opened.unread,
     )
+
+
+def _remade(
+    found: StoredModel, dtype: str | None, quantization: Quantization | None, registry: Registry
+) -> StoredModel:
+    """A model whose tensors are made what converting makes of them when they are read."""
+    if dtype is None:
+        dtype = _told_dtype(found.loader) if found.loader is not None else STORED
+    read_quantization(found.config, registry, found.where)  # what it says in another form is told
+    known = packed_already(found.module, found.tensors, found.config, found.where)
+    parts = {name for name in found.tensors if is_part(name, known)}
+    tensors = cast_on_reading(found.tensors, dtype, parts, found.path)
+    if quantization is None:
+        return replace(found, tensors=tensors, digests=None)
+    model, config = found.language_model, found.config
+    packing = pack_on_reading(model, tensors, config, quantization, registry, found.path)
+    return replace(found, tensors=packing.tensors, config=packing.config, digests=None, packing=packing)
+
+
+def _told_dtype(loader: Component) -> str:
+    """The type that a loader says that its checkpoints are converted to."""
+    told: str = loader.spec.dtype
+    if told not in (STORED, *DTYPES):
+        raise loader.breach("dtype", repr(told), listing((STORED, *DTYPES)))
+    return told
+
+
+def is_part(name: str, packed: Collection[str]) -> bool:
+    """Whether a tensor is a part of a packed weight, and no bias beside it."""
+    path, _, part = name.rpartition(".")
+    return path in packed and part != "bias"
 
 
 def folder_form(opened: OpenedModel) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
@@ -160,39 +255,27 @@ def folder_form(opened: OpenedModel) -> tuple[dict[str, Any], dict[str, LazyTens
 
 
 def _packed_config(packed: Mapping[str, PackedTensor]) -> dict[str, Any]:
-    """What config.json holds of packed weights: the commonest options, and of each what differs from them."""
+    """What config.json holds of weights that the checkpoint has packed."""
     if not packed:
         return {}
     names = {weight.quantizer for weight in packed.values()}
     if len(names) > 1:
         raise ModelError(f"weights are packed in several ways: {listing(sorted(names))}")
-    counts = Counter(json.dumps(dict(weight.options), sort_keys=True) for weight in packed.values())
-    common = json.loads(counts.most_common(1)[0][0])
-    differing = {
-        path: {key: value for key, value in weight.options.items() if common.get(key) != value}
-        for path, weight in packed.items()
-    }
-    return {QUANTIZER: names.pop(), QUANTIZATION: common, QUANTIZED: differing}
+    return packed_config(names.pop(), {path: weight.options for path, weight in packed.items()})
 
 
-def _restored(
-    language_model: LanguageModel,
-    tensors: Mapping[str, LazyTensor],
-    config: Mapping[str, Any],
-    registry: Registry,
-    where: Path,
-) -> Choice | None:
-    """How the model is quantized, once the packed weights have their places in it, and all tensors fit."""
-    module: nn.Module = language_model
+def _restored(found: StoredModel, registry: Registry) -> StoredModel:
+    """The model once the packed weights have their places in it, and all tensors fit."""
+    module, config, where = found.module, found.config, found.where
     quantization = read_quantization(config, registry, where)
     if quantization is not None:
         # Never computed: only their shapes and types are asked for.
-        empty = {name: mx.zeros(t.shape, getattr(mx, t.dtype)) for name, t in tensors.items()}
+        empty = {name: mx.zeros(t.shape, getattr(mx, t.dtype)) for name, t in found.tensors.items()}
         restore(module, empty, config, quantization, where)
-    _check_fit(module, tensors, where)
+    _check_fit(module, found.tensors, where)
     module.freeze()
     module.eval()
-    return quantization
+    return replace(found, quantization=quantization)
 
 
 def _check_fit(module: nn.Module, tensors: Mapping[str, LazyTensor], where: Path) -> None:

@@ -19,7 +19,7 @@ from mlxlora_core.values import LazyTensor
 WEIGHTS = {"safetensors": "model.safetensors", "npz": "weights.npz"}
 
 #: what to do about weights that do not fit into memory
-SMALLER = "use a smaller model, or one that is quantized (mlxlora convert -q)"
+SMALLER = "use a smaller model, or fewer bits of it (--quantize)"
 
 INDEX = "model.safetensors.index.json"
 

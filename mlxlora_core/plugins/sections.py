@@ -7,12 +7,12 @@ adapter.layers=4`` sets them as it sets an option.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlxlora_core.errors import UsageError
-from mlxlora_core.options import NoOptions, divide, explain, option, parse
+from mlxlora_core.options import NoOptions, divide, explain, option, parse, plain
 from mlxlora_core.plugins.plugin import Choice, Component
 
 
@@ -37,6 +37,24 @@ class QuantizeConfig:
     """Which linears are quantized."""
 
     head: bool = option(False, help="quantize the output head too")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a model is to be quantized.
+
+    Attributes:
+        choice: the quantizer with its options.
+        config: which of the linears it is asked about.
+    """
+
+    choice: Choice
+    config: QuantizeConfig = field(default_factory=QuantizeConfig)
+
+    def values(self) -> dict[str, Any]:
+        """What a recipe's section says of it."""
+        options = plain(self.choice.options)
+        return {"use": self.choice.component.id, **plain(self.config), "options": options}
 
 
 @dataclass(frozen=True)

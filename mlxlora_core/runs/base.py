@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlxlora_core.model.located import is_path, locate_model
+from mlxlora_core.plugins.sections import Quantization
 from mlxlora_core.runs.recipe import ModelConfig, Recipe
 
 
@@ -38,6 +39,13 @@ def source(model: ModelConfig) -> str:
     return str(named)
 
 
-def base_folder(recipe: Recipe, converted: Path) -> Path:
-    """Where the base is: the folder that the run has converted it to, or what is used as it is."""
-    return locate_model(source(recipe.model)).path if recipe.model.mlx_path is not None else converted
+def base_of(recipe: Recipe, converted: Path) -> tuple[Path, Quantization | None]:
+    """Where the base is, and how it is quantized when it is opened.
+
+    Args:
+        recipe: of the run.
+        converted: the folder that the run converts to, where the recipe does not use a model as it is.
+    """
+    if recipe.model.mlx_path is None:
+        return converted, None
+    return locate_model(source(recipe.model)).path, recipe.quantization

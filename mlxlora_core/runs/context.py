@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxlora_core.plugins import Registry
-from mlxlora_core.runs.base import base_folder
+from mlxlora_core.runs.base import base_of
 from mlxlora_core.runs.folder import ADAPTER, DATA, MODEL, RunFolder
 from mlxlora_core.runs.grading import GENERAL
 from mlxlora_core.runs.recipe import Recipe
@@ -63,7 +63,8 @@ class Context:
         from mlxlora_core.model import loading
 
         if self._model is None:
-            self._model = loading.load(base_folder(self.recipe, self.path / MODEL), self.registry)
+            path, quantization = base_of(self.recipe, self.path / MODEL)
+            self._model = loading.load(path, self.registry, quantization)
             for note in (*self._model.notes, *([self._model.note] if self._model.note else [])):
                 yield Note(note)
         return self._model

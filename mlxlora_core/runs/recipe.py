@@ -24,7 +24,7 @@ from mlxlora_core.options import NoOptions, option, plain
 from mlxlora_core.path_text import check_path, path_text, text_path
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
-from mlxlora_core.plugins.sections import AdapterConfig, QuantizeConfig, SplitConfig, configure
+from mlxlora_core.plugins.sections import AdapterConfig, Quantization, QuantizeConfig, SplitConfig, configure
 from mlxlora_core.runs import samplers
 from mlxlora_core.runs.requirements import PluginsConfig
 from mlxlora_core.training.settings import ChatConfig, EvaluateConfig, SaveConfig, TrainConfig
@@ -114,6 +114,11 @@ class Recipe:
     def folder(self) -> Path:
         """The run folder."""
         return text_path(self.run.folder or f"runs/{self.name}")
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base is quantized, when it is converted or, used as it is, when it is opened."""
+        return None if self.quantize is None else Quantization(self.quantize, self.quantize_config)
 
     def values(self) -> dict[str, Any]:
         """What ``recipe.toml`` holds: sections of plain values, without the parts left out."""

@@ -206,13 +206,12 @@ class _Source:
         return sections
 
     def _refuse_idle_parts(self, sections: Mapping[str, Any]) -> None:
-        """Refuse a loader or a quantizer where nothing is converted."""
-        idle = [s for s in ("loader", "quantize") if sections[s] is not None]
-        if idle and sections["model"].torch_path is None:
+        """Refuse a loader where nothing is converted."""
+        if sections["loader"] is not None and sections["model"].torch_path is None:
             raise UsageError(
-                f"[{idle[0]}] has nothing to do: the model folder of mlx_path is used as it is",
-                where=self._where(idle[0]),
-                fix=f"leave [{idle[0]}] out, or name a torch_path to convert",
+                "[loader] has nothing to do: the model of mlx_path is used as it is",
+                where=self._where("loader"),
+                fix="leave [loader] out, or name a torch_path to convert",
             )
 
     def _plain(self, section: str) -> Any:

@@ -105,7 +105,7 @@ class ExporterSuite:
     def exported(self, source: ExportSource, target: Path, options: Any) -> Path:
         """``target``, exported to."""
         target.mkdir()
-        given: Any = self.spec.export(source, target, options)  # type: ignore[func-returns-value]
+        given: Any = self.spec.export(source, target, options)  # type: ignore[func-returns-value]  # or it does
         assert given is None, f"export gives {type(given).__name__}, wanted None"
         return target
 

@@ -17,7 +17,7 @@ class OnlyForward(nn.Module):
     """A linear's forward and nothing else."""
 
     def __init__(self, linear: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self._linear = [linear]  # in a list: no child module, no parameters
         self.called = False
 

@@ -71,7 +71,7 @@ class Identity:
                 f"was made with another base ({held['base'][:12]}, this one is {self.base[:12]}; tokenizer "
                 f"{str(held.get('tokenizer'))[:12]}, this one {self.tokenizer[:12]})",
                 where=checkpoint.folder,
-                fix="use the model folder that it was begun with",
+                fix="use the model that it was begun with, in the same bits (--quantize)",
             )
         old, new = held["settings"], self.settings
         names = sorted(old.keys() | new.keys())

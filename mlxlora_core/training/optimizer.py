@@ -47,7 +47,7 @@ class Muon(optimizers.Optimizer):
     STEPS = 5
 
     def __init__(self, learning_rate: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self._maybe_schedule("learning_rate", learning_rate)
         self.momentum, self.weight_decay = momentum, weight_decay
 

@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
     """Normalisation by the root of the mean square, times one more than a weight a feature."""
 
     def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self.weight = mx.zeros((dim,))
         self.eps = eps
 
@@ -51,7 +51,7 @@ class Attention(nn.Module):
     """
 
     def __init__(self, args: ModelArgs, layer: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads
         self.head_dim = args.head_dim
         self.window = args.window(layer)
@@ -99,7 +99,7 @@ class TransformerBlock(nn.Module):
     """Attention and feed-forward, each of the normalised input, normalised again and added to it."""
 
     def __init__(self, args: ModelArgs, layer: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self.attention = Attention(args, layer)
         self.feed_forward = GatedFeedForward(args.dim, args.hidden_dim, gelu_times)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
@@ -125,7 +125,7 @@ class Model(LanguageModel):
     """
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self.vocab_size, self.context_tokens = args.vocab_size, args.max_seq_len
         self.heads = args.n_heads
         self.head_path = "" if args.tie_word_embeddings else "output"

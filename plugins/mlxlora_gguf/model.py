@@ -86,7 +86,8 @@ def _notes(headers: Sequence[Header], scales: str) -> Iterator[str]:
         names = listing(sorted({entry.type.name for entry in dense}))
         numbers = sum(4 * entry.size // entry.type.size * entry.type.weights for entry in dense)
         yield (
-            f"{len(dense)} tensors ({names}) have no packed form here and are expanded to float32, exactly: "
+            f"{len(dense)} tensors ({names}) have no packed form here and are expanded to float32, exactly, "
+            "unless they are quantized: "
             f"{numbers / 1e6:.0f} MB instead of {sum(entry.size for entry in dense) / 1e6:.0f}"
         )
     rounded = [entry for entry in entries if entry.type.super_blocks]

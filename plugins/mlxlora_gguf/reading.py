@@ -37,7 +37,7 @@ def lazy(entry: Entry, state: tuple[int, ...], scales: str) -> LazyTensor:
         return LazyTensor(entry.shape, kind.dense, partial(_read_dense, entry, state))
     expanded = partial(_read, entry, state, unpack.dense, entry.shape[-1], "float32")
     if not kind.bits or len(entry.shape) < 2:
-        return LazyTensor(entry.shape, "float32", expanded)
+        return LazyTensor(entry.shape, "float32", expanded, expanded=True)
     dtype = scales if scales != "exact" else "float32" if kind.super_blocks else "float16"
     columns = {"weight": entry.shape[-1] * kind.bits // 32, "scales": entry.shape[-1] // GROUP}
     columns["biases"] = columns["scales"]

@@ -30,7 +30,7 @@ class LoRALinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         outputs, inputs = linear_shape(linear)
         if not 1 <= rank <= min(inputs, outputs):
             raise UsageError(

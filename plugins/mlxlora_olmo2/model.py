@@ -33,7 +33,7 @@ class Attention(nn.Module):
     """Causal attention with rotary positions, queries and keys normalised over all heads at once."""
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads
         self.head_dim, self._theta = args.head_dim, args.rope_theta
         queries, keys, bias = (
@@ -75,7 +75,7 @@ class TransformerBlock(nn.Module):
     """Attention and feed-forward, each normalised and added to its input."""
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self.attention = Attention(args)
         self.feed_forward = GatedFeedForward(args.dim, args.hidden_dim)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
@@ -99,7 +99,7 @@ class Model(LanguageModel):
     """
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self.vocab_size, self.context_tokens = args.vocab_size, args.max_seq_len
         self.heads = args.n_heads
         self.head_path = "" if args.tie_word_embeddings else "output"

@@ -41,7 +41,7 @@ class Attention(nn.Module):
     """
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads
         self.head_dim, self.turned = args.head_dim, args.turned
         self.window, self._factor = args.sliding_window, args.rope_attention_factor or 1.0
@@ -88,7 +88,7 @@ class TransformerBlock(nn.Module):
     """Attention and feed-forward, each of the normalised input and added to it."""
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self.attention = Attention(args)
         self.feed_forward = GatedFeedForward(args.dim, args.hidden_dim)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
@@ -144,7 +144,7 @@ class Model(LanguageModel):
     """
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self.vocab_size, self.context_tokens = args.vocab_size, args.max_seq_len
         self.heads = args.n_heads
         self.head_path = "" if args.tie_word_embeddings else "output"

@@ -129,7 +129,7 @@ def model_folder(
     from mlxlora_core.model.convert import convert
     from mlxlora_core.model.events import result_of
     from mlxlora_core.plugins import Choice
-    from mlxlora_core.plugins.sections import QuantizeConfig
+    from mlxlora_core.plugins.sections import Quantization, QuantizeConfig
 
     made: dict[Any, Path] = {}
 
@@ -147,7 +147,8 @@ def model_folder(
             quantization = None
             if bits is not None:
                 affine = registry.find("quantizer", "affine")
-                quantization = Choice(affine, affine.spec.options(group_size=32, bits=bits))
+                choice = Choice(affine, affine.spec.options(group_size=32, bits=bits))
+                quantization = Quantization(choice, QuantizeConfig(head=head))
             result_of(
                 convert(
                     make_checkpoint(folder / "checkpoint", seed=seed),
@@ -156,7 +157,6 @@ def model_folder(
                     dtype=dtype,
                     file_format=file_format,
                     quantization=quantization,
-                    quantize_config=QuantizeConfig(head=head),
                 )
             )
             made[key] = folder / "model"

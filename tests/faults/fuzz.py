@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +237,7 @@ def main() -> int:
                 subject = file_kinds.KINDS[kind](material, Path(tempfile.mkdtemp(dir=name)))
                 options.keep.write_bytes(damaged(subject, kind, options.only))
             with ThreadPoolExecutor(options.jobs) as pool:
-                tallies = list(pool.map(lambda part, k=kind: fuzz(k, part, material), parts))  # type: ignore[misc]
+                tallies = list(pool.map(partial(fuzz, kind, material=material), parts))
             for tally in tallies:
                 sys.stdout.write(f"{tally}\n")
                 sys.stdout.writelines(summary(tally.faults))

@@ -19,7 +19,7 @@ from mlxlora_core.testing.tokenizer import TEXTS, said
 
 NAMES = (
     *("llama-bpe", "qwen2", "qwen35", "gpt-2", "mpt", "starcoder", "refact", "command-r"),
-    *("llama-spm", "phi-3"),
+    *("deepseek-coder", "deepseek-llm", "falcon", "llama-spm", "phi-3"),
 )
 ALPHABETS = ("a", "ab", "=-", "\n ", "é日", "the ", "0123456789", " \t", "😀é", "aA'", "  \u3000x")
 TURNS = (

@@ -132,6 +132,8 @@ def test_a_model_folder_needs_no_conversion(
 ) -> None:
     done = mlxlora("convert", "--torch-path", convert("model"), "--mlx-path", tmp_path / "again")
     assert done.code == 4 and "is a model folder already" in done.error
+    more = ("--torch-path", tmp_path / "model", "--mlx-path", tmp_path / "packed", "-q", "--q-group-size", 32)
+    assert mlxlora("convert", *more).code == 0
 
 
 def test_a_quantized_embedding_that_config_json_does_not_tell_of_is_named(

@@ -184,7 +184,7 @@ def numbers(config: type[Any]) -> Iterator[str]:
 #: kind -> the verb that uses one, the option that names it, and the section of its options
 USERS = {
     "adapter": ("train", "--adapter", "adapter"),
-    "quantizer": ("convert", "--quantizer", "quantize"),
+    "quantizer": ("convert", "--quantize", "quantize"),
     "sampler": ("generate", "--sampler", "sampler"),
     "builder": ("data", "--builder", "data"),
     "exporter": ("export", "--to", "export"),

@@ -419,7 +419,7 @@ def test_a_sampler_of_other_arguments(run: Run, environment: Any, fault: str) ->
 
 @pytest.mark.parametrize("fault", QUANTIZERS)
 def test_a_quantizer_that_gives_something_else(run: Run, environment: Any, fault: str) -> None:
-    arguments = ("convert", "-q", "--quantizer", "odd", "--torch-path", "base.npz", "--mlx-path", "model")
+    arguments = ("convert", "-q", "odd", "--torch-path", "base.npz", "--mlx-path", "model")
     refused(run, environment, QUANTIZERS[fault], "quantizer", *arguments)
 
 
@@ -533,7 +533,7 @@ def test_a_quantizer_of_whole_numbers_alone_is_fused_and_exported(run: Run, envi
         result = environment.forked(*arguments, "-P", "./fp8.py", cwd=run.folder)
         assert result.returncode == 0, result.stderr
 
-    done("convert", "-q", "--quantizer", "fp8", "--torch-path", "base.npz", "--mlx-path", "of8")
+    done("convert", "-q", "fp8", "--torch-path", "base.npz", "--mlx-path", "of8")
     files = ("--model", "of8", "--adapter-file", "of8.safetensors")
     done("train", *files, "--data", "out/data", "--iters", "2")
     done("fuse", *files, "--save-path", "fused8")

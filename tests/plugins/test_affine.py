@@ -58,10 +58,11 @@ def steps_of(packed: Any) -> np.ndarray:
 def grid(packed: Any) -> tuple[np.ndarray, np.ndarray]:
     """Scale and bias of each weight, float64."""
     size = packed.quantization.options.group_size
-    return tuple(  # type: ignore[return-value]
+    scales, biases = (
         np.repeat(np.array(p.astype(mx.float32), dtype=np.float64), size, axis=1)
         for p in (packed.scales, packed.biases)
     )
+    return scales, biases
 
 
 class TestUnpack:

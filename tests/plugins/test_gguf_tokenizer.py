@@ -140,6 +140,9 @@ def test_what_is_put_behind(tmp_path: Path) -> None:
         ("gpt-4o", "abCd'll 1234", ["ab", "Cd'll", "\u0120", "123", "4"]),
         ("qwen35", "e\u0301e", ["e\u00cc\u0123e"]),
         ("qwen2", "e\u0301e", ["e", "\u00cc\u0123e"]),
+        ("falcon", "a>=b, 1234 c", ["a", ">=", "b", ",", "\u0120", "123", "4", "\u0120c"]),
+        ("deepseek-llm", "ab 12\n+x  ", ["ab", "\u0120", "12", "\u010a", "+", "x", "\u0120\u0120"]),
+        ("deepseek-llm", "a\u01bbb\u3002", ["a", "\u00c6\u00bb", "b", "\u00e3\u0122\u0124"]),
     ],
 )
 def test_texts_are_split_by_the_rule_that_is_named(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hf_folder import CONFIG, WIDTH, dense, packed, write, write_json, write_shards
 from mlxlora_hf import open_folder
+from model_forms import unpacked
 
 from mlxlora_core.api import ModelError, NoOptions, PackedTensor
 
@@ -26,16 +27,6 @@ TABLE: dict[str, Any] = {"group_size": 32, "bits": 4, "mode": "affine"}
 TABLE |= {
     path: {"group_size": group, "bits": bits} if bits else False for path, (group, bits) in BITS.items()
 }
-
-
-def numbers(words: mx.array, scales: mx.array, biases: mx.array, group: int, bits: int) -> np.ndarray:
-    """The weight that packed bits stand for, taken apart bit by bit in float64."""
-    stream = np.unpackbits(np.array(words).view(np.uint8), axis=-1, bitorder="little")
-    steps = stream.reshape(words.shape[0], -1, bits) @ (1 << np.arange(bits))
-    scale, bias = (
-        np.repeat(np.array(a.astype(mx.float32)).astype(np.float64), group, -1) for a in (scales, biases)
-    )
-    return steps * scale + bias
 
 
 def folder_of(path: Path, table: Any = TABLE, key: str = "quantization", shards: int = 0) -> Path:
@@ -73,7 +64,8 @@ def test_packed_weights_stay_packed_and_stand_for_the_same_numbers(
         )
         got = tensor.read()
         assert (got.dtype, tensor.dtype) == (mx.float32, "float32")
-        exact = numbers(*(parts[part] for part in ("weight", "scales", "biases")), group, bits)
+        scales, biases = (np.array(parts[part].astype(mx.float32)) for part in ("scales", "biases"))
+        exact = unpacked(np.array(parts["weight"]), scales, biases, group, bits)
         assert np.abs(np.array(got) - exact).max() <= 1e-6 * np.abs(exact).max()
 
 

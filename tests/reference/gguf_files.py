@@ -2,7 +2,7 @@
 
 Nothing here shares code with the loader. Weights are worked out one by one in
 exact arithmetic (float64 holds every product and sum of these formats) and
-rounded to float32 once, after the block layouts in ``docs/gguf.md`` and
+rounded to float32 once, after the block layouts in ``docs/kinds/weight-loaders.md`` and
 ``ggml-common.h`` of llama.cpp.
 """
 

@@ -38,7 +38,7 @@ def shapes(config: Config, *, tied: bool = False) -> dict[str, tuple[int, ...]]:
     }
     if config.get("head_norms"):
         block |= {"attention.q_norm": (config["head_dim"],), "attention.k_norm": (config["head_dim"],)}
-    biased = {name for name in block if name.rpartition(".")[2] in config.get("biases", ())}
+    biased = [name for name in block if name.rpartition(".")[2] in config.get("biases", ())]
     found = {"tok_embeddings.weight": (vocab, dim), "norm.weight": (dim,)}
     if not tied:
         found["output.weight"] = (vocab, dim)

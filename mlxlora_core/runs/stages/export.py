@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxlora_core.runs.base import base_folder
+from mlxlora_core.runs.base import base_of
 from mlxlora_core.runs.events import Event, StageDone
 from mlxlora_core.runs.folder import ADAPTER, EXPORT, MODEL
 from mlxlora_core.runs.recipe import Recipe
@@ -44,12 +44,14 @@ class ExportStage(Stage):
 
         recipe, path = context.recipe, context.path
         assert recipe.export is not None, "else this stage is not wanted"
+        base, quantization = base_of(recipe, path / MODEL)
         events = export(
-            base_folder(recipe, path / MODEL),
+            base,
             path / EXPORT,
             recipe.export,
             context.registry,
             fused=AdapterFile(path / ADAPTER),
+            quantization=quantization,
             overwrite=True,
         )
         for event in events:

@@ -1,4 +1,4 @@
-"""The stage ``model``: convert the checkpoint, unless the recipe names a model folder."""
+"""The stage ``model``: convert the checkpoint, unless the recipe names a model to use as it is."""
 
 from __future__ import annotations
 
@@ -44,13 +44,18 @@ class ModelStage(Stage):
         """Convert."""
         model = context.recipe.model
         if model.torch_path is None:
-            yield StageDone(self.name, {"folder": str(model.mlx_path)})
+            quantizer = context.recipe.quantize
+            named = {"quantizer": quantizer.component.id} if quantizer is not None else {}
+            yield StageDone(self.name, {"folder": str(model.mlx_path), **named})
         else:
             yield StageDone(self.name, _convert(locate_model(source(model)), context))
 
     def words(self, result: Mapping[str, Any]) -> list[str]:
         """The conversion, or the folder that is used."""
-        return describe_conversion(result) if "loader" in result else [f"uses {result['folder']}"]
+        if "loader" in result:
+            return describe_conversion(result)
+        packed = f", quantized by {result['quantizer']} when it is opened" if "quantizer" in result else ""
+        return [f"uses {result['folder']}{packed}"]
 
 
 def _convert(found: LocatedModel, context: Context) -> dict[str, Any]:
@@ -68,8 +73,7 @@ def _convert(found: LocatedModel, context: Context) -> dict[str, Any]:
         loader_options=loader.options if loader else None,
         dtype=recipe.model.dtype,
         file_format=recipe.model.format,
-        quantization=recipe.quantize,
-        quantize_config=recipe.quantize_config,
+        quantization=recipe.quantization,
         overwrite=True,
         name=found.name if found.revision else "",
     )

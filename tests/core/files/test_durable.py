@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,8 +126,8 @@ def test_a_copy_has_the_bytes_and_tells_which_end_failed(tmp_path: Path) -> None
 # --- folders ------------------------------------------------------------------
 
 
-def build(target: Path, content: str, **arguments: object) -> None:
-    with durable.new_folder(target, ours=ours, **arguments) as folder:  # type: ignore[arg-type]
+def build(target: Path, content: str, **arguments: Any) -> None:
+    with durable.new_folder(target, ours=ours, **arguments) as folder:
         durable.write_text(folder / "mark", content)
         durable.write_text(folder / "more", content)
 

@@ -9,6 +9,7 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -40,8 +41,8 @@ class _Pipe(io.BytesIO):
         super().__init__()
         self.target = target
 
-    def write(self, data: object) -> int:
-        return self.target.write(data)  # type: ignore[arg-type]
+    def write(self, data: Any) -> int:
+        return self.target.write(data)
 
     def seekable(self) -> bool:
         return False

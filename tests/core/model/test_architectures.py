@@ -86,8 +86,8 @@ def test_a_config_is_read_by_the_only_architecture_that_knows_it(
 def test_what_read_gives_is_held_against_the_args(registry: Registry, component: Component) -> None:
     for given, error, says in (
         (Args(101), ModelError, "model: size: must be at least 1 and at most 100, got 101"),
-        (Args("7"), ModelError, "model: size: wanted integer, got '7'"),  # type: ignore[arg-type]
-        (Args(None), ModelError, "model: size is required"),  # type: ignore[arg-type]
+        (Args("7"), ModelError, "model: size: wanted integer, got '7'"),  # type: ignore[arg-type]  # as it must not be
+        (Args(None), ModelError, "model: size is required"),  # type: ignore[arg-type]  # as it must not be
         ({"size": 7}, PluginError, "architecture llama:odd: read gives dict, wanted Args"),
     ):
         odd = only(registry, of(component, read=lambda raw, shapes, given=given: given))
@@ -167,7 +167,7 @@ def test_tensors_that_are_none_are_a_breach(component: Component) -> None:
             of(component, tensors=lambda *_: given), foreign({}), Args(7), {}
         )
 
-    good = LazyTensor((1,), "float32", lambda: None)  # type: ignore[arg-type, return-value]
+    good = LazyTensor((1,), "float32", lambda: None)  # type: ignore[arg-type, return-value]  # unread
     assert tensors({"a": good})() == {"a": good}
     for given, says in (
         (None, "gives NoneType, wanted a mapping"),

@@ -23,6 +23,7 @@ from mlxlora_core.model.generate import decode, generate
 from mlxlora_core.model.linears import dense_weight, linears
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.plugins import Choice, Component, Registry
+from mlxlora_core.plugins.sections import Quantization
 from mlxlora_core.specs import TokenizerLoader, WeightLoader
 from mlxlora_core.values import ForeignModel, LazyTensor
 
@@ -43,9 +44,9 @@ def change(checkpoint: Path, **tensors: torch.Tensor | None) -> Path:
     return checkpoint
 
 
-def affine(registry: Registry, **options: Any) -> Choice:
+def affine(registry: Registry, **options: Any) -> Quantization:
     component = registry.find("quantizer", "affine")
-    return Choice(component, component.spec.options(**options))
+    return Quantization(Choice(component, component.spec.options(**options)))
 
 
 def weights(folder: Path) -> dict[str, mx.array]:
@@ -140,9 +141,10 @@ def test_config_holds_what_the_model_is_and_nothing_else(
 def test_the_same_checkpoint_gives_the_same_bytes(
     tiny_checkpoint: Path, model_folder: MakeModel, registry: Registry, tmp_path: Path
 ) -> None:
-    for options in ({}, {"file_format": "npz"}):
+    ways: tuple[dict[str, Any], ...] = ({}, {"file_format": "npz"})
+    for options in ways:
         first = model_folder(dtype="float16", **options)
-        result_of(convert(tiny_checkpoint, tmp_path / "again", registry, overwrite=True, **options))  # type: ignore[arg-type]
+        result_of(convert(tiny_checkpoint, tmp_path / "again", registry, overwrite=True, **options))
         for path in first.iterdir():
             assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 

@@ -157,6 +157,16 @@ def test_the_report_is_measured_on_the_model_that_was_written(
     )
 
 
+def test_dropout_is_off_when_the_report_is_measured(
+    model_folder: MakeModel, make_adapter: Callable[..., Path], registry: Registry, tmp_path: Path
+) -> None:
+    base = model_folder()
+    adapter = make_adapter(base, dropout=0.5)
+    report = result_of(fuse(base, adapter, tmp_path / "fused", registry))
+    assert report.distance < 1e-5 and report.same_argmax == 1.0
+    assert mx.allclose(logits(tmp_path / "fused", registry), logits(base, registry, adapter), atol=1e-4)
+
+
 def test_an_adapter_that_does_nothing_fuses_to_the_base(
     model_folder: MakeModel, make_adapter: Callable[..., Path], registry: Registry, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -644,12 +645,12 @@ def test_nothing_loads_from_the_working_directory(tmp_path: Path, monkeypatch: p
 # --- runtimes -----------------------------------------------------------------
 
 
-def runtimes(*starts: object) -> Registry:
+def runtimes(*starts: Any) -> Registry:
     owner = Plugin("fast", "fast", "1", "installed", "fast")
     return Registry(
         [owner],
         [
-            Component("runtime", specs.Runtime(name=f"r{i}", summary="s", start=start), owner)  # type: ignore[arg-type]
+            Component("runtime", specs.Runtime(name=f"r{i}", summary="s", start=start), owner)
             for i, start in enumerate(starts)
         ],
     )

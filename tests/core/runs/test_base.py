@@ -9,7 +9,7 @@ import pytest
 
 from mlxlora_core import plugins
 from mlxlora_core.errors import ModelError
-from mlxlora_core.runs.base import base_folder, pinned, source
+from mlxlora_core.runs.base import base_of, pinned, source
 from mlxlora_core.runs.recipe import ModelConfig, Recipe
 from mlxlora_core.runs.recipe_source import read
 
@@ -66,10 +66,13 @@ def test_a_shipped_model_is_found_and_named_exactly(acme: Path, tmp_path: Path) 
     got = recipe(tmp_path, 'mlx_path = "package:acme-models/.gguf"')
     exact, notes = pinned(got)
     assert source(exact.model) == "package:acme-models/acme/small.gguf" and notes == []
-    assert base_folder(exact, tmp_path / "converted") == acme
+    assert base_of(exact, tmp_path / "converted") == (acme, None)
     assert exact.values()["model"]["mlx_path"] == "package:acme-models/acme/small.gguf"
     model = ModelConfig(torch_path=Path("package:acme-models/small.gguf"))
-    converted = replace(exact, model=model)
-    assert base_folder(converted, tmp_path / "converted") == tmp_path / "converted"
+    quantized = recipe(tmp_path, 'mlx_path = "package:acme-models/.gguf"', "quantize.use=affine")
+    assert base_of(quantized, tmp_path / "converted") == (acme, quantized.quantization)
+    assert quantized.quantization is not None
+    converted = replace(quantized, model=model)  # in which the bits are already
+    assert base_of(converted, tmp_path / "converted") == (tmp_path / "converted", None)
     with pytest.raises(ModelError, match="no such file"):
         pinned(recipe(tmp_path, 'mlx_path = "package:acme-models/other.gguf"'))

@@ -122,9 +122,9 @@ def test_how_a_run_ended_is_told_and_its_fault_is_the_same(fault: BaseException,
 
 def test_a_run_whose_listener_goes_away_is_interrupted() -> None:
     one = Recorder()
-    events = run(watching("one", one))
+    events: Any = run(watching("one", one))
     next(events)
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     assert one.told == ["interrupted"]
 
 

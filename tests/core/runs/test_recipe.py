@@ -324,9 +324,16 @@ def test_a_model_comes_from_one_place(fault: Callable[..., str], recipe: Callabl
     data = "[data]\nuse = 'files'\noptions = { path = 'rows' }\n"
     assert "[model]: wanted either torch_path or mlx_path" in fault(data)
     assert "wanted either" in fault(MINIMAL, "model.mlx_path=base")
-    for section, use in (("quantize", "affine"), ("loader", "pth")):
-        text = f"[model]\nmlx_path = 'base'\n{data}[{section}]\nuse = '{use}'\n"
-        assert f"[{section}] has nothing to do" in fault(text)
+    used = f"[model]\nmlx_path = 'base'\n{data}"
+    assert "[loader] has nothing to do" in fault(f"{used}[loader]\nuse = 'pth'\n")
+
+
+def test_a_model_that_is_used_as_it_is_may_be_quantized(recipe: Callable[..., Recipe]) -> None:
+    data = "[data]\nuse = 'files'\noptions = { path = 'rows' }\n"
+    text = f"[model]\nmlx_path = 'base'\n{data}[quantize]\nuse = 'affine'\nhead = true\n"
+    asked = recipe(text).quantization
+    assert asked is not None and asked.config.head and asked.choice.component.spec.name == "affine"
+    assert recipe(f"[model]\nmlx_path = 'base'\n{data}").quantization is None
 
 
 def test_the_dataset_builder_is_required(fault: Callable[..., str]) -> None:

@@ -14,7 +14,7 @@ from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
 from mlxlora_core.plugins import Choice, Registry
-from mlxlora_core.plugins.sections import configure
+from mlxlora_core.plugins.sections import Quantization, configure
 from mlxlora_core.training.examples import Example, Examples
 from mlxlora_core.training.loop import train
 from mlxlora_core.training.memory import training_bytes
@@ -55,7 +55,8 @@ def test_training_takes_what_was_estimated_within_a_factor_of_two(
 ) -> None:
     """Measured by MLX's own count of the most that it held."""
     affine = registry.find("quantizer", "affine")
-    quantization = Choice(affine, affine.spec.options(group_size=32, bits=bits)) if bits else None
+    choice = Choice(affine, affine.spec.options(group_size=32, bits=bits or 4))
+    quantization = Quantization(choice) if bits else None
     checkpoint = make_checkpoint(tmp_path / "checkpoint", dim=dim, n_layers=layers)
     result_of(convert(checkpoint, tmp_path / "model", registry, dtype="float32", quantization=quantization))
     model = loading.load(tmp_path / "model", registry)

@@ -194,7 +194,7 @@ class Counter:
                 return Writing(opened(path, mode, *rest, **more), self)
             return opened(path, mode, *rest, **more)
 
-        durable.open = open_file  # type: ignore[attr-defined]
+        durable.open = open_file  # type: ignore[attr-defined]  # before the builtin
 
     def tick(self) -> None:
         """One operation is about to be done."""
@@ -245,7 +245,7 @@ def _keep_the_fresh_optimizer() -> None:
     def restore(self: Training, progress: Any, optimizer: Any) -> None:
         self.progress = progress
 
-    Training.restore = restore  # type: ignore[method-assign]
+    Training.restore = restore  # type: ignore[method-assign]  # a mutant
 
 
 def _draw_from_where_the_process_is() -> None:
@@ -263,7 +263,7 @@ def _draw_from_where_the_process_is() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(mx, name)
 
-    loop.mx = Mlx()  # type: ignore[assignment]
+    loop.mx = Mlx()  # type: ignore[assignment]  # a mutant
 
 
 def _begin_the_rows_again() -> None:

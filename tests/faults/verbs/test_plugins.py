@@ -42,7 +42,7 @@ def mlxlora_quantizers():
 GENERATE = "generate --model MODEL -p A -n 2 --sampler odd"
 DATA = "data --builder odd --out OUT"
 TRAIN = "train --model MODEL --data ROWS --adapter odd --iters 1 --adapter-file OUT/a.npz"
-CONVERT = "convert --torch-path CHECKPOINT --mlx-path OUT -q --quantizer odd"
+CONVERT = "convert --torch-path CHECKPOINT --mlx-path OUT -q odd"
 CASES = {
     "a sampler of nothing": (GENERATE, "None", "sampler odd:odd: build gives NoneType, wanted a function"),
     "too many arguments": (
