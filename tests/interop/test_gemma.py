@@ -106,7 +106,7 @@ def their_model(
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=draw)
-            large = 2.4 if "q_proj" in name or "k_proj" in name else 1.2
+            large = 2.4 if "q_proj" in name or "k_proj" in name else 0.9
             weight.copy_(
                 (noise * large / weight.shape[-1] ** 0.5 if weight.ndim > 1 else 0.3 * noise).to(dtype)
             )
