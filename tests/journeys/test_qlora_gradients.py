@@ -25,7 +25,7 @@ from mlxlora_core.model import linears
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
 from mlxlora_core.plugins import Choice
-from mlxlora_core.plugins.sections import QuantizeConfig
+from mlxlora_core.plugins.sections import Quantization, QuantizeConfig
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loop import _gradient
 
@@ -65,8 +65,8 @@ def affine(folder: Path, family: str) -> tuple[Path, Config, Weights]:
     registry = mlxlora.registry()
     quantizer = registry.find("quantizer", "affine")
     choice = Choice(quantizer, quantizer.spec.options(group_size=32, bits=4))
-    how = {"quantization": choice, "quantize_config": QuantizeConfig(head=True)}
-    result_of(convert(folder / "hf", folder / "own", registry, **how))
+    asked = Quantization(choice, QuantizeConfig(head=True))
+    result_of(convert(folder / "hf", folder / "own", registry, quantization=asked))
     return folder / "own", config, model_forms.read_folder(folder / "own")
 
 
