@@ -50,6 +50,6 @@ def _folder(path: Path) -> str:
         if isinstance(stated, dict) and FOREIGN_KEYS & stated.keys():
             return "a Hugging Face folder (config.json with hidden_size)"
         if isinstance(stated, dict) and "tokenizer_files" in stated:
-            return "a model folder already, which needs no conversion"
+            return "a model folder already: add -q or --dtype to change it"
     endings = {file.suffix.lower() for file in path.iterdir()}
     return next((what for ending, what in _ENDINGS.items() if ending in endings), "")
