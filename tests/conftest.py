@@ -285,3 +285,14 @@ def make_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
     yield make
     for server in servers:
         server.close()
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Products of a few numbers gain nothing from threads, and wait long for them on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_unflatten
+from theirs import random_model, spellings
 
 import mlxlora_core as mlxlora
 from mlxlora_core import plugins
@@ -24,6 +24,7 @@ transformers: Any = pytest.importorskip(
     "transformers", reason="needs transformers: pip install 'mlxlora[interop]'"
 )
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 REGISTRY = plugins.load(environ={plugins.ALLOW_LIST: ""})
 HERE = Path("a checkpoint")
 TOKENS = 70  # more than any window below
@@ -88,12 +89,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def drawn(name: str, noise: torch.Tensor) -> torch.Tensor:
+    """Weights, larger for queries and keys; those of norms lie around 0, to which theirs add 1."""
+    large = 2.4 if "q_proj" in name or "k_proj" in name else 0.9
+    return noise * large / noise.shape[-1] ** 0.5 if noise.ndim > 1 else 0.3 * noise
 
 
 def their_model(
@@ -101,29 +100,16 @@ def their_model(
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """A model of theirs in float64, and its weights in ``dtype``, the same numbers."""
     made = transformers.AutoConfig.for_model(**{**BASE, **family, "tie_word_embeddings": tied})
-    model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="eager").double().eval()
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=draw)
-            large = 2.4 if "q_proj" in name or "k_proj" in name else 0.9
-            weight.copy_(
-                (noise * large / weight.shape[-1] ** 0.5 if weight.ndim > 1 else 0.3 * noise).to(dtype)
-            )
-        scale = torch.tensor(BASE["hidden_size"] ** 0.5, dtype=torch.float64)
-        model.model.embed_tokens.embed_scale = scale  # theirs is of float32, whatever the model's type
-    weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
-    if tied:
-        del weights["lm_head.weight"]
+    model, weights = random_model(transformers, made, dtype, drawn)
+    scale = torch.tensor(BASE["hidden_size"] ** 0.5, dtype=torch.float64)
+    model.model.embed_tokens.embed_scale = scale  # theirs is of float32, whatever the model's type
     return model, weights
 
 
-def spellings(model: Any, family: dict[str, Any], tied: bool) -> dict[str, dict[str, Any]]:
-    """config.json as transformers 5 writes it and as those before it did."""
-    new = json.loads(json.dumps(model.config.to_dict()))
-    old = {key: value for key, value in new.items() if key not in ("rope_parameters", "layer_types")}
-    old |= {"rope_scaling": None, **family, "tie_word_embeddings": tied}
-    return {"new": new, "old": old}
+def both_spellings(model: Any, family: dict[str, Any], tied: bool) -> dict[str, dict[str, Any]]:
+    """config.json in the new spelling and in the old one."""
+    stated = {**family, "tie_word_embeddings": tied}
+    return spellings(model, stated, ["rope_parameters", "layer_types"])
 
 
 def opened(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> tuple[Any, Any, Any]:
@@ -173,7 +159,7 @@ def test_logits_are_theirs(name: str, tied: bool, dtype: torch.dtype) -> None:
     ids = some_ids()
     with torch.no_grad():
         want = theirs(ids).logits
-    both = spellings(theirs, FAMILIES[name], tied)
+    both = both_spellings(theirs, FAMILIES[name], tied)
     model, _, args = opened(both["new"], weights)
     close(model(mx.array(ids.numpy())), want)
     close(model(mx.array(ids[:, :5].numpy())), want[:, :5])  # less than any window

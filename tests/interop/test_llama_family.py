@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import small_tokenizers
 import torch
 from mlx.utils import tree_unflatten
+from theirs import random_model, spellings
 
 from mlxlora_core import plugins
 from mlxlora_core.api import ForeignModel, LazyTensor
@@ -24,6 +23,7 @@ transformers: Any = pytest.importorskip(
     "transformers", reason="needs transformers: pip install 'mlxlora[interop]'"
 )
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 REGISTRY = plugins.load(environ={plugins.ALLOW_LIST: ""})
 HERE = Path("a checkpoint")
 TOKENS = 70  # more than any window and any original length below
@@ -102,38 +102,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def their_model(
     family: dict[str, Any], tied: bool, dtype: torch.dtype
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """A model of theirs in float64, and its weights in ``dtype``, the same numbers."""
     made = transformers.AutoConfig.for_model(**{**BASE, **family, "tie_word_embeddings": tied})
-    model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="eager").double().eval()
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=draw)
-            centred = noise * 1.2 / weight.shape[-1] ** 0.5 if weight.ndim > 1 else 0.3 * noise
-            weight.copy_((1 + 0.5 * centred if "norm" in name else centred).to(dtype))
-    weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
-    if tied:
-        del weights["lm_head.weight"]
-    return model, weights
+    return random_model(transformers, made, dtype)
 
 
-def spellings(model: Any, family: dict[str, Any], tied: bool) -> dict[str, dict[str, Any]]:
-    """config.json as transformers 5 writes it and as those before it did."""
-    new = json.loads(json.dumps(model.config.to_dict()))
-    old = {key: value for key, value in new.items() if key != "rope_parameters"}
-    old |= {"rope_theta": BASE["rope_theta"], "rope_scaling": None, **family, "tie_word_embeddings": tied}
-    return {"new": new, "old": old}
+def both_spellings(model: Any, family: dict[str, Any], tied: bool) -> dict[str, dict[str, Any]]:
+    """config.json in the new spelling and in the old one."""
+    stated = {"rope_theta": BASE["rope_theta"], **family, "tie_word_embeddings": tied}
+    return spellings(model, stated, ["rope_parameters"])
 
 
 def lazy(weight: torch.Tensor) -> LazyTensor:
@@ -185,7 +165,7 @@ def test_logits_are_theirs(name: str, tied: bool, dtype: torch.dtype) -> None:
     ids = some_ids()
     with torch.no_grad():
         want = theirs(ids).logits
-    both = spellings(theirs, FAMILIES[name], tied)
+    both = both_spellings(theirs, FAMILIES[name], tied)
     model, _, args = opened(both["new"], weights)
     close(model(mx.array(ids.numpy())), want)
     tokens, cache = mx.array(ids.numpy()), model.make_cache()
@@ -200,7 +180,7 @@ def test_logits_are_theirs(name: str, tied: bool, dtype: torch.dtype) -> None:
 def test_a_head_that_is_not_stated_is_there_or_is_the_embedding(name: str) -> None:
     for tied in (False, True):
         theirs, weights = their_model(FAMILIES[name], tied, torch.float32)
-        config = spellings(theirs, FAMILIES[name], tied)["new"]
+        config = both_spellings(theirs, FAMILIES[name], tied)["new"]
         del config["tie_word_embeddings"]
         model, _, args = opened(config, weights)
         assert args.tie_word_embeddings is tied
@@ -212,7 +192,7 @@ def test_a_head_that_is_not_stated_is_there_or_is_the_embedding(name: str) -> No
 def test_what_the_tensors_tell_may_be_left_out(name: str) -> None:
     """The width of a head as null, as configs of transformers before 5 have it."""
     theirs, weights = their_model(FAMILIES[name], False, torch.float32)
-    config = spellings(theirs, FAMILIES[name], False)["new"]
+    config = both_spellings(theirs, FAMILIES[name], False)["new"]
     args = opened(config, weights)[2]
     assert opened({**config, "head_dim": None, "num_key_value_heads": None}, weights)[2] == args
 
@@ -220,7 +200,7 @@ def test_what_the_tensors_tell_may_be_left_out(name: str) -> None:
 def test_a_mistral_with_windows_by_layer_is_a_ministral() -> None:
     """As their reader of config.json has it too."""
     theirs, weights = their_model(FAMILIES["ministral"], False, torch.float32)
-    config = spellings(theirs, FAMILIES["ministral"], False)["new"]
+    config = both_spellings(theirs, FAMILIES["ministral"], False)["new"]
     args = opened(config, weights)[2]
     assert opened({**config, "model_type": "mistral"}, weights)[2] == args
     assert (args.model_type, args.window_layers) == ("mistral", (1, 3))
@@ -229,7 +209,7 @@ def test_a_mistral_with_windows_by_layer_is_a_ministral() -> None:
 def test_a_dynamic_scaling_is_none_up_to_the_stated_length() -> None:
     family = {"model_type": "llama", "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
     theirs, weights = their_model(family, False, torch.float32)
-    model, _, args = opened(spellings(theirs, family, False)["new"], weights)
+    model, _, args = opened(both_spellings(theirs, family, False)["new"], weights)
     assert (args.rope_scaling, model.context_tokens) == (None, BASE["max_position_embeddings"])
     with torch.no_grad():
         close(model(mx.array(some_ids().numpy())), theirs(some_ids()).logits)

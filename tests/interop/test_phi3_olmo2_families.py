@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_unflatten
+from theirs import random_model, spellings
 
 from mlxlora_core import plugins
 from mlxlora_core.api import ForeignModel, LazyTensor
@@ -26,6 +26,7 @@ transformers: Any = pytest.importorskip(
     "transformers", reason="needs transformers: pip install 'mlxlora[interop]'"
 )
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 REGISTRY = plugins.load(environ={plugins.ALLOW_LIST: ""})
 HERE = Path("a checkpoint")
 TOKENS = 70  # more than any window and any original length below but one
@@ -74,39 +75,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
 LONG = ("longrope, long", "all of phi3")
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def their_model(
     family: dict[str, Any], tied: bool, dtype: torch.dtype
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """A model of theirs in float64, and its weights in ``dtype``, the same numbers."""
     made = transformers.AutoConfig.for_model(**json.loads(json.dumps({**BASE, **family})))
     made.tie_word_embeddings = tied
-    model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="eager").double().eval()
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=draw)
-            centred = noise * 1.2 / weight.shape[-1] ** 0.5 if weight.ndim > 1 else 0.3 * noise
-            weight.copy_((1 + 0.5 * centred if "norm" in name else centred).to(dtype))
-    weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
-    if tied:
-        del weights["lm_head.weight"]
-    return model, weights
+    return random_model(transformers, made, dtype)
 
 
-def spellings(model: Any, family: dict[str, Any], tied: bool) -> dict[str, dict[str, Any]]:
-    """config.json as transformers 5 writes it and as those before it did."""
-    new = json.loads(json.dumps(model.config.to_dict()))
-    old = {key: value for key, value in new.items() if key != "rope_parameters"}
-    old |= {"rope_theta": BASE["rope_theta"], "rope_scaling": None, **family, "tie_word_embeddings": tied}
-    return {"new": new, "old": old}
+def both_spellings(model: Any, family: dict[str, Any], tied: bool) -> dict[str, dict[str, Any]]:
+    """config.json in the new spelling and in the old one."""
+    stated = {"rope_theta": BASE["rope_theta"], **family, "tie_word_embeddings": tied}
+    return spellings(model, stated, ["rope_parameters"])
 
 
 def bits(weight: torch.Tensor) -> np.ndarray:
@@ -163,7 +144,7 @@ def test_logits_are_theirs(name: str, tied: bool, dtype: torch.dtype) -> None:
     raw = {key: bits(weight) for key, weight in weights.items()}
     ids = some_ids()
     want = their_logits(theirs, ids)
-    both = spellings(theirs, FAMILIES[name], tied)
+    both = both_spellings(theirs, FAMILIES[name], tied)
     model, args, _ = opened(both["new"], raw)
     tokens = mx.array(ids.numpy())
     close(model(tokens), want)
@@ -185,7 +166,7 @@ def test_a_text_that_grows_beyond_the_original_length_is_read_again(first: int, 
     family = {**FAMILIES["longrope, long"], "sliding_window": 12}
     theirs, weights = their_model(family, False, torch.float32)
     raw = {key: bits(weight) for key, weight in weights.items()}
-    model, *_ = opened(spellings(theirs, family, False)["new"], raw)
+    model, *_ = opened(both_spellings(theirs, family, False)["new"], raw)
     ids, cache, start = some_ids(), model.make_cache(), 0
     for length in (first, 4, 1, 1, 1, 10, 1, 1):
         part = model.embed(mx.array(ids[:, start : start + length].numpy()))
@@ -200,7 +181,7 @@ def test_what_is_generated_is_theirs(name: str) -> None:
     """Token for token, from before the original length to far beyond it; they drop their cache there."""
     theirs, weights = their_model(FAMILIES[name], False, torch.float32)
     raw = {key: bits(weight) for key, weight in weights.items()}
-    model, *_ = opened(spellings(theirs, FAMILIES[name], False)["new"], raw)
+    model, *_ = opened(both_spellings(theirs, FAMILIES[name], False)["new"], raw)
     original = FAMILIES[name].get("original_max_position_embeddings", 16)
     prompt = some_ids()[:1, : original - 3]
     settings = {"max_new_tokens": 25, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -246,7 +227,7 @@ def gguf_keys(config: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_gguf_of_it_is_the_same_model(name: str, tied: bool) -> None:
     theirs, weights = their_model(FAMILIES[name], tied, torch.float32)
-    config = spellings(theirs, FAMILIES[name], tied)["new"]
+    config = both_spellings(theirs, FAMILIES[name], tied)["new"]
     _, args, ours = opened(config, {key: bits(weight) for key, weight in weights.items()})
     spec = next(c.spec for c in REGISTRY.of("architecture") if c.spec.name == config["model_type"])
     raw = stored(spec.layouts["gguf"].table(args), ours)

@@ -28,6 +28,7 @@ from warm import Done, Warm
 from mlxlora_core import plugins
 from mlxlora_core.model import adapters, loading
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 REGISTRY = plugins.load(environ={plugins.ALLOW_LIST: ""})
 SCALE, STEPS, KILLED_AT = 2.0, 6, 4
 TRAIN = f"""
@@ -269,14 +270,6 @@ def write_rows(folder: Path) -> Path:
     for name, part in (("train", texts[:10]), ("valid", texts[10:13]), ("test", texts[13:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -6,7 +6,7 @@ Mistral's is of folders only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loop import _gradient
 
 RANK, SCALE = 4, 2.0
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 #: rows and tokens of a batch: one, which is multiplied packed, some, and above 128 on each of two cores
 SHAPES = ((1, 1), (2, 20), (4, 70))
 
@@ -94,14 +95,6 @@ def made(folder: Path, family: str, form: str) -> Case:
             grown = mx.array(0.1 * draw.standard_normal(tensor.shape).astype(np.float32))
             module.load_weights([(name, grown)], strict=False)
     return Case(model, weights, config)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def some_rows(rows: int, tokens: int, vocab: int) -> list[Example]:

@@ -5,24 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlxlora_openblas
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def one_torch_thread() -> Iterator[None]:
-    """Products of a few numbers gain nothing from threads, and wait long for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
