@@ -13,6 +13,7 @@ import pluggy
 
 from mlxlora_core.specs import (
     Adapter,
+    AdapterLoader,
     Architecture,
     DatasetBuilder,
     Exporter,
@@ -50,6 +51,11 @@ def mlxlora_architectures() -> Iterable[Architecture]:  # type: ignore[empty-bod
 @hookspec
 def mlxlora_adapters() -> Iterable[Adapter]:  # type: ignore[empty-body]  # a hook
     """Trainable changes to frozen linears: wrap one, and fuse it back into a weight."""
+
+
+@hookspec
+def mlxlora_adapter_loaders() -> Iterable[AdapterLoader]:  # type: ignore[empty-body]  # a hook
+    """Readers of adapters of other tools: a path -> which adapter, its options, tensors by linear."""
 
 
 @hookspec

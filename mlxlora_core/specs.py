@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 from mlxlora_core.options import NoOptions
 from mlxlora_core.values import (
     ExportSource,
+    ForeignAdapter,
     ForeignModel,
     ForeignTensor,
     FoundAdapter,
     LazyTensor,
+    LowRank,
     Place,
     Rows,
     RunInfo,
@@ -108,12 +110,16 @@ class Layout:
         table: of a model of some arguments, each parameter and how it is stored there. Loading,
             exporting and adapters of that library follow this one table, both ways.
         notes: as those of :class:`Architecture`.
+        write: of a model of some arguments, the config as the library spells it, of which ``read``
+            makes the same arguments; a ModelError where the library cannot say them. None where
+            models are only read in this layout.
     """
 
     model_types: tuple[str, ...]
     read: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Any]
     table: Callable[[Any], Sequence[ForeignTensor]]
     notes: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], Sequence[str]] | None = None
+    write: Callable[[Any], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +173,35 @@ class Adapter(Spec):
         recognise: what a file of another tool holds, by its path and the shapes of
             its tensors by name; None for one that is not this adapter's. Without it
             such a file is taken to have the options and places that the user states.
+        low_rank: what the wrapped module adds to its linear, where that is a low-rank update and
+            nothing else; other tools then take it for a LoRA, whatever the adapter is called,
+            and several adapters run in one batch. None for an adapter of another kind.
+        learning_rates: with these options, name of a parameter -> factor on the learning rate of
+            it; 1 for those that are not named.
     """
 
     wrap: Callable[[nn.Module, Place, Any], nn.Module | None]
     fuse: Callable[[nn.Module, mx.array], mx.array]
     recognise: Callable[[Path, Mapping[str, tuple[int, ...]]], FoundAdapter | None] | None = None
+    low_rank: Callable[[nn.Module], LowRank] | None = None
+    learning_rates: Callable[[Any], Mapping[str, float]] | None = None
+
+
+# --- adapter loaders ----------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterLoader(Spec):
+    """Reads an adapter of another tool.
+
+    Attributes:
+        detect: whether a path, of a folder or a file, looks like this loader's; must not read
+            tensors, and never raises.
+        open: the adapter at a path; a ModelError for what cannot be converted, by name.
+    """
+
+    detect: Callable[[Path], bool]
+    open: Callable[[Path, Any], ForeignAdapter]
 
 
 # --- quantizers ---------------------------------------------------------------
@@ -238,15 +268,33 @@ class Sampler(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Exporter(Spec):
-    """Writes a model in the form that another tool reads.
+    """Writes a model, or an adapter alone, in the form that another tool reads.
 
     Attributes:
-        export: write the files of a model into an empty folder, which becomes
-            the target when all is written. Memory in use must not grow with the
-            model: tensors are read one after another and let go.
+        export: write the files into an empty folder, which becomes the target when all is
+            written. Memory in use must not grow with the model: tensors are read one after
+            another and let go.
+        layout: whose spelling of config and tensors it is handed: a layout of the
+            architecture, such as ``hf`` or ``gguf``, or nothing for the architecture's own.
+        takes: ``model`` for a model with an adapter, if there is one, in its weights;
+            ``adapter`` for an adapter alone, which there then must be.
+        packed: whether quantized weights are handed over packed, with these options. One that
+            an adapter changes is then quantized again. None for dense weights always.
+        ending: of the one file that it writes, such as ``.gguf``, where that is what the other
+            tool reads: a target with this ending is then that file, and no folder.
+        wrote: whether a file with this ending is one that it has written, and may be replaced.
+        opens: what opens the export again, so that it is compared with the model before
+            anybody sees it: ``model`` for a weight loader, ``adapter`` for an adapter loader,
+            nothing where no plugin reads this form: it is then not checked.
     """
 
     export: Callable[[ExportSource, Path, Any], None]
+    layout: str = ""
+    takes: str = "model"
+    packed: Callable[[Any], bool] | None = None
+    ending: str = ""
+    wrote: Callable[[Path], bool] | None = None
+    opens: str = ""
 
 
 # --- observers ----------------------------------------------------------------

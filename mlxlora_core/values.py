@@ -189,12 +189,57 @@ class Place:
     Attributes:
         path: of the module, such as ``layers.3.attention.wq``.
         layer: which of ``model.layers`` it is in, or None when it is in none.
-        shape: of its weight: (outputs, inputs), with the experts in front of a stacked one.
+        shape: of its weight: (outputs, inputs), with the experts in front of a stacked one, and
+            (V, D) of an embedding.
+        kind: ``linear`` or ``embedding``.
     """
 
     path: str
     layer: int | None
     shape: tuple[int, ...]
+    kind: str = "linear"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A low-rank update of a linear: its outputs get ``scale · (x @ a) @ b`` more.
+
+    Attributes:
+        a: (inputs, R); of an embedding (V, R).
+        b: (R, outputs); of an embedding (R, D).
+        scale: factor on the update.
+    """
+
+    a: mx.array
+    b: mx.array
+    scale: float
+
+
+@dataclass(frozen=True)
+class ForeignAdapter:
+    """What an adapter loader opened.
+
+    Attributes:
+        adapter: name of the adapter here that computes the same, such as ``lora``.
+        options: of the adapter here.
+        linears: module path there -> name of a parameter of the wrapped module here -> tensor, in
+            the orientation that it has here, its outputs still ordered as there.
+        outputs: name of a parameter -> its axis that goes along the outputs of the linear; those
+            that have none are not named.
+        overrides: module path there -> options that differ there.
+        unstated: options that decide what it computes and that the files do not tell.
+        layout: whose names these are: ``hf``, ``gguf``, or nothing for the architecture's own.
+        notes: what was assumed, in words.
+    """
+
+    adapter: str
+    options: Mapping[str, Any]
+    linears: Mapping[str, Mapping[str, LazyTensor]]
+    outputs: Mapping[str, int] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    unstated: tuple[str, ...] = ()
+    layout: str = "hf"
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -280,8 +325,11 @@ class ExportAdapter:
         name: full id of the adapter.
         options: its options, as plain values.
         paths: module paths of the linears that it changes.
-        tensors: name -> parameter that was trained, as an adapter file holds it.
+        tensors: name -> parameter of the adapter, as an adapter file holds it.
         metadata: what its file says of itself, to be kept where there is a place for it.
+        low_rank: path -> its update of that linear, where that is a low-rank one and nothing else.
+        places: path -> the weight of that linear in the layout that the exporter asked for.
+        layers: how many the model has.
     """
 
     name: str
@@ -289,6 +337,9 @@ class ExportAdapter:
     paths: tuple[str, ...]
     tensors: Mapping[str, LazyTensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    low_rank: Mapping[str, LowRank] = field(default_factory=dict)
+    places: Mapping[str, ForeignTensor] = field(default_factory=dict)
+    layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -296,18 +347,26 @@ class ExportSource:
     """A model to export.
 
     Attributes:
-        config: config.json of a dense model: it says nothing of quantization.
+        config: of a dense model, as the exporter's layout spells it: it says nothing of quantization.
         tokenizer: the files that the tokenizer is opened from.
-        tensors: parameter name -> tensor, dense, the adapter's change in it, in the
+        tensors: name in the exporter's layout -> tensor, the adapter's change in it, in the
             type that the base stores (a quantized weight: that of its first part with
-            floating-point numbers in it, or float32).
-        adapter: what was fused into the tensors, or None.
+            floating-point numbers in it, or float32); packed where the exporter takes it so.
+        adapter: what was fused into the tensors, or what is exported alone, or None.
+        stops: ids of which each ends a text.
+        vocab_size: rows of the embedding, V, which may be more than the tokenizer has tokens.
+        base: what the model was opened from, in words: a path, or a name on the Hub.
+        card: lines of Markdown on where the model comes from and how it was tuned.
     """
 
     config: Mapping[str, Any]
     tokenizer: TokenizerFiles
     tensors: Mapping[str, LazyTensor]
     adapter: ExportAdapter | None = None
+    stops: frozenset[int] = frozenset()
+    vocab_size: int = 0
+    base: str = ""
+    card: str = ""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,10 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "wrap": ("linear", "place", "options"),
         "fuse": ("module", "weight"),
         "recognise": ("path", "shapes"),
+        "low_rank": ("module",),
+        "learning_rates": ("options",),
     },
+    "adapter-loader": {"detect": ("path",), "open": ("path", "options")},
     "quantizer": {
         "quantize": ("weight", "options"),
         "dequantize": ("parts", "options"),
@@ -45,7 +48,11 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "builder": {"build": ("options",), "inputs": ("options",)},
     "sampler": {"build": ("options",)},
-    "exporter": {"export": ("source", "target", "options")},
+    "exporter": {
+        "export": ("source", "target", "options"),
+        "packed": ("options",),
+        "wrote": ("path",),
+    },
     "observer": {"start": ("run", "options")},
     "runtime": {"start": ()},
     "recipe": {},
@@ -62,8 +69,17 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "Mapping[str, Layout]": ("a mapping of names to layouts", lambda value: not _layouts_fault(value)),
 }
 
+#: what fields of an exporter may say
+_EXPORTER_WORDS = {"takes": ("model", "adapter"), "opens": ("", "model", "adapter")}
+
 #: the functions of a layout, and what each is called with
-_LAYOUT_FUNCTIONS = {"read": ("config", "shapes"), "table": ("args",), "notes": ("config", "shapes")}
+_LAYOUT_FUNCTIONS = {
+    "read": ("config", "shapes"),
+    "table": ("args",),
+    "notes": ("config", "shapes"),
+    "write": ("args",),
+}
+_OPTIONAL = ("notes", "write")
 
 
 def collect_specs(module: Any) -> Iterable[tuple[str, specs.Spec]]:
@@ -123,13 +139,20 @@ def _check(kind: str, spec: Any) -> None:
         raise PluginError(f"{hook}: name {spec.name!r} does not match {_NAME.pattern}, or is 'none'")
     for member in fields(wanted):
         arguments = FUNCTIONS[kind].get(member.name)
-        fault = _field_fault(str(member.type), arguments, getattr(spec, member.name))
+        value = getattr(spec, member.name)
+        optional = member.default == "" and value == ""
+        fault = "" if optional else _field_fault(str(member.type), arguments, value)
         if fault:
             raise PluginError(f"{hook}: {member.name} of '{spec.name}' {fault}")
     reserved = _RESERVED | {option.name for option in explain(config_of(kind))}
     taken = sorted(reserved & {option.name for option in explain(spec.options)})
     if taken:
         raise PluginError(f"{hook}: '{spec.name}' cannot have an option '{taken[0]}', recipes use that word")
+    if isinstance(spec, specs.Exporter):
+        for word, allowed in _EXPORTER_WORDS.items():
+            got = getattr(spec, word)
+            if got not in allowed:
+                raise PluginError(f"{hook}: {word} of '{spec.name}' is {got!r}, wanted {listing(allowed)}")
     if isinstance(spec, specs.Quantizer) and not _are_parts(spec.parts):
         raise PluginError(
             f"{hook}: parts of '{spec.name}' are {spec.parts}, wanted different names without a dot, "
@@ -164,7 +187,7 @@ def _layouts_fault(value: Any) -> str:
             return f"{name!r} is {type(layout).__name__}"
         for function, arguments in _LAYOUT_FUNCTIONS.items():
             given = getattr(layout, function)
-            if (given is not None or function != "notes") and (fault := _call_fault(given, arguments)):
+            if (given is not None or function not in _OPTIONAL) and (fault := _call_fault(given, arguments)):
                 return f"{function} of {name!r} {fault}"
     return ""
 

@@ -17,6 +17,7 @@ KINDS: dict[str, tuple[str, type[specs.Spec]]] = {
     "tokenizer": ("mlxlora_tokenizers", specs.TokenizerLoader),
     "architecture": ("mlxlora_architectures", specs.Architecture),
     "adapter": ("mlxlora_adapters", specs.Adapter),
+    "adapter-loader": ("mlxlora_adapter_loaders", specs.AdapterLoader),
     "quantizer": ("mlxlora_quantizers", specs.Quantizer),
     "builder": ("mlxlora_dataset_builders", specs.DatasetBuilder),
     "sampler": ("mlxlora_samplers", specs.Sampler),
