@@ -1,0 +1,319 @@
+"""Several adapters on one base: switched, mixed by weights, or chosen for each row of a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxlora_core.errors import UsageError, listing, nearest
+from mlxlora_core.model import adapters
+from mlxlora_core.model.adapters import Adapted, AdapterFile
+from mlxlora_core.model.linears import is_linear, replace
+from mlxlora_core.model.loading import Model
+from mlxlora_core.plugins import Component, Registry
+from mlxlora_core.values import LowRank
+
+#: name -> the adapter's share of the change, 1 for all of it
+Weights = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What the next batches are computed with.
+
+    Attributes:
+        weights: name -> share of each adapter's change, for all rows; nothing for the base alone.
+        rows: for each row of a batch the adapter that it is computed with, or None for the base
+            alone; nothing where all rows are computed alike.
+    """
+
+    weights: Weights
+    rows: tuple[str | None, ...] = ()
+
+
+class AdapterSet:
+    """Adapters on one model, each under a name; none is in use before it is selected.
+
+    A low-rank adapter of a linear is computed beside others in two products for the whole
+    batch, whatever the rows choose; one of another kind for its own rows alone.
+
+    Args:
+        model: changed in place, with no adapter on it.
+
+    Attributes:
+        adapted: name -> what was loaded.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.adapted: dict[str, Adapted] = {}
+        self._model = model
+        self._places: dict[str, _Place] = {}
+        self._state = _State()
+
+    def load(self, name: str, file: AdapterFile, registry: Registry) -> Adapted:
+        """Read the adapter in a file beside those that are there.
+
+        Raises:
+            UsageError: the name is taken, or empty.
+            MlxloraError: as :func:`~mlxlora_core.model.adapters.load`; the model is as it was.
+        """
+        if not name or name in self.adapted:
+            raise UsageError(f"adapter name {name!r} is {'taken' if name else 'empty'}", fix="give another")
+        replace(self._model.module, {path: place.linear for path, place in self._places.items()})
+        try:
+            adapted = adapters.load_file(file, self._model, registry)
+            modules = dict(self._model.module.named_modules())
+            for path in adapted.paths:
+                wrapped: Any = modules[path]
+                place = self._places.setdefault(path, _Place(wrapped.linear))
+                place.held[name] = _Held(adapted.choice.component, wrapped)
+            self.adapted[name] = adapted
+        finally:
+            replace(
+                self._model.module,
+                {path: _module(place, self._state) for path, place in self._places.items()},
+            )
+        self._state.change(self._state.selected)
+        return adapted
+
+    def select(self, selected: str | Weights | Sequence[str | None] | None) -> None:
+        """What the next batches are computed with.
+
+        Args:
+            selected: a name; name -> share of its change, to mix several; for each row of a batch a
+                name or None; None for the base alone.
+
+        Raises:
+            UsageError: a name that there is not, or a share that is no finite number.
+        """
+        if selected is None or isinstance(selected, str):
+            found = Selected({} if selected is None else {selected: 1.0})
+        elif isinstance(selected, Mapping):
+            found = Selected(dict(selected))
+        else:
+            found = Selected({}, tuple(selected))
+        for name in (*found.weights, *(row for row in found.rows if row is not None)):
+            if name not in self.adapted:
+                known = sorted(self.adapted)
+                there = f"{nearest(str(name), known)}there is {listing(known)}" if known else "there is none"
+                raise UsageError(f"no adapter {name!r} is on the model ({there})")
+        odd = [name for name, share in found.weights.items() if not _is_number(share)]
+        if odd:
+            raise UsageError(f"the share of {listing(odd)} is {found.weights[odd[0]]!r}, wanted a number")
+        self._state.change(found)
+
+    @property
+    def selected(self) -> Selected:
+        """What batches are computed with now."""
+        return self._state.selected
+
+    def paths(self) -> tuple[str, ...]:
+        """The linears that any of them changes."""
+        return tuple(self._places)
+
+    def fused_weight(self, path: str, before: mx.array) -> mx.array:
+        """The weight of a linear with the selected shares of all changes in it.
+
+        Args:
+            path: one of :meth:`paths`.
+            before: the linear's own weight, float32.
+        """
+        weight = before
+        for name, share in self.selected.weights.items():
+            held = self._places[path].held.get(name)
+            if held is not None:
+                fused = adapters.fused_weight(held.component, held.module, before)
+                # Alone and whole, it is taken as the adapter gives it.
+                alone = share == 1 and len(self.selected.weights) == 1
+                weight = fused if alone else weight + share * (fused - before)
+        return weight
+
+    def linear(self, path: str) -> nn.Module:
+        """The linear at one of :meth:`paths`, without any adapter."""
+        return self._places[path].linear
+
+
+# --- modules ------------------------------------------------------------------
+
+
+class SwitchedLinear(nn.Module):
+    """A linear with several adapters on it, of which the selection says what is computed.
+
+    Args:
+        place: the linear and its adapters.
+        state: what is selected, shared by all places.
+    """
+
+    def __init__(self, place: _Place, state: _State) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
+        self.linear = place.linear
+        self._place, self._state = place, state
+
+    def __call__(self, x: mx.array, indices: mx.array | None = None) -> mx.array:
+        """Outputs (B, ..., outputs) of inputs (B, ..., inputs).
+
+        Raises:
+            UsageError: adapters are selected for another number of rows than B.
+        """
+        if indices is None:
+            return self._place.outputs(self._state, x, lambda module, rows: module(x[rows]))
+        return self._place.outputs(self._state, x, lambda module, rows: module(x[rows], indices[rows]))
+
+
+class SwitchedEmbedding(nn.Module):
+    """An embedding with several adapters on it; see :class:`SwitchedLinear`.
+
+    Args:
+        place: the embedding and its adapters.
+        state: what is selected, shared by all places.
+    """
+
+    def __init__(self, place: _Place, state: _State) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
+        self.linear = place.linear
+        self._place, self._state = place, state
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Embeddings (B, T, D) of token ids (B, T)."""
+        return self._place.outputs(self._state, tokens, lambda module, rows: module(tokens[rows]))
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Logits (B, ..., V) of hidden states (B, ..., D)."""
+        return self._place.outputs(self._state, x, lambda module, rows: module.as_linear(x[rows]))
+
+
+#: what a module gives for some rows of a batch
+_Run = Callable[[Any, Any], mx.array]
+_ALL = slice(None)
+#: from the inputs of a linear and its outputs to the outputs with an update in them
+_Update = Callable[[mx.array, mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """An adapter of one linear. No module itself, so that the linear stands in the model only once."""
+
+    component: Component
+    module: Any
+
+    def low_rank(self) -> LowRank | None:
+        """Its update, where that is a low-rank one of a linear."""
+        function = self.component.spec.low_rank
+        if function is None or not is_linear(self.module.linear):
+            return None
+        return self.component.checked("low_rank", function(self.module), LowRank)
+
+
+class _State:
+    """What is selected, shared by all places; ``version`` grows when it changes."""
+
+    def __init__(self) -> None:
+        self.selected, self.version = Selected({}), 0
+
+    def change(self, selected: Selected) -> None:
+        self.selected, self.version = selected, self.version + 1
+
+
+class _Place:
+    """A linear and its adapters, and what the selection makes of them."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        self.linear, self.held = linear, dict[str, _Held]()
+        self._version = -1
+        self._alone: nn.Module | None = None
+        self._update: _Update | None = None
+        self._others: list[tuple[float, nn.Module, Any]] = []
+
+    def outputs(self, state: _State, x: mx.array, run: _Run) -> mx.array:
+        """What ``run`` gives for the linear, with what is selected in it.
+
+        Args:
+            state: what is selected.
+            x: the batch, (B, ...).
+            run: called with a module and some rows of the batch.
+        """
+        rows = state.selected.rows
+        if rows and len(rows) != x.shape[0]:
+            raise UsageError(f"adapters are selected for {len(rows)} rows, this batch has {x.shape[0]}")
+        if self._version != state.version:
+            self._prepare(state.selected)
+            self._version = state.version
+        if self._alone is not None:
+            return run(self._alone, _ALL)
+        base = run(self.linear, _ALL)
+        y = base if self._update is None else self._update(x, base)
+        for share, module, chosen in self._others:
+            change = share * (run(module, chosen) - base[chosen])
+            y = y.at[chosen].add(change.astype(y.dtype))
+        return y
+
+    def _prepare(self, selected: Selected) -> None:
+        """Take apart what is selected: one adapter as it is, low-rank updates, and others."""
+        weights = {name: share for name, share in selected.weights.items() if name in self.held}
+        self._alone, self._update, self._others = None, None, []
+        if [*selected.weights.values()] == [1]:
+            self._alone = next((self.held[name].module for name in weights), self.linear)
+            return
+        chosen = dict.fromkeys((*weights, *(row for row in selected.rows if row in self.held)))
+        updates = {name: update for name in chosen if (update := self.held[name].low_rank()) is not None}
+        if updates and weights:
+            self._update = _mixed(updates, weights)
+        elif updates:
+            self._update = _by_row(updates, selected.rows)
+        for name in (name for name in chosen if name not in updates):
+            rows = [row for row, wanted in enumerate(selected.rows) if wanted == name]
+            place = mx.array(rows) if rows else _ALL
+            self._others.append((weights.get(name, 1.0), self.held[name].module, place))
+
+
+def _mixed(updates: Mapping[str, LowRank], weights: Weights) -> _Update:
+    """The sum of low-rank updates, each with its share, as one of the sum of their ranks."""
+    a = mx.concatenate([update.a for update in updates.values()], axis=1)  # (inputs, R)
+    b = mx.concatenate([weights[n] * u.scale * u.b for n, u in updates.items()], axis=0)  # (R, outputs)
+    return lambda x, y: mx.addmm(y, x @ a, b).astype(y.dtype)
+
+
+def _by_row(updates: Mapping[str, LowRank], rows: Sequence[str | None]) -> _Update:
+    """The low-rank update that each row of a batch has chosen; of a row without one it is nothing.
+
+    The factors stand in one stack, from which each row takes its own (Chen et al. 2023, "Punica",
+    arXiv:2310.18547), smaller ranks filled up with zeros.
+    """
+    rank = max(update.a.shape[1] for update in updates.values())
+    spare = [(0, 0), (0, 0)]
+    first, second = [], []
+    for update in updates.values():
+        more = (0, rank - update.a.shape[1])
+        first.append(mx.pad(update.a, [spare[0], more]))
+        second.append(mx.pad(update.scale * update.b, [more, spare[1]]))
+    nothing = mx.zeros_like(first[0]), mx.zeros_like(second[0])
+    a = mx.stack([*first, nothing[0]])  # (adapters + 1, inputs, R)
+    b = mx.stack([*second, nothing[1]])  # (adapters + 1, R, outputs)
+    order = {name: number for number, name in enumerate(updates)}
+    chosen = mx.array([order.get(row or "", len(order)) for row in rows], mx.uint32)  # (B,)
+    mx.eval(a, b, chosen)
+
+    def added(x: mx.array, y: mx.array) -> mx.array:
+        batch, sums = (x, y) if x.ndim > 2 else (x[:, None], y[:, None])  # (B, T, inputs), (B, T, outputs)
+        if batch.shape[1] == 1:  # what is gathered would be as much as all that is computed
+            inner = mx.gather_mm(batch, a, rhs_indices=chosen)  # (B, 1, R)
+            sums = sums + mx.gather_mm(inner, b, rhs_indices=chosen)
+        else:
+            sums = mx.addmm(sums, batch @ a[chosen], b[chosen])
+        return sums.reshape(y.shape).astype(y.dtype)
+
+    return added
+
+
+def _module(place: _Place, state: _State) -> nn.Module:
+    """What stands in the model for a linear or embedding with its adapters."""
+    return SwitchedLinear(place, state) if is_linear(place.linear) else SwitchedEmbedding(place, state)
+
+
+def _is_number(share: Any) -> bool:
+    return isinstance(share, int | float) and not isinstance(share, bool) and math.isfinite(share)
