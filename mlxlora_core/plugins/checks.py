@@ -39,6 +39,7 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "recognise": ("path", "shapes"),
         "low_rank": ("module",),
         "learning_rates": ("options",),
+        "fuse_bias": ("module", "bias"),
     },
     "adapter-loader": {"detect": ("path",), "open": ("path", "options")},
     "quantizer": {
