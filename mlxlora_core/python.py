@@ -18,8 +18,9 @@ from mlxlora_core.files import lock
 from mlxlora_core.model.located import locate_model
 from mlxlora_core.options import divide
 from mlxlora_core.plugins.blame import told
-from mlxlora_core.plugins.defaults import DEFAULT_RECIPE, DEFAULT_SAMPLER
+from mlxlora_core.plugins.defaults import DEFAULT_RECIPE
 from mlxlora_core.plugins.sections import configure
+from mlxlora_core.python_generate import generate, stream
 from mlxlora_core.python_model import (
     Model,
     checked_seed,
@@ -39,7 +40,6 @@ from mlxlora_core.training.settings import (
     BatchConfig,
     BatchOptions,
     EvaluateConfig,
-    GenerateConfig,
     SaveConfig,
     TrainConfig,
     TrainOptions,
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from mlxlora_core.model.adapters import Adapted
     from mlxlora_core.model.export import ExportReport
     from mlxlora_core.model.fuse import FuseReport
-    from mlxlora_core.model.generate import Segment
     from mlxlora_core.runs.events import Event
     from mlxlora_core.training.events import TrainEvent
     from mlxlora_core.training.loss import Loss
@@ -200,91 +199,33 @@ def evaluate(
         return evaluation.evaluate(model.base.language_model, examples, config.batch_size, batches)
 
 
-def stream(
-    model: Model,
-    prompt: str | Sequence[Mapping[str, Any]],
-    *,
-    sampler: str = DEFAULT_SAMPLER,
-    chat: bool = GenerateConfig().chat,
-    system: str = GenerateConfig().system,
-    num_tokens: int = GenerateConfig().num_tokens,
-    write_every: int = GenerateConfig().write_every,
-    seed: int = 0,
-    **options: Any,
-) -> Generator[Segment, None, None]:
-    """Continue a prompt, segment by segment; the last one says what ended the text.
-
-    Args:
-        model: with or without an adapter on it.
-        prompt: text to continue, or messages in the form of the model's tokenizer.
-        sampler: one, or several in a row: ``"repetition-penalty,top-p"``.
-        chat: whether a text is asked as a user's message, in that form.
-        system: message in front of it.
-        num_tokens: how many at most.
-        write_every: tokens a segment.
-        seed: of what is drawn.
-        options: of the samplers, such as ``temp``.
-
-    Yields:
-        Segments with their ``text``; ``finish`` of the last one is ``stop``, ``length`` or ``context``.
-
-    Raises:
-        UsageError: an option that there is not or that is out of range; a prompt that does not fit.
-        PluginError: no such sampler, or one that breaks its contract.
-        DivergedError: the model's logits are not finite.
-        ResourceError: too little memory.
-    """
-    given = {"chat": chat, "system": system, "num_tokens": num_tokens, "write_every": write_every}
-    config, number = parsed(GenerateConfig, given, "generate"), checked_seed(seed, "generate")
-    from mlxlora_core.model.generate import generate as segments
-    from mlxlora_core.model.prompts import checked
-    from mlxlora_core.runs.recipe import choose_samplers
-
-    asked, chosen = checked(prompt, config), choose_samplers(sampler, options, model.registry)
-
-    def events() -> Generator[Segment, None, None]:
-        with told(model.registry.plugins):
-            yield from segments(
-                model.base.language_model,
-                model.base.tokenizer,
-                asked,
-                [(choice.component, choice.options) for choice in chosen],
-                num_tokens=config.num_tokens,
-                seed=number,
-                write_every=config.write_every,
-            )
-
-    return events()
-
-
-def generate(model: Model, prompt: str | Sequence[Mapping[str, Any]], **options: Any) -> str:
-    """The continuation of a prompt; see :func:`stream`, which has the same arguments."""
-    return "".join(segment.text for segment in stream(model, prompt, **options))
-
-
 def fuse(
     model: str | os.PathLike[str],
-    adapter_file: str | os.PathLike[str],
+    adapter_file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     save_path: str | os.PathLike[str],
     *,
+    adapter_weights: Sequence[float] = (),
     adapter: str | None = None,
     base_mismatch: str = "refuse",
     quantize: str | Mapping[str, Any] | None = None,
     dequantize: bool = False,
+    search_group_size: bool = False,
     overwrite: bool = False,
     plugins: Sequence[str] = (),
     **options: Any,
 ) -> FuseReport:
-    """Write a model folder with an adapter's change in its weights.
+    """Write a model folder with the change of one or more adapters in its weights.
 
     Args:
         model: the base, by whatever :func:`load` takes.
-        adapter_file: an adapter made for it.
+        adapter_file: an adapter made for it, or several, whose changes are added.
         save_path: the folder to write.
+        adapter_weights: factor on the change of each; left out, 1.
         adapter: insist on this one.
         base_mismatch: ``allow`` to put it on another base than its own, such as the same model in other bits.
         quantize: as for :func:`load`, which the adapter was trained with.
         dequantize: write a dense model where the base is quantized.
+        search_group_size: quantize what changes again in the group size that rounds the least of it away.
         overwrite: whether a model folder that is there may be replaced.
         plugins: as for :func:`registry`.
         options: insist on these values of the adapter.
@@ -307,9 +248,20 @@ def fuse(
         prepare(found)
         from mlxlora_core.model.events import result_of
         from mlxlora_core.model.fuse import fuse as fused
+        from mlxlora_core.model.several import shares_of
 
-        file = file_of(adapter_file, base_mismatch, adapter, options)
-        made = fused(base, file, target, found, quantization=bits, dequantize=dequantize, overwrite=overwrite)
+        paths = [adapter_file] if isinstance(adapter_file, (str, os.PathLike)) else adapter_file
+        files = [file_of(path, base_mismatch, adapter, options) for path in paths]
+        made = fused(
+            base,
+            shares_of(files, adapter_weights),
+            target,
+            found,
+            quantization=bits,
+            dequantize=dequantize,
+            search_group_size=search_group_size,
+            overwrite=overwrite,
+        )
         return result_of(made)
 
 

@@ -1,9 +1,9 @@
-"""``model + adapter -> model folder``, and how far the result is from what it was made of."""
+"""``model + adapters -> model folder``, and how far the result is from what it was made of."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,21 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxlora_core.errors import UsageError
 from mlxlora_core.files import durable, tensor_file
 from mlxlora_core.files.targets import check_output_folder
 from mlxlora_core.machine.disk import require_disk
-from mlxlora_core.model import adapters, loading
 from mlxlora_core.model import folder as model_folder
-from mlxlora_core.model.adapters import AdapterFile
+from mlxlora_core.model import loading
 from mlxlora_core.model.casting import DTYPES, cast
 from mlxlora_core.model.events import SpaceNeeded, TensorWritten
 from mlxlora_core.model.folder import CONFIG, SOURCE
 from mlxlora_core.model.linears import Quantized, dense_weight, parameters
 from mlxlora_core.model.loading import Model
 from mlxlora_core.model.memory import require_for
-from mlxlora_core.model.quantization import pack, without_quantization
+from mlxlora_core.model.quantization import without_quantization
+from mlxlora_core.model.regrouping import Regrouped, TriedGroupSize, regrouped_config, repacked, search
+from mlxlora_core.model.several import AdapterSet, AdapterShare
 from mlxlora_core.model.stored import StoredModel, bytes_of, open_stored
 from mlxlora_core.model.weights import SMALLER, WEIGHTS
 from mlxlora_core.plugins import Registry
@@ -39,13 +41,14 @@ class FuseReport:
 
     Attributes:
         folder: the fused model.
-        linears: how many weights the adapter changed.
-        rounded: how many of them were quantized again, which rounds the adapter's change.
+        linears: how many weights the adapters changed.
+        rounded: how many of them were quantized again, which rounds the change.
         distance: ‖fused - adapted‖ / ‖adapted‖ of the logits.
         largest_difference: the largest single difference.
-        base_distance: ‖base - adapted‖ / ‖adapted‖: what the adapter changes.
+        base_distance: ‖base - adapted‖ / ‖adapted‖: what the adapters change.
         same_argmax: share of probe positions with the same most likely token.
-        notes: what was assumed of the adapter's file, and whether it is of another base.
+        notes: what was assumed of adapter files, and whether they are of another base.
+        tried: the group sizes that were compared, where they were; the nearest was taken.
     """
 
     folder: str
@@ -56,64 +59,85 @@ class FuseReport:
     base_distance: float
     same_argmax: float
     notes: tuple[str, ...]
+    tried: tuple[TriedGroupSize, ...] = ()
 
 
 def fuse(
     folder: Path,
-    adapter: AdapterFile,
+    shares: Sequence[AdapterShare],
     target: Path,
     registry: Registry,
     *,
     quantization: Quantization | None = None,
     dequantize: bool = False,
+    search_group_size: bool = False,
     overwrite: bool = False,
 ) -> Iterator[SpaceNeeded | TensorWritten | FuseReport]:
-    """Write a model folder whose linears do what base and adapter do together.
+    """Write a model folder whose linears do what base and adapters do together.
 
-    Tensors that the adapter does not touch are copied byte for byte. A
-    quantized linear is quantized again with the options that it had, which
-    rounds the adapter's change too: the report says by how much. With
-    ``dequantize`` every quantized linear becomes a dense one instead.
+    Tensors that no adapter touches are copied byte for byte. A quantized
+    linear is quantized again with the options that it had, which rounds the
+    change too: the report says by how much. With ``dequantize`` every
+    quantized linear becomes a dense one instead.
 
     Args:
         folder: the base.
-        adapter: a file of one made for it, and what the caller insists on.
+        shares: files of adapters made for it, and how much of the change of each goes in.
         target: model folder to make.
         registry: where plugins are looked up.
-        quantization: how the base is quantized when it is opened, as it was when the adapter was trained.
+        quantization: how the base is quantized when it is opened, as it was when the adapters were trained.
         dequantize: whether the fused model is dense where the base is quantized.
+        search_group_size: whether the linears that change are quantized again in the group size
+            that rounds the least of the change away.
         overwrite: whether a model folder that is there may be replaced.
 
     Yields:
         What the disk must hold, what memory, each tensor as it is written, and the report.
 
     Raises:
-        UsageError: the target is the base, or holds the adapter.
-        ModelError: the adapter does not fit the base.
+        UsageError: the target is the base, or holds an adapter; group sizes of a base without any.
+        ModelError: an adapter does not fit the base.
         SafetyError: the target holds something else.
         ResourceError: disk or memory is too small.
     """
     ours = model_folder.holds_only_a_model
-    check_output_folder(target, [folder, adapter.path], overwrite=overwrite, ours=ours)
+    files = [share.file.path for share in shares]
+    check_output_folder(target, [folder, *files], overwrite=overwrite, ours=ours)
     stored = open_stored(folder, registry, quantization=quantization)
+    if search_group_size and not _quantized(stored.module):
+        raise UsageError("there is no group size to search: the base is not quantized", where=folder)
     written = _need(stored, dequantize)
     yield SpaceNeeded(require_disk(written, target))
     model = loading.load(folder, registry, quantization)
     yield SpaceNeeded(_memory(model, stored, written if dequantize else written // 2))
     probe = _probe(model)
     base = _logits(model, probe)
-    adapted = adapters.load_file(adapter, model, registry)
+    several = AdapterSet(model)
+    notes = several.load_shares(shares, registry)
     tuned = _logits(model, probe)
+    found = None
+    if search_group_size:
+        types = {path: _type(linear, path, stored) for path, linear in _quantized(stored.module).items()}
+        found = search(several, types, lambda: _distance(_logits(model, probe), tuned))
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as new:
         for name, path in model.tokenizer.files.items():
             durable.copy_file(path, new / name)
         weights = WEIGHTS["npz" if (folder / WEIGHTS["npz"]).is_file() else "safetensors"]
-        yield from _write_weights(new / weights, model, adapted, stored, dequantize)
-        config = without_quantization(model.config) if dequantize else model.config
-        durable.write_json(new / CONFIG, {key: value for key, value in config.items() if key != SOURCE})
+        yield from _write_weights(new / weights, several, stored, dequantize, found)
+        durable.write_json(new / CONFIG, _config(model, stored, dequantize, found))
         fused = _logits(loading.load(new, registry), probe)
-    rounded = 0 if dequantize else len(_quantized(model.module, adapted.paths).keys() & set(adapted.paths))
-    yield _report(target, adapted, rounded, base, tuned, fused)
+    packed = _quantized(stored.module).keys() & set(several.paths())
+    rounded = 0 if dequantize else len(packed)
+    tried = found.tried if found else ()
+    yield _report(target, len(several.paths()), rounded, base, tuned, fused, notes, tried)
+
+
+def _config(model: Model, stored: StoredModel, dequantize: bool, found: Regrouped | None) -> dict[str, Any]:
+    """config.json of the fused model."""
+    config = without_quantization(model.config) if dequantize else dict(model.config)
+    if found is not None:
+        config |= regrouped_config(_quantized(stored.module), found)
+    return {key: value for key, value in config.items() if key != SOURCE}
 
 
 def _need(stored: StoredModel, dequantize: bool) -> int:
@@ -150,35 +174,33 @@ def _memory(model: Model, stored: StoredModel, made: int) -> str:
 
 
 def _write_weights(
-    path: Path, model: Model, adapted: adapters.Adapted, stored: StoredModel, dequantize: bool
+    path: Path, several: AdapterSet, stored: StoredModel, dequantize: bool, found: Regrouped | None
 ) -> Iterator[TensorWritten]:
     """Write the weight file, and tell of each tensor."""
-    packed = _quantized(model.module, adapted.paths).values() if dequantize else ()
+    packed = _quantized(stored.module).values() if dequantize else ()
     count = len(stored.tensors) - sum(len(linear.parts) - 1 for linear in packed)
-    stream = _fused(model, adapted, stored, dequantize)
+    stream = _fused(several, stored, dequantize, found)
     for done, written in enumerate(tensor_file.saving(path, stream, {}, most=count), start=1):
         if isinstance(written, str):
             yield TensorWritten(written, done, count)
 
 
 def _fused(
-    model: Model, adapted: adapters.Adapted, stored: StoredModel, dequantize: bool
+    several: AdapterSet, stored: StoredModel, dequantize: bool, found: Regrouped | None
 ) -> Iterator[tuple[str, mx.array]]:
     """(name, tensor) as the weight file will hold them, made for one linear after another."""
-    modules = dict(model.module.named_modules())
-    quantized: Mapping[str, Quantized] = _quantized(model.module, adapted.paths) if dequantize else {}
+    adapted = set(several.paths())
+    quantized = _quantized(several.model.module, adapted) if dequantize else {}
     for path, parts in _by_path(stored.tensors):
-        name, linear = f"{path}.weight", quantized.get(path)
-        if path in adapted.paths:
-            wrapped: Any = modules[path]
-            name, linear = f"{name}, with the adapter in it,", wrapped.linear
-            before = dense_weight(wrapped.linear).astype(mx.float32)
-            weight = adapters.fused_weight(adapted.choice.component, wrapped, before)
-        elif linear is not None:
-            weight = linear.dequantize()
+        name = f"{path}.weight"
+        linear: nn.Module | None = several.linear(path) if path in adapted else quantized.get(path)
         if linear is not None:
-            weight = cast(name, weight, _type(linear, parts), stored.path)
-            parts = _with_weight(linear, weight, parts, path, dequantize)
+            weight = dense_weight(linear)
+            if path in adapted:
+                name = f"{name}, with the adapter in it,"
+                weight = several.fused_weight(path, weight.astype(mx.float32))
+            weight = cast(name, weight, _type(linear, path, stored), stored.path)
+            parts = _with_weight(linear, weight, parts, path, dequantize, found)
         yield from ((f"{path}.{part}", parts[part]) for part in sorted(parts))
 
 
@@ -191,29 +213,28 @@ def _by_path(stored: Mapping[str, LazyTensor]) -> Iterator[tuple[str, dict[str, 
         yield path, {name.rpartition(".")[2]: stored[name].read() for name in names}
 
 
-def _type(linear: nn.Module, parts: Mapping[str, mx.array]) -> mx.Dtype:
+def _type(linear: nn.Module, path: str, stored: StoredModel) -> mx.Dtype:
     """The floating type that a linear is stored in."""
-    types = [parts[name].dtype for name in parameters(linear)]
-    return next((found for found in types if mx.issubdtype(found, mx.floating)), mx.float32)
+    types = [stored.tensors[f"{path}.{name}"].dtype for name in parameters(linear)]
+    return next((DTYPES[found] for found in types if found in DTYPES), mx.float32)
 
 
 def _with_weight(
-    linear: nn.Module, weight: mx.array, parts: Mapping[str, mx.array], path: str, dequantize: bool
+    linear: nn.Module,
+    weight: mx.array,
+    parts: Mapping[str, mx.array],
+    path: str,
+    dequantize: bool,
+    found: Regrouped | None,
 ) -> dict[str, mx.array]:
     """The parts of a linear with another weight: packed again where they are, unless it becomes dense."""
     if not isinstance(linear, Quantized):
         return {**parts, "weight": weight}
     others = {name: part for name, part in parts.items() if name not in linear.parts}
-    return {**others, **({"weight": weight} if dequantize else _repacked(linear, weight, path))}
-
-
-def _repacked(linear: Quantized, weight: mx.array, path: str) -> Mapping[str, mx.array]:
-    """A weight quantized as that of ``linear`` was."""
-    packed = pack(weight, linear.quantization)
-    if packed is None:
-        what = f"None for {path}, which it packed before"
-        raise linear.quantization.component.breach("quantize", what, "its parts")
-    return packed.parts
+    if dequantize:
+        return {**others, "weight": weight}
+    quantization = found.choices[path] if found is not None else linear.quantization
+    return {**others, **repacked(weight, quantization, path)}
 
 
 def _logits(model: Model, tokens: mx.array) -> mx.array:
@@ -229,23 +250,31 @@ def _probe(model: Model) -> mx.array:
     return mx.random.randint(0, model.language_model.vocab_size, (1, length), key=mx.random.key(0))
 
 
+def _distance(logits: mx.array, tuned: mx.array) -> float:
+    """‖logits - tuned‖ / ‖tuned‖."""
+    return float(mx.linalg.norm((logits - tuned).reshape(-1)) / mx.linalg.norm(tuned.reshape(-1)))
+
+
 def _report(
-    target: Path, adapted: adapters.Adapted, rounded: int, base: mx.array, tuned: mx.array, fused: mx.array
+    target: Path,
+    changed: int,
+    rounded: int,
+    base: mx.array,
+    tuned: mx.array,
+    fused: mx.array,
+    notes: Sequence[str],
+    tried: tuple[TriedGroupSize, ...],
 ) -> FuseReport:
     """What the logits of base, adapted and fused model say."""
-    size = mx.linalg.norm(tuned.reshape(-1))
-
-    def distance(logits: mx.array) -> float:
-        return float(mx.linalg.norm((logits - tuned).reshape(-1)) / size)
-
     same = (mx.argmax(fused, axis=-1) == mx.argmax(tuned, axis=-1)).astype(mx.float32).mean()
     return FuseReport(
         folder=str(target),
-        linears=len(adapted.paths),
+        linears=changed,
         rounded=rounded,
-        distance=distance(fused),
+        distance=_distance(fused, tuned),
         largest_difference=float(mx.abs(fused - tuned).max()),
-        base_distance=distance(base),
+        base_distance=_distance(base, tuned),
         same_argmax=float(same),
-        notes=adapted.notes,
+        notes=tuple(notes),
+        tried=tried,
     )

@@ -36,6 +36,30 @@ class Selected:
     rows: tuple[str | None, ...] = ()
 
 
+@dataclass(frozen=True)
+class AdapterShare:
+    """An adapter in a file, and how much of its change is meant.
+
+    Attributes:
+        file: the file, and what the caller insists on.
+        share: 1 for all of it.
+    """
+
+    file: AdapterFile
+    share: float = 1.0
+
+
+def shares_of(files: Sequence[AdapterFile], weights: Sequence[float]) -> list[AdapterShare]:
+    """Adapter files, each with its share of the change; 1 each where no weights are given.
+
+    Raises:
+        UsageError: as many weights as files are wanted, or none.
+    """
+    if weights and len(weights) != len(files):
+        raise UsageError(f"{len(weights)} weights are given for {len(files)} adapter files")
+    return [AdapterShare(*pair) for pair in zip(files, weights or [1.0] * len(files), strict=True)]
+
+
 class AdapterSet:
     """Adapters on one model, each under a name; none is in use before it is selected.
 
@@ -47,11 +71,12 @@ class AdapterSet:
 
     Attributes:
         adapted: name -> what was loaded.
+        model: that they are on.
     """
 
     def __init__(self, model: Model) -> None:
         self.adapted: dict[str, Adapted] = {}
-        self._model = model
+        self.model = model
         self._places: dict[str, _Place] = {}
         self._state = _State()
 
@@ -64,10 +89,10 @@ class AdapterSet:
         """
         if not name or name in self.adapted:
             raise UsageError(f"adapter name {name!r} is {'taken' if name else 'empty'}", fix="give another")
-        replace(self._model.module, {path: place.linear for path, place in self._places.items()})
+        replace(self.model.module, {path: place.linear for path, place in self._places.items()})
         try:
-            adapted = adapters.load_file(file, self._model, registry)
-            modules = dict(self._model.module.named_modules())
+            adapted = adapters.load_file(file, self.model, registry)
+            modules = dict(self.model.module.named_modules())
             for path in adapted.paths:
                 wrapped: Any = modules[path]
                 place = self._places.setdefault(path, _Place(wrapped.linear))
@@ -75,11 +100,21 @@ class AdapterSet:
             self.adapted[name] = adapted
         finally:
             replace(
-                self._model.module,
+                self.model.module,
                 {path: _module(place, self._state) for path, place in self._places.items()},
             )
         self._state.change(self._state.selected)
         return adapted
+
+    def load_shares(self, shares: Sequence[AdapterShare], registry: Registry) -> list[str]:
+        """Read adapters, select their shares, and give what there is to tell of their files.
+
+        Raises:
+            MlxloraError: as :meth:`load` and :meth:`select`.
+        """
+        adapted = [self.load(str(n), share.file, registry) for n, share in enumerate(shares)]
+        self.select({str(n): share.share for n, share in enumerate(shares)})
+        return [note for each in adapted for note in each.notes]
 
     def select(self, selected: str | Weights | Sequence[str | None] | None) -> None:
         """What the next batches are computed with.

@@ -18,6 +18,7 @@ from mlxlora_core.model import adapters, loading
 from mlxlora_core.model import fuse as fusing
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.events import TensorWritten, result_of
+from mlxlora_core.model.several import AdapterShare
 from mlxlora_core.model.weights import WEIGHTS
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.sections import configure
@@ -54,7 +55,7 @@ def logits(folder: Path, registry: Registry, adapter: Path | None = None) -> mx.
 def fuse(base: Path, adapter: Path, target: Path, registry: Registry, **options: Any) -> Any:
     """The events of fusing a file of which nothing is insisted on."""
     insisted = {key: options.pop(key) for key in ("name", "values", "any_base") if key in options}
-    return fusing.fuse(base, AdapterFile(adapter, **insisted), target, registry, **options)
+    return fusing.fuse(base, [AdapterShare(AdapterFile(adapter, **insisted))], target, registry, **options)
 
 
 def weights(folder: Path) -> dict[str, mx.array]:
