@@ -243,24 +243,6 @@ class ForeignAdapter:
 
 
 @dataclass(frozen=True)
-class FoundAdapter:
-    """What the tensors of an adapter file tell of it where it has no record of its own.
-
-    Attributes:
-        paths: module paths of the linears that it changes.
-        options: those of the adapter's options that the file tells.
-        unstated: options that decide what it computes and that it does not tell.
-        outputs: name of a parameter within a linear -> its axis that goes along the
-            linear's outputs, to be put in order where another library orders them otherwise.
-    """
-
-    paths: tuple[str, ...]
-    options: Mapping[str, Any]
-    unstated: tuple[str, ...] = ()
-    outputs: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class ForeignLinear:
     """A linear of a model as another library knows it.
 

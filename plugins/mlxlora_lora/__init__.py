@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxlora_core.api import Adapter, FoundAdapter, Place, hookimpl, option
+from mlxlora_core.api import Adapter, Place, hookimpl, option
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -48,17 +47,8 @@ def fuse(module: nn.Module, weight: mx.array) -> mx.array:
     return module.fuse(weight)
 
 
-def recognise(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> FoundAdapter | None:
-    """See :func:`mlxlora_lora.files.recognise`."""
-    from mlxlora_lora.files import recognise
-
-    return recognise(path, shapes)
-
-
 @hookimpl
 def mlxlora_adapters() -> Iterable[Adapter]:
     """The one adapter of this plugin."""
     summary = "low-rank update beside a frozen linear layer"
-    return [
-        Adapter(name="lora", summary=summary, options=LoRAOptions, wrap=wrap, fuse=fuse, recognise=recognise)
-    ]
+    return [Adapter(name="lora", summary=summary, options=LoRAOptions, wrap=wrap, fuse=fuse)]
