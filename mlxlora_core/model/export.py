@@ -185,7 +185,7 @@ def _adapter(model: Model, adapted: adapters.Adapted, path: Path) -> ExportAdapt
     _, metadata = tensor_file.load(path)
     tensors = {
         name: LazyTensor(tensor.shape, type_name(tensor.dtype), _giver(tensor))
-        for name, tensor in adapters.trainable(model.module).items()
+        for name, tensor in adapters.own(model.module, adapted.paths).items()
     }
     return ExportAdapter(
         name=adapted.choice.component.id,

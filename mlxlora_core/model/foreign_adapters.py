@@ -72,6 +72,8 @@ def open_foreign_adapter(
     linears = at(sorted(part.path for theirs in parts.values() for part in theirs), model, path)
     choice = _agreed(path, component, found, values)
     config = _config(path, model, linears, configure(component, values)[1], values)
+    differing = {part.path: found.overrides.get(at, {}) for at, theirs in parts.items() for part in theirs}
+    config = dataclasses.replace(config, overrides=(*config.overrides, *_overrides(differing)))
     tensors = dict(_tensors(loader, found, parts, path))
     return OpenedAdapter(choice, config, linears, tensors, tuple(_notes(path, loader, found, choice, values)))
 
@@ -144,7 +146,11 @@ def _opened(loader: Component, path: Path) -> ForeignAdapter:
 def _tensors(
     loader: Component, found: ForeignAdapter, parts: Mapping[str, Sequence[Part]], where: Path
 ) -> Iterator[tuple[str, LazyTensor]]:
-    """The tensors under the names of this model, outputs in its order."""
+    """The tensors under the names of this model, outputs in its order.
+
+    One that stands in several modules, and is taken in the same way, comes as one.
+    """
+    made: dict[tuple[Any, ...], LazyTensor] = {}
     for path, tensors in found.linears.items():
         for name, tensor in tensors.items():
             axis = found.outputs.get(name)
@@ -153,7 +159,9 @@ def _tensors(
                 raise loader.breach("open", got, "an axis that it has")
             _check_outputs(path, name, tensor, axis, parts[path], where)
             for part in parts[path]:
-                yield f"{part.path}.{name}", _of_part(loader, name, tensor, axis, part)
+                how = (id(tensor), axis, id(part.rows), part.start, part.count)
+                made[how] = made.get(how) or _of_part(loader, name, tensor, axis, part)
+                yield f"{part.path}.{name}", made[how]
 
 
 def _check_outputs(
@@ -224,6 +232,25 @@ def _config(
     targets = tuple(sorted({at_path.rpartition(".")[2] for at_path in linears}))
     count = len(model.language_model.layers) - min(numbers, default=0)
     return dataclasses.replace(AdapterConfig(), targets=targets, layers=count)
+
+
+def _overrides(differing: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Overrides that say which options differ where, in few words.
+
+    Args:
+        differing: path -> options that differ there, of all that are adapted.
+    """
+    of_name: dict[str, list[Mapping[str, Any]]] = {}
+    for path, options in differing.items():
+        of_name.setdefault(path.rpartition(".")[2], []).append(options)
+    alike = {name for name, found in of_name.items() if all(options == found[0] for options in found)}
+    told = dict.fromkeys(sorted(alike)) | dict.fromkeys(
+        path for path in sorted(differing) if path.rpartition(".")[2] not in alike
+    )
+    for pattern in told:
+        options = of_name[pattern][0] if pattern in alike else differing[pattern]
+        if options:
+            yield f"{pattern}: " + ", ".join(f"{key}={value}" for key, value in options.items())
 
 
 def _notes(

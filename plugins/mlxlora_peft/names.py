@@ -53,7 +53,7 @@ def taken_apart(tensors: Mapping[str, LazyTensor]) -> Held:
         path, part = match[1] or "", match[2]
         place = held.projections if part in PROJECTIONS else held.modules.setdefault(_bare(path), {})
         if part in place:
-            break
+            raise ModelError(f"holds {part} of {path} twice", fix="save one adapter alone")
         place[part] = tensor
     if len(adapters) > 1 or len(held.modules) > _MODULES:
         what = f"adapters {listing(sorted(adapters), 4)}" if len(adapters) > 1 else f"over {_MODULES} modules"

@@ -137,12 +137,11 @@ def test_all_linear_is_every_one_in_a_layer_and_not_the_head(
     ("options", "says"),
     [
         (
-            {"targets": ("q_proj",)},
-            r"'q_proj' matches no linear .*there is w1, w2, w3, wk, wo, wq, wv, or all",
+            {"targets": ("w4",)},
+            r"'w4' matches no linear .*there is output, tok_embeddings, w1, w2, w3, wk, wo, wq, wv, or all",
         ),
         ({"targets": ("wq", "w_v")}, "'w_v' matches no linear.*did you mean 'wv'"),
         ({"targets": ("layers.0.attention.wq",), "layers": 1}, "matches no linear in the top 1 layers"),
-        ({"targets": ("output",)}, "matches no linear"),
         ({"rank": 33}, "rank 33"),
     ],
 )
@@ -205,7 +204,7 @@ def test_a_file_says_what_it_holds(load: Callable[..., Model], registry: Registr
     record = json.loads(metadata["mlxlora"])
     assert (record["adapter"], record["base"]) == ("lora:lora", model.fingerprint)
     assert record["options"] == {"rank": 4, "scale": 2.0, "dropout": 0.0}
-    assert record["config"] == {"targets": ["wq", "wv"], "layers": 16}
+    assert record["config"] == {"targets": ["wq", "wv"], "layers": 16, "overrides": []}
     assert record["paths"] == list(adapted.paths)
     assert record["versions"].keys() == {"mlxlora"}
 
