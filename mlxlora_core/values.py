@@ -226,6 +226,8 @@ class ForeignAdapter:
             the orientation that it has here, its outputs still ordered as there.
         outputs: name of a parameter -> its axis that goes along the outputs of the linear; those
             that have none are not named.
+        inputs: name of a parameter that linears of several sizes share -> its axis that goes along
+            the inputs, of which each linear takes as many as it has, from the first on.
         overrides: module path there -> options that differ there.
         unstated: options that decide what it computes and that the files do not tell.
         layout: whose names these are: ``hf``, ``gguf``, or nothing for the architecture's own.
@@ -236,6 +238,7 @@ class ForeignAdapter:
     options: Mapping[str, Any]
     linears: Mapping[str, Mapping[str, LazyTensor]]
     outputs: Mapping[str, int] = field(default_factory=dict)
+    inputs: Mapping[str, int] = field(default_factory=dict)
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     unstated: tuple[str, ...] = ()
     layout: str = "hf"
