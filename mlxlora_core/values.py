@@ -309,6 +309,7 @@ class ExportAdapter:
     Attributes:
         name: full id of the adapter.
         options: its options, as plain values.
+        overrides: path -> options that differ there.
         paths: module paths of the linears that it changes.
         tensors: name -> parameter of the adapter, as an adapter file holds it.
         metadata: what its file says of itself, to be kept where there is a place for it.
@@ -321,6 +322,7 @@ class ExportAdapter:
     options: Mapping[str, Any]
     paths: tuple[str, ...]
     tensors: Mapping[str, LazyTensor]
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     low_rank: Mapping[str, LowRank] = field(default_factory=dict)
     places: Mapping[str, ForeignTensor] = field(default_factory=dict)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,7 @@ def _opened(loader: Component, path: Path) -> ForeignAdapter:
     opened: ForeignAdapter = loader.checked("open", given, ForeignAdapter)
     for name in ("adapter", "layout"):
         loader.checked("open", getattr(opened, name), str)
-    for name in ("options", "linears", "outputs", "overrides"):
+    for name in ("options", "linears", "outputs", "inputs", "overrides"):
         part = getattr(opened, name)
         if not isinstance(part, Mapping):
             raise loader.breach("open", f"{name} of type {type(part).__name__}", "a mapping")
@@ -133,7 +132,7 @@ def _opened(loader: Component, path: Path) -> ForeignAdapter:
             loader.checked("open", tensor, LazyTensor)
     if not opened.linears:
         raise loader.breach("open", "an adapter of no linear", "a ModelError, or an adapter of some")
-    for name, axis in opened.outputs.items():
+    for name, axis in (*opened.outputs.items(), *opened.inputs.items()):
         if type(axis) is not int or axis < 0:
             raise loader.breach("open", f"axis {axis!r} of {name}", "a whole number of at least 0")
     unknown = sorted(opened.overrides.keys() - opened.linears.keys())
@@ -153,14 +152,14 @@ def _tensors(
     made: dict[tuple[Any, ...], LazyTensor] = {}
     for path, tensors in found.linears.items():
         for name, tensor in tensors.items():
-            axis = found.outputs.get(name)
-            if axis is not None and axis >= len(tensor.shape):
-                got = f"{name} of shape {tensor.shape} with axis {axis} along the outputs"
-                raise loader.breach("open", got, "an axis that it has")
-            _check_outputs(path, name, tensor, axis, parts[path], where)
+            axes = found.outputs.get(name), found.inputs.get(name)
+            if any(axis is not None and axis >= len(tensor.shape) for axis in axes):
+                got = f"{name} of shape {tensor.shape} with axes {axes} along outputs and inputs"
+                raise loader.breach("open", got, "axes that it has")
+            _check_outputs(path, name, tensor, axes[0], parts[path], where)
             for part in parts[path]:
-                how = (id(tensor), axis, id(part.rows), part.start, part.count)
-                made[how] = made.get(how) or _of_part(loader, name, tensor, axis, part)
+                how = (id(tensor), *axes, id(part.rows), part.start, part.outputs, part.inputs)
+                made[how] = made.get(how) or _of_part(loader, name, tensor, axes, part)
                 yield f"{part.path}.{name}", made[how]
 
 
@@ -170,31 +169,46 @@ def _check_outputs(
     """Refuse a tensor of a fused linear that is not as long as its parts together."""
     if axis is None or parts[0].start is None:
         return
-    wanted = sum(part.count for part in parts)
+    wanted = sum(part.outputs for part in parts)
     if tensor.shape[axis] != wanted:
         raise ModelError(f"{path}.{name} is {tensor.shape}, wanted {wanted} outputs", where=where)
 
 
-def _of_part(loader: Component, name: str, tensor: LazyTensor, axis: int | None, part: Part) -> LazyTensor:
-    """What of a tensor belongs to a linear here, in its order."""
-    picked: list[int] | None = None
-    shape = tuple(tensor.shape)
-    if axis is not None:
-        first = part.start or 0
-        length = shape[axis] if part.start is None else part.count
+def _of_part(
+    loader: Component, name: str, tensor: LazyTensor, axes: tuple[int | None, int | None], part: Part
+) -> LazyTensor:
+    """What of a tensor belongs to a linear here, in its order.
+
+    Args:
+        loader: who has opened it.
+        name: of the parameter.
+        tensor: as it is there.
+        axes: along the outputs, and along inputs of which only the first are the linear's.
+        part: which linear.
+    """
+    outputs, inputs = axes
+    shape = list(tensor.shape)
+    picked = {}
+    if outputs is not None:
+        length = shape[outputs] if part.start is None else part.outputs
         # Rows of another number are those of another model, which the shapes will tell.
         rows = part.rows if part.rows is not None and len(part.rows) == length else range(length)
         if part.start is not None or rows is part.rows:
-            picked = [first + row for row in rows]
-            shape = (*shape[:axis], length, *shape[axis + 1 :])
+            picked[outputs] = [(part.start or 0) + row for row in rows]
+    if inputs is not None and shape[inputs] > part.inputs:
+        picked[inputs] = list(range(part.inputs))
+    for axis, taken in picked.items():
+        shape[axis] = len(taken)
 
-    def read(tensor: LazyTensor = tensor) -> mx.array:
+    def read() -> mx.array:
         value = loader.checked("open", tensor.read(), mx.array)
         if value.shape != tuple(tensor.shape):
             raise loader.breach("open", f"{name} that reads {value.shape}", f"{tuple(tensor.shape)}, as told")
-        return value if picked is None or axis is None else mx.take(value, mx.array(picked), axis)
+        for axis, taken in picked.items():
+            value = mx.take(value, mx.array(taken), axis)
+        return value
 
-    return LazyTensor(shape, tensor.dtype, partial(read))
+    return LazyTensor(tuple(shape), tensor.dtype, read)
 
 
 def _agreed(path: Path, component: Component, found: ForeignAdapter, values: Mapping[str, Any]) -> Choice:

@@ -26,13 +26,15 @@ class Part:
         rows: for each output here which one it is there, counted from ``start``, or None where
             they are in the same order.
         start: its first output there, of a module in which several are fused; None for a whole one.
-        count: how many outputs it has, or 0 where that does not matter.
+        outputs: how many it has, or 0 where it is no linear.
+        inputs: how many it has, likewise.
     """
 
     path: str
     rows: Sequence[int] | None = None
     start: int | None = None
-    count: int = 0
+    outputs: int = 0
+    inputs: int = 0
 
 
 def parts_of(model: Model, layout: str, paths: Sequence[str]) -> dict[str, list[Part]]:
@@ -51,7 +53,7 @@ def parts_of(model: Model, layout: str, paths: Sequence[str]) -> dict[str, list[
     """
     own = dict(model.module.named_modules())
     theirs = _table(model, layout, own)
-    found = {path: [Part(path)] if path in own else theirs.get(_bare(path), []) for path in paths}
+    found = {path: [_part(path, own)] if path in own else theirs.get(_bare(path), []) for path in paths}
     absent = [path for path, parts in found.items() if not parts]
     if absent:
         raise ModelError(f"adapts {listing(absent)}, which this model does not have")
@@ -72,10 +74,17 @@ def _table(model: Model, layout: str, own: Mapping[str, nn.Module]) -> dict[str,
         path = entry.name.removesuffix(".weight")
         if path == entry.name or path not in own:
             continue
-        count = linear_shape(own[path])[-2] if is_linear(own[path]) else 0
-        part = Part(path, entry.rows, entry.start, count)
+        part = _part(path, own, entry.rows, entry.start)
         found[_bare(entry.foreign.removesuffix(".weight"))].append(part)
     return {path: sorted(parts, key=lambda part: part.start or 0) for path, parts in found.items()}
+
+
+def _part(
+    path: str, own: Mapping[str, nn.Module], rows: Sequence[int] | None = None, start: int | None = None
+) -> Part:
+    """A module of this model."""
+    outputs, inputs = linear_shape(own[path])[-2:] if is_linear(own[path]) else (0, 0)
+    return Part(path, rows, start, outputs, inputs)
 
 
 def _bare(path: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlxlora_core.api import Adapter, Place, hookimpl, option
+from mlxlora_core.api import Adapter, LowRank, Place, hookimpl, option
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -47,8 +47,20 @@ def fuse(module: nn.Module, weight: mx.array) -> mx.array:
     return module.fuse(weight)
 
 
+def low_rank(module: nn.Module) -> LowRank:
+    """The update that a :class:`mlxlora_lora.linear.LoRALinear` adds to its linear."""
+    from mlxlora_lora.linear import LoRALinear
+
+    assert isinstance(module, LoRALinear)
+    return LowRank(module.lora_a, module.lora_b, module.scale)
+
+
 @hookimpl
 def mlxlora_adapters() -> Iterable[Adapter]:
     """The one adapter of this plugin."""
     summary = "low-rank update beside a frozen linear layer"
-    return [Adapter(name="lora", summary=summary, options=LoRAOptions, wrap=wrap, fuse=fuse)]
+    return [
+        Adapter(
+            name="lora", summary=summary, options=LoRAOptions, wrap=wrap, fuse=fuse, low_rank=low_rank
+        )
+    ]
