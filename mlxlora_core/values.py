@@ -231,6 +231,8 @@ class ForeignAdapter:
         overrides: module path there -> options that differ there.
         unstated: options that decide what it computes and that the files do not tell.
         layout: whose names these are: ``hf``, ``gguf``, or nothing for the architecture's own.
+        embedding_alone: whether an update of the embedding leaves an output head as it is that is
+            the embedding too; here it changes both.
         notes: what was assumed, in words.
     """
 
@@ -242,6 +244,7 @@ class ForeignAdapter:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     unstated: tuple[str, ...] = ()
     layout: str = "hf"
+    embedding_alone: bool = False
     notes: Sequence[str] = ()
 
 
@@ -315,6 +318,7 @@ class ExportAdapter:
         metadata: what its file says of itself, to be kept where there is a place for it.
         low_rank: path -> its update of that linear, where that is a low-rank one and nothing else.
         places: path -> the weight of that linear in the layout that the exporter asked for.
+        heights: name there -> rows of a weight there that holds those of several linears.
         layers: how many the model has.
     """
 
@@ -326,6 +330,7 @@ class ExportAdapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
     low_rank: Mapping[str, LowRank] = field(default_factory=dict)
     places: Mapping[str, ForeignTensor] = field(default_factory=dict)
+    heights: Mapping[str, int] = field(default_factory=dict)
     layers: int = 0
 
 

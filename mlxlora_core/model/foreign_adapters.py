@@ -15,7 +15,7 @@ from mlxlora_core.errors import ModelError, UsageError, listing
 from mlxlora_core.files import tensor_file
 from mlxlora_core.model.architectures import checked_notes, placed
 from mlxlora_core.model.foreign_linears import Part, parts_of
-from mlxlora_core.model.linears import layers_by_path
+from mlxlora_core.model.linears import is_linear, layers_by_path
 from mlxlora_core.model.loading import Model
 from mlxlora_core.model.places import at, choose, with_targets
 from mlxlora_core.options import plain
@@ -69,6 +69,8 @@ def open_foreign_adapter(
         raise ModelError(f"holds adapter '{component.id}', wanted '{name}'", where=path)
     parts = placed(path, parts_of, model, found.layout, list(found.linears))
     linears = at(sorted(part.path for theirs in parts.values() for part in theirs), model, path)
+    if found.embedding_alone and not model.language_model.head_path:
+        _refuse_embeddings(linears, path)
     choice = _agreed(path, component, found, values)
     config = _config(path, model, linears, configure(component, values)[1], values)
     differing = {part.path: found.overrides.get(at, {}) for at, theirs in parts.items() for part in theirs}
@@ -211,6 +213,14 @@ def _of_part(
     return LazyTensor(tuple(shape), tensor.dtype, read)
 
 
+def _refuse_embeddings(linears: Mapping[str, nn.Module], where: Path) -> None:
+    """Refuse an update of an embedding that is the output head too, which it would leave as it is."""
+    found = [path for path, module in linears.items() if not is_linear(module)]
+    if found:
+        what = f"adapts {listing(found)} and not the output head, which is the same weights in this model"
+        raise ModelError(what, where=where)
+
+
 def _agreed(path: Path, component: Component, found: ForeignAdapter, values: Mapping[str, Any]) -> Choice:
     """The options that the files tell, and those that are stated, which must not differ."""
     held, wanted = dict(found.options), plain(configure(component, values)[0].options)
@@ -285,4 +295,3 @@ def _notes(
                 f"{path} does not say its {key}: {options[key]} is assumed (say another with "
                 f"--set adapter.{key}=VALUE)"
             )
-

@@ -60,7 +60,5 @@ def mlxlora_adapters() -> Iterable[Adapter]:
     """The one adapter of this plugin."""
     summary = "low-rank update beside a frozen linear layer"
     return [
-        Adapter(
-            name="lora", summary=summary, options=LoRAOptions, wrap=wrap, fuse=fuse, low_rank=low_rank
-        )
+        Adapter(name="lora", summary=summary, options=LoRAOptions, wrap=wrap, fuse=fuse, low_rank=low_rank)
     ]

@@ -55,7 +55,7 @@ def open_adapter(path: Path) -> ForeignAdapter:
     if all(_META.fullmatch(linear) for linear in linears):
         config = {}  # what lies beside it is of another file
     magnitudes = [linear for linear, tensors in linears.items() if _M in tensors]
-    if magnitudes and len(magnitudes) < len(linears) or (kind == "dora" and not magnitudes):
+    if (magnitudes and len(magnitudes) < len(linears)) or (kind == "dora" and not magnitudes):
         raise ModelError(f"lacks {listing(f'{p}.{_M}' for p in linears if p not in magnitudes)}", where=file)
     if magnitudes and kind == "lora" and config:
         raise ModelError(f"has magnitudes (.{_M}), but fine_tune_type is lora", where=file.parent / CONFIG)

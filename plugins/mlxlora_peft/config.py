@@ -48,13 +48,7 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 #: keys that do not change what an adapter of known tensors computes, or that are looked at elsewhere
 _KNOWN = frozenset(
-    """
-    peft_type task_type base_model_name_or_path revision auto_mapping peft_version inference_mode
-    target_modules exclude_modules layers_to_transform layers_pattern r lora_alpha lora_dropout rank_pattern
-    alpha_pattern use_rslora use_dora megatron_config megatron_core loftq_config eva_config corda_config
-    lora_ga_config velora_config qalora_group_size runtime_config feedforward_modules init_ia3_weights
-    projection_prng_key save_projection vera_dropout d_initial init_weights
-    """.split()
+    ["peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config", "feedforward_modules", "init_ia3_weights", "projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"]
 )
 
 
@@ -155,7 +149,9 @@ def names(config: Mapping[str, Any], key: str, where: Path) -> list[str]:
     """
     value = config.get(key)
     found = [value] if isinstance(value, str) else value or []
-    if not isinstance(found, list) or not all(isinstance(n, str) and re.fullmatch(r"[\w.]+", n) for n in found):
+    if not isinstance(found, list) or not all(
+        isinstance(n, str) and re.fullmatch(r"[\w.]+", n) for n in found
+    ):
         raise ModelError(f"{key} is {show_value(value)}, wanted a list of names", where=where)
     return found
 

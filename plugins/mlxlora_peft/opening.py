@@ -64,7 +64,7 @@ def open_adapter(path: Path) -> ForeignAdapter:
         config = {}  # of another tool
     kind = configs.check(config, where) if config else ""
     held = _held(file)
-    opened = _kind(kind, held, file)(config, held, where)
+    opened: ForeignAdapter = _kind(kind, held, file)(config, held, where)
     return replace(opened, notes=[*configs.notes(config), *held.notes])
 
 

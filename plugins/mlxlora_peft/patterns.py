@@ -37,7 +37,9 @@ class Patterns:
             return
         if not isinstance(held, dict) or len(held) > _PATTERNS:
             raise ModelError(f"{key} is {show_value(held)}, wanted a table of patterns and numbers")
-        odd = [f"{show_key(pattern)}: {show_value(n)}" for pattern, n in held.items() if not _is_number(n, least)]
+        odd = [
+            f"{show_key(pattern)}: {show_value(n)}" for pattern, n in held.items() if not _is_number(n, least)
+        ]
         if odd:
             raise ModelError(f"{key} has {listing(odd, 3)}, wanted numbers above {least:g}")
         strange = [show_key(pattern) for pattern in held if not _is_safe(pattern)]

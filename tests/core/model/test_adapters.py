@@ -541,8 +541,8 @@ def test_a_file_that_says_nothing_is_the_default_adapter_with_the_options_given(
     a, b = (tensors[f"layers.0.attention.wq.lora_{letter}"] for letter in "ab")
     assert mx.allclose(wq(x), wq.linear(x) + 2.0 * (x @ a) @ b, atol=1e-6)
     assert [note.replace(str(path), "FILE") for note in adapted.notes] == [
-        "FILE was read as lora by mlx-lm: rank 8 and 4 linears; which model it was made for cannot be checked, "
-        "only that its shapes fit",
+        "FILE was read as lora by mlx-lm: rank 8 and 4 linears; which model it was made for cannot be "
+        "checked, only that its shapes fit",
         "FILE does not say its scale: 2.0 is assumed (say another with --set adapter.scale=VALUE)",
     ]
 
@@ -677,7 +677,7 @@ WQ, DEEP = "layers.0.attention.wq", "layers.1.attention.wq"
         (both("model.vision_tower.layers.0.self_attn.q_proj"), "which this model does not have"),
         (
             {WQ + ".weight": mx.ones((32, 32))},
-            "no adapter loader knows this file (there is mlx-lm, peft): it holds layers.0.attention.wq.weight",
+            "no adapter loader knows this file (there is mlx-lm, peft): it holds layers.0.attention.wq",
         ),
         (both(WQ) | {"norm.weight": mx.ones((32,))}, "holds norm.weight beside the updates"),
         ({}, "holds no"),
