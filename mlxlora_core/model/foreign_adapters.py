@@ -29,7 +29,7 @@ class OpenedAdapter:
     """What an adapter of another tool becomes here.
 
     Attributes:
-        choice: the adapter, with the options that its files tell, that the caller states, or that are assumed.
+        choice: the adapter, with options that its files tell, that the caller states or that are assumed.
         config: where it goes.
         linears: path -> linear that it goes on.
         tensors: name -> parameter, under the names of this model and in its order, not read yet.

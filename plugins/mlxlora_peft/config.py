@@ -48,7 +48,42 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 #: keys that do not change what an adapter of known tensors computes, or that are looked at elsewhere
 _KNOWN = frozenset(
-    ["peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config", "feedforward_modules", "init_ia3_weights", "projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"]
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "d_initial",
+        "eva_config",
+        "exclude_modules",
+        "feedforward_modules",
+        "inference_mode",
+        "init_ia3_weights",
+        "init_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "projection_prng_key",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "save_projection",
+        "target_modules",
+        "task_type",
+        "use_dora",
+        "use_rslora",
+        "velora_config",
+        "vera_dropout",
+    }
 )
 
 

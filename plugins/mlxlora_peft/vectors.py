@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 #: what the last linear of a feed-forward block is called, whose inputs IA3 scales
 _LAST = "down_proj"
-#: linears whose outputs are fused or ordered otherwise there, so that factors on their inputs are not told apart
+#: linears whose outputs are fused or ordered otherwise there: factors on their inputs are not told apart
 _TURNED = ("q_proj", "k_proj", "qkv_proj", "gate_up_proj")
 
 
