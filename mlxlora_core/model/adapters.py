@@ -272,6 +272,27 @@ def fused_weight(component: Component, wrapped: nn.Module, before: mx.array) -> 
     return weight
 
 
+def fused_bias(component: Component, wrapped: nn.Module, before: mx.array) -> mx.array:
+    """The bias that goes with a :func:`fused_weight`, in the type of the one before.
+
+    Args:
+        component: the adapter.
+        wrapped: the linear with the adapter on it.
+        before: the linear's own bias.
+
+    Raises:
+        PluginError: it is of another shape, or has values that are not finite.
+    """
+    if component.spec.fuse_bias is None:
+        return before
+    given = component.spec.fuse_bias(wrapped, before.astype(mx.float32))
+    bias = component.checked("fuse_bias", given, mx.array).astype(before.dtype)
+    if bias.shape != before.shape or not is_finite(bias):
+        got = f"{bias.shape}" if bias.shape != before.shape else "values that are not finite"
+        raise component.breach("fuse_bias", got, f"{before.shape} finite values")
+    return bias
+
+
 def trainable(module: nn.Module) -> dict[str, mx.array]:
     """The parameters that train, by path."""
     return dict(tree_flatten(module.trainable_parameters()))

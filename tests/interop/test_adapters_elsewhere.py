@@ -12,12 +12,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 from test_hf_folders import write_tokenizer
 
 import mlxlora_core as mlxlora
-from mlxlora_core.errors import ModelError
 
 transformers: Any = pytest.importorskip(
     "transformers", reason="needs transformers: pip install 'mlxlora[interop]'"

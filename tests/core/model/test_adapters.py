@@ -305,13 +305,13 @@ def test_another_kind_of_adapter_is_refused(
     load: Callable[..., Model], registry: Registry, saved: Path
 ) -> None:
     lora = registry.find("adapter", "lora")
-    spec = type(lora.spec)(**{**vars(lora.spec), "name": "dora"})
+    spec = type(lora.spec)(**{**vars(lora.spec), "name": "other"})
     more = Registry(registry.plugins, [*registry.components, type(lora)("adapter", spec, lora.plugin)])
-    assert "holds adapter 'lora:lora', wanted 'dora'" in refused(saved, load(), more, name="dora")
-    rewrite(saved, lambda tensors, record: record.update(adapter="lora:dora"))
+    assert "holds adapter 'lora:lora', wanted 'other'" in refused(saved, load(), more, name="other")
+    rewrite(saved, lambda tensors, record: record.update(adapter="lora:other"))
     message = refused(saved, load(), more, name="lora")
-    assert "holds adapter 'lora:dora', wanted 'lora'" in message
-    assert "no adapter 'lora:dora'" in refused(saved, load(), registry, PluginError)
+    assert "holds adapter 'lora:other', wanted 'lora'" in message
+    assert "no adapter 'lora:other'" in refused(saved, load(), registry, PluginError)
 
 
 @pytest.mark.parametrize(
