@@ -199,6 +199,8 @@ def _fused(
             if path in adapted:
                 name = f"{name}, with the adapter in it,"
                 weight = several.fused_weight(path, weight.astype(mx.float32))
+                if "bias" in parts:
+                    parts["bias"] = several.fused_bias(path, parts["bias"])
             weight = cast(name, weight, _type(linear, path, stored), stored.path)
             parts = _with_weight(linear, weight, parts, path, dequantize, found)
         yield from ((f"{path}.{part}", parts[part]) for part in sorted(parts))

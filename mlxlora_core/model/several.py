@@ -168,6 +168,17 @@ class AdapterSet:
                 weight = fused if alone else weight + share * (fused - before)
         return weight
 
+    def fused_bias(self, path: str, before: mx.array) -> mx.array:
+        """The bias of a linear with the selected shares of all changes in it, in the type of ``before``."""
+        bias = before
+        for name, share in self.selected.weights.items():
+            held = self._places[path].held.get(name)
+            if held is not None:
+                fused = adapters.fused_bias(held.component, held.module, before)
+                alone = share == 1 and len(self.selected.weights) == 1
+                bias = fused if alone else bias + share * (fused - before)
+        return bias.astype(before.dtype)
+
     def linear(self, path: str) -> nn.Module:
         """The linear at one of :meth:`paths`, without any adapter."""
         return self._places[path].linear
