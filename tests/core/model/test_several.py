@@ -27,6 +27,9 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "small": ("lora", {"rank": 2}),
     "large": ("lora", {"rank": 7, "scale": 0.5, "targets": ("wq", "wo", "w2")}),
     "top": ("lora", {"rank": 3, "layers": 1}),
+    "turned": ("dora", {"rank": 2, "targets": ("wq", "w1")}),
+    "words": ("lora", {"rank": 2, "targets": ("tok_embeddings", "wq")}),
+    "scaled": ("ia3", {}),
 }
 
 
@@ -104,6 +107,8 @@ def test_rows_of_one_batch_are_what_each_is_alone(
         ["large"] * 4,
         [None] * 4,
         ["top", "top", "large", "small"],
+        ["turned", "small", "scaled", "turned"],
+        ["words", None, "turned", "words"],
     ):
         several.select(rows)
         got = model.language_model(TOKENS)
@@ -123,8 +128,8 @@ def test_a_mixture_adds_the_shares_of_the_changes(
         name: np.array(tensor) for name, tensor in parameters(loading.load(base, registry).module).items()
     }
     scales = {"small": 2.0, "large": 0.5, "top": 2.0}
-    for name, path in paths.items():  # by numpy, on the weights
-        found = {n: np.array(t) for n, t in tensor_file.load(path)[0].items()}
+    for name in shares:  # by numpy, on the weights
+        found = {n: np.array(t) for n, t in tensor_file.load(paths[name])[0].items()}
         for place in {n.rpartition(".")[0] for n in found}:
             update = found[f"{place}.lora_a"] @ found[f"{place}.lora_b"]
             held[f"{place}.weight"] = held[f"{place}.weight"] + shares[name] * scales[name] * update.T
@@ -181,3 +186,17 @@ def test_one_that_does_not_load_leaves_the_others(
         several.load("broken", AdapterFile(broken), registry)
     assert mx.array_equal(model.language_model(TOKENS), alone(base, paths["small"], registry))
     assert list(several.adapted) == ["small"]
+
+
+def test_a_mixture_with_others_is_what_its_weights_are_fused_to(
+    files: tuple[Path, dict[str, Path]], registry: Registry
+) -> None:
+    base, paths = files
+    model, several = loaded(base, paths, registry)
+    shares = {"small": 0.5, "turned": 0.25, "words": -1.0}
+    several.select(shares)
+    dense = loading.load(base, registry)
+    for place in several.paths():
+        weight = parameters(several.linear(place))["weight"].astype(mx.float32)
+        dense.module.load_weights([(f"{place}.weight", several.fused_weight(place, weight))], strict=False)
+    assert near(model.language_model(TOKENS), dense.language_model(TOKENS))
