@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import mlx.core as mx
 from mlxlora_core.errors import ModelError, UsageError, listing
 from mlxlora_core.files import tensor_file
 from mlxlora_core.files.documents import parse_form
-from mlxlora_core.files.forms import Items, Map, Option, Plain, Strict, Table, Text
+from mlxlora_core.files.forms import Items, Map, Maybe, Number, Option, Plain, Strict, Table, Text, Whole
 from mlxlora_core.model.loading import Model
 from mlxlora_core.options import divide, plain
 from mlxlora_core.plugins import Choice, Component
@@ -19,6 +20,17 @@ from mlxlora_core.plugins.sections import AdapterConfig, configure
 
 METADATA = "mlxlora"
 
+_LOSS = Maybe(Number(least=0))
+_TRAINING_FORM = Table(
+    {
+        "step": Whole(),
+        "train_loss": _LOSS,
+        "first_valid_loss": _LOSS,
+        "best_valid_loss": _LOSS,
+        "data": Map(Text()),
+        "settings": Map(Plain()),
+    }
+)
 #: what an adapter file says of itself; in files of before, options hold the config
 RECORD_FORM = Table(
     {
@@ -28,8 +40,30 @@ RECORD_FORM = Table(
         "paths": Items(Text()),
         "base": Text(),
         "shared": Option(Map(Text())),
+        "training": Option(Strict(_TRAINING_FORM)),
     }
 )
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What an adapter file says of the training that it comes from; the same after any resume.
+
+    Attributes:
+        step: after which it was taken.
+        train_loss: nats per counted token, the mean of the last finite losses before it; or None.
+        first_valid_loss: that of the validation before the first step, or None.
+        best_valid_loss: the lowest of a validation up to there, or None.
+        data: split -> fingerprint of its tokens and masks.
+        settings: name -> value of all that could be set.
+    """
+
+    step: int
+    train_loss: float | None
+    first_valid_loss: float | None
+    best_valid_loss: float | None
+    data: Mapping[str, str]
+    settings: Mapping[str, Any]
 
 
 def read_record(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,7 @@ from mlxlora_core.files.targets import is_written
 from mlxlora_core.files.tensor_checks import is_finite, mismatches, type_name
 from mlxlora_core.model.adapter_record import METADATA as METADATA
 from mlxlora_core.model.adapter_record import (
+    TrainingRecord,
     check_whole,
     of_another_base,
     read_record,
@@ -157,8 +158,14 @@ def is_ours(path: Path) -> bool:
     return METADATA in tensor_file.stated(path)
 
 
-def save(path: Path, model: Model, adapted: Adapted) -> None:
+def save(path: Path, model: Model, adapted: Adapted, training: TrainingRecord | None = None) -> None:
     """Write the adapter's parameters, with what they belong to, to ``.safetensors`` or ``.npz``.
+
+    Args:
+        path: the file.
+        model: with the adapter on it.
+        adapted: the adapter.
+        training: that it comes from, where one has made it.
 
     Raises:
         SafetyError: a file that is no adapter of ours is there.
@@ -179,6 +186,7 @@ def save(path: Path, model: Model, adapted: Adapted) -> None:
         "base": model.fingerprint,
         **({"base_name": model.name} if model.name else {}),
         **({"shared": shared} if shared else {}),
+        **({"training": asdict(training)} if training is not None else {}),
         "versions": {"mlxlora": __version__, component.plugin.distribution: component.plugin.version},
     }
     metadata = {METADATA: json.dumps(record, sort_keys=True)}

@@ -14,6 +14,7 @@ from mlxlora_core.errors import DivergedError, PluginError, ResourceError, listi
 from mlxlora_core.files import durable, leftovers, tensor_file
 from mlxlora_core.files.tensor_checks import is_finite
 from mlxlora_core.model import adapters
+from mlxlora_core.model.adapter_record import TrainingRecord
 from mlxlora_core.model.adapters import Adapted, own
 from mlxlora_core.model.linears import parameters
 from mlxlora_core.model.loading import Model
@@ -149,6 +150,20 @@ class CheckpointFolder:
         adapters.fill(self._folder(step) / ADAPTER, self._model, self._adapted)
         return True
 
+    def record(self, step: int | None = None) -> TrainingRecord:
+        """What the adapter of a step, or of this one, says of the training; told by what is resumed alone."""
+        progress, identity = self._training.progress, self._identity
+        now = step in (None, progress.step)
+        recent = progress.recent if now else ()
+        return TrainingRecord(
+            step=progress.step if step is None else step,
+            train_loss=sum(recent) / len(recent) if recent else None,
+            first_valid_loss=progress.first_loss,
+            best_valid_loss=progress.best_loss,
+            data=identity.data,
+            settings=identity.settings,
+        )
+
     def check_state(self) -> None:
         """Refuse to save what is not sound.
 
@@ -176,7 +191,7 @@ class CheckpointFolder:
         target = self._folder(step)
         durable.put_aside(target, "damaged")  # it does not verify, or it would not be written again
         with durable.new_folder(target) as new:
-            adapters.save(new / ADAPTER, self._model, self._adapted)
+            adapters.save(new / ADAPTER, self._model, self._adapted, self.record())
             tensors = self._training.optimizer_tensors()
             tensor_file.save(new / OPTIMIZER, sorted(tensors.items()), {}, len(tensors))
             for name in (ADAPTER, OPTIMIZER):

@@ -193,7 +193,8 @@ class TrainingSession:
         yield from self._warning()
         adapter_step = self._take_best()
         if self._outputs.adapter_file is not None:
-            adapters.save(self._outputs.adapter_file, self.model, self.adapted)
+            record = self.checkpoints.record(adapter_step) if self.checkpoints is not None else None
+            adapters.save(self._outputs.adapter_file, self.model, self.adapted, record)
         yield self._result(adapter_step)
 
     def _take_up(self, how: Start, found: Found | None) -> list[str]:
