@@ -24,8 +24,11 @@ from mlxlora_core.plugins.sections import Quantization, configure
 from mlxlora_core.training.events import Advanced
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from mlxlora_core.model.adapters import Adapted, AdapterFile
     from mlxlora_core.model.loading import Model as Base
+    from mlxlora_core.model.several import AdapterSet
     from mlxlora_core.training.outputs import Outputs
     from mlxlora_core.training.settings import SaveConfig
 
@@ -45,15 +48,22 @@ class Model:
     def __init__(self, base: Base, registry: Registry, runtimes: Sequence[str]) -> None:
         self.base, self.registry, self.runtimes = base, registry, runtimes
         self.adapted: Adapted | None = None
+        self._several: AdapterSet | None = None
         self.folder, self.config, self.note = base.folder, base.config, base.note
 
     def __repr__(self) -> str:
-        return f"<mlxlora model {str(self.folder)!r}, adapter {self.adapter or 'none'}>"
+        held = ", ".join(self.adapters) or self.adapter or "none"
+        return f"<mlxlora model {str(self.folder)!r}, adapter {held}>"
 
     @property
     def adapter(self) -> str | None:
         """The name of the adapter that is on it, or None."""
         return self.adapted.choice.component.spec.name if self.adapted is not None else None
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that :meth:`select` chooses from."""
+        return tuple(self._several.adapted) if self._several is not None else ()
 
     def attach(self, adapter: str = DEFAULT_ADAPTER, *, seed: int = 0, **options: Any) -> Model:
         """Put a new adapter on the model; the base is frozen.
@@ -85,14 +95,17 @@ class Model:
         path: str | os.PathLike[str],
         adapter: str | None = None,
         *,
+        name: str | None = None,
         base_mismatch: str = "refuse",
         **options: Any,
     ) -> Model:
         """Put the adapter in a file on the model that it was made for.
 
         Args:
-            path: an adapter file, ``.safetensors`` or ``.npz``.
+            path: an adapter file, ``.safetensors`` or ``.npz``, or one of another tool.
             adapter: insist on this one.
+            name: keep it beside others under this name, for :meth:`select`; left out, it is the
+                one adapter of the model, and can be trained.
             base_mismatch: ``allow`` to put it on another base than its own, such as the same model
                 in other bits.
             options: insist on these values; those of a file of another tool that does not say them.
@@ -105,12 +118,59 @@ class Model:
             ModelError: the file is damaged, or of another base, adapter or set of options.
         """
         from mlxlora_core.model import adapters
+        from mlxlora_core.model.several import AdapterSet
 
-        self._bare()
         with told(self.registry.plugins):
             file = file_of(path, base_mismatch, adapter, options)
-            self.adapted = adapters.load_file(file, self.base, self.registry)
+            if name is None:
+                self._bare()
+                self.adapted = adapters.load_file(file, self.base, self.registry)
+            else:
+                self._alone()
+                self._several = self._several or AdapterSet(self.base)
+                self._several.load(name, file, self.registry)
         return self
+
+    def select(self, adapters: str | Mapping[str, float] | Sequence[str | None] | None) -> Model:
+        """Say which of the named adapters the model computes with from now on; nothing is read again.
+
+        Args:
+            adapters: a name; name -> factor on its change, to mix several; for each row of the
+                batches to come a name or None; None for the base alone.
+
+        Returns:
+            This model.
+
+        Raises:
+            UsageError: a name that there is not, or a factor that is no finite number.
+        """
+        if self._several is None:
+            raise UsageError(
+                "no named adapter is on the model", fix='load one: model.load_adapter(…, name="first")'
+            )
+        self._several.select(adapters)
+        return self
+
+    def logits(self, tokens: Sequence[Sequence[int]]) -> mx.array:
+        """Logits (B, T, V), float32, of B rows of T token ids each; row i under the adapter selected for it.
+
+        Raises:
+            UsageError: rows of different lengths, ids that the model does not have, or adapters
+                that are selected for another number of rows.
+        """
+        import mlx.core as mx
+
+        lengths = {len(row) for row in tokens}
+        if len(lengths) != 1 or 0 in lengths:
+            raise UsageError(f"logits: wanted rows of one length, got {sorted(lengths)[:5]}")
+        most = self.base.language_model.vocab_size
+        odd = [token for row in tokens for token in row if not 0 <= token < most]
+        if odd:
+            raise UsageError(f"logits: token id {odd[0]} is not one from 0 to {most - 1}")
+        with told(self.registry.plugins):
+            self.base.language_model.eval()
+            logits: mx.array = self.base.language_model(mx.array([list(row) for row in tokens]))
+            return logits.astype(mx.float32)
 
     def save_adapter(self, path: str | os.PathLike[str]) -> None:
         """Write the adapter that is on the model to ``.safetensors`` or ``.npz``.
@@ -136,11 +196,23 @@ class Model:
         Raises:
             UsageError: none is.
         """
+        if self._several is not None:
+            raise UsageError("adapters with a name do not train", fix="load the model anew, and one without")
         if self.adapted is None:
             raise UsageError("no adapter is on the model", fix='put one on it: model.attach("lora")')
         return self.adapted
 
     def _bare(self) -> None:
+        """Refuse a second adapter where there is to be one alone."""
+        self._alone()
+        if self._several is not None:
+            raise UsageError(
+                f"named adapters are on the model already ({', '.join(self.adapters)})",
+                fix="give this one a name too, or load the model anew",
+            )
+
+    def _alone(self) -> None:
+        """Refuse another one beside an adapter that has no name."""
         if self.adapted is not None:
             raise UsageError(f"adapter '{self.adapter}' is on the model already", fix="load the model anew")
 

@@ -26,6 +26,7 @@ VERBS = {
     "generate": "Continue a prompt.",
     "fuse": "Write a model folder with an adapter's change in its weights.",
     "export": "Write a model, with or without an adapter, in the form of another tool.",
+    "adapters": "List adapter files, and which bases they fit.",
     "plugins": "List plugins, and why those that are not active are not.",
     "components": "List what the plugins give, by kind.",
     "options": "Explain the options of one component.",

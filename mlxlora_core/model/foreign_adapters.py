@@ -60,10 +60,10 @@ def open_foreign_adapter(
             is not what the caller states.
         PluginError: there is no such adapter here, or a plugin breaks its contract.
     """
-    loader = _loader(path, registry)
+    loader = find_adapter_loader(path, registry)
     if loader is None:
         return _as_stated(path, model, registry, name, values)
-    found = _opened(loader, path)
+    found = open_adapter(loader, path)
     component = registry.find("adapter", found.adapter)
     if name is not None and registry.find("adapter", name) != component:
         raise ModelError(f"holds adapter '{component.id}', wanted '{name}'", where=path)
@@ -79,7 +79,7 @@ def open_foreign_adapter(
     return OpenedAdapter(choice, config, linears, tensors, tuple(_notes(path, loader, found, choice, values)))
 
 
-def _loader(path: Path, registry: Registry) -> Component | None:
+def find_adapter_loader(path: Path, registry: Registry) -> Component | None:
     """The one adapter loader that knows a path.
 
     Raises:
@@ -116,7 +116,7 @@ def _as_stated(
     return OpenedAdapter(choice, config, choose(model, config), tensors)
 
 
-def _opened(loader: Component, path: Path) -> ForeignAdapter:
+def open_adapter(loader: Component, path: Path) -> ForeignAdapter:
     """What a loader gives of a path, held against the contract."""
     given = placed(path, loader.spec.open, path, loader.spec.options())
     opened: ForeignAdapter = loader.checked("open", given, ForeignAdapter)

@@ -106,6 +106,13 @@ class AdapterSet:
         self._state.change(self._state.selected)
         return adapted
 
+    def take_off(self) -> None:
+        """Leave the model as it was before the first adapter."""
+        replace(self.model.module, {path: place.linear for path, place in self._places.items()})
+        self._places.clear()
+        self.adapted.clear()
+        self._state.change(Selected({}))
+
     def load_shares(self, shares: Sequence[AdapterShare], registry: Registry) -> list[str]:
         """Read adapters, select their shares, and give what there is to tell of their files.
 
