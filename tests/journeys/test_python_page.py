@@ -54,7 +54,7 @@ def test_the_page_runs_from_top_to_bottom(
     for number, block in enumerate(BLOCKS, start=1):
         exec(compile(block, f"block {number} of python.md", "exec"), names)
         said.append(capfd.readouterr().out)
-    first, tuned, rows, resumed, streamed, asked, fused, exported, run, listed, error = said
+    first, tuned, rows, resumed, streamed, asked, several, fused, exported, run, listed, error = said
     assert "step 200  loss " in first and "\n200 steps on 40 rows, train loss " in first
     assert tuned == "<mlxlora model 'model-folder', adapter lora>\n"
     assert rows.startswith("10 steps on 2 rows, train loss ")
@@ -62,6 +62,7 @@ def test_the_page_runs_from_top_to_bottom(
     assert Path("long.npz").is_file() and Path("relu.safetensors").is_file()
     assert streamed.splitlines()[-1].endswith(("stop", "length"))
     assert asked.strip()
+    assert several.startswith("(3, 3, ")
     assert fused.startswith("4 ") and Path("fused-folder", "config.json").is_file()
     assert "'weights.npz'" in exported and Path("npz-folder", "adapters.npz").is_file()
     assert "StageDone(stage='train'" in run and Path("run", "report.html").is_file()
