@@ -26,6 +26,7 @@ BEGIN, END = "<!-- files: made by docs/make_architecture.py -->", "<!-- end of f
 #: what a room is for, in the words that stand in its box
 WORDS = {
     "cli": "one module a verb",
+    "python": "the same for scripts",
     "runs": "recipes, stages, the report",
     "testing": "suites for plugin authors",
     "training": "rows to an adapter",

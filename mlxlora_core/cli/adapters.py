@@ -25,7 +25,9 @@ from mlxlora_core.plugins import Registry
     JSON_OPTION,
 )
 def command(registry: Registry, paths: tuple[Path, ...], models: tuple[str, ...], as_json: bool) -> None:
-    """List adapter files: kind, rank, base, step and loss, and which bases they fit.
+    """List adapter files, and which bases they fit.
+
+    Each with its kind, rank, base, step and loss.
 
     PATH is an adapter file, the adapter folder of another tool, or a folder to
     look through, checkpoints in it included; the working folder, if none is

@@ -24,7 +24,7 @@ VERBS = {
     "train": "Train an adapter on a dataset folder.",
     "evaluate": "Measure loss and perplexity on the test set.",
     "generate": "Continue a prompt.",
-    "fuse": "Write a model folder with an adapter's change in its weights.",
+    "fuse": "Write a model folder with the change of one or more adapters in its weights.",
     "export": "Write a model, with or without an adapter, in the form of another tool.",
     "adapters": "List adapter files, and which bases they fit.",
     "plugins": "List plugins, and why those that are not active are not.",

@@ -104,7 +104,8 @@ def fuse(
     files = [share.file.path for share in shares]
     check_output_folder(target, [folder, *files], overwrite=overwrite, ours=ours)
     stored = open_stored(folder, registry, quantization=quantization)
-    if search_group_size and not _quantized(stored.module):
+    packed = _quantized(stored.module)
+    if search_group_size and not packed:
         raise UsageError("there is no group size to search: the base is not quantized", where=folder)
     written = _need(stored, dequantize)
     yield SpaceNeeded(require_disk(written, target))
@@ -117,19 +118,25 @@ def fuse(
     tuned = _logits(model, probe)
     found = None
     if search_group_size:
-        types = {path: _type(linear, path, stored) for path, linear in _quantized(stored.module).items()}
+        types = {path: _type(linear, path, stored) for path, linear in packed.items()}
         found = search(several, types, lambda: _distance(_logits(model, probe), tuned))
     with durable.new_folder(target, overwrite=overwrite, ours=ours) as new:
-        for name, path in model.tokenizer.files.items():
-            durable.copy_file(path, new / name)
-        weights = WEIGHTS["npz" if (folder / WEIGHTS["npz"]).is_file() else "safetensors"]
-        yield from _write_weights(new / weights, several, stored, dequantize, found)
-        durable.write_json(new / CONFIG, _config(model, stored, dequantize, found))
+        yield from _write(new, several, stored, dequantize, found)
         fused = _logits(loading.load(new, registry), probe)
-    packed = _quantized(stored.module).keys() & set(several.paths())
-    rounded = 0 if dequantize else len(packed)
+    rounded = 0 if dequantize else len(packed.keys() & set(several.paths()))
     tried = found.tried if found else ()
     yield _report(target, len(several.paths()), rounded, base, tuned, fused, notes, tried)
+
+
+def _write(
+    new: Path, several: AdapterSet, stored: StoredModel, dequantize: bool, found: Regrouped | None
+) -> Iterator[TensorWritten]:
+    """Write the model folder, and tell of each tensor."""
+    for name, path in several.model.tokenizer.files.items():
+        durable.copy_file(path, new / name)
+    weights = WEIGHTS["npz" if (stored.path / WEIGHTS["npz"]).is_file() else "safetensors"]
+    yield from _write_weights(new / weights, several, stored, dequantize, found)
+    durable.write_json(new / CONFIG, _config(several.model, stored, dequantize, found))
 
 
 def _config(model: Model, stored: StoredModel, dequantize: bool, found: Regrouped | None) -> dict[str, Any]:

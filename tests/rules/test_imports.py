@@ -23,7 +23,7 @@ HEAVY = {"mlx", "numpy", "torch", "sentencepiece", "safetensors", "tokenizers", 
 DOORS = {"mlxlora_core.api", "mlxlora_core.ops", "mlxlora_core.files", "mlxlora_core.chat"}
 
 #: the rooms of core that every verb may import; the empty one is the door
-LIGHT_ROOMS = {"", "plugins", "files", "machine", "runs", "cli"}
+LIGHT_ROOMS = {"", "plugins", "files", "machine", "runs", "cli", "python"}
 #: what reads or computes with tensors in them
 HEAVY_IN_LIGHT_ROOMS = {
     "mlxlora_core.ops",

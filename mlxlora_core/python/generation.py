@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.plugins.blame import told
 from mlxlora_core.plugins.defaults import DEFAULT_SAMPLER
-from mlxlora_core.python_model import Model, checked_seed, parsed
+from mlxlora_core.python.model import Model, checked_seed, parsed
 from mlxlora_core.training.settings import GenerateConfig
 
 if TYPE_CHECKING:

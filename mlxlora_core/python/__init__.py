@@ -20,8 +20,8 @@ from mlxlora_core.options import divide
 from mlxlora_core.plugins.blame import told
 from mlxlora_core.plugins.defaults import DEFAULT_RECIPE
 from mlxlora_core.plugins.sections import configure
-from mlxlora_core.python_generate import generate, stream
-from mlxlora_core.python_model import (
+from mlxlora_core.python.generation import generate, stream
+from mlxlora_core.python.model import (
     Model,
     checked_seed,
     file_of,
@@ -252,16 +252,8 @@ def fuse(
 
         paths = [adapter_file] if isinstance(adapter_file, (str, os.PathLike)) else adapter_file
         files = [file_of(path, base_mismatch, adapter, options) for path in paths]
-        made = fused(
-            base,
-            shares_of(files, adapter_weights),
-            target,
-            found,
-            quantization=bits,
-            dequantize=dequantize,
-            search_group_size=search_group_size,
-            overwrite=overwrite,
-        )
+        how = {"dequantize": dequantize, "search_group_size": search_group_size, "overwrite": overwrite}
+        made = fused(base, shares_of(files, adapter_weights), target, found, quantization=bits, **how)
         return result_of(made)
 
 
