@@ -75,20 +75,17 @@ def fuse(
 ) -> Iterator[SpaceNeeded | TensorWritten | FuseReport]:
     """Write a model folder whose linears do what base and adapters do together.
 
-    Tensors that no adapter touches are copied byte for byte. A quantized
-    linear is quantized again with the options that it had, which rounds the
-    change too: the report says by how much. With ``dequantize`` every
-    quantized linear becomes a dense one instead.
+    Tensors that no adapter touches are copied byte for byte. A quantized linear is quantized
+    again as it was, which rounds the change too: the report says by how much.
 
     Args:
         folder: the base.
         shares: files of adapters made for it, and how much of the change of each goes in.
         target: model folder to make.
         registry: where plugins are looked up.
-        quantization: how the base is quantized when it is opened, as it was when the adapters were trained.
+        quantization: how the base is quantized when it is opened, as the adapters were trained on it.
         dequantize: whether the fused model is dense where the base is quantized.
-        search_group_size: whether the linears that change are quantized again in the group size
-            that rounds the least of the change away.
+        search_group_size: whether what changes is quantized again in the group size that keeps most of it.
         overwrite: whether a model folder that is there may be replaced.
 
     Yields:
