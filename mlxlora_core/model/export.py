@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,7 @@ from mlxlora_core.errors import ModelError, listing
 from mlxlora_core.files import durable
 from mlxlora_core.files.documents import read_form
 from mlxlora_core.files.forms import Map, Table, Text, Whole
-from mlxlora_core.files.single_file import check_output_file, new_single_file
-from mlxlora_core.files.targets import check_output_folder, paths_in
+from mlxlora_core.files.targets import check_output_file, check_output_folder, paths_in
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.model import adapters, loading
@@ -150,7 +149,7 @@ class _Place:
         ending = self.exporter.spec.ending
         return bool(ending) and self.target.name.endswith(ending)
 
-    def check(self, inputs: list[Path]) -> None:
+    def check(self, inputs: Iterable[Path] = ()) -> None:
         """Refuse a target that is an input, or holds what is not to be replaced."""
         if self.is_file:
             check_output_file(self.target, inputs, overwrite=self.overwrite, ours=self._wrote)
@@ -161,7 +160,7 @@ class _Place:
     def opened(self) -> AbstractContextManager[Path]:
         """A folder to write into, which becomes the target, or of which the one file does."""
         if self.is_file:
-            return new_single_file(self.target, overwrite=self.overwrite, ours=self._wrote)
+            return durable.new_single_file(self.target, self.check)
         return durable.new_folder(self.target, overwrite=self.overwrite, ours=holds_only_an_export)
 
     def _wrote(self, path: Path) -> bool:
