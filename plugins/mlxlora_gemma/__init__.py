@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from mlxlora_core.api import Architecture, Layout, LazyTensor, hookimpl
-from mlxlora_gemma import gguf, gguf_out, hf, tables
+from mlxlora_gemma import gguf, gguf_write, hf, tables
 from mlxlora_gemma.config import MODEL_TYPES, ModelArgs
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def mlxlora_architectures() -> Iterable[Architecture]:
                     read=gguf.read,
                     table=tables.gguf,
                     notes=gguf.notes,
-                    write=gguf_out.write,
+                    write=gguf_write.write,
                 ),
             },
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxlora_core.api import Adapter, FoundAdapter, Place, hookimpl, option
+from mlxlora_core.api import Adapter, FoundAdapter, LowRank, Place, hookimpl, option
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -48,6 +48,14 @@ def fuse(module: nn.Module, weight: mx.array) -> mx.array:
     return module.fuse(weight)
 
 
+def low_rank(module: nn.Module) -> LowRank:
+    """The update that a :class:`mlxlora_lora.linear.LoRALinear` adds to its linear."""
+    from mlxlora_lora.linear import LoRALinear
+
+    assert isinstance(module, LoRALinear)
+    return LowRank(module.lora_a, module.lora_b, module.scale)
+
+
 def recognise(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> FoundAdapter | None:
     """See :func:`mlxlora_lora.files.recognise`."""
     from mlxlora_lora.files import recognise
@@ -60,5 +68,13 @@ def mlxlora_adapters() -> Iterable[Adapter]:
     """The one adapter of this plugin."""
     summary = "low-rank update beside a frozen linear layer"
     return [
-        Adapter(name="lora", summary=summary, options=LoRAOptions, wrap=wrap, fuse=fuse, recognise=recognise)
+        Adapter(
+            name="lora",
+            summary=summary,
+            options=LoRAOptions,
+            wrap=wrap,
+            fuse=fuse,
+            recognise=recognise,
+            low_rank=low_rank,
+        )
     ]
