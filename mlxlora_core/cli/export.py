@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import click
@@ -75,7 +74,7 @@ def command(
             fused=fused,
             quantization=quantization,
             overwrite=overwrite,
-            told=partial(bar.move, "exporting"),
+            told=bar.move,
         ):
             if isinstance(event, ExportReport):
                 report = event
