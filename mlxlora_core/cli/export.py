@@ -64,16 +64,17 @@ def command(
     started = time.perf_counter()
     values, any_base = given.get("adapter", {}), base_mismatch == "allow"
     fused = AdapterFile(adapter_file, adapter, values, any_base) if adapter_file else None
-    base = located(model).path
+    base = located(model)
     with show.Bar() as bar:
         for event in export(
-            base,
+            base.path,
             out,
             exporter,
             registry,
             fused=fused,
             quantization=quantization,
             overwrite=overwrite,
+            base=base.name,
             told=bar.move,
         ):
             if isinstance(event, ExportReport):
