@@ -44,6 +44,7 @@ _SAME, _SAME_ON_GPU = 1e-5, 2e-3
 _UPDATE, _LEAST = 2.0**-6, 1e-4
 #: the names of arguments of rotary positions, which other libraries spell in several ways
 _ROPE = "rope_"
+_LONGEST, _WINDOW = "max_seq_len", "sliding_window"
 
 Told = Callable[[str, int, int], None]
 CHECKING = "checking the export"
@@ -133,6 +134,7 @@ def _require_same_args(exported: Exported, opened: StoredModel, args: Any) -> No
         raise ModelError(f"is a model of {opened.architecture.id}, wanted {exported.model.architecture.id}")
     here, there = plain(exported.args), plain(args)
     del here["model_type"]  # llama.cpp has one name for several families
+    _drop_unbounded(here)
     ropes = [
         {key for key, v in held.items() if key.startswith(_ROPE) and v is not None} for held in (here, there)
     ]
@@ -144,6 +146,18 @@ def _require_same_args(exported: Exported, opened: StoredModel, args: Any) -> No
     ]
     if other:
         raise ModelError("its config says otherwise: " + listing(other))
+
+
+def _drop_unbounded(args: dict[str, Any]) -> None:
+    """Leave out what bounds no text: a length that nobody states, a window that no text fills.
+
+    Formats that must state a length, or know no window, say something else.
+    """
+    longest, window = args.get(_LONGEST), args.get(_WINDOW)
+    if longest is None:
+        args.pop(_LONGEST, None)
+    elif window is not None and window >= longest:
+        del args[_WINDOW]
 
 
 def _ropes(args: Mapping[str, Any]) -> set[str]:
