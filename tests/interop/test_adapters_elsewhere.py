@@ -42,8 +42,16 @@ SIZES = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"rope_theta": 5e5},
     "qwen3": {"rope_theta": 1e6, "head_dim": 32},
-    "gemma3_text": {"sliding_window": 6, "tie_word_embeddings": True},
+    "gemma3_text": {
+        "sliding_window": 6,
+        "tie_word_embeddings": True,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
     "phi3": {"rope_theta": 1e4},
+}
+OLD_KEYS = {
+    **{family: {"rope_theta": FAMILIES[family].get("rope_theta")} for family in ("llama", "qwen3", "phi3")},
+    "gemma3_text": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 3},
 }
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEARS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -70,8 +78,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             write_tokenizer(folder)
             path = folder / "config.json"
             stated = json.loads(path.read_text())
-            theta = FAMILIES[family].get("rope_theta")
-            path.write_text(json.dumps(stated | ({"rope_theta": theta} if theta else {})))
+            path.write_text(json.dumps(stated | OLD_KEYS[family]))  # which mlx-lm looks for
         return made[family]
 
     return base
@@ -228,7 +235,7 @@ OWN: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi3, parts of its fused linears": ("phi3", "lora", {"targets": ("wq", "w3"), "layers": -1}),
     "phi3 dora": ("phi3", "dora", ALL),
     "phi3 ia3": ("phi3", "ia3", {"layers": -1}),
-    "phi3 vera": ("phi3", "vera", {**ALL, "rank": 12}),
+    "phi3 vera": ("phi3", "vera", {**ALL, "rank": 8}),
 }
 
 
