@@ -774,7 +774,7 @@ class Adapter(Subject):
 
         adapted = adapters.load(self.path, self.model, self.registry)
         try:
-            return _tensors(adapters.trainable(self.model.module))
+            return _tensors(adapters.own(self.model.module, self.adapted.paths))
         finally:
             replace(self.model.module, {path: self.linears[path] for path in adapted.paths})
 
