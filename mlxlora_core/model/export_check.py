@@ -44,7 +44,7 @@ _SAME, _SAME_ON_GPU = 1e-5, 2e-3
 _UPDATE, _LEAST = 2.0**-6, 1e-4
 #: the names of arguments of rotary positions, which other libraries spell in several ways
 _ROPE = "rope_"
-_LONGEST, _WINDOW = "max_seq_len", "sliding_window"
+_LONGEST, _WINDOW, _WINDOWED = "max_seq_len", "sliding_window", "window_layers"
 
 Told = Callable[[str, int, int], None]
 CHECKING = "checking the export"
@@ -158,6 +158,7 @@ def _drop_unbounded(args: dict[str, Any]) -> None:
         args.pop(_LONGEST, None)
     elif window is not None and window >= longest:
         del args[_WINDOW]
+        args.pop(_WINDOWED, None)
 
 
 def _ropes(args: Mapping[str, Any]) -> set[str]:

@@ -55,8 +55,8 @@ def require_same_tokens(here: CheckedTokenizer, there: CheckedTokenizer) -> None
     if here.bos != there.bos:
         raise ModelError(f"texts begin with {_shown(there.bos)}, wanted {_shown(here.bos)}")
     # llama.cpp takes some tokens for ends by how they are written, whatever a file says.
-    text = [token for token in there.stops - here.stops if here.decode([token])]
-    if text or not here.stops <= there.stops:
+    spoken = [token for token in there.stops - here.stops if here.decode([token])]
+    if spoken or not here.stops <= there.stops:
         raise ModelError(f"texts end with {sorted(there.stops)}, wanted {sorted(here.stops)}")
     for text in (*TEXTS, *(f"a {special} b" for special in sorted(here.special_texts)[:_SPECIALS])):
         wanted, found = here.encode(text), there.encode(text)

@@ -1,4 +1,4 @@
-"""Weight loader and exporter ``gguf``: the files of llama.cpp, their weights as packed as they stand there.
+"""The files of llama.cpp: weight loader and exporter ``gguf``, adapter loader and exporter ``gguf-lora``.
 
 A GGUF file holds a model, its config and its tokenizer; a large one comes in parts.
 """
@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxlora_core.api import (
+    AdapterLoader,
     Exporter,
     ExportSource,
+    ForeignAdapter,
     ForeignModel,
+    NoOptions,
     WeightLoader,
     hookimpl,
     option,
@@ -52,6 +55,13 @@ class ExportOptions:
     context_length: int | None = option(
         None, help="longest text, where the model does not state it", unit="tokens", minimum=1
     )
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """In which form an adapter is written."""
+
+    type: str = option("F32", help="type of its matrices", choices=("F32", "F16"))
 
 
 def detect(path: Path) -> bool:
@@ -95,9 +105,45 @@ def export(source: ExportSource, target: Path, options: ExportOptions) -> None:
         report_note(note)
 
 
+def export_adapter(source: ExportSource, target: Path, options: LoraOptions) -> None:
+    """Write ``adapter.gguf``; see :func:`mlxlora_gguf.lora_export.export_adapter`."""
+    from mlxlora_gguf.lora_export import export_adapter as export_it
+
+    for note in export_it(source, target, options.type):
+        report_note(note)
+
+
+def detect_adapter(path: Path) -> bool:
+    """Whether a path is a GGUF file with an adapter."""
+    from mlxlora_gguf.lora import is_adapter
+
+    return is_adapter(path)
+
+
+def open_adapter(path: Path, options: NoOptions) -> ForeignAdapter:
+    """The adapter at ``path``; see :func:`mlxlora_gguf.lora.open_adapter`."""
+    from mlxlora_gguf.lora import open_adapter as open_it
+
+    return open_it(path)
+
+
+@hookimpl
+def mlxlora_adapter_loaders() -> Iterable[AdapterLoader]:
+    """The LoRA files of llama.cpp."""
+    return [
+        AdapterLoader(
+            name="gguf-lora",
+            summary="LoRA files of llama.cpp",
+            options=NoOptions,
+            detect=detect_adapter,
+            open=open_adapter,
+        )
+    ]
+
+
 @hookimpl
 def mlxlora_exporters() -> Iterable[Exporter]:
-    """One file of llama.cpp."""
+    """A model, or an adapter, as one file of llama.cpp."""
     summary = "one GGUF file of llama.cpp, weights of 2 to 5 bits in Q4_1 and Q5_1 without loss"
     return [
         Exporter(
@@ -110,5 +156,16 @@ def mlxlora_exporters() -> Iterable[Exporter]:
             ending=".gguf",
             wrote=wrote,
             opens="model",
-        )
+        ),
+        Exporter(
+            name="gguf-lora",
+            summary="a LoRA file of llama.cpp, for a base that stays as it is",
+            options=LoraOptions,
+            export=export_adapter,
+            layout="gguf",
+            takes="adapter",
+            ending=".gguf",
+            wrote=wrote,
+            opens="adapter",
+        ),
     ]

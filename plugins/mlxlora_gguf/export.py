@@ -68,13 +68,17 @@ def _general(source: ExportSource, config: Mapping[str, Any], tensors: list[OutT
         "general.alignment": 32,
         MARK: 1,
     }
-    if name := source.base.rstrip("/").rpartition("/")[2].removesuffix(".gguf"):
-        keys["general.name"] = name
-    if source.card:
-        keys["general.description"] = source.card
+    keys |= named(source, "general.name")
     if any(tensor.type.weights > 1 for tensor in tensors):
         keys["general.quantization_version"] = 2
     return keys
+
+
+def named(source: ExportSource, key: str) -> dict[str, Value]:
+    """What the base is called, without the place where it is, and how it was tuned."""
+    name = source.base.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    keys: dict[str, Value] = {key: name} if name else {}
+    return keys | ({"general.description": source.card} if source.card else {})
 
 
 def _windows(config: Mapping[str, Any], architecture: str) -> Iterator[str]:
