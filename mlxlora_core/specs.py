@@ -21,7 +21,6 @@ from mlxlora_core.values import (
     ForeignAdapter,
     ForeignModel,
     ForeignTensor,
-    FoundAdapter,
     LazyTensor,
     LowRank,
     Place,
@@ -171,9 +170,6 @@ class Adapter(Spec):
             the adapter file. The module of an embedding has ``as_linear`` too.
         fuse: the weight, float32, of one dense linear that does what the wrapped
             module does, given the weight of the linear inside it, of the same shape.
-        recognise: what a file of another tool holds, by its path and the shapes of
-            its tensors by name; None for one that is not this adapter's. Without it
-            such a file is taken to have the options and places that the user states.
         low_rank: what the wrapped module adds to its linear, where that is a low-rank update and
             nothing else; other tools then take it for a LoRA, whatever the adapter is called,
             and several adapters run in one batch. None for an adapter of another kind.
@@ -187,7 +183,6 @@ class Adapter(Spec):
 
     wrap: Callable[[nn.Module, Place, Any], nn.Module | None]
     fuse: Callable[[nn.Module, mx.array], mx.array]
-    recognise: Callable[[Path, Mapping[str, tuple[int, ...]]], FoundAdapter | None] | None = None
     low_rank: Callable[[nn.Module], LowRank] | None = None
     learning_rates: Callable[[Any], Mapping[str, float]] | None = None
     default_targets: tuple[str, ...] = ()

@@ -14,19 +14,15 @@ import json
 import os
 import shutil
 import stat
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlxlora_core.errors import ResourceError, SafetyError
+from mlxlora_core.errors import SafetyError
 from mlxlora_core.files.exchange import exchange
+from mlxlora_core.files.flushing import disk_faults, flush_folder, flush_to_disk
 from mlxlora_core.files.leftovers import GONE, NEW, OLD, beside, clear_leftovers
-from mlxlora_core.path_text import too_long
-
-# What a file system says that has nothing to flush by.
-_NO_FLUSHING = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextmanager
@@ -41,7 +37,7 @@ def new_file(path: Path, check: Callable[[Path], object] = lambda _: None) -> It
         SafetyError: ``path`` is a folder or a device.
         ResourceError: the disk is full, or the folder cannot be written.
     """
-    with _disk_faults(path):
+    with disk_faults(path):
         target = place_of(path)
         refuse_odd_file(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -51,13 +47,13 @@ def new_file(path: Path, check: Callable[[Path], object] = lambda _: None) -> It
             with _created(temporary, target) as file:
                 yield file
                 file.flush()
-                _flush_to_disk(file.fileno())
+                flush_to_disk(file.fileno())
             check(temporary)
             os.replace(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _flush_folder(target.parent)
+        flush_folder(target.parent)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -78,7 +74,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Add ``line`` and a line feed to a log in a single write, so that a reader never sees a part of it."""
-    with _disk_faults(path), open(path, "ab") as file:
+    with disk_faults(path), open(path, "ab") as file:
         file.write(utf8(line) + b"\n")
 
 
@@ -88,7 +84,7 @@ def copy_file(source: Path | bytes, target: Path) -> None:
     Raises:
         ResourceError: ``source`` cannot be read, or as :func:`new_file`.
     """
-    with _disk_faults(target if isinstance(source, bytes) else source, "read"):
+    with disk_faults(target if isinstance(source, bytes) else source, "read"):
         content = source if isinstance(source, bytes) else source.read_bytes()
     write_file(target, content)
 
@@ -130,7 +126,7 @@ def new_folder(
         SafetyError: the target holds something that is not to be replaced.
         ResourceError: the disk is full, or the folder cannot be written.
     """
-    with _disk_faults(target):
+    with disk_faults(target):
         place = place_of(target)  # ".", and what a symbolic link points to, have a name to put another beside
         place.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(place.parent, glob.escape(place.name))
@@ -141,8 +137,8 @@ def new_folder(
         temporary.chmod(0o700)  # nobody else looks in before its files have the modes of the old ones
     try:
         yield temporary
-        with _disk_faults(target):
-            _flush_folder(temporary)
+        with disk_faults(target):
+            flush_folder(temporary)
             _take_modes(place, temporary)
             temporary.chmod(mode)
             check_target(target, overwrite=overwrite, ours=ours)  # long work lies between
@@ -160,12 +156,12 @@ def flush_files(paths: Iterable[Path]) -> None:
     """
     folders = set()
     for path in paths:
-        with _disk_faults(path), open(path, "rb") as file:
-            _flush_to_disk(file.fileno())
+        with disk_faults(path), open(path, "rb") as file:
+            flush_to_disk(file.fileno())
         folders.add(path.parent)
     for folder in sorted(folders):
-        with _disk_faults(folder):
-            _flush_folder(folder)
+        with disk_faults(folder):
+            flush_folder(folder)
 
 
 def remove_folder(target: Path) -> None:
@@ -175,7 +171,7 @@ def remove_folder(target: Path) -> None:
         ResourceError: the folder cannot be taken away.
     """
     gone = beside(target, GONE)
-    with _disk_faults(target):
+    with disk_faults(target):
         os.replace(target, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
@@ -194,7 +190,7 @@ def put_aside(folder: Path, why: str, target: Path | None = None) -> None:
     name, number = (target or folder).name, 1
     while os.path.lexists(aside := folder.with_name(f"{why}-{name}-{number}")):
         number += 1
-    with _disk_faults(folder):
+    with disk_faults(folder):
         if folder.exists():
             os.replace(folder, aside)
 
@@ -208,7 +204,7 @@ def check_target(
         SafetyError: as :func:`new_folder`.
         ResourceError: the target cannot be looked into.
     """
-    with _disk_faults(target, "read"):
+    with disk_faults(target, "read"):
         if not target.is_symlink() and not target.exists():
             return
         if not target.is_dir():
@@ -234,7 +230,7 @@ def place_of(path: Path) -> Path:
         ResourceError: it is a loop of links, or the working directory is gone.
         SafetyError: it is the root of the file system.
     """
-    with _disk_faults(path):
+    with disk_faults(path):
         try:
             place = path.resolve()
         except (RuntimeError, ValueError) as fault:  # Python 3.11 and 3.12 say so of a loop of links
@@ -251,7 +247,7 @@ def refuse_odd_file(path: Path) -> None:
         SafetyError: there is a folder, a pipe or a device.
         ResourceError: it cannot be looked at.
     """
-    with _disk_faults(path, "read"):
+    with disk_faults(path, "read"):
         place = place_of(path)
         if os.path.lexists(place) and not stat.S_ISREG(place.stat().st_mode):
             raise SafetyError("is no regular file and was left alone", where=path, fix="name another file")
@@ -265,7 +261,7 @@ def check_file(path: Path) -> None:
         SafetyError: a folder, a pipe or a device is there.
     """
     refuse_odd_file(path)
-    with _disk_faults(path), _probe(place_of(path)) as probe:
+    with disk_faults(path), _probe(place_of(path)) as probe:
         probe.touch(0o600)
         probe.unlink()
 
@@ -278,7 +274,7 @@ def check_folder(path: Path) -> None:
         SafetyError: something that is no folder is there.
     """
     place = place_of(path)
-    with _disk_faults(path):
+    with disk_faults(path):
         if os.path.lexists(place) and not place.is_dir():
             raise SafetyError("is no folder, and a folder is wanted", where=path, fix="move it away")
         with _probe(place / "probe" if place.is_dir() else place) as probe:
@@ -333,10 +329,10 @@ def _move_folder(temporary: Path, target: Path, ours: Callable[[Path], bool]) ->
     """Put ``temporary`` in the place of ``target``, which keeps its old content until then."""
     if not target.exists() or not any(target.iterdir()):
         os.replace(temporary, target)
-        _flush_folder(target.parent)
+        flush_folder(target.parent)
         return
     old = temporary if exchange(temporary, target) else _moved_away(temporary, target)
-    _flush_folder(target.parent)
+    flush_folder(target.parent)
     if not ours(old):  # somebody has put a file into it meanwhile
         put_aside(old, "kept", target)
     shutil.rmtree(old, ignore_errors=True)
@@ -352,48 +348,3 @@ def _moved_away(temporary: Path, target: Path) -> Path:
         os.replace(old, target)
         raise
     return old
-
-
-def _flush_to_disk(descriptor: int) -> None:
-    if sys.platform == "darwin":
-        # fsync on macOS stops at the drive's own cache.
-        import fcntl
-
-        try:
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-        except OSError as fault:
-            if fault.errno not in (errno.ENOTSUP, errno.ENOTTY):  # a network drive has no such thing
-                raise
-            os.fsync(descriptor)
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as fault:
-        if fault.errno not in _NO_FLUSHING:
-            raise
-
-
-def _flush_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where its file system can do that.
-
-    What was written is there by then and counts: some file systems flush no
-    folders, and a folder that may be written need not be one that may be read.
-    """
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            _flush_to_disk(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def _disk_faults(path: Path, verb: str = "written") -> Iterator[None]:
-    """Turn what the operating system says about reading or writing into one clear line."""
-    try:
-        yield
-    except OSError as fault:
-        full = fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        said = f"cannot be {verb}: {fault.strerror or fault}"
-        fix = "free some space" if full else f"name a place that can be {verb}"
-        raise too_long(fault, path) or ResourceError(said, where=path, fix=fix) from fault

@@ -1,4 +1,4 @@
-"""Tensors that are still in a file, changed on the way out of it: rows in another order, some rows, shifted.
+"""Tensors that are still unread, changed on the way: rows in another order, some rows, stacked, shifted.
 
 Light: nothing is read, and mlx not loaded, before a result's ``read`` is called.
 A packed weight stays packed, for its rows are those of its parts.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mlxlora_core.values import LazyTensor
+from mlxlora_core.values import LazyTensor, PackedTensor
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -54,6 +54,41 @@ def some_rows(tensor: LazyTensor, start: int, count: int) -> LazyTensor:
     return _changed(tensor, count, lambda array: array[start : start + count])
 
 
+def restored_rows(tensor: LazyTensor, rows: Sequence[int]) -> LazyTensor:
+    """The tensor with row ``i`` at place ``rows[i]``: what :func:`ordered_rows` takes back.
+
+    Args:
+        tensor: (N, ...).
+        rows: each from 0 to N - 1, once.
+    """
+    places = [0] * len(rows)
+    for here, there in enumerate(rows):
+        places[there] = here
+    return ordered_rows(tensor, places)
+
+
+def stacked_rows(tensors: Sequence[LazyTensor]) -> LazyTensor:
+    """Tensors (N, ...) of one width as one, the first on top.
+
+    It stays packed where all are packed alike. Dense tensors of several types become float32.
+    """
+    first, packed = tensors[0], [tensor.packed for tensor in tensors]
+    count = sum(tensor.shape[0] for tensor in tensors)
+    joined = None
+    whole = [part for part in packed if part is not None]
+    if len(whole) == len(packed) and all(_alike(whole[0], part) for part in whole):
+        parts = {name: stacked_rows([part.parts[name] for part in whole]) for name in whole[0].parts}
+        joined = replace(whole[0], parts=parts)
+    dtype = first.dtype if len({tensor.dtype for tensor in tensors}) == 1 else "float32"
+
+    def read() -> mx.array:
+        import mlx.core as mx
+
+        return mx.concatenate([tensor.read().astype(getattr(mx, dtype)) for tensor in tensors])
+
+    return LazyTensor((count, *first.shape[1:]), dtype, read, joined)
+
+
 def shifted(tensor: LazyTensor, amount: float) -> LazyTensor:
     """The tensor with ``amount`` added to each number, in float32; one that was packed is so no more."""
 
@@ -63,6 +98,12 @@ def shifted(tensor: LazyTensor, amount: float) -> LazyTensor:
         return tensor.read().astype(mx.float32) + amount
 
     return LazyTensor(tensor.shape, "float32", read)
+
+
+def _alike(one: PackedTensor, other: PackedTensor) -> bool:
+    """Whether two weights are packed in the same way, so that one may stand above the other."""
+    types = [{name: part.dtype for name, part in weight.parts.items()} for weight in (one, other)]
+    return one.quantizer == other.quantizer and one.options == other.options and types[0] == types[1]
 
 
 def _changed(tensor: LazyTensor, count: int, change: Callable[[mx.array], mx.array]) -> LazyTensor:

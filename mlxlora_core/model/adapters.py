@@ -28,6 +28,7 @@ from mlxlora_core.model.adapter_record import (
     shared_names,
     with_shared,
 )
+from mlxlora_core.model.foreign_adapters import open_foreign_adapter
 from mlxlora_core.model.linears import (
     is_linear,
     is_packed,
@@ -39,12 +40,10 @@ from mlxlora_core.model.linears import (
 )
 from mlxlora_core.model.loading import Model
 from mlxlora_core.model.places import at, choose, options_at, refuse_named, with_targets
-from mlxlora_core.model.unrecorded import recognise
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component, Registry
-from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.sections import AdapterConfig
-from mlxlora_core.values import Place
+from mlxlora_core.values import LazyTensor, Place
 from mlxlora_core.version import __version__
 
 
@@ -199,13 +198,11 @@ def load(
     """Put the adapter in a file on the base that it was made for, whole or not at all.
 
     Args:
-        path: an adapter file.
+        path: an adapter file, or what an adapter loader reads: a folder or a file of another tool.
         model: changed in place, unless the file does not fit.
-        registry: where the adapter is looked up.
-        name: the adapter that the caller insists on. A file that says what it
-            holds must agree; one that does not (an ``.npz`` of another tool) is
-            taken for that adapter, or for the default one, which tells from its
-            tensors what it can.
+        registry: where adapters and adapter loaders are looked up.
+        name: the adapter that the caller insists on. What says or shows what it
+            holds must agree; a file that no loader knows is taken for that adapter.
         values: options, and keys of :class:`AdapterConfig`, that the caller insists on.
         any_base: whether a base that has the same linears will do, such as the
             dense model that the base was quantized from.
@@ -214,16 +211,17 @@ def load(
         ModelError: a file of another base, kind, rank or set of layers.
         PluginError: no such adapter, or one that breaks its contract.
     """
+    if METADATA not in tensor_file.stated(path):
+        opened = open_foreign_adapter(path, model, registry, name, values)
+        return _attach_tensors(
+            path, model, opened.choice, opened.config, opened.linears, opened.tensors, opened.notes
+        )
     tensors, metadata = tensor_file.load(path)
     if tensor_file.FINGERPRINT in metadata:
         check_whole(tensors, metadata[tensor_file.FINGERPRINT], path)
     record = read_record(metadata, path)
     if record is None:
-        component = registry.find("adapter", name or DEFAULT_ADAPTER)
-        found = recognise(path, model, component, values, tensors)
-        return _attach_tensors(
-            path, model, found.choice, found.config, found.linears, found.tensors, found.notes
-        )
+        raise ModelError("changed while it was read", where=path, fix="start again")
     notes = of_another_base(record["base"], model, path, any_base)
     component = registry.find("adapter", record["adapter"])
     if name is not None and registry.find("adapter", name) != component:
@@ -357,7 +355,7 @@ def _attach_tensors(
     choice: Choice,
     config: AdapterConfig,
     chosen: Mapping[str, nn.Module],
-    tensors: Mapping[str, mx.array],
+    tensors: Mapping[str, mx.array | LazyTensor],
     notes: Sequence[str],
 ) -> Adapted:
     """Wrap and fill; when the tensors do not fit, the model is left as it was."""
@@ -368,7 +366,12 @@ def _attach_tensors(
     places = own(model.module, adapted.paths)
     faults = mismatches(tensors, places)
     if not faults:
-        cast = {id(tensor): tensor.astype(places[name].dtype) for name, tensor in tensors.items()}
+        try:
+            read = {id(t): t.read() if isinstance(t, LazyTensor) else t for t in tensors.values()}
+        except BaseException:
+            replace(model.module, dict(chosen))
+            raise
+        cast = {id(tensor): read[id(tensor)].astype(places[n].dtype) for n, tensor in tensors.items()}
         filled = [(name, cast[id(tensor)]) for name, tensor in tensors.items()]
         odd = sorted(name for name, tensor in filled if not is_finite(tensor))
         faults = [f"{len(odd)} not finite: {listing(odd)}"] if odd else []

@@ -5,33 +5,29 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlxlora_core.errors import ModelError, listing
-from mlxlora_core.files import durable, tensor_file
+from mlxlora_core.files import durable
 from mlxlora_core.files.documents import read_form
 from mlxlora_core.files.forms import Map, Table, Text, Whole
+from mlxlora_core.files.single_file import check_output_file, new_single_file
 from mlxlora_core.files.targets import check_output_folder, paths_in
-from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.adapters import AdapterFile
-from mlxlora_core.model.casting import DTYPES, cast
 from mlxlora_core.model.events import SpaceNeeded
-from mlxlora_core.model.linears import Quantized, linear_shape, linears
-from mlxlora_core.model.loading import Model
-from mlxlora_core.model.quantization import expanded, without_quantization
+from mlxlora_core.model.export_source import Exported, source_of
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.plugins.sections import Quantization
-from mlxlora_core.values import ExportAdapter, ExportSource, LazyTensor
+from mlxlora_core.values import ExportSource, LazyTensor
 from mlxlora_core.version import __version__
 
 RECORD = "export.json"
@@ -48,16 +44,16 @@ class ExportReport:
     """What an export wrote.
 
     Attributes:
-        folder: the files.
-        exporter: who wrote them.
-        tensors: of the model.
-        parameters: of the model.
-        adapter: which adapter is fused in, or nothing.
+        path: the folder, or the one file.
+        exporter: who wrote it.
+        tensors: of the model; none where the adapter alone was exported.
+        parameters: of the model, likewise.
+        adapter: which adapter is fused in, or exported alone, or nothing.
         files: name -> bytes.
         notes: what was assumed of the adapter's file, and whether it is of another base.
     """
 
-    folder: str
+    path: str
     exporter: str
     tensors: int
     parameters: int
@@ -75,18 +71,22 @@ def export(
     fused: AdapterFile | None = None,
     quantization: Quantization | None = None,
     overwrite: bool = False,
+    base: str = "",
+    card: str = "",
     told: Callable[[int, int], None] = lambda done, count: None,
 ) -> Iterator[SpaceNeeded | ExportReport]:
-    """Write a model in another tool's form, in memory that does not grow with the model.
+    """Write a model, or an adapter, in another tool's form, in memory that does not grow with the model.
 
     Args:
         folder: the base.
-        target: folder to make.
+        target: folder to make; or the file, where it has the ending of the one that the exporter writes.
         exporter: who writes it, with which options.
         registry: where plugins are looked up.
-        fused: the adapter to put into the weights.
+        fused: the adapter to put into the weights, or to write alone.
         quantization: how the base is quantized when it is opened, as it was when the adapter was trained.
         overwrite: whether an export that is there may be replaced.
+        base: what the base was named by; nothing for its path.
+        card: lines of Markdown on how the model was tuned, for the card beside it.
         told: called with (tensors begun, all) while the exporter works, for it
             takes the tensors at its own pace.
 
@@ -94,32 +94,80 @@ def export(
         What disk and memory must hold, and the report.
 
     Raises:
-        UsageError: the target is the base, or holds the adapter.
-        ModelError: the base or the adapter is damaged, or they do not fit.
+        UsageError: the target is the base, or holds the adapter; or the exporter writes adapters and none is
+            named.
+        ModelError: the base or the adapter is damaged, they do not fit, or the exporter's form cannot say
+            what the model is.
         SafetyError: the target holds something else.
         ResourceError: disk or memory is too small.
         PluginError: the exporter leaves nothing, or what it must not.
     """
-    read = [folder, *([fused.path] if fused else []), *paths_in(exporter.options)]
-    check_output_folder(target, read, overwrite=overwrite, ours=holds_only_an_export)
+    place = _Place(target, exporter.component, overwrite)
+    place.check([folder, *([fused.path] if fused else []), *paths_in(exporter.options)])
     model, stored = loading.outline(folder, registry, quantization)
     adapted = adapters.load_file(fused, model, registry) if fused else None
-    source = _source(model, stored, adapted, fused, told)
-    sizes = {name: math.prod(tensor.shape) for name, tensor in source.tensors.items()}
-    need = sum(size * getattr(mx, source.tensors[name].dtype).size for name, size in sizes.items())
-    yield SpaceNeeded(
-        f"{require_disk(need, target)}; {_memory(source, adapted, packed=model.quantization is not None)}"
-    )
-    with durable.new_folder(target, overwrite=overwrite, ours=holds_only_an_export) as new:
+    file = fused.path if fused else None
+    exported = Exported(model, stored, adapted, file, exporter, base or str(folder), card)
+    source = source_of(exported, told)
+    need = sum(map(_bytes_of, source.tensors.values())) + _adapter_bytes(source)
+    yield SpaceNeeded(f"{require_disk(need, target)}; {_memory(exported)}")
+    with place.opened() as new:
         component = exporter.component
         given = component.spec.export(source, new, exporter.options)
         if given is not None:
             raise component.breach("export", type(given).__name__, "None")
         files = _left(new, component)
-        durable.write_json(new / RECORD, _record(exporter, model, adapted, files))
-    name = adapted.choice.component.id if adapted else ""
-    notes = adapted.notes if adapted else ()
-    yield ExportReport(str(target), component.id, len(sizes), sum(sizes.values()), name, files, notes)
+        if not place.is_file:
+            durable.write_json(new / RECORD, _record(exported, files))
+    yield ExportReport(
+        str(target),
+        component.id,
+        len(source.tensors),
+        sum(math.prod(tensor.shape) for tensor in source.tensors.values()),
+        adapted.choice.component.id if adapted else "",
+        files,
+        adapted.notes if adapted else (),
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an export goes.
+
+    Attributes:
+        target: folder or file.
+        exporter: who writes it.
+        overwrite: whether an export that is there may be replaced.
+    """
+
+    target: Path
+    exporter: Component
+    overwrite: bool
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is the one file that the exporter writes, and no folder."""
+        ending = self.exporter.spec.ending
+        return bool(ending) and self.target.name.endswith(ending)
+
+    def check(self, inputs: list[Path]) -> None:
+        """Refuse a target that is an input, or holds what is not to be replaced."""
+        if self.is_file:
+            check_output_file(self.target, inputs, overwrite=self.overwrite, ours=self._wrote)
+        else:
+            ours = holds_only_an_export
+            check_output_folder(self.target, inputs, overwrite=self.overwrite, ours=ours)
+
+    def opened(self) -> AbstractContextManager[Path]:
+        """A folder to write into, which becomes the target, or of which the one file does."""
+        if self.is_file:
+            return new_single_file(self.target, overwrite=self.overwrite, ours=self._wrote)
+        return durable.new_folder(self.target, overwrite=self.overwrite, ours=holds_only_an_export)
+
+    def _wrote(self, path: Path) -> bool:
+        """Whether the exporter says that it has written a file."""
+        wrote = self.exporter.spec.wrote
+        return wrote is not None and self.exporter.checked("wrote", wrote(path), bool)
 
 
 def holds_only_an_export(folder: Path) -> bool:
@@ -132,127 +180,33 @@ def holds_only_an_export(folder: Path) -> bool:
     return found == {folder / name for name in (RECORD, *record["files"])}
 
 
-def _memory(source: ExportSource, adapted: adapters.Adapted | None, *, packed: bool) -> str:
+def _memory(exported: Exported) -> str:
     """What the largest tensor will need of memory, in words.
 
     Raises:
         ResourceError: less is free.
     """
-    fused = {f"{path}.weight" for path in adapted.paths} if adapted else set()
+    fused = {f"{path}.weight" for path in exported.adapted.paths} if exported.adapted else set()
+    packed = exported.model.quantization is not None
     # One that is expanded, or gets an adapter's change, is float32 on the way.
     each = (
         math.prod(tensor.shape) * (16 if packed or name in fused else getattr(mx, tensor.dtype).size * 3 // 2)
-        for name, tensor in source.tensors.items()
+        for name, tensor in exported.own_tensors().items()
     )
     return require_memory(max(each), "exporting", "export where there is more memory")
 
 
-# --- the source ---------------------------------------------------------------
+def _bytes_of(tensor: LazyTensor) -> int:
+    """What a tensor takes as it is handed over."""
+    if tensor.packed is not None:
+        return sum(map(_bytes_of, tensor.packed.parts.values()))
+    size: int = getattr(mx, tensor.dtype).size
+    return size * math.prod(tensor.shape)
 
 
-def _source(
-    model: Model,
-    stored: Mapping[str, LazyTensor],
-    adapted: adapters.Adapted | None,
-    fused: AdapterFile | None,
-    told: Callable[[int, int], None],
-) -> ExportSource:
-    """What the exporter gets."""
-    tensors = _dense(model, stored, adapted)
-    begun: set[str] = set()
-
-    def read(name: str, tensor: LazyTensor) -> mx.array:
-        begun.add(name)
-        told(len(begun), len(tensors))
-        mx.clear_cache()  # of the tensor before
-        value = tensor.read()
-        mx.eval(value)
-        return value
-
-    return ExportSource(
-        config=without_quantization(model.config),
-        tokenizer=model.tokenizer.files,
-        tensors={
-            name: LazyTensor(tensor.shape, tensor.dtype, partial(read, name, tensor))
-            for name, tensor in tensors.items()
-        },
-        adapter=_adapter(model, adapted, fused.path) if adapted and fused else None,
-    )
-
-
-def _adapter(model: Model, adapted: adapters.Adapted, path: Path) -> ExportAdapter:
-    """The adapter's own parameters; they are small, and stand in memory already."""
-    _, metadata = tensor_file.load(path)
-    tensors = {
-        name: LazyTensor(tensor.shape, type_name(tensor.dtype), _giver(tensor))
-        for name, tensor in adapters.own(model.module, adapted.paths).items()
-    }
-    return ExportAdapter(
-        name=adapted.choice.component.id,
-        options=plain(adapted.choice.options),
-        paths=adapted.paths,
-        tensors=tensors,
-        metadata={key: value for key, value in metadata.items() if key == adapters.METADATA},
-    )
-
-
-def _giver(tensor: mx.array) -> Callable[[], mx.array]:
-    return lambda: tensor
-
-
-def _dense(
-    model: Model, stored: Mapping[str, LazyTensor], adapted: adapters.Adapted | None
-) -> dict[str, LazyTensor]:
-    """The tensors of the model that the folder and the adapter are, every weight dense."""
-    modules = dict(model.module.named_modules())
-    wrapped = {path: modules[path] for path in (adapted.paths if adapted else ())}
-    inner = dict(linears(model.module)) | {
-        path: child for path, child in modules.items() if isinstance(child, Quantized)
-    }
-    tensors: dict[str, LazyTensor] = {}
-    for name, tensor in stored.items():
-        path, _, part = name.rpartition(".")
-        linear = modules[path].linear if path in wrapped else inner.get(path)
-        if linear is None or part == "bias":
-            tensors[name] = tensor
-            continue
-        weight = f"{path}.weight"
-        if weight in tensors:
-            continue
-        parts = {n: stored[f"{path}.{n}"] for n in linear if n != "bias" and f"{path}.{n}" in stored}
-        tensors[weight] = _weight(weight, linear, parts, model.folder, adapted, wrapped.get(path))
-    return tensors
-
-
-def _weight(
-    name: str,
-    linear: nn.Module,
-    parts: Mapping[str, LazyTensor],
-    folder: Path,
-    adapted: adapters.Adapted | None,
-    wrapped: nn.Module | None,
-) -> LazyTensor:
-    """The dense weight of one linear, the adapter in it if it is ``wrapped``, in the type that is stored."""
-    if wrapped is None and not isinstance(linear, Quantized):
-        return parts["weight"]
-    dtype = next((part.dtype for part in parts.values() if part.dtype in DTYPES), "float32")
-
-    def read() -> mx.array:
-        weight = _expanded(linear, parts)
-        if adapted is not None and wrapped is not None:
-            weight = adapters.fused_weight(adapted.choice.component, wrapped, weight.astype(mx.float32))
-        return cast(name, weight, DTYPES[dtype], folder)
-
-    shape = linear.shape if isinstance(linear, Quantized) else linear_shape(linear)
-    return LazyTensor(tuple(shape), dtype, read)
-
-
-def _expanded(linear: nn.Module, parts: Mapping[str, LazyTensor]) -> mx.array:
-    """The dense weight that is stored in parts, in the shape of ``linear_shape``."""
-    read = {name: part.read() for name, part in parts.items()}
-    if isinstance(linear, Quantized):
-        return expanded(read, linear.quantization, linear.shape)
-    return read["weight"]
+def _adapter_bytes(source: ExportSource) -> int:
+    """What the adapter takes, where it is exported alone."""
+    return sum(map(_bytes_of, source.adapter.tensors.values())) if source.adapter else 0
 
 
 # --- what the exporter leaves -------------------------------------------------
@@ -264,6 +218,7 @@ def _left(new: Path, exporter: Component) -> dict[str, int]:
     Raises:
         PluginError: nothing, or what cannot stand in the target.
     """
+    ending = exporter.spec.ending
     files: dict[str, int] = {}
     odd: list[str] = []
     for path in _walk(new):
@@ -284,6 +239,8 @@ def _left(new: Path, exporter: Component) -> dict[str, int]:
         raise exporter.breach("export", listing(odd), "whole files in the folder that it was given")
     if not any(files.values()):
         raise exporter.breach("export", "no file" if not files else "empty files", "at least one file")
+    if ending and (len(files) != 1 or not all(name.endswith(ending) for name in files)):
+        raise exporter.breach("export", listing(sorted(files)), f"one file, which ends with {ending}")
     durable.flush_files(new / name for name in files)
     return dict(sorted(files.items()))
 
@@ -294,15 +251,14 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in (*folders, *files))
 
 
-def _record(
-    exporter: Choice, model: Model, adapted: adapters.Adapted | None, files: Mapping[str, int]
-) -> dict[str, Any]:
+def _record(exported: Exported, files: Mapping[str, int]) -> dict[str, Any]:
     """What export.json says: what was exported, by whom, and which files are its own."""
+    exporter, adapted = exported.exporter, exported.adapted
     plugin = exporter.component.plugin
     return {
         "exporter": exporter.component.id,
         "options": plain(exporter.options),
-        "model": model.fingerprint,
+        "model": exported.model.fingerprint,
         "adapter": adapted.choice.component.id if adapted else None,
         "versions": {"mlxlora": __version__, plugin.distribution: plugin.version},
         "files": dict(files),

@@ -36,7 +36,6 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "adapter": {
         "wrap": ("linear", "place", "options"),
         "fuse": ("module", "weight"),
-        "recognise": ("path", "shapes"),
         "low_rank": ("module",),
         "learning_rates": ("options",),
         "fuse_bias": ("module", "bias"),

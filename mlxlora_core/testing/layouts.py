@@ -8,7 +8,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxlora_core.errors import ModelError
 from mlxlora_core.model.architectures import foreign_args, foreign_table, model_tensors
+from mlxlora_core.model.foreign_layout import foreign_tensors
 from mlxlora_core.model.linears import parameters
 from mlxlora_core.plugins import Component
 from mlxlora_core.specs import Architecture, Layout
@@ -55,6 +57,30 @@ class LayoutTests:
                 got, shift = np.array(tensor.read()), next(e.shift for e in table if e.name == name)
                 near = np.allclose(got, ours[name], atol=1e-6) if shift else np.array_equal(got, ours[name])
                 assert near, f"{name} comes out of {layout} as another one"
+            out = foreign_tensors(
+                _component(self.spec),
+                {name: _lazy(array) for name, array in ours.items()},
+                {entry.name: entry for entry in table},
+            )
+            assert out.keys() == theirs.keys()
+            assert all(np.array_equal(out[name].read(), theirs[name].read()) for name in out)
+
+    def test_what_a_layout_writes_is_read_as_the_same_arguments(self) -> None:
+        """In each that writes; a library need not be able to say all that another one can."""
+        args = self.read(self.raw)
+        shapes = {name: p.shape for name, p in parameters(self.spec.build(args)).items()}
+        for name, layout in self.spec.layouts.items():
+            if layout.write is None:
+                continue
+            table = foreign_table(_component(self.spec), name, args)
+            theirs = stored(table, {n: np.zeros(shape, np.float32) for n, shape in shapes.items()})
+            try:
+                written = layout.write(args)
+            except ModelError:
+                assert name != self.layout, f"{name} cannot say what it has read"
+                continue
+            again = foreign_args(layout, written, {n: array.shape for n, array in theirs.items()})
+            assert again == args, f"{name} reads {again} out of what it writes, wanted {args}"
 
 
 def stored(table: Sequence[ForeignTensor], ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

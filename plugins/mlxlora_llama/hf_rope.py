@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 from mlxlora_core.files import show_key, show_value, stated_rope
-from mlxlora_llama.rope import yarn_attention
+from mlxlora_llama.config import SCALINGS, ModelArgs
+from mlxlora_llama.rope import turning, yarn_attention
 
 _NEW, _THETA, _LONGEST = "rope_parameters", "rope_theta", "max_position_embeddings"
 _ORIGINAL = "original_max_position_embeddings"
@@ -28,6 +30,9 @@ NAMES = {
 _KNOWN = {*NAMES.values(), "type", "mscale", "mscale_all_dim", "partial_rotary_factor", "finetuned"}
 _THETA_OF_LLAMA = 1e4
 _DYNAMIC = "dynamic"
+#: the scalings of Llama 3.1 and 3.2, which GGUF has as divisors: factors; all else is the same
+_LLAMA3_FACTORS = (8.0, 32.0)
+_NEAR = 1e-5
 
 
 def read(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -62,6 +67,48 @@ def read(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         )
         return found, told
     return found | _scaling(kind, stated, raw), told
+
+
+def written(args: ModelArgs) -> tuple[dict[str, Any], str]:
+    """The keys that state the rotary positions of a model, in both spellings, and what cannot be said."""
+    named: ModelArgs | None = args if args.rope_divisors is None else _named(args)
+    if named is None:
+        return {}, "rotary frequencies divided by numbers of the model's own (rope_divisors)"
+    kind = named.rope_scaling
+    if kind is None:
+        table = {"rope_type": "default", _THETA: args.rope_theta}
+        return {_THETA: args.rope_theta, "rope_scaling": None, _NEW: table}, ""
+    arguments = (*SCALINGS[kind], "rope_truncate")
+    held = {NAMES[name]: value for name in arguments if (value := getattr(named, name)) is not None}
+    scaling = {"rope_type": kind, **held}
+    return {_THETA: args.rope_theta, "rope_scaling": scaling, _NEW: {**scaling, _THETA: args.rope_theta}}, ""
+
+
+def _named(args: ModelArgs) -> ModelArgs | None:
+    """The same model with a scaling that has a name, where one turns by the same angles."""
+    by = args.rope_divisors or ()
+    plain = replace(args, rope_scaling=None, rope_divisors=None)
+    known = [replace(plain, rope_scaling="linear", rope_factor=by[0])]
+    known += [
+        replace(
+            plain,
+            rope_scaling="llama3",
+            rope_factor=factor,
+            rope_low_freq_factor=1.0,
+            rope_high_freq_factor=4.0,
+            rope_original_len=8192,
+        )
+        for factor in _LLAMA3_FACTORS
+    ]
+    wanted = turning(args)
+    assert isinstance(wanted, tuple), "divisors make an angle for each pair"
+    return next((found for found in known if _same(turning(found), wanted)), None)
+
+
+def _same(angles: float | tuple[float, ...], wanted: tuple[float, ...]) -> bool:
+    """Whether angles are the same but for the rounding of a file."""
+    assert isinstance(angles, tuple), "a scaling makes an angle for each pair"
+    return all(abs(one / other - 1) <= _NEAR for one, other in zip(angles, wanted, strict=True))
 
 
 def notes(raw: Mapping[str, Any]) -> list[str]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxlora_core.api import Adapter, FoundAdapter, LowRank, Place, hookimpl, option
+from mlxlora_core.api import Adapter, LowRank, Place, hookimpl, option
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -134,13 +133,6 @@ def faster_second(options: LoRAPlusOptions) -> dict[str, float]:
     return {"lora_b": options.ratio}
 
 
-def recognise(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> FoundAdapter | None:
-    """See :func:`mlxlora_lora.files.recognise`."""
-    from mlxlora_lora.files import recognise
-
-    return recognise(path, shapes)
-
-
 @hookimpl
 def mlxlora_adapters() -> Iterable[Adapter]:
     """LoRA and its relatives."""
@@ -151,7 +143,6 @@ def mlxlora_adapters() -> Iterable[Adapter]:
             options=LoRAOptions,
             wrap=wrap,
             fuse=fuse,
-            recognise=recognise,
             low_rank=low_rank,
         ),
         Adapter(

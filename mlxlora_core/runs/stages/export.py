@@ -70,6 +70,6 @@ def describe_export(result: Mapping[str, Any]) -> str:
     files: Mapping[str, int] = result["files"]
     fused = f", with {result['adapter']} fused in" if result["adapter"] else ""
     return (
-        f"{result['folder']}: {result['parameters'] / 1e6:.3f} M parameters{fused}, by {result['exporter']}, "
+        f"{result['path']}: {result['parameters'] / 1e6:.3f} M parameters{fused}, by {result['exporter']}, "
         f"{len(files)} file{'s'[: len(files) - 1]} of {sum(files.values()) / 1e6:.1f} MB"
     )

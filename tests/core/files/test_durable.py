@@ -70,11 +70,12 @@ def test_a_file_over_the_limit_of_the_process_leaves_the_old_one(tmp_path: Path)
     code = """
 import resource, sys
 from pathlib import Path
+from mlxlora_core.errors import ResourceError
 from mlxlora_core.files import durable
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
     durable.write_text(Path(sys.argv[1]), "x" * 100_000)
-except durable.ResourceError as fault:
+except ResourceError as fault:
     print(fault)
 """
     assert "File too large. Fix: free some space" in run(code, path).stdout
@@ -441,6 +442,7 @@ def test_what_somebody_puts_into_a_folder_meanwhile_is_not_lost(tmp_path: Path) 
 UNFLUSHED = """
 import errno, os, stat, sys
 from pathlib import Path
+from mlxlora_core.errors import ResourceError
 from mlxlora_core.files import durable
 number, kinds = int(sys.argv[2]), sys.argv[3].split()
 real = os.fsync
@@ -454,7 +456,7 @@ try:
     with durable.new_folder(Path(sys.argv[1]) / "target") as folder:
         durable.write_text(folder / "mark", "1")
     durable.flush_files([Path(sys.argv[1]) / "target" / "mark"])
-except durable.ResourceError as fault:
+except ResourceError as fault:
     print(fault)
 """
 

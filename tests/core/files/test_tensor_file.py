@@ -653,13 +653,13 @@ def test_a_file_that_cannot_be_read_back_replaces_nothing(
     path = tmp_path / name
     tensor_file.save(path, [("a", mx.ones((3,)))], {}, 1)
     before = path.read_bytes()
-    flush = durable._flush_to_disk
+    flush = durable.flush_to_disk
 
     def lose(descriptor: int) -> None:
         flush(descriptor)
         os.ftruncate(descriptor, 40)
 
-    monkeypatch.setattr(durable, "_flush_to_disk", lose)
+    monkeypatch.setattr(durable, "flush_to_disk", lose)
     with pytest.raises(ResourceError, match="read back"):
         tensor_file.save(path, [("a", mx.zeros((3,)))], {}, 1)
     assert path.read_bytes() == before and os.listdir(tmp_path) == [name]

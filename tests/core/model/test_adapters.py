@@ -541,7 +541,8 @@ def test_a_file_that_says_nothing_is_the_default_adapter_with_the_options_given(
     a, b = (tensors[f"layers.0.attention.wq.lora_{letter}"] for letter in "ab")
     assert mx.allclose(wq(x), wq.linear(x) + 2.0 * (x @ a) @ b, atol=1e-6)
     assert [note.replace(str(path), "FILE") for note in adapted.notes] == [
-        "FILE says nothing of itself: rank 8 and 4 linears are read off its tensors",
+        "FILE was read as lora by mlx-lm: rank 8 and 4 linears; which model it was made for cannot be "
+        "checked, only that its shapes fit",
         "FILE does not say its scale: 2.0 is assumed (say another with --set adapter.scale=VALUE)",
     ]
 
@@ -633,7 +634,7 @@ def test_a_file_of_mlx_lm_does_here_what_it_does_there(
             value = in_their_order(value, 4 if place == "attention.wq" else 2)
         theirs[f"{prefix}layers.{layer}.{THEIR_NAMES[place]}.{part}"] = mx.array(value)
     mx.save_safetensors(str(tmp_path / "adapters.safetensors"), theirs)
-    config = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8, "scale": 20.0}}
+    config = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 4, "scale": 20.0}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     model = load()
     got = adapters.load(tmp_path / "adapters.safetensors", model, registry)
@@ -659,8 +660,7 @@ WQ, DEEP = "layers.0.attention.wq", "layers.1.attention.wq"
 @pytest.mark.parametrize(
     ("tensors", "says"),
     [
-        ({f"base_model.model.{WQ}.lora_A.weight": mx.ones((4, 32))}, "as written by PEFT"),
-        (both(WQ) | {f"{WQ}.m": mx.ones((32,))}, "as written by a DoRA"),
+        (both(WQ) | both(DEEP) | {f"{WQ}.m": mx.ones((32,))}, f"lacks {DEEP}.m"),
         ({f"{WQ}.lora_a": mx.ones((32, 4))}, f"lacks {WQ}.lora_b"),
         (both(WQ) | {f"{DEEP}.lora_b": mx.ones((4, 32))}, f"lacks {DEEP}.lora_a"),
         (both(WQ, (32, 4), (8, 32)), "no product (inputs, R) times (R, outputs)"),
@@ -674,11 +674,12 @@ WQ, DEEP = "layers.0.attention.wq", "layers.1.attention.wq"
         (both("model.layers.0.self_attn.q_proj", (16, 4)), "of a wrong shape"),
         (both(WQ) | both("model.layers.0.self_attn.q_proj"), f"adapts {WQ} under two names"),
         (both("output"), "1 of a wrong shape"),
+        (both("model.vision_tower.layers.0.self_attn.q_proj"), "which this model does not have"),
         (
             {WQ + ".weight": mx.ones((32, 32))},
-            "is no file of adapter 'lora': it holds layers.0.attention.wq.weight",
+            "no adapter loader knows this file (there is mlx-lm, peft): it holds layers.0.attention.wq",
         ),
-        (both(WQ) | {"norm.weight": mx.ones((32,))}, "is no file of adapter 'lora'"),
+        (both(WQ) | {"norm.weight": mx.ones((32,))}, "holds norm.weight beside the updates"),
         ({}, "holds no"),
     ],
 )

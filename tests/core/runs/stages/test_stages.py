@@ -85,7 +85,7 @@ def test_every_file_of_an_export_is_its_output(tmp_path: Path) -> None:
 
 
 def test_the_words_of_an_export_tell_what_is_in_it() -> None:
-    result = {"folder": "out", "parameters": 2_000_000, "exporter": "npz:npz", "files": {"a": 1500000}}
+    result = {"path": "out", "parameters": 2_000_000, "exporter": "npz:npz", "files": {"a": 1500000}}
     assert ExportStage().words({**result, "adapter": ""}) == [
         "out: 2.000 M parameters, by npz:npz, 1 file of 1.5 MB"
     ]
