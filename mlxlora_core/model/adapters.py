@@ -102,9 +102,22 @@ def attach(model: Model, choice: Choice, config: AdapterConfig, seed: int) -> Ad
     """
     config = with_targets(model, config, choice.component.spec.default_targets)
     adapted = _wrap(model, choice, config, choose(model, config), seed)
-    for path in adapted.paths:  # one after another: an initial value may take a dense weight to make
-        mx.eval(own(model.module, [path]))
+    _settle(model, adapted.paths)
     return adapted
+
+
+def _settle(model: Model, paths: Iterable[str]) -> None:
+    """Compute initial values, and lay them out in memory as those that are read from a file.
+
+    Products round otherwise for another layout, and what goes on must go on to the bit.
+    """
+    made: dict[int, tuple[mx.array, mx.array]] = {}  # with what it was made of, whose id it has
+    for path in paths:  # one after another: a value may take a dense weight to make
+        found = own(model.module, [path])
+        made |= {id(t): (t, mx.contiguous(t)) for t in found.values() if id(t) not in made}
+        laid = {name: made[id(tensor)][1] for name, tensor in found.items()}
+        mx.eval(list(laid.values()))
+        model.module.update(tree_unflatten(list(laid.items())))
 
 
 def _wrap(
