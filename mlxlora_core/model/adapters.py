@@ -103,9 +103,22 @@ def attach(model: Model, choice: Choice, config: AdapterConfig, seed: int) -> Ad
     """
     config = with_targets(model, config, choice.component.spec.default_targets)
     adapted = _wrap(model, choice, config, choose(model, config), seed)
-    for path in adapted.paths:  # one after another: an initial value may take a dense weight to make
-        mx.eval(own(model.module, [path]))
+    _settle(model, adapted.paths)
     return adapted
+
+
+def _settle(model: Model, paths: Iterable[str]) -> None:
+    """Compute initial values, and lay them out in memory as those that are read from a file.
+
+    Products round otherwise for another layout, and what goes on must go on to the bit.
+    """
+    made: dict[int, tuple[mx.array, mx.array]] = {}  # with what it was made of, whose id it has
+    for path in paths:  # one after another: a value may take a dense weight to make
+        found = own(model.module, [path])
+        made |= {id(t): (t, mx.contiguous(t)) for t in found.values() if id(t) not in made}
+        laid = {name: made[id(tensor)][1] for name, tensor in found.items()}
+        mx.eval(list(laid.values()))
+        model.module.update(tree_unflatten(list(laid.items())))
 
 
 def _wrap(
@@ -322,7 +335,7 @@ def own(module: nn.Module, paths: Iterable[str] = ("",)) -> dict[str, mx.array]:
     }
 
 
-def learning_rates(adapted: Adapted) -> dict[str, float]:
+def learning_rates(model: Model, adapted: Adapted) -> dict[str, float]:
     """Parameter -> factor on its learning rate, of those for which the adapter says one.
 
     Raises:
@@ -338,6 +351,9 @@ def learning_rates(adapted: Adapted) -> dict[str, float]:
             if not isinstance(factor, int | float) or not (math.isfinite(factor) and factor > 0):
                 raise component.breach("learning_rates", f"{factor!r} for {name}", "a number above 0")
             factors[f"{path}.{name}"] = float(factor)
+    unknown = sorted(factors.keys() - trainable(model.module).keys())
+    if unknown:
+        raise component.breach("learning_rates", listing(unknown), "names of parameters that train")
     return factors
 
 
