@@ -62,12 +62,12 @@ class Patterns:
         return default
 
 
-def most_common(numbers: Mapping[str, Any]) -> Any:
-    """The value that most have, and of several the first one."""
+def most_common(numbers: Mapping[str, Any], first: Any = None) -> Any:
+    """The value that most have, and of several ``first``, or the one that comes first."""
     counted: dict[Any, int] = {}
     for value in numbers.values():
         counted[value] = counted.get(value, 0) + 1
-    return max(counted, key=lambda value: counted[value])
+    return max(counted, key=lambda value: (counted[value], value == first))
 
 
 def _is_number(value: Any, least: float) -> bool:
