@@ -63,6 +63,7 @@ def low_rank(config: Mapping[str, Any], held: Held, where: Path) -> ForeignAdapt
         options={},
         linears={path: update.parameters() for path, update in updates.items()},
         outputs={"lora_b": 1, "m": 0} if magnitudes else {"lora_b": 1},
+        embedding_alone=True,
     )
     embeddings = sorted(path for path in magnitudes if EMBEDDING_A in held.modules[path])
     if embeddings:
