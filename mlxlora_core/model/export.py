@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.events import SpaceNeeded
+from mlxlora_core.model.export_card import tuning_card
 from mlxlora_core.model.export_check import ExportCheck, check_export
 from mlxlora_core.model.export_source import Exported, Told, source_of
 from mlxlora_core.options import plain
@@ -74,7 +75,7 @@ def export(
     quantization: Quantization | None = None,
     overwrite: bool = False,
     base: str = "",
-    card: str = "",
+    facts: Sequence[str] = (),
     told: Told = lambda what, done, count: None,
 ) -> Iterator[SpaceNeeded | ExportReport]:
     """Write a model, or an adapter, in another tool's form, in memory that does not grow with the model.
@@ -88,7 +89,7 @@ def export(
         quantization: how the base is quantized when it is opened, as it was when the adapter was trained.
         overwrite: whether an export that is there may be replaced.
         base: what the base was named by; nothing for its path.
-        card: lines of Markdown on how the model was tuned, for the card beside it.
+        facts: how the adapter was trained: data, settings, losses; a line each for the card beside it.
         told: called with (what is done, tensors begun, all) while the exporter works, for it
             takes the tensors at its own pace, and while the export is checked.
 
@@ -109,6 +110,7 @@ def export(
     model, stored = loading.outline(folder, registry, quantization)
     adapted = adapters.load_file(fused, model, registry) if fused else None
     file = fused.path if fused else None
+    card = tuning_card(adapted, model.fingerprint, facts)
     exported = Exported(model, stored, adapted, file, exporter, quantization, base or str(folder), card)
     source = source_of(exported, told)
     yield SpaceNeeded(_needed(exported, source, target))

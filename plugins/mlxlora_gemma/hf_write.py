@@ -23,6 +23,7 @@ def write(args: ModelArgs) -> Mapping[str, Any]:
     told = _faults(args)
     if told:
         raise ModelError(f"Hugging Face has no {args.model_type} that is such: " + "; ".join(told))
+    scalar = args.query_pre_attn_scalar
     return {
         "architectures": [_CLASSES[args.model_type]],
         "model_type": args.model_type,
@@ -34,7 +35,8 @@ def write(args: ModelArgs) -> Mapping[str, Any]:
         "head_dim": args.head_dim,
         "vocab_size": args.vocab_size,
         "rms_norm_eps": args.norm_eps,
-        "query_pre_attn_scalar": args.query_pre_attn_scalar,
+        # transformers takes a whole number here and nothing else
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
         "hidden_act": _GELU,
         "hidden_activation": _GELU,
         "attention_bias": False,

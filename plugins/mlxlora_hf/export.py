@@ -26,6 +26,7 @@ _AFFINE = "affine"  # the one quantizer whose parts are those of MLX itself
 _GENERATION, _TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 _FAST, _PIECES = "tokenizer.json", "tokenizer.model"
 _ENDS, _FILE_BYTES = "eos_token_id", 64 << 20
+_LLAMA_TOKENIZER = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
 _RANKS = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
 
 
@@ -142,12 +143,20 @@ def _write_beside(
         if tensor.dtype in _FLOATS:
             sizes[tensor.dtype] += _bytes(tensor)
     dtype = sizes.most_common(1)[0][0]
-    ends = sorted(source.stops)
-    stated = {_ENDS: ends[0] if len(ends) == 1 else ends} if ends else {}
-    write_json(target / CONFIG, {**source.config, **stated, "torch_dtype": dtype, "dtype": dtype, **more})
-    for name, file in _tokenizer_files(source).items():
+    files = _tokenizer_files(source)
+    stated = {**source.config, **_token_ids(source, files), "torch_dtype": dtype, "dtype": dtype}
+    write_json(target / CONFIG, {**stated, **more})
+    for name, file in files.items():
         copy_file(file, target / name)
     write_text(target / "README.md", model_card(source, library))
+
+
+def _token_ids(source: ExportSource, files: Mapping[str, Path | bytes]) -> dict[str, Any]:
+    """The ids that config.json states; null where nobody does, for else those of another model are taken."""
+    ends = sorted(source.stops)
+    generation = _object(files, _GENERATION)
+    found = {f"{name}_token_id": generation.get(f"{name}_token_id") for name in ("bos", "pad")}
+    return {**found, _ENDS: ends[0] if len(ends) == 1 else ends or None}
 
 
 def _tokenizer_files(source: ExportSource) -> dict[str, Path | bytes]:
@@ -157,11 +166,11 @@ def _tokenizer_files(source: ExportSource) -> dict[str, Path | bytes]:
     ends = generation.get(_ENDS)
     if source.stops and set(ends if isinstance(ends, list) else [ends]) != source.stops:
         files[_GENERATION] = _json({**generation, _ENDS: sorted(source.stops)})
-    # Without a class transformers takes what it guesses by the family; Llama's is the one of SentencePiece.
+    # A SentencePiece model by itself begins texts with its begin id; transformers has to be told.
     if _PIECES in files and _FAST not in files and not _is_ranks(files[_PIECES]):
         config = _object(files, _TOKENIZER_CONFIG)
         if "tokenizer_class" not in config:
-            files[_TOKENIZER_CONFIG] = _json({**config, "tokenizer_class": "LlamaTokenizer"})
+            files[_TOKENIZER_CONFIG] = _json({**_LLAMA_TOKENIZER, **config})
     return files
 
 

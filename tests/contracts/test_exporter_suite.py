@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,61 @@ class TestNpz(ExporterSuite):
 
     def error_bound(self, options: Any) -> float:
         return 2.0**-11 if options.dtype == "float16" else 0.0
+
+
+HF_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "vocab_size": 50,
+}
+HF_LAYER = "model.layers.0."
+HF_SHAPES = {
+    "model.embed_tokens.weight": (50, 32),
+    f"{HF_LAYER}self_attn.q_proj.weight": (32, 32),
+    f"{HF_LAYER}mlp.down_proj.weight": (32, 64),
+    f"{HF_LAYER}input_layernorm.weight": (32,),
+    "lm_head.weight": (50, 32),
+}
+
+
+class TestHf(ExporterSuite):
+    spec = EXPORTERS["hf"]
+    option_sets = ({}, {"dtype": "float32"}, {"dtype": "bfloat16"})
+    dtypes = ("float16", "bfloat16", "float32")
+    config, shapes, foreign = HF_CONFIG, HF_SHAPES, f"{HF_LAYER}self_attn.q_proj.weight"
+
+    def read(self, folder: Path, options: Any) -> Mapping[str, np.ndarray]:
+        return {name: np.array(array.astype(mx.float32)) for name, array in weights(folder).items()}
+
+    def error_bound(self, options: Any) -> float:
+        return 2.0**-8 if options.dtype == "bfloat16" else 0.0
+
+
+class TestMlxLm(TestHf):
+    spec = EXPORTERS["mlx-lm"]
+    packed = (f"{HF_LAYER}self_attn.q_proj.weight", "lm_head.weight")
+
+    def read(self, folder: Path, options: Any) -> Mapping[str, np.ndarray]:
+        """The words are taken apart by MLX, which mlx-lm multiplies with."""
+        table = json.loads((folder / "config.json").read_text()).get("quantization")
+        held = weights(folder)
+        found = {}
+        for name, array in held.items():
+            path = name.removesuffix(".weight")
+            if f"{path}.scales" in held:
+                parts = [held[f"{path}.{part}"].astype(mx.float32) for part in ("scales", "biases")]
+                array = mx.dequantize(array, *parts, table["group_size"], table["bits"])
+            if name.endswith("weight"):
+                found[name] = np.array(array.astype(mx.float32))
+        return found
+
+
+def weights(folder: Path) -> dict[str, mx.array]:
+    """What MLX, which knows nothing of mlxlora, reads of a folder."""
+    loaded: Any = mx.load(str(folder / "model.safetensors"))
+    return dict(loaded)
 
 
 def test_every_exporter_is_tested() -> None:

@@ -264,7 +264,7 @@ FAULTS: Mapping[str, tuple[str, Callable[[Path], Any], str]] = {
     "another context": ("olmo2", document("config.json", max_position_embeddings=128), "max_seq_len is 128"),
     "another cap": ("gemma2", document("config.json", attn_logit_softcapping=30.0), "attn_logit_softcapping"),
     "another end id": ("llama", document("generation_config.json", eos_token_id=[1, 2]), "texts end with"),
-    "an end id less": (
+    "a dropped chat template": (
         "llama",
         document("tokenizer_config.json", chat_template=None),
         "a conversation of 1 messages has other ids",
