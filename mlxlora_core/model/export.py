@@ -107,11 +107,8 @@ def export(
     """
     place = _Place(target, exporter.component, overwrite)
     place.check([folder, *([fused.path] if fused else []), *paths_in(exporter.options)])
-    model, stored = loading.outline(folder, registry, quantization)
-    adapted = adapters.load_file(fused, model, registry) if fused else None
-    file = fused.path if fused else None
-    card = tuning_card(adapted, model.fingerprint, facts)
-    exported = Exported(model, stored, adapted, file, exporter, quantization, base or str(folder), card)
+    exported = _opened(folder, fused, exporter, registry, quantization, base, facts)
+    adapted = exported.adapted
     source = source_of(exported, told)
     yield SpaceNeeded(_needed(exported, source, target))
     with place.opened() as new:
@@ -129,6 +126,23 @@ def export(
         adapted.notes if adapted else (),
         check,
     )
+
+
+def _opened(
+    folder: Path,
+    fused: AdapterFile | None,
+    exporter: Choice,
+    registry: Registry,
+    quantization: Quantization | None,
+    base: str,
+    facts: Sequence[str],
+) -> Exported:
+    """The base, its tensors unread, with the adapter on it; the arguments are those of :func:`export`."""
+    model, stored = loading.outline(folder, registry, quantization)
+    adapted = adapters.load_file(fused, model, registry) if fused else None
+    file = fused.path if fused else None
+    card = tuning_card(adapted, model.fingerprint, facts)
+    return Exported(model, stored, adapted, file, exporter, quantization, base or str(folder), card)
 
 
 def _written(source: ExportSource, new: Path, exporter: Choice) -> dict[str, int]:
