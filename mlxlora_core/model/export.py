@@ -108,7 +108,7 @@ def export(
     place = _Place(target, exporter.component, overwrite)
     place.check([folder, *([fused.path] if fused else []), *paths_in(exporter.options)])
     exported = _opened(folder, fused, exporter, registry, quantization, base, facts)
-    adapted = exported.adapted
+
     source = source_of(exported, told)
     yield SpaceNeeded(_needed(exported, source, target))
     with place.opened() as new:
@@ -116,15 +116,27 @@ def export(
         check = _check(exported, new, files, registry, told)
         if not place.is_file:
             durable.write_json(new / RECORD, _record(exported, files))
-    yield ExportReport(
-        str(target),
-        exporter.component.id,
-        len(source.tensors),
-        sum(math.prod(tensor.shape) for tensor in source.tensors.values()),
-        adapted.choice.component.id if adapted else "",
-        files,
-        adapted.notes if adapted else (),
-        check,
+    yield _report(target, exported, source, files, check)
+
+
+def _report(
+    target: Path,
+    exported: Exported,
+    source: ExportSource,
+    files: Mapping[str, int],
+    check: ExportCheck | None,
+) -> ExportReport:
+    """What an export wrote."""
+    adapted = exported.adapted
+    return ExportReport(
+        path=str(target),
+        exporter=exported.exporter.component.id,
+        tensors=len(source.tensors),
+        parameters=sum(math.prod(tensor.shape) for tensor in source.tensors.values()),
+        adapter=adapted.choice.component.id if adapted else "",
+        files=files,
+        notes=adapted.notes if adapted else (),
+        check=check,
     )
 
 
