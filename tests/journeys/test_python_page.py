@@ -64,7 +64,8 @@ def test_the_page_runs_from_top_to_bottom(
     assert asked.strip()
     assert several.startswith("(3, 3, ")
     assert fused.startswith("4 ") and Path("fused-folder", "config.json").is_file()
-    assert "'weights.npz'" in exported and Path("npz-folder", "adapters.npz").is_file()
+    assert "'model.safetensors'" in exported and Path("hf-folder", "config.json").is_file()
+    assert "rounded=0" in exported
     assert "StageDone(stage='train'" in run and Path("run", "report.html").is_file()
     assert "'greedy'" in listed and "lora active" in listed
     assert error == "train: learning_rate: must be more than 0, got -1.0\n"
