@@ -22,7 +22,7 @@ from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.events import SpaceNeeded
-from mlxlora_core.model.export_card import tuning_card
+from mlxlora_core.model.export_card import training_facts, tuning_card
 from mlxlora_core.model.export_check import ExportCheck, check_export
 from mlxlora_core.model.export_source import Exported, Told, source_of
 from mlxlora_core.options import plain
@@ -157,7 +157,7 @@ def _opened(
     model, stored = loading.outline(folder, registry, quantization)
     adapted = adapters.load_file(fused, model, registry) if fused else None
     file = fused.path if fused else None
-    card = tuning_card(adapted, model.fingerprint, facts)
+    card = tuning_card(adapted, model.fingerprint, facts or (training_facts(file) if file else ()))
     return Exported(model, stored, adapted, file, exporter, quantization, base or str(folder), card)
 
 

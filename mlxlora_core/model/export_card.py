@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from mlxlora_core.files import tensor_file
+from mlxlora_core.model.adapter_record import read_record
 from mlxlora_core.model.adapters import Adapted
 from mlxlora_core.options import plain
 
@@ -28,6 +31,28 @@ def tuning_card(adapted: Adapted | None, base_fingerprint: str, facts: Sequence[
         *facts,
     ]
     return "\n".join(["## How it was tuned", "", *(f"- {line}" for line in lines)])
+
+
+def training_facts(file: Path) -> list[str]:
+    """How an adapter was trained, as its file says; nothing where it does not."""
+    if file.is_dir():
+        return []
+    training = (read_record(tensor_file.stated(file), file) or {}).get("training")
+    if training is None:
+        return []
+    settings: Mapping[str, Any] = training["settings"]
+    known = ("iters", "batch_size", "grad_accumulation", "optimizer", "learning_rate", "schedule", "seed")
+    told = _listed({key: settings[key] for key in known if key in settings})
+    losses = {
+        "validation loss before": training["first_valid_loss"],
+        "lowest validation loss": training["best_valid_loss"],
+        "last training loss": training["train_loss"],
+    }
+    return [
+        f"taken after step {training['step']}: {told}",
+        *(f"{name}: {loss:.4f} nats a token" for name, loss in losses.items() if loss is not None),
+        *(f"fingerprint of the {split} rows: `{held}`" for split, held in sorted(training["data"].items())),
+    ]
 
 
 def loss_facts(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
