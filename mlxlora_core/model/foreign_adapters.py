@@ -282,10 +282,11 @@ def _notes(
     path: Path, loader: Component, found: ForeignAdapter, choice: Choice, values: Mapping[str, Any]
 ) -> Iterator[str]:
     """What is told of an adapter that says nothing of its base."""
-    told = ", ".join(f"{key} {value}" for key, value in found.options.items())
-    count = len(found.linears)
+    told = ", ".join(f"{key} {value}" for key, value in found.options.items()) or "no options"
+    count, others = len(found.linears), len(found.overrides)
+    told += f" and {count} linears" + (f", {others} of them with other options" if others else "")
     yield (
-        f"{path} was read as {choice.component.spec.name} by {loader.spec.name}: {told} and {count} linears; "
+        f"{path} was read as {choice.component.spec.name} by {loader.spec.name}: {told}; "
         "which model it was made for cannot be checked, only that its shapes fit"
     )
     yield from found.notes

@@ -102,7 +102,8 @@ class Model:
         """Put the adapter in a file on the model that it was made for.
 
         Args:
-            path: an adapter file, ``.safetensors`` or ``.npz``, or one of another tool.
+            path: an adapter file, ``.safetensors`` or ``.npz``, or a folder or a file of another tool
+                that an adapter loader knows, such as PEFT and mlx-lm.
             adapter: insist on this one.
             name: keep it beside others under this name, for :meth:`select`; left out, it is the
                 one adapter of the model, and can be trained.

@@ -1,4 +1,4 @@
-"""Adapters of other tools on a model: which loader, which linears, in which order, and what a loader must give."""
+"""Adapters of other tools on a model: which loader, which linears, in which order, what must be given."""
 
 from __future__ import annotations
 
