@@ -314,7 +314,7 @@ def own(module: nn.Module, paths: Iterable[str] = ("",)) -> dict[str, mx.array]:
     }
 
 
-def learning_rates(adapted: Adapted) -> dict[str, float]:
+def learning_rates(model: Model, adapted: Adapted) -> dict[str, float]:
     """Parameter -> factor on its learning rate, of those for which the adapter says one.
 
     Raises:
@@ -330,6 +330,9 @@ def learning_rates(adapted: Adapted) -> dict[str, float]:
             if not isinstance(factor, int | float) or not (math.isfinite(factor) and factor > 0):
                 raise component.breach("learning_rates", f"{factor!r} for {name}", "a number above 0")
             factors[f"{path}.{name}"] = float(factor)
+    unknown = sorted(factors.keys() - trainable(model.module).keys())
+    if unknown:
+        raise component.breach("learning_rates", listing(unknown), "names of parameters that train")
     return factors
 
 

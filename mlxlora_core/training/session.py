@@ -100,7 +100,7 @@ def open_training(
     splits = {name: examples_of(source, model, config) for name, source in rows.items()}
     adapted = _put_on(model, adapter, registry, seed)
     valid = splits["valid"].examples if "valid" in splits else ()
-    factors = adapters.learning_rates(adapted)
+    factors = adapters.learning_rates(model, adapted)
     training = Training(model.language_model, splits["train"].examples, valid, config, seed, factors)
     folder = None
     if outputs.checkpoints is not None:
