@@ -91,15 +91,15 @@ def packed(options: ExportOptions) -> bool:
 
 
 def wrote(path: Path) -> bool:
-    """See :func:`mlxlora_gguf.export.is_ours`."""
-    from mlxlora_gguf.export import is_ours
+    """See :func:`mlxlora_gguf.model_export.is_ours`."""
+    from mlxlora_gguf.model_export import is_ours
 
     return is_ours(path)
 
 
 def export(source: ExportSource, target: Path, options: ExportOptions) -> None:
-    """Write ``model.gguf``, and tell what it does not hold; see :func:`mlxlora_gguf.export.export_model`."""
-    from mlxlora_gguf.export import export_model
+    """Write ``model.gguf``; see :func:`mlxlora_gguf.model_export.export_model`."""
+    from mlxlora_gguf.model_export import export_model
 
     for note in export_model(source, target, options.type, options.pre, options.context_length):
         report_note(note)

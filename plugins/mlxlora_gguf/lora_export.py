@@ -14,8 +14,8 @@ import mlx.core as mx
 from mlxlora_core.api import ExportAdapter, ExportSource, LazyTensor, LowRank, ModelError, listing
 from mlxlora_core.ops import updates_there
 from mlxlora_gguf.contents import Cost, out_tensor
-from mlxlora_gguf.export import MARK, named
 from mlxlora_gguf.lora import ALPHA, EMBEDDING, KIND, LORA, LORA_A, LORA_B, TYPE
+from mlxlora_gguf.model_export import MARK, named
 from mlxlora_gguf.writing import OutTensor, Value, write_gguf
 
 _ARCHITECTURE = "general.architecture"

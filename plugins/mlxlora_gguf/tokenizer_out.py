@@ -18,6 +18,8 @@ from mlxlora_gguf.vocabulary import CONTROL, DEFINED, ENDS, ID_KEYS, NORMAL, PRE
 from mlxlora_gguf.words import Words
 from mlxlora_gguf.writing import Value
 
+TOKENS = PREFIX + "tokens"  # the key of how each token is written
+
 _JSON, _MODEL, _TEKKEN = "tokenizer.json", "tokenizer.model", "tekken.json"
 _CONFIG, _SPECIALS, _JINJA = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
 _OLD_TEMPLATE = "chat_template.json"
@@ -170,7 +172,7 @@ def _lists(words: Words, rows: int, where: Path) -> dict[str, Value]:
             raise ModelError(f"has no token {number}, and {unused!r} is another one", where=where)
         texts.append(unused if text is None else text)
         types.append(UNUSED if text in (None, unused) else words.types[number])
-    found: dict[str, Value] = {PREFIX + "tokens": texts, PREFIX + "token_type": types}
+    found: dict[str, Value] = {TOKENS: texts, PREFIX + "token_type": types}
     if words.model == "gpt2":
         return found | {PREFIX + "merges": words.merges}
     lowest = min(words.scores.values(), default=0.0)

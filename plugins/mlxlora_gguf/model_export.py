@@ -9,7 +9,7 @@ from typing import Any
 from mlxlora_core.api import ExportSource, MlxloraError, ModelError
 from mlxlora_gguf.contents import Cost, out_tensor, small_tensor, told_type
 from mlxlora_gguf.header import read_header
-from mlxlora_gguf.tokenizer_out import tokenizer_keys
+from mlxlora_gguf.tokenizer_out import TOKENS, tokenizer_keys
 from mlxlora_gguf.writing import OutTensor, Value, write_gguf
 
 #: the key that shows a file to be one of ours
@@ -17,6 +17,7 @@ MARK = "general.mlxlora"
 
 _ARCHITECTURE = "general.architecture"
 _FILE = "model.gguf"
+_PHI_3, _TOKENS_OF_PHI_3 = ("phi-3", "phi3"), ("<unk>", "<s>", "</s>", "<|endoftext|>")
 
 
 def export_model(source: ExportSource, target: Path, kind: str, pre: str, context: int | None) -> list[str]:
@@ -49,7 +50,7 @@ def export_model(source: ExportSource, target: Path, kind: str, pre: str, contex
     cost = Cost()
     tensors = [small_tensor(name, values) for name, values in vectors.items()]
     tensors += [out_tensor(name, tensor, kind, cost) for name, tensor in source.tensors.items()]
-    write_gguf(target / _FILE, {**_general(source, config, tensors), **config, **keys}, tensors)
+    write_gguf(target / _FILE, {**_general(source, config, tensors, keys[TOKENS]), **config, **keys}, tensors)
     return [*notes, *_windows(config, architecture), *cost.notes()]
 
 
@@ -59,7 +60,9 @@ def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[fl
     return {key: value for key, value in config.items() if key not in vectors}, vectors
 
 
-def _general(source: ExportSource, config: Mapping[str, Any], tensors: list[OutTensor]) -> dict[str, Value]:
+def _general(
+    source: ExportSource, config: Mapping[str, Any], tensors: list[OutTensor], tokens: Any
+) -> dict[str, Value]:
     """What the file says of itself."""
     keys: dict[str, Value] = {
         _ARCHITECTURE: config[_ARCHITECTURE],
@@ -69,6 +72,10 @@ def _general(source: ExportSource, config: Mapping[str, Any], tensors: list[OutT
         MARK: 1,
     }
     keys |= named(source, "general.name")
+    called = any(part in str(keys.get("general.name")).lower() for part in _PHI_3)
+    if called and not set(_TOKENS_OF_PHI_3) <= set(tokens):
+        # llama.cpp goes by this name: it strips texts behind special tokens, and fails where one is missing.
+        del keys["general.name"]
     if any(tensor.type.weights > 1 for tensor in tensors):
         keys["general.quantization_version"] = 2
     return keys
