@@ -351,14 +351,23 @@ def export(
     found = registry(plugins)
     exporter, _ = configure(found.find("exporter", to), options)
     bits = quantization_of(quantize, found)
-    base, target = locate_model(model).path, Path(out)
+    base, target = locate_model(model), Path(out)
     with told(found.plugins), lock.hold(target):
         prepare(found)
         from mlxlora_core.model.events import result_of
         from mlxlora_core.model.export import export as exported
 
         adapter = file_of(adapter_file, base_mismatch) if adapter_file is not None else None
-        made = exported(base, target, exporter, found, fused=adapter, quantization=bits, overwrite=overwrite)
+        made = exported(
+            base.path,
+            target,
+            exporter,
+            found,
+            fused=adapter,
+            quantization=bits,
+            overwrite=overwrite,
+            base=base.name,
+        )
         return result_of(made)
 
 

@@ -249,19 +249,6 @@ class ForeignAdapter:
 
 
 @dataclass(frozen=True)
-class ForeignLinear:
-    """A linear of a model as another library knows it.
-
-    Attributes:
-        path: of the module here.
-        rows: for each output here which one it is there, or None where they are in the same order.
-    """
-
-    path: str
-    rows: Sequence[int] | None = None
-
-
-@dataclass(frozen=True)
 class Row:
     """One training row.
 

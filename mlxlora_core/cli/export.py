@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import click
@@ -65,17 +64,18 @@ def command(
     started = time.perf_counter()
     values, any_base = given.get("adapter", {}), base_mismatch == "allow"
     fused = AdapterFile(adapter_file, adapter, values, any_base) if adapter_file else None
-    base = located(model).path
+    base = located(model)
     with show.Bar() as bar:
         for event in export(
-            base,
+            base.path,
             out,
             exporter,
             registry,
             fused=fused,
             quantization=quantization,
             overwrite=overwrite,
-            told=partial(bar.move, "exporting"),
+            base=base.name,
+            told=bar.move,
         ):
             if isinstance(event, ExportReport):
                 report = event

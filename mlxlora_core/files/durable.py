@@ -148,6 +148,40 @@ def new_folder(
         raise
 
 
+@contextmanager
+def new_single_file(target: Path, check: Callable[[], object]) -> Iterator[Path]:
+    """A temporary folder, the one file in which becomes ``target`` when the block ends without an exception.
+
+    It is for a file that somebody else writes, who takes a path; it has the mode of one that it replaces.
+
+    Args:
+        target: may be absent.
+        check: refuses a target that is not to be replaced; it is asked before the block and after it.
+
+    Raises:
+        ResourceError: the disk is full, or the folder cannot be written.
+    """
+    with disk_faults(target):
+        place = place_of(target)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(place.parent, glob.escape(place.name))
+        check()
+        temporary = beside(place, NEW)
+        temporary.mkdir(0o700)
+    try:
+        yield temporary
+        check()  # long work lies between
+        with disk_faults(target):
+            (made,) = temporary.iterdir()
+            if place.exists():
+                made.chmod(_mode(place))
+            flush_files([made])
+            os.replace(made, place)
+            flush_folder(place.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def flush_files(paths: Iterable[Path]) -> None:
     """See to it that files which somebody else has written, and the folders they are in, are on the disk.
 

@@ -63,6 +63,31 @@ def check_output_folder(
     check_target(target, overwrite=overwrite, ours=ours)
 
 
+def check_output_file(
+    target: Path, inputs: Iterable[Path], *, overwrite: bool, ours: Callable[[Path], bool]
+) -> None:
+    """Refuse a file to write that is somebody else's, that is read too, or that is there already.
+
+    Args:
+        target: to write.
+        inputs: what is read for it.
+        overwrite: whether the caller agreed to replace a file of ours.
+        ours: whether what a file holds shows that mlxlora has written it.
+
+    Raises:
+        SafetyError: it holds something else, or is ours and not to be overwritten.
+        UsageError: it is one of the inputs.
+        ResourceError: it cannot be looked at.
+    """
+    refuse_inputs(target, inputs)
+    if is_written(target, ours) and not overwrite:
+        raise SafetyError(
+            "the file is there already and was left alone",
+            where=target,
+            fix="add --overwrite, or name another file",
+        )
+
+
 def is_written(path: Path, ours: Callable[[Path], bool]) -> bool:
     """Whether there is a file of ours to replace; an empty file is nobody's.
 

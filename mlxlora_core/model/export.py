@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,15 @@ from mlxlora_core.errors import ModelError, listing
 from mlxlora_core.files import durable
 from mlxlora_core.files.documents import read_form
 from mlxlora_core.files.forms import Map, Table, Text, Whole
-from mlxlora_core.files.single_file import check_output_file, new_single_file
-from mlxlora_core.files.targets import check_output_folder, paths_in
+from mlxlora_core.files.targets import check_output_file, check_output_folder, paths_in
 from mlxlora_core.machine.disk import require_disk
 from mlxlora_core.machine.memory import require_memory
 from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.events import SpaceNeeded
-from mlxlora_core.model.export_source import Exported, source_of
+from mlxlora_core.model.export_card import tuning_card
+from mlxlora_core.model.export_check import ExportCheck, check_export
+from mlxlora_core.model.export_source import Exported, Told, source_of
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.plugins.sections import Quantization
@@ -51,6 +52,7 @@ class ExportReport:
         adapter: which adapter is fused in, or exported alone, or nothing.
         files: name -> bytes.
         notes: what was assumed of the adapter's file, and whether it is of another base.
+        check: what was found when it was opened again; None where no plugin reads this form.
     """
 
     path: str
@@ -60,6 +62,7 @@ class ExportReport:
     adapter: str
     files: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    check: ExportCheck | None = None
 
 
 def export(
@@ -72,8 +75,8 @@ def export(
     quantization: Quantization | None = None,
     overwrite: bool = False,
     base: str = "",
-    card: str = "",
-    told: Callable[[int, int], None] = lambda done, count: None,
+    facts: Sequence[str] = (),
+    told: Told = lambda what, done, count: None,
 ) -> Iterator[SpaceNeeded | ExportReport]:
     """Write a model, or an adapter, in another tool's form, in memory that does not grow with the model.
 
@@ -86,9 +89,9 @@ def export(
         quantization: how the base is quantized when it is opened, as it was when the adapter was trained.
         overwrite: whether an export that is there may be replaced.
         base: what the base was named by; nothing for its path.
-        card: lines of Markdown on how the model was tuned, for the card beside it.
-        told: called with (tensors begun, all) while the exporter works, for it
-            takes the tensors at its own pace.
+        facts: how the adapter was trained: data, settings, losses; a line each for the card beside it.
+        told: called with (what is done, tensors begun, all) while the exporter works, for it
+            takes the tensors at its own pace, and while the export is checked.
 
     Yields:
         What disk and memory must hold, and the report.
@@ -96,8 +99,8 @@ def export(
     Raises:
         UsageError: the target is the base, or holds the adapter; or the exporter writes adapters and none is
             named.
-        ModelError: the base or the adapter is damaged, they do not fit, or the exporter's form cannot say
-            what the model is.
+        ModelError: the base or the adapter is damaged, they do not fit, the exporter's form cannot say
+            what the model is, or what was written is another model.
         SafetyError: the target holds something else.
         ResourceError: disk or memory is too small.
         PluginError: the exporter leaves nothing, or what it must not.
@@ -107,27 +110,47 @@ def export(
     model, stored = loading.outline(folder, registry, quantization)
     adapted = adapters.load_file(fused, model, registry) if fused else None
     file = fused.path if fused else None
-    exported = Exported(model, stored, adapted, file, exporter, base or str(folder), card)
+    card = tuning_card(adapted, model.fingerprint, facts)
+    exported = Exported(model, stored, adapted, file, exporter, quantization, base or str(folder), card)
     source = source_of(exported, told)
-    need = sum(map(_bytes_of, source.tensors.values())) + _adapter_bytes(source)
-    yield SpaceNeeded(f"{require_disk(need, target)}; {_memory(exported)}")
+    yield SpaceNeeded(_needed(exported, source, target))
     with place.opened() as new:
-        component = exporter.component
-        given = component.spec.export(source, new, exporter.options)
-        if given is not None:
-            raise component.breach("export", type(given).__name__, "None")
-        files = _left(new, component)
+        files = _written(source, new, exporter)
+        check = _check(exported, new, files, registry, told)
         if not place.is_file:
             durable.write_json(new / RECORD, _record(exported, files))
     yield ExportReport(
         str(target),
-        component.id,
+        exporter.component.id,
         len(source.tensors),
         sum(math.prod(tensor.shape) for tensor in source.tensors.values()),
         adapted.choice.component.id if adapted else "",
         files,
         adapted.notes if adapted else (),
+        check,
     )
+
+
+def _written(source: ExportSource, new: Path, exporter: Choice) -> dict[str, int]:
+    """Let the exporter write into a folder; name -> bytes of what it has written.
+
+    Raises:
+        PluginError: it gives something, leaves nothing, or what it must not.
+    """
+    given = exporter.component.spec.export(source, new, exporter.options)
+    if given is not None:
+        raise exporter.component.breach("export", type(given).__name__, "None")
+    return _left(new, exporter.component)
+
+
+def _check(
+    exported: Exported, new: Path, files: Mapping[str, int], registry: Registry, told: Told
+) -> ExportCheck | None:
+    """What is found when the export is opened again, where a plugin reads it."""
+    spec = exported.exporter.component.spec
+    if not spec.opens:
+        return None
+    return check_export(exported, new / next(iter(files)) if spec.ending else new, registry, told)
 
 
 @dataclass(frozen=True)
@@ -150,7 +173,7 @@ class _Place:
         ending = self.exporter.spec.ending
         return bool(ending) and self.target.name.endswith(ending)
 
-    def check(self, inputs: list[Path]) -> None:
+    def check(self, inputs: Iterable[Path] = ()) -> None:
         """Refuse a target that is an input, or holds what is not to be replaced."""
         if self.is_file:
             check_output_file(self.target, inputs, overwrite=self.overwrite, ours=self._wrote)
@@ -161,7 +184,7 @@ class _Place:
     def opened(self) -> AbstractContextManager[Path]:
         """A folder to write into, which becomes the target, or of which the one file does."""
         if self.is_file:
-            return new_single_file(self.target, overwrite=self.overwrite, ours=self._wrote)
+            return durable.new_single_file(self.target, self.check)
         return durable.new_folder(self.target, overwrite=self.overwrite, ours=holds_only_an_export)
 
     def _wrote(self, path: Path) -> bool:
@@ -180,20 +203,25 @@ def holds_only_an_export(folder: Path) -> bool:
     return found == {folder / name for name in (RECORD, *record["files"])}
 
 
-def _memory(exported: Exported) -> str:
-    """What the largest tensor will need of memory, in words.
+def _needed(exported: Exported, source: ExportSource, target: Path) -> str:
+    """What disk and memory must hold, in words: what is handed over, and the largest tensor at work.
 
     Raises:
         ResourceError: less is free.
     """
+    adapter = source.adapter.tensors.values() if source.adapter else ()
+    disk = require_disk(sum(map(_bytes_of, (*source.tensors.values(), *adapter))), target)
     fused = {f"{path}.weight" for path in exported.adapted.paths} if exported.adapted else set()
     packed = exported.model.quantization is not None
-    # One that is expanded, or gets an adapter's change, is float32 on the way.
+    # One that is expanded, or gets an adapter's change, is float32 on the way; a check has two, and float32.
+    checked = bool(exported.exporter.component.spec.opens)
     each = (
-        math.prod(tensor.shape) * (16 if packed or name in fused else getattr(mx, tensor.dtype).size * 3 // 2)
-        for name, tensor in exported.own_tensors().items()
+        math.prod(t.shape)
+        * (16 if packed or name in fused else 12 if checked else getattr(mx, t.dtype).size * 3 // 2)
+        for name, t in exported.own_tensors().items()
     )
-    return require_memory(max(each), "exporting", "export where there is more memory")
+    memory = require_memory(max(each), "exporting", "export where there is more memory")
+    return f"{disk}; {memory}"
 
 
 def _bytes_of(tensor: LazyTensor) -> int:
@@ -202,11 +230,6 @@ def _bytes_of(tensor: LazyTensor) -> int:
         return sum(map(_bytes_of, tensor.packed.parts.values()))
     size: int = getattr(mx, tensor.dtype).size
     return size * math.prod(tensor.shape)
-
-
-def _adapter_bytes(source: ExportSource) -> int:
-    """What the adapter takes, where it is exported alone."""
-    return sum(map(_bytes_of, source.adapter.tensors.values())) if source.adapter else 0
 
 
 # --- what the exporter leaves -------------------------------------------------

@@ -22,9 +22,11 @@ from mlxlora_core.model.own_weights import own_tensors
 from mlxlora_core.model.quantization import without_quantization
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component
+from mlxlora_core.plugins.sections import Quantization
 from mlxlora_core.values import ExportAdapter, ExportSource, ForeignTensor, LazyTensor, LowRank
 
-Told = Callable[[int, int], None]
+Told = Callable[[str, int, int], None]
+EXPORTING = "exporting"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Exported:
         adapted: the adapter, or None.
         file: the file that the adapter was in, or None.
         exporter: who writes it, with which options.
+        quantization: how the base was quantized as it was opened, or None.
         base: what the model was opened from, in words.
         card: lines of Markdown on where it comes from and how it was tuned.
     """
@@ -46,6 +49,7 @@ class Exported:
     adapted: adapters.Adapted | None
     file: Path | None
     exporter: Choice
+    quantization: Quantization | None
     base: str
     card: str
 
@@ -66,13 +70,22 @@ class Exported:
         """Every parameter under its name here, as the exporter is handed it."""
         return own_tensors(self.model, self.stored, self.adapted, packed=self.packed)
 
+    def places(self) -> dict[str, ForeignTensor]:
+        """Parameter -> how it is stored in the exporter's layout, where it asks for one."""
+        layout = self.exporter.component.spec.layout
+        return foreign_places(self.model.architecture, layout, self.args) if layout else {}
+
+    def shifts(self) -> dict[str, float]:
+        """Parameter -> what is added to it when it is read from the exporter's layout."""
+        return {name: entry.shift for name, entry in self.places().items()}
+
 
 def source_of(exported: Exported, told: Told) -> ExportSource:
     """What the exporter gets.
 
     Args:
         exported: what is exported.
-        told: called with (tensors begun, all) as the exporter takes them.
+        told: called with (what is done, tensors begun, all) as the exporter takes them.
 
     Raises:
         UsageError: the exporter writes adapters, and there is none.
@@ -86,10 +99,10 @@ def source_of(exported: Exported, told: Told) -> ExportSource:
         )
     config: Mapping[str, Any] = without_quantization(model.config)
     tensors = {} if spec.takes == "adapter" else exported.own_tensors()
-    places: Mapping[str, ForeignTensor] = {}
     if spec.layout:
         config = foreign_config(model.architecture, spec.layout, exported.args, model.folder)
-        places = foreign_places(model.architecture, spec.layout, exported.args)
+    places = exported.places()
+    if places:
         tensors = foreign_tensors(model.architecture, tensors, places) if tensors else {}
     return ExportSource(
         config=config,
@@ -109,7 +122,7 @@ def _counted(tensors: Mapping[str, LazyTensor], told: Told) -> dict[str, LazyTen
 
     def read(name: str, tensor: LazyTensor) -> mx.array:
         begun.add(name)
-        told(len(begun), len(tensors))
+        told(EXPORTING, len(begun), len(tensors))
         mx.clear_cache()  # of the tensor before
         value = tensor.read()
         mx.eval(value)

@@ -208,7 +208,8 @@ def _of_part(
             raise loader.breach("open", f"{name} that reads {value.shape}", f"{tuple(tensor.shape)}, as told")
         for axis, taken in picked.items():
             value = mx.take(value, mx.array(taken), axis)
-        return value
+        # Row by row, as it is read from a file of ours: sums in another order differ in the last bits.
+        return mx.contiguous(value)
 
     return LazyTensor(tuple(shape), tensor.dtype, read)
 
@@ -281,10 +282,11 @@ def _notes(
     path: Path, loader: Component, found: ForeignAdapter, choice: Choice, values: Mapping[str, Any]
 ) -> Iterator[str]:
     """What is told of an adapter that says nothing of its base."""
-    told = ", ".join(f"{key} {value}" for key, value in found.options.items())
-    count = len(found.linears)
+    told = ", ".join(f"{key} {value}" for key, value in found.options.items()) or "no options"
+    count, others = len(found.linears), len(found.overrides)
+    told += f" and {count} linears" + (f", {others} of them with other options" if others else "")
     yield (
-        f"{path} was read as {choice.component.spec.name} by {loader.spec.name}: {told} and {count} linears; "
+        f"{path} was read as {choice.component.spec.name} by {loader.spec.name}: {told}; "
         "which model it was made for cannot be checked, only that its shapes fit"
     )
     yield from found.notes

@@ -59,6 +59,12 @@ class Weight:
             None if self.wrapped is not None or isinstance(self.linear, Quantized) else self.parts["weight"]
         )
 
+    def rounds(self, *, packed: bool) -> bool:
+        """Whether it is rounded where it is written as :meth:`dense` or as a packed one has it."""
+        if packed and isinstance(self.linear, Quantized):
+            return self.wrapped is not None
+        return self.untouched is None and self.dtype != "float32"
+
     def base(self) -> mx.array:
         """The weight of the base: float32 where it is packed, else as it is stored."""
         read = {name: part.read() for name, part in self.parts.items()}
@@ -100,6 +106,7 @@ def own_tensors(
     adapted: adapters.Adapted | None,
     *,
     packed: bool = False,
+    fused: bool = True,
 ) -> dict[str, LazyTensor]:
     """Every parameter of the model that a folder and an adapter are.
 
@@ -109,8 +116,11 @@ def own_tensors(
         adapted: the adapter, or None.
         packed: whether quantized weights stay packed; they are then given as float32, and their parts
             beside that.
+        fused: whether the adapter's change is in the weights, or they are those of the base.
     """
     weights = weights_of(model, stored, adapted)
+    if not fused:
+        weights = {path: replace(weight, wrapped=None) for path, weight in weights.items()}
     again = _Requantizing()
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in stored.items():

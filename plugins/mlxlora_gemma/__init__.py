@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from mlxlora_core.api import Architecture, Layout, LazyTensor, hookimpl
-from mlxlora_gemma import gguf, hf, tables
+from mlxlora_gemma import gguf, hf, hf_write, tables
 from mlxlora_gemma.config import MODEL_TYPES, ModelArgs
 
 if TYPE_CHECKING:
@@ -43,7 +43,13 @@ def mlxlora_architectures() -> Iterable[Architecture]:
             build=build,
             default_targets=("wq", "wv"),
             layouts={
-                "hf": Layout(model_types=hf.MODEL_TYPES, read=hf.read, table=tables.hf, notes=hf.notes),
+                "hf": Layout(
+                    model_types=hf.MODEL_TYPES,
+                    read=hf.read,
+                    table=tables.hf,
+                    notes=hf.notes,
+                    write=hf_write.write,
+                ),
                 "gguf": Layout(
                     model_types=gguf.MODEL_TYPES, read=gguf.read, table=tables.gguf, notes=gguf.notes
                 ),

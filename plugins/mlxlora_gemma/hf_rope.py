@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlxlora_core.files import show_key, show_value, stated_rope
-from mlxlora_gemma.config import GEMMA3
+from mlxlora_gemma.config import GEMMA3, ModelArgs
 
 _TABLE, _OLD, _THETA, _LOCAL = "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -32,6 +32,18 @@ def read(raw: Mapping[str, Any], kind: str) -> tuple[dict[str, Any], list[str]]:
     if local.pop("rope_factor", None) is not None:
         more.append(f"{_TABLE}: got {_SLIDING} that are scaled, which is not built here")
     return found | {"sliding_rope_theta": local["rope_theta"]}, told + faults + more
+
+
+def written(args: ModelArgs) -> dict[str, Any]:
+    """The keys that state the rotary positions of a model, in both spellings."""
+    linear = None if args.rope_factor is None else {"rope_type": "linear", "factor": args.rope_factor}
+    full = {"rope_type": "default", **(linear or {}), _THETA: args.rope_theta}
+    found = {_THETA: args.rope_theta, _OLD: linear}
+    if args.model_type != GEMMA3:
+        return {**found, _TABLE: full}
+    local = args.sliding_rope_theta or _LOCAL_OF_GEMMA3
+    sliding = {"rope_type": "default", _THETA: local}
+    return {**found, _LOCAL: local, _TABLE: {_FULL: full, _SLIDING: sliding}}
 
 
 def assumed(raw: Mapping[str, Any], kind: str) -> dict[str, float]:

@@ -17,15 +17,15 @@ _A, _B, _M = "lora_a", "lora_b", "m"
 _PAIR = (_A, _B)
 #: the linears as the first version of Apple's example calls them, which are Meta's names
 _META = re.compile(r"layers\.\d+\.(attention\.w[qkvo]|feed_forward\.w[123])")
-#: what fine_tune_type may say -> the adapter here
-_TYPES = {"lora": "lora", "dora": "dora"}
+#: what fine_tune_type may say, which is what the adapters are called here
+_TYPES = ("lora", "dora")
 
 
 def detect(path: Path) -> bool:
     """Whether a path is one of mlx-lm's folders, or a file with updates under its names."""
     try:
         if path.is_dir():
-            return _is_of_mlx_lm(_config_of(path / CONFIG))
+            return _is_folder_of_mlx_lm(path)
         if any(name.endswith((f".{_A}", f".{_B}")) for name in _names(path)):
             return True
         return path.name == TENSORS and _is_of_mlx_lm(_config_of(path.parent / CONFIG))
@@ -92,6 +92,13 @@ def _is_of_mlx_lm(config: Mapping[str, Any]) -> bool:
     return "peft_type" not in config and bool({"lora_parameters", "fine_tune_type"} & config.keys())
 
 
+def _is_folder_of_mlx_lm(path: Path) -> bool:
+    try:
+        return _is_of_mlx_lm(_config_of(path / CONFIG))
+    except MlxloraError:  # a damaged one, which is told of when it is opened
+        return (path / TENSORS).is_file()
+
+
 def _kind(config: Mapping[str, Any], file: Path) -> str:
     """``lora`` or ``dora``."""
     kind = config.get("fine_tune_type", "lora")
@@ -101,10 +108,10 @@ def _kind(config: Mapping[str, Any], file: Path) -> str:
             where=file,
             fix="put them into the model with mlx_lm.fuse, and open that",
         )
-    if kind not in _TYPES:
+    if not isinstance(kind, str) or kind not in _TYPES:
         what = f"fine_tune_type is {show_value(kind)}, wanted {listing(_TYPES)}"
         raise ModelError(what, where=file.parent / CONFIG)
-    return str(kind)
+    return kind
 
 
 def _linears(tensors: Mapping[str, LazyTensor]) -> dict[str, dict[str, LazyTensor]]:

@@ -36,4 +36,4 @@ def export(source: ExportSource, target: Path, options: NpzOptions) -> None:
 def mlxlora_exporters() -> Iterable[Exporter]:
     """The one exporter of this plugin."""
     summary = "weights.npz, config.json and the tokenizer, as MLX's first LoRA example names them"
-    return [Exporter(name="npz", summary=summary, options=NpzOptions, export=export)]
+    return [Exporter(name="npz", summary=summary, options=NpzOptions, export=export, opens="model")]

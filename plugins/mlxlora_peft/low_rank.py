@@ -63,6 +63,7 @@ def low_rank(config: Mapping[str, Any], held: Held, where: Path) -> ForeignAdapt
         options={},
         linears={path: update.parameters() for path, update in updates.items()},
         outputs={"lora_b": 1, "m": 0} if magnitudes else {"lora_b": 1},
+        embedding_alone=True,
     )
     embeddings = sorted(path for path in magnitudes if EMBEDDING_A in held.modules[path])
     if embeddings:
@@ -83,20 +84,24 @@ def _scaled(
     opened: ForeignAdapter, config: Mapping[str, Any], ranks: Mapping[str, int], where: Path
 ) -> ForeignAdapter:
     """The adapter with the ranks and scales that the config says."""
-    alphas = _numbers(config, ranks, where)
-    root = configs.flag(config, "use_rslora", where)
+    rank = configs.number(config, "r", _RANK, where)
+    alpha = configs.number(config, "lora_alpha", _ALPHA, where, least=-1e9)
+    alphas = _alphas(config, ranks, rank, alpha, where)
+    rooted = configs.flag(config, "use_rslora", where)
     dropout = configs.share(config, "lora_dropout", where)
-    if root and opened.adapter == "lora":
-        told: dict[str, dict[str, Any]] = {
-            path: {"rank": rank, "alpha": float(alphas[path])} for path, rank in ranks.items()
-        }
+    if rooted and opened.adapter == "lora":
         opened = replace(opened, adapter="rslora")
-    else:
-        told = {
-            path: {"rank": rank, "scale": alphas[path] / (math.sqrt(rank) if root else rank)}
-            for path, rank in ranks.items()
-        }
-    common = {key: most_common({path: found[key] for path, found in told.items()}) for key in _keys(told)}
+
+    def options(rank: float, alpha: float) -> dict[str, float]:
+        if opened.adapter == "rslora":
+            return {"rank": rank, "alpha": float(alpha)}
+        return {"rank": rank, "scale": alpha / (math.sqrt(rank) if rooted else rank)}
+
+    told = {path: options(held, alphas[path]) for path, held in ranks.items()}
+    common = {
+        key: most_common({path: found[key] for path, found in told.items()}, said)
+        for key, said in options(rank, alpha).items()
+    }
     overrides = {
         path: {key: value for key, value in found.items() if value != common[key]}
         for path, found in told.items()
@@ -108,14 +113,10 @@ def _scaled(
     )
 
 
-def _keys(told: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return list(next(iter(told.values())))
-
-
-def _numbers(config: Mapping[str, Any], ranks: Mapping[str, int], where: Path) -> dict[str, float]:
+def _alphas(
+    config: Mapping[str, Any], ranks: Mapping[str, int], rank: float, alpha: float, where: Path
+) -> dict[str, float]:
     """path -> alpha, once the ranks of the config are those of the tensors."""
-    rank = configs.number(config, "r", _RANK, where)
-    alpha = configs.number(config, "lora_alpha", _ALPHA, where, least=-1e9)
     try:
         rank_at = Patterns("rank_pattern", config.get("rank_pattern"), least=0)
         alpha_at = Patterns("alpha_pattern", config.get("alpha_pattern"), least=-1e9)

@@ -16,7 +16,7 @@ PROJECTIONS = ("vera_A", "vera_B")
 _PARTS = (LORA_A, LORA_B, MAGNITUDE, EMBEDDING_A, EMBEDDING_B, IA3, VERA_B, VERA_D, *PROJECTIONS)
 _NAME = re.compile(rf"(?:(.+)\.)?({'|'.join(_PARTS)})((?:\.[^.]+){{0,2}})", re.DOTALL)
 _PREFIX = "base_model.model."
-_MODULES = 20_000
+_MODULES, _LETTERS = 5_000, 256
 
 
 @dataclass
@@ -51,6 +51,8 @@ def taken_apart(tensors: Mapping[str, LazyTensor]) -> Held:
             continue
         adapters.update(named)
         path, part = match[1] or "", match[2]
+        if len(path) > _LETTERS:
+            raise ModelError(f"holds a module whose path has {len(path)} letters, wanted at most {_LETTERS}")
         place = held.projections if part in PROJECTIONS else held.modules.setdefault(_bare(path), {})
         if part in place:
             raise ModelError(f"holds {part} of {path} twice", fix="save one adapter alone")

@@ -9,12 +9,13 @@ from typing import Any
 from mlxlora_core.api import ModelError, listing
 from mlxlora_core.files import show_key, show_value
 
-_LETTERS, _PATTERNS = 512, 10_000
+_LETTERS, _PATTERNS, _REPEATING = 512, 5_000, 32
 _LARGEST = 1e9
 # A pattern is an expression of somebody else's, and some take longer than anybody lives. These do not:
-# letters, dots, classes, digits, groups of alternatives without repetition, and one ".*".
+# letters, dots, classes, digits before a dot, groups of alternatives without repetition, and one ".*".
 _SAFE = re.compile(
-    r"\^?(?:[\w.\-]|\\[.\-_]|\\d\+?|\[[\w\-]+\]\+?|\((?:\?:)?(?:[\w.\-|]|\\[.\-_])+\)|\.\*)*\$?",
+    r"\^?(?:\.\*|(?:\\d|\[0-9\])(?:\+(?=\\?\.))?|[\w.\-]|\\[.\-_]|\[[\w\-]+\]"
+    r"|\((?:\?:)?(?:[\w.\-|]|\\[.\-_])++\))*+\$?",
     re.ASCII,
 )
 
@@ -37,6 +38,8 @@ class Patterns:
             return
         if not isinstance(held, dict) or len(held) > _PATTERNS:
             raise ModelError(f"{key} is {show_value(held)}, wanted a table of patterns and numbers")
+        if sum("*" in pattern or "+" in pattern for pattern in held) > _REPEATING:
+            raise ModelError(f"{key} has more than {_REPEATING} patterns with * or +")
         odd = [
             f"{show_key(pattern)}: {show_value(n)}" for pattern, n in held.items() if not _is_number(n, least)
         ]
@@ -62,12 +65,12 @@ class Patterns:
         return default
 
 
-def most_common(numbers: Mapping[str, Any]) -> Any:
-    """The value that most have, and of several the first one."""
+def most_common(numbers: Mapping[str, Any], first: Any = None) -> Any:
+    """The value that most have, and of several ``first``, or the one that comes first."""
     counted: dict[Any, int] = {}
     for value in numbers.values():
         counted[value] = counted.get(value, 0) + 1
-    return max(counted, key=lambda value: counted[value])
+    return max(counted, key=lambda value: (counted[value], value == first))
 
 
 def _is_number(value: Any, least: float) -> bool:

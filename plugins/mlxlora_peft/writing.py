@@ -132,12 +132,13 @@ def _ia3(adapter: ExportAdapter) -> tuple[dict[str, Any], Tensors]:
     tensors = {f"{_PREFIX}{path}.{IA3}": vector[:, None] for path, vector in outputs.items()}
     named = {adapter.places[path].foreign.removesuffix(".weight"): vectors[path][None] for path in inputs}
     tensors |= {f"{_PREFIX}{path}.{IA3}": vector for path, vector in named.items()}
-    where = targets([*outputs, *named], adapter.layers, can_choose_layers=False)
-    told = {"peft_type": "IA3", **where, "init_ia3_weights": True, "fan_in_fan_out": False}
-    short = sorted({path.rpartition(".")[2] for path in named})
-    ends = {path.rpartition(".")[2] for path in outputs}
-    told["feedforward_modules"] = sorted(named) if ends & set(short) else short
-    return {**told, "modules_to_save": None}, tensors
+    paths = [*outputs, *named]
+    where = targets(paths, adapter.layers, can_choose_layers=False)
+    ends = {path.rpartition(".")[2] for path in named}
+    if not ends <= set(where["target_modules"]) or ends & {path.rpartition(".")[2] for path in outputs}:
+        where, ends = {"target_modules": sorted(paths)}, set(named)  # by whole paths, both of them
+    told = {"peft_type": "IA3", **where, "feedforward_modules": sorted(ends)}
+    return {**told, "init_ia3_weights": True, "fan_in_fan_out": False, "modules_to_save": None}, tensors
 
 
 def _scales_inputs(adapter: ExportAdapter, path: str) -> bool:

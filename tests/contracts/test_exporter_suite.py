@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mlxlora_core import plugins as registry
+from mlxlora_core.api import neighbour_rows
 from mlxlora_core.specs import Exporter
 from mlxlora_core.testing.exporter import ExporterSuite
-from mlxlora_core.values import ExportSource
+from mlxlora_core.values import ExportAdapter, ExportSource
 
 EXPORTERS = {c.spec.name: c.spec for c in registry.load(environ={registry.ALLOW_LIST: ""}).of("exporter")}
 
@@ -29,6 +32,97 @@ class TestNpz(ExporterSuite):
 
     def error_bound(self, options: Any) -> float:
         return 2.0**-11 if options.dtype == "float16" else 0.0
+
+
+HF_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "vocab_size": 50,
+}
+HF_LAYER = "model.layers.0."
+HF_SHAPES = {
+    "model.embed_tokens.weight": (50, 32),
+    f"{HF_LAYER}self_attn.q_proj.weight": (32, 32),
+    f"{HF_LAYER}mlp.down_proj.weight": (32, 64),
+    f"{HF_LAYER}input_layernorm.weight": (32,),
+    "lm_head.weight": (50, 32),
+}
+
+
+class TestHf(ExporterSuite):
+    spec = EXPORTERS["hf"]
+    option_sets = ({}, {"dtype": "float32"}, {"dtype": "bfloat16"})
+    dtypes = ("float16", "bfloat16", "float32")
+    config, shapes, foreign = HF_CONFIG, HF_SHAPES, f"{HF_LAYER}self_attn.q_proj.weight"
+
+    def read(self, folder: Path, options: Any) -> Mapping[str, np.ndarray]:
+        return {name: np.array(array.astype(mx.float32)) for name, array in weights(folder).items()}
+
+    def error_bound(self, options: Any) -> float:
+        return 2.0**-8 if options.dtype == "bfloat16" else 0.0
+
+
+class TestMlxLm(TestHf):
+    spec = EXPORTERS["mlx-lm"]
+    packed = (f"{HF_LAYER}self_attn.q_proj.weight", "lm_head.weight")
+
+    def read(self, folder: Path, options: Any) -> Mapping[str, np.ndarray]:
+        """The words are taken apart by MLX, which mlx-lm multiplies with."""
+        table = json.loads((folder / "config.json").read_text()).get("quantization")
+        held = weights(folder)
+        found = {}
+        for name, array in held.items():
+            path = name.removesuffix(".weight")
+            if f"{path}.scales" in held:
+                parts = [held[f"{path}.{part}"].astype(mx.float32) for part in ("scales", "biases")]
+                array = mx.dequantize(array, *parts, table["group_size"], table["bits"])
+            if name.endswith("weight"):
+                found[name] = np.array(array.astype(mx.float32))
+        return found
+
+
+class TestPeftAdapter(TestHf):
+    """Heads of 8 features, whose halves PEFT's library has against each other."""
+
+    spec = EXPORTERS["peft"]
+    option_sets = ({}, {"base": "org/name"})
+    rows = neighbour_rows(4, 8)
+
+    def read(self, folder: Path, options: Any) -> Mapping[str, np.ndarray]:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == (options.base or "a base")
+        assert (config["r"], config["lora_alpha"]) == (2, 4)
+        held = load_file(folder / "adapter_model.safetensors")
+        path = f"base_model.model.{self.foreign.removesuffix('.weight')}"
+        a, b = held.pop(f"{path}.lora_A.weight"), held.pop(f"{path}.lora_B.weight")
+        assert not held
+        return {f"{self.adapted}.lora_a": a.T, f"{self.adapted}.lora_b": b.T[:, self.rows]}
+
+    def error_bound(self, options: Any) -> float:
+        return 0.0
+
+
+class TestMlxLmAdapter(TestPeftAdapter):
+    spec = EXPORTERS["mlx-lm-adapter"]
+    option_sets = ({},)
+
+    def adapter(self) -> ExportAdapter:
+        return replace(super().adapter(), layers=1)  # the only one, so that it is the top one
+
+    def read(self, folder: Path, options: Any) -> Mapping[str, np.ndarray]:
+        held = load_file(folder / "adapters.safetensors")
+        path = self.foreign.removesuffix(".weight")
+        a, b = held.pop(f"{path}.lora_a"), held.pop(f"{path}.lora_b")
+        assert not held
+        return {f"{self.adapted}.lora_a": a, f"{self.adapted}.lora_b": b[:, self.rows]}
+
+
+def weights(folder: Path) -> dict[str, mx.array]:
+    """What MLX, which knows nothing of mlxlora, reads of a folder."""
+    loaded: Any = mx.load(str(folder / "model.safetensors"))
+    return dict(loaded)
 
 
 def test_every_exporter_is_tested() -> None:

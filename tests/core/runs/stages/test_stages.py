@@ -84,13 +84,23 @@ def test_every_file_of_an_export_is_its_output(tmp_path: Path) -> None:
     assert ExportStage().outputs(tmp_path) == ["export/deep/model", "export/export.json"]
 
 
-def test_the_words_of_an_export_tell_what_is_in_it() -> None:
+def test_the_words_of_an_export_tell_what_is_in_it_and_what_the_check_found() -> None:
     result = {"path": "out", "parameters": 2_000_000, "exporter": "npz:npz", "files": {"a": 1500000}}
-    assert ExportStage().words({**result, "adapter": ""}) == [
-        "out: 2.000 M parameters, by npz:npz, 1 file of 1.5 MB"
+    assert ExportStage().words({**result, "adapter": "", "check": None}) == [
+        "out: 2.000 M parameters, by npz:npz, 1 file of 1.5 MB; not checked, for no plugin reads this form"
     ]
-    fused = ExportStage().words({**result, "adapter": "lora:lora", "files": {"a": 1, "b": 2}})
-    assert fused == ["out: 2.000 M parameters, with lora:lora fused in, by npz:npz, 2 files of 0.0 MB"]
+    check = {"exact": 9, "rounded": 0, "largest_rounding": 0.0, "tokens": 43, "distance": 1.23e-6}
+    check |= {"largest_difference": 2e-5, "same_argmax": 1.0}
+    fused = {**result, "adapter": "lora:lora", "files": {"a": 1, "b": 2}}
+    assert ExportStage().words({**fused, "check": check}) == [
+        "out: 2.000 M parameters, with lora:lora fused in, by npz:npz, 2 files of 0.0 MB; "
+        "opened again: all 9 tensors as they were; logits of 43 tokens are 1.2e-06 of their size "
+        "from those of the model in memory, the largest difference is 2e-05"
+    ]
+    rounded = check | {"rounded": 3, "largest_rounding": 0.0031}
+    (words,) = ExportStage().words({**fused, "parameters": 0, "check": rounded})
+    assert "out: lora:lora alone, by npz:npz" in words
+    assert "3 of 12 updates rounded, by 0.0031 of their size at most" in words
 
 
 @pytest.mark.parametrize("stage", [BeforeStage(), AfterStage()])
