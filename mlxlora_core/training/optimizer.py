@@ -10,7 +10,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optimizers
 
+from mlxlora_core.errors import listing
+from mlxlora_core.model import adapters
 from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.loading import Model
 from mlxlora_core.training.settings import TrainConfig
 
 
@@ -52,6 +55,28 @@ def _plain(config: TrainConfig, model: LanguageModel) -> Any:
     return optimizers.MultiOptimizer([muon, adamw], [hidden])
 
 
+def factors_of(model: Model, adapted: adapters.Adapted) -> dict[str, float]:
+    """Parameter -> factor on its learning rate, of those for which the adapter says one.
+
+    Raises:
+        PluginError: it says something else.
+    """
+    component = adapted.choice.component
+    factors: dict[str, float] = {}
+    if component.spec.learning_rates is None:
+        return factors
+    for path, options in adapted.options.items():
+        given = component.checked("learning_rates", component.spec.learning_rates(options), dict)
+        for name, factor in given.items():
+            if not isinstance(factor, int | float) or not (math.isfinite(factor) and factor > 0):
+                raise component.breach("learning_rates", f"{factor!r} for {name}", "a number above 0")
+            factors[f"{path}.{name}"] = float(factor)
+    unknown = sorted(factors.keys() - adapters.trainable(model.module).keys())
+    if unknown:
+        raise component.breach("learning_rates", listing(unknown), "names of parameters that train")
+    return factors
+
+
 class Groups(optimizers.MultiOptimizer):
     """Parameters in groups, each with an optimizer whose learning rate is a multiple of that of all.
 
@@ -77,6 +102,7 @@ class Groups(optimizers.MultiOptimizer):
 
     @learning_rate.setter
     def learning_rate(self, rate: float | mx.array) -> None:
+        """Set it, and with it those of the other groups."""
         for optimizer, factor in zip(self.optimizers, self._factors, strict=True):
             optimizer.learning_rate = rate * factor
 
