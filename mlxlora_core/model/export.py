@@ -109,11 +109,8 @@ def export(
     """
     place = _Place(target, exporter.component, overwrite)
     place.check([folder, *([fused.path] if fused else []), *paths_in(exporter.options)])
-    model, stored = loading.outline(folder, registry, quantization)
-    adapted = adapters.load_file(fused, model, registry) if fused else None
-    file = fused.path if fused else None
-    card = tuning_card(adapted, model.fingerprint, facts)
-    exported = Exported(model, stored, adapted, file, exporter, quantization, base or str(folder), card)
+    exported = _opened(folder, fused, exporter, registry, quantization, base, facts)
+
     source = source_of(exported, told)
     yield SpaceNeeded(_needed(exported, source, target))
     with place.opened() as new:
@@ -122,16 +119,46 @@ def export(
         check = _check(exported, new, files, registry, told)
         if not place.is_file:
             durable.write_json(new / RECORD, _record(exported, files))
-    yield ExportReport(
-        str(target),
-        exporter.component.id,
-        len(source.tensors),
-        sum(math.prod(tensor.shape) for tensor in source.tensors.values()),
-        adapted.choice.component.id if adapted else "",
-        files,
-        (*(adapted.notes if adapted else ()), *notes),
-        check,
+    yield _report(target, exported, source, files, check, notes)
+
+
+def _report(
+    target: Path,
+    exported: Exported,
+    source: ExportSource,
+    files: Mapping[str, int],
+    check: ExportCheck | None,
+    notes: Sequence[str],
+) -> ExportReport:
+    """What an export wrote."""
+    adapted = exported.adapted
+    return ExportReport(
+        path=str(target),
+        exporter=exported.exporter.component.id,
+        tensors=len(source.tensors),
+        parameters=sum(math.prod(tensor.shape) for tensor in source.tensors.values()),
+        adapter=adapted.choice.component.id if adapted else "",
+        files=files,
+        notes=(*(adapted.notes if adapted else ()), *notes),
+        check=check,
     )
+
+
+def _opened(
+    folder: Path,
+    fused: AdapterFile | None,
+    exporter: Choice,
+    registry: Registry,
+    quantization: Quantization | None,
+    base: str,
+    facts: Sequence[str],
+) -> Exported:
+    """The base, its tensors unread, with the adapter on it; the arguments are those of :func:`export`."""
+    model, stored = loading.outline(folder, registry, quantization)
+    adapted = adapters.load_file(fused, model, registry) if fused else None
+    file = fused.path if fused else None
+    card = tuning_card(adapted, model.fingerprint, facts)
+    return Exported(model, stored, adapted, file, exporter, quantization, base or str(folder), card)
 
 
 def _written(source: ExportSource, new: Path, exporter: Choice) -> dict[str, int]:
