@@ -5,6 +5,7 @@ Heavy: take it inside the function that uses it, or in a module that only such f
 
 from mlxlora_core.machine.device import on_cpu, on_cuda
 from mlxlora_core.model.cache import KVCache
+from mlxlora_core.model.foreign_updates import updates_there, vectors_there
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.layers import GatedFeedForward, RMSNorm
 from mlxlora_core.model.linears import StackedLinear, dense_weight, linear_shape
@@ -26,4 +27,6 @@ __all__ = [
     "rms_norm",
     "rotate",
     "silu_times",
+    "updates_there",
+    "vectors_there",
 ]

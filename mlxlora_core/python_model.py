@@ -91,7 +91,8 @@ class Model:
         """Put the adapter in a file on the model that it was made for.
 
         Args:
-            path: an adapter file, ``.safetensors`` or ``.npz``.
+            path: an adapter file, ``.safetensors`` or ``.npz``, or a folder or a file of another tool
+                that an adapter loader knows, such as PEFT and mlx-lm.
             adapter: insist on this one.
             base_mismatch: ``allow`` to put it on another base than its own, such as the same model
                 in other bits.

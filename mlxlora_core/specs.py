@@ -21,7 +21,6 @@ from mlxlora_core.values import (
     ForeignAdapter,
     ForeignModel,
     ForeignTensor,
-    FoundAdapter,
     LazyTensor,
     LowRank,
     Place,
@@ -161,30 +160,33 @@ class Architecture(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter(Spec):
-    """A trainable change to frozen linears.
+    """A trainable change to frozen linears and embeddings.
 
     Attributes:
         wrap: a module that computes the linear's output plus the adapter's, the
-            same as the linear at the start; None for a linear that is not the
+            same as the linear at the start; None for a linear or an embedding that is not the
             adapter's to change. The module keeps the linear as its child
-            ``linear``, frozen; every parameter that it adds trains.
+            ``linear``, frozen. What it adds trains, or is frozen by it; both are kept in
+            the adapter file. The module of an embedding has ``as_linear`` too.
         fuse: the weight, float32, of one dense linear that does what the wrapped
             module does, given the weight of the linear inside it, of the same shape.
-        recognise: what a file of another tool holds, by its path and the shapes of
-            its tensors by name; None for one that is not this adapter's. Without it
-            such a file is taken to have the options and places that the user states.
         low_rank: what the wrapped module adds to its linear, where that is a low-rank update and
             nothing else; other tools then take it for a LoRA, whatever the adapter is called,
             and several adapters run in one batch. None for an adapter of another kind.
         learning_rates: with these options, name of a parameter -> factor on the learning rate of
             it; 1 for those that are not named.
+        default_targets: what it goes on where nobody says, by the names of any library; nothing
+            for what the architecture names. Those that a model does not have are left out.
+        fuse_bias: the bias of the linear that ``fuse`` gives the weight of, given the bias of the
+            linear inside the wrapped module; None for an adapter that leaves it as it is.
     """
 
     wrap: Callable[[nn.Module, Place, Any], nn.Module | None]
     fuse: Callable[[nn.Module, mx.array], mx.array]
-    recognise: Callable[[Path, Mapping[str, tuple[int, ...]]], FoundAdapter | None] | None = None
     low_rank: Callable[[nn.Module], LowRank] | None = None
     learning_rates: Callable[[Any], Mapping[str, float]] | None = None
+    default_targets: tuple[str, ...] = ()
+    fuse_bias: Callable[[nn.Module, mx.array], mx.array] | None = None
 
 
 # --- adapter loaders ----------------------------------------------------------

@@ -226,9 +226,13 @@ class ForeignAdapter:
             the orientation that it has here, its outputs still ordered as there.
         outputs: name of a parameter -> its axis that goes along the outputs of the linear; those
             that have none are not named.
+        inputs: name of a parameter that linears of several sizes share -> its axis that goes along
+            the inputs, of which each linear takes as many as it has, from the first on.
         overrides: module path there -> options that differ there.
         unstated: options that decide what it computes and that the files do not tell.
         layout: whose names these are: ``hf``, ``gguf``, or nothing for the architecture's own.
+        embedding_alone: whether an update of the embedding leaves an output head as it is that is
+            the embedding too; here it changes both.
         notes: what was assumed, in words.
     """
 
@@ -236,41 +240,12 @@ class ForeignAdapter:
     options: Mapping[str, Any]
     linears: Mapping[str, Mapping[str, LazyTensor]]
     outputs: Mapping[str, int] = field(default_factory=dict)
+    inputs: Mapping[str, int] = field(default_factory=dict)
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     unstated: tuple[str, ...] = ()
     layout: str = "hf"
+    embedding_alone: bool = False
     notes: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class FoundAdapter:
-    """What the tensors of an adapter file tell of it where it has no record of its own.
-
-    Attributes:
-        paths: module paths of the linears that it changes.
-        options: those of the adapter's options that the file tells.
-        unstated: options that decide what it computes and that it does not tell.
-        outputs: name of a parameter within a linear -> its axis that goes along the
-            linear's outputs, to be put in order where another library orders them otherwise.
-    """
-
-    paths: tuple[str, ...]
-    options: Mapping[str, Any]
-    unstated: tuple[str, ...] = ()
-    outputs: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ForeignLinear:
-    """A linear of a model as another library knows it.
-
-    Attributes:
-        path: of the module here.
-        rows: for each output here which one it is there, or None where they are in the same order.
-    """
-
-    path: str
-    rows: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -324,11 +299,13 @@ class ExportAdapter:
     Attributes:
         name: full id of the adapter.
         options: its options, as plain values.
+        overrides: path -> options that differ there.
         paths: module paths of the linears that it changes.
         tensors: name -> parameter of the adapter, as an adapter file holds it.
         metadata: what its file says of itself, to be kept where there is a place for it.
         low_rank: path -> its update of that linear, where that is a low-rank one and nothing else.
         places: path -> the weight of that linear in the layout that the exporter asked for.
+        heights: name there -> rows of a weight there that holds those of several linears.
         layers: how many the model has.
     """
 
@@ -336,9 +313,11 @@ class ExportAdapter:
     options: Mapping[str, Any]
     paths: tuple[str, ...]
     tensors: Mapping[str, LazyTensor]
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     low_rank: Mapping[str, LowRank] = field(default_factory=dict)
     places: Mapping[str, ForeignTensor] = field(default_factory=dict)
+    heights: Mapping[str, int] = field(default_factory=dict)
     layers: int = 0
 
 

@@ -75,7 +75,8 @@ DEFAULT_ADAPTER_FILE = Path("adapters.safetensors")  # what train writes, and ot
 ADAPTER_FILE = click.option(
     "--adapter-file",
     type=INPUT,
-    help=f"Adapter file to put on the model. [default: {DEFAULT_ADAPTER_FILE}, where that is]",
+    help="Adapter to put on the model: a file, or a folder or file of PEFT or mlx-lm. "
+    f"[default: {DEFAULT_ADAPTER_FILE}, where that is]",
 )
 NO_ADAPTER = click.option("--no-adapter", is_flag=True, help="Take the model as it is.")
 ADAPTER = click.option("--adapter", help="Insist on this adapter. [default: what the file says]")

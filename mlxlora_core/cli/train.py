@@ -90,7 +90,11 @@ if TYPE_CHECKING:
             show_default=True,
             help="Adapter file to write, .safetensors or .npz.",
         ),
-        click.option("--resume-adapter-file", type=declare.INPUT, help="Start from these adapter weights."),
+        click.option(
+            "--resume-adapter-file",
+            type=declare.INPUT,
+            help="Start from this adapter: a file, or a folder or file of PEFT or mlx-lm.",
+        ),
         declare.BASE_MISMATCH,
     ),
     declare.section("Training", declare.flags(TrainConfig, BatchConfig), declare.SEED),

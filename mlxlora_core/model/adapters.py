@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -17,40 +17,34 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing
 from mlxlora_core.files import tensor_file
-from mlxlora_core.files.documents import parse_form
-from mlxlora_core.files.forms import Items, Map, Option, Plain, Strict, Table, Text
 from mlxlora_core.files.targets import is_written
 from mlxlora_core.files.tensor_checks import is_finite, mismatches, type_name
+from mlxlora_core.model.adapter_record import METADATA as METADATA
+from mlxlora_core.model.adapter_record import (
+    check_whole,
+    of_another_base,
+    read_record,
+    recorded_choice,
+    shared_names,
+    with_shared,
+)
+from mlxlora_core.model.foreign_adapters import open_foreign_adapter
 from mlxlora_core.model.linears import (
+    is_linear,
     is_packed,
     layers_by_path,
-    linear_shape,
     packed_shape,
     parameters,
     replace,
+    weight_shape,
 )
 from mlxlora_core.model.loading import Model
-from mlxlora_core.model.places import at, choose, with_targets
-from mlxlora_core.model.unrecorded import recognise
-from mlxlora_core.options import divide, plain
+from mlxlora_core.model.places import at, choose, options_at, refuse_named, with_targets
+from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component, Registry
-from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
-from mlxlora_core.plugins.sections import AdapterConfig, configure
-from mlxlora_core.values import Place
+from mlxlora_core.plugins.sections import AdapterConfig
+from mlxlora_core.values import LazyTensor, Place
 from mlxlora_core.version import __version__
-
-METADATA = "mlxlora"
-
-#: what an adapter file says of itself; in files of before, options hold the config
-RECORD_FORM = Table(
-    {
-        "adapter": Text(),
-        "options": Strict(Map(Plain())),
-        "config": Option(Strict(Map(Plain()))),
-        "paths": Items(Text()),
-        "base": Text(),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -60,14 +54,19 @@ class Adapted:
     Attributes:
         choice: which adapter, with which options.
         config: where it was to go, targets included.
-        paths: the linears that it wraps.
+        options: path of what it wraps -> its options there.
         notes: what was assumed of its file, and whether it is of another base, in words.
     """
 
     choice: Choice
     config: AdapterConfig
-    paths: tuple[str, ...]
+    options: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the linears and embeddings that it wraps."""
+        return tuple(self.options)
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class AdapterFile:
 
 
 def attach(model: Model, choice: Choice, config: AdapterConfig, seed: int) -> Adapted:
-    """Wrap the linears that ``config`` chooses; everything else is frozen.
+    """Wrap the linears and embeddings that ``config`` chooses; everything else is frozen.
 
     Args:
         model: changed in place.
@@ -97,38 +96,46 @@ def attach(model: Model, choice: Choice, config: AdapterConfig, seed: int) -> Ad
         seed: of its initial values.
 
     Raises:
-        UsageError: a target that matches nothing, with the names that exist.
+        UsageError: a target that matches nothing, with the names that exist, or one that the
+            adapter does not go on; an override that matches nothing.
         PluginError: the adapter gives no modules, or other ones than it must.
     """
-    config = with_targets(model, config)
-    return _wrap(model, choice, config, choose(model, config), seed)
+    config = with_targets(model, config, choice.component.spec.default_targets)
+    adapted = _wrap(model, choice, config, choose(model, config), seed)
+    for path in adapted.paths:  # one after another: an initial value may take a dense weight to make
+        mx.eval(own(model.module, [path]))
+    return adapted
 
 
 def _wrap(
-    model: Model, choice: Choice, config: AdapterConfig, linears: Mapping[str, nn.Module], seed: int
+    model: Model, choice: Choice, config: AdapterConfig, chosen: Mapping[str, nn.Module], seed: int
 ) -> Adapted:
-    """Ask the adapter to wrap these linears, and put what it gives in their places."""
+    """Ask the adapter to wrap what was chosen, and put what it gives in their places."""
+    options = options_at(chosen, model, choice, config)
     mx.random.seed(seed)
     model.module.freeze()
     layer_of = layers_by_path(model.language_model)
     wrapped = {}
-    for path, linear in linears.items():
-        place = Place(path, layer_of(path), linear_shape(linear))
-        module = choice.component.spec.wrap(linear, place, choice.options)
+    for path, inner in chosen.items():
+        place = Place(
+            path, layer_of(path), weight_shape(inner), "linear" if is_linear(inner) else "embedding"
+        )
+        module = choice.component.spec.wrap(inner, place, options[path])
         if module is not None:
-            wrapped[path] = _checked(choice.component, linear, module)
-    trained = [tensor for module in wrapped.values() for tensor in trainable(module).values()]
-    if not trained:
-        got = "modules without a parameter that trains" if wrapped else f"None for {listing(linears)}"
+            wrapped[path] = _checked(choice.component, inner, module)
+    refuse_named(
+        {path: inner for path, inner in chosen.items() if path not in wrapped}, model, choice, config
+    )
+    if not any(trainable(module) for module in wrapped.values()):
+        got = "modules without a parameter that trains" if wrapped else f"None for {listing(chosen)}"
         raise choice.component.breach("wrap", got, "a module that trains for at least one linear")
     replace(model.module, wrapped)
     model.module.eval()  # modules are made for training: what drops at random must not before it begins
-    mx.eval(trained)
-    return Adapted(choice, config, tuple(wrapped))
+    return Adapted(choice, config, {path: options[path] for path in wrapped})
 
 
 def _checked(component: Component, linear: nn.Module, module: Any) -> nn.Module:
-    """What ``wrap`` has given for a linear, if it is what the contract says."""
+    """What ``wrap`` has given for a linear or an embedding, if it is what the contract says."""
     wrapped = component.checked("wrap", module, nn.Module)
     if wrapped.get("linear") is not linear:
         got = f"a {type(wrapped).__name__} without the linear"
@@ -144,7 +151,7 @@ def _checked(component: Component, linear: nn.Module, module: Any) -> nn.Module:
 def is_ours(path: Path) -> bool:
     """Whether a file is an adapter file that mlxlora has written, by what its header tells."""
     try:
-        _record(tensor_file.stated(path), path)
+        read_record(tensor_file.stated(path), path)
     except ModelError:
         return False
     return METADATA in tensor_file.stated(path)
@@ -158,11 +165,12 @@ def save(path: Path, model: Model, adapted: Adapted) -> None:
         DivergedError: a parameter is not finite; an older file is left as it is.
     """
     is_written(path, is_ours)
-    tensors = trainable(model.module)
+    tensors = own(model.module, adapted.paths)
     poisoned = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if poisoned:
         raise DivergedError(f"the adapter is not finite and was not saved: {listing(poisoned)}", where=path)
     component = adapted.choice.component
+    shared = shared_names(tensors)
     record = {
         "adapter": component.id,
         "options": plain(adapted.choice.options),
@@ -170,10 +178,12 @@ def save(path: Path, model: Model, adapted: Adapted) -> None:
         "paths": list(adapted.paths),
         "base": model.fingerprint,
         **({"base_name": model.name} if model.name else {}),
+        **({"shared": shared} if shared else {}),
         "versions": {"mlxlora": __version__, component.plugin.distribution: component.plugin.version},
     }
     metadata = {METADATA: json.dumps(record, sort_keys=True)}
-    tensor_file.save(path, sorted(tensors.items()), metadata, len(tensors))
+    held = sorted((name, tensor) for name, tensor in tensors.items() if name not in shared)
+    tensor_file.save(path, held, metadata, len(held))
 
 
 def load(
@@ -188,13 +198,11 @@ def load(
     """Put the adapter in a file on the base that it was made for, whole or not at all.
 
     Args:
-        path: an adapter file.
+        path: an adapter file, or what an adapter loader reads: a folder or a file of another tool.
         model: changed in place, unless the file does not fit.
-        registry: where the adapter is looked up.
-        name: the adapter that the caller insists on. A file that says what it
-            holds must agree; one that does not (an ``.npz`` of another tool) is
-            taken for that adapter, or for the default one, which tells from its
-            tensors what it can.
+        registry: where adapters and adapter loaders are looked up.
+        name: the adapter that the caller insists on. What says or shows what it
+            holds must agree; a file that no loader knows is taken for that adapter.
         values: options, and keys of :class:`AdapterConfig`, that the caller insists on.
         any_base: whether a base that has the same linears will do, such as the
             dense model that the base was quantized from.
@@ -203,21 +211,23 @@ def load(
         ModelError: a file of another base, kind, rank or set of layers.
         PluginError: no such adapter, or one that breaks its contract.
     """
+    if METADATA not in tensor_file.stated(path):
+        opened = open_foreign_adapter(path, model, registry, name, values)
+        return _attach_tensors(
+            path, model, opened.choice, opened.config, opened.linears, opened.tensors, opened.notes
+        )
     tensors, metadata = tensor_file.load(path)
     if tensor_file.FINGERPRINT in metadata:
-        _check_whole(tensors, metadata[tensor_file.FINGERPRINT], path)
-    record = _record(metadata, path)
+        check_whole(tensors, metadata[tensor_file.FINGERPRINT], path)
+    record = read_record(metadata, path)
     if record is None:
-        component = registry.find("adapter", name or DEFAULT_ADAPTER)
-        found = recognise(path, model, component, values, tensors)
-        return _attach_tensors(
-            path, model, found.choice, found.config, found.linears, found.tensors, found.notes
-        )
-    notes = _other_base(record["base"], model, path, any_base)
+        raise ModelError("changed while it was read", where=path, fix="start again")
+    notes = of_another_base(record["base"], model, path, any_base)
     component = registry.find("adapter", record["adapter"])
     if name is not None and registry.find("adapter", name) != component:
         raise ModelError(f"holds adapter '{component.id}', wanted '{name}'", where=path)
-    choice, config = _recorded(record, component, values, path)
+    choice, config = recorded_choice(record, component, values, path)
+    tensors = with_shared(tensors, record, path)
     return _attach_tensors(path, model, choice, config, at(record["paths"], model, path), tensors, notes)
 
 
@@ -226,19 +236,20 @@ def load_file(file: AdapterFile, model: Model, registry: Registry) -> Adapted:
     return load(file.path, model, registry, file.name, file.values, any_base=file.any_base)
 
 
-def fill(path: Path, model: Model) -> None:
+def fill(path: Path, model: Model, adapted: Adapted) -> None:
     """Give the adapter that is on a model the values in a file of the same adapter.
 
     Raises:
         ModelError: the file is damaged or does not fit; the model is left as it was.
     """
     tensors, metadata = tensor_file.load(path)
-    _check_whole(tensors, metadata.get(tensor_file.FINGERPRINT, ""), path)
-    faults = mismatches(tensors, trainable(model.module))
+    check_whole(tensors, metadata.get(tensor_file.FINGERPRINT, ""), path)
+    tensors = with_shared(tensors, read_record(metadata, path) or {}, path)
+    faults = mismatches(tensors, own(model.module, adapted.paths))
     if faults:
         raise ModelError("the adapter does not fit this model: " + "; ".join(faults), where=path)
     model.module.update(tree_unflatten(list(tensors.items())))
-    mx.eval(model.module.trainable_parameters())
+    mx.eval(list(tensors.values()))
 
 
 def fused_weight(component: Component, wrapped: nn.Module, before: mx.array) -> mx.array:
@@ -261,9 +272,68 @@ def fused_weight(component: Component, wrapped: nn.Module, before: mx.array) -> 
     return weight
 
 
+def fused_bias(component: Component, wrapped: nn.Module, before: mx.array) -> mx.array:
+    """The bias that goes with a :func:`fused_weight`, in the type of the one before.
+
+    Args:
+        component: the adapter.
+        wrapped: the linear with the adapter on it.
+        before: the linear's own bias.
+
+    Raises:
+        PluginError: it is of another shape, or has values that are not finite.
+    """
+    if component.spec.fuse_bias is None:
+        return before
+    given = component.spec.fuse_bias(wrapped, before.astype(mx.float32))
+    bias = component.checked("fuse_bias", given, mx.array).astype(before.dtype)
+    if bias.shape != before.shape or not is_finite(bias):
+        got = f"{bias.shape}" if bias.shape != before.shape else "values that are not finite"
+        raise component.breach("fuse_bias", got, f"{before.shape} finite values")
+    return bias
+
+
 def trainable(module: nn.Module) -> dict[str, mx.array]:
     """The parameters that train, by path."""
     return dict(tree_flatten(module.trainable_parameters()))
+
+
+def own(module: nn.Module, paths: Iterable[str] = ("",)) -> dict[str, mx.array]:
+    """The parameters of adapters, trained or not, by path: all but those of what they wrap.
+
+    Args:
+        module: with the adapters in it.
+        paths: of the wrapped modules; left out, ``module`` is itself one.
+    """
+    modules = dict(module.named_modules())
+    return {
+        f"{path}.{name}".lstrip("."): tensor
+        for path in paths
+        for name, tensor in parameters(modules[path]).items()
+        if not name.startswith("linear.")
+    }
+
+
+def learning_rates(model: Model, adapted: Adapted) -> dict[str, float]:
+    """Parameter -> factor on its learning rate, of those for which the adapter says one.
+
+    Raises:
+        PluginError: it says something else.
+    """
+    component = adapted.choice.component
+    factors: dict[str, float] = {}
+    if component.spec.learning_rates is None:
+        return factors
+    for path, options in adapted.options.items():
+        given = component.checked("learning_rates", component.spec.learning_rates(options), dict)
+        for name, factor in given.items():
+            if not isinstance(factor, int | float) or not (math.isfinite(factor) and factor > 0):
+                raise component.breach("learning_rates", f"{factor!r} for {name}", "a number above 0")
+            factors[f"{path}.{name}"] = float(factor)
+    unknown = sorted(factors.keys() - trainable(model.module).keys())
+    if unknown:
+        raise component.breach("learning_rates", listing(unknown), "names of parameters that train")
+    return factors
 
 
 def count(model: Model) -> dict[str, int]:
@@ -272,65 +342,14 @@ def count(model: Model) -> dict[str, int]:
     weights = sum(math.prod(packed_shape(child)) for child in packed.values())
     others = sum(
         tensor.size
-        for name, tensor in parameters(model.module).items()
-        if name.rpartition(".")[0] not in packed
+        for tensor in {
+            id(tensor): tensor  # one that several modules share counts once
+            for name, tensor in parameters(model.module).items()
+            if name.rpartition(".")[0] not in packed
+        }.values()
     )
     trained = sum(tensor.size for tensor in trainable(model.module).values())
     return {"parameters": weights + others, "trainable_parameters": trained}
-
-
-def _record(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
-    """What the file says of itself, in the form that it has today, or None for nothing."""
-    if METADATA not in metadata:
-        return None
-    said = metadata[METADATA].encode("utf-8", "surrogatepass")
-    record: dict[str, Any] = parse_form(said, RECORD_FORM, f"{path} (what it says of itself)")
-    if "config" not in record:  # written when targets and layers stood among the options
-        record["config"], record["options"] = divide(record["options"], AdapterConfig)
-    return record
-
-
-def _other_base(base: str, model: Model, path: Path, allowed: bool) -> list[str]:
-    """What to tell of an adapter that was made for another base.
-
-    Raises:
-        ModelError: that is not allowed.
-    """
-    if base == model.fingerprint:
-        return []
-    what = f"made for another base ({base[:12]}, this one is {model.fingerprint[:12]})"
-    if allowed:
-        return [f"{path}: {what}, and put on this one all the same: what it does here is not what it learnt"]
-    fix = (
-        f"use the model folder that it was trained on, not {model.folder}; "
-        "if this is the same model in other bits, give the --quantize that it was trained with, "
-        "or add --base-mismatch allow"
-    )
-    raise ModelError(what, where=path, fix=fix)
-
-
-def _recorded(
-    record: Mapping[str, Any], component: Component, wanted: Mapping[str, Any], path: Path
-) -> tuple[Choice, AdapterConfig]:
-    """Options and places in a file, which must be those that the caller insists on."""
-    try:
-        choice, config = configure(component, {**record["options"], **record["config"]})
-    except UsageError as fault:
-        raise ModelError(f"was made with options that cannot be: {fault.what}", where=path) from fault
-    asked_choice, asked_config = configure(component, wanted)
-    held, asked = (
-        {**plain(c.options), **plain(g)} for c, g in ((choice, config), (asked_choice, asked_config))
-    )
-    other = [f"{key} is {held[key]!r}, wanted {asked[key]!r}" for key in wanted if held[key] != asked[key]]
-    if other:
-        raise ModelError(f"the adapter has other options: {listing(other)}", where=path)
-    return choice, config
-
-
-def _check_whole(tensors: Mapping[str, mx.array], stated: str, path: Path) -> None:
-    """Refuse a file whose tensors are not the ones that were written."""
-    if tensor_file.fingerprint(tensors) != stated:
-        raise ModelError("is damaged: its tensors are not those that were written", where=path)
 
 
 def _attach_tensors(
@@ -339,7 +358,7 @@ def _attach_tensors(
     choice: Choice,
     config: AdapterConfig,
     chosen: Mapping[str, nn.Module],
-    tensors: Mapping[str, mx.array],
+    tensors: Mapping[str, mx.array | LazyTensor],
     notes: Sequence[str],
 ) -> Adapted:
     """Wrap and fill; when the tensors do not fit, the model is left as it was."""
@@ -347,15 +366,21 @@ def _attach_tensors(
         adapted = _wrap(model, choice, config, chosen, seed=0)
     except UsageError as fault:
         raise ModelError(f"the adapter does not fit this model: {fault.what}", where=path) from fault
-    places = trainable(model.module)
+    places = own(model.module, adapted.paths)
     faults = mismatches(tensors, places)
     if not faults:
-        filled = [(name, tensor.astype(places[name].dtype)) for name, tensor in tensors.items()]
+        try:
+            read = {id(t): t.read() if isinstance(t, LazyTensor) else t for t in tensors.values()}
+        except BaseException:
+            replace(model.module, dict(chosen))
+            raise
+        cast = {id(tensor): read[id(tensor)].astype(places[n].dtype) for n, tensor in tensors.items()}
+        filled = [(name, cast[id(tensor)]) for name, tensor in tensors.items()]
         odd = sorted(name for name, tensor in filled if not is_finite(tensor))
         faults = [f"{len(odd)} not finite: {listing(odd)}"] if odd else []
     if faults:
         replace(model.module, dict(chosen))
         raise ModelError("the adapter does not fit this model: " + "; ".join(faults), where=path)
     model.module.update(tree_unflatten(filled))
-    mx.eval(model.module.trainable_parameters())
+    mx.eval(list(cast.values()))
     return dataclasses.replace(adapted, notes=tuple(notes))

@@ -18,7 +18,7 @@ from mlxlora_core.model.tokenizers import FILES
 from mlxlora_core.options import explain, parse, plain
 from mlxlora_core.plugins import Component, Registry
 from mlxlora_core.specs import Architecture, Layout
-from mlxlora_core.values import ForeignLinear, ForeignModel, ForeignTensor, LazyTensor
+from mlxlora_core.values import ForeignModel, ForeignTensor, LazyTensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -172,29 +172,6 @@ def foreign_table(component: Component, layout: str, args: Any) -> Sequence[Fore
     if isinstance(given, (str, Mapping)) or not isinstance(given, Sequence):
         raise component.breach("table", type(given).__name__, "a sequence of foreign tensors")
     return [component.checked("table", entry, ForeignTensor) for entry in given]
-
-
-def foreign_linears(component: Component, layout: str, args: Any) -> dict[str, ForeignLinear]:
-    """Module path there, from its layer on -> linear here, of a model of ``args``; none without the layout.
-
-    Raises:
-        PluginError: the architecture gives something else.
-    """
-    if layout not in component.spec.layouts:
-        return {}
-    table = foreign_table(component, layout, args)
-    return {
-        within_layer(entry.foreign.removesuffix(".weight")): ForeignLinear(
-            entry.name.removesuffix(".weight"), entry.rows
-        )
-        for entry in table
-        if entry.start is None and entry.name.endswith(".weight")
-    }
-
-
-def within_layer(path: str) -> str:
-    """A module path from its ``layers.N`` on, without what libraries put in front of it."""
-    return "layers." + path.rpartition("layers.")[2] if "layers." in path else path
 
 
 def _by_table(

@@ -27,6 +27,7 @@ from mlxlora_core.model.export_check import ExportCheck, check_export
 from mlxlora_core.model.export_source import Exported, Told, source_of
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component, Registry
+from mlxlora_core.plugins.progress import notes_heard
 from mlxlora_core.plugins.sections import Quantization
 from mlxlora_core.values import ExportSource, LazyTensor
 from mlxlora_core.version import __version__
@@ -51,7 +52,8 @@ class ExportReport:
         parameters: of the model, likewise.
         adapter: which adapter is fused in, or exported alone, or nothing.
         files: name -> bytes.
-        notes: what was assumed of the adapter's file, and whether it is of another base.
+        notes: what was assumed of the adapter's file, whether it is of another base, and what the exporter
+            says of its work.
         check: what was found when it was opened again; None where no plugin reads this form.
     """
 
@@ -112,11 +114,12 @@ def export(
     source = source_of(exported, told)
     yield SpaceNeeded(_needed(exported, source, target))
     with place.opened() as new:
-        files = _written(source, new, exporter)
+        with notes_heard() as notes:
+            files = _written(source, new, exporter)
         check = _check(exported, new, files, registry, told)
         if not place.is_file:
             durable.write_json(new / RECORD, _record(exported, files))
-    yield _report(target, exported, source, files, check)
+    yield _report(target, exported, source, files, check, notes)
 
 
 def _report(
@@ -125,6 +128,7 @@ def _report(
     source: ExportSource,
     files: Mapping[str, int],
     check: ExportCheck | None,
+    notes: Sequence[str],
 ) -> ExportReport:
     """What an export wrote."""
     adapted = exported.adapted
@@ -135,7 +139,7 @@ def _report(
         parameters=sum(math.prod(tensor.shape) for tensor in source.tensors.values()),
         adapter=adapted.choice.component.id if adapted else "",
         files=files,
-        notes=adapted.notes if adapted else (),
+        notes=(*(adapted.notes if adapted else ()), *notes),
         check=check,
     )
 

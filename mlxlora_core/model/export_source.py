@@ -16,6 +16,7 @@ from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.model import adapters
 from mlxlora_core.model.architectures import folder_args
 from mlxlora_core.model.foreign_layout import foreign_config, foreign_places, foreign_tensors
+from mlxlora_core.model.linears import linear_shape
 from mlxlora_core.model.loading import Model
 from mlxlora_core.model.own_weights import own_tensors
 from mlxlora_core.model.quantization import without_quantization
@@ -144,19 +145,38 @@ def _adapter(exported: Exported, places: Mapping[str, ForeignTensor]) -> ExportA
     metadata = tensor_file.stated(exported.file)
     tensors = {
         name: LazyTensor(tensor.shape, type_name(tensor.dtype), _giver(tensor))
-        for name, tensor in adapters.trainable(model.module).items()
+        for name, tensor in adapters.own(model.module, adapted.paths).items()
     }
     weights = {path: f"{path}.weight" for path in adapted.paths}
+    common = plain(adapted.choice.options)
+    differing = {
+        path: {key: value for key, value in plain(options).items() if value != common[key]}
+        for path, options in adapted.options.items()
+    }
     return ExportAdapter(
         name=adapted.choice.component.id,
-        options=plain(adapted.choice.options),
+        options=common,
+        overrides={path: options for path, options in differing.items() if options},
         paths=adapted.paths,
         tensors=tensors,
         metadata={key: value for key, value in metadata.items() if key == adapters.METADATA},
         low_rank=_low_rank(adapted.choice.component, adapted.paths, model),
         places={path: places.get(name, ForeignTensor(name, name)) for path, name in weights.items()},
+        heights=_heights(model, places),
         layers=len(model.language_model.layers),
     )
+
+
+def _heights(model: Model, places: Mapping[str, ForeignTensor]) -> dict[str, int]:
+    """name there -> rows, of the weights there that hold those of several linears."""
+    heights: dict[str, int] = {}
+    modules = dict(model.module.named_modules())
+    for name, place in places.items():
+        if place.start is not None:
+            module = modules[name.rpartition(".")[0]]
+            rows = linear_shape(module.get("linear", module))[-2]
+            heights[place.foreign] = max(heights.get(place.foreign, 0), place.start + rows)
+    return heights
 
 
 def _low_rank(component: Component, paths: tuple[str, ...], model: Model) -> dict[str, LowRank]:

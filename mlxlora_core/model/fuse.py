@@ -174,6 +174,8 @@ def _fused(
             name, linear = f"{name}, with the adapter in it,", wrapped.linear
             before = dense_weight(wrapped.linear).astype(mx.float32)
             weight = adapters.fused_weight(adapted.choice.component, wrapped, before)
+            if "bias" in parts:
+                parts["bias"] = adapters.fused_bias(adapted.choice.component, wrapped, parts["bias"])
         elif linear is not None:
             weight = linear.dequantize()
         if linear is not None:

@@ -277,13 +277,21 @@ def packed_shape(module: nn.Module) -> tuple[int, ...]:
     return module.shape if isinstance(module, Quantized) else linear_shape(module)
 
 
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of the weight of a linear, as :func:`linear_shape`, or (V, D) of an embedding."""
+    if isinstance(module, nn.Embedding):
+        shape: tuple[int, ...] = module.weight.shape
+        return shape
+    return packed_shape(module)
+
+
 def dense_weight(linear: nn.Module) -> mx.array:
-    """The weight of a dense, stacked or quantized linear, expanded, in the shape of :func:`linear_shape`.
+    """The weight of a linear or embedding, expanded if it is packed, in the shape of :func:`weight_shape`.
 
     A dense one has the type that it is stored in, a quantized one float32, for
     a product ``scale * q`` in half precision rounds, and may overflow.
     """
-    if isinstance(linear, QuantizedLinear):
+    if isinstance(linear, Quantized):
         return linear.dequantize()
     if isinstance(linear, nn.QuantizedLinear):
         scales, biases = linear.scales, linear.biases

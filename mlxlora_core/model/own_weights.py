@@ -80,6 +80,14 @@ class Weight:
         component = self.adapted.choice.component
         return adapters.fused_weight(component, self.wrapped, weight.astype(mx.float32))
 
+    def bias(self, stored: LazyTensor) -> LazyTensor:
+        """The bias that goes with it, of the one that is stored."""
+        adapted, wrapped = self.adapted, self.wrapped
+        if adapted is None or wrapped is None or adapted.choice.component.spec.fuse_bias is None:
+            return stored
+        component = adapted.choice.component
+        return replace(stored, read=lambda: adapters.fused_bias(component, wrapped, stored.read()))
+
     def dense(self) -> LazyTensor:
         """It as one tensor of the type that it is stored in."""
         untouched = self.untouched
@@ -118,8 +126,10 @@ def own_tensors(
     for name, tensor in stored.items():
         path, _, part = name.rpartition(".")
         weight = weights.get(path)
-        if weight is None or part == "bias":
+        if weight is None:
             tensors[name] = tensor
+        elif part == "bias":
+            tensors[name] = weight.bias(tensor)
         elif weight.name not in tensors:
             keep = packed and isinstance(weight.linear, Quantized)
             tensors[weight.name] = again.packed(weight) if keep else weight.dense()

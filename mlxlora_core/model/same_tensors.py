@@ -18,6 +18,8 @@ _FEW_BITS = 4
 #: of one that is packed in at least as many bits as before, where only scales are rounded
 _SCALES = 2.0**-9
 _NUMBERS = 1 << 23
+#: bits whose integers other formats count from 0 up and down, so that those of fewer bits do not fit
+_AROUND_0 = 8
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _explained_by_bits(here: PackedTensor | None, there: PackedTensor) -> tuple[
         if here.options == there.options:
             types = [{n: part.dtype for n, part in weight.parts.items()} for weight in (here, there)]
             return (0.0, "") if types[0] == types[1] else (_SCALES, "other types of its parts")
-        if _bits(here) <= _bits(there):
+        if _bits(here) <= _bits(there) < _AROUND_0:
             return _SCALES, f"{_bits(there)} bits for {_bits(here)}"
     return 4 * 2.0 ** -_bits(there), f"{_bits(there)} bits a weight"
 

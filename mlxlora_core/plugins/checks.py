@@ -36,9 +36,9 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "adapter": {
         "wrap": ("linear", "place", "options"),
         "fuse": ("module", "weight"),
-        "recognise": ("path", "shapes"),
         "low_rank": ("module",),
         "learning_rates": ("options",),
+        "fuse_bias": ("module", "bias"),
     },
     "adapter-loader": {"detect": ("path",), "open": ("path", "options")},
     "quantizer": {

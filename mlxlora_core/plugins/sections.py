@@ -6,30 +6,102 @@ adapter.layers=4`` sets them as it sets an option.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.errors import UsageError
+from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.options import NoOptions, divide, explain, option, parse, plain
 from mlxlora_core.plugins.plugin import Choice, Component
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Where an adapter goes."""
+    """Where an adapter goes, and where its options differ.
+
+    Raises:
+        ValueError: no layer at all, or an override that is none.
+    """
 
     targets: tuple[str, ...] = option(
         (),
-        help="names of the linears to adapt, or all-linear for every one in a layer; "
-        "left empty, those that the architecture names",
+        help="what to adapt, by its name here or elsewhere (wq, q_proj), a path or a pattern with *; "
+        "all-linear for every linear in a layer; left empty, those that the adapter or the "
+        "architecture names",
     )
     layers: int = option(16, help="the top so many layers are adapted; -1 is all", minimum=-1)
+    overrides: tuple[str, ...] = option(
+        (),
+        help="options that differ at some targets, each 'PATTERN: KEY=VALUE, KEY=VALUE'; "
+        "of several that match, the last holds",
+    )
 
     def __post_init__(self) -> None:
         if self.layers == 0:
             raise ValueError("layers must be -1 or at least 1, got 0: nothing would be trained")
+        object.__setattr__(self, "overrides", tuple(map(str, self.parsed_overrides)))
+
+    @property
+    def parsed_overrides(self) -> list[Override]:
+        """What the texts in ``overrides`` say.
+
+        A text without a pattern goes on with the one before it, for a list on the command line
+        is cut at its commas.
+        """
+        joined: list[str] = []
+        for text in self.overrides:
+            if ":" in text or not joined:
+                joined.append(text)
+            else:
+                joined[-1] += f", {text}"
+        return [_override(text) for text in joined]
+
+
+@dataclass(frozen=True)
+class Override:
+    """Options of an adapter that differ at some of its targets.
+
+    Attributes:
+        pattern: of the paths, as targets are written.
+        values: option -> text of its value.
+    """
+
+    pattern: str
+    values: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.pattern}: " + ", ".join(f"{key}={value}" for key, value in self.values.items())
+
+
+def _override(text: str) -> Override:
+    """What a text says.
+
+    Raises:
+        ValueError: it is not of the form.
+    """
+    pattern, _, said = text.partition(":")
+    pairs = [[part.strip() for part in pair.partition("=")[::2]] for pair in said.split(",")]
+    if not pattern.strip() or not all(key and value for key, value in pairs):
+        raise ValueError(f"overrides must be 'PATTERN: KEY=VALUE, KEY=VALUE', got {text!r}")
+    return Override(pattern.strip(), dict(pairs))
+
+
+def overridden(choice: Choice, overrides: Iterable[Override]) -> Any:
+    """The options of an adapter where some overrides hold, the last of them above those before.
+
+    Raises:
+        UsageError: options that the adapter does not have, or values that they cannot have.
+    """
+    found = list(overrides)
+    if not found:
+        return choice.options
+    values = plain(choice.options)
+    for override in found:
+        values |= override.values
+    where = listing(dict.fromkeys(f"'{override.pattern}'" for override in found), 3)
+    owner = f"adapter '{choice.component.spec.name}' at {where}"
+    return parse(choice.component.spec.options, values, owner=owner)
 
 
 @dataclass(frozen=True)
@@ -93,7 +165,8 @@ def configure(component: Component, values: Mapping[str, Any], where: str = "") 
         where: the file that they came from.
 
     Raises:
-        UsageError: unknown names, wrong types, values out of range; all of them.
+        UsageError: unknown names, wrong types, values out of range; all of them, and then the
+            first override that cannot be.
     """
     config = config_of(component.kind)
     ours, others = divide(values, config)
@@ -109,4 +182,8 @@ def configure(component: Component, values: Mapping[str, Any], where: str = "") 
     if faults:
         raise UsageError("; ".join(fault.what for fault in faults), where=where)
     options, configured = made
-    return Choice(component, options), configured
+    choice = Choice(component, options)
+    if isinstance(configured, AdapterConfig):
+        for override in configured.parsed_overrides:
+            overridden(choice, [override])
+    return choice, configured

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +24,11 @@ def _quantize(weight: mx.array, options: NoOptions) -> dict[str, mx.array]:
     return {"whole": mx.round(weight / step).astype(mx.int8), "step": step}
 
 
+def _quantize_rows(weight: mx.array, options: NoOptions) -> dict[str, mx.array]:
+    step = mx.abs(weight).max(axis=-1, keepdims=True).astype(mx.float32) / 127
+    return {"whole": mx.round(weight / step).astype(mx.int8), "step": step}
+
+
 def _dequantize(parts: Mapping[str, mx.array], options: NoOptions) -> mx.array:
     return parts["whole"].astype(mx.float32) * parts["step"]
 
@@ -35,3 +41,6 @@ ROUNDING = Quantizer(
     quantize=_quantize,
     dequantize=_dequantize,
 )
+
+#: the same with a scale a row, so that it packs embeddings too
+ROUNDING_ROWS = replace(ROUNDING, summary="whole numbers and a scale a row", quantize=_quantize_rows)

@@ -125,7 +125,7 @@ def identify(
         "seed": training.seed,
         "adapter": adapter.component.id,
         **{f"adapter.{name}": value for name, value in plain(adapter.options).items()},
-        **{f"adapter.{name}": value for name, value in plain(adapted.config).items()},
+        **{f"adapter.{name}": value for name, value in plain(adapted.config).items() if value != []},
         "adapted": list(adapted.paths),
     }
     plugins = {c.plugin.name: c.plugin for c in components}

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -49,6 +50,7 @@ class Training:
         valid_set: rows to validate on; empty for no validation.
         config: how.
         seed: of the order of rows and of dropout.
+        factors: parameter -> factor on its learning rate, of those that have one.
 
     Attributes:
         progress: where it stands; what a step has changed is in it when the
@@ -68,6 +70,7 @@ class Training:
         valid_set: Sequence[Example],
         config: TrainConfig,
         seed: int,
+        factors: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         if config.patience is not None and not valid_set:
             raise UsageError("patience needs rows to validate on", fix="leave it out, or add valid.jsonl")
@@ -76,7 +79,7 @@ class Training:
         self._model, self._train_set, self._valid_set = model, train_set, valid_set
         module: Any = model
         self._module = module
-        self._optimizer = make_optimizer(config, model)
+        self._optimizer = make_optimizer(config, model, factors)
         self._optimizer.init(self._module.trainable_parameters())
 
     @property

@@ -9,7 +9,7 @@ from mlxlora_core.errors import ResourceError
 from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.model.adapters import trainable
-from mlxlora_core.model.linears import layers_by_path, linear_shape, linears
+from mlxlora_core.model.linears import embeddings, layers_by_path, linear_shape, linears
 from mlxlora_core.model.loading import Model
 from mlxlora_core.model.memory import fits, measuring_bytes, require_for, sizes_of
 from mlxlora_core.training.batches import longest_of
@@ -35,11 +35,11 @@ def training_bytes(model: Model, rows: Examples, batch_size: int) -> int:
     sizes = sizes_of(model.language_model)
     longest = longest_of(rows.examples)
     batch = min(batch_size, len(rows))
-    trained = _adapted_inputs(model)
-    first = min(trained, default=len(sizes.widths))
+    trained = _kept_by_adapter(model)
+    first = 0 if _embeds(model) else min(trained, default=len(sizes.widths))
     scores = sizes.scores(batch, longest, longest)
     kept = sum(
-        batch * longest * (_KEPT_WIDTH * width + _KEPT_INPUTS * trained.get(layer, 0)) + scores
+        batch * longest * (_KEPT_WIDTH * width + trained.get(layer, 0.0)) + scores
         for layer, width in enumerate(sizes.widths)
         if layer >= first
     )
@@ -52,16 +52,28 @@ def training_bytes(model: Model, rows: Examples, batch_size: int) -> int:
     return int(kept * sizes.number_bytes) + most + _OPTIMIZER_BYTES * adapter
 
 
-def _adapted_inputs(model: Model) -> dict[int, int]:
-    """For each layer with an adapter, the sum of the inputs of the linears that have one."""
+def _kept_by_adapter(model: Model) -> dict[int, float]:
+    """For each layer with an adapter, numbers a token that are kept beside those of the base.
+
+    The inputs of the linears that have one, as far as they are not kept anyway, and what every vector
+    that trains is multiplied by.
+    """
     layer_of = layers_by_path(model.language_model)
-    adapted = {name.rpartition(".")[0] for name in trainable(model.module)}
-    inputs: dict[int, int] = {layer: 0 for name in adapted if (layer := layer_of(name)) is not None}
+    vectors: dict[str, int] = {}
+    for name, tensor in trainable(model.module).items():
+        wrapped = name.rpartition(".")[0]
+        vectors[wrapped] = vectors.get(wrapped, 0) + (tensor.size if tensor.ndim == 1 else 0)
+    kept = {layer: 0.0 for path in vectors if (layer := layer_of(path)) is not None}
     for path, linear in linears(model.module):
-        layer = layer_of(path)
-        if layer in inputs and any(path == name or path.startswith(f"{name}.") for name in adapted):
-            inputs[layer] += linear_shape(linear)[-1]
-    return inputs
+        layer, wrapped = layer_of(path), path.removesuffix(".linear")
+        if layer in kept and wrapped in vectors:
+            kept[layer] += _KEPT_INPUTS * linear_shape(linear)[-1] + vectors[wrapped]
+    return kept
+
+
+def _embeds(model: Model) -> bool:
+    """Whether an embedding is adapted, so that the gradient goes down to it."""
+    return any(path.endswith(".linear") for path, _ in embeddings(model.module))
 
 
 def _validation_bytes(model: Model, rows: Examples, batch_size: int) -> int:

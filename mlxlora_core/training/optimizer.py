@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -12,8 +14,24 @@ from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.training.settings import TrainConfig
 
 
-def make(config: TrainConfig, model: LanguageModel) -> Any:
+def make(
+    config: TrainConfig, model: LanguageModel, factors: Mapping[str, float] = MappingProxyType({})
+) -> Any:
     """The optimizer that a config names.
+
+    Args:
+        config: which, with which settings.
+        model: that it trains.
+        factors: parameter -> factor on its learning rate; 1 for all that are not named.
+    """
+    groups = sorted({1.0, *factors.values()})
+    if len(groups) == 1:
+        return _plain(config, model)
+    return Groups({factor: _plain(config, model) for factor in groups}, factors)
+
+
+def _plain(config: TrainConfig, model: LanguageModel) -> Any:
+    """An optimizer with one learning rate.
 
     Adam is Kingma and Ba 2015, arXiv:1412.6980, algorithm 1; AdamW is Loshchilov
     and Hutter 2019, arXiv:1711.05101, algorithm 2. Under ``muon`` the embedding, the
@@ -32,6 +50,35 @@ def make(config: TrainConfig, model: LanguageModel) -> Any:
 
     muon = Muon(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     return optimizers.MultiOptimizer([muon, adamw], [hidden])
+
+
+class Groups(optimizers.MultiOptimizer):
+    """Parameters in groups, each with an optimizer whose learning rate is a multiple of that of all.
+
+    A decay of the weights that goes with the learning rate goes with that of the group, as in the
+    parameter groups of torch.
+
+    Args:
+        by_factor: factor on the learning rate -> optimizer of those that have it.
+        factors: parameter -> factor; 1 for all that are not named.
+    """
+
+    def __init__(self, by_factor: Mapping[float, Any], factors: Mapping[str, float]) -> None:
+        def holds(factor: float) -> Callable[[str, mx.array], bool]:
+            return lambda name, _: factors.get(name, 1.0) == factor
+
+        super().__init__(list(by_factor.values()), [holds(factor) for factor in list(by_factor)[:-1]])
+        self._factors = list(by_factor)
+
+    @property
+    def learning_rate(self) -> Any:
+        """Of those whose factor is 1."""
+        return self.optimizers[self._factors.index(1.0)].learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float | mx.array) -> None:
+        for optimizer, factor in zip(self.optimizers, self._factors, strict=True):
+            optimizer.learning_rate = rate * factor
 
 
 class Muon(optimizers.Optimizer):

@@ -14,7 +14,7 @@ from mlxlora_core.errors import DivergedError, PluginError, ResourceError, listi
 from mlxlora_core.files import durable, leftovers, tensor_file
 from mlxlora_core.files.tensor_checks import is_finite
 from mlxlora_core.model import adapters
-from mlxlora_core.model.adapters import Adapted, trainable
+from mlxlora_core.model.adapters import Adapted, own
 from mlxlora_core.model.linears import parameters
 from mlxlora_core.model.loading import Model
 from mlxlora_core.training.checkpoints import (
@@ -57,7 +57,7 @@ class CheckpointFolder:
         self._training, self._model, self._adapted, self._identity = training, model, adapted, identity
         self._valid: list[int] = []  # steps of the checkpoints that verify, in order
         self._resumed: list[dict[str, Any]] = []  # where the training was taken up, and by what
-        self._base = _base_sums(model)
+        self._base = _base_sums(model, adapted)
 
     def start(self, how: Start, found: Found | None = None) -> list[str]:
         """Begin, or put the training where the newest checkpoint stands.
@@ -106,7 +106,7 @@ class CheckpointFolder:
         refuse_strange([folder for folder in found.strange if step_of(folder.name) > newest.step])
         notes = [*found.notes, *self._identity.compare(newest, fix)]
         progress, self._resumed = read_progress(newest.state), list(newest.state["resumed"])
-        adapters.fill(newest.folder / ADAPTER, self._model)
+        adapters.fill(newest.folder / ADAPTER, self._model, self._adapted)
         tensors, _ = tensor_file.load(newest.folder / OPTIMIZER)
         training.restore(progress, tensors)
         self._valid = sorted(checkpoint.step for checkpoint in found.valid)
@@ -146,7 +146,7 @@ class CheckpointFolder:
         """Put the adapter of a step on the model, if it is kept; whether it is."""
         if step not in self._valid:
             return False
-        adapters.fill(self._folder(step) / ADAPTER, self._model)
+        adapters.fill(self._folder(step) / ADAPTER, self._model, self._adapted)
         return True
 
     def check_state(self) -> None:
@@ -156,7 +156,8 @@ class CheckpointFolder:
             DivergedError: the optimizer is not finite.
             PluginError: the base has changed.
         """
-        changed = sorted(name for name, total in _base_sums(self._model).items() if total != self._base[name])
+        sums = _base_sums(self._model, self._adapted)
+        changed = sorted(name for name, total in sums.items() if total != self._base[name])
         if changed:
             raise PluginError(
                 f"the base has changed in training, which an adapter must not do: {listing(changed)}",
@@ -205,11 +206,11 @@ def _check_written(path: Path) -> None:
         raise ResourceError("what is read back is not what was written", where=path, fix="check the disk")
 
 
-def _base_sums(model: Model) -> dict[str, int]:
-    """name -> sum of the bits of each parameter that is frozen; one pass over memory."""
+def _base_sums(model: Model, adapted: Adapted) -> dict[str, int]:
+    """name -> sum of the bits of each parameter of the base; one pass over memory."""
     words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
-    trained = trainable(model.module)
-    frozen = {name: t for name, t in parameters(model.module).items() if name not in trained}
+    added = own(model.module, adapted.paths)
+    frozen = {name: t for name, t in parameters(model.module).items() if name not in added}
     sums = {name: t.view(words[t.dtype.size]).sum() for name, t in frozen.items()}
     mx.eval(list(sums.values()))
     return {name: int(total) for name, total in sums.items()}

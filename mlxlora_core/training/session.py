@@ -100,7 +100,8 @@ def open_training(
     splits = {name: examples_of(source, model, config) for name, source in rows.items()}
     adapted = _put_on(model, adapter, registry, seed)
     valid = splits["valid"].examples if "valid" in splits else ()
-    training = Training(model.language_model, splits["train"].examples, valid, config, seed)
+    factors = adapters.learning_rates(model, adapted)
+    training = Training(model.language_model, splits["train"].examples, valid, config, seed, factors)
     folder = None
     if outputs.checkpoints is not None:
         examples = {name: split.examples for name, split in splits.items()}
@@ -251,7 +252,7 @@ class TrainingSession:
         if self.checkpoints is not None:
             yield from self.checkpoints.save(self._outputs.saving.keep)
         elif progress.best_step == progress.step:
-            self._best = adapters.trainable(self.model.module)
+            self._best = adapters.own(self.model.module, self.adapted.paths)
 
     def _farewell(self) -> str:
         step = self.training.progress.step

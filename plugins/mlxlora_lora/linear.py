@@ -7,7 +7,7 @@ from typing import Self
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxlora_core.api import UsageError
+from mlxlora_core.api import LowRank, UsageError
 from mlxlora_core.ops import linear_shape
 
 
@@ -32,12 +32,7 @@ class LoRALinear(nn.Module):
     def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         outputs, inputs = linear_shape(linear)
-        if not 1 <= rank <= min(inputs, outputs):
-            raise UsageError(
-                f"rank {rank} does not fit a linear of {outputs} outputs and {inputs} inputs, "
-                f"wanted 1 to {min(inputs, outputs)}",
-                fix="set another rank, or leave this linear out of the targets",
-            )
+        check_rank(rank, inputs, outputs)
         edge = inputs**-0.5
         self.linear = linear
         self.linear.freeze()
@@ -65,3 +60,21 @@ class LoRALinear(nn.Module):
             weight: of the linear inside, (outputs, inputs).
         """
         return weight + self.scale * (self.lora_a @ self.lora_b).T
+
+    def low_rank(self) -> LowRank:
+        """The update alone."""
+        return LowRank(self.lora_a, self.lora_b, self.scale)
+
+
+def check_rank(rank: int, inputs: int, outputs: int) -> None:
+    """Refuse a rank that no update of this shape can have.
+
+    Raises:
+        UsageError: it is below 1, or above the smaller side.
+    """
+    if not 1 <= rank <= min(inputs, outputs):
+        raise UsageError(
+            f"rank {rank} does not fit a linear of {outputs} outputs and {inputs} inputs, "
+            f"wanted 1 to {min(inputs, outputs)}",
+            fix="set another rank, or leave this linear out of the targets",
+        )

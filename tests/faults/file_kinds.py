@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import struct
@@ -774,7 +775,7 @@ class Adapter(Subject):
 
         adapted = adapters.load(self.path, self.model, self.registry)
         try:
-            return _tensors(adapters.trainable(self.model.module))
+            return _tensors(adapters.own(self.model.module, adapted.paths))
         finally:
             replace(self.model.module, {path: self.linears[path] for path in adapted.paths})
 
@@ -1081,6 +1082,141 @@ _HUGGING_FACE: dict[str, Any] = {
 }
 
 
+_ADAPTER_RANK = 2
+_ADAPTED = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
+_ADAPTED_SIZES = {_ADAPTED[0]: (8, 8), _ADAPTED[1]: (16, 8)}
+
+
+def _update_pairs(peft: bool) -> dict[str, Any]:
+    """Two updates, as a tool names and turns them."""
+    import mlx.core as mx
+
+    mx.random.seed(0)
+    tensors = {}
+    for path, (inputs, outputs) in _ADAPTED_SIZES.items():
+        a, b = mx.random.normal((inputs, _ADAPTER_RANK)), mx.random.normal((_ADAPTER_RANK, outputs))
+        if peft:
+            tensors[f"base_model.model.{path}.lora_A.weight"] = mx.contiguous(a.T)
+            tensors[f"base_model.model.{path}.lora_B.weight"] = mx.contiguous(b.T)
+        else:
+            tensors |= {f"{path}.lora_a": a, f"{path}.lora_b": b}
+    return tensors
+
+
+def _adapter_said(opened: Any) -> Any:
+    """Which adapter, and its options at each module."""
+    at = {path: {**opened.options, **opened.overrides.get(path, {})} for path in sorted(opened.linears)}
+    return opened.adapter, at, sorted(opened.unstated)
+
+
+class PeftConfig(Subject):
+    """adapter_config.json of PEFT beside good tensors."""
+
+    is_document = True
+
+    def prepare(self) -> None:
+        import mlx.core as mx
+
+        self.path = self.folder / "adapter_config.json"
+        mx.save_safetensors(str(self.folder / "adapter_model.safetensors"), _update_pairs(peft=True))
+        plain = {
+            "peft_type": "LORA",
+            "r": _ADAPTER_RANK,
+            "lora_alpha": 5,
+            "lora_dropout": 0.25,
+            "bias": "none",
+        }
+        patterns = {
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"model.layers.0.mlp.down_proj": 3, r"layers\.\d+\.q": 1},
+            "use_rslora": True,
+            "target_modules": ["q_proj", "down_proj"],
+            "modules_to_save": None,
+        }
+        self.good = [json.dumps(config, indent=2).encode() for config in (plain, {**plain, **patterns})]
+
+    def parse(self) -> Any:
+        from mlxlora_peft.opening import open_adapter
+
+        return _adapter_said(open_adapter(self.folder))
+
+    def reference(self) -> Any:
+        held = json.loads(self.path.read_text())
+        patterns = held.get("alpha_pattern") or {}
+        options = {}
+        for path in _ADAPTED:
+            hit = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", path))
+            given = held.get("lora_alpha")
+            alpha = next(hit, 8.0 if given is None else given)
+            dropout = float(held.get("lora_dropout") or 0.0)
+            scale = {"alpha": float(alpha)} if held.get("use_rslora") else {"scale": alpha / _ADAPTER_RANK}
+            options[path] = {"rank": _ADAPTER_RANK, **scale, "dropout": dropout}
+        assert all(math.isfinite(value) for at in options.values() for value in at.values())
+        return "rslora" if held.get("use_rslora") else "lora", dict(sorted(options.items())), []
+
+
+class MlxLmConfig(Subject):
+    """adapter_config.json of mlx-lm beside good tensors."""
+
+    is_document = True
+
+    def prepare(self) -> None:
+        import mlx.core as mx
+
+        self.path = self.folder / "adapter_config.json"
+        mx.save_safetensors(str(self.folder / "adapters.safetensors"), _update_pairs(peft=False))
+        config = {
+            "fine_tune_type": "lora",
+            "num_layers": 1,
+            "lora_parameters": {"rank": _ADAPTER_RANK, "scale": 5.5, "dropout": 0.25},
+        }
+        self.good = [json.dumps(config, indent=1).encode()]
+
+    def parse(self) -> Any:
+        from mlxlora_mlx_lm.opening import open_adapter
+
+        return _adapter_said(open_adapter(self.folder))
+
+    def reference(self) -> Any:
+        held = json.loads(self.path.read_text())
+        parameters = held.get("lora_parameters", {}) if isinstance(held, dict) else {}
+        told = {
+            key: float(parameters[key]) for key in ("scale", "dropout") if parameters.get(key) is not None
+        }
+        options = {"rank": _ADAPTER_RANK, **told}
+        return "lora", dict.fromkeys(sorted(_ADAPTED), options), [] if "scale" in told else ["scale"]
+
+
+class PeftTensors(Subject):
+    """adapter_model.safetensors beside a good config."""
+
+    header_bytes = 500
+
+    def prepare(self) -> None:
+        import mlx.core as mx
+
+        self.path = self.folder / "adapter_model.safetensors"
+        config = {"peft_type": "LORA", "r": _ADAPTER_RANK, "lora_alpha": 4}
+        (self.folder / "adapter_config.json").write_text(json.dumps(config))
+        mx.save_safetensors(str(self.path), _update_pairs(peft=True), {"format": "pt"})
+        self.good = [self.path.read_bytes()]
+
+    def parse(self) -> Any:
+        from mlxlora_peft.opening import open_adapter
+
+        opened = open_adapter(self.folder)
+        held = {f"{path}.{n}": t.read() for path, at in opened.linears.items() for n, t in at.items()}
+        return _tensors({name: tensor.T for name, tensor in held.items()})
+
+    def reference(self) -> Any:
+        turned = {"A.weight": "a", "B.weight": "b"}
+        found = {}
+        for name, tensor in _safetensors(self.path).items():
+            path, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
+            found[f"{path}.lora_{turned[part]}"] = tensor
+        return found
+
+
 def write_hugging_face(folder: Path, shards: int = 1) -> dict[str, str]:
     """Write a folder of one layer whose head is packed, without a config; name -> file of each tensor."""
     import mlx.core as mx
@@ -1127,4 +1263,7 @@ KINDS: dict[str, type[Subject]] = {
     "template": Template,
     "hf_config": HfConfig,
     "hf_index": HfIndex,
+    "peft_config": PeftConfig,
+    "peft_tensors": PeftTensors,
+    "mlx_lm_config": MlxLmConfig,
 }

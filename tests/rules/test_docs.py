@@ -29,6 +29,7 @@ PAGES = {
     "tokenizer": "tokenizers.md",
     "architecture": "architectures.md",
     "adapter": "adapters.md",
+    "adapter-loader": "adapter-loaders.md",
     "quantizer": "quantizers.md",
     "builder": "dataset-builders.md",
     "sampler": "samplers.md",
@@ -100,7 +101,7 @@ HANDED_OVER = (
     "RuntimeStarted",
     "Place",
 )
-FOREIGN = ("ForeignLinear", "FoundAdapter")
+FOREIGN = ("ForeignAdapter",)
 GIVEN = ("ExportSource", "ExportAdapter", "RunInfo")
 
 

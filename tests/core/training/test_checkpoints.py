@@ -124,16 +124,18 @@ def start(model_folder: Callable[..., Path], registry: Registry) -> MakeWork:
         *,
         seed: int = 0,
         lora: dict[str, Any] | None = None,
+        other: tuple[str, dict[str, Any]] | None = None,
         base: dict[str, Any] | None = None,
         train: Sequence[Example] = TRAIN,
         valid: Sequence[Example] = VALID,
         **settings: Any,
     ) -> Work:
         model = load(model_folder(**(base or {})), registry)
-        component = registry.find("adapter", "lora")
+        name, values = other or ("lora", LORA | (lora or {}))
+        component = registry.find("adapter", name)
         config = TrainConfig(**BASIC | settings)
         rows = {"train": Examples(tuple(train))} | ({"valid": Examples(tuple(valid))} if valid else {})
-        adapter = NewAdapter(*configure(component, LORA | (lora or {})))
+        adapter = NewAdapter(*configure(component, values))
         outputs = Outputs(checkpoints=folder)
         return Work(
             open_training(
@@ -157,7 +159,8 @@ load = loading.load
 def state(work: Work) -> tuple[str, Any]:
     """All that a training is: a hash of its tensors, and its progress without what is a matter of time."""
     digest = hashlib.sha256()
-    tensors = {**adapters.trainable(work.module), **work.training.optimizer_tensors()}
+    own = adapters.own(work.module, work.session.adapted.paths)
+    tensors = {**own, **work.training.optimizer_tensors()}
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode() + np.array(tensor).tobytes())
     progress = work.training.progress
@@ -187,6 +190,15 @@ CASES: dict[str, dict[str, Any]] = {
     "adam, constant, no dropout": {"optimizer": "adam", "schedule": "constant", "lora": {"dropout": 0.0}},
     "all linears of a quantized base": {"base": {"bits": 4}, "lora": {"targets": ("all-linear",)}},
     "nothing to validate on, one row a step": {"valid": (), "batch_size": 1, "grad_accumulation": 1},
+    "rslora, by overrides": {"other": ("rslora", {"layers": 1, "overrides": "wq: rank=2, wv: alpha=3"})},
+    "lora-plus, on embedding and head": {
+        "other": ("lora-plus", {"rank": 2, "targets": ("wq", "lm_head", "embed_tokens")})
+    },
+    "lora-plus, muon": {"other": ("lora-plus", {"rank": 2, "dropout": 0.2}), "optimizer": "muon"},
+    "dora, a quantized base": {"other": ("dora", {"rank": 2, "dropout": 0.2}), "base": {"bits": 4}},
+    "pissa": {"other": ("pissa", {"rank": 2, "layers": 1})},
+    "ia3": {"other": ("ia3", {})},
+    "vera": {"other": ("vera", {"rank": 5, "dropout": 0.2})},
 }
 
 

@@ -59,9 +59,47 @@ def test_training_takes_what_was_estimated_within_a_factor_of_two(
     quantization = Quantization(choice) if bits else None
     checkpoint = make_checkpoint(tmp_path / "checkpoint", dim=dim, n_layers=layers)
     result_of(convert(checkpoint, tmp_path / "model", registry, dtype="float32", quantization=quantization))
-    model = loading.load(tmp_path / "model", registry)
-    lora = registry.find("adapter", "lora")
-    adapters.attach(model, *configure(lora, {"layers": adapted, "targets": targets}), 0)
+    values = {"layers": adapted, "targets": targets}
+    estimate, taken = measured(tmp_path / "model", registry, "lora", values, rows, tokens)
+    assert estimate / 2 < taken < estimate * 2, f"estimated {estimate}, taken {taken}"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "bits"),
+    [
+        ("rslora", {"targets": ("all-linear",), "rank": 64}, None),
+        ("lora-plus", {"targets": ("tok_embeddings", "lm_head")}, 4),
+        ("lora", {"targets": ("lm_head",)}, None),
+        ("lora", {"targets": ("embed_tokens",), "layers": 1}, None),
+        ("dora", {"targets": ("all-linear",)}, 4),
+        ("pissa", {"targets": ("all-linear",), "iterations": 2}, 4),
+        ("ia3", {}, None),
+        ("vera", {"targets": ("all-linear",)}, None),
+    ],
+)
+def test_every_adapter_takes_what_was_estimated_within_a_factor_of_two(
+    tmp_path: Path,
+    make_checkpoint: Callable[..., Path],
+    registry: Registry,
+    name: str,
+    values: dict[str, Any],
+    bits: int | None,
+) -> None:
+    affine = registry.find("quantizer", "affine")
+    choice = Choice(affine, affine.spec.options(group_size=32, bits=bits or 4))
+    quantization = Quantization(choice) if bits else None
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", dim=128, n_layers=4)
+    result_of(convert(checkpoint, tmp_path / "model", registry, dtype="float32", quantization=quantization))
+    estimate, taken = measured(tmp_path / "model", registry, name, values, rows=4, tokens=96)
+    assert estimate / 2 < taken < estimate * 2, f"estimated {estimate}, taken {taken}"
+
+
+def measured(
+    folder: Path, registry: Registry, name: str, values: dict[str, Any], rows: int, tokens: int
+) -> tuple[int, int]:
+    """Bytes that a training is said to need, and the most that MLX counts."""
+    model = loading.load(folder, registry)
+    adapters.attach(model, *configure(registry.find("adapter", name), values), 0)
     data = examples(rows, tokens)
     estimate = training_bytes(model, data, batch_size=rows)
     mx.clear_cache()
@@ -70,5 +108,4 @@ def test_training_takes_what_was_estimated_within_a_factor_of_two(
     config: Any = TrainConfig(iters=2, batch_size=rows)
     for _ in train(model.language_model, data.examples, (), config, 0):
         pass
-    taken = mx.get_peak_memory() - held
-    assert estimate / 2 < taken < estimate * 2, f"estimated {estimate}, taken {taken}"
+    return estimate, mx.get_peak_memory() - held
