@@ -177,6 +177,8 @@ class Adapter(Spec):
             it; 1 for those that are not named.
         default_targets: what it goes on where nobody says, by the names of any library; nothing
             for what the architecture names. Those that a model does not have are left out.
+        initialise: give a wrapped module initial values that take the weight of its linear to make;
+            it is not called for a module whose values come from a file.
         fuse_bias: the bias of the linear that ``fuse`` gives the weight of, given the bias of the
             linear inside the wrapped module; None for an adapter that leaves it as it is.
     """
@@ -186,6 +188,7 @@ class Adapter(Spec):
     low_rank: Callable[[nn.Module], LowRank] | None = None
     learning_rates: Callable[[Any], Mapping[str, float]] | None = None
     default_targets: tuple[str, ...] = ()
+    initialise: Callable[[nn.Module], None] | None = None
     fuse_bias: Callable[[nn.Module, mx.array], mx.array] | None = None
 
 

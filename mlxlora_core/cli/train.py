@@ -26,6 +26,7 @@ from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain, plain
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
+from mlxlora_core.plugins.progress import progress_shown
 from mlxlora_core.plugins.sections import AdapterConfig, Quantization
 from mlxlora_core.runs.folder import REPORT
 from mlxlora_core.runs.observing import ObserverFailed, event_values, observed
@@ -172,9 +173,10 @@ def command(
     if prompt is not None:  # one that does not fit is told now, too
         fitting_ids(base.language_model, base.tokenizer, asked.generate.asked(given_text(prompt)))
     adapter = _adapter(asked, resume_adapter_file)
-    session = open_training(
-        base, adapter, rows, asked.train, registry, seed=seed, outputs=outputs, runtimes=runtimes
-    )
+    with show.Bar() as bar, progress_shown(bar.move):
+        session = open_training(
+            base, adapter, rows, asked.train, registry, seed=seed, outputs=outputs, runtimes=runtimes
+        )
     rows.clear()  # of which there are tokens now
     held_out = read_test(base, test_rows, asked.train) if test_rows is not None else None
     facts = circumstances(adapter_file.stem, seed, _origins(given), registry, runtimes)

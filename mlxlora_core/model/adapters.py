@@ -42,6 +42,7 @@ from mlxlora_core.model.loading import Model
 from mlxlora_core.model.places import at, choose, options_at, refuse_named, with_targets
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component, Registry
+from mlxlora_core.plugins.progress import report_progress
 from mlxlora_core.plugins.sections import AdapterConfig
 from mlxlora_core.values import LazyTensor, Place
 from mlxlora_core.version import __version__
@@ -102,9 +103,26 @@ def attach(model: Model, choice: Choice, config: AdapterConfig, seed: int) -> Ad
     """
     config = with_targets(model, config, choice.component.spec.default_targets)
     adapted = _wrap(model, choice, config, choose(model, config), seed)
-    for path in adapted.paths:  # one after another: an initial value may take a dense weight to make
-        mx.eval(own(model.module, [path]))
+    _settle(model, choice.component, adapted.paths)
     return adapted
+
+
+def _settle(model: Model, component: Component, paths: Sequence[str]) -> None:
+    """Compute initial values, and lay them out in memory as those that are read from a file.
+
+    Products round otherwise for another layout, and what goes on must go on to the bit.
+    """
+    modules = dict(model.module.named_modules())
+    made: dict[int, tuple[mx.array, mx.array]] = {}  # with what it was made of, whose id it has
+    for done, path in enumerate(paths, start=1):  # one after another: a value may take a dense weight
+        if component.spec.initialise is not None:
+            report_progress("initial values", done - 1, len(paths))
+            component.spec.initialise(modules[path])
+        found = own(modules[path])
+        made |= {id(t): (t, mx.contiguous(t)) for t in found.values() if id(t) not in made}
+        laid = {name: made[id(tensor)][1] for name, tensor in found.items()}
+        mx.eval(list(laid.values()))
+        modules[path].update(tree_unflatten(list(laid.items())))
 
 
 def _wrap(
@@ -312,28 +330,6 @@ def own(module: nn.Module, paths: Iterable[str] = ("",)) -> dict[str, mx.array]:
         for name, tensor in parameters(modules[path]).items()
         if not name.startswith("linear.")
     }
-
-
-def learning_rates(model: Model, adapted: Adapted) -> dict[str, float]:
-    """Parameter -> factor on its learning rate, of those for which the adapter says one.
-
-    Raises:
-        PluginError: it says something else.
-    """
-    component = adapted.choice.component
-    factors: dict[str, float] = {}
-    if component.spec.learning_rates is None:
-        return factors
-    for path, options in adapted.options.items():
-        given = component.checked("learning_rates", component.spec.learning_rates(options), dict)
-        for name, factor in given.items():
-            if not isinstance(factor, int | float) or not (math.isfinite(factor) and factor > 0):
-                raise component.breach("learning_rates", f"{factor!r} for {name}", "a number above 0")
-            factors[f"{path}.{name}"] = float(factor)
-    unknown = sorted(factors.keys() - trainable(model.module).keys())
-    if unknown:
-        raise component.breach("learning_rates", listing(unknown), "names of parameters that train")
-    return factors
 
 
 def count(model: Model) -> dict[str, int]:

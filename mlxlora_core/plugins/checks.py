@@ -38,6 +38,7 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "fuse": ("module", "weight"),
         "low_rank": ("module",),
         "learning_rates": ("options",),
+        "initialise": ("module",),
         "fuse_bias": ("module", "bias"),
     },
     "adapter-loader": {"detect": ("path",), "open": ("path", "options")},

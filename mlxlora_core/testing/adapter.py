@@ -132,6 +132,11 @@ class AdapterSuite:
         place = Place("layers.3.attention.wq", 3, linear_shape(linear))
         module = self.spec.wrap(linear, place, options)
         assert module is not None, "the adapter left alone a linear that it must wrap"
+        return self._begun(module)
+
+    def _begun(self, module: nn.Module) -> nn.Module:
+        if self.spec.initialise is not None:
+            self.spec.initialise(module)
         return module
 
     def trained(self, linear: nn.Module, options: Any) -> nn.Module:
@@ -147,7 +152,7 @@ class AdapterSuite:
             assert module is None, "it wraps embeddings, which its suite does not say (embeds)"
             pytest.skip("this adapter does not go on embeddings")
         assert module is not None, "the adapter left alone an embedding that it must wrap"
-        return module
+        return self._begun(module)
 
     # --- the tests ---
 
@@ -167,6 +172,7 @@ class AdapterSuite:
             assert str(outputs) in str(fault) and str(inputs) in str(fault)
             return
         if module is not None:
+            self._begun(module)
             x = mx.random.normal((ROWS, inputs), key=mx.random.key(2))
             assert _apart(module(x), linear(x)) <= 1e-6
             assert self.spec.fuse(module, linear.weight).shape == shape
@@ -176,6 +182,7 @@ class AdapterSuite:
         stack = StackedLinear(3, INPUTS, OUTPUTS)
         module = self.spec.wrap(stack, Place("layers.0.experts", 0, linear_shape(stack)), options)
         if module is not None:
+            self._begun(module)
             x = mx.random.normal((ROWS, INPUTS), key=mx.random.key(2))
             chosen = mx.arange(ROWS) % 3
             assert _apart(module(x, chosen), stack(x, chosen)) <= 1e-6

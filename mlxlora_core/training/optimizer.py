@@ -10,7 +10,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optimizers
 
+from mlxlora_core.errors import listing
+from mlxlora_core.model import adapters
 from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.loading import Model
 from mlxlora_core.training.settings import TrainConfig
 
 
@@ -50,6 +53,28 @@ def _plain(config: TrainConfig, model: LanguageModel) -> Any:
 
     muon = Muon(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     return optimizers.MultiOptimizer([muon, adamw], [hidden])
+
+
+def factors_of(model: Model, adapted: adapters.Adapted) -> dict[str, float]:
+    """Parameter -> factor on its learning rate, of those for which the adapter says one.
+
+    Raises:
+        PluginError: it says something else.
+    """
+    component = adapted.choice.component
+    factors: dict[str, float] = {}
+    if component.spec.learning_rates is None:
+        return factors
+    for path, options in adapted.options.items():
+        given = component.checked("learning_rates", component.spec.learning_rates(options), dict)
+        for name, factor in given.items():
+            if not isinstance(factor, int | float) or not (math.isfinite(factor) and factor > 0):
+                raise component.breach("learning_rates", f"{factor!r} for {name}", "a number above 0")
+            factors[f"{path}.{name}"] = float(factor)
+    unknown = sorted(factors.keys() - adapters.trainable(model.module).keys())
+    if unknown:
+        raise component.breach("learning_rates", listing(unknown), "names of parameters that train")
+    return factors
 
 
 class Groups(optimizers.MultiOptimizer):

@@ -38,6 +38,7 @@ from mlxlora_core.training.examples import Examples, make_examples
 from mlxlora_core.training.identity import identify
 from mlxlora_core.training.loop import Training
 from mlxlora_core.training.memory import training_memory
+from mlxlora_core.training.optimizer import factors_of
 from mlxlora_core.training.outputs import Outputs, check_outputs, inputs_of, refuse_finished
 from mlxlora_core.training.saving import CheckpointFolder
 from mlxlora_core.training.settings import BatchConfig, SaveConfig, TrainConfig
@@ -100,7 +101,7 @@ def open_training(
     splits = {name: examples_of(source, model, config) for name, source in rows.items()}
     adapted = _put_on(model, adapter, registry, seed)
     valid = splits["valid"].examples if "valid" in splits else ()
-    factors = adapters.learning_rates(model, adapted)
+    factors = factors_of(model, adapted)
     training = Training(model.language_model, splits["train"].examples, valid, config, seed, factors)
     folder = None
     if outputs.checkpoints is not None:

@@ -116,6 +116,11 @@ def wrap_pissa(linear: nn.Module, place: Place, options: PiSSAOptions) -> nn.Mod
     return PiSSALinear(linear, options.rank, options.scale, options.iterations)
 
 
+def initialise_pissa(module: Any) -> None:
+    """See :meth:`mlxlora_lora.pissa.PiSSALinear.initialise`."""
+    module.initialise()
+
+
 def fuse(module: Any, weight: mx.array) -> mx.array:
     """The weight that does what the module does; see the ``fuse`` of each."""
     fused: mx.array = module.fuse(weight)
@@ -174,6 +179,7 @@ def mlxlora_adapters() -> Iterable[Adapter]:
             summary="the largest singular values of a weight, trained",
             options=PiSSAOptions,
             wrap=wrap_pissa,
+            initialise=initialise_pissa,
             fuse=fuse,
             low_rank=low_rank,
         ),

@@ -16,7 +16,7 @@ from mlxlora_core.errors import PluginError
 from mlxlora_core.model import adapters, loading
 from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.plugins.sections import configure
-from mlxlora_core.training.optimizer import Groups, make
+from mlxlora_core.training.optimizer import Groups, factors_of, make
 from mlxlora_core.training.settings import TrainConfig
 
 RATES = (0.01, 0.02, 0.005, 0.005)  # of each step
@@ -83,7 +83,7 @@ def test_the_factors_are_those_of_the_options_at_each_path(
     plus = registry.find("adapter", "lora-plus")
     values = {"rank": 2, "ratio": 8, "overrides": "wv: ratio=2"}
     adapted = adapters.attach(model, *configure(plus, values), 0)
-    assert adapters.learning_rates(model, adapted) == {
+    assert factors_of(model, adapted) == {
         f"layers.{layer}.attention.{name}.lora_b": ratio
         for layer in range(2)
         for name, ratio in (("wq", 8.0), ("wv", 2.0))
@@ -109,4 +109,4 @@ def test_what_an_adapter_says_of_learning_rates_is_checked(
     choice, config = configure(component, {"rank": 2})
     adapted = adapters.attach(model, Choice(component, choice.options), config, 0)
     with pytest.raises(PluginError, match=f"learning_rates gives {got}"):
-        adapters.learning_rates(model, adapted)
+        factors_of(model, adapted)
