@@ -55,7 +55,8 @@ def require_same_tokens(here: CheckedTokenizer, there: CheckedTokenizer, *, more
     if here.bos != there.bos:
         raise ModelError(f"texts begin with {_shown(there.bos)}, wanted {_shown(here.bos)}")
     more = there.stops - here.stops
-    if not here.stops <= there.stops or (more and not more_ends) or any(here.decode([token]) for token in more):
+    allowed = more_ends and not any(here.decode([token]) for token in more)
+    if not here.stops <= there.stops or (more and not allowed):
         raise ModelError(f"texts end with {sorted(there.stops)}, wanted {sorted(here.stops)}")
     for text in (*TEXTS, *(f"a {special} b" for special in sorted(here.special_texts)[:_SPECIALS])):
         wanted, found = here.encode(text), there.encode(text)
