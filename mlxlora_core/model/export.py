@@ -243,11 +243,10 @@ def _needed(exported: Exported, source: ExportSource, target: Path) -> str:
     disk = require_disk(sum(map(_bytes_of, (*source.tensors.values(), *adapter))), target)
     fused = {f"{path}.weight" for path in exported.adapted.paths} if exported.adapted else set()
     packed = exported.model.quantization is not None
-    # One that is expanded, or gets an adapter's change, is float32 on the way; a check has two, and float32.
-    checked = bool(exported.exporter.component.spec.opens)
+    # One that is expanded, or gets an adapter's change, is float32 on the way; a check has each twice.
+    share = 3 if exported.exporter.component.spec.opens else 3 / 2
     each = (
-        math.prod(t.shape)
-        * (16 if packed or name in fused else 12 if checked else getattr(mx, t.dtype).size * 3 // 2)
+        math.prod(t.shape) * (16 if packed or name in fused else int(getattr(mx, t.dtype).size * share))
         for name, t in exported.own_tensors().items()
     )
     memory = require_memory(max(each), "exporting", "export where there is more memory")

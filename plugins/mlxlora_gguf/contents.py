@@ -64,8 +64,8 @@ class Cost:
             total = [self.changed[name] for name in each]
             share = math.sqrt(sum(apart for _, apart, _ in total) / (sum(size for *_, size in total) or 1))
             yield (
-                f"{len(each)} tensors are not what the model has, for {kind} cannot hold it: "
-                f"they differ by {share:.2g} of their size, {worst} by {each[worst]:.2g}"
+                f"rounded to {kind}: {len(each)} of the tensors, by {share:.2g} of their size, "
+                f"and at most by {each[worst]:.2g} ({worst})"
             )
 
 
@@ -162,7 +162,7 @@ def _compare(name: str, kind: BlockType, wanted: Array, made: Array, cost: Cost)
         largest = float(np.abs(wanted).max())
         raise ModelError(
             f"{name} has numbers up to {largest:g}, which {kind.name} cannot hold",
-            fix="add --set export.type=BF16, or F32",
+            fix="add --set export.type=F32",
         )
     cost.add(name, kind, wanted, written)
 

@@ -123,8 +123,8 @@ def test_other_integers_of_eight_bits_are_made_anew_and_the_cost_is_told(
     apart = np.linalg.norm(got - want) / np.linalg.norm(want)
     assert kind == "Q8_0" and least < apart < most
     assert notes == [
-        "1 tensors are not what the model has, for Q8_0 cannot hold it: they differ by "
-        f"{apart:.2g} of their size, {NAME} by {apart:.2g}"
+        f"rounded to Q8_0: 1 of the tensors, by {apart:.2g} of their size, "
+        f"and at most by {apart:.2g} ({NAME})"
     ]
 
 
@@ -138,12 +138,12 @@ def test_scales_that_float16_rounds_are_told(tmp_path: Path, dtype: mx.Dtype, mo
     apart = np.linalg.norm(got - want) / np.linalg.norm(want)
     assert apart <= most and bool(notes) == (most > 0)
     if most:
-        assert f"{NAME} by {apart:.2g}" in notes[0]
+        assert f"at most by {apart:.2g} ({NAME})" in notes[0]
 
 
 def test_a_scale_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     words, scales, biases = mx.quantize(normal((3, 128)) * 1e7, 32, 4)
-    with pytest.raises(ModelError, match=r"numbers up to .*, which Q4_1 cannot hold.*export\.type=BF16"):
+    with pytest.raises(ModelError, match=r"numbers up to .*, which Q4_1 cannot hold.*export\.type=F32"):
         written(tmp_path, {NAME: packed((words, scales, biases), 32, 4)})
     assert not list(tmp_path.glob("*model.gguf*"))
 
