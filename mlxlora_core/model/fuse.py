@@ -92,14 +92,14 @@ def fuse(
         What the disk must hold, what memory, each tensor as it is written, and the report.
 
     Raises:
-        UsageError: the target is the base, or holds an adapter; group sizes of a base without any.
+        UsageError: the target is the base, or holds an adapter; no group sizes to search.
         ModelError: an adapter does not fit the base.
         SafetyError: the target holds something else.
         ResourceError: disk or memory is too small.
     """
     ours = model_folder.holds_only_a_model
-    files = [share.file.path for share in shares]
-    check_output_folder(target, [folder, *files], overwrite=overwrite, ours=ours)
+    read = [folder, *(share.file.path for share in shares)]
+    check_output_folder(target, read, overwrite=overwrite, ours=ours)
     stored = open_stored(folder, registry, quantization=quantization)
     packed = _quantized(stored.module)
     if search_group_size and not packed:
@@ -108,9 +108,8 @@ def fuse(
     yield SpaceNeeded(require_disk(written, target))
     model = loading.load(folder, registry, quantization)
     yield SpaceNeeded(_memory(model, stored, written if dequantize else written // 2))
-    probe = _probe(model)
+    probe, several = _probe(model), AdapterSet(model)
     base = _logits(model, probe)
-    several = AdapterSet(model)
     notes = several.load_shares(shares, registry)
     tuned = _logits(model, probe)
     found = None
@@ -122,7 +121,7 @@ def fuse(
         fused = _logits(loading.load(new, registry), probe)
     rounded = 0 if dequantize else len(packed.keys() & set(several.paths()))
     tried = found.tried if found else ()
-    yield _report(target, len(several.paths()), rounded, base, tuned, fused, notes, tried)
+    yield _report(target, len(several.paths()), rounded, (base, tuned, fused), notes, tried)
 
 
 def _write(
@@ -265,13 +264,12 @@ def _report(
     target: Path,
     changed: int,
     rounded: int,
-    base: mx.array,
-    tuned: mx.array,
-    fused: mx.array,
+    logits: tuple[mx.array, mx.array, mx.array],
     notes: Sequence[str],
     tried: tuple[TriedGroupSize, ...],
 ) -> FuseReport:
     """What the logits of base, adapted and fused model say."""
+    base, tuned, fused = logits
     same = (mx.argmax(fused, axis=-1) == mx.argmax(tuned, axis=-1)).astype(mx.float32).mean()
     return FuseReport(
         folder=str(target),
