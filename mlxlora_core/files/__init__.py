@@ -23,6 +23,7 @@ from mlxlora_core.files.input_file import (
     refuse_stand_in,
 )
 from mlxlora_core.files.lazy_rows import ordered_rows, shifted, some_rows
+from mlxlora_core.files.model_card import write_card
 from mlxlora_core.files.row_shapes import parse_columns
 from mlxlora_core.files.rows import RowFile, left_out, refuse_faults, scan_rows
 from mlxlora_core.files.zip_layout import ZipMember, read_zip_layout
@@ -61,6 +62,7 @@ __all__ = [
     "show_value",
     "some_rows",
     "stated_rope",
+    "write_card",
     "write_json",
     "write_text",
 ]

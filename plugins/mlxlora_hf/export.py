@@ -13,8 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora_core.api import ExportSource, LazyTensor, ModelError, PackedTensor
-from mlxlora_core.files import copy_file, file_bytes, parse_json, save_tensors, write_json, write_text
-from mlxlora_hf.card import model_card
+from mlxlora_core.files import copy_file, file_bytes, parse_json, save_tensors, write_card, write_json
 from mlxlora_hf.folder import CONFIG, HUGGING_FACE
 
 #: of one weight file
@@ -148,7 +147,7 @@ def _write_beside(
     write_json(target / CONFIG, {**stated, **more})
     for name, file in files.items():
         copy_file(file, target / name)
-    write_text(target / "README.md", model_card(source, library))
+    write_card(target, "Model", source.base, library, source.card)
 
 
 def _token_ids(source: ExportSource, files: Mapping[str, Path | bytes]) -> dict[str, Any]:

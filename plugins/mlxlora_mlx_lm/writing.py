@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora_core.api import ExportAdapter, ExportSource, LazyTensor, LowRank, ModelError, listing
-from mlxlora_core.files import save_tensors, write_json, write_text
+from mlxlora_core.files import save_tensors, write_card, write_json
 from mlxlora_core.ops import updates_there, vectors_there
 from mlxlora_mlx_lm.opening import CONFIG, TENSORS
 
@@ -42,8 +42,7 @@ def write(source: ExportSource, target: Path) -> None:
         "model": source.base,
     }
     write_json(target / CONFIG, config)
-    if source.card:
-        write_text(target / "README.md", source.card)
+    write_card(target, "Adapter", source.base, "mlx", source.card)
 
 
 def _updates(adapter: ExportAdapter, kind: str) -> tuple[dict[str, LowRank], dict[str, mx.array]]:

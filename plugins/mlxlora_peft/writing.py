@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora_core.api import ExportAdapter, ExportSource, LazyTensor, LowRank, ModelError, listing
-from mlxlora_core.files import save_tensors, write_json, write_text
+from mlxlora_core.files import save_tensors, write_card, write_json
 from mlxlora_core.ops import updates_there, vectors_there
 from mlxlora_peft.config import CONFIG
 from mlxlora_peft.names import EMBEDDING_A, EMBEDDING_B, IA3, LORA_A, LORA_B, MAGNITUDE
@@ -42,7 +41,7 @@ def write(source: ExportSource, target: Path, base: str) -> None:
     write_json(target / CONFIG, {**common, **told})
     held = {name: _held(tensor) for name, tensor in sorted(tensors.items())}
     save_tensors(target / TENSORS, held, {"format": "pt"})
-    write_text(target / "README.md", _card(named, source.card))
+    write_card(target, "Adapter", named, "peft", source.card)
 
 
 def _converted(adapter: ExportAdapter) -> tuple[dict[str, Any], Tensors]:
@@ -206,12 +205,6 @@ def _alpha(value: float) -> float:
     """An alpha, whole where it can only have been that: scale times rank rounds."""
     whole = round(value)
     return whole if whole and abs(value - whole) <= 1e-12 * abs(value) else value
-
-
-def _card(base: str, card: str) -> str:
-    """A card that says which library reads this, and for which model."""
-    head = ["---", f"base_model: {json.dumps(base)}", "library_name: peft", "---"]
-    return "\n".join([*head, "", card or "An adapter, trained with mlxlora.", ""])
 
 
 def _held(tensor: mx.array) -> LazyTensor:
