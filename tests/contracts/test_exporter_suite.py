@@ -12,8 +12,8 @@ import gguf_files
 import mlx.core as mx
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 import small_tokenizers
+from safetensors.numpy import load_file
 
 from mlxlora_core import plugins as registry
 from mlxlora_core.api import neighbour_rows
