@@ -25,7 +25,7 @@ from mlxlora_core.hookspecs import hookimpl
 from mlxlora_core.machine.memory import free_in_groups_bytes
 from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.options import NoOptions, option, parse
-from mlxlora_core.plugins.progress import report_progress
+from mlxlora_core.plugins.progress import report_note, report_progress
 from mlxlora_core.specs import (
     Adapter,
     AdapterLoader,
@@ -112,6 +112,7 @@ __all__ = [
     "neighbour_rows",
     "option",
     "parse",
+    "report_note",
     "report_progress",
     "thread_count",
 ]

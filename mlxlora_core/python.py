@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -330,15 +331,15 @@ def export(
     Args:
         model: by whatever :func:`load` takes.
         to: the exporter.
-        out: the folder to write.
-        adapter_file: an adapter made for the model, to put into the weights.
+        out: the folder to write, or the file where the exporter writes one and this has its ending.
+        adapter_file: an adapter made for the model, to put into the weights, or to write alone.
         base_mismatch, quantize: as for :func:`fuse`.
         overwrite: whether an export that is there may be replaced.
         plugins: as for :func:`registry`.
         options: of the exporter.
 
     Returns:
-        Which files were written.
+        Which files were written, and what was found when they were opened again.
 
     Raises:
         UsageError: the target is the model; an option that there is not or that is out of range.
@@ -358,17 +359,8 @@ def export(
         from mlxlora_core.model.export import export as exported
 
         adapter = file_of(adapter_file, base_mismatch) if adapter_file is not None else None
-        made = exported(
-            base.path,
-            target,
-            exporter,
-            found,
-            fused=adapter,
-            quantization=bits,
-            overwrite=overwrite,
-            base=base.name,
-        )
-        return result_of(made)
+        asked = partial(exported, quantization=bits, overwrite=overwrite, base=base.name)
+        return result_of(asked(base.path, target, exporter, found, fused=adapter))
 
 
 def run(

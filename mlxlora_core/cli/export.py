@@ -23,10 +23,17 @@ from mlxlora_core.runs.stages.export import describe_export
     ),
     declare.MODEL,
     declare.quantize,
-    click.option("--adapter-file", type=declare.INPUT, help="Adapter file to put into the weights."),
+    click.option(
+        "--adapter-file", type=declare.INPUT, help="Adapter file to put into the weights, or to write alone."
+    ),
     declare.ADAPTER,
     declare.BASE_MISMATCH,
-    click.option("--out", type=declare.OUTPUT_FOLDER, required=True, help="Folder to write."),
+    click.option(
+        "--out",
+        type=declare.OUTPUT_FOLDER,
+        required=True,
+        help="Folder to write, or the file where EXPORTER writes one.",
+    ),
     click.option("--overwrite", is_flag=True, help="Replace an export that is there."),
     SETS_OPTION,
     JSON_OPTION,
@@ -46,9 +53,10 @@ def command(
 ) -> None:
     """Write a model, with or without an adapter, in the form of another tool.
 
-    The weights are dense, whatever the model folder holds, and the adapter's
-    change is in them. Tensors are read and written one after another.
-    `--set export.KEY=VALUE` sets an option of the exporter.
+    The adapter's change is in the weights, which are dense where the exporter
+    takes no quantized ones. Tensors are read and written one after another.
+    What was written is opened again and compared with the model before it
+    gets its name. `--set export.KEY=VALUE` sets an option of the exporter.
     """
     given = overrides(sets)
     check_sections(given, ("export", "adapter", "quantize"))

@@ -27,6 +27,7 @@ from mlxlora_core.model.export_check import ExportCheck, check_export
 from mlxlora_core.model.export_source import Exported, Told, source_of
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component, Registry
+from mlxlora_core.plugins.progress import notes_heard
 from mlxlora_core.plugins.sections import Quantization
 from mlxlora_core.values import ExportSource, LazyTensor
 from mlxlora_core.version import __version__
@@ -51,7 +52,8 @@ class ExportReport:
         parameters: of the model, likewise.
         adapter: which adapter is fused in, or exported alone, or nothing.
         files: name -> bytes.
-        notes: what was assumed of the adapter's file, and whether it is of another base.
+        notes: what was assumed of the adapter's file, whether it is of another base, and what the exporter
+            says of its work.
         check: what was found when it was opened again; None where no plugin reads this form.
     """
 
@@ -107,28 +109,56 @@ def export(
     """
     place = _Place(target, exporter.component, overwrite)
     place.check([folder, *([fused.path] if fused else []), *paths_in(exporter.options)])
+    exported = _opened(folder, fused, exporter, registry, quantization, base, facts)
+
+    source = source_of(exported, told)
+    yield SpaceNeeded(_needed(exported, source, target))
+    with place.opened() as new:
+        with notes_heard() as notes:
+            files = _written(source, new, exporter)
+        check = _check(exported, new, files, registry, told)
+        if not place.is_file:
+            durable.write_json(new / RECORD, _record(exported, files))
+    yield _report(target, exported, source, files, check, notes)
+
+
+def _report(
+    target: Path,
+    exported: Exported,
+    source: ExportSource,
+    files: Mapping[str, int],
+    check: ExportCheck | None,
+    notes: Sequence[str],
+) -> ExportReport:
+    """What an export wrote."""
+    adapted = exported.adapted
+    return ExportReport(
+        path=str(target),
+        exporter=exported.exporter.component.id,
+        tensors=len(source.tensors),
+        parameters=sum(math.prod(tensor.shape) for tensor in source.tensors.values()),
+        adapter=adapted.choice.component.id if adapted else "",
+        files=files,
+        notes=(*(adapted.notes if adapted else ()), *notes),
+        check=check,
+    )
+
+
+def _opened(
+    folder: Path,
+    fused: AdapterFile | None,
+    exporter: Choice,
+    registry: Registry,
+    quantization: Quantization | None,
+    base: str,
+    facts: Sequence[str],
+) -> Exported:
+    """The base, its tensors unread, with the adapter on it; the arguments are those of :func:`export`."""
     model, stored = loading.outline(folder, registry, quantization)
     adapted = adapters.load_file(fused, model, registry) if fused else None
     file = fused.path if fused else None
     card = tuning_card(adapted, model.fingerprint, facts)
-    exported = Exported(model, stored, adapted, file, exporter, quantization, base or str(folder), card)
-    source = source_of(exported, told)
-    yield SpaceNeeded(_needed(exported, source, target))
-    with place.opened() as new:
-        files = _written(source, new, exporter)
-        check = _check(exported, new, files, registry, told)
-        if not place.is_file:
-            durable.write_json(new / RECORD, _record(exported, files))
-    yield ExportReport(
-        str(target),
-        exporter.component.id,
-        len(source.tensors),
-        sum(math.prod(tensor.shape) for tensor in source.tensors.values()),
-        adapted.choice.component.id if adapted else "",
-        files,
-        adapted.notes if adapted else (),
-        check,
-    )
+    return Exported(model, stored, adapted, file, exporter, quantization, base or str(folder), card)
 
 
 def _written(source: ExportSource, new: Path, exporter: Choice) -> dict[str, int]:
@@ -213,11 +243,10 @@ def _needed(exported: Exported, source: ExportSource, target: Path) -> str:
     disk = require_disk(sum(map(_bytes_of, (*source.tensors.values(), *adapter))), target)
     fused = {f"{path}.weight" for path in exported.adapted.paths} if exported.adapted else set()
     packed = exported.model.quantization is not None
-    # One that is expanded, or gets an adapter's change, is float32 on the way; a check has two, and float32.
-    checked = bool(exported.exporter.component.spec.opens)
+    # One that is expanded, or gets an adapter's change, is float32 on the way; a check has each twice.
+    share = 3 if exported.exporter.component.spec.opens else 3 / 2
     each = (
-        math.prod(t.shape)
-        * (16 if packed or name in fused else 12 if checked else getattr(mx, t.dtype).size * 3 // 2)
+        math.prod(t.shape) * (16 if packed or name in fused else int(getattr(mx, t.dtype).size * share))
         for name, t in exported.own_tensors().items()
     )
     memory = require_memory(max(each), "exporting", "export where there is more memory")

@@ -44,6 +44,9 @@ _SAME, _SAME_ON_GPU = 1e-5, 2e-3
 _UPDATE, _LEAST = 2.0**-6, 1e-4
 #: the names of arguments of rotary positions, which other libraries spell in several ways
 _ROPE = "rope_"
+#: layouts whose readers take some tokens for ends by how they are written, whatever the file says
+_ENDS_BY_SPELLING = ("gguf",)
+_LONGEST, _WINDOW, _WINDOWED = "max_seq_len", "sliding_window", "window_layers"
 
 Told = Callable[[str, int, int], None]
 CHECKING = "checking the export"
@@ -104,7 +107,8 @@ def _check_model(exported: Exported, written: Path, registry: Registry, told: To
     """The tensors, the arguments, the logits and the tokenizer of a model that was exported."""
     opened = open_stored(written, registry)
     model = exported.model
-    require_same_tokens(model.tokenizer, opened.tokenizer)
+    more_ends = exported.exporter.component.spec.layout in _ENDS_BY_SPELLING
+    require_same_tokens(model.tokenizer, opened.tokenizer, more_ends=more_ends)
     args = architectures.folder_args(opened.architecture.spec, opened.config)
     _require_same_args(exported, opened, args)
     file = own_tensors(loading.model_of(opened, "", ""), opened.tensors, None, packed=True)
@@ -133,6 +137,7 @@ def _require_same_args(exported: Exported, opened: StoredModel, args: Any) -> No
         raise ModelError(f"is a model of {opened.architecture.id}, wanted {exported.model.architecture.id}")
     here, there = plain(exported.args), plain(args)
     del here["model_type"]  # llama.cpp has one name for several families
+    _drop_unbounded(here)
     ropes = [
         {key for key, v in held.items() if key.startswith(_ROPE) and v is not None} for held in (here, there)
     ]
@@ -144,6 +149,19 @@ def _require_same_args(exported: Exported, opened: StoredModel, args: Any) -> No
     ]
     if other:
         raise ModelError("its config says otherwise: " + listing(other))
+
+
+def _drop_unbounded(args: dict[str, Any]) -> None:
+    """Leave out what bounds no text: a length that nobody states, a window that no text fills.
+
+    Formats that must state a length, or know no window, say something else.
+    """
+    longest, window = args.get(_LONGEST), args.get(_WINDOW)
+    if longest is None:
+        args.pop(_LONGEST, None)
+    elif window is not None and window >= longest:
+        del args[_WINDOW]
+        args.pop(_WINDOWED, None)
 
 
 def _ropes(args: Mapping[str, Any]) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,6 +17,9 @@ _ROUNDING = {"float32": 2.0**-22, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 _FEW_BITS = 4
 #: of one that is packed in at least as many bits as before, where only scales are rounded
 _SCALES = 2.0**-9
+_NUMBERS = 1 << 23
+#: bits whose integers other formats count from 0 up and down, so that those of fewer bits do not fit
+_AROUND_0 = 8
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ def _rounding(name: str, here: LazyTensor, there: LazyTensor, shift: float) -> f
     want, got = here.read(), there.read()
     if want.shape != got.shape:
         raise ModelError(f"{name} is {got.shape}, wanted {want.shape}")
-    if mx.array_equal(want.astype(mx.float32), got.astype(mx.float32)):
+    mx.eval(want, got)
+    if all(mx.array_equal(one, other) for one, other in _pieces(want, got)):
         return None
     apart = distance_of(got, want, abs(shift) * math.sqrt(want.size))
     allowed, why = _explained(here, there, shifted=bool(shift))
@@ -84,10 +88,20 @@ def _rounding(name: str, here: LazyTensor, there: LazyTensor, shift: float) -> f
 
 def distance_of(got: mx.array, want: mx.array, least: float = 0.0) -> float:
     """‖got - want‖ / ‖want‖, or over ``least`` where that is more; 0 of two that are nothing."""
-    want = want.astype(mx.float32).reshape(-1)
-    apart = float(mx.linalg.norm(got.astype(mx.float32).reshape(-1) - want))
-    size = max(float(mx.linalg.norm(want)), least)
-    return apart / size if size else (0.0 if apart == 0.0 else math.inf)
+    apart = size = 0.0
+    for one, other in _pieces(want, got):
+        size += float(mx.square(one).sum())
+        apart += float(mx.square(other - one).sum())
+    size = max(math.sqrt(size), least)
+    return math.sqrt(apart) / size if size else (0.0 if apart == 0.0 else math.inf)
+
+
+def _pieces(one: mx.array, other: mx.array) -> Iterator[tuple[mx.array, mx.array]]:
+    """Both arrays in float32, so many numbers at a time that this does not count."""
+    one, other = one.reshape(-1), other.reshape(-1)
+    for start in range(0, one.size, _NUMBERS):
+        part = slice(start, start + _NUMBERS)
+        yield one[part].astype(mx.float32), other[part].astype(mx.float32)
 
 
 def _explained(here: LazyTensor, there: LazyTensor, *, shifted: bool) -> tuple[float, str]:
@@ -107,7 +121,7 @@ def _explained_by_bits(here: PackedTensor | None, there: PackedTensor) -> tuple[
         if here.options == there.options:
             types = [{n: part.dtype for n, part in weight.parts.items()} for weight in (here, there)]
             return (0.0, "") if types[0] == types[1] else (_SCALES, "other types of its parts")
-        if _bits(here) <= _bits(there):
+        if _bits(here) <= _bits(there) < _AROUND_0:
             return _SCALES, f"{_bits(there)} bits for {_bits(here)}"
     return 4 * 2.0 ** -_bits(there), f"{_bits(there)} bits a weight"
 

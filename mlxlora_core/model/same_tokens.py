@@ -41,19 +41,22 @@ _CONVERSATIONS: tuple[tuple[Mapping[str, Any], ...], ...] = (
 )
 
 
-def require_same_tokens(here: CheckedTokenizer, there: CheckedTokenizer) -> None:
+def require_same_tokens(here: CheckedTokenizer, there: CheckedTokenizer, *, more_ends: bool) -> None:
     """Refuse a tokenizer that does not do what another one does.
 
     Args:
         here: that of the model.
         there: that of its export; it may have more ids, which stand for nothing.
+        more_ends: whether it may have more ends that are no text.
 
     Raises:
         ModelError: with what differs.
     """
     if here.bos != there.bos:
         raise ModelError(f"texts begin with {_shown(there.bos)}, wanted {_shown(here.bos)}")
-    if here.stops != there.stops:
+    more = there.stops - here.stops
+    allowed = more_ends and not any(here.decode([token]) for token in more)
+    if not here.stops <= there.stops or (more and not allowed):
         raise ModelError(f"texts end with {sorted(there.stops)}, wanted {sorted(here.stops)}")
     for text in (*TEXTS, *(f"a {special} b" for special in sorted(here.special_texts)[:_SPECIALS])):
         wanted, found = here.encode(text), there.encode(text)

@@ -15,6 +15,8 @@ from mlx.utils import tree_unflatten
 from mlxlora_core.model.linears import Quantized, StackedLinear, is_linear, parameters, replace
 from mlxlora_core.values import LazyTensor
 
+_NUMBERS = 1 << 23  # of a weight that are expanded at a time
+
 
 class StreamingLinear(nn.Linear):
     """A linear whose weight is read whenever it is asked for.
@@ -37,7 +39,7 @@ class StreamingLinear(nn.Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Outputs (..., outputs) of inputs (..., inputs), computed before this returns."""
-        y = x @ self.weight.T
+        y = _times(x, self._tensor)
         return _done(y + self.bias if "bias" in self else y)
 
 
@@ -83,11 +85,12 @@ class StreamingEmbedding(nn.Embedding):
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Embeddings (..., D) of token ids (...)."""
-        return _done(self.weight[tokens])
+        mx.clear_cache()
+        return _done(self._tensor.read()[tokens].astype(mx.float32))
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Logits (..., V) of hidden states (..., D), where the embedding is the output head too."""
-        return _done(x @ self.weight.T)
+        return _times(x, self._tensor)
 
 
 def stream(module: nn.Module, tensors: Mapping[str, LazyTensor], adapted: tuple[str, ...] = ()) -> None:
@@ -115,6 +118,18 @@ def stream(module: nn.Module, tensors: Mapping[str, LazyTensor], adapted: tuple[
     module.update(tree_unflatten([(name, _read(tensor)) for name, tensor in rest.items()]))
     module.freeze()
     module.eval()
+
+
+def _times(x: mx.array, tensor: LazyTensor) -> mx.array:
+    """Outputs (..., outputs) of inputs (..., inputs), the weight made float32 some rows at a time."""
+    mx.clear_cache()
+    weight = tensor.read()
+    mx.eval(weight)
+    rows = max(1, _NUMBERS // weight.shape[1])
+    parts = []
+    for start in range(0, weight.shape[0], rows):
+        parts.append(_done(x @ weight[start : start + rows].astype(mx.float32).T))
+    return _done(mx.concatenate(parts, axis=-1))
 
 
 def _read(tensor: LazyTensor) -> mx.array:

@@ -1,4 +1,4 @@
-"""How far a plugin is with its work, told to whoever shows it."""
+"""How far a plugin is with its work, and what it has to say of it, told to whoever shows it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextvars import ContextVar
 Shown = Callable[[str, int, int], None]
 
 _shown: ContextVar[Shown | None] = ContextVar("shown", default=None)
+_heard: ContextVar[list[str] | None] = ContextVar("heard", default=None)
 
 
 def report_progress(what: str, done: int, count: int) -> None:
@@ -32,3 +33,24 @@ def progress_shown(show: Shown) -> Iterator[None]:
         yield
     finally:
         _shown.reset(before)
+
+
+def report_note(text: str) -> None:
+    """Tell what the result of the work at hand does not say by itself, such as what was lost on the way.
+
+    Args:
+        text: a sentence without a full stop; where nobody asks for it, nothing happens.
+    """
+    if (heard := _heard.get()) is not None:
+        heard.append(text)
+
+
+@contextmanager
+def notes_heard() -> Iterator[list[str]]:
+    """A list to which :func:`report_note` adds what it is told in this context."""
+    notes: list[str] = []
+    before = _heard.set(notes)
+    try:
+        yield notes
+    finally:
+        _heard.reset(before)

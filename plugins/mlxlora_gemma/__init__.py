@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from mlxlora_core.api import Architecture, Layout, LazyTensor, hookimpl
-from mlxlora_gemma import gguf, hf, hf_write, tables
+from mlxlora_gemma import gguf, gguf_write, hf, hf_write, tables
 from mlxlora_gemma.config import MODEL_TYPES, ModelArgs
 
 if TYPE_CHECKING:
@@ -51,7 +51,11 @@ def mlxlora_architectures() -> Iterable[Architecture]:
                     write=hf_write.write,
                 ),
                 "gguf": Layout(
-                    model_types=gguf.MODEL_TYPES, read=gguf.read, table=tables.gguf, notes=gguf.notes
+                    model_types=gguf.MODEL_TYPES,
+                    read=gguf.read,
+                    table=tables.gguf,
+                    notes=gguf.notes,
+                    write=gguf_write.write,
                 ),
             },
         )

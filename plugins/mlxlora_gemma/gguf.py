@@ -13,13 +13,13 @@ from mlxlora_gemma.config import GEMMA2, GEMMA3, MOST_LAYERS, ModelArgs
 Shapes = Mapping[str, tuple[int, ...]]
 
 #: ``general.architecture`` -> ``model_type`` here
-_TYPES = {"gemma2": GEMMA2, "gemma3": GEMMA3}
-MODEL_TYPES = tuple(_TYPES)
+TYPES = {"gemma2": GEMMA2, "gemma3": GEMMA3}
+MODEL_TYPES = tuple(TYPES)
 
-_ARCHITECTURE = "general.architecture"
+ARCHITECTURE = "general.architecture"
 _HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 #: argument -> its key, after the name of the architecture
-_NAMES = {
+NAMES = {
     "dim": "embedding_length",
     "n_layers": "block_count",
     "n_heads": "attention.head_count",
@@ -37,10 +37,10 @@ _NAMES = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-_PLAIN = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "norm_eps", "max_seq_len")
-_SCALING, _OLD_FACTOR = "rope.scaling.type", "rope.scale_linear"
-_WIDTHS = ("attention.value_length", "rope.dimension_count")
-_HONOURED = (*_NAMES.values(), _SCALING, _OLD_FACTOR, *_WIDTHS)
+PLAIN = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "norm_eps", "max_seq_len")
+SCALING, _OLD_FACTOR = "rope.scaling.type", "rope.scale_linear"
+WIDTHS = ("attention.value_length", "rope.dimension_count")
+_HONOURED = (*NAMES.values(), SCALING, _OLD_FACTOR, *WIDTHS)
 _AS_BUILT: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "expert_count": (0,),
@@ -55,9 +55,9 @@ _HARMLESS = re.compile(
 )
 # What llama.cpp takes where a file does not say.
 _THETA, _WINDOW_OF_GEMMA2, _ATTENTION_CAP, _FINAL_CAP = 1e4, 4096, 50.0, 30.0
-_EVERY = {GEMMA2: 2, GEMMA3: 6}
+EVERY = {GEMMA2: 2, GEMMA3: 6}
 #: the layers of the models whose queries are scaled by D / H and not by E, which no key states
-_SCALED_BY_WIDTH = {GEMMA2: 46, GEMMA3: 62}
+SCALED_BY_WIDTH = {GEMMA2: 46, GEMMA3: 62}
 
 
 def read(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs | None:
@@ -71,10 +71,10 @@ def read(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs | None:
         ModelError: values that are missing or impossible, and keys that may change what the
             model computes and are not built here, or not known; all told at once.
     """
-    architecture = raw.get(_ARCHITECTURE)
-    if not isinstance(architecture, str) or architecture not in _TYPES:
+    architecture = raw.get(ARCHITECTURE)
+    if not isinstance(architecture, str) or architecture not in TYPES:
         return None
-    prefix, kind = f"{architecture}.", _TYPES[architecture]
+    prefix, kind = f"{architecture}.", TYPES[architecture]
     known = KnownKeys({prefix + key: good for key, good in _AS_BUILT.items()}, _HARMLESS)
     told = known.faults(raw, {prefix + key for key in _HONOURED})
     stated = {key.removeprefix(prefix): value for key, value in raw.items()}
@@ -85,7 +85,7 @@ def read(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs | None:
             ModelArgs,
             {name: value for name, value in values.items() if value is not None},
             owner="gemma",
-            spell=lambda name: prefix + _NAMES.get(name, name),
+            spell=lambda name: prefix + NAMES.get(name, name),
             strict=True,
         )
     except UsageError as fault:
@@ -97,15 +97,15 @@ def read(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs | None:
 
 def notes(raw: Mapping[str, Any], shapes: Shapes) -> list[str]:
     """What was assumed that a file usually states, in words."""
-    architecture = raw[_ARCHITECTURE]
-    if _TYPES[architecture] == GEMMA2 or f"{architecture}.rope.freq_base" in raw:
+    architecture = raw[ARCHITECTURE]
+    if TYPES[architecture] == GEMMA2 or f"{architecture}.rope.freq_base" in raw:
         return []  # those of Gemma 2 never state it
     return [f"the file states no rope.freq_base: {_THETA} is taken, as llama.cpp has it"]
 
 
 def _values(stated: Mapping[str, Any], kind: str, shapes: Shapes) -> tuple[dict[str, Any], list[str]]:
     """argument -> value, None where a model does without, and what is wrong with what they are made of."""
-    found = {name: stated.get(_NAMES[name]) for name in _PLAIN}
+    found = {name: stated.get(NAMES[name]) for name in PLAIN}
     heads, dim = _whole(found["n_heads"]), _whole(found["dim"])
     layers = min(_whole(found["n_layers"]), MOST_LAYERS)
     share = dim // heads if heads else 0
@@ -113,20 +113,20 @@ def _values(stated: Mapping[str, Any], kind: str, shapes: Shapes) -> tuple[dict[
         found["head_dim"] = share if heads and not dim % heads else None
     if found["n_kv_heads"] is None:
         found["n_kv_heads"] = heads or None
-    window = stated.get(_NAMES["sliding_window"], _WINDOW_OF_GEMMA2 if kind == GEMMA2 else None)
+    window = stated.get(NAMES["sliding_window"], _WINDOW_OF_GEMMA2 if kind == GEMMA2 else None)
     factor, told = _factor(stated)
     bounded, wrong = _bounded(stated, kind, layers)
     told += wrong + _width_faults(stated, found["head_dim"])
     if window == 0 or (layers and not bounded):  # a window is checked whatever the layers are
         window = None
-    local = stated.get(_NAMES["sliding_rope_theta"], _THETA if kind == GEMMA3 else None)
+    local = stated.get(NAMES["sliding_rope_theta"], _THETA if kind == GEMMA3 else None)
     rows = (shapes.get(_EMBEDDING) or (0,))[0]
     found |= {
         "model_type": kind,
         # The key is of the tokenizer's tokens in some files: the rows are what the model has.
-        "vocab_size": rows or stated.get(_NAMES["vocab_size"]),
-        "query_pre_attn_scalar": share if layers == _SCALED_BY_WIDTH[kind] else found["head_dim"],
-        "rope_theta": stated.get(_NAMES["rope_theta"], _THETA),
+        "vocab_size": rows or stated.get(NAMES["vocab_size"]),
+        "query_pre_attn_scalar": share if layers == SCALED_BY_WIDTH[kind] else found["head_dim"],
+        "rope_theta": stated.get(NAMES["rope_theta"], _THETA),
         "rope_factor": factor,
         "sliding_rope_theta": None if window is None else local,
         "sliding_window": window,
@@ -140,7 +140,7 @@ def _values(stated: Mapping[str, Any], kind: str, shapes: Shapes) -> tuple[dict[
 
 def _caps(stated: Mapping[str, Any], kind: str) -> tuple[dict[str, Any], list[str]]:
     """What scores and logits stay below: of Gemma 3 the scores are not capped."""
-    attention, final = (stated.get(_NAMES[f"{name}_logit_softcapping"]) for name in ("attn", "final"))
+    attention, final = (stated.get(NAMES[f"{name}_logit_softcapping"]) for name in ("attn", "final"))
     if kind == GEMMA3:
         told = [] if attention in (None, 0) else [f"attn_logit_softcapping: got {show_value(attention)}"]
         return {"final_logit_softcapping": None if final == 0 else final}, [
@@ -154,19 +154,19 @@ def _caps(stated: Mapping[str, Any], kind: str) -> tuple[dict[str, Any], list[st
 
 def _factor(stated: Mapping[str, Any]) -> tuple[Any, list[str]]:
     """What frequencies are divided by, or None, and what is wrong with how it is stated."""
-    factor = stated.get(_NAMES["rope_factor"], stated.get(_OLD_FACTOR))
-    scaling = stated.get(_SCALING, "linear")
+    factor = stated.get(NAMES["rope_factor"], stated.get(_OLD_FACTOR))
+    scaling = stated.get(SCALING, "linear")
     if scaling == "none" or factor is None or (factor in (0, 1) and not isinstance(factor, bool)):
         return None, []
     if scaling != "linear":
-        return None, [f"{_SCALING}: got {show_value(scaling)}, but only none and linear are built here"]
+        return None, [f"{SCALING}: got {show_value(scaling)}, but only none and linear are built here"]
     return factor, []
 
 
 def _bounded(stated: Mapping[str, Any], kind: str, layers: int) -> tuple[tuple[int, ...], list[str]]:
     """The layers that the window bounds: all but every so-manieth, or those that are marked."""
-    key = _NAMES["window_layers"]
-    pattern = stated.get(key, _EVERY[kind])
+    key = NAMES["window_layers"]
+    pattern = stated.get(key, EVERY[kind])
     if isinstance(pattern, list) and all(type(mark) in (bool, int) and mark in (0, 1) for mark in pattern):
         if len(pattern) >= layers:
             return tuple(layer for layer in range(layers) if pattern[layer]), []
@@ -181,7 +181,7 @@ def _width_faults(stated: Mapping[str, Any], width: Any) -> list[str]:
     """Widths that are stated and are not that of a head."""
     return [
         f"{key}: got {show_value(stated[key])}, wanted the width of a head, {show_value(width)}"
-        for key in _WIDTHS
+        for key in WIDTHS
         if stated.get(key) not in (None, width)
     ]
 

@@ -43,6 +43,9 @@ TYPES = {
     30: BlockType("BF16", 1, 2, dense="bfloat16"),
 }
 
+#: name of a type -> its number
+NUMBERS = {kind.name: number for number, kind in TYPES.items()}
+
 #: number in the file -> name of the types that are refused
 REFUSED = {
     4: "Q4_2",

@@ -10,7 +10,13 @@ from typing import Any
 
 from mlxlora_gguf.byte_level import assumption, find_rule, tokenizer_json
 from mlxlora_gguf.pieces import sentencepiece_model
-from mlxlora_gguf.vocabulary import Vocabulary, read_vocabulary
+from mlxlora_gguf.vocabulary import ID_KEYS, PREFIX, Vocabulary, read_vocabulary
+
+#: key of tokenizer_config.json: what the GGUF file said of its tokenizer that no other file has a place for
+KEPT_KEYS = "gguf_keys"
+
+_ELSEWHERE = {"model", "add_bos_token", "add_space_prefix"}
+_ELSEWHERE |= {ID_KEYS[name] for name in ("bos", "eos", "unk", "pad")}
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ def make_files(keys: Mapping[str, Any], path: Path) -> Made:
         begin = "bos" in vocabulary.ids and vocabulary.flags.get("add_bos_token", True)
         files["tokenizer.model"] = sentencepiece_model(vocabulary, path)
         notes = []
-    files["tokenizer_config.json"] = _json(_config(vocabulary, begin))
+    files["tokenizer_config.json"] = _json(_config(vocabulary, begin) | {KEPT_KEYS: _kept(keys)})
     files["generation_config.json"] = _json(_generation(vocabulary))
     return Made(files, notes)
 
@@ -66,6 +72,13 @@ def _config(vocabulary: Vocabulary, begin: bool) -> dict[str, Any]:
     elif templates:
         config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     return config
+
+
+def _kept(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The short keys of the tokenizer that are not said elsewhere, so that it can be written as it was."""
+    found = {key.removeprefix(PREFIX): value for key, value in keys.items() if key.startswith(PREFIX)}
+    kept = {key: value for key, value in found.items() if key not in _ELSEWHERE}
+    return {key: v for key, v in kept.items() if type(v) in (bool, int) or key == "pre"}
 
 
 def _generation(vocabulary: Vocabulary) -> dict[str, Any]:

@@ -17,7 +17,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _HALF, _BYTE = "<f2", "u1"
 _K_FIELDS = [("scale", _HALF), ("bias", _HALF), ("six", _BYTE, 12)]
-_BLOCKS = {
+BLOCKS = {
     "Q4_0": np.dtype([("scale", _HALF), ("low", _BYTE, 16)]),
     "Q4_1": np.dtype([("scale", _HALF), ("bias", _HALF), ("low", _BYTE, 16)]),
     "Q5_0": np.dtype([("scale", _HALF), ("high", _BYTE, 4), ("low", _BYTE, 16)]),
@@ -36,7 +36,7 @@ _ZERO = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}
 
 def integers(kind: BlockType, rows: Array) -> Array:
     """The integers (R, columns), uint8, of rows of packed blocks (R, bytes)."""
-    blocks = rows.reshape(-1).view(_BLOCKS[kind.name])
+    blocks = rows.reshape(-1).view(BLOCKS[kind.name])
     low = blocks["low"]
     if kind.bits == 8:
         return (low ^ 0x80).reshape(len(rows), -1)
@@ -85,7 +85,7 @@ def _five_bits(eight: Array) -> Array:
 
 def scales(kind: BlockType, rows: Array) -> Array:
     """The scale of each group of 32, (R, columns / 32): float16 as stored, float32 of super-blocks."""
-    blocks = rows.reshape(-1).view(_BLOCKS[kind.name])
+    blocks = rows.reshape(-1).view(BLOCKS[kind.name])
     if not kind.super_blocks:
         return np.ascontiguousarray(blocks["scale"]).reshape(len(rows), -1)
     factors = blocks["scale"].astype(np.float32)[:, None] * _six_bits(blocks["six"])[0]
@@ -94,7 +94,7 @@ def scales(kind: BlockType, rows: Array) -> Array:
 
 def biases(kind: BlockType, rows: Array) -> Array:
     """The bias of each group of 32, (R, columns / 32): float16 as stored, else float32 (exact)."""
-    blocks = rows.reshape(-1).view(_BLOCKS[kind.name])
+    blocks = rows.reshape(-1).view(BLOCKS[kind.name])
     if kind.super_blocks:
         found = -(blocks["bias"].astype(np.float32)[:, None] * _six_bits(blocks["six"])[1])
     elif kind.name in _ZERO:
@@ -124,7 +124,7 @@ def dense(kind: BlockType, rows: Array) -> Array:
 
 def _six_bit_weights(rows: Array) -> Array:
     """Q6_K: d · scale · (integer - 32), 16 of them to a scale; no product is rounded in float32."""
-    blocks = rows.reshape(-1).view(_BLOCKS["Q6_K"])
+    blocks = rows.reshape(-1).view(BLOCKS["Q6_K"])
     # Byte i of 32 holds two bits of each of four integers, which stand 32 apart: (n, 2, 4, 32)
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     upper = (blocks["high"][:, :, None] >> shifts) & 3

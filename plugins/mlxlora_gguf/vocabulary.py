@@ -12,11 +12,11 @@ from mlxlora_core.api import ModelError, listing
 
 NORMAL, UNKNOWN, CONTROL, DEFINED, UNUSED, BYTE = range(1, 7)  # types of a token
 
-_PREFIX = "tokenizer.ggml."
-_TEMPLATE = "tokenizer.chat_template"
+PREFIX = "tokenizer.ggml."
+TEMPLATE = "tokenizer.chat_template"
 _TOKENS_LIMIT, _TOKEN_BYTES = 1 << 20, 4096
 _NO_ID = (-1, 2**32 - 1)  # how writers say that there is none
-_ID_KEYS = {
+ID_KEYS = {
     "bos": "bos_token_id",
     "eos": "eos_token_id",
     "unk": "unknown_token_id",
@@ -36,7 +36,7 @@ _OTHERS = {
 }
 _END = "<|end|>"
 #: how the tokens are written that end a text or a turn in the models in use
-_ENDS = frozenset(
+ENDS = frozenset(
     "<|eot_id|> <|im_end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> <|eom_id|> "
     "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> </s> <eos> <turn|> [e~[ "
     f"{_END} <\uff5cend\u2581of\u2581sentence\uff5c>".split()
@@ -109,7 +109,7 @@ def read_vocabulary(keys: Mapping[str, Any], path: Path) -> Vocabulary:
         merges=found.some("merges", str),
         ids=ids,
         ends=ends,
-        flags={name: found.one(name, bool, False) for name in names if _PREFIX + name in keys},
+        flags={name: found.one(name, bool, False) for name in names if PREFIX + name in keys},
         templates=_templates(found),
     )
 
@@ -120,7 +120,7 @@ class _Keys:
     def __init__(self, keys: Mapping[str, Any], path: Path) -> None:
         self.all, self._path = keys, path
 
-    def one(self, name: str, kind: type, default: Any, prefix: str = _PREFIX) -> Any:
+    def one(self, name: str, kind: type, default: Any, prefix: str = PREFIX) -> Any:
         """The value of a key, or ``default``."""
         value = self.all.get(prefix + name, default)
         if type(value) is not kind:
@@ -133,10 +133,10 @@ class _Keys:
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         if values and type(values[0]) not in kinds:  # all items of an array are of one type
             self.refuse(
-                f"has a key {_PREFIX}{name} of {type(values[0]).__name__} items, wanted {kinds[0].__name__}"
+                f"has a key {PREFIX}{name} of {type(values[0]).__name__} items, wanted {kinds[0].__name__}"
             )
         if values and count is not None and len(values) != count:
-            self.refuse(f"has {len(values)} values of {_PREFIX}{name} for {count} tokens")
+            self.refuse(f"has {len(values)} values of {PREFIX}{name} for {count} tokens")
         return list(values)
 
     def refuse(self, what: str) -> NoReturn:
@@ -161,19 +161,19 @@ def _tokens(keys: _Keys) -> list[str]:
 def _ids(keys: _Keys, model: str, count: int) -> dict[str, int]:
     """The ids of the special tokens that there are."""
     ids = {name: number for name, number in _DEFAULT_IDS[model].items() if number < count}
-    for name, key in _ID_KEYS.items():
+    for name, key in ID_KEYS.items():
         number = keys.one(key, int, -1)
         if 0 <= number < count:
             ids[name] = number
         elif number not in _NO_ID and name in _NEEDED:
-            keys.refuse(f"has {_PREFIX}{key} {number}, wanted an id below {count}")
+            keys.refuse(f"has {PREFIX}{key} {number}, wanted an id below {count}")
     return ids
 
 
 def _ends(tokens: Sequence[str], types: Sequence[int], ids: Mapping[str, int]) -> list[int]:
     """The ids that end a text or a turn, those that the keys name first."""
     ends = [ids[name] for name in ("eos", "eot", "eom") if name in ids]
-    number_of = {token: number for number, token in enumerate(tokens) if token in _ENDS}
+    number_of = {token: number for number, token in enumerate(tokens) if token in ENDS}
     if {"<|return|>", "<|call|>"} <= number_of.keys() or {"<|calls|>", "<|flush|>"} <= number_of.keys():
         number_of.pop(_END, None)  # ends a message there, and not the turn
     for token, number in number_of.items():
@@ -188,7 +188,7 @@ def _templates(keys: _Keys) -> dict[str, str]:
     """The chat templates by their names."""
     templates = {}
     for key in keys.all:
-        if key == _TEMPLATE or key.startswith(_TEMPLATE + "."):
-            name = key.removeprefix(_TEMPLATE).removeprefix(".") or "default"
+        if key == TEMPLATE or key.startswith(TEMPLATE + "."):
+            name = key.removeprefix(TEMPLATE).removeprefix(".") or "default"
             templates[name] = keys.one(key, str, "", prefix="")
     return templates

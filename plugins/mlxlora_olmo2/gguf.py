@@ -14,10 +14,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 MODEL_TYPES = ("olmo2",)
 
-_ARCHITECTURE, _PREFIX = "general.architecture", "olmo2."
+ARCHITECTURE, PREFIX = "general.architecture", "olmo2."
 _HEAD, _EMBEDDING, _BIAS = "output.weight", "token_embd.weight", "blk.0.attn_q.bias"
 #: argument -> its key, without the prefix
-_NAMES = {
+NAMES = {
     "dim": "embedding_length",
     "n_layers": "block_count",
     "n_heads": "attention.head_count",
@@ -29,7 +29,7 @@ _NAMES = {
     "max_seq_len": "context_length",
     "rope_theta": "rope.freq_base",
 }
-_WIDTHS = ("attention.value_length", "rope.dimension_count")
+WIDTHS = ("attention.value_length", "rope.dimension_count")
 _AS_BUILT = {
     **dict.fromkeys(("expert_count", "expert_used_count", "attention.sliding_window"), (0,)),
     "rope.scaling.type": ("none",),
@@ -38,7 +38,7 @@ _AS_BUILT = {
 }
 # What the file and its making are, and how text is drawn and split.
 _KEYS = KnownKeys(
-    {_PREFIX + key: good for key, good in _AS_BUILT.items()},
+    {PREFIX + key: good for key, good in _AS_BUILT.items()},
     re.compile(
         r"(general|split|quantize|tokenizer|imatrix|mradermacher|unsloth)\..*|"
         r"[a-z0-9]+\.(rope\.scaling\.finetuned|tensor_data_layout)"
@@ -60,21 +60,21 @@ def read(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs | None:
         ModelError: values that are missing or impossible, and keys that may change what the
             model computes and are not built here, or not known; all told at once.
     """
-    if raw.get(_ARCHITECTURE) not in MODEL_TYPES:
+    if raw.get(ARCHITECTURE) not in MODEL_TYPES:
         return None
-    told = _KEYS.faults(raw, {_PREFIX + key for key in (*_NAMES.values(), *_WIDTHS)})
-    stated = {key.removeprefix(_PREFIX): value for key, value in raw.items()}
+    told = _KEYS.faults(raw, {PREFIX + key for key in (*NAMES.values(), *WIDTHS)})
+    stated = {key.removeprefix(PREFIX): value for key, value in raw.items()}
     values = _values(stated, shapes)
-    for key in _WIDTHS:
+    for key in WIDTHS:
         if stated.get(key) not in (None, values["head_dim"]):
             wanted = f"wanted the width of a head, {values['head_dim']}"
-            told.append(f"{_PREFIX}{key}: got {show_value(stated[key])}, {wanted}")
+            told.append(f"{PREFIX}{key}: got {show_value(stated[key])}, {wanted}")
     try:
         args = parse(
             ModelArgs,
             {name: value for name, value in values.items() if value is not None},
             owner="olmo2",
-            spell=lambda name: _PREFIX + _NAMES[name] if name in _NAMES else name,
+            spell=lambda name: PREFIX + NAMES[name] if name in NAMES else name,
             strict=True,
         )
     except UsageError as fault:
@@ -86,14 +86,14 @@ def read(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs | None:
 
 def notes(raw: Mapping[str, Any], shapes: Shapes) -> list[str]:
     """What was assumed that a file usually states, in words."""
-    if _PREFIX + _NAMES["rope_theta"] in raw:
+    if PREFIX + NAMES["rope_theta"] in raw:
         return []
-    return [f"the file states no {_NAMES['rope_theta']}: {_THETA} is taken, as llama.cpp has it"]
+    return [f"the file states no {NAMES['rope_theta']}: {_THETA} is taken, as llama.cpp has it"]
 
 
 def _values(stated: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     """argument -> value; None is left out."""
-    found = {name: stated.get(key) for name, key in _NAMES.items()}
+    found = {name: stated.get(key) for name, key in NAMES.items()}
     heads, dim = _whole(found["n_heads"]), _whole(found["dim"])
     if found["head_dim"] is None and heads and not dim % heads:
         found["head_dim"] = dim // heads or None

@@ -14,11 +14,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 MODEL_TYPES = ("phi3",)
 
-_ARCHITECTURE, _PREFIX = "general.architecture", "phi3."
-_SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
+ARCHITECTURE, PREFIX = "general.architecture", "phi3."
+SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 _HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 #: argument -> its key, without the prefix; the divisors are tensors
-_NAMES = {
+NAMES = {
     "dim": "embedding_length",
     "n_layers": "block_count",
     "n_heads": "attention.head_count",
@@ -34,11 +34,11 @@ _NAMES = {
     "rope_original_len": "rope.scaling.original_context_length",
     "rope_attention_factor": "rope.scaling.attn_factor",
 }
-_SPELT = {name: _PREFIX + key for name, key in _NAMES.items()} | {
-    "rope_short_divisors": _SHORT,
-    "rope_long_divisors": _LONG,
+_SPELT = {name: PREFIX + key for name, key in NAMES.items()} | {
+    "rope_short_divisors": SHORT,
+    "rope_long_divisors": LONG,
 }
-_VALUE_WIDTH = "attention.value_length"
+VALUE_WIDTH = "attention.value_length"
 _AS_BUILT = {
     **dict.fromkeys(("expert_count", "expert_used_count"), (0,)),
     "rope.scaling.type": ("none", "longrope"),  # what the tensors of divisors say too
@@ -47,7 +47,7 @@ _AS_BUILT = {
 }
 # What the file and its making are, and how text is drawn and split.
 _KEYS = KnownKeys(
-    {_PREFIX + key: good for key, good in _AS_BUILT.items()},
+    {PREFIX + key: good for key, good in _AS_BUILT.items()},
     re.compile(
         r"(general|split|quantize|tokenizer|imatrix|mradermacher|unsloth)\..*|"
         r"[a-z0-9]+\.(rope\.scaling\.finetuned|tensor_data_layout)"
@@ -68,14 +68,14 @@ def read(raw: Mapping[str, Any], shapes: Shapes) -> ModelArgs | None:
         ModelError: values that are missing or impossible, and keys that may change what the
             model computes and are not built here, or not known; all told at once.
     """
-    if raw.get(_ARCHITECTURE) not in MODEL_TYPES:
+    if raw.get(ARCHITECTURE) not in MODEL_TYPES:
         return None
-    told = _KEYS.faults(raw, {*_SPELT.values(), _PREFIX + _VALUE_WIDTH})
-    stated = {key.removeprefix(_PREFIX): value for key, value in raw.items()}
+    told = _KEYS.faults(raw, {*_SPELT.values(), PREFIX + VALUE_WIDTH})
+    stated = {key.removeprefix(PREFIX): value for key, value in raw.items()}
     values = _values(stated, shapes)
-    if stated.get(_VALUE_WIDTH) not in (None, values["head_dim"]):
+    if stated.get(VALUE_WIDTH) not in (None, values["head_dim"]):
         told.append(
-            f"{_PREFIX}{_VALUE_WIDTH}: got {show_value(stated[_VALUE_WIDTH])}, wanted the width of a head, "
+            f"{PREFIX}{VALUE_WIDTH}: got {show_value(stated[VALUE_WIDTH])}, wanted the width of a head, "
             f"{values['head_dim']}"
         )
     try:
@@ -97,8 +97,8 @@ def notes(raw: Mapping[str, Any], shapes: Shapes) -> list[str]:
     """What was assumed that a file usually states, and what its owner may not expect, in words."""
     told = []
     if _SPELT["rope_theta"] not in raw:
-        told.append(f"the file states no {_NAMES['rope_theta']}: {_THETA} is taken, as llama.cpp has it")
-    if raw.get(_SHORT) is not None:
+        told.append(f"the file states no {NAMES['rope_theta']}: {_THETA} is taken, as llama.cpp has it")
+    if raw.get(SHORT) is not None:
         original = raw[_SPELT["rope_original_len"]]
         told.append(
             f"positions turn in one way in texts of up to {original} tokens and in another in longer ones; "
@@ -112,7 +112,7 @@ def notes(raw: Mapping[str, Any], shapes: Shapes) -> list[str]:
 
 def _values(stated: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     """argument -> value; None is left out."""
-    found = {name: stated.get(key) for name, key in _NAMES.items()}
+    found = {name: stated.get(key) for name, key in NAMES.items()}
     heads, dim = _whole(found["n_heads"]), _whole(found["dim"])
     if found["head_dim"] is None and heads and not dim % heads:
         found["head_dim"] = dim // heads or None
@@ -124,7 +124,7 @@ def _values(stated: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         found["sliding_window"] = None
     if found["rope_theta"] is None:
         found["rope_theta"] = _THETA
-    found |= {"rope_short_divisors": stated.get(_SHORT), "rope_long_divisors": stated.get(_LONG)}
+    found |= {"rope_short_divisors": stated.get(SHORT), "rope_long_divisors": stated.get(LONG)}
     if found["rope_short_divisors"] is None and found["rope_long_divisors"] is None:
         # Every file states the original length; without divisors it changes nothing.
         found["rope_original_len"] = None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import mlx.core as mx
 import pytest
 from _pytest.outcomes import Failed
@@ -169,9 +170,55 @@ class TestAppleNpz(TestMlxLm):
         assert (dict(opened.options), opened.unstated) == ({"rank": 4}, ("scale",))
 
 
+class TestGgufLora(AdapterLoaderSuite):
+    """A LoRA file of llama.cpp with two ranks, an embedding, and matrices in float16 and in blocks."""
+
+    spec = LOADERS["gguf-lora"]
+    shapes: Mapping[str, tuple[str, tuple[int, int]]] = {
+        "blk.0.attn_q.weight.lora_a": ("F32", (4, 8)),
+        "blk.0.attn_q.weight.lora_b": ("F16", (6, 4)),
+        "blk.1.ffn_down.weight.lora_a": ("Q8_0", (2, 32)),
+        "blk.1.ffn_down.weight.lora_b": ("BF16", (6, 2)),
+        "token_embd.weight.lora_a": ("F32", (9, 4)),
+        "token_embd.weight.lora_b": ("F32", (6, 4)),
+    }
+
+    def path(self, folder: Path) -> Path:
+        return folder / "adapter.gguf"
+
+    def write(self, folder: Path, **changed: Any) -> Mapping[str, mx.array]:
+        keys = {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}
+        keys |= {"adapter.lora.alpha": 8.0, **changed}
+        tensors, want = [], {}
+        for name, (kind, shape) in self.shapes.items():
+            array = draw(*shape)
+            if kind == "Q8_0":
+                data = gguf_files.blocks(kind, shape[0] * shape[1] // 32)
+                array = mx.array(gguf_files.weights(kind, data)).astype(mx.float32).reshape(shape)
+            elif kind == "F32":
+                data = bytes(memoryview(array).cast("B"))
+            else:
+                array = array.astype(mx.float16 if kind == "F16" else mx.bfloat16)
+                data = bytes(memoryview(array.view(mx.uint16)).cast("B"))
+            tensors.append(gguf_files.Tensor(name, shape, kind, data))
+            path, _, letter = name.replace(".weight.", ".").rpartition(".")
+            want[f"{path}.{letter}"] = array if name == "token_embd.weight.lora_a" else array.T
+        self.path(folder).write_bytes(gguf_files.gguf(keys, tensors))
+        return want
+
+    def damage(self) -> Mapping[str, Callable[[Path], object]]:
+        return {
+            "truncated": lambda folder: os.truncate(self.path(folder), 300),
+            "emptied": lambda folder: os.truncate(self.path(folder), 0),
+            "gone": lambda folder: self.path(folder).unlink(),
+            "another kind": lambda folder: self.write(folder, **{"adapter.type": "ia3"}),
+            "a model": lambda folder: self.write(folder, **{"general.type": "model"}),
+            "an alpha in words": lambda folder: self.write(folder, **{"adapter.lora.alpha": "8"}),
+        }
+
+
 def test_every_loader_is_tried() -> None:
-    tried = {suite.spec.name for suite in (TestPeft, TestMlxLm)}
-    assert LOADERS.keys() <= tried | {"gguf-lora"}  # that one beside the files of llama.cpp
+    assert LOADERS.keys() == {suite.spec.name for suite in (TestPeft, TestMlxLm, TestGgufLora)}
 
 
 # --- loaders that break the contract are found out ----------------------------

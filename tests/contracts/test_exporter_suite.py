@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import mlx.core as mx
 import numpy as np
 import pytest
+import small_tokenizers
 from safetensors.numpy import load_file
 
 from mlxlora_core import plugins as registry
@@ -117,6 +119,75 @@ class TestMlxLmAdapter(TestPeftAdapter):
         a, b = held.pop(f"{path}.lora_a"), held.pop(f"{path}.lora_b")
         assert not held
         return {f"{self.adapted}.lora_a": a, f"{self.adapted}.lora_b": b[:, self.rows]}
+
+
+GGUF_CONFIG = {
+    "general.architecture": "llama",
+    "llama.context_length": 64,
+    "llama.embedding_length": 32,
+    "llama.block_count": 1,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+}
+GGUF_SHAPES = {
+    "token_embd.weight": (50, 32),
+    "blk.0.attn_q.weight": (32, 32),
+    "blk.0.ffn_down.weight": (32, 64),
+    "blk.0.ffn_up.weight": (48, 40),  # no whole blocks
+    "blk.0.attn_norm.weight": (32,),
+    "output.weight": (50, 32),
+}
+GGUF_WIDE = {**GGUF_SHAPES, "blk.0.attn_q.weight": (32, 128)}
+GGUF_TOKENIZER = {"tokenizer.json": small_tokenizers.tiny()[0]}
+
+
+class TestGguf(ExporterSuite):
+    spec = EXPORTERS["gguf"]
+    option_sets = tuple(
+        {"type": kind, "pre": "gpt-2"} for kind in ("auto", "F32", "F16", "BF16", "Q8_0", "Q4_1", "Q5_1")
+    )
+    dtypes = ("float16", "bfloat16", "float32")
+    config, shapes, foreign = GGUF_CONFIG, GGUF_SHAPES, "blk.0.attn_q.weight"
+    tokenizer = GGUF_TOKENIZER
+    packed = ("blk.0.attn_q.weight", "output.weight")
+
+    def read(self, folder: Path, options: Any) -> Mapping[str, np.ndarray]:
+        _, found = gguf_files.read((folder / "model.gguf").read_bytes())
+        return {
+            name: np.array(gguf_files.weights(kind, data)).reshape(shape)
+            for name, (kind, shape, data) in found.items()
+        }
+
+    def error_bound(self, options: Any) -> float:
+        """Half a step of the largest group, whose numbers go up to the largest of the tensor."""
+        steps = {"auto": 0.0, "F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8}
+        return {**steps, "Q8_0": 0.6 / 127, "Q4_1": 1.1 / 15, "Q5_1": 1.1 / 31}[options.type]
+
+
+class TestGgufOfLargeGroups(TestGguf):
+    shapes = GGUF_WIDE
+    group_size = 128
+    packed = ("blk.0.attn_q.weight",)
+
+
+class TestGgufLora(ExporterSuite):
+    spec = EXPORTERS["gguf-lora"]
+    option_sets = ({}, {"type": "F16"})
+    config, shapes, foreign = GGUF_CONFIG, GGUF_SHAPES, "blk.0.attn_q.weight"
+    rows = (*range(16, 32), *range(16))
+
+    def read(self, folder: Path, options: Any) -> Mapping[str, np.ndarray]:
+        keys, found = gguf_files.read((folder / "adapter.gguf").read_bytes())
+        assert keys["general.type"] == "adapter" and keys["adapter.type"] == "lora"
+        assert keys["general.architecture"] == "llama" and keys["adapter.lora.alpha"] == 2.0 * 2
+        a, b = (
+            np.array(gguf_files.weights(kind, data)).reshape(shape)
+            for kind, shape, data in (found[f"{self.foreign}.lora_{letter}"] for letter in "ab")
+        )
+        assert len(found) == 2
+        return {f"{self.adapted}.lora_a": a.T, f"{self.adapted}.lora_b": b[list(self.rows)].T}
+
+    def error_bound(self, options: Any) -> float:
+        return 2.0**-11 if options.type == "F16" else 0.0
 
 
 def weights(folder: Path) -> dict[str, mx.array]:

@@ -63,7 +63,8 @@ def test_the_page_runs_from_top_to_bottom(
     assert streamed.splitlines()[-1].endswith(("stop", "length"))
     assert asked.strip()
     assert fused.startswith("4 ") and Path("fused-folder", "config.json").is_file()
-    assert "'weights.npz'" in exported and Path("npz-folder", "adapters.npz").is_file()
+    assert "'model.safetensors'" in exported and Path("hf-folder", "config.json").is_file()
+    assert "rounded=0" in exported
     assert "StageDone(stage='train'" in run and Path("run", "report.html").is_file()
     assert "'greedy'" in listed and "lora active" in listed
     assert error == "train: learning_rate: must be more than 0, got -1.0\n"

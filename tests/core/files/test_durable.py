@@ -508,3 +508,59 @@ def test_a_check_below_a_file_is_refused_and_leaves_nothing(tmp_path: Path, chec
     with pytest.raises(ResourceError, match="cannot be"):
         check(tmp_path / "mine" / "a" / "target")
     assert names(tmp_path) == ["mine"]
+
+
+# --- one file of somebody else's ----------------------------------------------
+
+
+def test_a_single_file_is_moved_to_its_name_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model.bin"
+    asked: list[bool] = []
+    with durable.new_single_file(target, lambda: asked.append(target.exists())) as folder:
+        (folder / "any name").write_bytes(b"whole")
+        assert not target.exists() and len(list(target.parent.iterdir())) == 1
+    assert target.read_bytes() == b"whole" and asked == [False, False]
+    assert list(target.parent.iterdir()) == [target]
+    target.chmod(0o600)
+    with durable.new_single_file(target, lambda: None) as folder:
+        (folder / "another").write_bytes(b"new")
+    assert target.read_bytes() == b"new" and mode(target) == 0o600
+
+
+@pytest.mark.parametrize("fails", ["in the block", "after it"])
+def test_a_single_file_that_fails_leaves_the_older_one(tmp_path: Path, fails: str) -> None:
+    target, calls = tmp_path / "model.bin", 0
+    target.write_bytes(b"old")
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if fails == "after it" and calls == 2:
+            raise SafetyError("somebody else's")
+
+    def write() -> None:
+        with durable.new_single_file(target, check) as folder:
+            (folder / "model").write_bytes(b"new")
+            if fails == "in the block":
+                raise SafetyError("no")
+
+    with pytest.raises(SafetyError):
+        write()
+    assert target.read_bytes() == b"old" and names(tmp_path) == ["model.bin"]
+
+
+def test_a_process_that_dies_over_a_single_file_leaves_what_the_next_one_clears(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from pathlib import Path
+from mlxlora_core.files import durable
+with durable.new_single_file(Path(sys.argv[1]), lambda: None) as folder:
+    (folder / "model").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    target = tmp_path / "model.bin"
+    run(code, target)
+    assert not target.exists() and len(list(tmp_path.iterdir())) == 1
+    with durable.new_single_file(target, lambda: None) as folder:
+        (folder / "model").write_bytes(b"whole")
+    assert names(tmp_path) == ["model.bin"] and target.read_bytes() == b"whole"

@@ -22,6 +22,7 @@ from mlxlora_core.model.export import ExportReport, export
 from mlxlora_core.model.export_check import ExportCheck
 from mlxlora_core.plugins import Choice, Component, Plugin, Registry
 from mlxlora_core.plugins.sections import configure
+from mlxlora_core.specs import Exporter, NoOptions
 from mlxlora_core.values import ExportSource, LazyTensor
 
 HF = small_models.REGISTRY.find("exporter", "hf")
@@ -375,3 +376,70 @@ def test_logits_are_those_of_the_model_in_memory(
         stream(outline.module, own_tensors(outline, stored, None))
         want, got = (np.array(model.language_model(ids)) for model in (loaded, outline))
         assert np.abs(got - want).max() < 1e-4 * np.abs(want).max(), family
+
+
+# --- an adapter alone ---------------------------------------------------------
+
+
+def alone(
+    change: Callable[[dict[str, mx.array]], Mapping[str, mx.array]] = lambda held: held, scale: float = 2.0
+) -> Choice:
+    """An exporter of adapters in one file, which may spoil the tensors or the scale."""
+
+    def write(source: ExportSource, target: Path, options: Any) -> None:
+        assert source.adapter is not None and not source.tensors
+        made = change({name: tensor.read() for name, tensor in source.adapter.tensors.items()})
+        record = json.loads(source.adapter.metadata["mlxlora"])
+        record["options"]["scale"] = scale
+        record["paths"] = sorted({name.rpartition(".")[0] for name in made})
+        held = {n: LazyTensor(t.shape, "float32", lambda t=t: t.astype(mx.float32)) for n, t in made.items()}
+        save_tensors(target / "held.safetensors", held, {"mlxlora": json.dumps(record)})
+
+    spec = Exporter(
+        name="alone", summary="s", export=write, takes="adapter", ending=".safetensors", opens="adapter"
+    )
+    plugin = Plugin("alone", "alone", "1", "installed", "alone")
+    return Choice(Component("exporter", spec, plugin), NoOptions())
+
+
+def test_an_adapter_alone_is_held_against_the_one_that_is_on_the_model(
+    folders: Callable[..., Path], registry: Registry, tmp_path: Path
+) -> None:
+    base = folders("llama")
+    adapter = adapter_of(base, registry, tmp_path / "adapter.safetensors")
+    found = checked(base, tmp_path / "out.safetensors", alone(), registry, adapter)
+    assert (found.exact, found.rounded, found.distance, found.tokens) == (14, 0, 0.0, 64)
+    half = alone(lambda held: {name: t.astype(mx.bfloat16) for name, t in held.items()})
+    rounded = checked(base, tmp_path / "half.safetensors", half, registry, adapter)
+    assert rounded.rounded == 14 and 1e-4 < rounded.largest_rounding < 2.0**-7
+    assert 1e-6 < rounded.distance < 1e-2
+
+
+TURNED = "layers.0.attention.wq.lora_b"
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        (alone(scale=4.0), "is changed otherwise: by 1 of the change"),
+        (
+            alone(lambda held: {**held, TURNED: permuted_again(held[TURNED].T).T}),
+            "layers.0.attention.wq is changed otherwise",
+        ),
+        (
+            alone(lambda held: {n: t for n, t in held.items() if "layers.1" in n}),
+            "leaves out layers.0",
+        ),
+        (alone(lambda held: {n: mx.zeros_like(t) for n, t in held.items()}), "is changed otherwise: by 1 of"),
+    ],
+    ids=["another scale", "rows in another order", "linears left out", "nothing in it"],
+)
+def test_a_fault_in_an_adapter_alone_is_4_and_leaves_nothing(
+    folders: Callable[..., Path], registry: Registry, tmp_path: Path, choice: Choice, words: str
+) -> None:
+    base = folders("llama")
+    adapter = adapter_of(base, registry, tmp_path / "adapter.safetensors")
+    with pytest.raises(ModelError) as caught:
+        checked(base, tmp_path / "out.safetensors", choice, registry, adapter)
+    assert words in str(caught.value) and "was not kept" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]

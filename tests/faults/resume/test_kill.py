@@ -82,6 +82,12 @@ def fuse(bench: Bench, folder: Path, *more: object) -> list[object]:
     return ["fuse", "--model", bench.model, "--adapter-file", adapter, "--save-path", folder / "fused", *more]
 
 
+def export(bench: Bench, folder: Path, *more: object) -> list[object]:
+    adapter = bench.folder / "reference-train" / "a.safetensors"
+    base = ["--model", bench.model, "--adapter-file", adapter]
+    return ["export", "--to", "hf", *base, "--out", folder / "exported", *more]
+
+
 def run(bench: Bench, folder: Path) -> list[object]:
     recipe = folder / "recipe.toml"
     recipe.write_text(RECIPE.format(folder=folder / "run", checkpoint=bench.checkpoint, data=bench.data))
@@ -114,6 +120,12 @@ SCENARIOS = {
         tuple(f"fused/{name}" for name in MODEL),
         "fused",
     ),
+    "export": Scenario(
+        export,
+        lambda bench, folder: [export(bench, folder, "--overwrite")],
+        tuple(f"exported/{name}" for name in (*MODEL, "tokenizer_config.json", "README.md", "export.json")),
+        "exported",
+    ),
     "run": Scenario(
         run,
         lambda bench, folder: [run(bench, folder)],
@@ -134,7 +146,7 @@ def reference(bench: Bench) -> Callable[[str], tuple[dict[str, bytes], int]]:
 
     def make(name: str) -> tuple[dict[str, bytes], int]:
         if name not in made:
-            if name == "fuse":
+            if name in ("fuse", "export"):
                 make("train")
             folder = bench.folder / f"reference-{name}"
             folder.mkdir()

@@ -76,6 +76,30 @@ def test_a_disk_that_fills_in_any_part_of_a_conversion(
     assert last[2] == ["model", "model/config.json", "model/model.safetensors", "model/tokenizer.model"]
 
 
+def test_a_disk_that_fills_in_any_part_of_an_export(tmp_path: Path, tiny_model: Path) -> None:
+    """A little too small for all that is known before; for the tokenizer; for what is written last."""
+    place, whole = tmp_path / "disk", tmp_path / "whole"
+    place.mkdir()
+    arguments = ["export", "--to", "hf", "--model", tiny_model, "--out"]
+    assert cli.execute(list(map(str, [*arguments, whole]))) == 0
+    size, lock = bytes_on_disk(whole), 4096
+    mount = "mount -t tmpfs -o size={} none " + str(place)
+    again = "mount -o remount,size={} " + str(place)
+    outcomes = inside(
+        place,
+        (mount.format(64 << 10), [*arguments, place / "out"]),
+        (again.format(size - (20 << 10)), [*arguments, place / "out"]),
+        (again.format(size + lock - 4096), [*arguments, place / "out"]),
+        (again.format(size + lock), [*arguments, place / "out"]),
+    )
+    first, *rest, last = outcomes
+    assert first[0] == 6 and "of disk are needed, 0.06 MB are free" in first[1][-1] and first[2] == []
+    for code, err, there in rest:
+        assert code == 6 and there == []
+        assert "cannot be written: No space left" in err[-1]
+    assert last[0] == 0 and set(last[2]) == {"out", *(f"out/{path.name}" for path in whole.iterdir())}
+
+
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(
     tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
@@ -94,6 +118,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(
         ("true", ["data", "--builder", "jsonl", "--set", f"path={tmp_path}/none", "--out", place / "rows"]),
         ("true", ["train", "--model", tmp_path / "none", "--adapter-file", place / "a.safetensors"]),
         ("true", ["fuse", "--adapter-file", tmp_path / "none", "--save-path", place / "fused"]),
+        ("true", ["export", "--to", "hf", "--model", tmp_path / "none", "--out", place / "out"]),
         ("true", ["run", recipe]),
     )
     for code, err, there in outcomes:
