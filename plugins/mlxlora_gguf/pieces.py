@@ -15,6 +15,7 @@ from mlxlora_core.api import ModelError
 from mlxlora_gguf.vocabulary import BYTE, CONTROL, DEFINED, UNKNOWN, Vocabulary
 
 _VARINT, _BYTES, _FIXED_32 = 0, 2, 5
+SPACE = "\u2581"  # how SentencePiece writes a space
 _BPE = 2  # type of the model
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -62,6 +63,9 @@ def _types(vocabulary: Vocabulary) -> list[int]:
 
 
 def _piece(text: str, score: float, kind: int) -> bytes:
+    """One piece; of those that are found before a text is split GGUF has the spaces as they are."""
+    if kind == DEFINED:
+        text = text.replace(" ", SPACE)
     return _field(1, text.encode()) + struct.pack("<Bf", 2 << 3 | _FIXED_32, score) + _number(3, kind)
 
 

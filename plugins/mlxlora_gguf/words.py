@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.api import ModelError
+from mlxlora_gguf.pieces import SPACE
 from mlxlora_gguf.sentencepiece_model import Pieces
 from mlxlora_gguf.splitting_out import flat
 from mlxlora_gguf.vocabulary import BYTE, CONTROL, DEFINED, NORMAL, UNKNOWN
 
-_SPACE = "\u2581"  # how SentencePiece writes a space
 _PARTS = 64  # letters of a token whose ways to be merged are looked at
 
 
@@ -97,7 +97,12 @@ def like_pieces(document: Mapping[str, Any], pieces: Pieces | None, path: Path) 
 
 def from_pieces(pieces: Pieces) -> Words:
     """The tokens of a ``tokenizer.model``."""
-    words = Words("llama", dict(enumerate(pieces.texts)), dict(enumerate(pieces.types)))
+    # llama.cpp finds these before it writes spaces as letters.
+    texts = [
+        text.replace(SPACE, " ") if kind == DEFINED else text
+        for text, kind in zip(pieces.texts, pieces.types, strict=True)
+    ]
+    words = Words("llama", dict(enumerate(texts)), dict(enumerate(pieces.types)))
     words.scores, words.ids = dict(enumerate(pieces.scores)), dict(pieces.ids)
     words.adds_space = pieces.adds_space
     if not pieces.plain:
@@ -144,9 +149,9 @@ def _adds_space(document: Mapping[str, Any], path: Path) -> bool:
     replaced = adds = False
     for step in flat(document.get("normalizer"), "normalizers"):
         kind = step.get("type")
-        if kind == "Prepend" and step.get("prepend") == _SPACE:
+        if kind == "Prepend" and step.get("prepend") == SPACE:
             adds = True
-        elif kind == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == _SPACE:
+        elif kind == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == SPACE:
             replaced = True
         else:
             _refuse_step(step, path)

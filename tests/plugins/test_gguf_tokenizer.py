@@ -11,7 +11,9 @@ import pytest
 import sentencepiece
 from gguf_files import ARCHITECTURE, BYTE_LEVEL, PIECES
 from mlxlora_gguf.model import open_model, tokenizer_files
+from mlxlora_gguf.sentencepiece_model import read_pieces
 from mlxlora_gguf.splitting import RULES
+from mlxlora_gguf.words import from_pieces
 
 from mlxlora_core.errors import ModelError
 from mlxlora_core.values import TokenizerFiles
@@ -213,6 +215,24 @@ def test_pieces_and_their_types(tmp_path: Path) -> None:
 def test_no_space_in_front_where_the_file_says_so(tmp_path: Path) -> None:
     model = pieces(files_of(tmp_path, PIECES, add_space_prefix=False, add_bos_token=False))
     assert model.encode("he hell", out_type=str) == ["he", "\u2581hell"]
+
+
+def test_several_spaces_are_one_token_where_the_vocabulary_has_it(tmp_path: Path) -> None:
+    """As Gemma has them: found before a text is split, and so with their spaces as they are."""
+    size = len(PIECES[GGML + "tokens"])
+    change = {
+        "tokens": [*PIECES[GGML + "tokens"], "  ", "\n\n"],
+        "token_type": [*PIECES[GGML + "token_type"], 4, 4],
+        "scores": [*PIECES[GGML + "scores"], -1000.0, -1000.0],
+    }
+    files = files_of(tmp_path, PIECES, add_space_prefix=False, **change)
+    model = pieces(files)
+    assert model.encode("he  he\n\nhe", out_type=str) == ["he", "\u2581\u2581", "he", "\n\n", "he"]
+    file = files["tokenizer.model"]
+    content = file if isinstance(file, bytes) else file.read_bytes()
+    words = from_pieces(read_pieces(content, tmp_path))
+    assert (words.texts[size], words.types[size]) == ("  ", 4) and words.texts[size + 1] == "\n\n"
+    assert words.texts[PIECES[GGML + "tokens"].index("\u2581he")] == "\u2581he"
 
 
 def test_ids_that_are_usual_where_none_are_stated(tmp_path: Path) -> None:
