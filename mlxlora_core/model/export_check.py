@@ -138,10 +138,7 @@ def _require_same_args(exported: Exported, opened: StoredModel, args: Any) -> No
     here, there = plain(exported.args), plain(args)
     del here["model_type"]  # llama.cpp has one name for several families
     _drop_unbounded(here)
-    ropes = [
-        {key for key, v in held.items() if key.startswith(_ROPE) and v is not None} for held in (here, there)
-    ]
-    respelt = ropes[0] != ropes[1]  # what they come to shows in the logits
+    respelt = _ropes(here) != _ropes(there)  # what they come to shows in the logits
     other = [
         f"{name} is {there[name]!r}, wanted {value!r}"
         for name, value in here.items()

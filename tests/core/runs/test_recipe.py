@@ -222,8 +222,12 @@ def test_what_core_decides_stands_beside_the_component(recipe: Callable[..., Rec
     assert got.adapter_config == AdapterConfig(("wo",), 4)
     assert got.data_config == SplitConfig(0.2, 3, 1000)
     sets = ("adapter.layers=-1", "adapter.rank=16", "data.test_set_size=0.5", "adapter.targets=wq,wv")
+    sets += ("adapter.overrides=wq: rank=3",)
     got = recipe(text, *sets, "quantize.use=affine", "quantize.head=yes")
-    assert (got.adapter_config, got.adapter.options.rank) == (AdapterConfig(("wq", "wv"), -1), 16)
+    assert (got.adapter_config, got.adapter.options.rank) == (
+        AdapterConfig(("wq", "wv"), -1, ("wq: rank=3",)),
+        16,
+    )
     assert (got.data_config.test_set_size, got.quantize_config.head) == (0.5, True)
     assert got.origins["adapter.layers"] == COMMAND_LINE
     assert got.origins["data.split_seed"] == "mine.toml"
@@ -231,6 +235,7 @@ def test_what_core_decides_stands_beside_the_component(recipe: Callable[..., Rec
         "use": "box:lora",
         "targets": ["wq", "wv"],
         "layers": -1,
+        "overrides": ["wq: rank=3"],
         "options": {"rank": 16},
     }
     # Another adapter goes where the one that it replaces would have gone.
