@@ -61,7 +61,7 @@ class Model:
         Args:
             adapter: its name.
             seed: of its initial values; ``mlxlora train`` has one for these and for :func:`train`.
-            options: ``layers``, ``targets``, and those of the adapter, such as ``rank``.
+            options: ``layers``, ``targets``, ``overrides``, and those of the adapter, such as ``rank``.
 
         Returns:
             This model.

@@ -80,7 +80,12 @@ if TYPE_CHECKING:
     ),
     declare.section(
         "Adapter",
-        click.option("--adapter", help=f"Adapter to train. [default: {DEFAULT_ADAPTER}, or what is resumed]"),
+        click.option(
+            "--adapter",
+            help="Adapter to train, such as lora or dora; --set adapter.KEY=VALUE sets its options, targets "
+            "(names, patterns, all-linear) and overrides among them. "
+            f"[default: {DEFAULT_ADAPTER}, or what is resumed]",
+        ),
         click.option(
             "--lora-layers", metavar="LAYERS", help="Adapt the top so many layers; -1 is all. [default: 16]"
         ),

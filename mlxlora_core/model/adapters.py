@@ -229,7 +229,10 @@ def load(
         ModelError: a file of another base, kind, rank or set of layers.
         PluginError: no such adapter, or one that breaks its contract.
     """
-    if METADATA not in tensor_file.stated(path):
+    stated = tensor_file.stated(path)
+    if METADATA not in stated:
+        if tensor_file.FINGERPRINT in stated:
+            check_whole(tensor_file.load(path)[0], stated[tensor_file.FINGERPRINT], path)
         opened = open_foreign_adapter(path, model, registry, name, values)
         return _attach_tensors(
             path, model, opened.choice, opened.config, opened.linears, opened.tensors, opened.notes

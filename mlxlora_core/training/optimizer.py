@@ -102,6 +102,7 @@ class Groups(optimizers.MultiOptimizer):
 
     @learning_rate.setter
     def learning_rate(self, rate: float | mx.array) -> None:
+        """Set it, and with it those of the other groups."""
         for optimizer, factor in zip(self.optimizers, self._factors, strict=True):
             optimizer.learning_rate = rate * factor
 

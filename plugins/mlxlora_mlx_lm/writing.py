@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,8 +43,9 @@ def write(source: ExportSource, target: Path) -> None:
         "model": source.base,
     }
     write_json(target / CONFIG, config)
-    if source.card:
-        write_text(target / "README.md", source.card)
+    head = ["---", f"base_model: {json.dumps(source.base)}", "library_name: mlx", "---", ""]
+    card = source.card or "An adapter, trained with mlxlora."
+    write_text(target / "README.md", "\n".join([*head, card.rstrip("\n"), ""]))
 
 
 def _updates(adapter: ExportAdapter, kind: str) -> tuple[dict[str, LowRank], dict[str, mx.array]]:

@@ -211,7 +211,7 @@ def _alpha(value: float) -> float:
 def _card(base: str, card: str) -> str:
     """A card that says which library reads this, and for which model."""
     head = ["---", f"base_model: {json.dumps(base)}", "library_name: peft", "---"]
-    return "\n".join([*head, "", card or "An adapter, trained with mlxlora.", ""])
+    return "\n".join([*head, "", (card or "An adapter, trained with mlxlora.").rstrip("\n"), ""])
 
 
 def _held(tensor: mx.array) -> LazyTensor:

@@ -13,11 +13,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import small_tokenizers
+from safetensors.numpy import load_file
 
 from mlxlora_core import plugins as registry
+from mlxlora_core.api import neighbour_rows
 from mlxlora_core.specs import Exporter
 from mlxlora_core.testing.exporter import ExporterSuite
-from mlxlora_core.values import ExportSource
+from mlxlora_core.values import ExportAdapter, ExportSource
 
 EXPORTERS = {c.spec.name: c.spec for c in registry.load(environ={registry.ALLOW_LIST: ""}).of("exporter")}
 
@@ -81,6 +83,42 @@ class TestMlxLm(TestHf):
             if name.endswith("weight"):
                 found[name] = np.array(array.astype(mx.float32))
         return found
+
+
+class TestPeftAdapter(TestHf):
+    """Heads of 8 features, whose halves PEFT's library has against each other."""
+
+    spec = EXPORTERS["peft"]
+    option_sets = ({}, {"base": "org/name"})
+    rows = neighbour_rows(4, 8)
+
+    def read(self, folder: Path, options: Any) -> Mapping[str, np.ndarray]:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == (options.base or "a base")
+        assert (config["r"], config["lora_alpha"]) == (2, 4)
+        held = load_file(folder / "adapter_model.safetensors")
+        path = f"base_model.model.{self.foreign.removesuffix('.weight')}"
+        a, b = held.pop(f"{path}.lora_A.weight"), held.pop(f"{path}.lora_B.weight")
+        assert not held
+        return {f"{self.adapted}.lora_a": a.T, f"{self.adapted}.lora_b": b.T[:, self.rows]}
+
+    def error_bound(self, options: Any) -> float:
+        return 0.0
+
+
+class TestMlxLmAdapter(TestPeftAdapter):
+    spec = EXPORTERS["mlx-lm-adapter"]
+    option_sets = ({},)
+
+    def adapter(self) -> ExportAdapter:
+        return replace(super().adapter(), layers=1)  # the only one, so that it is the top one
+
+    def read(self, folder: Path, options: Any) -> Mapping[str, np.ndarray]:
+        held = load_file(folder / "adapters.safetensors")
+        path = self.foreign.removesuffix(".weight")
+        a, b = held.pop(f"{path}.lora_a"), held.pop(f"{path}.lora_b")
+        assert not held
+        return {f"{self.adapted}.lora_a": a, f"{self.adapted}.lora_b": b[:, self.rows]}
 
 
 GGUF_CONFIG = {

@@ -172,8 +172,7 @@ def test_what_peft_has_made_does_here_what_it_does_there_and_comes_back(
     bases: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
     base = bases("llama")
-    saved = {"save_embedding_layers": False} if kind == "head" else {}
-    adapter = made_by_peft(base, tmp_path / "peft", KINDS[kind](), **saved)
+    adapter = made_by_peft(base, tmp_path / "peft", KINDS[kind]())
     want, plain = theirs(base, adapter), theirs(base)
     assert apart(plain, want) > 0.02  # or agreeing would say nothing
     assert apart(ours(base, adapter), want) < CLOSE
@@ -182,7 +181,7 @@ def test_what_peft_has_made_does_here_what_it_does_there_and_comes_back(
     held, again = (json.loads((folder / "adapter_config.json").read_text()) for folder in (adapter, back))
     names = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "d_initial")
     assert {n: held.get(n) for n in names} == {n: again.get(n) for n in names}
-    if kind != "embedding":  # PEFT saves the embedding of the base too
+    if kind not in ("embedding", "head"):  # with which PEFT saves the base's own weights
         same_tensors(adapter / "adapter_model.safetensors", back / "adapter_model.safetensors")
     again_theirs = made_again(base, back, tmp_path / "again")
     same_tensors(back / "adapter_model.safetensors", again_theirs / "adapter_model.safetensors")
@@ -440,3 +439,141 @@ def test_what_mlx_lm_cannot_say_is_refused_by_name(
         exported(base, file, tmp_path / "there", "mlx-lm-adapter")
     assert says in str(fault.value) and "--to peft" in str(fault.value)
     assert not (tmp_path / "there").exists()
+
+
+# --- what is not converted ----------------------------------------------------
+
+#: what PEFT is asked for -> what is said here of what it saves
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save ['lm_head']"),
+    "bias": ({"bias": "all"}, "bias 'all'"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias True"),
+    "tokens": ({"trainable_token_indices": [1, 5]}, "trainable_token_indices [1, 5]"),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
+    "olora": ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
+    "alora": ({"alora_invocation_tokens": [4], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens [4]"),
+    "layer_replication": ({"layer_replication": [(0, 2), (1, 3)]}, "layer_replication [[0, 2], [1, 3]]"),
+    "parameters": ({"target_parameters": ["lm_head.weight"]}, "target_parameters ['lm_head.weight']"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_peft_saves_and_is_not_computed_here_is_refused_by_name(
+    bases: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    asked, says = REFUSED[name]
+    base = bases("llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **asked})
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError) as fault:
+        ours(base, tmp_path)
+    line = str(fault.value)
+    assert says in line and str(tmp_path) in line and "\n" not in line and len(line.encode()) < 2000
+
+
+def test_embeddings_that_peft_saves_whole_are_refused(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    adapter = made_by_peft(bases("llama"), tmp_path, config, save_embedding_layers=True)
+    with pytest.raises(
+        ModelError, match=r"holds whole embeddings or heads .save_embedding_layers.*embed_tokens"
+    ):
+        ours(bases("llama"), adapter)
+
+
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig", "AdaLoraConfig", "OFTConfig"])
+def test_other_kinds_of_peft_are_refused_by_name(
+    bases: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    base = bases("llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    more = {"total_step": 10} if kind == "AdaLoraConfig" else {}
+    config = getattr(peft, kind)(target_modules=["q_proj"], **more)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"peft_type is '{config.peft_type.value}', wanted LORA, IA3, VERA"):
+        ours(base, tmp_path)
+
+
+def test_pissa_that_peft_has_converted_is_a_lora(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    base = bases("llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=ATTENTION, init_lora_weights="pissa")
+    model = peft.get_peft_model(model, config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.05)
+        want = np.asarray(model(torch.tensor(IDS)).logits)
+    model.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=tmp_path / "start")
+    assert apart(ours(base, tmp_path / "lora"), want) < CLOSE
+    assert apart(ours(base), want) > 0.01
+
+
+def test_an_embedding_that_is_the_head_too(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """PEFT adapts the one and leaves the other; here, and in mlx-lm, they are one."""
+    base = bases("gemma3_text")
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens"])
+    adapter = made_by_peft(base, tmp_path / "peft", config)
+    with pytest.raises(ModelError, match="adapts tok_embeddings and not the output head"):
+        ours(base, adapter)
+    file = made_here(base, tmp_path / "a.safetensors", targets=("tok_embeddings",), layers=-1)
+    with pytest.raises(ModelError, match="is embedding and output head in one, of which PEFT adapts"):
+        exported(base, file, tmp_path / "out", "peft")
+
+
+# --- faults that these tests are there to find --------------------------------
+
+
+def test_without_the_order_of_rows_the_numbers_are_others(
+    bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlxlora_core.model import foreign_linears
+
+    base = bases("llama")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj"])
+    adapter = made_by_peft(base, tmp_path / "peft", config)
+    want, part = theirs(base, adapter), foreign_linears._part
+    monkeypatch.setattr(
+        foreign_linears, "_part", lambda path, own, rows=None, start=None: part(path, own, None, start)
+    )
+    assert apart(ours(base, adapter), want) > 100 * CLOSE
+
+
+def test_without_the_rank_in_the_scale_the_numbers_are_others(
+    bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = bases("llama")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj"])
+    adapter = made_by_peft(base, tmp_path / "peft", config)
+    want = theirs(base, adapter)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 8 * 4}))
+    assert apart(ours(base, adapter), want) > 100 * CLOSE
+
+
+# --- a real model -------------------------------------------------------------
+
+
+def test_smollm2_with_adapters_of_peft_and_of_ours(smollm2: Path, mlx_lm: Any, tmp_path: Path) -> None:
+    """30 layers of 576 features, 9 heads over 3, dense and in float32: as PEFT and mlx-lm compute them."""
+    ids = [[504, 3575, 282, 4649, 314, 7042, 28, 284, 260, 3575, 282, 4521, 314, 11452, 30]]
+    base = tmp_path / "base"
+    mlxlora.export(smollm2, "hf", base, dtype="float32")
+    adapter = made_by_peft(
+        base,
+        tmp_path / "peft",
+        peft.LoraConfig(r=4, lora_alpha=10, target_modules=LINEARS, layers_to_transform=list(range(20, 30))),
+        noise=0.02,
+    )
+    want = theirs(base, adapter, ids)
+    assert apart(theirs(base, None, ids), want) > 0.01
+    assert apart(ours(base, adapter, ids), want) < CLOSE
+    there = exported(base, adapter, tmp_path / "mlx-lm", "mlx-lm-adapter")
+    model, _ = mlx_lm.load_model(base)
+    mlx_lm.load_adapters(model, str(there))
+    model.eval()
+    assert apart(np.array(model(mx.array(ids)).astype(mx.float32)), want) < CLOSE

@@ -124,7 +124,8 @@ def test_a_folder_that_mlx_lm_reads(tmp_path: Path) -> None:
     held = load_file(tmp_path / "adapters.safetensors")
     assert held.keys() == {f"{path}.{part}" for path in updates for part in ("lora_a", "lora_b")}
     assert (held["lm_head.lora_b"] == updates["lm_head"].b).all()
-    assert (tmp_path / "README.md").read_text() == "# Card\n"
+    card = '---\nbase_model: "the/base"\nlibrary_name: mlx\n---\n\n# Card\n'
+    assert (tmp_path / "README.md").read_text() == card
 
 
 def test_outputs_go_back_into_the_order_there(tmp_path: Path) -> None:

@@ -677,7 +677,7 @@ WQ, DEEP = "layers.0.attention.wq", "layers.1.attention.wq"
         (both("model.vision_tower.layers.0.self_attn.q_proj"), "which this model does not have"),
         (
             {WQ + ".weight": mx.ones((32, 32))},
-            "no adapter loader knows this file (there is mlx-lm, peft): it holds layers.0.attention.wq",
+            "mlx-lm, peft): it holds layers.0.attention.wq.weight",
         ),
         (both(WQ) | {"norm.weight": mx.ones((32,))}, "holds norm.weight beside the updates"),
         ({}, "holds no"),

@@ -14,6 +14,7 @@ import pytest
 import small_tokenizers
 
 from mlxlora_core.errors import ModelError, PluginError
+from mlxlora_core.files import tensor_file
 from mlxlora_core.files.lazy_rows import neighbour_rows
 from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.loading import Model
@@ -250,6 +251,20 @@ def test_what_nobody_knows_is_taken_for_what_the_user_names(
         adapters.load(tmp_path, load(), nobody, "lora")
     with pytest.raises(ModelError, match="there is no such file"):
         adapters.load(tmp_path / "absent.npz", load(), nobody)
+
+
+def test_a_file_that_states_a_fingerprint_is_held_against_it(
+    load: Callable[..., Model], registry: Registry, tmp_path: Path
+) -> None:
+    path = tmp_path / "adapters.safetensors"
+    held = {f"layers.1.attention.wq.{n}": mx.ones(s) for n, s in (("lora_a", (32, 2)), ("lora_b", (2, 32)))}
+    tensor_file.save(path, held.items(), {}, 2)
+    adapters.load(path, load(), registry)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match="is damaged: its tensors are not those that were written"):
+        adapters.load(path, load(), registry)
 
 
 def test_an_update_of_an_embedding_alone_where_that_is_the_head_too(

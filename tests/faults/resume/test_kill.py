@@ -88,6 +88,22 @@ def export(bench: Bench, folder: Path, *more: object) -> list[object]:
     return ["export", "--to", "hf", *base, "--out", folder / "exported", *more]
 
 
+def export_one_file(bench: Bench, folder: Path, *more: object) -> list[object]:
+    adapter = bench.folder / "reference-train" / "a.safetensors"
+    base = ["--model", bench.model, "--adapter-file", adapter]
+    return [
+        "export",
+        "--to",
+        "gguf",
+        "--set",
+        "export.context_length=64",
+        *base,
+        "--out",
+        folder / "exported.gguf",
+        *more,
+    ]
+
+
 def run(bench: Bench, folder: Path) -> list[object]:
     recipe = folder / "recipe.toml"
     recipe.write_text(RECIPE.format(folder=folder / "run", checkpoint=bench.checkpoint, data=bench.data))
@@ -126,6 +142,12 @@ SCENARIOS = {
         tuple(f"exported/{name}" for name in (*MODEL, "tokenizer_config.json", "README.md", "export.json")),
         "exported",
     ),
+    "export one file": Scenario(
+        export_one_file,
+        lambda bench, folder: [export_one_file(bench, folder, "--overwrite")],
+        ("exported.gguf",),
+        "exported.gguf",
+    ),
     "run": Scenario(
         run,
         lambda bench, folder: [run(bench, folder)],
@@ -146,7 +168,7 @@ def reference(bench: Bench) -> Callable[[str], tuple[dict[str, bytes], int]]:
 
     def make(name: str) -> tuple[dict[str, bytes], int]:
         if name not in made:
-            if name in ("fuse", "export"):
+            if name in ("fuse", "export", "export one file"):
                 make("train")
             folder = bench.folder / f"reference-{name}"
             folder.mkdir()
