@@ -284,7 +284,8 @@ class Exporter(Spec):
         takes: ``model`` for a model with an adapter, if there is one, in its weights;
             ``adapter`` for an adapter alone, which there then must be.
         packed: whether quantized weights are handed over packed, with these options. One that
-            an adapter changes is then quantized again. None for dense weights always.
+            an adapter changes is then quantized again. Where it says no, they come expanded to
+            float32, not rounded to the type of their scales. None for dense weights always.
         ending: of the one file that it writes, such as ``.gguf``, where that is what the other
             tool reads: a target with this ending is then that file, and no folder.
         wrote: whether a file with this ending is one that it has written, and may be replaced.

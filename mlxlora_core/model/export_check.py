@@ -181,7 +181,7 @@ def _equal(here: Any, there: Any) -> bool:
 def _rounds(exported: Exported) -> bool:
     """Whether weights were rounded before they were written: to a type, or to bits."""
     weights = weights_of(exported.model, exported.stored, exported.adapted)
-    return any(weight.rounds(packed=exported.packed) for weight in weights.values())
+    return any(weight.rounds(packed=exported.packed, exact=exported.exact) for weight in weights.values())
 
 
 # --- an adapter ---------------------------------------------------------------

@@ -66,9 +66,14 @@ class Exported:
             return False
         return self.exporter.component.checked("packed", asked(self.exporter.options), bool)
 
+    @property
+    def exact(self) -> bool:
+        """Whether an exporter that could take them packed takes them dense: it rounds them itself."""
+        return self.exporter.component.spec.packed is not None and not self.packed
+
     def own_tensors(self) -> dict[str, LazyTensor]:
         """Every parameter under its name here, as the exporter is handed it."""
-        return own_tensors(self.model, self.stored, self.adapted, packed=self.packed)
+        return own_tensors(self.model, self.stored, self.adapted, packed=self.packed, exact=self.exact)
 
     def places(self) -> dict[str, ForeignTensor]:
         """Parameter -> how it is stored in the exporter's layout, where it asks for one."""

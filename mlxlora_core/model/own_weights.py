@@ -59,8 +59,10 @@ class Weight:
             None if self.wrapped is not None or isinstance(self.linear, Quantized) else self.parts["weight"]
         )
 
-    def rounds(self, *, packed: bool) -> bool:
+    def rounds(self, *, packed: bool, exact: bool) -> bool:
         """Whether it is rounded where it is written as :meth:`dense` or as a packed one has it."""
+        if exact:
+            return False
         if packed and isinstance(self.linear, Quantized):
             return self.wrapped is not None
         return self.untouched is None and self.dtype != "float32"
@@ -88,16 +90,17 @@ class Weight:
         component = adapted.choice.component
         return replace(stored, read=lambda: adapters.fused_bias(component, wrapped, stored.read()))
 
-    def dense(self) -> LazyTensor:
-        """It as one tensor of the type that it is stored in."""
+    def dense(self, *, exact: bool = False) -> LazyTensor:
+        """It as one tensor of the type that it is stored in; ``exact``: of float32 if it would be rounded."""
         untouched = self.untouched
         if untouched is not None:
             return untouched
+        dtype = "float32" if exact else self.dtype
 
         def read() -> mx.array:
-            return cast(self.name, self.exact(), DTYPES[self.dtype], self.model.folder)
+            return cast(self.name, self.exact(), DTYPES[dtype], self.model.folder)
 
-        return LazyTensor(self.shape, self.dtype, read)
+        return LazyTensor(self.shape, dtype, read)
 
 
 def own_tensors(
@@ -106,6 +109,7 @@ def own_tensors(
     adapted: adapters.Adapted | None,
     *,
     packed: bool = False,
+    exact: bool = False,
     fused: bool = True,
 ) -> dict[str, LazyTensor]:
     """Every parameter of the model that a folder and an adapter are.
@@ -116,6 +120,8 @@ def own_tensors(
         adapted: the adapter, or None.
         packed: whether quantized weights stay packed; they are then given as float32, and their parts
             beside that.
+        exact: whether weights that are expanded, or that an adapter changes, are float32, not rounded to
+            the type that is stored.
         fused: whether the adapter's change is in the weights, or they are those of the base.
     """
     weights = weights_of(model, stored, adapted)
@@ -132,7 +138,7 @@ def own_tensors(
             tensors[name] = weight.bias(tensor)
         elif weight.name not in tensors:
             keep = packed and isinstance(weight.linear, Quantized)
-            tensors[weight.name] = again.packed(weight) if keep else weight.dense()
+            tensors[weight.name] = again.packed(weight) if keep else weight.dense(exact=exact)
     return tensors
 
 
