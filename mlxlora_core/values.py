@@ -299,10 +299,10 @@ class ExportAdapter:
     Attributes:
         name: full id of the adapter.
         options: its options, as plain values.
-        overrides: path -> options that differ there.
         paths: module paths of the linears that it changes.
         tensors: name -> parameter of the adapter, as an adapter file holds it.
         metadata: what its file says of itself, to be kept where there is a place for it.
+        overrides: path -> options that differ there.
         low_rank: path -> its update of that linear, where that is a low-rank one and nothing else.
         places: path -> the weight of that linear in the layout that the exporter asked for.
         heights: name there -> rows of a weight there that holds those of several linears.
@@ -313,8 +313,8 @@ class ExportAdapter:
     options: Mapping[str, Any]
     paths: tuple[str, ...]
     tensors: Mapping[str, LazyTensor]
-    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     low_rank: Mapping[str, LowRank] = field(default_factory=dict)
     places: Mapping[str, ForeignTensor] = field(default_factory=dict)
     heights: Mapping[str, int] = field(default_factory=dict)

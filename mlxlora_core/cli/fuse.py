@@ -27,7 +27,6 @@ ROUNDED_AWAY = 0.5
     declare.quantize,
     click.option(
         "--adapter-file",
-        "adapter_files",
         type=declare.INPUT,
         required=True,
         multiple=True,
@@ -35,7 +34,6 @@ ROUNDED_AWAY = 0.5
     ),
     click.option(
         "--adapter-weight",
-        "weights",
         type=float,
         multiple=True,
         metavar="FACTOR",
@@ -62,8 +60,8 @@ ROUNDED_AWAY = 0.5
 def command(
     registry: Registry,
     model: str,
-    adapter_files: tuple[Path, ...],
-    weights: tuple[float, ...],
+    adapter_file: tuple[Path, ...],
+    adapter_weight: tuple[float, ...],
     adapter: str | None,
     base_mismatch: str,
     save_path: Path,
@@ -93,10 +91,10 @@ def command(
     from mlxlora_core.model.several import shares_of
 
     asked, any_base = given.get("adapter", {}), base_mismatch == "allow"
-    files = [AdapterFile(path, adapter, asked, any_base) for path in adapter_files]
+    files = [AdapterFile(path, adapter, asked, any_base) for path in adapter_file]
     events = fuse(
         located(model).path,
-        shares_of(files, weights),
+        shares_of(files, adapter_weight),
         save_path,
         registry,
         quantization=quantization,

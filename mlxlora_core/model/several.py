@@ -53,8 +53,11 @@ def shares_of(files: Sequence[AdapterFile], weights: Sequence[float]) -> list[Ad
     """Adapter files, each with its share of the change; 1 each where no weights are given.
 
     Raises:
-        UsageError: as many weights as files are wanted, or none.
+        UsageError: as many weights as files are wanted, or none; one is no finite number.
     """
+    odd = [weight for weight in weights if not _is_number(weight)]
+    if odd:
+        raise UsageError(f"the weight of an adapter is {odd[0]!r}, wanted 0 or a number from 1e-37 to 1e38")
     if weights and len(weights) != len(files):
         raise UsageError(f"{len(weights)} weights are given for {len(files)} adapter files")
     return [AdapterShare(*pair) for pair in zip(files, weights or [1.0] * len(files), strict=True)]
@@ -369,4 +372,6 @@ def _module(place: _Place, state: _State) -> nn.Module:
 
 
 def _is_number(share: Any) -> bool:
-    return isinstance(share, int | float) and not isinstance(share, bool) and math.isfinite(share)
+    """Whether it is a number that float32 holds."""
+    plain = isinstance(share, int | float) and not isinstance(share, bool) and math.isfinite(share)
+    return plain and (share == 0 or 1e-37 <= abs(share) <= 1e38)

@@ -25,6 +25,8 @@ class LayoutTests:
     raw: Mapping[str, Any]
     checkpoint: Mapping[str, tuple[int, ...]]
     layout: str
+    #: layouts in which other tools could not compute ``raw``, so that it is read and not written there
+    unsaid: Sequence[str] = ()
 
     def reader(self) -> Architecture | Layout:
         """What reads ``raw``: the architecture, or one of its layouts."""
@@ -77,7 +79,7 @@ class LayoutTests:
             try:
                 written = layout.write(args)
             except ModelError:
-                assert name != self.layout, f"{name} cannot say what it has read"
+                assert name != self.layout or name in self.unsaid, f"{name} cannot say what it has read"
                 continue
             again = foreign_args(layout, written, {n: array.shape for n, array in theirs.items()})
             assert again == args, f"{name} reads {again} out of what it writes, wanted {args}"

@@ -125,7 +125,7 @@ def test_a_quantized_mixture_is_measured_trained_fused_and_asked(
     assert trained["test"]["loss"] < base["loss"]
     record = json.loads(tensor_file.load(adapter)[1]["mlxlora"])
     assert record["paths"] == [f"blocks.{LAYERS - 1}.router"]
-    assert record["config"] == {"targets": ["all-linear"], "layers": 1}
+    assert record["config"] == {"targets": ["all-linear"], "layers": 1, "overrides": []}
     report = run("fuse", "--model", model, "--adapter-file", adapter, "--save-path", fused)
     assert report["linears"] == 1 and report["distance"] < 0.2 * report["base_distance"]
     alone = run("evaluate", "--model", fused, "--data", tiny_data)

@@ -57,6 +57,7 @@ COMMANDS = {
     "fuse": "--model $MODEL --adapter-file $ADAPTER --save-path $FOLDER/fused --overwrite",
     "export": "--model $MODEL --to npz --out $FOLDER/out --overwrite",
     "plugins": "",
+    "adapters": "$FOLDER",
     "components": "",
     "options": "sampler top-p",
     "doctor": "",

@@ -89,6 +89,7 @@ def test_files_beside_tokenizer_json(tmp_path: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "chat_template": "{{ messages }}",
+        "gguf_keys": {"pre": "smollm"},  # what no other key says, for the way back
     }
     assert read(files, "generation_config.json") == {
         "bos_token_id": 261,

@@ -18,6 +18,7 @@ from mlxlora_core.model import fuse as fusing
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.events import result_of
 from mlxlora_core.model.own_weights import own_tensors
+from mlxlora_core.model.several import AdapterShare
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.sections import configure
 
@@ -82,7 +83,9 @@ def test_it_is_fused_and_exported_as_what_it_does(
     adapters.load(path, model, registry)
     want = model.language_model(TOKENS)
     assert mx.abs(want - before).max() > 1e-2
-    report = result_of(fusing.fuse(folder, AdapterFile(path), tmp_path / "fused", registry, dequantize=True))
+    report = result_of(
+        fusing.fuse(folder, [AdapterShare(AdapterFile(path))], tmp_path / "fused", registry, dequantize=True)
+    )
     assert report.distance < 1e-5 < 1e-3 < report.base_distance
     fused = loading.load(tmp_path / "fused", registry)
     np.testing.assert_allclose(fused.language_model(TOKENS), want, atol=1e-4)

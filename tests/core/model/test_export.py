@@ -21,6 +21,7 @@ from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.events import result_of
 from mlxlora_core.model.export import ExportReport, export, holds_only_an_export
 from mlxlora_core.model.fuse import fuse
+from mlxlora_core.model.several import AdapterShare
 from mlxlora_core.model.weights import read_weights
 from mlxlora_core.plugins import Choice, Component, Plugin, Registry
 from mlxlora_core.specs import Exporter, NoOptions
@@ -104,7 +105,7 @@ def test_an_adapter_is_in_the_weights_as_fuse_puts_it_there(
 ) -> None:
     base = model_folder(dtype="float16")
     adapter = make_adapter(base)
-    result_of(fuse(base, AdapterFile(adapter), tmp_path / "fused", registry))
+    result_of(fuse(base, [AdapterShare(AdapterFile(adapter))], tmp_path / "fused", registry))
     report = exported(base, tmp_path / "out", registry, adapter)
     found, want = numbers(tmp_path / "out"), stored(tmp_path / "fused")
     assert report.adapter == "lora:lora"

@@ -17,6 +17,7 @@ from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.model.events import result_of
 from mlxlora_core.model.export import ExportReport, export
 from mlxlora_core.model.fuse import fuse
+from mlxlora_core.model.several import AdapterShare
 from mlxlora_core.model.weights import read_weights
 from mlxlora_core.plugins import Choice, Component, Plugin, Registry
 from mlxlora_core.specs import Exporter, NoOptions
@@ -130,7 +131,7 @@ def test_an_adapter_in_a_packed_weight_is_quantized_again_as_fuse_does(
 ) -> None:
     base = model_folder(dtype="float16", bits=4, head=True)
     adapter = make_adapter(base)
-    result_of(fuse(base, AdapterFile(adapter), tmp_path / "fused", registry))
+    result_of(fuse(base, [AdapterShare(AdapterFile(adapter))], tmp_path / "fused", registry))
     kept = Kept(packed=lambda options: True)
     kept.of(base, tmp_path / "out", registry, adapter)
     want = stored(tmp_path / "fused")

@@ -20,6 +20,7 @@ from mlxlora_core.model.events import result_of
 from mlxlora_core.model.fuse import fuse
 from mlxlora_core.model.linears import QuantizedLinear, dense_weight, linears
 from mlxlora_core.model.quantization import pack
+from mlxlora_core.model.several import AdapterShare
 from mlxlora_core.options import NoOptions
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.sections import Quantization, configure
@@ -213,7 +214,14 @@ def test_options_may_differ_from_linear_to_linear(
 
     adapted = adapters.attach(model, *configure(registry.find("adapter", "lora"), {"rank": 2}), 0)
     adapters.save(tmp_path / "a.safetensors", model, adapted)
-    result_of(fuse(copy, adapters.AdapterFile(tmp_path / "a.safetensors"), tmp_path / "fused", registry))
+    result_of(
+        fuse(
+            copy,
+            [AdapterShare(adapters.AdapterFile(tmp_path / "a.safetensors"))],
+            tmp_path / "fused",
+            registry,
+        )
+    )
     fused = dict(linears(loading.load(tmp_path / "fused", registry).module))
     # The adapter changes nothing yet: 8 bits again are nearer than 4 could be.
     away = mx.linalg.norm(dense_weight(fused[eight]) - again.weight) / mx.linalg.norm(again.weight)

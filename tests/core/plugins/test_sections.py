@@ -54,7 +54,7 @@ def test_all_faults_are_told_at_once_with_both_places_in_mind() -> None:
     message = str(caught.value)
     assert message.startswith("here.toml:3: adapter 'low' option 'rank': must be at least 1, got 0")
     assert "option 'layers': wanted a whole number, got 'x'" in message
-    assert "no option 'layres' (did you mean 'layers'? it has rank, targets, layers)" in message
+    assert "no option 'layres' (did you mean 'layers'? it has rank, targets, layers, overrides)" in message
 
 
 @pytest.mark.parametrize("layers", [0, -2])

@@ -99,6 +99,10 @@ def export(base: Base) -> dict[str, Any]:
     return {"to": "npz", "model": base.model, "out": "out"}
 
 
+def adapters(base: Base) -> dict[str, Any]:
+    return {"paths": base.adapter, "models": base.model}
+
+
 def report(base: Base) -> dict[str, Any]:
     return {}
 
@@ -110,7 +114,8 @@ def run(base: Base) -> dict[str, Any]:
 
 
 WORKING: dict[str, Callable[[Base], dict[str, Any]]] = {
-    verb.__name__: verb for verb in (convert, data, train, evaluate, generate, fuse, export, report, run)
+    verb.__name__: verb
+    for verb in (convert, data, train, evaluate, generate, fuse, export, adapters, report, run)
 }
 
 
