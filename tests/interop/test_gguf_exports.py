@@ -103,7 +103,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def float32(smollm2: Path, room: Path) -> Path:
-    return export(smollm2, "gguf", room / "f32.gguf", options={"type": "F32"})
+    return export(smollm2, "gguf", room / "f32.gguf", type="F32")
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_packed_weights_compute_the_same_but_for_8_bits(
     smollm2: Path, room: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """``auto`` is Q4_1 without loss. The mean is compared, and single numbers with what 8 bits do here."""
-    path = export(smollm2, "gguf", room / f"{kind}.gguf", options={"type": kind})
+    path = export(smollm2, "gguf", room / f"{kind}.gguf", type=kind)
     want, found = here(path, TEXT), followed(LlamaCpp(path), TEXT)
     apart = (found - want)[np.isfinite(found)]
     times: Callable[..., mx.array] = linears.Quantized._times
