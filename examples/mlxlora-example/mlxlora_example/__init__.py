@@ -66,7 +66,7 @@ def wrap(linear: nn.Module, place: Place, options: NoOptions) -> nn.Module | Non
     """See :class:`mlxlora_example.scaling.ScaledLinear`; a stack of linears is left alone."""
     from mlxlora_example.scaling import ScaledLinear
 
-    return ScaledLinear(linear) if len(place.shape) == 2 else None
+    return ScaledLinear(linear) if place.kind == "linear" and len(place.shape) == 2 else None
 
 
 def fuse(module: nn.Module, weight: mx.array) -> mx.array:
