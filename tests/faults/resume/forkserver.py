@@ -283,7 +283,7 @@ def _be_off_by_one_row() -> None:
 def _forget_the_adapter() -> None:
     from mlxlora_core.model import adapters
 
-    adapters.fill = lambda path, model: None
+    adapters.fill = lambda path, model, adapted: None
 
 
 MUTANTS: dict[str, Mutant] = {
