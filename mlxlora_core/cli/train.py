@@ -82,8 +82,8 @@ if TYPE_CHECKING:
         "Adapter",
         click.option(
             "--adapter",
-            help="Adapter to train, such as lora or dora; --set adapter.KEY=VALUE sets its options, targets "
-            "(names, patterns, all-linear) and overrides among them. "
+            help="Adapter to train, such as lora or dora. Its options, its targets (names, patterns, "
+            "all-linear) and its overrides are keys of `adapter` for --set. "
             f"[default: {DEFAULT_ADAPTER}, or what is resumed]",
         ),
         click.option(

@@ -513,8 +513,9 @@ def test_what_core_decides_is_set_and_explained_as_an_option_is(
         "extra_rows": True,
     }
     assert "beside use" not in mlxlora("options", "sampler", "top-k").out
-    (lora,) = json.loads(mlxlora("components", "adapter", "--json").out)
-    assert (lora["options"], lora["section"]) == (["rank", "scale", "dropout"], ["targets", "layers"])
+    found = {one["name"]: one for one in json.loads(mlxlora("components", "adapter", "--json").out)}
+    assert found["lora"]["options"] == ["rank", "scale", "dropout"]
+    assert found["lora"]["section"] == ["targets", "layers", "overrides"]
 
     sets = ("--set", "test_set_size=0.5", "--set", "data.split_seed=3")
     path = ("--set", f"path={tiny_data / 'train.jsonl'}")
