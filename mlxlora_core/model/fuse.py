@@ -23,8 +23,8 @@ from mlxlora_core.model.folder import CONFIG, SOURCE
 from mlxlora_core.model.linears import Quantized, dense_weight, parameters
 from mlxlora_core.model.loading import Model
 from mlxlora_core.model.memory import require_for
-from mlxlora_core.model.quantization import without_quantization
-from mlxlora_core.model.regrouping import Regrouped, TriedGroupSize, regrouped_config, repacked, search
+from mlxlora_core.model.quantization import repacked, without_quantization
+from mlxlora_core.model.regrouping import Regrouped, TriedGroupSize, regrouped_config, search
 from mlxlora_core.model.several import AdapterSet, AdapterShare
 from mlxlora_core.model.stored import StoredModel, bytes_of, open_stored
 from mlxlora_core.model.weights import SMALLER, WEIGHTS

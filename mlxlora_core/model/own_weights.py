@@ -17,7 +17,7 @@ from mlxlora_core.model import adapters
 from mlxlora_core.model.casting import DTYPES, cast
 from mlxlora_core.model.linears import Quantized, linears
 from mlxlora_core.model.loading import Model
-from mlxlora_core.model.quantization import expanded, pack
+from mlxlora_core.model.quantization import expanded, repacked
 from mlxlora_core.options import plain
 from mlxlora_core.values import LazyTensor, PackedTensor
 
@@ -188,10 +188,7 @@ class _Requantizing:
             quantization = weight.linear.quantization
             # In the type of its parts, as when the base itself was quantized.
             exact = cast(weight.name, weight.exact(), DTYPES[weight.dtype], weight.model.folder)
-            made = pack(exact, quantization)
-            if made is None:
-                got = f"None for {weight.name}, which it packed before"
-                raise quantization.component.breach("quantize", got, "its parts")
-            self._last, self._parts = weight.name, made.parts
-            mx.eval(list(made.parts.values()))
+            self._parts = repacked(exact, quantization, weight.name)
+            self._last = weight.name
+            mx.eval(list(self._parts.values()))
         return self._parts[name]

@@ -77,6 +77,19 @@ def pack(weight: mx.array, quantization: Choice) -> Packed | None:
     return Packed(parts, restored)
 
 
+def repacked(weight: mx.array, quantization: Choice, path: str) -> Mapping[str, mx.array]:
+    """The parts of a weight, quantized once more.
+
+    Raises:
+        PluginError: the quantizer leaves it as it is, which it had packed before.
+    """
+    packed = pack(weight, quantization)
+    if packed is None:
+        what = f"None for {path}, which it packed before"
+        raise quantization.component.breach("quantize", what, "its parts")
+    return packed.parts
+
+
 def read_quantization(config: Mapping[str, Any], registry: Registry, where: Path) -> Choice | None:
     """How a config says that linears are quantized, or None.
 

@@ -80,19 +80,6 @@ def search(several: AdapterSet, types: Mapping[str, mx.Dtype], distance: Callabl
     return Regrouped(tried[nearest], tuple(tried))
 
 
-def repacked(weight: mx.array, quantization: Choice, path: str) -> Mapping[str, mx.array]:
-    """The parts of a weight, quantized once more.
-
-    Raises:
-        PluginError: the quantizer leaves it as it is, which it had packed before.
-    """
-    packed = pack(weight, quantization)
-    if packed is None:
-        what = f"None for {path}, which it packed before"
-        raise quantization.component.breach("quantize", what, "its parts")
-    return packed.parts
-
-
 def regrouped_config(packed: Mapping[str, Quantized], found: Regrouped) -> dict[str, Any]:
     """What config.json says of a model in which some linears are quantized otherwise.
 

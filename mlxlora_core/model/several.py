@@ -168,26 +168,25 @@ class AdapterSet:
             path: one of :meth:`paths`.
             before: the linear's own weight, float32.
         """
-        weight = before
-        for name, share in self.selected.weights.items():
-            held = self._places[path].held.get(name)
-            if held is not None:
-                fused = adapters.fused_weight(held.component, held.module, before)
-                # Alone and whole, it is taken as the adapter gives it.
-                alone = share == 1 and len(self.selected.weights) == 1
-                weight = fused if alone else weight + share * (fused - before)
-        return weight
+        return self._fused(path, before, adapters.fused_weight)
 
     def fused_bias(self, path: str, before: mx.array) -> mx.array:
         """The bias of a linear with the selected shares of all changes in it, in the type of ``before``."""
-        bias = before
+        return self._fused(path, before, adapters.fused_bias).astype(before.dtype)
+
+    def _fused(
+        self, path: str, before: mx.array, fuse: Callable[[Component, nn.Module, mx.array], mx.array]
+    ) -> mx.array:
+        """A parameter of a linear with the selected shares of what ``fuse`` makes of it for each adapter."""
+        after = before
         for name, share in self.selected.weights.items():
             held = self._places[path].held.get(name)
             if held is not None:
-                fused = adapters.fused_bias(held.component, held.module, before)
+                fused = fuse(held.component, held.module, before)
+                # Alone and whole, it is taken as the adapter gives it.
                 alone = share == 1 and len(self.selected.weights) == 1
-                bias = fused if alone else bias + share * (fused - before)
-        return bias.astype(before.dtype)
+                after = fused if alone else after + share * (fused - before)
+        return after
 
     def linear(self, path: str) -> nn.Module:
         """The linear at one of :meth:`paths`, without any adapter."""
@@ -197,8 +196,8 @@ class AdapterSet:
 # --- modules ------------------------------------------------------------------
 
 
-class SwitchedLinear(nn.Module):
-    """A linear with several adapters on it, of which the selection says what is computed.
+class _Switched(nn.Module):
+    """What stands in a model for a linear or an embedding with several adapters on it.
 
     Args:
         place: the linear and its adapters.
@@ -209,6 +208,10 @@ class SwitchedLinear(nn.Module):
         super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self.linear = place.linear
         self._place, self._state = place, state
+
+
+class SwitchedLinear(_Switched):
+    """A linear with several adapters on it, of which the selection says what is computed."""
 
     def __call__(self, x: mx.array, indices: mx.array | None = None) -> mx.array:
         """Outputs (B, ..., outputs) of inputs (B, ..., inputs).
@@ -221,18 +224,8 @@ class SwitchedLinear(nn.Module):
         return self._place.outputs(self._state, x, lambda module, rows: module(x[rows], indices[rows]))
 
 
-class SwitchedEmbedding(nn.Module):
-    """An embedding with several adapters on it; see :class:`SwitchedLinear`.
-
-    Args:
-        place: the embedding and its adapters.
-        state: what is selected, shared by all places.
-    """
-
-    def __init__(self, place: _Place, state: _State) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
-        self.linear = place.linear
-        self._place, self._state = place, state
+class SwitchedEmbedding(_Switched):
+    """An embedding with several adapters on it, of which the selection says what is computed."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Embeddings (B, T, D) of token ids (B, T)."""
