@@ -52,6 +52,21 @@ def make_batch(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
     return Batch(mx.array(inputs), mx.array(np.flatnonzero(mask)), mx.array(targets[mask]))
 
 
+@dataclass(frozen=True)
+class Collator:
+    """Makes batches of rows of one split.
+
+    Attributes:
+        examples: its rows.
+    """
+
+    examples: Sequence[Example]
+
+    def __call__(self, rows: Sequence[int]) -> Batch:
+        """The batch of some rows."""
+        return make_batch(self.examples, rows)
+
+
 def longest_of(examples: Sequence[Example]) -> int:
     """Tokens of the longest of some examples; 1 where there is none."""
     return max((len(example.tokens) for example in examples), default=1)

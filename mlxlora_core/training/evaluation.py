@@ -10,7 +10,7 @@ from mlxlora_core.errors import DivergedError
 from mlxlora_core.machine.memory import free_memory_bytes
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.memory import Sizes, fits, measuring_bytes, require_for, sizes_of
-from mlxlora_core.training.batches import fixed_rows, longest_of
+from mlxlora_core.training.batches import Collator, fixed_rows, longest_of
 from mlxlora_core.training.events import Advanced
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loss import Loss, nats
@@ -82,12 +82,12 @@ def evaluating(
     sizes = sizes_of(model)
     was_training = model.training
     model.eval()
-    total = Loss(0.0, 0)
+    total, collate = Loss(0.0, 0), Collator(examples)
     try:
         parts = list(fixed_rows(examples, batch_size, batches))
         for done, rows in enumerate(parts, start=1):
             for few in _that_fit(sizes, examples, rows, most_bytes):
-                for part, value in side_by_side(partial(nats, model), examples, few):
+                for part, value in side_by_side(partial(nats, model), collate, few):
                     total += Loss(float(value), part.counted_tokens)
             yield Advanced(what, done, len(parts))
     finally:

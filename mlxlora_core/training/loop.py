@@ -16,20 +16,19 @@ from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing
 from mlxlora_core.files.tensor_checks import mismatches
 from mlxlora_core.model.language_model import LanguageModel
-from mlxlora_core.training.batches import steps_from
+from mlxlora_core.training.batches import Collator, steps_from
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.events import Report, SpikeReport, TrainReport, ValidReport
 from mlxlora_core.training.examples import Example
-from mlxlora_core.training.loss import Loss, nats
+from mlxlora_core.training.gradient import clipped_to, mean_gradient
+from mlxlora_core.training.loss import Loss
 from mlxlora_core.training.optimizer import learning_rate
 from mlxlora_core.training.optimizer import make as make_optimizer
-from mlxlora_core.training.parallel import side_by_side
 from mlxlora_core.training.progress import SPIKE_STEPS, Progress, Window
 from mlxlora_core.training.settings import TrainConfig
 
@@ -77,6 +76,7 @@ class Training:
         self.config, self.seed, self.progress = config, seed, Progress()
         self.validation_bytes: int | None = None
         self._model, self._train_set, self._valid_set = model, train_set, valid_set
+        self._collate = Collator(train_set)
         module: Any = model
         self._module = module
         self._optimizer = make_optimizer(config, model, factors)
@@ -129,7 +129,7 @@ class Training:
         step, config = self.progress.step + 1, self.config
         self._module.train()
         mx.random.seed(self.seed * 2**32 + step)
-        loss, norm, gradient = _gradient(self._model, self._train_set, rows, config.batch_size)
+        loss, norm, gradient = mean_gradient(self._model, self._collate, rows, config.batch_size)
         sound = math.isfinite(loss.nats) and math.isfinite(norm)
         if not sound and config.on_nonfinite == "stop":
             raise _diverged(loss, step, rows, self.progress.recent)
@@ -137,7 +137,7 @@ class Training:
         limit = config.grad_clip if config.grad_clip is not None else math.inf
         clipped = sound and norm > limit
         if clipped:
-            gradient = _clip(gradient, norm, limit)
+            gradient = clipped_to(gradient, norm, limit)
         if sound:
             self._optimizer.learning_rate = rate
             self._optimizer.update(self._module, gradient)
@@ -228,29 +228,6 @@ def train(
         yield from reports
 
 
-def _gradient(
-    model: LanguageModel, examples: Sequence[Example], rows: Sequence[int], batch_size: int
-) -> tuple[Loss, float, Any]:
-    """Loss, norm and mean gradient over the counted tokens of ``rows``.
-
-    Micro-batches add nats, and gradients of nats; the one division by the
-    number of tokens comes after the last of them.
-    """
-    value_and_grad = nn.value_and_grad(model, lambda batch: nats(model, batch))
-    total: Any = None
-    loss = Loss(0.0, 0)
-    for start in range(0, len(rows), batch_size):
-        for batch, (value, gradient) in side_by_side(
-            value_and_grad, examples, rows[start : start + batch_size]
-        ):
-            total = gradient if total is None else tree_map(mx.add, total, gradient)
-            loss += Loss(float(value), batch.counted_tokens)
-        mx.eval(total)
-    total = tree_map(lambda g: g / loss.tokens, total)
-    squares = [leaf.astype(mx.float32).square().sum() for leaf in dict(tree_flatten(total)).values()]
-    return loss, math.sqrt(float(mx.stack(squares).sum())), total
-
-
 def _rate(count: int, seconds: float) -> float:
     """How many a second; NaN where the clock stood still or went back."""
     return count / seconds if seconds > 0 else math.nan
@@ -264,8 +241,3 @@ def _diverged(loss: Loss, step: int, rows: Sequence[int], recent: Sequence[float
         "the update was not made",
         fix="lower --learning-rate, set --grad-clip 1, or go on without such steps: --on-nonfinite skip",
     )
-
-
-def _clip(gradient: Any, norm: float, limit: float) -> Any:
-    """``gradient`` shrunk to the norm ``limit``."""
-    return tree_map(lambda g: g * (limit / norm), gradient)

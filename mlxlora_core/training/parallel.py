@@ -16,14 +16,13 @@ import mlx.core as mx
 
 from mlxlora_core.machine.device import on_cpu, product_threads, products_have_threads
 from mlxlora_core.machine.processors import thread_count
-from mlxlora_core.training.batches import Batch, make_batch
-from mlxlora_core.training.examples import Example
+from mlxlora_core.training.batches import Batch, Collator
 
 T = TypeVar("T")
 
 
 def side_by_side(
-    compute: Callable[[Batch], T], examples: Sequence[Example], rows: Sequence[int]
+    compute: Callable[[Batch], T], collate: Collator, rows: Sequence[int]
 ) -> list[tuple[Batch, T]]:
     """``compute`` of each part that some rows are dealt into, evaluated, with the part.
 
@@ -33,18 +32,18 @@ def side_by_side(
 
     Args:
         compute: gives arrays, or a tree of them, that add up over the rows of a batch.
-        examples: of which these are rows.
+        collate: makes the batch of a part.
         rows: one at least.
     """
     parts = split_rows(rows) if on_cpu() else [rows]
     if len(parts) == 1:
-        batch = make_batch(examples, rows)
+        batch = collate(rows)
         result = compute(batch)
         mx.eval(result)
         return [(batch, result)]
     results = []
     for part, stream in zip(parts, _streams(len(parts)), strict=True):
-        batch = make_batch(examples, part)
+        batch = collate(part)
         with mx.stream(stream):
             results.append((batch, compute(batch)))
     with product_threads(1):

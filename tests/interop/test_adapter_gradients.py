@@ -24,8 +24,9 @@ import mlxlora_core as mlxlora
 from mlxlora_core.model import adapters
 from mlxlora_core.model.architectures import folder_args
 from mlxlora_core.model.linears import dense_weight
+from mlxlora_core.training.batches import Collator
 from mlxlora_core.training.examples import Example
-from mlxlora_core.training.loop import _gradient
+from mlxlora_core.training.gradient import mean_gradient
 
 transformers: Any = pytest.importorskip(
     "transformers", reason="needs transformers: pip install 'mlxlora[interop]'"
@@ -305,7 +306,7 @@ def test_gradients_are_pefts(bases: Callable[[str], Path], name: str, size: str)
     assert values.keys() == adapters.own(module, adapted.paths).keys()
     module.load_weights(list(values.items()), strict=False)
     rows = examples(size)
-    loss, _, gradient = _gradient(pair.model.base.language_model, rows, [0, 1], 2)
+    loss, _, gradient = mean_gradient(pair.model.base.language_model, Collator(rows), [0, 1], 2)
     want = their_gradient(model, rows)
     assert loss.mean == pytest.approx(want, rel=1e-5)
     got = dict(tree_flatten(gradient))

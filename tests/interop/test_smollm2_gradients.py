@@ -16,9 +16,9 @@ from model_forms import GGUF, MODULES
 from smollm2_file import expanded
 
 import mlxlora_core as mlxlora
-from mlxlora_core.training.batches import make_batch
+from mlxlora_core.training.batches import Collator, make_batch
 from mlxlora_core.training.examples import Example
-from mlxlora_core.training.loop import _gradient
+from mlxlora_core.training.gradient import mean_gradient
 
 TEXTS = [
     "The capital of France is Paris, and the capital of Germany is Berlin. Both lie on rivers: Paris on the "
@@ -85,7 +85,7 @@ def test_gradients_are_torchs(smollm2: Path) -> None:
         ids = np.array(model.base.tokenizer.encode(text, eos=True), np.uint32)
         examples.append(Example(ids, np.arange(len(ids)) > 0))
     assert sum(len(example.tokens) for example in examples) > 128
-    loss, _, gradient = _gradient(model.base.language_model, examples, [0, 1], 2)
+    loss, _, gradient = mean_gradient(model.base.language_model, Collator(examples), [0, 1], 2)
 
     _, tensors = gguf_files.read(smollm2.read_bytes())
     batch = make_batch(examples, [0, 1])

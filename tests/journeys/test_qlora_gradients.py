@@ -26,8 +26,9 @@ from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
 from mlxlora_core.plugins import Choice
 from mlxlora_core.plugins.sections import Quantization, QuantizeConfig
+from mlxlora_core.training.batches import Collator
 from mlxlora_core.training.examples import Example
-from mlxlora_core.training.loop import _gradient
+from mlxlora_core.training.gradient import mean_gradient
 
 RANK, SCALE = 4, 2.0
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -128,7 +129,9 @@ def autograd(case: Case, examples: Sequence[Example]) -> tuple[float, dict[str, 
 
 def check(case: Case, rows: int, tokens: int) -> None:
     examples = some_rows(rows, tokens, case.model.base.language_model.vocab_size)
-    loss, _, gradient = _gradient(case.model.base.language_model, examples, list(range(rows)), rows)
+    loss, _, gradient = mean_gradient(
+        case.model.base.language_model, Collator(examples), list(range(rows)), rows
+    )
     want_loss, want = autograd(case, examples)
     assert loss.mean == pytest.approx(want_loss, rel=1e-6)
     got = dict(tree_flatten(gradient))

@@ -15,11 +15,11 @@ from mlx.utils import tree_flatten
 
 from mlxlora_core.errors import DivergedError, UsageError
 from mlxlora_core.machine.processors import THREADS
-from mlxlora_core.training import loop as train_module
-from mlxlora_core.training.batches import steps_from
+from mlxlora_core.training.batches import Collator, steps_from
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.events import TrainReport, ValidReport
 from mlxlora_core.training.examples import Example
+from mlxlora_core.training.gradient import mean_gradient
 from mlxlora_core.training.loop import Training, train
 from mlxlora_core.training.optimizer import learning_rate
 from mlxlora_core.training.settings import TrainConfig
@@ -99,7 +99,7 @@ def test_the_gradient_is_torch_s_however_the_rows_are_batched(
     stand_in: MakeModel, make_examples: MakeExamples, batch_size: int
 ) -> None:
     model, examples = stand_in(), make_examples([17, 4, 2, 30, 9, 9, 21, 5])
-    loss, norm, gradient = train_module._gradient(model, examples, range(8), batch_size)
+    loss, norm, gradient = mean_gradient(model, Collator(examples), range(8), batch_size)
     weights, forward = torch_model(model)
     want, count = torch_loss(forward, list(examples))
     want.backward()

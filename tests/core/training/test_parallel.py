@@ -14,10 +14,11 @@ from mlx.utils import tree_flatten
 from mlxlora_core.machine import device
 from mlxlora_core.machine.device import on_cpu
 from mlxlora_core.machine.processors import THREADS
-from mlxlora_core.training import loop as train_module
 from mlxlora_core.training import parallel
+from mlxlora_core.training.batches import Collator
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.examples import Example
+from mlxlora_core.training.gradient import mean_gradient
 from mlxlora_core.training.parallel import side_by_side
 
 cpu_only = pytest.mark.skipif(not on_cpu(), reason="a GPU takes a batch whole")
@@ -69,7 +70,7 @@ def test_parts_are_on_streams_of_their_own(told: list[int], make_examples: Any) 
         threads.append(len(told))
         return batch.inputs.sum()
 
-    parts = side_by_side(look, make_examples([5, 6, 7, 8, 9]), [0, 1, 2, 3, 4])
+    parts = side_by_side(look, Collator(make_examples([5, 6, 7, 8, 9])), [0, 1, 2, 3, 4])
     assert [batch.inputs.shape for batch, _ in parts] == [(2, 8), (1, 5), (1, 6), (1, 7)]
     assert len({str(stream) for stream in streams}) == 4
     assert mx.default_stream(mx.default_device()) not in streams
@@ -84,7 +85,7 @@ def test_gradient_and_loss_are_those_of_one_core(
 
     def found(count: int) -> tuple[Any, float, dict[str, Any], Any]:
         monkeypatch.setenv(THREADS, str(count))
-        loss, norm, gradient = train_module._gradient(model, examples, range(6), batch_size)
+        loss, norm, gradient = mean_gradient(model, Collator(examples), range(6), batch_size)
         return loss, norm, dict(tree_flatten(gradient)), evaluate(model, examples, batch_size)
 
     loss, norm, gradient, valid = found(1)
@@ -111,14 +112,14 @@ def test_the_same_seed_gives_the_same_bits_on_the_same_cores(
 
     def found() -> list[Any]:
         mx.random.seed(7)
-        _, _, gradient = train_module._gradient(model, examples, range(7), 4)
+        _, _, gradient = mean_gradient(model, Collator(examples), range(7), 4)
         return [np.array(leaf) for _, leaf in tree_flatten(gradient)]
 
     first = found()
     for _ in range(5):
         assert all(map(np.array_equal, first, found()))
     mx.random.seed(8)
-    _, _, other = train_module._gradient(model, examples, range(7), 4)
+    _, _, other = mean_gradient(model, Collator(examples), range(7), 4)
     assert not np.array_equal(first[0], np.array(tree_flatten(other)[0][1]))
 
 

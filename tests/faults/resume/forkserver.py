@@ -294,7 +294,10 @@ MUTANTS: dict[str, Mutant] = {
     "adapter": _forget_the_adapter,
 }
 #: places in a training where a signal comes: the function that it comes in, and at which call
-PLACES = {"mid step": ("training.loop", "_gradient", 7), "mid validation": ("training.loop", "evaluate", 2)}
+PLACES = {
+    "mid step": ("training.loop", "mean_gradient", 7),
+    "mid validation": ("training.loop", "evaluate", 2),
+}
 
 
 def _signalled(place: str, signum: int) -> None:
