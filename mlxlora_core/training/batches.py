@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from mlxlora_core.training.examples import Example
+from mlxlora_core.training.shapes import Shapes
 
 T = TypeVar("T")
+Numbers: TypeAlias = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -27,29 +30,55 @@ class Batch:
         positions: the places in ``inputs``, counted through its rows, whose
             next token counts in the loss, (N,).
         targets: those next tokens, (N,).
+        weights: float32 (N,), 0 for what stands at the end of the positions to make them as
+            many as in other batches, and else 1; None is 1 for all.
+        counted: how many of the N count; None is all.
     """
 
     inputs: mx.array
     positions: mx.array
     targets: mx.array
+    weights: mx.array | None = None
+    counted: int | None = None
 
     @property
     def counted_tokens(self) -> int:
-        """N: how many tokens count in the loss."""
-        return self.targets.size
+        """How many tokens count in the loss."""
+        return self.targets.size if self.counted is None else self.counted
 
 
-def make_batch(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
-    """The batch of some rows of ``examples``; padding is never among its positions."""
+def make_batch(examples: Sequence[Example], rows: Sequence[int], shapes: Shapes | None = None) -> Batch:
+    """The batch of some rows of ``examples``; padding is never among the positions that count.
+
+    Args:
+        examples: of which it takes some.
+        rows: which.
+        shapes: what it is brought to one of, which cannot be seen in its loss.
+    """
     chosen = [examples[row] for row in rows]
     width = max(len(example.tokens) for example in chosen) - 1
-    tokens = np.zeros((len(rows), width + 1), np.uint32)
-    counts = np.zeros((len(rows), width + 1), bool)
+    if shapes is None:
+        inputs, positions, targets = _padded(chosen, width)
+        return Batch(mx.array(inputs), mx.array(positions), mx.array(targets))
+    width, most = shapes.of(width)
+    inputs, positions, targets = _padded(chosen, width)
+    # More of the first of each, so that nothing can go wrong there alone.
+    inputs = np.concatenate([inputs, *[inputs[:1]] * (shapes.rows - len(rows))])
+    count, spare = len(positions), most - len(positions)
+    positions, targets = (np.concatenate([x, np.repeat(x[:1], spare)]) for x in (positions, targets))
+    weights = (np.arange(most) < count).astype(np.float32)
+    return Batch(mx.array(inputs), mx.array(positions), mx.array(targets), mx.array(weights), count)
+
+
+def _padded(chosen: Sequence[Example], width: int) -> tuple[Numbers, Numbers, Numbers]:
+    """Inputs, positions and targets of some rows side by side."""
+    tokens = np.zeros((len(chosen), width + 1), np.uint32)
+    counts = np.zeros((len(chosen), width + 1), bool)
     for i, example in enumerate(chosen):
         tokens[i, : len(example.tokens)] = example.tokens
         counts[i, : len(example.tokens)] = example.mask
     inputs, targets, mask = tokens[:, :-1], tokens[:, 1:], counts[:, 1:]  # the one shift
-    return Batch(mx.array(inputs), mx.array(np.flatnonzero(mask)), mx.array(targets[mask]))
+    return inputs, np.flatnonzero(mask), targets[mask]
 
 
 @dataclass(frozen=True)
@@ -58,13 +87,15 @@ class Collator:
 
     Attributes:
         examples: its rows.
+        shapes: what the batches are brought to, where they are to be of few shapes.
     """
 
     examples: Sequence[Example]
+    shapes: Shapes | None = None
 
     def __call__(self, rows: Sequence[int]) -> Batch:
         """The batch of some rows."""
-        return make_batch(self.examples, rows)
+        return make_batch(self.examples, rows, self.shapes)
 
 
 def longest_of(examples: Sequence[Example]) -> int:

@@ -48,4 +48,4 @@ def nats(model: LanguageModel, batch: Batch) -> mx.array:
     """
     hidden = model.run(model.embed(batch.inputs))
     counted = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
-    return cross_entropy(model.head(counted), batch.targets)
+    return cross_entropy(model.head(counted), batch.targets, batch.weights)

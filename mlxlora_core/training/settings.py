@@ -45,6 +45,9 @@ class TrainConfig(BatchConfig):
     on_nonfinite: str = option(
         "stop", help="what to do when a loss or gradient is not finite", choices=("stop", "skip")
     )
+    compile: str = option(
+        "auto", help="compile the step; auto does on a GPU alone", choices=("auto", "on", "off")
+    )
 
     def __post_init__(self) -> None:
         if self.val_batches == 0:
@@ -137,6 +140,7 @@ class TrainOptions(BatchOptions, total=False):
     steps_per_eval: int
     patience: int | None
     on_nonfinite: str
+    compile: str
     save_every: int
     save_minutes: float
     keep: int
