@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -17,21 +17,31 @@ from mlxlora_core.training.examples import Example
 
 T = TypeVar("T")
 
+Array: TypeAlias = np.ndarray[Any, Any]
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows side by side, padded on the right.
+    """Rows side by side, padded on the right; or packed: one after the other in a single one.
 
     Attributes:
-        inputs: ids (B, T).
+        inputs: ids (B, T), packed (1, T).
         positions: the places in ``inputs``, counted through its rows, whose
             next token counts in the loss, (N,).
         targets: those next tokens, (N,).
+        padding: how many places in ``inputs`` are padding.
+        lengths: packed, inputs of each row; None where rows are side by side.
+        hidden: what enters layer ``first``, (B, T, D), where that is known already.
+        first: the lowest layer to run.
     """
 
     inputs: mx.array
     positions: mx.array
     targets: mx.array
+    padding: int = 0
+    lengths: tuple[int, ...] | None = None
+    hidden: mx.array | None = None
+    first: int = 0
 
     @property
     def counted_tokens(self) -> int:
@@ -39,17 +49,34 @@ class Batch:
         return self.targets.size
 
 
-def make_batch(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
-    """The batch of some rows of ``examples``; padding is never among its positions."""
-    chosen = [examples[row] for row in rows]
-    width = max(len(example.tokens) for example in chosen) - 1
-    tokens = np.zeros((len(rows), width + 1), np.uint32)
-    counts = np.zeros((len(rows), width + 1), bool)
-    for i, example in enumerate(chosen):
-        tokens[i, : len(example.tokens)] = example.tokens
-        counts[i, : len(example.tokens)] = example.mask
-    inputs, targets, mask = tokens[:, :-1], tokens[:, 1:], counts[:, 1:]  # the one shift
-    return Batch(mx.array(inputs), mx.array(np.flatnonzero(mask)), mx.array(targets[mask]))
+def make_batch(examples: Sequence[Example], rows: Sequence[int], packing: bool = False) -> Batch:
+    """The batch of some rows of ``examples``; padding is never among its positions.
+
+    Args:
+        examples: of which it takes some.
+        rows: which.
+        packing: whether they stand one after the other, and not side by side.
+    """
+    parts = [_shifted(examples[row]) for row in rows]
+    lengths = tuple(len(inputs) for inputs, _, _ in parts)
+    width = max(lengths)
+    starts = np.cumsum((0, *lengths)) if packing else np.arange(len(rows) + 1) * width
+    tokens = np.zeros(starts[-1], np.uint32)
+    for start, (inputs, _, _) in zip(starts, parts, strict=False):
+        tokens[start : start + len(inputs)] = inputs
+    counted = [start + np.flatnonzero(mask) for start, (_, _, mask) in zip(starts, parts, strict=False)]
+    return Batch(
+        mx.array(tokens.reshape((1, -1) if packing else (-1, width))),
+        mx.array(np.concatenate(counted)),
+        mx.array(np.concatenate([targets[mask] for _, targets, mask in parts])),
+        padding=tokens.size - sum(lengths),
+        lengths=lengths if packing else None,
+    )
+
+
+def _shifted(example: Example) -> tuple[Array, Array, Array]:
+    """The inputs of a row, the token that each asks for, and whether that counts."""
+    return example.tokens[:-1], example.tokens[1:], example.mask[1:]  # the one shift
 
 
 @dataclass(frozen=True)
@@ -58,13 +85,15 @@ class Collator:
 
     Attributes:
         examples: its rows.
+        packing: whether rows stand one after the other.
     """
 
     examples: Sequence[Example]
+    packing: bool = False
 
     def __call__(self, rows: Sequence[int]) -> Batch:
         """The batch of some rows."""
-        return make_batch(self.examples, rows)
+        return make_batch(self.examples, rows, self.packing)
 
 
 def longest_of(examples: Sequence[Example]) -> int:

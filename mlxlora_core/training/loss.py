@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -46,6 +47,15 @@ def nats(model: LanguageModel, batch: Batch) -> mx.array:
 
     The head runs only at the positions that count.
     """
-    hidden = model.run(model.embed(batch.inputs))
+    hidden = states(model, batch)
     counted = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
     return cross_entropy(model.head(counted), batch.targets)
+
+
+def states(model: LanguageModel, batch: Batch) -> mx.array:
+    """What leaves the top layer for each of a batch's inputs, (B, T, D)."""
+    hidden = model.embed(batch.inputs) if batch.hidden is None else batch.hidden
+    more: dict[str, Any] = {"first": batch.first, "lengths": batch.lengths}
+    return model.run(
+        hidden, **{name: value for name, value in more.items() if value}
+    )  # not all models take all
