@@ -109,7 +109,7 @@ def epoch_order(examples: Sequence[Example], rows_a_step: int, seed: int, epoch:
     """
     random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     lengths = np.array([len(example.tokens) for example in examples])
-    order = np.argsort(lengths * random.uniform(1.0, 1.2, len(lengths)), kind="stable")
+    order = np.argsort(lengths * random.uniform(1.0, 1.05, len(lengths)), kind="stable")
     steps = list(_parts(order.tolist(), rows_a_step))
     return [steps[i] for i in random.permutation(len(steps))]
 

@@ -32,7 +32,7 @@ def mean_gradient(
             value_and_grad, collate, rows[start : start + batch_size]
         ):
             total = gradient if total is None else tree_map(mx.add, total, gradient)
-            loss += Loss(float(value), batch.counted_tokens)
+            loss += Loss.of(batch, float(value))
         mx.eval(total)
     total = tree_map(lambda g: g / loss.tokens, total)
     squares = [leaf.astype(mx.float32).square().sum() for leaf in dict(tree_flatten(total)).values()]

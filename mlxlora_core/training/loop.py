@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing
 from mlxlora_core.files.tensor_checks import mismatches
-from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.language_model import LanguageModel, takes
 from mlxlora_core.training.batches import Collator, steps_from
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.events import Report, SpikeReport, TrainReport, ValidReport
@@ -57,7 +57,7 @@ class Training:
         validation_bytes: of memory that a validation may take; None is what is free.
 
     Raises:
-        UsageError: patience without rows to validate on.
+        UsageError: patience without rows to validate on, or packing of a model that cannot.
         DivergedError: while iterating: a loss or a gradient is not finite; the
             update was not made and the state is that before the step.
     """
@@ -73,10 +73,15 @@ class Training:
     ) -> None:
         if config.patience is not None and not valid_set:
             raise UsageError("patience needs rows to validate on", fix="leave it out, or add valid.jsonl")
+        if config.packing and not takes(model, "lengths"):
+            raise UsageError(
+                "packing needs an architecture whose run takes the lengths of rows, and this one takes none",
+                fix="leave --packing out: rows are padded then",
+            )
         self.config, self.seed, self.progress = config, seed, Progress()
         self.validation_bytes: int | None = None
         self._model, self._train_set, self._valid_set = model, train_set, valid_set
-        self._collate = Collator(train_set)
+        self._collate = Collator(train_set, config.packing)
         module: Any = model
         self._module = module
         self._optimizer = make_optimizer(config, model, factors)
@@ -166,6 +171,8 @@ class Training:
             seconds=window.seconds + seconds,
             clipped=window.clipped + clipped,
             skipped=window.skipped + (not sound),
+            positions=window.positions + loss.positions,
+            padding=window.padding + loss.padding,
         )
         self.progress = replace(
             old,
@@ -191,6 +198,7 @@ class Training:
             peak_memory_bytes=mx.get_peak_memory(),
             clipped=window.clipped,
             skipped=window.skipped,
+            padding=window.padding / window.positions if window.positions else math.nan,
         )
 
     def _validate(self, step: int) -> ValidReport:
@@ -205,7 +213,8 @@ class Training:
             )
         except DivergedError:  # the update before it was sound, so that the next step has the last word
             return ValidReport(step, math.nan, 0, time.perf_counter() - started)
-        return ValidReport(step, loss.mean, loss.tokens, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return ValidReport(step, loss.mean, loss.tokens, seconds, loss.padding / loss.positions)
 
     def _compare(self, valid: ValidReport) -> None:
         """Note whether a validation is the best; NaN never is."""

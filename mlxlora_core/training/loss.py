@@ -23,13 +23,27 @@ class Loss:
     Attributes:
         nats: summed over the counted tokens.
         tokens: how many counted.
+        positions: for how many positions layers were computed.
+        padding: how many of these were padding.
     """
 
     nats: float
     tokens: int
+    positions: int = 0
+    padding: int = 0
+
+    @classmethod
+    def of(cls, batch: Batch, nats: float) -> Loss:
+        """The loss of one batch."""
+        return cls(nats, batch.counted_tokens, batch.inputs.size, batch.padding)
 
     def __add__(self, other: Loss) -> Loss:
-        return Loss(self.nats + other.nats, self.tokens + other.tokens)
+        return Loss(
+            self.nats + other.nats,
+            self.tokens + other.tokens,
+            self.positions + other.positions,
+            self.padding + other.padding,
+        )
 
     @property
     def mean(self) -> float:

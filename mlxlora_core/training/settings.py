@@ -27,6 +27,7 @@ class TrainConfig(BatchConfig):
 
     iters: int = option(1000, help="optimizer updates", unit="steps", minimum=1)
     grad_accumulation: int = option(1, help="batches a step", minimum=1)
+    packing: bool = option(False, help="rows of a batch one after the other, without padding")
     optimizer: str = option("adam", help="the optimizer", choices=("adam", "adamw", "muon"))
     learning_rate: float = option(1e-5, help="peak learning rate", above=0)
     weight_decay: float = option(
@@ -125,6 +126,7 @@ class TrainOptions(BatchOptions, total=False):
 
     iters: int
     grad_accumulation: int
+    packing: bool
     optimizer: str
     learning_rate: float
     weight_decay: float
