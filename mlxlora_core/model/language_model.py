@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -63,3 +64,8 @@ class LanguageModel(nn.Module):
     def make_cache(self) -> list[Cache]:
         """An empty cache, one entry a layer."""
         raise NotImplementedError
+
+
+def takes(model: LanguageModel, name: str) -> bool:
+    """Whether ``run`` of a model has an argument of that name: one of a plugin may lack some."""
+    return name in inspect.signature(model.run).parameters

@@ -6,8 +6,8 @@ line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import mlx.core as mx
@@ -27,11 +27,15 @@ class Batch:
         positions: the places in ``inputs``, counted through its rows, whose
             next token counts in the loss, (N,).
         targets: those next tokens, (N,).
+        hidden: what enters layer ``first``, (B, T, D), where that is known already.
+        first: the lowest layer to run.
     """
 
     inputs: mx.array
     positions: mx.array
     targets: mx.array
+    hidden: mx.array | None = None
+    first: int = 0
 
     @property
     def counted_tokens(self) -> int:
@@ -58,13 +62,19 @@ class Collator:
 
     Attributes:
         examples: its rows.
+        entering: what enters layer ``first`` for the rows of a batch, where that is kept.
+        first: that layer.
     """
 
     examples: Sequence[Example]
+    entering: Callable[[Sequence[int], Batch], mx.array | None] | None = None
+    first: int = 0
 
     def __call__(self, rows: Sequence[int]) -> Batch:
         """The batch of some rows."""
-        return make_batch(self.examples, rows)
+        batch = make_batch(self.examples, rows)
+        hidden = self.entering(rows, batch) if self.entering is not None else None
+        return batch if hidden is None else replace(batch, hidden=hidden, first=self.first)
 
 
 def longest_of(examples: Sequence[Example]) -> int:
@@ -85,12 +95,16 @@ def epoch_order(examples: Sequence[Example], rows_a_step: int, seed: int, epoch:
     return [steps[i] for i in random.permutation(len(steps))]
 
 
+def steps_an_epoch(rows: int, rows_a_step: int) -> int:
+    """Steps in which every row comes once; the last of them may have fewer rows."""
+    return -(-rows // rows_a_step)
+
+
 def steps_from(
     examples: Sequence[Example], rows_a_step: int, seed: int, cursor: int = 0
 ) -> Iterator[list[int]]:
     """The rows of step ``cursor``, of the one after it, and so on without end."""
-    steps_an_epoch = -(-len(examples) // rows_a_step)
-    epoch, start = divmod(cursor, steps_an_epoch)
+    epoch, start = divmod(cursor, steps_an_epoch(len(examples), rows_a_step))
     while True:
         yield from epoch_order(examples, rows_a_step, seed, epoch)[start:]
         epoch, start = epoch + 1, 0

@@ -44,8 +44,11 @@ class Loss:
 def nats(model: LanguageModel, batch: Batch) -> mx.array:
     """Cross-entropy of a batch in nats, summed over its counted tokens, float32.
 
-    The head runs only at the positions that count.
+    The head runs only at the positions that count, and layers from the one on whose input is not known.
     """
-    hidden = model.run(model.embed(batch.inputs))
+    if batch.hidden is None:
+        hidden = model.run(model.embed(batch.inputs))
+    else:
+        hidden = model.run(batch.hidden, first=batch.first)
     counted = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
     return cross_entropy(model.head(counted), batch.targets)
