@@ -6,8 +6,9 @@ line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, TypeAlias, TypeVar
 
 import mlx.core as mx
@@ -48,6 +49,14 @@ class Batch:
         """N: how many tokens count in the loss."""
         return self.targets.size
 
+    @property
+    def starts(self) -> Sequence[int]:
+        """The place of each row's first input, counted through ``inputs``."""
+        rows, width = self.inputs.shape
+        if self.lengths is None:
+            return range(0, rows * width, width)
+        return list(accumulate(self.lengths[:-1], initial=0))
+
 
 def make_batch(examples: Sequence[Example], rows: Sequence[int], packing: bool = False) -> Batch:
     """The batch of some rows of ``examples``; padding is never among its positions.
@@ -86,14 +95,20 @@ class Collator:
     Attributes:
         examples: its rows.
         packing: whether rows stand one after the other.
+        entering: what enters layer ``first`` for the rows of a batch, where that is kept.
+        first: that layer.
     """
 
     examples: Sequence[Example]
     packing: bool = False
+    entering: Callable[[Sequence[int], Batch], mx.array | None] | None = None
+    first: int = 0
 
     def __call__(self, rows: Sequence[int]) -> Batch:
         """The batch of some rows."""
-        return make_batch(self.examples, rows, self.packing)
+        batch = make_batch(self.examples, rows, self.packing)
+        hidden = self.entering(rows, batch) if self.entering is not None else None
+        return batch if hidden is None else replace(batch, hidden=hidden, first=self.first)
 
 
 def longest_of(examples: Sequence[Example]) -> int:
@@ -114,12 +129,16 @@ def epoch_order(examples: Sequence[Example], rows_a_step: int, seed: int, epoch:
     return [steps[i] for i in random.permutation(len(steps))]
 
 
+def steps_an_epoch(rows: int, rows_a_step: int) -> int:
+    """Steps in which every row comes once; the last of them may have fewer rows."""
+    return -(-rows // rows_a_step)
+
+
 def steps_from(
     examples: Sequence[Example], rows_a_step: int, seed: int, cursor: int = 0
 ) -> Iterator[list[int]]:
     """The rows of step ``cursor``, of the one after it, and so on without end."""
-    steps_an_epoch = -(-len(examples) // rows_a_step)
-    epoch, start = divmod(cursor, steps_an_epoch)
+    epoch, start = divmod(cursor, steps_an_epoch(len(examples), rows_a_step))
     while True:
         yield from epoch_order(examples, rows_a_step, seed, epoch)[start:]
         epoch, start = epoch + 1, 0

@@ -23,12 +23,13 @@ from mlxlora_core.files.tensor_checks import mismatches
 from mlxlora_core.model.language_model import LanguageModel, takes
 from mlxlora_core.training.batches import Collator, steps_from
 from mlxlora_core.training.evaluation import evaluate
-from mlxlora_core.training.events import Report, SpikeReport, TrainReport, ValidReport
+from mlxlora_core.training.events import Advanced, Note, Report, SpikeReport, TrainReport, ValidReport
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.gradient import clipped_to, mean_gradient
-from mlxlora_core.training.loss import Loss
+from mlxlora_core.training.loss import Loss, nats
 from mlxlora_core.training.optimizer import learning_rate
 from mlxlora_core.training.optimizer import make as make_optimizer
+from mlxlora_core.training.prefix import Prefix
 from mlxlora_core.training.progress import SPIKE_STEPS, Progress, Window
 from mlxlora_core.training.settings import TrainConfig
 
@@ -50,11 +51,13 @@ class Training:
         config: how.
         seed: of the order of rows and of dropout.
         factors: parameter -> factor on its learning rate, of those that have one.
+        prefix: what is kept of the rows, where something is.
 
     Attributes:
         progress: where it stands; what a step has changed is in it when the
             step's reports are given.
         validation_bytes: of memory that a validation may take; None is what is free.
+        prefix: as given.
 
     Raises:
         UsageError: patience without rows to validate on, or packing of a model that cannot.
@@ -70,6 +73,7 @@ class Training:
         config: TrainConfig,
         seed: int,
         factors: Mapping[str, float] = MappingProxyType({}),
+        prefix: Prefix | None = None,
     ) -> None:
         if config.patience is not None and not valid_set:
             raise UsageError("patience needs rows to validate on", fix="leave it out, or add valid.jsonl")
@@ -81,7 +85,11 @@ class Training:
         self.config, self.seed, self.progress = config, seed, Progress()
         self.validation_bytes: int | None = None
         self._model, self._train_set, self._valid_set = model, train_set, valid_set
-        self._collate = Collator(train_set, config.packing)
+        self.prefix = prefix
+        self._collate, self._collate_valid = (
+            prefix.collator(split, config.packing) if prefix and rows else Collator(rows, config.packing)
+            for split, rows in (("train", train_set), ("valid", valid_set))
+        )
         module: Any = model
         self._module = module
         self._optimizer = make_optimizer(config, model, factors)
@@ -114,6 +122,36 @@ class Training:
         self._optimizer.init(self._module.trainable_parameters())
         mx.eval(self._optimizer.state)
         self.progress = progress
+
+    def prepare(self) -> Iterator[Advanced | Note]:
+        """Compute what is kept of the rows, where steps are left; what that saves, or why it is not done.
+
+        Raises:
+            UsageError: it cannot be kept in the type that was asked for.
+        """
+        prefix = self.prefix
+        if prefix is None or self.finished:
+            return
+        yield Note(prefix.words)
+        self._module.eval()
+        yield from prefix.fill()
+        yield from map(Note, self.notes())
+        if prefix.reuse.on and prefix.reuse.stored != prefix.reuse.computed:
+            yield Note(self._difference())
+
+    def notes(self) -> list[str]:
+        """What there is to tell of what is kept of the rows, since this was asked last."""
+        return self.prefix.notes() if self.prefix is not None else []
+
+    def _difference(self) -> str:
+        """What it changes that hidden states are kept in half precision, in words."""
+        rows = next(steps_from(self._train_set, self.config.rows_a_step, self.seed))[: self.config.batch_size]
+        batch = self._collate(rows)
+        exact = nats(self._model, replace(batch, hidden=None, first=0)).item() / batch.counted_tokens
+        changed = nats(self._model, batch).item() / batch.counted_tokens - exact
+        return (
+            f"{self.config.prefix_type} changes the loss of the first batch, {exact:.4f}, by {changed:+.1e}"
+        )
 
     def __iter__(self) -> Iterator[tuple[Report, ...]]:
         rows = steps_from(self._train_set, self.config.rows_a_step, self.seed, self.progress.step)
@@ -210,6 +248,7 @@ class Training:
                 self.config.batch_size,
                 self.config.val_batches,
                 self.validation_bytes,
+                self._collate_valid,
             )
         except DivergedError:  # the update before it was sound, so that the next step has the last word
             return ValidReport(step, math.nan, 0, time.perf_counter() - started)

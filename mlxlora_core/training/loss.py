@@ -59,7 +59,7 @@ class Loss:
 def nats(model: LanguageModel, batch: Batch) -> mx.array:
     """Cross-entropy of a batch in nats, summed over its counted tokens, float32.
 
-    The head runs only at the positions that count.
+    The head runs only at the positions that count, and layers from the one on whose input is not known.
     """
     hidden = states(model, batch)
     counted = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
@@ -70,6 +70,5 @@ def states(model: LanguageModel, batch: Batch) -> mx.array:
     """What leaves the top layer for each of a batch's inputs, (B, T, D)."""
     hidden = model.embed(batch.inputs) if batch.hidden is None else batch.hidden
     more: dict[str, Any] = {"first": batch.first, "lengths": batch.lengths}
-    return model.run(
-        hidden, **{name: value for name, value in more.items() if value}
-    )  # not all models take all
+    stated = {name: value for name, value in more.items() if value}  # not every model takes them
+    return model.run(hidden, **stated)

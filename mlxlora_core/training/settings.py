@@ -46,6 +46,20 @@ class TrainConfig(BatchConfig):
     on_nonfinite: str = option(
         "stop", help="what to do when a loss or gradient is not finite", choices=("stop", "skip")
     )
+    reuse_prefix: str = option(
+        "auto",
+        help="compute the frozen layers below the adapter once a row; auto is where that pays",
+        choices=("auto", "on", "off"),
+    )
+    prefix_type: str = option(
+        "compute", help="type in which their output is kept", choices=("compute", "float16", "bfloat16")
+    )
+    prefix_memory_mb: int | None = option(
+        None,
+        help="memory for it, the rest is in files; none is a quarter of what is free",
+        unit="MB",
+        minimum=0,
+    )
 
     def __post_init__(self) -> None:
         if self.val_batches == 0:
@@ -139,6 +153,9 @@ class TrainOptions(BatchOptions, total=False):
     steps_per_eval: int
     patience: int | None
     on_nonfinite: str
+    reuse_prefix: str
+    prefix_type: str
+    prefix_memory_mb: int | None
     save_every: int
     save_minutes: float
     keep: int
