@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -27,18 +27,18 @@ class Sums:
 
     Attributes:
         nats: of each batch, or part of one, in order.
-        tokens: how many counted.
+        counts: of tokens and positions; its own nats are 0.
         gradient: of all nats, as a tree like that of the parameters that train.
     """
 
     nats: tuple[mx.array, ...]
-    tokens: int
+    counts: Loss
     gradient: Any
 
     @property
     def loss(self) -> Loss:
         """Added up on the host, which waits for it."""
-        return Loss(sum(float(value) for value in self.nats), self.tokens)
+        return replace(self.counts, nats=sum(float(value) for value in self.nats))
 
 
 class Gradients:
@@ -63,16 +63,16 @@ class Gradients:
     def __call__(self, rows: Sequence[int]) -> Sums:
         """Over some rows. All batches but the last are left to the device before it returns."""
         total: Any = None
-        values, tokens = [], 0
+        values, counts = [], Loss(0.0, 0)
         for start in range(0, len(rows), self._batch_size):
             if total is not None:
                 self._begin(total)
             for batch, (value, gradient) in self._parts(rows[start : start + self._batch_size]):
                 total = gradient if total is None else tree_map(mx.add, total, gradient)
                 values.append(value)
-                tokens += batch.counted_tokens
+                counts += Loss.of(batch, 0.0)
         self._begun = None
-        return Sums(tuple(values), tokens, total)
+        return Sums(tuple(values), counts, total)
 
     def _parts(self, rows: Sequence[int]) -> Iterator[tuple[Batch, Summed]]:
         """The parts that a batch is computed in, with their sums."""
@@ -80,12 +80,10 @@ class Gradients:
             yield from side_by_side(self._plain, self._collate, rows)
             return
         batch = self._collate(rows)
-        arrays: dict[str, Any] = {
-            name: value for name, value in vars(batch).items() if isinstance(value, mx.array)
-        }
+        arrays: dict[str, Any] = {n: x for n, x in vars(batch).items() if isinstance(x, mx.array)}
         trained = self._module.trainable_parameters()
         try:
-            summed = self._as_compiled(arrays)
+            summed = self._as_compiled(arrays, batch.first)
         finally:
             self._module.update(trained)  # what it was traced with is in their places
         yield batch, summed
@@ -106,12 +104,12 @@ class Gradients:
         return function  # type: ignore[no-any-return]  # MLX's functions are not annotated
 
     @cached_property
-    def _as_compiled(self) -> Callable[[dict[str, Any]], Summed]:
+    def _as_compiled(self) -> Callable[[dict[str, Any], int], Summed]:
         """The same of the arrays of a batch, compiled; parameters and random numbers go in from outside."""
 
-        def traced(arrays: dict[str, Any]) -> Summed:
+        def traced(arrays: dict[str, Any], first: int) -> Summed:
             self.compiles += 1
-            return self._plain(Batch(**arrays))
+            return self._plain(Batch(**arrays, first=first))
 
         return mx.compile(traced, inputs=[self._module.state, mx.random.state], outputs=[mx.random.state])
 
@@ -125,7 +123,7 @@ def mean_gradient(
     number of tokens comes after the last of them.
     """
     sums = Gradients(model, collate, batch_size, compiled=False)(rows)
-    mean = mean_of(sums.gradient, sums.tokens)
+    mean = mean_of(sums.gradient, sums.counts.tokens)
     return sums.loss, math.sqrt(float(norm_squared(mean))), mean
 
 

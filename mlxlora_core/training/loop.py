@@ -21,14 +21,15 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing
 from mlxlora_core.files.tensor_checks import mismatches
 from mlxlora_core.machine.device import runs_ahead
-from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.language_model import LanguageModel, takes
 from mlxlora_core.training.batches import Collator, steps_from
 from mlxlora_core.training.evaluation import evaluate
-from mlxlora_core.training.events import Report, SpikeReport, TrainReport, ValidReport
+from mlxlora_core.training.events import Advanced, Note, Report, SpikeReport, TrainReport, ValidReport
 from mlxlora_core.training.examples import Example
-from mlxlora_core.training.loss import Loss
+from mlxlora_core.training.loss import Loss, nats
 from mlxlora_core.training.optimizer import learning_rate
 from mlxlora_core.training.optimizer import make as make_optimizer
+from mlxlora_core.training.prefix import Prefix
 from mlxlora_core.training.progress import SPIKE_STEPS, Progress, Window
 from mlxlora_core.training.settings import TrainConfig
 from mlxlora_core.training.shapes import shapes_of
@@ -61,6 +62,7 @@ class Training:
         config: how.
         seed: of the order of rows and of dropout.
         factors: parameter -> factor on its learning rate, of those that have one.
+        prefix: what is kept of the rows, where something is.
 
     On a GPU the loss of a step is read while the device computes the next one, unless something
     is due after it. State and :attr:`progress` are those of the last step all the same; a spike
@@ -69,9 +71,10 @@ class Training:
     Attributes:
         compiled: whether the step is compiled.
         validation_bytes: of memory that a validation may take; None is what is free.
+        prefix: as given.
 
     Raises:
-        UsageError: patience without rows to validate on.
+        UsageError: patience without rows to validate on, or packing of a model that cannot.
         DivergedError: while iterating: a loss or a gradient is not finite; the
             update was not made and the state is that before the step.
     """
@@ -84,19 +87,31 @@ class Training:
         config: TrainConfig,
         seed: int,
         factors: Mapping[str, float] = MappingProxyType({}),
+        prefix: Prefix | None = None,
     ) -> None:
         if config.patience is not None and not valid_set:
             raise UsageError("patience needs rows to validate on", fix="leave it out, or add valid.jsonl")
+        if config.packing and not takes(model, "lengths"):
+            raise UsageError(
+                "packing needs an architecture whose run takes the lengths of rows, and this one takes none",
+                fix="leave --packing out: rows are padded then",
+            )
         self.config, self.seed = config, seed
         self.validation_bytes: int | None = None
         self.compiled = config.compile == "on" or (config.compile == "auto" and runs_ahead())
         self._model, self._train_set, self._valid_set = model, train_set, valid_set
+        self.prefix = prefix
+        collate, self._collate_valid = (
+            prefix.collator(split, config.packing) if prefix and rows else Collator(rows, config.packing)
+            for split, rows in (("train", train_set), ("valid", valid_set))
+        )
+        few = self.compiled and not config.packing
+        self._collate = replace(collate, shapes=shapes_of(train_set, config.batch_size) if few else None)
         module: Any = model
         self._module = module
         self._optimizer = make_optimizer(config, model, factors)
         self._optimizer.init(self._module.trainable_parameters())
-        shapes = shapes_of(train_set, config.batch_size) if self.compiled else None
-        self._updates = Updates(model, Collator(train_set, shapes), self._optimizer, config, self.compiled)
+        self._updates = Updates(model, self._collate, self._optimizer, config, self.compiled)
         self._ahead = runs_ahead()
         self._progress = Progress()
         self._pending: _Pending | None = None
@@ -151,6 +166,36 @@ class Training:
         self._optimizer.init(self._module.trainable_parameters())
         mx.eval(self._optimizer.state)
         self._progress, self._pending, self._spikes = progress, None, ()
+
+    def prepare(self) -> Iterator[Advanced | Note]:
+        """Compute what is kept of the rows, where steps are left; what that saves, or why it is not done.
+
+        Raises:
+            UsageError: it cannot be kept in the type that was asked for.
+        """
+        prefix = self.prefix
+        if prefix is None or self.finished:
+            return
+        yield Note(prefix.words)
+        self._module.eval()
+        yield from prefix.fill()
+        yield from map(Note, self.notes())
+        if prefix.reuse.on and prefix.reuse.stored != prefix.reuse.computed:
+            yield Note(self._difference())
+
+    def notes(self) -> list[str]:
+        """What there is to tell of what is kept of the rows, since this was asked last."""
+        return self.prefix.notes() if self.prefix is not None else []
+
+    def _difference(self) -> str:
+        """What it changes that hidden states are kept in half precision, in words."""
+        rows = next(steps_from(self._train_set, self.config.rows_a_step, self.seed))[: self.config.batch_size]
+        batch = self._collate(rows)
+        exact = nats(self._model, replace(batch, hidden=None, first=0)).item() / batch.counted_tokens
+        changed = nats(self._model, batch).item() / batch.counted_tokens - exact
+        return (
+            f"{self.config.prefix_type} changes the loss of the first batch, {exact:.4f}, by {changed:+.1e}"
+        )
 
     def __iter__(self) -> Iterator[tuple[Report, ...]]:
         rows = steps_from(self._train_set, self.config.rows_a_step, self.seed, self.step)
@@ -224,6 +269,8 @@ class Training:
             seconds=window.seconds + seconds,
             clipped=window.clipped + (sound and clipped),
             skipped=window.skipped + (not sound),
+            positions=window.positions + loss.positions,
+            padding=window.padding + loss.padding,
         )
         self._progress = replace(
             old,
@@ -249,6 +296,7 @@ class Training:
             peak_memory_bytes=mx.get_peak_memory(),
             clipped=window.clipped,
             skipped=window.skipped,
+            padding=window.padding / window.positions if window.positions else math.nan,
         )
 
     def _validate(self, step: int) -> ValidReport:
@@ -260,10 +308,12 @@ class Training:
                 self.config.batch_size,
                 self.config.val_batches,
                 self.validation_bytes,
+                self._collate_valid,
             )
         except DivergedError:  # the update before it was sound, so that the next step has the last word
             return ValidReport(step, math.nan, 0, time.perf_counter() - started)
-        return ValidReport(step, loss.mean, loss.tokens, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return ValidReport(step, loss.mean, loss.tokens, seconds, loss.padding / loss.positions)
 
     def _compare(self, valid: ValidReport) -> None:
         """Note whether a validation is the best; NaN never is."""

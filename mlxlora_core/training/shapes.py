@@ -31,10 +31,13 @@ class Shapes:
     widths: tuple[int, ...]
     counted: tuple[int, ...]
 
-    def of(self, width: int) -> tuple[int, int]:
-        """The width and the number of positions that a batch of some width is brought to."""
-        place = bisect_left(self.widths, width)
-        return self.widths[place], self.counted[place]
+    def width(self, width: int) -> int:
+        """The width that a batch of some width is brought to."""
+        return self.widths[bisect_left(self.widths, width)]
+
+    def positions(self, width: int) -> int:
+        """How many positions all batches of one of the widths have."""
+        return self.counted[self.widths.index(width)]
 
 
 def shapes_of(examples: Sequence[Example], batch_size: int, most: int = MOST_WIDTHS) -> Shapes:

@@ -57,7 +57,8 @@ class Updates:
         module: Any = model
         self._module, self._optimizer = module, optimizer
         self._limit, self._compiled, self._compiles = config.grad_clip, compiled, 0
-        self._gradients = Gradients(model, collate, config.batch_size, compiled)
+        # Packed rows make a new shape each time.
+        self._gradients = Gradients(model, collate, config.batch_size, compiled and not config.packing)
 
     @property
     def compiles(self) -> int:
@@ -69,7 +70,7 @@ class Updates:
         sums = self._gradients(rows)
         parameters, state = self._module.trainable_parameters(), self._optimizer.state
         nats = sums.nats[0] if len(sums.nats) == 1 else mx.stack(list(sums.nats)).sum()
-        numbers = (nats, mx.array(float(sums.tokens)), mx.array(rate))
+        numbers = (nats, mx.array(float(sums.counts.tokens)), mx.array(rate))
         try:
             made = self._update(parameters, _copied(state), sums.gradient, *numbers)
         finally:
