@@ -79,7 +79,7 @@ def _generate(work: Job, model: Any, registry: Registry) -> Iterator[float]:
     count = 1 + (work.new_tokens if work.task == "decode" else 0)
     while True:
         began = time.perf_counter()
-        tokens = decode(model.language_model, work.prompt, draw, num_tokens=count, stops=())
+        tokens = decode(model.language_model, work.prompt, draw.soon, num_tokens=count, stops=())
         next(tokens)
         first = time.perf_counter()
         made = sum(1 for _ in tokens)
