@@ -48,6 +48,14 @@ def on_cuda() -> bool:
     return not on_cpu() and mx.cuda.is_available()
 
 
+def runs_ahead() -> bool:
+    """Whether the host prepares what comes next while the device computes, and compiles what it repeats.
+
+    A CPU is host and device in one, and gains nothing from either.
+    """
+    return not on_cpu()
+
+
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     """The type to compute in for weights of type ``stored``: float32 on a CPU, else the same."""
     import mlx.core as mx

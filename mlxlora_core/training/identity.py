@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from mlxlora_core.training.loop import Training
 
 #: settings that a checkpoint of before lacks -> what they were then
-BEFORE: Mapping[str, Any] = {"packing": False, "reuse_prefix": "off", "prefix_type": "compute"}
+BEFORE: Mapping[str, Any] = {
+    "compile": "off",
+    "packing": False,
+    "prefix_type": "compute",
+    "reuse_prefix": "off",
+}
 
 SOURCE = "source of plugin "  # before the name of one whose code is told
 _ABSENT = "none"
@@ -134,6 +139,7 @@ def identify(
     if model.quantization is not None:
         components.append(model.quantization.component)
     settings = plain(training.config) | {
+        "compile": "on" if training.compiled else "off",
         "reuse_prefix": "on" if training.prefix is not None and training.prefix.reuse.on else "off",
         "seed": training.seed,
         "adapter": adapter.component.id,

@@ -63,7 +63,7 @@ def nats(model: LanguageModel, batch: Batch) -> mx.array:
     """
     hidden = states(model, batch)
     counted = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
-    return cross_entropy(model.head(counted), batch.targets)
+    return cross_entropy(model.head(counted), batch.targets, batch.weights)
 
 
 def states(model: LanguageModel, batch: Batch) -> mx.array:

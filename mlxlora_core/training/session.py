@@ -219,6 +219,8 @@ class TrainingSession:
             yield TrainingStarted(self.training.progress.step, self.training.config.iters)
             yield from self._train()
         yield from self._warning()
+        if self.training.compiled:
+            yield Note(f"the step was compiled {self.training.compiles} times, for as many shapes of batches")
         adapter_step = self._take_best()
         if self._outputs.adapter_file is not None:
             record = self.checkpoints.record(adapter_step) if self.checkpoints is not None else None
@@ -250,7 +252,7 @@ class TrainingSession:
                     for report in reports:
                         self._note(report)
                         yield report
-                    yield Advanced("training", self.training.progress.step, self.training.config.iters)
+                    yield Advanced("training", self.training.step, self.training.config.iters)
                     waited = time.monotonic() - saved_at
                     if pending.signum is not None or self._due(saving, waited):
                         yield from self._save()
@@ -270,18 +272,21 @@ class TrainingSession:
             durable.append_line(self._outputs.metrics, json.dumps(report_line(report)))
 
     def _due(self, config: SaveConfig, seconds: float) -> bool:
-        progress = self.training.progress
-        if progress.step == 0:
+        step = self.training.step  # not its progress, which would wait for the device at every step
+        if step == 0:
             return False
         return (
-            progress.step % config.save_every == 0
-            or progress.step == progress.best_step
+            step % config.save_every == 0
+            or step == self.training.best_step
             or seconds >= 60 * config.save_minutes
             or self.training.finished
         )
 
-    def _save(self) -> Iterator[CheckpointSaved]:
+    def _save(self) -> Iterator[Report | CheckpointSaved]:
         """Write a checkpoint; without a folder, hold on to the best adapter alone."""
+        for report in self.training.settle():
+            self._note(report)
+            yield report
         progress = self.training.progress
         if self.checkpoints is not None:
             yield from self.checkpoints.save(self._outputs.saving.keep)

@@ -46,6 +46,9 @@ class TrainConfig(BatchConfig):
     on_nonfinite: str = option(
         "stop", help="what to do when a loss or gradient is not finite", choices=("stop", "skip")
     )
+    compile: str = option(
+        "auto", help="compile the step; auto does on a GPU alone", choices=("auto", "on", "off")
+    )
     reuse_prefix: str = option(
         "auto",
         help="compute the frozen layers below the adapter once a row; auto is where that pays",
@@ -153,6 +156,7 @@ class TrainOptions(BatchOptions, total=False):
     steps_per_eval: int
     patience: int | None
     on_nonfinite: str
+    compile: str
     reuse_prefix: str
     prefix_type: str
     prefix_memory_mb: int | None

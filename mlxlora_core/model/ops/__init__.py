@@ -83,18 +83,20 @@ def gelu_times(gate: mx.array, up: mx.array) -> mx.array:
     return gelu.astype(gate.dtype) * up
 
 
-def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """Sum over N of ``logsumexp(logits) - logits[target]``, in float32.
+def cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array | None = None) -> mx.array:
+    """Sum over N of ``weight · (logsumexp(logits) - logits[target])``, in float32.
 
     Args:
         logits: (N, V).
         targets: ids (N,).
+        weights: float32 (N,); None is 1 for all.
     """
     logits = logits.astype(mx.float32)
     if _pays(logits):
-        return cpu.cross_entropy(logits, targets)
+        return cpu.cross_entropy(logits, targets, weights)
     chosen = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)  # (N,)
-    return (mx.logsumexp(logits, axis=-1) - chosen).sum()
+    each = mx.logsumexp(logits, axis=-1) - chosen
+    return (each if weights is None else each * weights).sum()
 
 
 def attention(

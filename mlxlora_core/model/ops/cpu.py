@@ -53,9 +53,11 @@ def silu_times(gate: mx.array, up: mx.array) -> mx.array:
     return cast(_Pair, _silu_times(gate, up))[0]
 
 
-def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+def cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array | None) -> mx.array:
     """See :func:`mlxlora_core.model.ops.cross_entropy`."""
-    return cast(_Pair, _cross_entropy(logits, targets))[0]
+    if weights is None:
+        weights = mx.ones(targets.shape)
+    return cast(_Pair, _cross_entropy(logits, targets, weights))[0]
 
 
 def attention_of_one(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
@@ -364,16 +366,17 @@ def _silu_times_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
 
 
 @mx.custom_function
-def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+def _cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
     """The sum, and the probabilities (N, V) that its gradient is made of."""
     probabilities, highest, total = _normalised(logits)
     chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
-    return (mx.log(total) + highest - chosen).sum(), probabilities
+    return ((mx.log(total) + highest - chosen).squeeze(-1) * weights).sum(), probabilities
 
 
 @_cross_entropy.vjp
 def _cross_entropy_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-    targets, probabilities = primals[1][:, None], outputs[1]
+    (_, ids, weights), probabilities = primals, outputs[1]
+    targets = ids[:, None]
     at_target = mx.take_along_axis(probabilities, targets, axis=-1) - 1.0
     gradient = mx.put_along_axis(probabilities, targets, at_target, axis=-1)
-    return gradient * cotangents[0], mx.zeros_like(primals[1])
+    return gradient * (cotangents[0] * weights[:, None]), mx.zeros_like(ids), mx.zeros_like(weights)
