@@ -142,7 +142,8 @@ def test_packed_rows_have_the_loss_and_the_gradient_that_they_have_alone(
     logits = language_model.head(states(language_model, batch))[0]
     for start, example in zip(batch.starts, examples, strict=True):
         alone = language_model(mx.array(example.tokens[None, :-1]))[0]
-        np.testing.assert_allclose(logits[start : start + len(alone)], alone, atol=1e-5)
+        far = mx.abs(logits[start : start + len(alone)] - alone).max()
+        assert far <= 1e-5 * mx.maximum(1.0, mx.abs(alone).max())
     loss, _, gradient = mean_gradient(language_model, Collator(examples, packing=True), rows, len(rows))
     want, _, each = mean_gradient(language_model, Collator(examples), rows, 1)
     assert loss.mean == pytest.approx(want.mean, rel=1e-6)
@@ -173,7 +174,7 @@ def test_every_adapter_trains_along_the_same_curve(
             assert after.trained_tokens == before.trained_tokens
             assert after.grad_norm == pytest.approx(before.grad_norm, rel=1e-3)
     losses = [report.loss for report in packed if isinstance(report, ValidReport)]
-    assert len(losses) == 3 and min(abs(one - other) for one, other in pairwise(losses)) > 1e-3
+    assert len(losses) == 3 and min(abs(one - other) for one, other in pairwise(losses)) > 1e-4
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
