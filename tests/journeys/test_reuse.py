@@ -108,15 +108,12 @@ def test_the_curve_is_the_same_step_by_step(
     assert said[0].startswith(f"what enters layer {layers} of {layers} is kept: {layers - 1} of {layers} ")
 
 
-def test_nothing_is_said_of_what_nobody_wants(opened: Callable[..., TrainingSession]) -> None:
-    assert curve(opened(reuse_prefix="off", iters=1))[1] == []
-
-
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"layers": -1}, "the lowest of them trains"),
         ({"targets": ("wq", "embed_tokens")}, "tok_embeddings.lora_a and 1 more trains, which no layer has"),
+        ({"reuse_prefix": "off"}, "reuse_prefix is off"),
         ({"iters": 3}, "12 rows are read in all, and there are 12"),
         ({"targets": ("wq", "lm_head")}, ""),
         ({"targets": ("lm_head",)}, ""),
