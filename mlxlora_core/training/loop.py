@@ -176,8 +176,11 @@ class Training:
         prefix = self.prefix
         if prefix is None or self.finished:
             return
-        yield Note(prefix.words)
         self._module.eval()
+        prefix.look()
+        if self.config.reuse_prefix == "on" and not prefix.reuse.on:
+            raise UsageError(f"reuse_prefix cannot be on: {prefix.reuse.why_not}", fix="leave it at auto")
+        yield Note(prefix.words)
         yield from prefix.fill()
         yield from map(Note, self.notes())
         if prefix.reuse.on and prefix.reuse.stored != prefix.reuse.computed:
