@@ -16,6 +16,7 @@ from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.training.batches import Batch, Collator
 from mlxlora_core.training.loss import Loss, nats
 from mlxlora_core.training.parallel import side_by_side
+from mlxlora_core.training.reuse import draws_below
 
 #: nats of a batch, and their gradient as a tree like that of the parameters that train
 Summed: TypeAlias = tuple[mx.array, Any]
@@ -49,7 +50,8 @@ class Gradients:
         collate: makes the batches; for a compiled one, of as few shapes as possible.
         batch_size: rows of a batch.
         compiled: whether nats and gradient of a batch are one compiled function of its arrays.
-        recompute: whether layers keep only their input for the gradient.
+        recompute: whether layers keep only their input for the gradient. Where they draw at random
+            then, which they have to do twice alike, nothing is compiled.
 
     Attributes:
         compiles: how many shapes of batches that was compiled for.
@@ -66,7 +68,8 @@ class Gradients:
         self._model, self._collate, self._batch_size = model, collate, batch_size
         self._recompute = recompute
         self._module: Any = model
-        self._compiled, self.compiles = compiled, 0
+        drawing = compiled and recompute and draws_below(model, len(model.layers))
+        self._compiled, self.compiles = compiled and not drawing, 0
         self._begun: Any = None
 
     def __call__(self, rows: Sequence[int]) -> Sums:

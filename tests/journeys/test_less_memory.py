@@ -64,7 +64,9 @@ def opened(folders: Callable[[str], Path]) -> Callable[..., TrainingSession]:
         choice = Choice(affine, affine.spec.options(group_size=32, bits=bits or 4))
         quantization = Quantization(choice, QuantizeConfig(head=True)) if bits else None
         model = loading.load(folders(family), REGISTRY, quantization)
-        aimed: dict[str, Any] = {} if adapter == "ia3" else {"targets": targets(model.language_model, adapter)}
+        aimed: dict[str, Any] = (
+            {} if adapter == "ia3" else {"targets": targets(model.language_model, adapter)}
+        )
         if dropout and adapter in DRAWING:
             aimed["dropout"] = dropout
         new = NewAdapter(*configure(REGISTRY.find("adapter", adapter), aimed))
