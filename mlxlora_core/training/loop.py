@@ -63,6 +63,7 @@ class Training:
         seed: of the order of rows and of dropout.
         factors: parameter -> factor on its learning rate, of those that have one.
         prefix: what is kept of the rows, where something is.
+        recompute: whether layers keep only their input for the gradient.
 
     On a GPU the loss of a step is read while the device computes the next one, unless something
     is due after it. State and :attr:`progress` are those of the last step all the same; a spike
@@ -72,6 +73,7 @@ class Training:
         compiled: whether the step is compiled.
         validation_bytes: of memory that a validation may take; None is what is free.
         prefix: as given.
+        recompute: as given.
 
     Raises:
         UsageError: patience without rows to validate on, or packing of a model that cannot.
@@ -88,6 +90,7 @@ class Training:
         seed: int,
         factors: Mapping[str, float] = MappingProxyType({}),
         prefix: Prefix | None = None,
+        recompute: bool = False,
     ) -> None:
         if config.patience is not None and not valid_set:
             raise UsageError("patience needs rows to validate on", fix="leave it out, or add valid.jsonl")
@@ -100,7 +103,7 @@ class Training:
         self.validation_bytes: int | None = None
         self.compiled = config.compile == "on" or (config.compile == "auto" and runs_ahead())
         self._model, self._train_set, self._valid_set = model, train_set, valid_set
-        self.prefix = prefix
+        self.prefix, self.recompute = prefix, recompute
         collate, self._collate_valid = (
             prefix.collator(split, config.packing) if prefix and rows else Collator(rows, config.packing)
             for split, rows in (("train", train_set), ("valid", valid_set))
@@ -111,7 +114,7 @@ class Training:
         self._module = module
         self._optimizer = make_optimizer(config, model, factors)
         self._optimizer.init(self._module.trainable_parameters())
-        self._updates = Updates(model, self._collate, self._optimizer, config, self.compiled)
+        self._updates = Updates(model, self._collate, self._optimizer, config, self.compiled, recompute)
         self._ahead = runs_ahead()
         self._progress = Progress()
         self._pending: _Pending | None = None
@@ -176,8 +179,11 @@ class Training:
         prefix = self.prefix
         if prefix is None or self.finished:
             return
-        yield Note(prefix.words)
         self._module.eval()
+        prefix.look()
+        if self.config.reuse_prefix == "on" and not prefix.reuse.on:
+            raise UsageError(f"reuse_prefix cannot be on: {prefix.reuse.why_not}", fix="leave it at auto")
+        yield Note(prefix.words)
         yield from prefix.fill()
         yield from map(Note, self.notes())
         if prefix.reuse.on and prefix.reuse.stored != prefix.reuse.computed:

@@ -49,6 +49,11 @@ class TrainConfig(BatchConfig):
     compile: str = option(
         "auto", help="compile the step; auto does on a GPU alone", choices=("auto", "on", "off")
     )
+    grad_checkpoint: str = option(
+        "auto",
+        help="compute layers again for the gradient, in less memory; auto is where it would not fit",
+        choices=("auto", "on", "off"),
+    )
     reuse_prefix: str = option(
         "auto",
         help="compute the frozen layers below the adapter once a row; auto is where that pays",
@@ -157,6 +162,7 @@ class TrainOptions(BatchOptions, total=False):
     patience: int | None
     on_nonfinite: str
     compile: str
+    grad_checkpoint: str
     reuse_prefix: str
     prefix_type: str
     prefix_memory_mb: int | None
