@@ -63,6 +63,27 @@ def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     return mx.float32 if on_cpu() else stored
 
 
+def prepare_device() -> None:
+    """Set what the defaults of MLX have too low on the device that it computes on.
+
+    Raises:
+        UsageError: MLX has no backend here.
+        ResourceError: this process may not take enough memory to load it.
+    """
+    prepare_cpu()
+    keep_resident()
+
+
+def keep_resident() -> None:
+    """Let Metal keep as much in memory as the system recommends; it may page out a large model otherwise."""
+    import mlx.core as mx
+
+    if on_cpu() or not mx.metal.is_available():
+        return
+    with suppress(ValueError, RuntimeError):  # a system that lets nobody say so: macOS before 15
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+
+
 def prepare_cpu() -> None:
     """Set what the defaults of MLX's CPU backend have too low; before anything is computed.
 

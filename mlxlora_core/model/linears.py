@@ -153,7 +153,8 @@ class QuantizedEmbedding(Quantized):
         ids = tokens.reshape(-1)
         rows = {name: part[ids] for name, part in self.parts.items()}
         weight: mx.array = self.quantization.component.spec.dequantize(rows, self.quantization.options)
-        weight = weight.astype(compute_dtype(mx.float16))
+        types = (part.dtype for part in rows.values() if mx.issubdtype(part.dtype, mx.floating))
+        weight = weight.astype(compute_dtype(next(types, mx.float16)))  # that of the rest of the model
         return weight.reshape(*tokens.shape, self._shape[-1])
 
     def as_linear(self, x: mx.array) -> mx.array:

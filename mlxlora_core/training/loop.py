@@ -101,25 +101,31 @@ class Training:
             )
         self.config, self.seed = config, seed
         self.validation_bytes: int | None = None
-        self.compiled = config.compile == "on" or (config.compile == "auto" and runs_ahead())
         self._model, self._train_set, self._valid_set = model, train_set, valid_set
         self.prefix, self.recompute = prefix, recompute
         collate, self._collate_valid = (
             prefix.collator(split, config.packing) if prefix and rows else Collator(rows, config.packing)
             for split, rows in (("train", train_set), ("valid", valid_set))
         )
-        few = self.compiled and not config.packing
-        self._collate = replace(collate, shapes=shapes_of(train_set, config.batch_size) if few else None)
+        self._collate = collate
         module: Any = model
         self._module = module
         self._optimizer = make_optimizer(config, model, factors)
         self._optimizer.init(self._module.trainable_parameters())
-        self._updates = Updates(model, self._collate, self._optimizer, config, self.compiled, recompute)
         self._ahead = runs_ahead()
+        self.compile_step(config.compile == "on" or (config.compile == "auto" and self._ahead))
         self._progress = Progress()
         self._pending: _Pending | None = None
         self._spikes: tuple[SpikeReport, ...] = ()
         self._seconds, self._last = 0.0, (math.nan, math.nan)
+
+    def compile_step(self, compiled: bool) -> None:
+        """Let steps be compiled from now on, or not."""
+        config, self.compiled = self.config, compiled
+        few = compiled and not config.packing
+        shapes = shapes_of(self._train_set, config.batch_size) if few else None
+        self._collate = replace(self._collate, shapes=shapes)
+        self._updates = Updates(self._model, self._collate, self._optimizer, config, compiled, self.recompute)
 
     @property
     def progress(self) -> Progress:
