@@ -185,7 +185,7 @@ class Prefix:
         """
         words = _WORDS[self.reuse.stored.size]
         whole = np.zeros((batch.inputs.size, self.reuse.width), words)
-        for start, row in zip(batch.starts, rows, strict=False):  # a batch may have more rows, of zeros
+        for start, row in zip(batch.starts, rows, strict=False):
             found = self._read(split, row)
             if found is None:
                 return None
