@@ -3,11 +3,11 @@
 #include "products.h"
 
 /* Parts for each thread: more even out better what takes unlike long, and copy more of the operands. */
-enum { PARTS_A_THREAD = 4 };
+enum { PARTS_A_THREAD = 2 };
 
 /* Multiplications that are worth a part of their own, in a product and in one with a vector, where
    memory sets the pace; and what the sides of a part are multiples of, for kernels take so many at a time. */
-enum { PART_PRODUCTS = 1 << 19, PART_NUMBERS = 1 << 15, PART_SIDE = 32 };
+enum { PART_PRODUCTS = 1 << 20, PART_NUMBERS = 1 << 15, PART_SIDE = 32 };
 
 struct product {
     sgemm_function *sgemm;
