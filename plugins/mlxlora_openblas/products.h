@@ -29,6 +29,14 @@ typedef void exp_function(size_t count, const float *restrict x, float *restrict
 /* The fastest loop for this processor. */
 exp_function *fastest_exp(void);
 
+/* --- packed.c ---------------------------------------------------------------------------------------- */
+
+/* Whether b (1, n) stands for a packed weight, and c can be the product with it. */
+int is_packed(int m, int n, int k, int lda, const float *b, float beta, int ldc);
+
+/* y (m, outputs) = x (m, inputs) times the packed weight; NaN where there is no memory. */
+void packed_product(int m, const float *x, const float *header, float *y);
+
 /* --- pool.c ------------------------------------------------------------------------------------------ */
 
 /* Does one of the parts of some work; parts of one work run at the same time, in any order. */

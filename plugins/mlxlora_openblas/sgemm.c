@@ -12,6 +12,8 @@
    calls for a whole array. So a column times one array of one number, the token, is exp of the column. The
    token holds NaN: no other product with it can pass for a right result.
 
+   A product with the header of a packed weight is one with the weight (packed.c).
+
    All others are cut into parts, which threads of this library share (pool.c): the BLAS has one thread. */
 
 #include "products.h"
@@ -47,6 +49,8 @@ EXPORT void mlxlora_cblas_sgemm(int order, int trans_a, int trans_b, int m, int 
     if (b == token && order == ROW_MAJOR && a_plain && b_plain && m > 0 && n == 1 && k == 1 && alpha == 1 &&
         lda == 1 && ldb == 1 && beta == 0 && ldc == 1)
         exp_array((size_t)m, a, c);
+    else if (known && a_plain && b_plain && alpha == 1 && is_packed(m, n, k, lda, b, beta, ldc))
+        packed_product(m, a, b, c);
     else if (to_vector && m == 1 && (a_plain || lda == 1)) /* C' = op(B)' A' */
         split_vector(sgemv, b_plain ? TRANSPOSED : PLAIN, b_plain ? k : n, b_plain ? n : k, alpha, b, ldb, a,
                      beta, c, 1);
