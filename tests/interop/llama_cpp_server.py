@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 
@@ -49,3 +51,23 @@ class LlamaCpp:
             {"messages": messages, "max_tokens": count, "temperature": 0}
         )
         return out["choices"][0]["message"]["content"], out["choices"][0]["finish_reason"]
+
+
+def with_blas(path: Path, ids: Sequence[int]) -> np.ndarray:
+    """Log-probabilities (T, V) of a model in a llama.cpp that multiplies in float32, all of ``ids`` at once.
+
+    That is one with a BLAS, for batches of 32 tokens and more; CONTRIBUTING.md says how to build it.
+    """
+    module: Any = pytest.importorskip("llama_cpp", reason="needs llama.cpp with a BLAS: see CONTRIBUTING.md")
+    libraries = os.environ.get("LLAMA_CPP_LIB_PATH") or Path(module.__file__).parent / "lib"
+    if not Path(libraries, "libggml-blas.so").exists():
+        pytest.skip("this llama.cpp has no BLAS: see CONTRIBUTING.md")
+    model = module.Llama(
+        str(path),
+        **{"n_ctx": 512, "n_batch": 512, "n_ubatch": 512, "logits_all": True, "verbose": False},
+        **{"type_k": module.GGML_TYPE_F32, "type_v": module.GGML_TYPE_F32, "flash_attn": False},
+    )
+    model.eval(ids)
+    logits = np.array(model.scores[: len(ids)], np.float64)
+    highest = logits.max(axis=-1, keepdims=True)
+    return logits - highest - np.log(np.exp(logits - highest).sum(axis=-1, keepdims=True))

@@ -3,7 +3,7 @@
 In float32 llama.cpp computes what mlxlora does, to 1e-4 nats. With packed weights it rounds what
 comes into each product to 8 bits, which it cannot be told to leave: single log-probabilities are
 then off by some hundredths, up to half a nat, as they are here where the same is done. What holds
-is the mean.
+is the mean. Where it is built with a BLAS it multiplies in float32, and each of them is right.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import small_models
-from llama_cpp_server import LlamaCpp
+from llama_cpp_server import LlamaCpp, with_blas
 from test_smollm2 import CHAT, GREEDY, TEXTS
 
 import mlxlora_core
@@ -208,3 +208,14 @@ def test_the_tuned_answer_in_both_forms(smollm2: Path, room: Path, adapter: Path
     lora = export(smollm2, "gguf-lora", room / "beside.gguf", adapter)
     assert LlamaCpp(fused).answer(QUESTION) == (ANSWER, "stop")
     assert LlamaCpp(smollm2, lora).answer(QUESTION) == (ANSWER, "stop")
+
+
+@pytest.mark.parametrize("kind", ["auto", "Q8_0"])
+def test_packed_weights_compute_the_same_where_llama_cpp_multiplies_in_float32(
+    smollm2: Path, room: Path, kind: str
+) -> None:
+    """Each of the 200 likeliest tokens at each place, in a llama.cpp that has a BLAS."""
+    path = export(smollm2, "gguf", room / f"{kind}-blas.gguf", type=kind)
+    want, found = logits_of(path, TEXT), with_blas(path, TEXT)
+    likely = np.argsort(-want, axis=-1)[:, :200]
+    assert np.abs(np.take_along_axis(found - want, likely, axis=-1)).max() < 1e-3
