@@ -33,6 +33,9 @@ _setters: list[Callable[[int], None]] = []
 # The exponential of a float32 array on the CPU, of each runtime that has one; the last is used.
 _exponentials: list[Callable[[mx.array], mx.array]] = []
 
+# What makes products with packed weights on the CPU, of each runtime that has it; the last is used.
+_packed_products: list[Callable[..., Callable[[mx.array], mx.array] | None]] = []
+
 
 def on_cpu() -> bool:
     """Whether MLX computes on the CPU, where half precision and packed weights are slow."""
@@ -124,3 +127,20 @@ def use_exponential(exp: Callable[[mx.array], mx.array]) -> None:
 def exponential() -> Callable[[mx.array], mx.array] | None:
     """The exponential that the last runtime has lent, or None."""
     return _exponentials[-1] if _exponentials else None
+
+
+def use_packed_product(make: Callable[..., Callable[[mx.array], mx.array] | None]) -> None:
+    """Let ``make`` make the products of a few rows with packed weights on the CPU from now on."""
+    _packed_products.append(make)
+
+
+def packed_product(
+    words: mx.array, scales: mx.array, biases: mx.array, *, group_size: int, bits: int
+) -> Callable[[mx.array], mx.array] | None:
+    """The product of up to 8 rows in float32 with a weight as :func:`mlx.core.quantize` packs it.
+
+    It has no gradient. None where no runtime has lent one, or it cannot take this weight.
+    """
+    if not _packed_products:
+        return None
+    return _packed_products[-1](words, scales, biases, group_size=group_size, bits=bits)

@@ -89,6 +89,22 @@ def exponential_works(exp: Callable[[mx.array], mx.array]) -> bool:
     return True
 
 
+def packed_works(make: Callable[..., Callable[[mx.array], mx.array] | None]) -> bool:
+    """Whether products with packed weights are those with what the words, scales and biases stand for."""
+    words = mx.array((_numbers(40, 12) * 2**31).astype(np.int64).astype(np.uint32))
+    scales, biases, x = _numbers(40, 3), _numbers(3, 40).T, _numbers(2, 96)
+    multiply = make(words, mx.array(scales), mx.array(biases), group_size=32, bits=4)
+    values = (np.array(words)[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
+    values = values.reshape(40, 3, 32).astype(np.float64)
+    weight = (values * scales[..., None] + biases[..., None]).reshape(40, 96)
+    if multiply is None:
+        return False
+    got = np.array(multiply(mx.array(x)))
+    size = (np.abs(values * scales[..., None]) + np.abs(biases)[..., None]).reshape(40, 96)
+    exact = Exact(_product(x.astype(np.float64), weight.T), 2.0**-23 * 100 * _product(np.abs(x), size.T))
+    return exact.fits(got)
+
+
 def _plain() -> Iterator[tuple[str, mx.array, Exact]]:
     """Each size, with each operand as it is and as the transpose of its transpose."""
     for m, k, n in _SIZES:

@@ -68,7 +68,7 @@ def packed_product(
         rows = x.size // inputs
         product = mx.as_strided(x, (rows, 1), (1, 1)) @ header
         # The header knows addresses only: until the product is there, the parts have to be.
-        kept: mx.array = mx.depends(product, parts)  # type: ignore[assignment]  # one in, one out
+        kept: mx.array = mx.depends(product, parts)
         return kept.reshape(*x.shape[:-1], outputs)
 
     return multiply

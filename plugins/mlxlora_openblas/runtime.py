@@ -58,7 +58,8 @@ def _start() -> RuntimeStarted | None:
         RuntimeError: MLX refuses a product of the check.
     """
     from mlxlora_openblas.blas import open_blas
-    from mlxlora_openblas.check import exponential_works, faults
+    from mlxlora_openblas.check import exponential_works, faults, packed_works
+    from mlxlora_openblas.packed import packed_product
     from mlxlora_openblas.sgemm import exp
     from mlxlora_openblas.slots import mlx_slots
 
@@ -88,6 +89,7 @@ def _start() -> RuntimeStarted | None:
         f"openblas: {blas.title} under MLX's CPU backend{said}",
         set_threads=products.set_threads,
         exp=exp if works else None,
+        packed_product=packed_product if works and packed_works(packed_product) else None,
         advice=products.advice,
     )
 
