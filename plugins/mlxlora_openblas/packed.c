@@ -23,6 +23,9 @@ enum { LANES = 16, MOST_TOGETHER = 4, MOST_INPUTS = 1 << 15, PARTS_A_THREAD = 4 
 /* Words of a weight that are worth a part of their own. */
 enum { PART_WORDS = 1 << 13 };
 
+/* Scales that are made float32 at a time. */
+enum { WIDENED = 1 << 11 };
+
 enum { MAGIC = 0x7fc1a6e5 }; /* NaN as a float */
 
 enum type { FLOAT32, FLOAT16, BFLOAT16 };
@@ -36,7 +39,7 @@ struct header {
     int32_t outputs, inputs, group, bits, type;
 };
 
-typedef float numbers __attribute__((vector_size(4 * LANES), may_alias));
+typedef float numbers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t words __attribute__((vector_size(4 * LANES)));
 
 struct work {
@@ -47,6 +50,9 @@ struct work {
     const float *x_sums;    /* (rows, sum_blocks, LANES) */
     float *y;               /* (rows, outputs of the weight) */
 };
+
+/* LANES numbers; a macro, for functions do not pass vectors that their processor may lack. */
+#define load(at) (*(const numbers *)(at))
 
 static int least(int a, int b) { return a < b ? a : b; }
 
@@ -108,15 +114,14 @@ static inline __attribute__((always_inline)) void multiply(const struct work *wo
             const words value = (packed >> (j * bits)) & ((1 << bits) - 1);
             const numbers q = __builtin_convertvector(value, numbers);
             for (int r = 0; r < rows; r++)
-                sum[r] += q * *(const numbers *)(x + r * step + ((size_t)block * values + j) * LANES);
+                sum[r] += q * load(x + r * step + ((size_t)block * values + j) * LANES);
         }
         for (int r = 0; r < rows; r++)
-            total[r] += sum[r] * *(const numbers *)(scales + block * LANES);
+            total[r] += sum[r] * load(scales + block * LANES);
     }
     for (int r = 0; r < rows; r++) {
         for (int block = 0; block < work->sum_blocks; block++)
-            total[r] += *(const numbers *)(biases + block * LANES) *
-                        *(const numbers *)(x_sums + r * sum_step + block * LANES);
+            total[r] += load(biases + block * LANES) * load(x_sums + r * sum_step + block * LANES);
         work->y[(size_t)(first + r) * work->weight->outputs + output] = sum_of(&total[r]);
     }
 }
@@ -136,14 +141,18 @@ static inline __attribute__((always_inline)) void multiply_all(const struct work
 static inline __attribute__((always_inline)) void do_outputs(const struct work *work, int part) {
     const struct header *weight = work->weight;
     const int groups = weight->inputs / weight->group, a_group = weight->group * weight->bits / 32; /* words */
-    float group_scales[MOST_INPUTS / 32 + LANES] __attribute__((aligned(64)));
-    float scales[MOST_INPUTS / 4 + 3 * LANES] __attribute__((aligned(64)));
-    float biases[MOST_INPUTS / 32 + LANES] __attribute__((aligned(64)));
-    memset(biases + groups, 0, LANES * sizeof *biases);
-    const int end = least(weight->outputs, (part + 1) * work->outputs);
-    for (int output = part * work->outputs; output < end; output++) {
-        widen(weight->scales, (size_t)output * groups, groups, weight->type, group_scales);
-        widen(weight->biases, (size_t)output * groups, groups, weight->type, biases);
+    const int end = least(weight->outputs, (part + 1) * work->outputs), together = WIDENED / groups;
+    const float *group_scales = NULL, *biases = NULL; /* of the row */
+    float all_scales[WIDENED], all_biases[WIDENED + LANES], scales[MOST_INPUTS / 4 + 3 * LANES];
+    memset(all_biases, 0, sizeof all_biases); /* what is beyond those of a row meets zeros, and is to be a number */
+    for (int output = part * work->outputs, ready = 0; output < end; output++) {
+        if (!ready) {
+            ready = least(together, end - output);
+            widen(weight->scales, (size_t)output * groups, ready * groups, weight->type, all_scales);
+            widen(weight->biases, (size_t)output * groups, ready * groups, weight->type, all_biases);
+            group_scales = all_scales;
+            biases = all_biases;
+        }
         for (int group = 0; group < groups; group++) /* the next group writes over what is too much */
             for (int word = 0; word < a_group; word += LANES)
                 for (int lane = 0; lane < LANES; lane++)
@@ -154,6 +163,9 @@ static inline __attribute__((always_inline)) void do_outputs(const struct work *
             multiply_all(work, 8, output, scales, biases);
         else
             multiply_all(work, 2, output, scales, biases);
+        group_scales += groups;
+        biases += groups;
+        ready--;
     }
 }
 
