@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing
 from mlxlora_core.files.tensor_checks import mismatches
+from mlxlora_core.machine.device import product_precision
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.training.batches import Collator, steps_from
 from mlxlora_core.training.evaluation import evaluate
@@ -114,12 +115,15 @@ class Training:
         rows = steps_from(self._train_set, self.config.rows_a_step, self.seed, self.progress.step)
         try:
             if self._valid_set and self.progress.step == 0:
-                first = self._validate(0)
+                with product_precision(self.config.compute):
+                    first = self._validate(0)
                 if math.isfinite(first.loss):
                     self.progress = replace(self.progress, first_loss=first.loss)
                 yield (first,)
             while not self.finished:
-                yield tuple(self._step(next(rows)))
+                with product_precision(self.config.compute):
+                    reports = tuple(self._step(next(rows)))
+                yield reports
         finally:
             self._module.eval()
 
