@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 #: settings that a checkpoint of before lacks -> what they were then
 BEFORE: Mapping[str, Any] = {
     "compile": "off",
+    "compute": "float32",
     "grad_checkpoint": "off",
     "packing": False,
     "prefix_type": "compute",
