@@ -242,7 +242,7 @@ def test_a_product_that_is_bound_to_parts_ends_with_them(
     x = mx.random.normal((3, 64)).astype(mx.bfloat16)
     before = linear(x)
     exact = x.astype(mx.float32) @ linear.dequantize().T
-    assert before.dtype == mx.bfloat16 and mx.allclose(before.astype(mx.float32), exact, rtol=0.02, atol=0.05)
+    assert before.dtype == mx.bfloat16 and mx.allclose(before.astype(mx.float32), exact, rtol=0.02, atol=0.3)
     twice = {"scales": 2 * linear.scales, "biases": 2 * linear.biases}
     if change == "update":
         linear.update(twice)
