@@ -48,11 +48,40 @@ def on_cuda() -> bool:
     return not on_cpu() and mx.cuda.is_available()
 
 
+def runs_ahead() -> bool:
+    """Whether the host prepares what comes next while the device computes, and compiles what it repeats.
+
+    A CPU is host and device in one, and gains nothing from either.
+    """
+    return not on_cpu()
+
+
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     """The type to compute in for weights of type ``stored``: float32 on a CPU, else the same."""
     import mlx.core as mx
 
     return mx.float32 if on_cpu() else stored
+
+
+def prepare_device() -> None:
+    """Set what the defaults of MLX have too low on the device that it computes on.
+
+    Raises:
+        UsageError: MLX has no backend here.
+        ResourceError: this process may not take enough memory to load it.
+    """
+    prepare_cpu()
+    keep_resident()
+
+
+def keep_resident() -> None:
+    """Let Metal keep as much in memory as the system recommends; it may page out a large model otherwise."""
+    import mlx.core as mx
+
+    if on_cpu() or not mx.metal.is_available():
+        return
+    with suppress(ValueError, RuntimeError):  # a system that lets nobody say so: macOS before 15
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 
 
 def prepare_cpu() -> None:

@@ -91,7 +91,7 @@ def evaluating(
         for done, rows in enumerate(parts, start=1):
             for few in _that_fit(sizes, examples, rows, most_bytes):
                 for part, value in side_by_side(partial(nats, model), collate, few):
-                    total += Loss(float(value), part.counted_tokens)
+                    total += Loss.of(part, float(value))
             yield Advanced(what, done, len(parts))
     finally:
         model.train(was_training)

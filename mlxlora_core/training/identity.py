@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from mlxlora_core.training.loop import Training
 
 #: settings that a checkpoint of before lacks -> what they were then
-BEFORE: Mapping[str, Any] = {"reuse_prefix": "off", "prefix_type": "compute"}
+BEFORE: Mapping[str, Any] = {
+    "compile": "off",
+    "grad_checkpoint": "off",
+    "packing": False,
+    "prefix_type": "compute",
+    "reuse_prefix": "off",
+}
 
 SOURCE = "source of plugin "  # before the name of one whose code is told
 _ABSENT = "none"
@@ -134,6 +140,7 @@ def identify(
     if model.quantization is not None:
         components.append(model.quantization.component)
     settings = plain(training.config) | {
+        "compile": "on" if training.compiled else "off",
         "reuse_prefix": "on" if training.prefix is not None and training.prefix.reuse.on else "off",
         "seed": training.seed,
         "adapter": adapter.component.id,
@@ -184,7 +191,9 @@ def _data_fingerprint(examples: Sequence[Example]) -> str:
 
 def _free(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> set[str]:
     """The settings that cannot change what comes after ``step``."""
-    free = {"steps_per_report", "on_nonfinite"}  # a training that ends ends the same with either policy
+    # A layer that is computed again has the same bits, and a training that ends ends the same with
+    # either policy.
+    free = {"steps_per_report", "grad_checkpoint", "on_nonfinite"}
     if old["reuse_prefix"] == new["reuse_prefix"] == "off":
         free.add("prefix_type")
     if old.get("patience", _ABSENT) is None and new["patience"] is None:

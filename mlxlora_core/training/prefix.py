@@ -32,7 +32,7 @@ from mlxlora_core.training.kept import Kept, Numbers, Place
 from mlxlora_core.training.parallel import side_by_side
 from mlxlora_core.training.reuse import Reuse
 
-#: tokens that are read at a time, unless a row has more
+#: tokens that are read at a time at most, unless a row has more
 TOKENS = 2048
 
 _SHARE = 0.25  # of the memory that is free, what is kept takes at most unless somebody says otherwise
@@ -91,9 +91,9 @@ class Prefix:
         self._where: dict[tuple[str, int], tuple[_Group, int]] = {}
         self._notes: list[str] = []
 
-    def collator(self, split: str) -> Collator:
+    def collator(self, split: str, packing: bool = False) -> Collator:
         """Makes batches of the rows of a split, with what was kept of them."""
-        return Collator(self._splits[split], partial(self.entering, split), self.reuse.first)
+        return Collator(self._splits[split], packing, partial(self.entering, split), self.reuse.first)
 
     def settle(self, need: int) -> int:
         """Settle how much is kept in memory beside work that needs ``need`` bytes; how much that will be."""
@@ -125,7 +125,7 @@ class Prefix:
         split, chosen = next(iter(self.reuse.rows.items()))
         rows = sorted(chosen, key=lambda row: len(self._splits[split][row].tokens))
         short, count = make_batch(self._splits[split], rows[:1]), self._tokens(split, rows[:1])[0]
-        padded = mx.pad(short.inputs, ((0, 0), (0, self._tokens(split, rows[-1:])[0] - count)))
+        padded = mx.pad(short.inputs, [(0, 0), (0, self._tokens(split, rows[-1:])[0] - count)])
         alone, beside = (
             self._below(replace(short, inputs=inputs))[0, :count].astype(mx.float32)
             for inputs in (short.inputs, padded)
@@ -184,12 +184,13 @@ class Prefix:
             batch: whose ``inputs`` (B, T) it stands for.
         """
         words = _WORDS[self.reuse.stored.size]
-        whole = np.zeros((*batch.inputs.shape, self.reuse.width), words)
-        for i, row in enumerate(rows):
+        whole = np.zeros((batch.inputs.size, self.reuse.width), words)
+        for start, row in zip(batch.starts, rows, strict=False):
             found = self._read(split, row)
             if found is None:
                 return None
-            whole[i, : len(found)] = found
+            whole[start : start + len(found)] = found
+        whole = whole.reshape(*batch.inputs.shape, -1)
         whole[len(rows) :] = whole[:1]  # rows that only fill a shape, as its inputs do
         return mx.array(whole).view(self.reuse.stored).astype(self.reuse.computed)
 
@@ -209,7 +210,7 @@ class Prefix:
         for split, chosen in self.reuse.rows.items():
             rows = sorted(chosen, key=lambda row: len(self._splits[split][row].tokens), reverse=True)
             while rows:
-                count = max(1, TOKENS // self._tokens(split, rows[:1])[0])
+                count = max(1, min(TOKENS, self.reuse.step_tokens) // self._tokens(split, rows[:1])[0])
                 yield split, rows[:count]
                 rows = rows[count:]
 

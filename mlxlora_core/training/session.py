@@ -39,7 +39,7 @@ from mlxlora_core.training.events import (
 from mlxlora_core.training.examples import Examples, make_examples
 from mlxlora_core.training.identity import identify
 from mlxlora_core.training.loop import Training
-from mlxlora_core.training.memory import training_memory
+from mlxlora_core.training.memory import decide_recompute, training_memory
 from mlxlora_core.training.optimizer import factors_of
 from mlxlora_core.training.outputs import Outputs, check_outputs, inputs_of, refuse_finished
 from mlxlora_core.training.prefix import Prefix
@@ -107,7 +107,9 @@ def open_training(
     valid = splits["valid"].examples if "valid" in splits else ()
     factors = factors_of(model, adapted)
     prefix = _prefix(model, splits, config, outputs.checkpoints)
-    training = Training(model.language_model, splits["train"].examples, valid, config, seed, factors, prefix)
+    recompute = decide_recompute(model, splits["train"], config)
+    train = splits["train"].examples
+    training = Training(model.language_model, train, valid, config, seed, factors, prefix, recompute)
     folder = None
     if outputs.checkpoints is not None:
         examples = {name: split.examples for name, split in splits.items()}
@@ -210,8 +212,9 @@ class TrainingSession:
         if "valid" not in self.rows:
             yield Note("there are no rows to validate on (a file valid.jsonl): training without validation")
         yield from map(Note, (*self.adapted.notes, self._size()))
-        batch_size, prefix = self.training.config.batch_size, self.training.prefix
-        with training_memory(self.model, self.rows, batch_size, prefix) as (need, said):
+        training = self.training
+        room = training_memory(self.model, self.rows, training.config, training.prefix, training.recompute)
+        with room as (need, said):
             self.training.validation_bytes = need
             yield Note(said)
             for text in self._take_up(how, found):
@@ -219,6 +222,8 @@ class TrainingSession:
             yield TrainingStarted(self.training.progress.step, self.training.config.iters)
             yield from self._train()
         yield from self._warning()
+        if self.training.compiled:
+            yield Note(f"the step was compiled {self.training.compiles} times, for as many shapes of batches")
         adapter_step = self._take_best()
         if self._outputs.adapter_file is not None:
             record = self.checkpoints.record(adapter_step) if self.checkpoints is not None else None
@@ -250,7 +255,7 @@ class TrainingSession:
                     for report in reports:
                         self._note(report)
                         yield report
-                    yield Advanced("training", self.training.progress.step, self.training.config.iters)
+                    yield Advanced("training", self.training.step, self.training.config.iters)
                     waited = time.monotonic() - saved_at
                     if pending.signum is not None or self._due(saving, waited):
                         yield from self._save()
@@ -270,18 +275,21 @@ class TrainingSession:
             durable.append_line(self._outputs.metrics, json.dumps(report_line(report)))
 
     def _due(self, config: SaveConfig, seconds: float) -> bool:
-        progress = self.training.progress
-        if progress.step == 0:
+        step = self.training.step  # not its progress, which would wait for the device at every step
+        if step == 0:
             return False
         return (
-            progress.step % config.save_every == 0
-            or progress.step == progress.best_step
+            step % config.save_every == 0
+            or step == self.training.best_step
             or seconds >= 60 * config.save_minutes
             or self.training.finished
         )
 
-    def _save(self) -> Iterator[CheckpointSaved]:
+    def _save(self) -> Iterator[Report | CheckpointSaved]:
         """Write a checkpoint; without a folder, hold on to the best adapter alone."""
+        for report in self.training.settle():
+            self._note(report)
+            yield report
         progress = self.training.progress
         if self.checkpoints is not None:
             yield from self.checkpoints.save(self._outputs.saving.keep)

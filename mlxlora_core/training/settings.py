@@ -27,6 +27,7 @@ class TrainConfig(BatchConfig):
 
     iters: int = option(1000, help="optimizer updates", unit="steps", minimum=1)
     grad_accumulation: int = option(1, help="batches a step", minimum=1)
+    packing: bool = option(False, help="rows of a batch one after the other, without padding")
     optimizer: str = option("adam", help="the optimizer", choices=("adam", "adamw", "muon"))
     learning_rate: float = option(1e-5, help="peak learning rate", above=0)
     weight_decay: float = option(
@@ -44,6 +45,14 @@ class TrainConfig(BatchConfig):
     )
     on_nonfinite: str = option(
         "stop", help="what to do when a loss or gradient is not finite", choices=("stop", "skip")
+    )
+    compile: str = option(
+        "auto", help="compile the step; auto does on a GPU alone", choices=("auto", "on", "off")
+    )
+    grad_checkpoint: str = option(
+        "auto",
+        help="compute layers again for the gradient, in less memory; auto is where it would not fit",
+        choices=("auto", "on", "off"),
     )
     reuse_prefix: str = option(
         "auto",
@@ -139,6 +148,7 @@ class TrainOptions(BatchOptions, total=False):
 
     iters: int
     grad_accumulation: int
+    packing: bool
     optimizer: str
     learning_rate: float
     weight_decay: float
@@ -151,6 +161,8 @@ class TrainOptions(BatchOptions, total=False):
     steps_per_eval: int
     patience: int | None
     on_nonfinite: str
+    compile: str
+    grad_checkpoint: str
     reuse_prefix: str
     prefix_type: str
     prefix_memory_mb: int | None
