@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,7 @@ class Update:
 
     Attributes:
         rows: that it is made of.
-        sums: of their nats.
+        sums: of their nats; the gradient is left out.
         norm: of the mean gradient before clipping.
         parameters: that train, after it.
         state: of the optimizer, after it.
@@ -83,7 +83,7 @@ class Updates:
             made = self._update(parameters, _copied(state), sums.gradient, *numbers)
         finally:
             self._optimizer.state = state
-        return Update(rows, sums, made[0], *made[1:])
+        return Update(rows, replace(sums, gradient=None), *made)
 
     def take_update(self, update: Update) -> None:
         """Put an update into model and optimizer, and let the device begin with it."""

@@ -140,3 +140,12 @@ def test_both_go_with_what_else_there_is(
     monkeypatch.setattr(head_loss, "GPU_CHUNK_BYTES", CHUNK_BYTES)
     both, _ = curve(opened(**values, grad_checkpoint="on"))
     assert both == pytest.approx(plain, rel=1e-6) and both != plain
+
+
+def test_what_draws_is_not_compiled_where_it_is_computed_again(
+    opened: Callable[..., TrainingSession],
+) -> None:
+    """A compiled step knows no random state that it could go back to."""
+    plain, _ = curve(opened(dropout=0.2))
+    both, _ = curve(opened(dropout=0.2, compile="on", grad_checkpoint="on"))
+    assert both == pytest.approx(plain, rel=1e-6)
