@@ -72,7 +72,8 @@ class _OneByOne(TrainingCallback):
     """Reports a step, and holds the trainer until the next one is asked for."""
 
     def __init__(self, channel: Channel) -> None:
-        self.channel, self.tokens, self.compiles = channel, 0, 0
+        self.channel, self.tokens = channel, 0
+        self.compiles = 0
         channel.wait()
         self.began = time.perf_counter()
 
@@ -86,8 +87,9 @@ class _OneByOne(TrainingCallback):
         seconds = time.perf_counter() - self.began
         tokens = train_info["trained_tokens"] - self.tokens
         self.tokens += tokens
-        told = {"device_bytes": mx.get_peak_memory(), "compiles": self.compiles}
-        self.channel.say(seconds=seconds, tokens=tokens, **told)
+        self.channel.say(
+            seconds=seconds, device_bytes=mx.get_peak_memory(), tokens=tokens, compiles=self.compiles
+        )
         self.channel.wait()
         self.began = time.perf_counter()
 

@@ -47,15 +47,15 @@ def main() -> None:
         rows = [_example(row) for row in work.read_rows()]
         check = _example(work.read_rows()[0][: work.check_tokens])
         loss = evaluate(model.language_model, [check], 1, -1).mean
-        if work.task == "epochs":
-            samples = _epochs(work, model, rows, registry)
-        elif work.task == "train":
+        if work.task == "train":
             training = _training(work, model, rows)
             samples, told["compiles"] = _steps(training), lambda: training.compiles
+        elif work.task == "epochs":
+            samples, told["loss"] = _epochs(work, model, rows, registry), lambda: _LAST[-1]
         else:
             samples = _generate(work, model, registry)
     channel.say(loss=loss, **facts)
-    channel.serve(samples, device_bytes=mx.get_peak_memory, loss=lambda: _LAST[-1], **told)
+    channel.serve(samples, device_bytes=mx.get_peak_memory, **told)
 
 
 def _products(work: Job) -> Iterator[float]:

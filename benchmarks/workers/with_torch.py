@@ -15,9 +15,9 @@ from workers.channel import Channel, Job, job, version
 from workers.products import product_samples
 from workers.shapes import RANK
 
-_LAST: list[float | None] = [None]  # losses of validations
 METAL = "mps" if torch.backends.mps.is_available() else "cpu"
 DEVICE = "cuda" if torch.cuda.is_available() else METAL
+_LAST: list[float | None] = [None]  # losses of validations
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from mlxlora_core.training.kept import Kept, Numbers, Place
 from mlxlora_core.training.parallel import side_by_side
 from mlxlora_core.training.reuse import Reuse
 
-#: tokens that are read at a time, unless a row has more
+#: tokens that are read at a time at most, unless a row has more
 TOKENS = 2048
 
 _SHARE = 0.25  # of the memory that is free, what is kept takes at most unless somebody says otherwise
@@ -210,7 +210,7 @@ class Prefix:
         for split, chosen in self.reuse.rows.items():
             rows = sorted(chosen, key=lambda row: len(self._splits[split][row].tokens), reverse=True)
             while rows:
-                count = max(1, TOKENS // self._tokens(split, rows[:1])[0])
+                count = max(1, min(TOKENS, self.reuse.step_tokens) // self._tokens(split, rows[:1])[0])
                 yield split, rows[:count]
                 rows = rows[count:]
 
