@@ -386,6 +386,14 @@ class RuntimeStarted:
             on, where the runtime can; mlxlora calls it between computations.
         exp: the exponential of a float32 array of any shape on the CPU, where the
             runtime has a faster one than MLX's; mlxlora never differentiates it.
+        packed_product: makes, of the words, scales and biases of :func:`mlx.core.quantize` and
+            its ``group_size`` and ``bits``, a function that multiplies up to 8 rows in float32
+            by them faster than MLX on the CPU, or None where it cannot; mlxlora never
+            differentiates it.
+        set_precision: lets large matrix products of float32 be made of bfloat16 from now on:
+            ``bfloat16`` rounds each number to one, ``bfloat16x3`` to the sum of two, and
+            ``float32`` leaves it as it is. Raises a :class:`ResourceError` where that fails;
+            mlxlora calls it between computations.
         advice: what would make it faster, in one line of ``mlxlora doctor``.
     """
 
@@ -393,4 +401,6 @@ class RuntimeStarted:
     warning: bool = False
     set_threads: Callable[[int], None] | None = None
     exp: Callable[[mx.array], mx.array] | None = None
+    packed_product: Callable[..., Callable[[mx.array], mx.array] | None] | None = None
+    set_precision: Callable[[str], None] | None = None
     advice: str = ""

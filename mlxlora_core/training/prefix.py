@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlora_core.errors import UsageError
+from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.machine.limits import readable_bytes
 from mlxlora_core.machine.memory import free_memory_bytes
 from mlxlora_core.model.language_model import LanguageModel
@@ -114,6 +115,26 @@ class Prefix:
             for tokens in groups
         )
 
+    def look(self) -> None:
+        """Keep nothing where a row's states are not its own, such as those scaled for the width of a batch.
+
+        The shortest row, padded like the longest, shows that.
+        """
+        if not self.reuse.on:
+            return
+        split, chosen = next(iter(self.reuse.rows.items()))
+        rows = sorted(chosen, key=lambda row: len(self._splits[split][row].tokens))
+        short, count = make_batch(self._splits[split], rows[:1]), self._tokens(split, rows[:1])[0]
+        padded = mx.pad(short.inputs, [(0, 0), (0, self._tokens(split, rows[-1:])[0] - count)])
+        alone, beside = (
+            self._below(replace(short, inputs=inputs))[0, :count].astype(mx.float32)
+            for inputs in (short.inputs, padded)
+        )
+        off = mx.abs(alone - beside).mean() / mx.maximum(mx.abs(alone).mean(), 1e-30)
+        if not (off <= (1e-3 if self.reuse.computed == mx.float32 else 0.05)).item():
+            why = "what a row becomes depends on the length of those beside it"
+            self.reuse = replace(self.reuse, on=False, possible=False, why_not=why)
+
     @property
     def words(self) -> str:
         """What is saved and what that takes, or why nothing is, in a line."""
@@ -164,12 +185,13 @@ class Prefix:
         """
         words = _WORDS[self.reuse.stored.size]
         whole = np.zeros((batch.inputs.size, self.reuse.width), words)
-        for start, row in zip(batch.starts, rows, strict=False):  # a batch may have more rows, of zeros
+        for start, row in zip(batch.starts, rows, strict=False):
             found = self._read(split, row)
             if found is None:
                 return None
             whole[start : start + len(found)] = found
         whole = whole.reshape(*batch.inputs.shape, -1)
+        whole[len(rows) :] = whole[:1]  # rows that only fill a shape, as its inputs do
         return mx.array(whole).view(self.reuse.stored).astype(self.reuse.computed)
 
     def notes(self) -> list[str]:
@@ -184,16 +206,13 @@ class Prefix:
             self._kept.close()
 
     def _parts(self) -> Iterator[tuple[str, Sequence[int]]]:
-        """The rows in groups that are read together, of like length, each with its split."""
+        """The rows in groups that are read together, each with its split: the longest first."""
         for split, chosen in self.reuse.rows.items():
-            rows = sorted(chosen, key=lambda row: len(self._splits[split][row].tokens))
-            start = 0
-            for end, row in enumerate(rows):  # the longest of its group so far
-                if end > start and (end - start + 1) * (len(self._splits[split][row].tokens) - 1) > TOKENS:
-                    yield split, rows[start:end]
-                    start = end
-            if rows[start:]:
-                yield split, rows[start:]
+            rows = sorted(chosen, key=lambda row: len(self._splits[split][row].tokens), reverse=True)
+            while rows:
+                count = max(1, TOKENS // self._tokens(split, rows[:1])[0])
+                yield split, rows[:count]
+                rows = rows[count:]
 
     def _tokens(self, split: str, rows: Sequence[int]) -> list[int]:
         return [len(self._splits[split][row].tokens) - 1 for row in rows]
@@ -224,9 +243,9 @@ class Prefix:
         """
         stored = hidden.astype(self.reuse.stored)
         if stored.dtype != hidden.dtype and not mx.isfinite(stored).all() and mx.isfinite(hidden).all():
+            kind, most = type_name(self.reuse.stored), mx.abs(hidden).max().item()
             raise UsageError(
-                f"prefix_type {self.reuse.stored} cannot hold what enters layer {self.reuse.first + 1} "
-                f"(up to {mx.abs(hidden).max().item():.3g})",
+                f"prefix_type {kind} cannot hold what enters layer {self.reuse.first + 1} (up to {most:.3g})",
                 fix="use bfloat16, or compute",
             )
         return stored

@@ -48,3 +48,20 @@ def test_freed_buffers_are_kept_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
             assert (mx.get_cache_memory() >= large_bytes) == kept
     finally:
         mx.set_cache_limit(before)
+
+
+def test_metal_keeps_as_much_in_memory_as_the_system_recommends(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr(mx, "set_wired_limit", set_to.append)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12 << 30})
+    for cpu, metal, wanted in ((True, True, []), (False, False, []), (False, True, [12 << 30])):
+        monkeypatch.setattr(device, "on_cpu", lambda cpu=cpu: cpu)
+        monkeypatch.setattr(mx.metal, "is_available", lambda metal=metal: metal)
+        device.prepare_device()
+        assert set_to == wanted
+
+    def refused(limit: int) -> int:
+        raise ValueError("[metal::set_wired_limit] this system has none")
+
+    monkeypatch.setattr(mx, "set_wired_limit", refused)
+    device.prepare_device()

@@ -68,6 +68,14 @@ def train(bench: Bench, folder: Path, *more: object) -> list[object]:
     return bench.train(folder, *more)
 
 
+#: all that saves work and must change nothing
+SAVING = ("--packing", "--reuse-prefix", "on", "--compile", "on")
+
+
+def train_saving(bench: Bench, folder: Path, *more: object) -> list[object]:
+    return bench.train(folder, *SAVING, *more)
+
+
 def convert(bench: Bench, folder: Path, *more: object) -> list[object]:
     return ["convert", "--torch-path", bench.checkpoint, "--mlx-path", folder / "model", *more]
 
@@ -110,11 +118,26 @@ def run(bench: Bench, folder: Path) -> list[object]:
     return ["run", recipe]
 
 
+def train_from_files(bench: Bench, folder: Path, *more: object) -> list[object]:
+    return bench.train(folder, "--prefix-memory-mb", 0, *more)
+
+
 LAST = "a.checkpoints/step-0000040/"
+TRAINED = ("a.safetensors", LAST + "adapter.safetensors", LAST + "optimizer.safetensors")
 MODEL = ("config.json", "model.safetensors", "tokenizer.model")
 SCENARIOS = {
     "train": Scenario(
         train,
+        lambda bench, folder: [train(bench, folder, "--resume"), train(bench, folder)],
+        TRAINED,
+    ),
+    "train, saving work": Scenario(
+        train_saving,
+        lambda bench, folder: [train_saving(bench, folder, "--resume"), train_saving(bench, folder)],
+        TRAINED,
+    ),
+    "train from files": Scenario(  # and to the bits of what is kept in memory
+        train_from_files,
         lambda bench, folder: [train(bench, folder, "--resume"), train(bench, folder)],
         ("a.safetensors", LAST + "adapter.safetensors", LAST + "optimizer.safetensors"),
     ),
@@ -229,8 +252,8 @@ def test_a_kill_before_any_durable_operation_loses_nothing(
     chosen = every if ALL else sorted({*random.Random(name).sample(every, SAMPLE), *early, operations})
     for kill in chosen:
         kill_and_go_on(bench, name, tmp_path / str(kill), kill, want)
-        if name == "train":
-            whole = bench.folder / "reference-train" / "metrics.jsonl"
+        if name.startswith("train"):
+            whole = bench.folder / f"reference-{name}" / "metrics.jsonl"
             assert metrics(tmp_path / str(kill) / "metrics.jsonl") == metrics(whole)
 
 
