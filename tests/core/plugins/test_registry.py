@@ -706,6 +706,15 @@ def test_the_exponential_of_a_runtime_is_kept(monkeypatch: pytest.MonkeyPatch) -
     assert device._exponentials == [abs]
 
 
+def test_what_a_runtime_sets_the_precision_with_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(device, "_precisions", [])
+    start_runtimes(runtimes(lambda: RuntimeStarted("fast", set_precision=told.append)))
+    with device.product_precision("bfloat16"):
+        assert told == ["bfloat16"]
+    assert told == ["bfloat16", "float32"]
+
+
 def test_every_kind_has_a_hook_and_a_spec() -> None:
     import mlxlora_core.hookspecs as hookspecs
 
