@@ -9,13 +9,24 @@ from mlxlora_core.model.foreign_updates import updates_there, vectors_there
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.layers import GatedFeedForward, RMSNorm
 from mlxlora_core.model.linears import StackedLinear, dense_weight, linear_shape
-from mlxlora_core.model.ops import attention, attention_mask, gelu_times, rms_norm, rotate, silu_times
+from mlxlora_core.model.ops import (
+    attention,
+    attention_mask,
+    gelu_times,
+    positions,
+    rms_norm,
+    rotate,
+    silu_times,
+)
+from mlxlora_core.model.ops.rows import Mask, Rows
 
 __all__ = [
     "GatedFeedForward",
     "KVCache",
     "LanguageModel",
+    "Mask",
     "RMSNorm",
+    "Rows",
     "StackedLinear",
     "attention",
     "attention_mask",
@@ -25,6 +36,7 @@ __all__ = [
     "on_cpu",
     "on_cuda",
     "packed_product",
+    "positions",
     "rms_norm",
     "rotate",
     "silu_times",

@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlxlora_core.errors import DivergedError
+from mlxlora_core.machine.device import runs_ahead
 from mlxlora_core.plugins import Component, check_call
 from mlxlora_core.plugins.surroundings import kept
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token that the device may be still drawing.
+
+    Attributes:
+        token: its id, (1,).
+        checks: the highest logit of the model, then of all samplers together.
+        refuse: raises the error of logits of which one of these is not finite.
+    """
+
+    token: mx.array
+    checks: tuple[mx.array, mx.array]
+    refuse: Callable[[], None]
+
+    def read(self) -> int:
+        """Its id, after waiting for it.
+
+        Raises:
+            MlxloraError: as :class:`Drawing`.
+        """
+        if not all(math.isfinite(_number(check)) for check in self.checks):
+            self.refuse()
+        return int(np.array(self.token)[0])
 
 
 class Drawing:
@@ -46,27 +73,54 @@ class Drawing:
             DivergedError: the logits of the model are not finite.
             PluginError: a sampler does not give logits, or none that leave a token.
         """
-        if not np.isfinite(np.array(logits).max()):
-            raise DivergedError(
-                f"the logits of the model at token {len(tokens) + 1} are not finite",
-                fix="check the weights of the model and of the adapter for NaN, Inf and values out of range",
-            )
-        history = tuple(tokens)
-        highest = []
+        best = float(np.array(logits).max())
+        if not math.isfinite(best):
+            self._refuse(best, len(tokens) + 1, ())
+        logits, highest = self._changed(logits, tokens)
+        values = np.array(logits)
+        if not np.isfinite(values.max()):
+            self._refuse(best, len(tokens) + 1, highest)
+        if np.count_nonzero(values > -math.inf) == 1:  # drawing among one costs up to 15 times as much
+            return int(values.argmax())
+        return int(mx.random.categorical(logits, key=self._key(len(tokens))))
+
+    def soon(self, logits: mx.array, tokens: Sequence[int]) -> int | Drawn:
+        """As a call; on a GPU a token that may be still to draw, whose errors come when it is read."""
+        if not runs_ahead():
+            return self(logits, tokens)
+        best, place = logits.max(), len(tokens) + 1
+        logits, highest = self._changed(logits, tokens)
+
+        def refuse() -> None:
+            self._refuse(_number(best), place, highest)
+
+        token = mx.random.categorical(logits, key=self._key(len(tokens)))
+        return Drawn(token, (best, logits.max()), refuse)
+
+    def _key(self, place: int) -> mx.array:
+        """Of the random numbers that a token is drawn with that stands behind so many."""
+        return mx.random.key((self._seed << 32) + place)
+
+    def _changed(self, logits: mx.array, tokens: Sequence[int]) -> tuple[mx.array, list[mx.array]]:
+        """The logits after all samplers, and the highest one after each."""
+        history, highest = tuple(tokens), []
         for component, transform in self._transforms:
             with kept(f"sampler {component.id}", look=component.id not in self._harmless) as watch:
                 changed = transform(logits, history)
-            logits = _changed(component, changed, logits)
+            logits = _like(component, changed, logits)
             highest.append(logits.max())  # computed only where there is a fault to find
             if not watch.changed:
                 self._harmless.add(component.id)
-        values = np.array(logits)
-        if not np.isfinite(values.max()):
-            self._blame([float(value) for value in highest])
-        if np.count_nonzero(values > -math.inf) == 1:  # drawing among one costs up to 15 times as much
-            return int(values.argmax())
-        key = mx.random.key((self._seed << 32) + len(history))
-        return int(mx.random.categorical(logits, key=key))
+        return logits, highest
+
+    def _refuse(self, best: float, place: int, highest: Sequence[mx.array]) -> None:
+        """Raise the error of logits of the model whose highest is no number, or else of a sampler."""
+        if not math.isfinite(best):
+            raise DivergedError(
+                f"the logits of the model at token {place} are not finite",
+                fix="check the weights of the model and of the adapter for NaN, Inf and values out of range",
+            )
+        self._blame([_number(value) for value in highest])
 
     def _blame(self, highest: Sequence[float]) -> None:
         """Raise the error of the first sampler whose highest logit is no number."""
@@ -76,12 +130,16 @@ class Drawing:
                 raise component.breach("transform", got, "numbers, or -inf where a token may not come")
 
 
-def _changed(component: Component, logits: Any, before: mx.array) -> mx.array:
+def _like(component: Component, logits: Any, before: mx.array) -> mx.array:
     """``logits``, which a transform has made of ``before``: of the same shape and type."""
     checked = component.checked("transform", logits, mx.array)
     if (checked.shape, checked.dtype) != (before.shape, before.dtype):
         raise component.breach("transform", _described(checked), _described(before))
     return checked
+
+
+def _number(x: mx.array) -> float:
+    return float(np.array(x))
 
 
 def _described(x: mx.array) -> str:

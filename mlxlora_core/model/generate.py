@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora_core.errors import DataError, UsageError
-from mlxlora_core.model.drawing import Drawing
+from mlxlora_core.model.drawing import Drawing, Drawn
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.memory import CACHE_STEP, PARTS, require_growth, room_for_prompt
 from mlxlora_core.model.prompts import Prompt, prompt_ids
@@ -74,8 +74,10 @@ def generate(
     told(words)
     drawing = Drawing(samplers, seed)
 
-    def draw(logits: mx.array, tokens: Sequence[int]) -> int:
-        return drawing(logits[:, : tokenizer.vocab_size], tokens)  # ids beyond it are padding, and no text
+    def draw(logits: mx.array, tokens: Sequence[int]) -> int | Drawn:
+        return drawing.soon(
+            logits[:, : tokenizer.vocab_size], tokens
+        )  # ids beyond it are padding, and no text
 
     tokens = decode(model, ids, draw, num_tokens=num_tokens, stops=tokenizer.stops, part_tokens=part)
     return _segments(tokenizer, tokens, num_tokens, write_every, end)
@@ -133,13 +135,16 @@ def whole(segments: Iterable[Segment]) -> Segment:
 def decode(
     model: LanguageModel,
     prompt: Sequence[int],
-    draw: Callable[[mx.array, Sequence[int]], int],
+    draw: Callable[[mx.array, Sequence[int]], int | Drawn],
     *,
     num_tokens: int,
     stops: Collection[int],
     part_tokens: int = PARTS[0],
 ) -> Iterator[int]:
     """Token ids that follow the ids ``prompt``, up to ``num_tokens`` or one of ``stops``.
+
+    Where a token may be still to draw, the model is asked for what follows it before it is given
+    out, so that the device computes that while the token is shown.
 
     Args:
         model: in whatever state; it is put in evaluation mode.
@@ -156,10 +161,17 @@ def decode(
     cache = model.make_cache()
     tokens = list(prompt)
     unseen = tokens[:]
-    for _ in range(num_tokens):
+    logits: mx.array | None = None
+    for left in range(num_tokens, 0, -1):
         if len(tokens) % CACHE_STEP == 0:
             require_growth(model)
-        token = draw(forward(model, unseen, cache, part_tokens), tokens)
+        drawn = draw(forward(model, unseen, cache, part_tokens) if logits is None else logits, tokens)
+        logits = None
+        # What might be refused waits until this token is given out.
+        if isinstance(drawn, Drawn) and left > 1 and (len(tokens) + 1) % CACHE_STEP:
+            logits = _after(model, drawn.token[None], cache)
+            mx.async_eval(drawn.token, drawn.checks, logits)
+        token = drawn.read() if isinstance(drawn, Drawn) else drawn
         if token in stops:
             return
         yield token
@@ -171,8 +183,14 @@ def forward(
     model: LanguageModel, tokens: Sequence[int], cache: Sequence[Cache], part_tokens: int = PARTS[0]
 ) -> mx.array:
     """Logits (1, V), float32, after ``tokens``, of which there is one at least, went into ``cache``."""
-    for start in range(0, len(tokens), part_tokens):
+    last = (len(tokens) - 1) // part_tokens * part_tokens
+    for start in range(0, last, part_tokens):
         part = mx.array([tokens[start : start + part_tokens]])
-        hidden = model.run(model.embed(part), cache=cache)
-        mx.eval(hidden)
+        mx.eval(model.run(model.embed(part), cache=cache))
+    return _after(model, mx.array([tokens[last:]]), cache)
+
+
+def _after(model: LanguageModel, tokens: mx.array, cache: Sequence[Cache]) -> mx.array:
+    """Logits (1, V), float32, after ids (1, T) went into ``cache``."""
+    hidden = model.run(model.embed(tokens), cache=cache)
     return model.head(hidden[:, -1]).astype(mx.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -45,14 +46,19 @@ class LanguageModel(nn.Module):
         first: int = 0,
         last: int | None = None,
         cache: Sequence[Cache] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> mx.array:
         """Hidden states (B, T, D) after layers ``first`` up to, not including, ``last``.
+
+        An architecture may leave ``lengths`` out; core asks with :func:`takes`.
 
         Args:
             hidden: what enters layer ``first``, (B, T, D).
             first: the lowest layer to run.
             last: where to stop; None is the top.
             cache: one entry for each layer of the whole model.
+            lengths: tokens of each of the rows that stand one after the other in (1, T, D);
+                each has the states that it has alone. Never together with a cache.
         """
         raise NotImplementedError
 
@@ -63,3 +69,8 @@ class LanguageModel(nn.Module):
     def make_cache(self) -> list[Cache]:
         """An empty cache, one entry a layer."""
         raise NotImplementedError
+
+
+def takes(model: LanguageModel, name: str) -> bool:
+    """Whether :meth:`LanguageModel.run`, as a model has it, takes an argument of this name."""
+    return name in inspect.signature(model.run).parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -47,12 +48,17 @@ def loss_of(model: LanguageModel, ids: mx.array) -> mx.array:
 
 def gradients_of(model: LanguageModel, ids: mx.array) -> dict[str, mx.array]:
     """The gradient of every parameter by its path."""
+    return gradients_of_loss(model, lambda: loss_of(model, ids))
 
-    def loss(values: Any) -> mx.array:
+
+def gradients_of_loss(model: LanguageModel, loss: Callable[[], mx.array]) -> dict[str, mx.array]:
+    """The gradient of every parameter by its path, of a loss that the model gives."""
+
+    def with_weights(values: Any) -> mx.array:
         model.update(values)
-        return loss_of(model, ids)
+        return loss()
 
     weights = tree_unflatten(list(parameters(model).items()))
-    found: dict[str, mx.array] = dict(tree_flatten(mx.grad(loss)(weights)))
+    found: dict[str, mx.array] = dict(tree_flatten(mx.grad(with_weights)(weights)))
     model.update(weights)
     return found

@@ -6,50 +6,118 @@ line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, TypeAlias, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from mlxlora_core.training.examples import Example
+from mlxlora_core.training.shapes import Shapes
 
 T = TypeVar("T")
+Array: TypeAlias = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows side by side, padded on the right.
+    """Rows side by side, padded on the right; or packed: one after the other in a single one.
 
     Attributes:
-        inputs: ids (B, T).
+        inputs: ids (B, T), packed (1, T).
         positions: the places in ``inputs``, counted through its rows, whose
             next token counts in the loss, (N,).
         targets: those next tokens, (N,).
+        weights: float32 (N,), 0 for what stands at the end of the positions to make them as
+            many as in other batches, and else 1; None is 1 for all.
+        counted: how many of the N count; None is all.
+        padding: how many places in ``inputs`` are padding.
+        lengths: packed, inputs of each row; None where rows are side by side.
+        hidden: what enters layer ``first``, (B, T, D), where that is known already.
+        first: the lowest layer to run.
     """
 
     inputs: mx.array
     positions: mx.array
     targets: mx.array
+    weights: mx.array | None = None
+    counted: int | None = None
+    padding: int = 0
+    lengths: tuple[int, ...] | None = None
+    hidden: mx.array | None = None
+    first: int = 0
 
     @property
     def counted_tokens(self) -> int:
-        """N: how many tokens count in the loss."""
-        return self.targets.size
+        """How many tokens count in the loss."""
+        return self.targets.size if self.counted is None else self.counted
+
+    @property
+    def starts(self) -> Sequence[int]:
+        """The place of each row's first input, counted through ``inputs``."""
+        rows, width = self.inputs.shape
+        if self.lengths is None:
+            return range(0, rows * width, width)
+        return list(accumulate(self.lengths[:-1], initial=0))
 
 
-def make_batch(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
-    """The batch of some rows of ``examples``; padding is never among its positions."""
-    chosen = [examples[row] for row in rows]
-    width = max(len(example.tokens) for example in chosen) - 1
-    tokens = np.zeros((len(rows), width + 1), np.uint32)
-    counts = np.zeros((len(rows), width + 1), bool)
-    for i, example in enumerate(chosen):
-        tokens[i, : len(example.tokens)] = example.tokens
-        counts[i, : len(example.tokens)] = example.mask
-    inputs, targets, mask = tokens[:, :-1], tokens[:, 1:], counts[:, 1:]  # the one shift
-    return Batch(mx.array(inputs), mx.array(np.flatnonzero(mask)), mx.array(targets[mask]))
+def make_batch(
+    examples: Sequence[Example], rows: Sequence[int], packing: bool = False, shapes: Shapes | None = None
+) -> Batch:
+    """The batch of some rows of ``examples``; padding is never among the positions that count.
+
+    Args:
+        examples: of which it takes some.
+        rows: which.
+        packing: whether they stand one after the other, and not side by side.
+        shapes: what those side by side are brought to one of, which cannot be seen in their loss.
+    """
+    parts = [_shifted(examples[row]) for row in rows]
+    lengths = tuple(len(inputs) for inputs, _, _ in parts)
+    width = max(lengths) if shapes is None else shapes.width(max(lengths))
+    starts = np.cumsum((0, *lengths)) if packing else np.arange(len(rows) + 1) * width
+    tokens = np.zeros(starts[-1], np.uint32)
+    for start, (inputs, _, _) in zip(starts, parts, strict=False):
+        tokens[start : start + len(inputs)] = inputs
+    counted = [start + np.flatnonzero(mask) for start, (_, _, mask) in zip(starts, parts, strict=False)]
+    batch = Batch(
+        mx.array(tokens.reshape((1, -1) if packing else (-1, width))),
+        mx.array(np.concatenate(counted)),
+        mx.array(np.concatenate([targets[mask] for _, targets, mask in parts])),
+        padding=tokens.size - sum(lengths),
+        lengths=lengths if packing else None,
+    )
+    return batch if shapes is None else _brought_to(shapes, batch)
+
+
+def _brought_to(shapes: Shapes, batch: Batch) -> Batch:
+    """A batch of one of some widths with as many rows and positions as all of that width.
+
+    They are more of the first of each, so that nothing can go wrong in them alone.
+    """
+    rows, width = batch.inputs.shape
+    count, more = batch.targets.size, shapes.rows - rows
+    spare = shapes.positions(width) - count
+
+    def longer(x: mx.array, by: int) -> mx.array:
+        return mx.concatenate([x, *[x[:1]] * by])
+
+    return replace(
+        batch,
+        inputs=longer(batch.inputs, more),
+        positions=longer(batch.positions, spare),
+        targets=longer(batch.targets, spare),
+        weights=(mx.arange(count + spare) < count).astype(mx.float32),
+        counted=count,
+        padding=batch.padding + more * width,
+    )
+
+
+def _shifted(example: Example) -> tuple[Array, Array, Array]:
+    """The inputs of a row, the token that each asks for, and whether that counts."""
+    return example.tokens[:-1], example.tokens[1:], example.mask[1:]  # the one shift
 
 
 @dataclass(frozen=True)
@@ -58,13 +126,23 @@ class Collator:
 
     Attributes:
         examples: its rows.
+        packing: whether rows stand one after the other.
+        entering: what enters layer ``first`` for the rows of a batch, where that is kept.
+        first: that layer.
+        shapes: what batches are brought to, where they are to be of few shapes.
     """
 
     examples: Sequence[Example]
+    packing: bool = False
+    entering: Callable[[Sequence[int], Batch], mx.array | None] | None = None
+    first: int = 0
+    shapes: Shapes | None = None
 
     def __call__(self, rows: Sequence[int]) -> Batch:
         """The batch of some rows."""
-        return make_batch(self.examples, rows)
+        batch = make_batch(self.examples, rows, self.packing, self.shapes)
+        hidden = self.entering(rows, batch) if self.entering is not None else None
+        return batch if hidden is None else replace(batch, hidden=hidden, first=self.first)
 
 
 def longest_of(examples: Sequence[Example]) -> int:
@@ -80,17 +158,21 @@ def epoch_order(examples: Sequence[Example], rows_a_step: int, seed: int, epoch:
     """
     random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     lengths = np.array([len(example.tokens) for example in examples])
-    order = np.argsort(lengths * random.uniform(1.0, 1.2, len(lengths)), kind="stable")
+    order = np.argsort(lengths * random.uniform(1.0, 1.05, len(lengths)), kind="stable")
     steps = list(_parts(order.tolist(), rows_a_step))
     return [steps[i] for i in random.permutation(len(steps))]
+
+
+def steps_an_epoch(rows: int, rows_a_step: int) -> int:
+    """Steps in which every row comes once; the last of them may have fewer rows."""
+    return -(-rows // rows_a_step)
 
 
 def steps_from(
     examples: Sequence[Example], rows_a_step: int, seed: int, cursor: int = 0
 ) -> Iterator[list[int]]:
     """The rows of step ``cursor``, of the one after it, and so on without end."""
-    steps_an_epoch = -(-len(examples) // rows_a_step)
-    epoch, start = divmod(cursor, steps_an_epoch)
+    epoch, start = divmod(cursor, steps_an_epoch(len(examples), rows_a_step))
     while True:
         yield from epoch_order(examples, rows_a_step, seed, epoch)[start:]
         epoch, start = epoch + 1, 0

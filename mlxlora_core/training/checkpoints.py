@@ -42,6 +42,8 @@ from mlxlora_core.plugins import Registry
 from mlxlora_core.training.progress import STATE_FORM
 
 SCHEMA = 1
+#: name of the folder of what is kept of the rows, which is a temporary one
+PREFIX = "prefix"
 MANIFEST = "MANIFEST.json"
 ADAPTER, OPTIMIZER, STATE = PARTS = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 
@@ -179,7 +181,7 @@ def find_for(how: Start, folder: Path) -> Found:
     if how is Start.RESUME:
         return find_to_resume(folder)
     if how is Start.CONTINUE:
-        leftovers.clear_leftovers(folder, "step-*")
+        _clear(folder)
         return find(folder)
     return find_to_begin(folder, overwrite=how is Start.OVERWRITE)
 
@@ -191,7 +193,7 @@ def find_to_resume(folder: Path) -> Found:
         ModelError: there is none.
         MlxloraError: as :func:`find`.
     """
-    leftovers.clear_leftovers(folder, "step-*")
+    _clear(folder)
     found = find(folder)
     if found.valid:
         return found
@@ -210,7 +212,7 @@ def find_to_begin(folder: Path, *, overwrite: bool) -> Found:
         SafetyError: they are, or something else stands there that mlxlora has not written.
         MlxloraError: as :func:`find`.
     """
-    leftovers.clear_leftovers(folder, "step-*")
+    _clear(folder)
     found = find(folder)
     refuse_strange([folder for folder in found.strange if folder in found.damaged])
     there = found.valid or found.damaged
@@ -237,6 +239,12 @@ def refuse_strange(folders: Sequence[Path]) -> None:
             where=folders[0],
             fix="move it away",
         )
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a training that was killed has left: half a checkpoint, and what it kept of the rows."""
+    leftovers.clear_leftovers(folder, "step-*")
+    leftovers.clear_leftovers(folder, PREFIX)
 
 
 def check_plugins(found: Found, registry: Registry) -> None:

@@ -43,9 +43,10 @@ def evaluate(
     batch_size: int,
     batches: int = -1,
     most_bytes: int | None = None,
+    collate: Collator | None = None,
 ) -> Loss:
     """The loss of a model on examples; see :func:`evaluating`, which has the same arguments."""
-    work = evaluating("", model, examples, batch_size, batches, most_bytes)
+    work = evaluating("", model, examples, batch_size, batches, most_bytes, collate)
     while True:
         try:
             next(work)
@@ -61,6 +62,7 @@ def evaluating(
     batch_size: int,
     batches: int = -1,
     most_bytes: int | None = None,
+    collate: Collator | None = None,
 ) -> Generator[Advanced, None, Loss]:
     """The loss of a model on examples, as the value of the generator; how far it is after each batch.
 
@@ -72,6 +74,7 @@ def evaluating(
         batches: how many batches, from rows all over ``examples``; -1 is all of them.
         most_bytes: of memory that it may take; fewer rows at a time are measured where a batch
             takes more, but one at least. None is what :func:`room_for` finds.
+        collate: makes batches of the rows where something of them is known already.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -82,13 +85,13 @@ def evaluating(
     sizes = sizes_of(model)
     was_training = model.training
     model.eval()
-    total, collate = Loss(0.0, 0), Collator(examples)
+    total, collate = Loss(0.0, 0), collate or Collator(examples)
     try:
         parts = list(fixed_rows(examples, batch_size, batches))
         for done, rows in enumerate(parts, start=1):
             for few in _that_fit(sizes, examples, rows, most_bytes):
                 for part, value in side_by_side(partial(nats, model), collate, few):
-                    total += Loss(float(value), part.counted_tokens)
+                    total += Loss.of(part, float(value))
             yield Advanced(what, done, len(parts))
     finally:
         model.train(was_training)

@@ -26,6 +26,7 @@ class TrainReport:
         peak_memory_bytes: most that MLX has held.
         clipped: how many of these steps had their gradient clipped.
         skipped: how many of these steps made no update, being not finite.
+        padding: share of the positions computed that are padding.
     """
 
     step: int
@@ -38,6 +39,7 @@ class TrainReport:
     peak_memory_bytes: int
     clipped: int = 0
     skipped: int = 0
+    padding: float = 0.0
 
     @property
     def words(self) -> str:
@@ -45,8 +47,11 @@ class TrainReport:
         clipped = f"  {self.clipped} clipped" if self.clipped else ""
         skipped = f"  {self.skipped} skipped, not finite" if self.skipped else ""
         speed = f"{self.steps_per_second:.2f} steps/s  {self.tokens_per_second:.0f} tokens/s"
+        padding = f"padding {100 * self.padding:.1f} %"
         peak = f"peak {self.peak_memory_bytes / 1e9:.2f} GB"
-        return f"loss {self.loss:.4f}  lr {self.learning_rate:.2e}  {speed}  {peak}{clipped}{skipped}"
+        return (
+            f"loss {self.loss:.4f}  lr {self.learning_rate:.2e}  {speed}  {padding}  {peak}{clipped}{skipped}"
+        )
 
     def __str__(self) -> str:
         return f"step {self.step}  {self.words}"
@@ -61,12 +66,14 @@ class ValidReport:
         loss: nats per counted token; NaN when the model's loss is not finite.
         tokens: how many counted.
         seconds: how long it took.
+        padding: share of the positions computed that are padding.
     """
 
     step: int
     loss: float
     tokens: int
     seconds: float
+    padding: float = 0.0
 
     @property
     def words(self) -> str:

@@ -1,44 +1,138 @@
-"""``rows -> (loss, norm, gradient)``: what an update is made of."""
+"""``rows -> sums of nats and of their gradients``: what an update is made of."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlxlora_core.model.language_model import LanguageModel
-from mlxlora_core.training.batches import Collator
+from mlxlora_core.training.batches import Batch, Collator
 from mlxlora_core.training.loss import Loss, nats
 from mlxlora_core.training.parallel import side_by_side
+
+#: nats of a batch, and their gradient as a tree like that of the parameters that train
+Summed: TypeAlias = tuple[mx.array, Any]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What the batches of a step add up to; its arrays may be still to compute.
+
+    Attributes:
+        nats: of each batch, or part of one, in order.
+        counts: of tokens and positions; its own nats are 0.
+        gradient: of all nats, as a tree like that of the parameters that train.
+    """
+
+    nats: tuple[mx.array, ...]
+    counts: Loss
+    gradient: Any
+
+    @property
+    def loss(self) -> Loss:
+        """Added up on the host, which waits for it."""
+        return replace(self.counts, nats=sum(float(value) for value in self.nats))
+
+
+class Gradients:
+    """Sums of nats, and of their gradients, over rows.
+
+    Args:
+        model: of which some parameters train.
+        collate: makes the batches; for a compiled one, of as few shapes as possible.
+        batch_size: rows of a batch.
+        compiled: whether nats and gradient of a batch are one compiled function of its arrays.
+
+    Attributes:
+        compiles: how many shapes of batches that was compiled for.
+    """
+
+    def __init__(self, model: LanguageModel, collate: Collator, batch_size: int, compiled: bool) -> None:
+        self._model, self._collate, self._batch_size = model, collate, batch_size
+        self._module: Any = model
+        self._compiled, self.compiles = compiled, 0
+        self._begun: Any = None
+
+    def __call__(self, rows: Sequence[int]) -> Sums:
+        """Over some rows. All batches but the last are left to the device before it returns."""
+        total: Any = None
+        values, counts = [], Loss(0.0, 0)
+        for start in range(0, len(rows), self._batch_size):
+            if total is not None:
+                self._begin(total)
+            for batch, (value, gradient) in self._parts(rows[start : start + self._batch_size]):
+                total = gradient if total is None else tree_map(mx.add, total, gradient)
+                values.append(value)
+                counts += Loss.of(batch, 0.0)
+        self._begun = None
+        return Sums(tuple(values), counts, total)
+
+    def _parts(self, rows: Sequence[int]) -> Iterator[tuple[Batch, Summed]]:
+        """The parts that a batch is computed in, with their sums."""
+        if not self._compiled:
+            yield from side_by_side(self._plain, self._collate, rows)
+            return
+        batch = self._collate(rows)
+        arrays: dict[str, Any] = {n: x for n, x in vars(batch).items() if isinstance(x, mx.array)}
+        trained = self._module.trainable_parameters()
+        try:
+            summed = self._as_compiled(arrays, batch.first)
+        finally:
+            self._module.update(trained)  # what it was traced with is in their places
+        yield batch, summed
+
+    def _begin(self, total: Any) -> None:
+        """Let the device begin with a batch as soon as it is through with the one before.
+
+        Not sooner, or memory would have to hold what both keep for the gradient.
+        """
+        mx.eval(self._module.trainable_parameters(), self._begun)
+        mx.async_eval(total)
+        self._begun = total
+
+    @cached_property
+    def _plain(self) -> Callable[[Batch], Summed]:
+        """Nats of a batch and their gradient."""
+        function: Any = nn.value_and_grad(self._model, lambda batch: nats(self._model, batch))
+        return function  # type: ignore[no-any-return]  # MLX's functions are not annotated
+
+    @cached_property
+    def _as_compiled(self) -> Callable[[dict[str, Any], int], Summed]:
+        """The same of the arrays of a batch, compiled; parameters and random numbers go in from outside."""
+
+        def traced(arrays: dict[str, Any], first: int) -> Summed:
+            self.compiles += 1
+            return self._plain(Batch(**arrays, first=first))
+
+        return mx.compile(traced, inputs=[self._module.state, mx.random.state], outputs=[mx.random.state])
 
 
 def mean_gradient(
     model: LanguageModel, collate: Collator, rows: Sequence[int], batch_size: int
 ) -> tuple[Loss, float, Any]:
-    """Loss, norm and mean gradient over the counted tokens of ``rows``.
+    """Loss, norm and mean gradient over the counted tokens of ``rows``, without an update.
 
     Micro-batches add nats, and gradients of nats; the one division by the
     number of tokens comes after the last of them.
     """
-    value_and_grad = nn.value_and_grad(model, lambda batch: nats(model, batch))
-    total: Any = None
-    loss = Loss(0.0, 0)
-    for start in range(0, len(rows), batch_size):
-        for batch, (value, gradient) in side_by_side(
-            value_and_grad, collate, rows[start : start + batch_size]
-        ):
-            total = gradient if total is None else tree_map(mx.add, total, gradient)
-            loss += Loss(float(value), batch.counted_tokens)
-        mx.eval(total)
-    total = tree_map(lambda g: g / loss.tokens, total)
-    squares = [leaf.astype(mx.float32).square().sum() for leaf in dict(tree_flatten(total)).values()]
-    return loss, math.sqrt(float(mx.stack(squares).sum())), total
+    sums = Gradients(model, collate, batch_size, compiled=False)(rows)
+    mean = mean_of(sums.gradient, sums.counts.tokens)
+    return sums.loss, math.sqrt(float(norm_squared(mean))), mean
 
 
-def clipped_to(gradient: Any, norm: float, limit: float) -> Any:
-    """``gradient`` shrunk to the norm ``limit``."""
-    return tree_map(lambda g: g * (limit / norm), gradient)
+def mean_of(gradient: Any, tokens: int | mx.array) -> Any:
+    """A gradient that was summed over so many tokens, for each of them."""
+    return tree_map(lambda g: (g / tokens).astype(g.dtype), gradient)
+
+
+def norm_squared(gradient: Any) -> mx.array:
+    """The sum of the squares of all numbers, float32."""
+    leaves = dict(tree_flatten(gradient)).values()
+    return mx.stack([leaf.astype(mx.float32).square().sum() for leaf in leaves]).sum()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from mlxlora_core.model.loading import Model
     from mlxlora_core.training.examples import Example
     from mlxlora_core.training.loop import Training
+
+#: settings that a checkpoint of before lacks -> what they were then
+BEFORE: Mapping[str, Any] = {
+    "compile": "off",
+    "packing": False,
+    "prefix_type": "compute",
+    "reuse_prefix": "off",
+}
 
 SOURCE = "source of plugin "  # before the name of one whose code is told
 _ABSENT = "none"
@@ -49,7 +57,7 @@ class Identity:
 
     def matches(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint is of this very training, computed by the same versions."""
-        held = checkpoint.manifest
+        held = {**checkpoint.manifest, "settings": settings_of(checkpoint)}
         others = {key: value for key, value in asdict(self).items() if key != "versions"}
         same = all(held.get(key) == value for key, value in others.items())
         return same and held["versions"] == self._comparable(held["versions"])
@@ -73,7 +81,7 @@ class Identity:
                 where=checkpoint.folder,
                 fix="use the model that it was begun with, in the same bits (--quantize)",
             )
-        old, new = held["settings"], self.settings
+        old, new = settings_of(checkpoint), self.settings
         names = sorted(old.keys() | new.keys())
         changed = [name for name in names if old.get(name, _ABSENT) != new.get(name, _ABSENT)]
         fixed = [name for name in changed if name not in _free(old, new, checkpoint.step)]
@@ -96,9 +104,18 @@ class Identity:
             if versions.get(name) != now
         ]
 
+    def going_on_from(self, checkpoint: Checkpoint, names: Sequence[str]) -> Identity:
+        """This identity with some settings as a checkpoint has them."""
+        return replace(self, settings={**self.settings, **{n: settings_of(checkpoint)[n] for n in names}})
+
     def _comparable(self, held: Mapping[str, str]) -> dict[str, str]:
         """The versions; without the sources of plugins where a checkpoint of before tells none."""
         return {name: v for name, v in self.versions.items() if name in held or not name.startswith(SOURCE)}
+
+
+def settings_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The settings that a checkpoint was made with."""
+    return {**BEFORE, **checkpoint.manifest["settings"]}
 
 
 def identify(
@@ -122,12 +139,15 @@ def identify(
     if model.quantization is not None:
         components.append(model.quantization.component)
     settings = plain(training.config) | {
+        "compile": "on" if training.compiled else "off",
+        "reuse_prefix": "on" if training.prefix is not None and training.prefix.reuse.on else "off",
         "seed": training.seed,
         "adapter": adapter.component.id,
         **{f"adapter.{name}": value for name, value in plain(adapter.options).items()},
         **{f"adapter.{name}": value for name, value in plain(adapted.config).items() if value != []},
         "adapted": list(adapted.paths),
     }
+    del settings["prefix_memory_mb"]  # where something is kept changes nothing
     plugins = {c.plugin.name: c.plugin for c in components}
     foreign = [plugin for plugin in plugins.values() if plugin.origin != "built-in"]
     return Identity(
@@ -171,6 +191,8 @@ def _data_fingerprint(examples: Sequence[Example]) -> str:
 def _free(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> set[str]:
     """The settings that cannot change what comes after ``step``."""
     free = {"steps_per_report", "on_nonfinite"}  # a training that ends ends the same with either policy
+    if old["reuse_prefix"] == new["reuse_prefix"] == "off":
+        free.add("prefix_type")
     if old.get("patience", _ABSENT) is None and new["patience"] is None:
         free |= {"steps_per_eval", "val_batches"}
         if old.get("schedule") == new["schedule"] == "constant" and new["iters"] >= step:

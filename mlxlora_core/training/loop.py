@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,19 +20,31 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing
 from mlxlora_core.files.tensor_checks import mismatches
-from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.machine.device import runs_ahead
+from mlxlora_core.model.language_model import LanguageModel, takes
 from mlxlora_core.training.batches import Collator, steps_from
 from mlxlora_core.training.evaluation import evaluate
-from mlxlora_core.training.events import Report, SpikeReport, TrainReport, ValidReport
+from mlxlora_core.training.events import Advanced, Note, Report, SpikeReport, TrainReport, ValidReport
 from mlxlora_core.training.examples import Example
-from mlxlora_core.training.gradient import clipped_to, mean_gradient
-from mlxlora_core.training.loss import Loss
+from mlxlora_core.training.loss import Loss, nats
 from mlxlora_core.training.optimizer import learning_rate
 from mlxlora_core.training.optimizer import make as make_optimizer
+from mlxlora_core.training.prefix import Prefix
 from mlxlora_core.training.progress import SPIKE_STEPS, Progress, Window
 from mlxlora_core.training.settings import TrainConfig
+from mlxlora_core.training.shapes import shapes_of
+from mlxlora_core.training.update import Update, Updates, is_clipped
 
 SPIKE_FACTOR = 10  # a loss that many times the median of the last ones is told
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step that the device is at, and its learning rate."""
+
+    step: int
+    rate: float
+    update: Update
 
 
 class Training:
@@ -50,14 +62,19 @@ class Training:
         config: how.
         seed: of the order of rows and of dropout.
         factors: parameter -> factor on its learning rate, of those that have one.
+        prefix: what is kept of the rows, where something is.
+
+    On a GPU the loss of a step is read while the device computes the next one, unless something
+    is due after it. State and :attr:`progress` are those of the last step all the same; a spike
+    is told one step late then.
 
     Attributes:
-        progress: where it stands; what a step has changed is in it when the
-            step's reports are given.
+        compiled: whether the step is compiled.
         validation_bytes: of memory that a validation may take; None is what is free.
+        prefix: as given.
 
     Raises:
-        UsageError: patience without rows to validate on.
+        UsageError: patience without rows to validate on, or packing of a model that cannot.
         DivergedError: while iterating: a loss or a gradient is not finite; the
             update was not made and the state is that before the step.
     """
@@ -70,27 +87,67 @@ class Training:
         config: TrainConfig,
         seed: int,
         factors: Mapping[str, float] = MappingProxyType({}),
+        prefix: Prefix | None = None,
     ) -> None:
         if config.patience is not None and not valid_set:
             raise UsageError("patience needs rows to validate on", fix="leave it out, or add valid.jsonl")
-        self.config, self.seed, self.progress = config, seed, Progress()
+        if config.packing and not takes(model, "lengths"):
+            raise UsageError(
+                "packing needs an architecture whose run takes the lengths of rows, and this one takes none",
+                fix="leave --packing out: rows are padded then",
+            )
+        self.config, self.seed = config, seed
         self.validation_bytes: int | None = None
+        self.compiled = config.compile == "on" or (config.compile == "auto" and runs_ahead())
         self._model, self._train_set, self._valid_set = model, train_set, valid_set
-        self._collate = Collator(train_set)
+        self.prefix = prefix
+        collate, self._collate_valid = (
+            prefix.collator(split, config.packing) if prefix and rows else Collator(rows, config.packing)
+            for split, rows in (("train", train_set), ("valid", valid_set))
+        )
+        few = self.compiled and not config.packing
+        self._collate = replace(collate, shapes=shapes_of(train_set, config.batch_size) if few else None)
         module: Any = model
         self._module = module
         self._optimizer = make_optimizer(config, model, factors)
         self._optimizer.init(self._module.trainable_parameters())
+        self._updates = Updates(model, self._collate, self._optimizer, config, self.compiled)
+        self._ahead = runs_ahead()
+        self._progress = Progress()
+        self._pending: _Pending | None = None
+        self._spikes: tuple[SpikeReport, ...] = ()
+        self._seconds, self._last = 0.0, (math.nan, math.nan)
+
+    @property
+    def progress(self) -> Progress:
+        """Where it stands, after waiting for the step that the device is at."""
+        self._spikes = self.settle()
+        return self._progress
+
+    @property
+    def step(self) -> int:
+        """Steps made, without waiting for anything."""
+        return self._progress.step + (self._pending is not None)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best validation so far, without waiting for anything."""
+        return self._progress.best_step
+
+    @property
+    def compiles(self) -> int:
+        """How often a part of the step was compiled."""
+        return self._updates.compiles
 
     @property
     def finished(self) -> bool:
         """Whether no step is left, or patience is at its end."""
-        return self.progress.step >= self.config.iters or self.stopped_early
+        return self.step >= self.config.iters or self.stopped_early
 
     @property
     def stopped_early(self) -> bool:
         """Whether patience is at its end."""
-        return self.config.patience is not None and self.progress.worse >= self.config.patience
+        return self.config.patience is not None and self._progress.worse >= self.config.patience
 
     def optimizer_tensors(self) -> dict[str, mx.array]:
         """The state of the optimizer, by name."""
@@ -108,15 +165,45 @@ class Training:
         self._optimizer.state = tree_map_with_path(lambda name, _: optimizer[name], self._optimizer.state)
         self._optimizer.init(self._module.trainable_parameters())
         mx.eval(self._optimizer.state)
-        self.progress = progress
+        self._progress, self._pending, self._spikes = progress, None, ()
+
+    def prepare(self) -> Iterator[Advanced | Note]:
+        """Compute what is kept of the rows, where steps are left; what that saves, or why it is not done.
+
+        Raises:
+            UsageError: it cannot be kept in the type that was asked for.
+        """
+        prefix = self.prefix
+        if prefix is None or self.finished:
+            return
+        yield Note(prefix.words)
+        self._module.eval()
+        yield from prefix.fill()
+        yield from map(Note, self.notes())
+        if prefix.reuse.on and prefix.reuse.stored != prefix.reuse.computed:
+            yield Note(self._difference())
+
+    def notes(self) -> list[str]:
+        """What there is to tell of what is kept of the rows, since this was asked last."""
+        return self.prefix.notes() if self.prefix is not None else []
+
+    def _difference(self) -> str:
+        """What it changes that hidden states are kept in half precision, in words."""
+        rows = next(steps_from(self._train_set, self.config.rows_a_step, self.seed))[: self.config.batch_size]
+        batch = self._collate(rows)
+        exact = nats(self._model, replace(batch, hidden=None, first=0)).item() / batch.counted_tokens
+        changed = nats(self._model, batch).item() / batch.counted_tokens - exact
+        return (
+            f"{self.config.prefix_type} changes the loss of the first batch, {exact:.4f}, by {changed:+.1e}"
+        )
 
     def __iter__(self) -> Iterator[tuple[Report, ...]]:
-        rows = steps_from(self._train_set, self.config.rows_a_step, self.seed, self.progress.step)
+        rows = steps_from(self._train_set, self.config.rows_a_step, self.seed, self.step)
         try:
-            if self._valid_set and self.progress.step == 0:
+            if self._valid_set and self.step == 0:
                 first = self._validate(0)
                 if math.isfinite(first.loss):
-                    self.progress = replace(self.progress, first_loss=first.loss)
+                    self._progress = replace(self._progress, first_loss=first.loss)
                 yield (first,)
             while not self.finished:
                 yield tuple(self._step(next(rows)))
@@ -124,50 +211,68 @@ class Training:
             self._module.eval()
 
     def _step(self, rows: list[int]) -> Iterator[Report]:
-        """Make one step; its reports."""
+        """Make one step; its reports, and what the one before has left to report."""
         started = time.perf_counter()
-        step, config = self.progress.step + 1, self.config
+        step, config = self.step + 1, self.config
+        rate = learning_rate(config, step)
         self._module.train()
         mx.random.seed(self.seed * 2**32 + step)
-        loss, norm, gradient = mean_gradient(self._model, self._collate, rows, config.batch_size)
-        sound = math.isfinite(loss.nats) and math.isfinite(norm)
-        if not sound and config.on_nonfinite == "stop":
-            raise _diverged(loss, step, rows, self.progress.recent)
-        rate = learning_rate(config, step)
-        limit = config.grad_clip if config.grad_clip is not None else math.inf
-        clipped = sound and norm > limit
-        if clipped:
-            gradient = clipped_to(gradient, norm, limit)
-        if sound:
-            self._optimizer.learning_rate = rate
-            self._optimizer.update(self._module, gradient)
-            mx.eval(self._module.trainable_parameters(), self._optimizer.state)
-        before = self.progress.recent
-        self._count(step, loss, sound, clipped, time.perf_counter() - started)
-        if sound and len(before) == SPIKE_STEPS and loss.mean > SPIKE_FACTOR * statistics.median(before):
-            yield SpikeReport(step, loss.mean, statistics.median(before))
+        update = self._updates.make_update(rows, rate)
+        self._seconds += time.perf_counter() - started
+        yield from self.settle()
+        self._updates.take_update(update)
+        self._pending = _Pending(step, rate, update)
+        if not self._ahead:
+            yield from self.settle()
         valid = None
         if self._valid_set and (step % config.steps_per_eval == 0 or step == config.iters):
+            yield from self.settle()
             valid = self._validate(step)
             self._compare(valid)
         if step % config.steps_per_report == 0 or self.finished:
-            yield self._report(rate, norm)
+            yield from self.settle()
+            yield self._report()
         if valid is not None:
             yield valid
 
+    def settle(self) -> tuple[SpikeReport, ...]:
+        """Wait for the step that the device is at, and note it; the spikes that nobody was told yet.
+
+        Raises:
+            DivergedError: it was not finite; the state is that before it.
+        """
+        spikes, pending = self._spikes, self._pending
+        self._spikes, self._pending = (), None
+        if pending is None:
+            return spikes
+        started = time.perf_counter()
+        loss, norm = pending.update.sums.loss, float(pending.update.norm)
+        mx.eval(self._module.trainable_parameters(), self._optimizer.state)
+        self._seconds += time.perf_counter() - started
+        sound, before = math.isfinite(loss.nats) and math.isfinite(norm), self._progress.recent
+        if not sound and self.config.on_nonfinite == "stop":
+            raise _diverged(loss, pending.step, pending.update.rows, before)
+        self._count(pending.step, loss, sound, is_clipped(norm, self.config.grad_clip), self._seconds)
+        self._seconds, self._last = 0.0, (pending.rate, norm)
+        if sound and len(before) == SPIKE_STEPS and loss.mean > SPIKE_FACTOR * statistics.median(before):
+            spikes = (*spikes, SpikeReport(pending.step, loss.mean, statistics.median(before)))
+        return spikes
+
     def _count(self, step: int, loss: Loss, sound: bool, clipped: bool, seconds: float) -> None:
         """Note one step."""
-        old, window = self.progress, self.progress.window
+        old, window = self._progress, self._progress.window
         if sound:
             window = replace(window, nats=window.nats + loss.nats, tokens=window.tokens + loss.tokens)
         window = replace(
             window,
             steps=window.steps + 1,
             seconds=window.seconds + seconds,
-            clipped=window.clipped + clipped,
+            clipped=window.clipped + (sound and clipped),
             skipped=window.skipped + (not sound),
+            positions=window.positions + loss.positions,
+            padding=window.padding + loss.padding,
         )
-        self.progress = replace(
+        self._progress = replace(
             old,
             step=step,
             trained_tokens=old.trained_tokens + (loss.tokens if sound else 0),
@@ -176,21 +281,22 @@ class Training:
             window=window,
         )
 
-    def _report(self, rate: float, norm: float) -> TrainReport:
+    def _report(self) -> TrainReport:
         """The steps since the last report; counting starts again."""
-        window = self.progress.window
-        self.progress = replace(self.progress, window=Window())
+        window = self._progress.window
+        self._progress = replace(self._progress, window=Window())
         return TrainReport(
-            step=self.progress.step,
+            step=self._progress.step,
             loss=window.nats / window.tokens if window.tokens else math.nan,
-            learning_rate=rate,
-            grad_norm=norm,
+            learning_rate=self._last[0],
+            grad_norm=self._last[1],
             steps_per_second=_rate(window.steps, window.seconds),
             tokens_per_second=_rate(window.tokens, window.seconds),
-            trained_tokens=self.progress.trained_tokens,
+            trained_tokens=self._progress.trained_tokens,
             peak_memory_bytes=mx.get_peak_memory(),
             clipped=window.clipped,
             skipped=window.skipped,
+            padding=window.padding / window.positions if window.positions else math.nan,
         )
 
     def _validate(self, step: int) -> ValidReport:
@@ -202,18 +308,20 @@ class Training:
                 self.config.batch_size,
                 self.config.val_batches,
                 self.validation_bytes,
+                self._collate_valid,
             )
         except DivergedError:  # the update before it was sound, so that the next step has the last word
             return ValidReport(step, math.nan, 0, time.perf_counter() - started)
-        return ValidReport(step, loss.mean, loss.tokens, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return ValidReport(step, loss.mean, loss.tokens, seconds, loss.padding / loss.positions)
 
     def _compare(self, valid: ValidReport) -> None:
         """Note whether a validation is the best; NaN never is."""
-        best = self.progress.best_loss
+        best = self._progress.best_loss
         if math.isfinite(valid.loss) and (best is None or valid.loss < best):
-            self.progress = replace(self.progress, best_loss=valid.loss, best_step=valid.step, worse=0)
+            self._progress = replace(self._progress, best_loss=valid.loss, best_step=valid.step, worse=0)
         else:
-            self.progress = replace(self.progress, worse=self.progress.worse + 1)
+            self._progress = replace(self._progress, worse=self._progress.worse + 1)
 
 
 def train(

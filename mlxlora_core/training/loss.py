@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -22,13 +23,27 @@ class Loss:
     Attributes:
         nats: summed over the counted tokens.
         tokens: how many counted.
+        positions: for how many positions layers were computed.
+        padding: how many of these were padding.
     """
 
     nats: float
     tokens: int
+    positions: int = 0
+    padding: int = 0
+
+    @classmethod
+    def of(cls, batch: Batch, nats: float) -> Loss:
+        """The loss of one batch."""
+        return cls(nats, batch.counted_tokens, batch.inputs.size, batch.padding)
 
     def __add__(self, other: Loss) -> Loss:
-        return Loss(self.nats + other.nats, self.tokens + other.tokens)
+        return Loss(
+            self.nats + other.nats,
+            self.tokens + other.tokens,
+            self.positions + other.positions,
+            self.padding + other.padding,
+        )
 
     @property
     def mean(self) -> float:
@@ -44,8 +59,16 @@ class Loss:
 def nats(model: LanguageModel, batch: Batch) -> mx.array:
     """Cross-entropy of a batch in nats, summed over its counted tokens, float32.
 
-    The head runs only at the positions that count.
+    The head runs only at the positions that count, and layers from the one on whose input is not known.
     """
-    hidden = model.run(model.embed(batch.inputs))
+    hidden = states(model, batch)
     counted = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
-    return cross_entropy(model.head(counted), batch.targets)
+    return cross_entropy(model.head(counted), batch.targets, batch.weights)
+
+
+def states(model: LanguageModel, batch: Batch) -> mx.array:
+    """What leaves the top layer for each of a batch's inputs, (B, T, D)."""
+    hidden = model.embed(batch.inputs) if batch.hidden is None else batch.hidden
+    more: dict[str, Any] = {"first": batch.first, "lengths": batch.lengths}
+    stated = {name: value for name, value in more.items() if value}  # not every model takes them
+    return model.run(hidden, **stated)

@@ -14,6 +14,7 @@ from mlxlora_core.model.loading import Model
 from mlxlora_core.model.memory import fits, measuring_bytes, require_for, sizes_of
 from mlxlora_core.training.batches import longest_of
 from mlxlora_core.training.examples import Examples
+from mlxlora_core.training.prefix import Prefix
 
 _OPTIMIZER_BYTES = 16  # a weight, its gradient and two moments, each float32
 #: of what goes into and comes out of a layer's linears, the share that is kept for the gradient
@@ -84,7 +85,9 @@ def _validation_bytes(model: Model, rows: Examples, batch_size: int) -> int:
 
 
 @contextmanager
-def training_memory(model: Model, rows: Mapping[str, Examples], batch_size: int) -> Iterator[tuple[int, str]]:
+def training_memory(
+    model: Model, rows: Mapping[str, Examples], batch_size: int, prefix: Prefix | None = None
+) -> Iterator[tuple[int, str]]:
     """Refuse training that does not fit into memory; the value is what it needs, in bytes and in words.
 
     A validation is to take no more than that: what a row for each core takes is in it.
@@ -93,6 +96,7 @@ def training_memory(model: Model, rows: Mapping[str, Examples], batch_size: int)
         model: with the adapter that trains.
         rows: split -> its examples.
         batch_size: rows a batch.
+        prefix: what is kept of the rows, if anything is; how much of it in memory is settled here.
 
     Raises:
         ResourceError: too little is free, or there turns out to be too little.
@@ -100,7 +104,11 @@ def training_memory(model: Model, rows: Mapping[str, Examples], batch_size: int)
     need = training_bytes(model, rows["train"], batch_size)
     if "valid" in rows:
         need = max(need, _validation_bytes(model, rows["valid"], batch_size))
-    said = require_for(need, "training", FIX)
+    kept = 0
+    if prefix is not None:
+        need = max(need, prefix.filling_bytes(sizes_of(model.language_model)))
+        kept = prefix.settle(need)
+    said = require_for(need + kept, "training", FIX)
     try:
         yield need, said
     except (MemoryError, RuntimeError) as fault:

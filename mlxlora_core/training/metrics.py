@@ -11,7 +11,7 @@ from mlxlora_core.files.documents import parse_json
 from mlxlora_core.files.forms import UNSOUND, Maybe, Number, Option, Table, Text, Whole, sound
 
 #: figures of a report that are drawn, beside its loss
-FIGURES = ("learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
+FIGURES = ("learning_rate", "grad_norm", "tokens_per_second", "padding", "peak_memory_bytes")
 #: figures of which a time is made
 TIMES = ("steps_per_second", "seconds")
 

@@ -16,13 +16,13 @@ import mlx.core as mx
 
 from mlxlora_core.machine.device import on_cpu, product_threads, products_have_threads
 from mlxlora_core.machine.processors import thread_count
-from mlxlora_core.training.batches import Batch, Collator
+from mlxlora_core.training.batches import Batch
 
 T = TypeVar("T")
 
 
 def side_by_side(
-    compute: Callable[[Batch], T], collate: Collator, rows: Sequence[int]
+    compute: Callable[[Batch], T], collate: Callable[[Sequence[int]], Batch], rows: Sequence[int]
 ) -> list[tuple[Batch, T]]:
     """``compute`` of each part that some rows are dealt into, evaluated, with the part.
 
@@ -32,7 +32,7 @@ def side_by_side(
 
     Args:
         compute: gives arrays, or a tree of them, that add up over the rows of a batch.
-        collate: makes the batch of a part.
+        collate: makes the batch of a part; called for one after the other.
         rows: one at least.
     """
     parts = split_rows(rows) if on_cpu() else [rows]

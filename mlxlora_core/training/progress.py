@@ -13,7 +13,18 @@ SPIKE_STEPS = 20  # last losses that one is held against
 
 @dataclass(frozen=True)
 class Window:
-    """Sums over the steps since the last report."""
+    """Sums over the steps since the last report.
+
+    Attributes:
+        nats: of the counted tokens.
+        tokens: how many counted.
+        steps: how many there were.
+        seconds: how long they took.
+        clipped: how many had their gradient clipped.
+        skipped: how many made no update.
+        positions: that were computed.
+        padding: how many of these were padding.
+    """
 
     nats: float = 0.0
     tokens: int = 0
@@ -21,6 +32,8 @@ class Window:
     seconds: float = 0.0
     clipped: int = 0
     skipped: int = 0
+    positions: int = 0
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,9 @@ class Progress:
     window: Window = field(default_factory=Window)
 
 
-_PROGRESS = form_of(Progress)
+_PROGRESS, _WINDOW = form_of(Progress), form_of(Window)
+#: what a state of before does not tell
+_LATER = {name: Option(_WINDOW.keys[name]) for name in ("positions", "padding")}
 _RESUMED = Table({"step": Whole(), "versions": Map(Text())})
 
 #: what state.json is held against
@@ -58,6 +73,7 @@ STATE_FORM = Table(
     {
         **_PROGRESS.keys,
         "first_loss": Option(_PROGRESS.keys["first_loss"]),  # a state of before says nothing of it
+        "window": Table({**_WINDOW.keys, **_LATER}),
         "recent": Items(Number(), most=SPIKE_STEPS),
         "seed": Whole(),
         "resumed": Items(_RESUMED),
@@ -68,5 +84,5 @@ STATE_FORM = Table(
 def read_progress(state: Mapping[str, Any]) -> Progress:
     """What a state that agrees with :data:`STATE_FORM` says."""
     values = {field.name: state[field.name] for field in fields(Progress) if field.name in state}
-    window = Window(**{field.name: state["window"][field.name] for field in fields(Window)})
+    window = Window(**{field.name: state["window"].get(field.name, 0) for field in fields(Window)})
     return Progress(**values | {"recent": tuple(state["recent"]), "window": window})

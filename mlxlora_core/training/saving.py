@@ -25,6 +25,7 @@ from mlxlora_core.training.checkpoints import (
     PARTS,
     SCHEMA,
     STATE,
+    Checkpoint,
     Found,
     Start,
     digest,
@@ -87,7 +88,15 @@ class CheckpointFolder:
 
     def _goes_on(self, found: Found) -> bool:
         """Whether there is a training that has not ended, or this very one."""
-        return any(not newest.finished or self._identity.matches(newest) for newest in found.valid[:1])
+        return any(not newest.finished or self._as(newest).matches(newest) for newest in found.valid[:1])
+
+    def _as(self, checkpoint: Checkpoint) -> Identity:
+        """The identity of the training as a checkpoint has begun it, where nobody has said otherwise.
+
+        What is settled by itself may depend on settings that may change, and has to stay as it was.
+        """
+        names = ["reuse_prefix"] if self._training.config.reuse_prefix == "auto" else []
+        return self._identity.going_on_from(checkpoint, names)
 
     def _begin(self, found: Found) -> list[str]:
         """Begin anew: the checkpoints that were found go, and those that do not verify are put aside."""
@@ -105,7 +114,10 @@ class CheckpointFolder:
         training, newest = self._training, found.valid[0]
         # The others are behind: no step will be written there any more.
         refuse_strange([folder for folder in found.strange if step_of(folder.name) > newest.step])
+        self._identity = self._as(newest)
         notes = [*found.notes, *self._identity.compare(newest, fix)]
+        if training.prefix is not None:
+            training.prefix.go_on(self._identity.settings["reuse_prefix"] == "on")
         progress, self._resumed = read_progress(newest.state), list(newest.state["resumed"])
         adapters.fill(newest.folder / ADAPTER, self._model, self._adapted)
         tensors, _ = tensor_file.load(newest.folder / OPTIMIZER)

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
@@ -40,6 +42,8 @@ from mlxlora_core.training.loop import Training
 from mlxlora_core.training.memory import training_memory
 from mlxlora_core.training.optimizer import factors_of
 from mlxlora_core.training.outputs import Outputs, check_outputs, inputs_of, refuse_finished
+from mlxlora_core.training.prefix import Prefix
+from mlxlora_core.training.reuse import decide
 from mlxlora_core.training.saving import CheckpointFolder
 from mlxlora_core.training.settings import BatchConfig, SaveConfig, TrainConfig
 from mlxlora_core.training.sources import SplitRows
@@ -102,13 +106,27 @@ def open_training(
     adapted = _put_on(model, adapter, registry, seed)
     valid = splits["valid"].examples if "valid" in splits else ()
     factors = factors_of(model, adapted)
-    training = Training(model.language_model, splits["train"].examples, valid, config, seed, factors)
+    prefix = _prefix(model, splits, config, outputs.checkpoints)
+    training = Training(model.language_model, splits["train"].examples, valid, config, seed, factors, prefix)
     folder = None
     if outputs.checkpoints is not None:
         examples = {name: split.examples for name, split in splits.items()}
         identity = identify(model, adapted, training, examples, runtimes)
         folder = CheckpointFolder(outputs.checkpoints, training, model, adapted, identity)
     return TrainingSession(model, adapted, splits, training, outputs, folder)
+
+
+def _prefix(model: Model, splits: Mapping[str, Examples], config: TrainConfig, folder: Path | None) -> Prefix:
+    """What can be kept of the rows of a training, and whether it is.
+
+    Raises:
+        UsageError: it is to be kept, and cannot be.
+    """
+    examples = {name: split.examples for name, split in splits.items()}
+    reuse = decide(model.language_model, config, examples)
+    components = [model.architecture, *([model.quantization.component] if model.quantization else [])]
+    belongs = [model.fingerprint, version("mlx"), *(str(component.plugin) for component in components)]
+    return Prefix(model.language_model, examples, reuse, belongs, folder, config.prefix_memory_mb)
 
 
 def examples_of(source: Source, model: Model, config: BatchConfig) -> Examples:
@@ -178,13 +196,22 @@ class TrainingSession:
             ResourceError: too little memory, or a file cannot be written; checkpoints before are as
                 they were.
         """
+        try:
+            yield from self._start(how, found)
+        finally:
+            if self.training.prefix is not None:
+                self.training.prefix.close()
+
+    def _start(self, how: Start, found: Found | None) -> Iterator[TrainEvent]:
+        """As :meth:`start`, which gives back what is kept of the rows."""
         refuse_finished(self._outputs.adapter_file, how)
         for split, rows in self.rows.items():
             yield from map(Note, rows.words(split))
         if "valid" not in self.rows:
             yield Note("there are no rows to validate on (a file valid.jsonl): training without validation")
         yield from map(Note, (*self.adapted.notes, self._size()))
-        with training_memory(self.model, self.rows, self.training.config.batch_size) as (need, said):
+        batch_size, prefix = self.training.config.batch_size, self.training.prefix
+        with training_memory(self.model, self.rows, batch_size, prefix) as (need, said):
             self.training.validation_bytes = need
             yield Note(said)
             for text in self._take_up(how, found):
@@ -192,6 +219,8 @@ class TrainingSession:
             yield TrainingStarted(self.training.progress.step, self.training.config.iters)
             yield from self._train()
         yield from self._warning()
+        if self.training.compiled:
+            yield Note(f"the step was compiled {self.training.compiles} times, for as many shapes of batches")
         adapter_step = self._take_best()
         if self._outputs.adapter_file is not None:
             record = self.checkpoints.record(adapter_step) if self.checkpoints is not None else None
@@ -206,19 +235,24 @@ class TrainingSession:
             raise UsageError("there is no folder of checkpoints to go on from", fix="name the one to resume")
         return []
 
-    def _train(self) -> Iterator[Advanced | Report | CheckpointSaved]:
+    def _train(self) -> Iterator[TrainEvent]:
         """Make the steps that are left."""
         saving, log = self._outputs.saving, self._outputs.metrics
         if log is not None:
             metrics.trim(log, self.training.progress.step)
         with signals.deferred() as pending:
+            for event in self.training.prepare():
+                yield event
+                if pending.signum is not None:
+                    raise signals.Interrupted(pending.signum, self._farewell())
             saved_at = time.monotonic()
             try:
                 for reports in self.training:
+                    yield from map(Note, self.training.notes())
                     for report in reports:
                         self._note(report)
                         yield report
-                    yield Advanced("training", self.training.progress.step, self.training.config.iters)
+                    yield Advanced("training", self.training.step, self.training.config.iters)
                     waited = time.monotonic() - saved_at
                     if pending.signum is not None or self._due(saving, waited):
                         yield from self._save()
@@ -238,18 +272,21 @@ class TrainingSession:
             durable.append_line(self._outputs.metrics, json.dumps(report_line(report)))
 
     def _due(self, config: SaveConfig, seconds: float) -> bool:
-        progress = self.training.progress
-        if progress.step == 0:
+        step = self.training.step  # not its progress, which would wait for the device at every step
+        if step == 0:
             return False
         return (
-            progress.step % config.save_every == 0
-            or progress.step == progress.best_step
+            step % config.save_every == 0
+            or step == self.training.best_step
             or seconds >= 60 * config.save_minutes
             or self.training.finished
         )
 
-    def _save(self) -> Iterator[CheckpointSaved]:
+    def _save(self) -> Iterator[Report | CheckpointSaved]:
         """Write a checkpoint; without a folder, hold on to the best adapter alone."""
+        for report in self.training.settle():
+            self._note(report)
+            yield report
         progress = self.training.progress
         if self.checkpoints is not None:
             yield from self.checkpoints.save(self._outputs.saving.keep)

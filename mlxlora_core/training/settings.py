@@ -27,6 +27,7 @@ class TrainConfig(BatchConfig):
 
     iters: int = option(1000, help="optimizer updates", unit="steps", minimum=1)
     grad_accumulation: int = option(1, help="batches a step", minimum=1)
+    packing: bool = option(False, help="rows of a batch one after the other, without padding")
     optimizer: str = option("adam", help="the optimizer", choices=("adam", "adamw", "muon"))
     learning_rate: float = option(1e-5, help="peak learning rate", above=0)
     weight_decay: float = option(
@@ -44,6 +45,23 @@ class TrainConfig(BatchConfig):
     )
     on_nonfinite: str = option(
         "stop", help="what to do when a loss or gradient is not finite", choices=("stop", "skip")
+    )
+    compile: str = option(
+        "auto", help="compile the step; auto does on a GPU alone", choices=("auto", "on", "off")
+    )
+    reuse_prefix: str = option(
+        "auto",
+        help="compute the frozen layers below the adapter once a row; auto is where that pays",
+        choices=("auto", "on", "off"),
+    )
+    prefix_type: str = option(
+        "compute", help="type in which their output is kept", choices=("compute", "float16", "bfloat16")
+    )
+    prefix_memory_mb: int | None = option(
+        None,
+        help="memory for it, the rest is in files; none is a quarter of what is free",
+        unit="MB",
+        minimum=0,
     )
 
     def __post_init__(self) -> None:
@@ -125,6 +143,7 @@ class TrainOptions(BatchOptions, total=False):
 
     iters: int
     grad_accumulation: int
+    packing: bool
     optimizer: str
     learning_rate: float
     weight_decay: float
@@ -137,6 +156,10 @@ class TrainOptions(BatchOptions, total=False):
     steps_per_eval: int
     patience: int | None
     on_nonfinite: str
+    compile: str
+    reuse_prefix: str
+    prefix_type: str
+    prefix_memory_mb: int | None
     save_every: int
     save_minutes: float
     keep: int

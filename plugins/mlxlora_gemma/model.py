@@ -8,7 +8,6 @@ attended to, D width, H heads, K kv heads, E head width, F mlp width, V vocabula
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,16 +17,15 @@ from mlxlora_core.ops import (
     GatedFeedForward,
     KVCache,
     LanguageModel,
+    Mask,
     attention,
     attention_mask,
     gelu_times,
+    positions,
     rms_norm,
     rotate,
 )
 from mlxlora_gemma.config import ModelArgs
-
-# What the attention of core takes: nothing, "causal", or booleans (T, S).
-Mask: TypeAlias = mx.array | str | None
 
 
 class RMSNorm(nn.Module):
@@ -79,7 +77,7 @@ class Attention(nn.Module):
         values = self._heads(self.wv(x), self.n_kv_heads)
         if self.head_norms:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        offset = 0 if cache is None else cache.offset
+        offset = positions(mask, cache)
         queries, keys = rotate(queries, offset, self._turning), rotate(keys, offset, self._turning)
         if cache is not None:
             keys, values = cache.update(keys, values)
@@ -152,13 +150,14 @@ class Model(LanguageModel):
         first: int = 0,
         last: int | None = None,
         cache: Sequence[Cache] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> mx.array:
         """Hidden states (B, T, D) after layers ``first`` up to, not including, ``last``."""
         blocks = self.layers[first:last]
         entries = [None] * len(blocks) if cache is None else cache[first:last]
         held = entries[0].offset if entries and entries[0] is not None else 0
         windows = {block.attention.window for block in blocks}
-        masks = {window: attention_mask(hidden.shape[1], held, window) for window in windows}
+        masks = {window: attention_mask(hidden.shape[1], held, window, lengths) for window in windows}
         for block, entry in zip(blocks, entries, strict=True):
             hidden = block(hidden, masks[block.attention.window], entry)
         return hidden

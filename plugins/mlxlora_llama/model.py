@@ -8,7 +8,6 @@ F mlp width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,16 +17,15 @@ from mlxlora_core.ops import (
     GatedFeedForward,
     KVCache,
     LanguageModel,
+    Mask,
     RMSNorm,
     attention,
     attention_mask,
+    positions,
     rotate,
 )
 from mlxlora_llama import rope
 from mlxlora_llama.config import ModelArgs
-
-# What the attention of core takes: nothing, "causal", or booleans (T, S).
-Mask: TypeAlias = mx.array | str | None
 
 
 class Attention(nn.Module):
@@ -70,7 +68,7 @@ class Attention(nn.Module):
         if self.head_norms:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         if self.rotated:
-            offset = 0 if cache is None else cache.offset
+            offset = positions(mask, cache)
             queries = rotate(queries, offset, self._turning, self._factor)
             keys = rotate(keys, offset, self._turning, self._factor)
         if cache is not None:
@@ -136,13 +134,14 @@ class Model(LanguageModel):
         first: int = 0,
         last: int | None = None,
         cache: Sequence[Cache] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> mx.array:
         """Hidden states (B, T, D) after layers ``first`` up to, not including, ``last``."""
         blocks = self.layers[first:last]
         entries = [None] * len(blocks) if cache is None else cache[first:last]
         held = entries[0].offset if entries and entries[0] is not None else 0
         windows = {block.attention.window for block in blocks}
-        masks = {window: attention_mask(hidden.shape[1], held, window) for window in windows}
+        masks = {window: attention_mask(hidden.shape[1], held, window, lengths) for window in windows}
         for block, entry in zip(blocks, entries, strict=True):
             hidden = block(hidden, masks[block.attention.window], entry)
         return hidden

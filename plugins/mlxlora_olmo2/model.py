@@ -8,7 +8,6 @@ F mlp width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,15 +17,14 @@ from mlxlora_core.ops import (
     GatedFeedForward,
     KVCache,
     LanguageModel,
+    Mask,
     RMSNorm,
     attention,
     attention_mask,
+    positions,
     rotate,
 )
 from mlxlora_olmo2.config import ModelArgs
-
-# What the attention of core takes: nothing, "causal", or booleans (T, S).
-Mask: TypeAlias = mx.array | str | None
 
 
 class Attention(nn.Module):
@@ -56,7 +54,7 @@ class Attention(nn.Module):
             mask: as :func:`mlxlora_core.ops.attention_mask` makes it.
             cache: keys and values of the tokens before these; these are appended.
         """
-        offset = 0 if cache is None else cache.offset
+        offset = positions(mask, cache)
         queries = self._heads(self.q_norm(self.wq(x)), self.n_heads)  # (B, H, T, E)
         keys = self._heads(self.k_norm(self.wk(x)), self.n_kv_heads)  # (B, K, T, E)
         values = self._heads(self.wv(x), self.n_kv_heads)
@@ -120,12 +118,13 @@ class Model(LanguageModel):
         first: int = 0,
         last: int | None = None,
         cache: Sequence[Cache] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> mx.array:
         """Hidden states (B, T, D) after layers ``first`` up to, not including, ``last``."""
         blocks = self.layers[first:last]
         entries = [None] * len(blocks) if cache is None else cache[first:last]
         held = entries[0].offset if entries and entries[0] is not None else 0
-        mask = attention_mask(hidden.shape[1], held, None)
+        mask = attention_mask(hidden.shape[1], held, None, lengths)
         for block, entry in zip(blocks, entries, strict=True):
             hidden = block(hidden, mask, entry)
         return hidden

@@ -8,7 +8,8 @@ F mlp width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias, cast
+from itertools import groupby
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,16 +19,16 @@ from mlxlora_core.ops import (
     GatedFeedForward,
     KVCache,
     LanguageModel,
+    Mask,
     RMSNorm,
+    Rows,
     attention,
     attention_mask,
+    positions,
     rotate,
 )
 from mlxlora_phi3.config import ModelArgs
 from mlxlora_phi3.rope import Turning, turnings
-
-# What the attention of core takes: nothing, "causal", or booleans (T, S).
-Mask: TypeAlias = mx.array | str | None
 
 # Tokens that are read again at a time, which bounds what that needs of memory.
 _PART = 256
@@ -59,7 +60,7 @@ class Attention(nn.Module):
             turning: how positions turn, in ``cache`` too.
             cache: keys and values of the tokens before these; these are appended.
         """
-        offset = 0 if cache is None else cache.offset
+        offset = positions(mask, cache)
         queries = self._turn(self._heads(self.wq(x), self.n_heads), offset, turning)  # (B, H, T, E)
         keys = self._turn(self._heads(self.wk(x), self.n_kv_heads), offset, turning)  # (B, K, T, E)
         values = self._heads(self.wv(x), self.n_kv_heads)
@@ -72,7 +73,7 @@ class Attention(nn.Module):
         out = attention(queries, keys, values, self.head_dim**-0.5, mask)
         return self.wo(out.swapaxes(1, 2).flatten(2))
 
-    def _turn(self, x: mx.array, offset: int, turning: Turning) -> mx.array:
+    def _turn(self, x: mx.array, offset: int | Rows, turning: Turning) -> mx.array:
         """(B, ·, T, E) with the features that are turned at their positions, the rest as they are."""
         if self.turned == self.head_dim:
             return rotate(x, offset, turning, self._factor)
@@ -166,6 +167,7 @@ class Model(LanguageModel):
         first: int = 0,
         last: int | None = None,
         cache: Sequence[Cache] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> mx.array:
         """Hidden states (B, T, D) after layers ``first`` up to, not including, ``last``.
 
@@ -173,6 +175,8 @@ class Model(LanguageModel):
         parts is cut at the same layers for all the text that it holds.
         """
         blocks = self.layers[first:last]
+        if lengths is not None:
+            return self._each(blocks, hidden, lengths)
         if cache is None or not blocks:
             return self._through(blocks, hidden, [None] * len(blocks))
         entries = list(cache[first:last])
@@ -185,18 +189,30 @@ class Model(LanguageModel):
                 self._read_again(blocks, kept)
         return self._through(blocks, hidden, entries)
 
+    def _each(self, blocks: Sequence[nn.Module], hidden: mx.array, lengths: Sequence[int]) -> mx.array:
+        """Hidden states after some layers of rows in (1, T, D), each of which turns by its own length."""
+        parts, start = [], 0
+        for long, group in groupby(lengths, self._turnings.is_long):
+            rows = list(group)
+            stop = start + sum(rows)
+            entries = [None] * len(blocks)
+            parts.append(self._through(blocks, hidden[:, start:stop], entries, long, rows))
+            start = stop
+        return mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
     def _through(
         self,
         blocks: Sequence[nn.Module],
         hidden: mx.array,
         entries: Sequence[Cache | None],
-        long: bool = False,
+        long: bool | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> mx.array:
-        """Hidden states after some layers; ``long`` for a part of a text that is known to be so."""
+        """Hidden states after some layers; ``long`` where it is known how their texts turn."""
         held = entries[0].offset if entries and entries[0] is not None else 0
-        turns = self._turnings
-        turning = turns.long if long else turns.of(held + hidden.shape[1])
-        mask = attention_mask(hidden.shape[1], held, self._window)
+        long = self._turnings.is_long(held + hidden.shape[1]) if long is None else long
+        turning = self._turnings.long if long else self._turnings.short
+        mask = attention_mask(hidden.shape[1], held, self._window, lengths)
         for block, entry in zip(blocks, entries, strict=True):
             hidden = block(hidden, mask, turning, entry)
         return hidden

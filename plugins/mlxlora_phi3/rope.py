@@ -28,10 +28,6 @@ class Turnings:
     long: Turning
     original: int | None
 
-    def of(self, tokens: int) -> Turning:
-        """The way of a text of so many tokens."""
-        return self.long if self.is_long(tokens) else self.short
-
     def is_long(self, tokens: int) -> bool:
         """Whether a text of so many tokens turns as a long one does."""
         return self.original is not None and tokens > self.original

@@ -7,6 +7,7 @@ float32 go the ways that are written out in :mod:`mlxlora_core.model.ops.cpu`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import mlx.core as mx
@@ -15,6 +16,8 @@ import numpy as np
 from mlxlora_core.machine.device import on_cpu
 from mlxlora_core.model.ops import cpu
 from mlxlora_core.model.ops.capped import capped_attention
+from mlxlora_core.model.ops.rows import Mask, Rows, apart, together
+from mlxlora_core.values import Cache
 
 # Below this many elements MLX's own operation, which is one call, is as fast.
 LARGE = 1 << 12
@@ -33,7 +36,9 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return cpu.rms_norm(x, weight, eps) if _pays(x) else mx.fast.rms_norm(x, weight, eps)
 
 
-def rotate(x: mx.array, offset: int, theta: float | tuple[float, ...], factor: float = 1.0) -> mx.array:
+def rotate(
+    x: mx.array, offset: int | Rows, theta: float | tuple[float, ...], factor: float = 1.0
+) -> mx.array:
     """Rotary positions of (B, ·, T, E), whose first token stands at position ``offset``.
 
     Neighbouring features 2i and 2i + 1 turn by the angle ``position · theta^(-2i/E)``.
@@ -41,12 +46,15 @@ def rotate(x: mx.array, offset: int, theta: float | tuple[float, ...], factor: f
 
     Args:
         x: (B, ·, T, E).
-        offset: position of the first token.
+        offset: position of the first token; or rows that stand one after the other, each of
+            which begins at position 0.
         theta: base of the wavelengths, or E / 2 angles instead, by which each pair turns a position.
         factor: what the turned features are multiplied by.
     """
     if x.dtype == mx.float32 and on_cpu():
         return cpu.rotate(x, offset, theta, factor)
+    if isinstance(offset, Rows):
+        return together(rotate(apart(x, offset), 0, theta, factor), offset)
     if factor != 1:
         x = x * factor
     base, periods = (None, _periods(theta)) if isinstance(theta, tuple) else (theta, None)
@@ -75,18 +83,20 @@ def gelu_times(gate: mx.array, up: mx.array) -> mx.array:
     return gelu.astype(gate.dtype) * up
 
 
-def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """Sum over N of ``logsumexp(logits) - logits[target]``, in float32.
+def cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array | None = None) -> mx.array:
+    """Sum over N of ``weight · (logsumexp(logits) - logits[target])``, in float32.
 
     Args:
         logits: (N, V).
         targets: ids (N,).
+        weights: float32 (N,); None is 1 for all.
     """
     logits = logits.astype(mx.float32)
     if _pays(logits):
-        return cpu.cross_entropy(logits, targets)
+        return cpu.cross_entropy(logits, targets, weights)
     chosen = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)  # (N,)
-    return (mx.logsumexp(logits, axis=-1) - chosen).sum()
+    each = mx.logsumexp(logits, axis=-1) - chosen
+    return (each if weights is None else each * weights).sum()
 
 
 def attention(
@@ -94,7 +104,7 @@ def attention(
     keys: mx.array,
     values: mx.array,
     scale: float,
-    mask: mx.array | str | None,
+    mask: Mask,
     cap: float | None = None,
 ) -> mx.array:
     """Grouped-query attention (B, H, T, E).
@@ -107,7 +117,8 @@ def attention(
         mask: None for all; ``"causal"``, with the last query at the last key;
             or an array that broadcasts to (B, H, T, S): booleans, true where a
             query sees a key (one that sees none gets the mean of all values), or
-            numbers that are added to the scores, of a type that the result's takes in.
+            numbers that are added to the scores, of a type that the result's takes in;
+            or :class:`Rows` that stand one after the other.
         cap: what the scores stay below: before the mask each becomes ``cap · tanh(score / cap)``.
 
     Raises:
@@ -118,6 +129,10 @@ def attention(
         raise ValueError(f"attention: {heads} heads of queries cannot share {keys.shape[1]} of keys")
     if mask is not None:
         _check_mask(mask, (*queries.shape[:3], keys.shape[2]), queries.dtype)
+    if isinstance(mask, Rows):
+        if cap is None and _pays(queries):
+            return cpu.attention_of_rows(queries, keys, values, scale, mask)
+        return _attention_apart(queries, keys, values, scale, mask, cap)
     if cap is not None:
         return capped_attention(queries, keys, values, scale, mask, cap)
     if length == 1 and mask is None and on_cpu():
@@ -127,18 +142,38 @@ def attention(
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
-def attention_mask(tokens: int, held: int, window: int | None) -> mx.array | str | None:
+def _attention_apart(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, rows: Rows, cap: float | None
+) -> mx.array:
+    """Attention within each of some rows, which are taken apart for it."""
+    mask = attention_mask(max(rows.lengths), 0, rows.window)
+    queries, keys, values = (apart(x, rows) for x in (queries, keys, values))
+    return together(attention(queries, keys, values, scale, mask, cap), rows)
+
+
+def attention_mask(tokens: int, held: int, window: int | None, lengths: Sequence[int] | None = None) -> Mask:
     """Which keys each of T queries sees: those up to itself, at most ``window`` of them.
 
     Args:
         tokens: T.
         held: keys that a cache holds from before.
         window: tokens that a token sees, itself included; None is all before it.
+        lengths: tokens of each of the rows that stand one after the other in the T; a query
+            sees no key of another row. None is a single row.
 
     Returns:
-        None when every query sees every key, ``"causal"``, or booleans (T, S)
+        None when every query sees every key, ``"causal"``, :class:`Rows`, or booleans (T, S)
         for the S keys that any of the queries sees, which are the last ones.
+
+    Raises:
+        ValueError: the lengths are not those of T tokens, or a cache holds any.
     """
+    if lengths is not None:
+        rows = Rows(tuple(lengths), window)
+        if sum(rows.lengths) != tokens or held:
+            raise ValueError(f"rows of {rows.lengths} tokens are not {tokens} tokens after {held}")
+        if len(rows.lengths) > 1:
+            return rows
     if tokens == 1:
         return None
     if window is None or held + tokens <= window:
@@ -148,14 +183,27 @@ def attention_mask(tokens: int, held: int, window: int | None) -> mx.array | str
     return (key <= query) & (key > query - window)
 
 
+def positions(mask: Mask, cache: Cache | None) -> int | Rows:
+    """Where tokens stand that are masked so and come after those of a cache: what :func:`rotate` takes."""
+    if isinstance(mask, Rows):
+        return mask
+    return 0 if cache is None else cache.offset
+
+
 def _pays(x: mx.array) -> bool:
     """Whether the way of a CPU is the faster one for ``x``."""
     return x.size >= LARGE and x.dtype == mx.float32 and on_cpu()
 
 
-def _check_mask(mask: mx.array | str, shape: tuple[int, ...], dtype: mx.Dtype) -> None:
+def _check_mask(mask: mx.array | Rows | str, shape: tuple[int, ...], dtype: mx.Dtype) -> None:
     """Refuse what is no mask for scores of ``shape`` (B, H, T, S) and a result of type ``dtype``."""
-    wanted = "None, 'causal', or booleans or "
+    if isinstance(mask, Rows):
+        if shape[0] != 1 or not sum(mask.lengths) == shape[2] == shape[3]:
+            raise ValueError(
+                f"attention: rows of {mask.lengths} tokens do not stand in (B, H, T, S) = {shape}"
+            )
+        return
+    wanted = "None, 'causal', Rows, or booleans or "
     wanted += f"{str(dtype).removeprefix('mlx.core.')} that broadcast to (B, H, T, S) = {shape}"
     if not isinstance(mask, mx.array):
         if mask != "causal":

@@ -10,7 +10,7 @@ written out. All arrays are in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias, cast
@@ -18,7 +18,8 @@ from typing import Any, TypeAlias, cast
 import mlx.core as mx
 import numpy as np
 
-from mlxlora_core.machine.device import exponential
+from mlxlora_core.machine.device import exponential, lent
+from mlxlora_core.model.ops.rows import Rows
 
 _Pair: TypeAlias = tuple[mx.array, mx.array]
 
@@ -37,9 +38,11 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return cast(_Pair, _rms_norm(eps)(x, weight))[0]
 
 
-def rotate(x: mx.array, offset: int, theta: float | tuple[float, ...], factor: float) -> mx.array:
+def rotate(x: mx.array, offset: int | Rows, theta: float | tuple[float, ...], factor: float) -> mx.array:
     """See :func:`mlxlora_core.model.ops.rotate`."""
     length, width = x.shape[-2:]
+    if isinstance(offset, Rows):
+        return cast(mx.array, _rotate(x, *_angles_of_rows(offset.lengths, width, theta, factor)))
     if length == 1:  # one product takes 6 us, the dozens of operations behind mx.fast.rope 125
         return x @ _turn(offset, width, theta, factor)
     return cast(mx.array, _rotate(x, *_angles(offset, length, width, theta, factor)))
@@ -50,9 +53,11 @@ def silu_times(gate: mx.array, up: mx.array) -> mx.array:
     return cast(_Pair, _silu_times(gate, up))[0]
 
 
-def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+def cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array | None) -> mx.array:
     """See :func:`mlxlora_core.model.ops.cross_entropy`."""
-    return cast(_Pair, _cross_entropy(logits, targets))[0]
+    if weights is None:
+        weights = mx.ones(targets.shape)
+    return cast(_Pair, _cross_entropy(logits, targets, weights))[0]
 
 
 def attention_of_one(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
@@ -80,6 +85,13 @@ def attention(
         # No work on the keys that none of a tile's queries sees: nearly half of all.
         tiles = _causal_tiles(length, seen, max(_TILE, -(-length // 8)))
     return cast(mx.array, _attention(tiles, scale)(queries, keys, values)[0])
+
+
+def attention_of_rows(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, rows: Rows
+) -> mx.array:
+    """Attention (1, H, T, E) within each of some rows that stand one after the other."""
+    return cast(mx.array, _attention(_tiles_of_rows(rows), scale)(queries, keys, values)[0])
 
 
 def _exp(x: mx.array) -> mx.array:
@@ -135,6 +147,17 @@ def _angles(
 
 
 @lru_cache(maxsize=8)
+def _angles_of_rows(
+    lengths: tuple[int, ...], width: int, theta: float | tuple[float, ...], factor: float
+) -> tuple[mx.array, mx.array]:
+    """As :func:`_angles`, of rows that stand one after the other and each begin at position 0."""
+    longest = _angles(0, max(lengths), width, theta, factor)
+    places = np.concatenate([np.arange(length) for length in lengths])
+    cosine, sine = (mx.array(np.array(table)[places]) for table in longest)
+    return cosine, sine
+
+
+@lru_cache(maxsize=8)
 def _turn(offset: int, width: int, theta: float | tuple[float, ...], factor: float) -> mx.array:
     """The matrix (E, E) that turns the features of a row at one position."""
     cosine, sine = (np.array(table)[0] for table in _angles(offset, 1, width, theta, factor))
@@ -164,15 +187,22 @@ def _rotate_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Tile:
-    """Queries ``start`` to ``stop``, and how many of the first keys they see.
+    """Queries ``start`` to ``stop``, and which keys they see: ``first`` up to, not including, ``keys``.
 
-    ``bias`` (stop - start, keys) is added to their scores, where it is given.
+    ``bias`` (stop - start, keys - first) is added to their scores, where it is given.
+    ``causal`` says that it is of the plain kind: the last query sees all keys, the one before all but one.
     """
 
     start: int
     stop: int
     keys: int
     bias: mx.array | None
+    first: int = 0
+    causal: bool = False
+
+    def seen(self, x: mx.array) -> mx.array:
+        """Of (B, K, S, E) what its queries see."""
+        return x[:, :, self.first : self.keys]
 
 
 def _causal_tiles(length: int, seen: int, size: int) -> list[_Tile]:
@@ -183,8 +213,39 @@ def _causal_tiles(length: int, seen: int, size: int) -> list[_Tile]:
         keys = seen - length + stop
         query = mx.arange(keys - (stop - start), keys)[:, None]  # (t, 1)
         bias = mx.where(query >= mx.arange(keys), 0.0, -mx.inf)  # (t, keys)
-        tiles.append(_Tile(start, stop, keys, bias))
+        tiles.append(_Tile(start, stop, keys, bias, causal=True))
     return tiles
+
+
+@lru_cache(maxsize=8)
+def _tiles_of_rows(rows: Rows) -> list[_Tile]:
+    """Tiles of queries of one row, or of some short rows whole, on the keys that any of them sees."""
+    tiles = []
+    row = np.repeat(np.arange(len(rows.lengths)), rows.lengths)  # (T,)
+    for begin, end in _together(rows.lengths, _TILE):
+        size = max(_TILE, -(-(end - begin) // 8))
+        for start in range(begin, end, size):
+            stop = min(start + size, end)
+            first = begin if rows.window is None else max(begin, start - rows.window + 1)
+            query, key = np.arange(start, stop)[:, None], np.arange(first, stop)
+            seen = (row[query] == row[key]) & (key <= query)  # (t, keys)
+            if rows.window is not None:
+                seen &= key > query - rows.window
+            bias = mx.array(np.where(seen, np.float32(0), np.float32(-np.inf)))
+            tiles.append(_Tile(start, stop, stop, bias, first))
+    return tiles
+
+
+def _together(lengths: tuple[int, ...], most: int) -> list[tuple[int, int]]:
+    """Where each row begins and ends; neighbours of no more than ``most`` tokens in all count as one."""
+    spans = [(0, 0)]
+    for length in lengths:
+        begin, end = spans[-1]
+        if end + length - begin <= most:
+            spans[-1] = (begin, end + length)
+        else:
+            spans.append((end, end + length))
+    return [span for span in spans if span[1] > span[0]]
 
 
 def _grouped(bias: mx.array, heads: int, kv_heads: int, length: int) -> mx.array:
@@ -214,14 +275,10 @@ def _attention(tiles: list[_Tile], scale: float) -> Callable[..., Any]:
         parts, kept = [], []
         for tile in tiles:
             rows = _rows(queries, group, tile)  # (B, K, H / K · t, E)
-            scores = rows @ keys[:, :, : tile.keys].swapaxes(-1, -2)  # (B, K, H / K · t, S)
-            if tile.bias is not None:
-                scores = scores + mx.concatenate([tile.bias] * group)
-            for added in bias:
-                scores = scores + added
-            e = _exp(scores - scores.max(axis=-1, keepdims=True))
+            scores = rows @ tile.seen(keys).swapaxes(-1, -2)  # (B, K, H / K · t, S)
+            e = _exp_scores(scores, tile, group, bias)
             inverse = 1.0 / _row_sums(e)  # (B, K, H / K · t, 1)
-            parts.append((e @ values[:, :, : tile.keys]) * inverse)  # (B, K, H / K · t, E)
+            parts.append((e @ tile.seen(values)) * inverse)  # (B, K, H / K · t, E)
             kept += [e, inverse]
         return _join(parts, group), *kept
 
@@ -233,17 +290,32 @@ def _attention(tiles: list[_Tile], scale: float) -> Callable[..., Any]:
         keys, values = mx.contiguous(keys), mx.contiguous(values)
         along = _row_sums(dy * outputs[0])  # (B, H, T, 1)
         parts: list[mx.array] = []
-        dk = dv = mx.zeros((*keys.shape[:2], 0, keys.shape[3]))
+        dk, dv = _Sum(), _Sum()
         for tile, e, inverse in zip(tiles, kept[::2], kept[1::2], strict=True):
             dout = _rows(dy, group, tile) * inverse  # (B, K, H / K · t, E)
-            de = dout @ values[:, :, : tile.keys].swapaxes(-1, -2)  # (B, K, H / K · t, S)
+            de = dout @ tile.seen(values).swapaxes(-1, -2)  # (B, K, H / K · t, S)
             dscores = e * (de - _rows(along, group, tile) * inverse)
-            parts.append(dscores @ keys[:, :, : tile.keys])  # (B, K, H / K · t, E)
-            dk = _add_longer(dk, dscores.swapaxes(-1, -2) @ _rows(queries, group, tile))  # (B, K, S, E)
-            dv = _add_longer(dv, e.swapaxes(-1, -2) @ dout)  # (B, K, S, E)
-        return _join(parts, group) * scale, dk * scale, dv, *(_summed_to(added, dscores) for added in bias)
+            parts.append(dscores @ tile.seen(keys))  # (B, K, H / K · t, E)
+            dk.add(tile.first, dscores.swapaxes(-1, -2) @ _rows(queries, group, tile))  # (B, K, S, E)
+            dv.add(tile.first, e.swapaxes(-1, -2) @ dout)  # (B, K, S, E)
+        dq = _join(parts, group) * scale
+        return dq, dk.whole() * scale, dv.whole(), *(_summed_to(added, dscores) for added in bias)
 
     return cast(Callable[..., Any], attend)
+
+
+def _exp_scores(scores: mx.array, tile: _Tile, group: int, added: Sequence[mx.array]) -> mx.array:
+    """Exponentials of scores (B, K, H / K · t, S) and what is added to them, less the highest of each row."""
+    exp_rows = lent("exp_rows")
+    if exp_rows is not None and tile.causal:
+        return cast(mx.array, exp_rows(scores, tile.stop - tile.start))
+    if tile.bias is not None:
+        scores = scores + mx.concatenate([tile.bias] * group)
+    for bias in added:
+        scores = scores + bias
+    if exp_rows is not None:
+        return cast(mx.array, exp_rows(scores, 0))
+    return _exp(scores - scores.max(axis=-1, keepdims=True))
 
 
 def _summed_to(target: mx.array, x: mx.array) -> mx.array:
@@ -265,16 +337,37 @@ def _join(parts: list[mx.array], group: int) -> mx.array:
     return split[0] if len(split) == 1 else mx.concatenate(split, axis=2)
 
 
-def _add_longer(total: mx.array, part: mx.array) -> mx.array:
-    """The sum of (B, K, s, E) and (B, K, S, E), with s at most S; the rest of ``part`` stays as it is."""
-    held = total.shape[2]
-    return mx.concatenate([total + part[:, :, :held], part[:, :, held:]], axis=2)
+class _Sum:
+    """A sum of parts (B, K, ·, E) that each begin at some key; neither their beginnings nor ends go back."""
+
+    def __init__(self) -> None:
+        self._done: list[mx.array] = []  # what no part will add to
+        self._open: mx.array | None = None
+        self._begin = 0  # of what is open
+
+    def add(self, first: int, part: mx.array) -> None:
+        """Add a part that begins at key ``first``."""
+        if self._open is not None:
+            held = self._open.shape[2]
+            cut = min(first - self._begin, held)
+            if cut:
+                self._done.append(self._open[:, :, :cut])
+            both = held - cut
+            sums = self._open[:, :, cut:] + part[:, :, :both] if both else part[:, :, :0]
+            part = mx.concatenate([sums, part[:, :, both:]], axis=2)
+        self._open, self._begin = part, first
+
+    def whole(self) -> mx.array:
+        """The sum, from the first key to the last."""
+        assert self._open is not None
+        return mx.concatenate([*self._done, self._open], axis=2) if self._done else self._open
 
 
 @mx.custom_function
 def _silu_times(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
     """The product, and the sigmoid that its gradient is made of."""
-    sigmoid = 1.0 / (1.0 + _exp(-gate))
+    lent_sigmoid = lent("sigmoid")
+    sigmoid = 1.0 / (1.0 + _exp(-gate)) if lent_sigmoid is None else lent_sigmoid(gate)
     return sigmoid * gate * up, sigmoid
 
 
@@ -286,16 +379,17 @@ def _silu_times_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
 
 
 @mx.custom_function
-def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+def _cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
     """The sum, and the probabilities (N, V) that its gradient is made of."""
     probabilities, highest, total = _normalised(logits)
     chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
-    return (mx.log(total) + highest - chosen).sum(), probabilities
+    return ((mx.log(total) + highest - chosen).squeeze(-1) * weights).sum(), probabilities
 
 
 @_cross_entropy.vjp
 def _cross_entropy_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-    targets, probabilities = primals[1][:, None], outputs[1]
+    (_, ids, weights), probabilities = primals, outputs[1]
+    targets = ids[:, None]
     at_target = mx.take_along_axis(probabilities, targets, axis=-1) - 1.0
     gradient = mx.put_along_axis(probabilities, targets, at_target, axis=-1)
-    return gradient * cotangents[0], mx.zeros_like(primals[1])
+    return gradient * (cotangents[0] * weights[:, None]), mx.zeros_like(ids), mx.zeros_like(weights)

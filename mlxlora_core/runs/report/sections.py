@@ -93,6 +93,7 @@ def _steps_table(facts: Facts) -> Html:
         ("learning_rate", "{:.2e}", 1),
         ("grad_norm", "{:.3g}", 1),
         ("tokens_per_second", "{:,.0f}", 1),
+        ("padding", "{:.1f}", 100),
         ("peak_memory_bytes", "{:.2f}", 1e-9),
     )
     for report in facts.train:
@@ -104,15 +105,25 @@ def _steps_table(facts: Facts) -> Html:
     steps = sorted(by_step)
     count = min(len(steps), ROWS_SHOWN)
     chosen = [steps[i * (len(steps) - 1) // max(count - 1, 1)] for i in range(count)]
-    keys = ("loss", "valid", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
+    keys = ("loss", "valid", *(key for key, *_ in columns if key != "loss"))
     caption = "Every report of training"
     if len(chosen) < len(steps):
         caption = f"{len(chosen)} of {len(steps)} reports, at even distances; metrics.jsonl has them all"
+    heads = (
+        "step",
+        "train loss",
+        "valid loss",
+        "learning rate",
+        "gradient norm",
+        "tokens/s",
+        "padding %",
+        "peak GB",
+    )
     return table(
         caption,
-        ("step", "train loss", "valid loss", "learning rate", "gradient norm", "tokens/s", "peak GB"),
+        heads,
         [(step, *(by_step[step].get(key, "") for key in keys)) for step in chosen],
-        numbers=range(7),
+        numbers=range(len(heads)),
     )
 
 

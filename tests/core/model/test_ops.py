@@ -251,7 +251,7 @@ def test_another_mask_is_refused_on_every_path(length: int, mask: Any, got: str)
     with pytest.raises(ValueError) as caught:
         ops.attention(q, q, q, 0.3, mask)
     shape = (2, 4, length, length)
-    wanted = "None, 'causal', or booleans or float32 that broadcast to (B, H, T, S)"
+    wanted = "None, 'causal', Rows, or booleans or float32 that broadcast to (B, H, T, S)"
     assert f"mask is {got}, wanted {wanted} = {shape}" in str(caught.value)
 
 

@@ -243,7 +243,7 @@ def _keep_the_fresh_optimizer() -> None:
     from mlxlora_core.training.loop import Training
 
     def restore(self: Training, progress: Any, optimizer: Any) -> None:
-        self.progress = progress
+        self._progress = progress
 
     Training.restore = restore  # type: ignore[method-assign]  # a mutant
 
@@ -295,7 +295,7 @@ MUTANTS: dict[str, Mutant] = {
 }
 #: places in a training where a signal comes: the function that it comes in, and at which call
 PLACES = {
-    "mid step": ("training.loop", "mean_gradient", 7),
+    "mid step": ("training.loop", "learning_rate", 7),
     "mid validation": ("training.loop", "evaluate", 2),
 }
 

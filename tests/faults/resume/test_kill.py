@@ -68,6 +68,14 @@ def train(bench: Bench, folder: Path, *more: object) -> list[object]:
     return bench.train(folder, *more)
 
 
+#: all that saves work and must change nothing
+SAVING = ("--packing", "--reuse-prefix", "on", "--compile", "on")
+
+
+def train_saving(bench: Bench, folder: Path, *more: object) -> list[object]:
+    return bench.train(folder, *SAVING, *more)
+
+
 def convert(bench: Bench, folder: Path, *more: object) -> list[object]:
     return ["convert", "--torch-path", bench.checkpoint, "--mlx-path", folder / "model", *more]
 
@@ -111,12 +119,18 @@ def run(bench: Bench, folder: Path) -> list[object]:
 
 
 LAST = "a.checkpoints/step-0000040/"
+TRAINED = ("a.safetensors", LAST + "adapter.safetensors", LAST + "optimizer.safetensors")
 MODEL = ("config.json", "model.safetensors", "tokenizer.model")
 SCENARIOS = {
     "train": Scenario(
         train,
         lambda bench, folder: [train(bench, folder, "--resume"), train(bench, folder)],
-        ("a.safetensors", LAST + "adapter.safetensors", LAST + "optimizer.safetensors"),
+        TRAINED,
+    ),
+    "train, saving work": Scenario(
+        train_saving,
+        lambda bench, folder: [train_saving(bench, folder, "--resume"), train_saving(bench, folder)],
+        TRAINED,
     ),
     "convert": Scenario(
         convert,
@@ -229,8 +243,8 @@ def test_a_kill_before_any_durable_operation_loses_nothing(
     chosen = every if ALL else sorted({*random.Random(name).sample(every, SAMPLE), *early, operations})
     for kill in chosen:
         kill_and_go_on(bench, name, tmp_path / str(kill), kill, want)
-        if name == "train":
-            whole = bench.folder / "reference-train" / "metrics.jsonl"
+        if name.startswith("train"):
+            whole = bench.folder / f"reference-{name}" / "metrics.jsonl"
             assert metrics(tmp_path / str(kill) / "metrics.jsonl") == metrics(whole)
 
 

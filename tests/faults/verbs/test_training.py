@@ -50,7 +50,7 @@ def test_a_signal_anywhere_in_a_training_loses_nothing(
 ) -> None:
     at = {
         "first gradient": "value_and_grad():1",
-        "step": "mean_gradient():5",
+        "step": "make_update():5",
         "validation": "_validate():2",
         "save": "MANIFEST.json.",
         "reading rows": "train.jsonl",
@@ -97,7 +97,7 @@ def test_a_folder_that_is_removed_meanwhile_is_made_again(
     program: Program, tiny_model: Path, tiny_rows: Path, whole: bytes
 ) -> None:
     adapter = program.folder / "out" / "a.safetensors"
-    process = program.start(*arguments(tiny_model, tiny_rows, adapter), at="mean_gradient():5")
+    process = program.start(*arguments(tiny_model, tiny_rows, adapter), at="make_update():5")
     shutil.rmtree(adapter.parent)
     program.go_on()
     done = ended(process)
@@ -137,14 +137,14 @@ sys.exit(cli.execute(sys.argv[1:]))
 GIVES_UP = """
 import sys
 from mlxlora_core import cli
-from mlxlora_core.training import loop
-gradient, left = loop.mean_gradient, [5]
+from mlxlora_core.training.update import Updates
+make_update, left = Updates.make_update, [5]
 def gives_up(*arguments):
     left[0] -= 1
     if left[0] == 0:
         raise RuntimeError("[METAL] Command buffer execution failed: {words}")
-    return gradient(*arguments)
-loop.mean_gradient = gives_up
+    return make_update(*arguments)
+Updates.make_update = gives_up
 sys.exit(cli.execute(sys.argv[1:]))
 """
 

@@ -1,0 +1,262 @@
+"""What enters the lowest adapted layer, computed once for each row and kept.
+
+The layers below it are frozen and nothing in them is random, so that their
+output depends on the row alone: later steps and validations begin where it
+was kept. Known from small networks: Matsutani et al. 2024, arXiv:2410.21073.
+
+The rows are read in an order and in batches that the data alone decides, so that
+a training that is resumed fills the same numbers in again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlxlora_core.errors import UsageError
+from mlxlora_core.machine.limits import readable_bytes
+from mlxlora_core.machine.memory import free_memory_bytes
+from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.memory import Sizes, reused_bytes
+from mlxlora_core.training.batches import Batch, Collator, make_batch
+from mlxlora_core.training.events import Advanced
+from mlxlora_core.training.examples import Example
+from mlxlora_core.training.kept import Kept, Numbers, Place
+from mlxlora_core.training.parallel import side_by_side
+from mlxlora_core.training.reuse import Reuse
+
+#: tokens that are read at a time, unless a row has more
+TOKENS = 2048
+
+_SHARE = 0.25  # of the memory that is free, what is kept takes at most unless somebody says otherwise
+_LOST = "; every step that reads them computes all layers"
+
+# numpy has no bfloat16
+_WORDS = {2: np.uint16, 4: np.uint32}
+_MLX_WORDS = {2: mx.uint16, 4: mx.uint32}
+
+
+@dataclass
+class _Group:
+    """Rows that are read together, and are read together again where they are lost.
+
+    Attributes:
+        split: whose rows.
+        rows: which.
+        place: where they are; None where there is no room.
+        renewed: whether they were lost once before.
+    """
+
+    split: str
+    rows: Sequence[int]
+    place: Place | None = None
+    renewed: bool = False
+
+
+class Prefix:
+    """What enters a layer, for the rows of a training.
+
+    Args:
+        model: with the adapter that trains.
+        splits: ``train`` and, where there is one, ``valid``.
+        reuse: what is kept of them, and whether.
+        belongs: what else the numbers depend on: fingerprint of the base, versions of plugins.
+        folder: below which files go; None is a temporary place.
+        memory_mb: what is kept in memory at most; None is a quarter of what is free.
+
+    Attributes:
+        reuse: as given; a training that is resumed may change whether.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        splits: Mapping[str, Sequence[Example]],
+        reuse: Reuse,
+        belongs: Sequence[str] = (),
+        folder: Path | None = None,
+        memory_mb: int | None = None,
+    ) -> None:
+        self.reuse, self._model, self._splits = reuse, model, splits
+        self._belongs, self._folder = "\n".join(belongs), folder
+        self._budget: int | None = None if memory_mb is None else memory_mb * 10**6
+        self._kept: Kept | None = None
+        self._where: dict[tuple[str, int], tuple[_Group, int]] = {}
+        self._notes: list[str] = []
+
+    def collator(self, split: str, packing: bool = False) -> Collator:
+        """Makes batches of the rows of a split, with what was kept of them."""
+        return Collator(self._splits[split], packing, partial(self.entering, split), self.reuse.first)
+
+    def settle(self, need: int) -> int:
+        """Settle how much is kept in memory beside work that needs ``need`` bytes; how much that will be."""
+        if self._budget is None:
+            free = free_memory_bytes()
+            if free is not None:
+                self._budget = max(0, min(int(_SHARE * free), free - need - reused_bytes(need)))
+        total = self.reuse.number_bytes if self.reuse.on else 0
+        return total if self._budget is None else min(total, self._budget)
+
+    def filling_bytes(self, sizes: Sizes) -> int:
+        """What filling takes at once beside what is kept, at most."""
+        if not self.reuse.on:
+            return 0
+        groups = (self._tokens(split, rows) for split, rows in self._parts())
+        return max(
+            2 * len(tokens) * max(tokens) * sizes.dim * sizes.number_bytes
+            + sizes.layer_bytes(len(tokens), max(tokens), max(tokens))
+            for tokens in groups
+        )
+
+    @property
+    def words(self) -> str:
+        """What is saved and what that takes, or why nothing is, in a line."""
+        if not self.reuse.on:
+            return self.reuse.words
+        total = self.reuse.number_bytes
+        memory = total if self._budget is None else min(total, self._budget)
+        said = [f"{readable_bytes(memory)} in memory"] if memory else []
+        if total > memory:
+            place = f"in {self._folder}" if self._folder is not None else "in a temporary folder"
+            said.append(f"{readable_bytes(total - memory)} in files {place} until the end")
+        return f"{self.reuse.words}; it takes {' and '.join(said)}"
+
+    def go_on(self, on: bool) -> None:
+        """Keep, or do not, as a training was begun that goes on."""
+        if on != self.reuse.on and self.reuse.possible:
+            self.reuse = replace(self.reuse, on=on, why_not="" if on else "it was begun so")
+
+    def fill(self) -> Iterator[Advanced]:
+        """Compute what is to be kept; how far that is after each group of rows.
+
+        Raises:
+            UsageError: it cannot be kept in the type that was asked for.
+        """
+        if not self.reuse.on:
+            return
+        self._kept = Kept(self._budget, self._folder)
+        what = f"what enters layer {self.reuse.first + 1}"
+        count, done = sum(map(len, self.reuse.rows.values())), 0
+        for split, rows in self._parts():
+            group = _Group(split, rows)
+            if not self._kept.fault:
+                group.place = self._kept.keep(self._key(group), self._compute(split, rows))
+            self._where |= {(split, row): (group, index) for index, row in enumerate(rows)}
+            done += len(rows)
+            yield Advanced(what, done, count)
+        if self._kept.fault:
+            lost = sum(group.place is None for group, _ in self._where.values())
+            self._notes.append(f"warning: {lost} of {count} rows have no room ({self._kept.fault}){_LOST}")
+
+    def entering(self, split: str, rows: Sequence[int], batch: Batch) -> mx.array | None:
+        """What enters :attr:`Reuse.first` for a batch, in the layout of its inputs; None where a row is lost.
+
+        Args:
+            split: whose rows.
+            rows: those of the batch, in its order.
+            batch: whose ``inputs`` (B, T) it stands for.
+        """
+        words = _WORDS[self.reuse.stored.size]
+        whole = np.zeros((batch.inputs.size, self.reuse.width), words)
+        for start, row in zip(batch.starts, rows, strict=False):  # a batch may have more rows, of zeros
+            found = self._read(split, row)
+            if found is None:
+                return None
+            whole[start : start + len(found)] = found
+        whole = whole.reshape(*batch.inputs.shape, -1)
+        return mx.array(whole).view(self.reuse.stored).astype(self.reuse.computed)
+
+    def notes(self) -> list[str]:
+        """What there is to tell since this was asked last."""
+        told, self._notes = self._notes, []
+        return told
+
+    def close(self) -> None:
+        """Give back memory and files."""
+        self._where.clear()
+        if self._kept is not None:
+            self._kept.close()
+
+    def _parts(self) -> Iterator[tuple[str, Sequence[int]]]:
+        """The rows in groups that are read together, of like length, each with its split."""
+        for split, chosen in self.reuse.rows.items():
+            rows = sorted(chosen, key=lambda row: len(self._splits[split][row].tokens))
+            start = 0
+            for end, row in enumerate(rows):  # the longest of its group so far
+                if end > start and (end - start + 1) * (len(self._splits[split][row].tokens) - 1) > TOKENS:
+                    yield split, rows[start:end]
+                    start = end
+            if rows[start:]:
+                yield split, rows[start:]
+
+    def _tokens(self, split: str, rows: Sequence[int]) -> list[int]:
+        return [len(self._splits[split][row].tokens) - 1 for row in rows]
+
+    def _compute(self, split: str, rows: Sequence[int]) -> list[Numbers]:
+        """What enters the layer for rows, each (T, D), as words of the type that is stored."""
+        parts: list[Sequence[int]] = []
+
+        def collate(part: Sequence[int]) -> Batch:
+            parts.append(part)
+            return make_batch(self._splits[split], part)
+
+        found: dict[int, Numbers] = {}
+        for part, (_, hidden) in zip(parts, side_by_side(self._below, collate, rows), strict=True):
+            stored = self._stored(hidden)
+            words = np.array(stored.view(_MLX_WORDS[stored.dtype.size]))
+            found |= {row: words[i, : len(self._splits[split][row].tokens) - 1] for i, row in enumerate(part)}
+        return [np.ascontiguousarray(found[row]) for row in rows]
+
+    def _below(self, batch: Batch) -> mx.array:
+        return self._model.run(self._model.embed(batch.inputs), last=self.reuse.first)
+
+    def _stored(self, hidden: mx.array) -> mx.array:
+        """Hidden states in the type that they are kept in.
+
+        Raises:
+            UsageError: its range is too small.
+        """
+        stored = hidden.astype(self.reuse.stored)
+        if stored.dtype != hidden.dtype and not mx.isfinite(stored).all() and mx.isfinite(hidden).all():
+            raise UsageError(
+                f"prefix_type {self.reuse.stored} cannot hold what enters layer {self.reuse.first + 1} "
+                f"(up to {mx.abs(hidden).max().item():.3g})",
+                fix="use bfloat16, or compute",
+            )
+        return stored
+
+    def _read(self, split: str, row: int) -> Numbers | None:
+        """What was kept of a row."""
+        group, index = self._where.get((split, row), (None, 0))
+        if group is None or group.place is None or self._kept is None:
+            return None
+        found = self._kept.read(group.place, index)
+        return self._renewed(self._kept, group, index) if found is None else found
+
+    def _renewed(self, kept: Kept, group: _Group, index: int) -> Numbers | None:
+        """A row of a group whose file is damaged, computed as it was at first; none the second time."""
+        what = f"warning: a file of {len(group.rows)} {group.split} rows does not hold what was written"
+        group.place = None
+        if not group.renewed and not kept.fault:
+            group.renewed = True
+            rows = self._compute(group.split, group.rows)
+            group.place = kept.keep(self._key(group), rows)
+            self._notes.append(what + ("; it is made again" if group.place else f" ({kept.fault}){_LOST}"))
+            return rows[index]
+        self._notes.append(f"{what}{_LOST}")
+        return None
+
+    def _key(self, group: _Group) -> bytes:
+        """What tells the numbers of a group from all others."""
+        reuse = self.reuse
+        digest = hashlib.sha256(f"{self._belongs}\n{reuse.first} {reuse.computed} {reuse.stored}\n".encode())
+        for row in group.rows:
+            tokens = self._splits[group.split][row].tokens
+            digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes())
+        return digest.digest()

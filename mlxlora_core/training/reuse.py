@@ -1,0 +1,154 @@
+"""Whether what enters the lowest adapted layer is kept for each row, by model, data and settings alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlxlora_core.errors import UsageError, listing
+from mlxlora_core.model.language_model import LanguageModel, takes
+from mlxlora_core.model.linears import layers_by_path
+from mlxlora_core.training.batches import fixed_rows, steps_an_epoch
+from mlxlora_core.training.examples import Example
+from mlxlora_core.training.settings import TrainConfig
+
+_TYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """What can be kept of the rows of a training, and whether that pays.
+
+    Attributes:
+        on: whether it is kept.
+        why_not: why it is not, in words; nothing where it is.
+        possible: whether it could be.
+        first: the layer whose input is kept: the lowest that a step has to compute.
+        layers: of the model.
+        width: D.
+        computed: type of the hidden states.
+        stored: type that they are kept in.
+        rows: split -> rows of it that are read.
+        times: how often a row is read in the mean, over the whole training.
+        number_bytes: what is kept, in bytes.
+    """
+
+    on: bool
+    why_not: str
+    possible: bool
+    first: int
+    layers: int
+    width: int
+    computed: mx.Dtype
+    stored: mx.Dtype
+    rows: Mapping[str, Sequence[int]]
+    times: float
+    number_bytes: int
+
+    @property
+    def words(self) -> str:
+        """What is saved, or why nothing is, in a line; without where it is kept."""
+        if not self.on:
+            return f"every step computes all {self.layers} layers: {self.why_not}"
+        where = (
+            f"enters layer {self.first + 1} of {self.layers}"
+            if self.first < self.layers
+            else f"leaves the last of {self.layers} layers"
+        )
+        times = f"{self.times:.0f}" if self.times >= 10 else f"{self.times:.1f}".removesuffix(".0")
+        return (
+            f"what {where} is kept: {self.first} of {self.layers} layers are computed once a row "
+            f"and not {times} times"
+        )
+
+
+def decide(model: LanguageModel, config: TrainConfig, splits: Mapping[str, Sequence[Example]]) -> Reuse:
+    """Whether hidden states are kept in a training.
+
+    Args:
+        model: with the adapter that trains.
+        config: how it trains.
+        splits: ``train`` and, where there is one, ``valid``.
+
+    Raises:
+        UsageError: they are to be kept, and cannot be.
+    """
+    first, obstacle = lowest_layer(model)
+    hidden = model.embed(mx.zeros((1, 1), mx.uint32))
+    rows = _rows_read(config, splits)
+    readings, count = _readings(config, splits, rows), sum(map(len, rows.values()))
+    why_not = obstacle
+    if config.reuse_prefix == "on" and obstacle:
+        raise UsageError(f"reuse_prefix cannot be on: {obstacle}", fix="leave it at auto")
+    if config.reuse_prefix == "off":
+        why_not = "reuse_prefix is off"
+    elif config.reuse_prefix == "auto" and not obstacle and readings <= count:
+        why_not = f"{readings} rows are read in all, and there are {count}"
+    stored = _TYPES.get(config.prefix_type, hidden.dtype)
+    tokens = sum(len(splits[name][row].tokens) - 1 for name in rows for row in rows[name])
+    return Reuse(
+        on=not why_not,
+        why_not=why_not,
+        possible=not obstacle,
+        first=first,
+        layers=len(model.layers),
+        width=hidden.shape[-1],
+        computed=hidden.dtype,
+        stored=stored,
+        rows=rows,
+        times=readings / count,
+        number_bytes=tokens * hidden.shape[-1] * stored.size,
+    )
+
+
+def lowest_layer(model: LanguageModel) -> tuple[int, str]:
+    """The lowest layer that a step has to compute anew, and why that is no use, in words, or nothing."""
+    if not (takes(model, "first") and takes(model, "last")):
+        return 0, "this architecture runs all of its layers or none"
+    module: Any = model
+    layer_of = layers_by_path(model)
+    names = list(dict(tree_flatten(module.trainable_parameters())))
+    above = f"{model.head_path}." if model.head_path else ""
+    outside = [name for name in names if layer_of(name) is None and not (above and name.startswith(above))]
+    if outside:
+        return 0, f"{listing(sorted(outside), 1)} trains, which no layer has"
+    first = min((layer for name in names if (layer := layer_of(name)) is not None), default=len(model.layers))
+    if first == 0:
+        return 0, "the lowest of them trains"
+    if _draws(model, first):
+        return 0, f"below layer {first + 1} something is drawn at random"
+    return first, ""
+
+
+def _draws(model: LanguageModel, first: int) -> bool:
+    """Whether layers below ``first`` draw random numbers in training, as dropout does; none is run."""
+    state: Any = mx.random.state
+    before, was_training = state[0], model.training
+    model.train()
+    model.run(model.embed(mx.zeros((1, 2), mx.uint32)), last=first)
+    model.train(was_training)
+    return not mx.array_equal(before, state[0]).item()
+
+
+def _rows_read(config: TrainConfig, splits: Mapping[str, Sequence[Example]]) -> dict[str, list[int]]:
+    """Split -> the rows that a training reads; of those to validate on not all need be."""
+    read = {"train": list(range(len(splits["train"])))}
+    if splits.get("valid"):
+        parts = fixed_rows(splits["valid"], config.batch_size, config.val_batches)
+        read["valid"] = sorted({row for part in parts for row in part})
+    return read
+
+
+def _readings(
+    config: TrainConfig, splits: Mapping[str, Sequence[Example]], rows: Mapping[str, Sequence[int]]
+) -> int:
+    """How many rows a training reads in all its steps and validations."""
+    count = len(splits["train"])
+    epochs, rest = divmod(config.iters, steps_an_epoch(count, config.rows_a_step))
+    validations = 1 + -(-config.iters // config.steps_per_eval)
+    trained = epochs * count + min(rest * config.rows_a_step, count)
+    return trained + validations * len(rows.get("valid", ()))

@@ -1,0 +1,125 @@
+"""``rows -> gradient -> update``, made by the device without anybody waiting for it.
+
+Whether loss and gradient are finite is seen on the device too: where they are
+not, all parameters and the state of the optimizer become what they were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.training.batches import Collator
+from mlxlora_core.training.gradient import Gradients, Sums, mean_of, norm_squared
+from mlxlora_core.training.settings import TrainConfig
+
+
+@dataclass(frozen=True)
+class Update:
+    """A step that may be still to compute.
+
+    Attributes:
+        rows: that it is made of.
+        sums: of their nats.
+        norm: of the mean gradient before clipping.
+        parameters: that train, after it.
+        state: of the optimizer, after it.
+    """
+
+    rows: Sequence[int]
+    sums: Sums
+    norm: mx.array
+    parameters: Any
+    state: Any
+
+
+class Updates:
+    """Makes the updates of a training; see :meth:`make_update` and :meth:`take_update`.
+
+    Args:
+        model: whose parameters train.
+        collate: makes its batches.
+        optimizer: one of MLX's, made ready for them.
+        config: how to train.
+        compiled: whether the gradient of a batch, and the update, are compiled.
+    """
+
+    def __init__(
+        self, model: LanguageModel, collate: Collator, optimizer: Any, config: TrainConfig, compiled: bool
+    ) -> None:
+        module: Any = model
+        self._module, self._optimizer = module, optimizer
+        self._limit, self._compiled, self._compiles = config.grad_clip, compiled, 0
+        # Packed rows make a new shape each time.
+        self._gradients = Gradients(model, collate, config.batch_size, compiled and not config.packing)
+
+    @property
+    def compiles(self) -> int:
+        """How often anything was compiled."""
+        return self._compiles + self._gradients.compiles
+
+    def make_update(self, rows: Sequence[int], rate: float) -> Update:
+        """The update from some rows at a learning rate; model and optimizer stay as they are."""
+        sums = self._gradients(rows)
+        parameters, state = self._module.trainable_parameters(), self._optimizer.state
+        nats = sums.nats[0] if len(sums.nats) == 1 else mx.stack(list(sums.nats)).sum()
+        numbers = (nats, mx.array(float(sums.counts.tokens)), mx.array(rate))
+        try:
+            made = self._update(parameters, _copied(state), sums.gradient, *numbers)
+        finally:
+            self._optimizer.state = state
+        return Update(rows, sums, made[0], *made[1:])
+
+    def take_update(self, update: Update) -> None:
+        """Put an update into model and optimizer, and let the device begin with it."""
+        self._module.update(update.parameters)
+        self._optimizer.state = update.state
+        mx.async_eval(update.parameters, update.state, update.norm, update.sums.nats)
+
+    @cached_property
+    def _update(self) -> Any:
+        """:meth:`_made`, compiled or as it is."""
+        if not self._compiled:
+            return self._made
+
+        def traced(*arguments: Any) -> Any:
+            self._compiles += 1
+            return self._made(*arguments)
+
+        return mx.compile(traced)
+
+    def _made(
+        self, parameters: Any, state: Any, gradient: Any, nats: mx.array, tokens: mx.array, rate: mx.array
+    ) -> tuple[mx.array, Any, Any]:
+        """The norm, and parameters and state after the update, or as they were where it is not finite."""
+        mean = mean_of(gradient, tokens)
+        norm = mx.sqrt(norm_squared(mean))
+        if self._limit is not None:
+            factor = mx.where(norm > self._limit, self._limit / norm, 1.0)
+            mean = tree_map(lambda g: (g * factor).astype(g.dtype), mean)
+        self._optimizer.state = _copied(state)
+        self._optimizer.learning_rate = rate
+        updated = self._optimizer.apply_gradients(mean, parameters)
+        sound = mx.isfinite(nats) & mx.isfinite(norm)
+
+        def kept(new: mx.array, old: mx.array) -> mx.array:
+            return mx.where(sound, new, old)
+
+        return norm, tree_map(kept, updated, parameters), tree_map(kept, self._optimizer.state, state)
+
+
+def _copied(tree: Any) -> Any:
+    """The same arrays in containers of their own, for an optimizer writes into those that it has."""
+    return tree_map(lambda leaf: leaf, tree)
+
+
+def is_clipped(norm: float, limit: float | None) -> bool:
+    """Whether a gradient of this norm was shrunk to the limit."""
+    return limit is not None and math.isfinite(norm) and norm > limit
