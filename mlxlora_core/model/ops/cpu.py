@@ -29,6 +29,9 @@ _LOWEST = -80.0
 # Causal attention takes so many queries at a time, or an eighth of them where that is more.
 _TILE = 64
 
+# Or so many where a runtime has one operation for all that is done to scores: fewer and larger ones pay then.
+_FUSED_TILE = 128
+
 # What a score becomes where a query does not see a key: a row of nothing else has a mean, not NaN.
 _UNSEEN = float(np.finfo(np.float32).min)
 
@@ -83,7 +86,8 @@ def attention(
         tiles = [_Tile(0, length, seen, None)]
     else:
         # No work on the keys that none of a tile's queries sees: nearly half of all.
-        tiles = _causal_tiles(length, seen, max(_TILE, -(-length // 8)))
+        size = _TILE if lent("exp_rows") is None else _FUSED_TILE
+        tiles = _causal_tiles(length, seen, max(size, -(-length // 8)))
     return cast(mx.array, _attention(tiles, scale)(queries, keys, values)[0])
 
 
