@@ -1,4 +1,4 @@
-"""What stands behind a header: packed weights, sigmoids and exponentials of rows, through MLX in child processes."""
+"""What a header stands for: packed weights, sigmoids, exponentials of rows; through MLX in children."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ rng = np.random.default_rng(0)
 def packed(outputs, inputs, group, bits, dtype=mx.float32):
     \"\"\"Words, scales, biases, and what they stand for.\"\"\"
     words = mx.array(rng.integers(0, 2**32, (outputs, inputs * bits // 32), dtype=np.uint32))
-    scales, biases = (
-        mx.array(rng.standard_normal((outputs, inputs // group)).astype(np.float32)).astype(dtype) for _ in range(2)
-    )
+    drawn = rng.standard_normal((2, outputs, inputs // group)).astype(np.float32)
+    scales, biases = (mx.array(part).astype(dtype) for part in drawn)
     values = (np.array(words)[:, :, None] >> np.arange(0, 32, bits, dtype=np.uint32)) & (2**bits - 1)
     values = values.reshape(outputs, -1, group).astype(np.float64)
     s, b = (np.array(p.astype(mx.float32)).astype(np.float64)[..., None] for p in (scales, biases))
@@ -82,20 +81,24 @@ parts = mx.quantize(mx.array(weight), group_size=64, bits=4)
 whole = np.array(mx.dequantize(*parts, group_size=64, bits=4)).astype(np.float64)
 multiply = note.packed_product(*parts, group_size=64, bits=4)
 wide = mx.array(rng.standard_normal((2, 3, 300)).astype(np.float32))
-for x in (wide[..., :256], wide[:, 1:2, 44:], wide[:1, :1, 10:266], mx.broadcast_to(wide[0, 0, :256], (4, 256))):
+same = mx.broadcast_to(wide[0, 0, :256], (4, 256))
+for x in (wide[..., :256], wide[:, 1:2, 44:], wide[:1, :1, 10:266], same):
     got = np.array(multiply(x))
     assert got.shape == (*x.shape[:-1], 96)
     np.testing.assert_allclose(got, np.array(x).astype(np.float64) @ whole.T, atol=1e-4)
 cut = [p[8:40] for p in parts]  # not at the beginning of their memory
-got = note.packed_product(*cut, group_size=64, bits=4)(wide[0, :, :256])
-np.testing.assert_allclose(np.array(got), np.array(wide[0, :, :256]).astype(np.float64) @ whole[8:40].T, atol=1e-4)
+x = wide[0, :, :256]
+got = np.array(note.packed_product(*cut, group_size=64, bits=4)(x))
+np.testing.assert_allclose(got, np.array(x).astype(np.float64) @ whole[8:40].T, atol=1e-4)
 # A scale that is no number, and one that float16 holds below its normal ones.
 words, scales, biases = (mx.array(p) for p in parts)
 half = scales.astype(mx.float16)
 half[5, 2], half[7, 1], half[9, 0] = math.nan, math.inf, 3e-6
-got = np.array(note.packed_product(words, half, mx.zeros_like(half), group_size=64, bits=4)(mx.ones((1, 256))))[0]
-want = np.array(mx.quantized_matmul(mx.ones((1, 256)), words, half.astype(mx.float32), mx.zeros((96, 4)),
-                                    group_size=64, bits=4))[0]
+one = mx.ones((1, 256))
+got = np.array(note.packed_product(words, half, mx.zeros_like(half), group_size=64, bits=4)(one))[0]
+wide_scales = half.astype(mx.float32)
+want = mx.quantized_matmul(one, words, wide_scales, mx.zeros((96, 4)), group_size=64, bits=4)
+want = np.array(want)[0]
 broken = ~np.isfinite(want)
 assert broken.sum() == 2 and not np.isfinite(got[broken]).any()
 np.testing.assert_allclose(got[~broken], want[~broken], atol=1e-4)
@@ -133,12 +136,13 @@ multiply = note.packed_product(*parts, group_size=64, bits=4)
 header = multiply.__closure__[multiply.__code__.co_freevars.index("header")].cell_contents
 one = mx.as_strided(x, (1, 1), (1, 1))
 copy = mx.array(np.array(header))
-for product in (one @ copy, one @ header[:, :32], one @ (header * 1.0), mx.addmm(mx.zeros(64), one, header, alpha=2.0),
-                mx.addmm(mx.zeros(64), one, header, beta=1.0), one @ header[:, 1:], header.T @ one, one.T @ header[:, :4]):
-    assert np.isnan(np.array(product)).any() or product.shape[-1] == 63, product.shape
+zeros = mx.zeros(64)
+added = [mx.addmm(zeros, one, header, alpha=2.0), mx.addmm(zeros, one, header, beta=0.5)]
+for product in (*added, one @ copy, one @ header[:, :32], one @ (header * 1.0), header.T @ one):
+    assert np.isnan(np.array(product)).any(), product.shape
 slope = mx.grad(lambda x: multiply(x).sum())(x)
 assert np.isnan(np.array(slope)).any()
-rows, columns = rng.standard_normal((70, 1)).astype(np.float32), rng.standard_normal((1, 90)).astype(np.float32)
+rows, columns = (rng.standard_normal(shape).astype(np.float32) for shape in ((70, 1), (1, 90)))
 np.testing.assert_array_equal(np.array(mx.array(rows) @ mx.array(columns)), rows * columns)
 for wrong in (dict(bits=3), dict(bits=8), dict(group_size=32), dict(group_size=48)):
     assert note.packed_product(*parts, **(dict(group_size=64, bits=4) | wrong)) is None
@@ -154,7 +158,8 @@ def test_exponentials_of_rows_and_sigmoids_are_those_of_numpy(built: Path) -> No
     run(
         built,
         """
-for shape, queries in (((1,), 0), ((3, 1), 1), ((7, 33), 0), ((2, 3, 8, 40), 8), ((2, 10, 16), 5), ((4, 100, 700), 50)):
+shapes = ((1,), 0), ((3, 1), 1), ((7, 33), 0), ((2, 3, 8, 40), 8), ((2, 10, 16), 5), ((4, 100, 700), 50)
+for shape, queries in shapes:
     for threads in (1, 3):
         note.set_threads(threads)
         x = rng.uniform(-60, 60, shape).astype(np.float32)
@@ -178,7 +183,8 @@ assert np.isfinite(got[0]).all() and (got[0, :10] == 0).all() and np.isnan(got[1
 whole = mx.array(rng.standard_normal((6, 20, 30)).astype(np.float32))
 for view in (whole.swapaxes(0, 2), whole[:, 3:7], whole[::2, :, 1::3]):
     v = np.array(view).astype(np.float64)
-    np.testing.assert_allclose(np.array(note.exp_rows(view, 0)), np.exp(v - v.max(-1, keepdims=True)), rtol=1e-5)
+    want = np.exp(v - v.max(-1, keepdims=True))
+    np.testing.assert_allclose(np.array(note.exp_rows(view, 0)), want, rtol=1e-5)
 special.MOST = 3  # more than a product can take is left to MLX
 for queries in (0, 4):
     got = np.array(note.exp_rows(mx.ones((1, 4, 8)), queries))
