@@ -10,7 +10,7 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.errors import UsageError
 from mlxlora_core.machine.limits import exhausted
@@ -39,8 +39,8 @@ _precisions: list[Callable[[str], None]] = []
 # The exponential of a float32 array on the CPU, of each runtime that has one; the last is used.
 _exponentials: list[Callable[[mx.array], mx.array]] = []
 
-# What makes products with packed weights on the CPU, of each runtime that has it; the last is used.
-_packed_products: list[Callable[..., Callable[[mx.array], mx.array] | None]] = []
+# What else runtimes compute faster on the CPU, by the names that RuntimeStarted has for it.
+_lent: dict[str, Callable[..., Any]] = {}
 
 
 def on_cpu() -> bool:
@@ -199,9 +199,14 @@ def exponential() -> Callable[[mx.array], mx.array] | None:
     return _exponentials[-1] if _exponentials else None
 
 
-def use_packed_product(make: Callable[..., Callable[[mx.array], mx.array] | None]) -> None:
-    """Let ``make`` make the products of a few rows with packed weights on the CPU from now on."""
-    _packed_products.append(make)
+def lend(name: str, function: Callable[..., Any]) -> None:
+    """Let ``function`` compute on the CPU what :class:`RuntimeStarted` says of ``name``, from now on."""
+    _lent[name] = function
+
+
+def lent(name: str) -> Callable[..., Any] | None:
+    """The function of that name which the last runtime that has it has lent, or None."""
+    return _lent.get(name)
 
 
 def packed_product(
@@ -211,6 +216,5 @@ def packed_product(
 
     It has no gradient. None where no runtime has lent one, or it cannot take this weight.
     """
-    if not _packed_products:
-        return None
-    return _packed_products[-1](words, scales, biases, group_size=group_size, bits=bits)
+    make = lent("packed_product")
+    return None if make is None else make(words, scales, biases, group_size=group_size, bits=bits)

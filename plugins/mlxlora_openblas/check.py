@@ -105,6 +105,20 @@ def exponential_works(exp: Callable[[mx.array], mx.array]) -> bool:
     return True
 
 
+def exponentials_work(
+    sigmoid: Callable[[mx.array], mx.array], exp_rows: Callable[[mx.array, int], mx.array]
+) -> bool:
+    """Whether both agree with numpy in double precision."""
+    x = 20 * _numbers(3, 4, 37)
+    wide = x.astype(np.float64)
+    seen = np.arange(33, 37)[:, None] >= np.arange(37)
+    for queries, row in ((0, wide), (4, np.where(seen, wide, -np.inf))):
+        exact = np.exp(row - row.max(-1, keepdims=True))
+        if not np.allclose(np.array(exp_rows(mx.array(x), queries)), exact, rtol=4e-6, atol=1e-38):
+            return False
+    return np.allclose(np.array(sigmoid(mx.array(x))), 1 / (1 + np.exp(-wide)), rtol=4e-7, atol=1e-38)
+
+
 def packed_works(make: Callable[..., Callable[[mx.array], mx.array] | None]) -> bool:
     """Whether products with packed weights are those with what the words, scales and biases stand for."""
     words = mx.array((_numbers(40, 12) * 2**31).astype(np.int64).astype(np.uint32))

@@ -6,12 +6,7 @@
        sum over groups of  scale * (sum of q x)  +  bias * (sum of x),
 
    in float32 all through. x is laid out anew once, so that a vector of words, shifted by j values to the
-   right, meets the numbers that belong to its lowest values side by side.
-
-   MLX calls no function for this but cblas_sgemm. So the weight comes as a matrix (1, outputs), the header,
-   which says where the parts are, and x as (rows, 1) numbers of which all follow each other; packed.py keeps
-   what the header points to for as long. No other matrix can pass for one: a header holds its own address,
-   and begins with NaN, so that no product with it, or with a copy of it, can pass for a right result. */
+   right, meets the numbers that belong to its lowest values side by side. */
 
 #include "products.h"
 
@@ -25,19 +20,6 @@ enum { PART_WORDS = 1 << 13 };
 
 /* Scales that are made float32 at a time. */
 enum { WIDENED = 1 << 11 };
-
-enum { MAGIC = 0x7fc1a6e5 }; /* NaN as a float */
-
-enum type { FLOAT32, FLOAT16, BFLOAT16 };
-
-/* As packed.py writes it. */
-struct header {
-    uint32_t magic[4];
-    const struct header *self;
-    const uint32_t *words;      /* (outputs, inputs * bits / 32) */
-    const void *scales, *biases; /* (outputs, inputs / group) */
-    int32_t outputs, inputs, group, bits, type;
-};
 
 typedef float numbers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t words __attribute__((vector_size(4 * LANES)));
@@ -212,20 +194,7 @@ static void lay_out(const struct work *work, const float *x, float *laid, float 
     }
 }
 
-int is_packed(int m, int n, int k, int lda, const float *b, float beta, int ldc) {
-    const struct header *weight = (const struct header *)b;
-    if (k != 1 || (size_t)n * sizeof(float) < sizeof *weight || ((const uint32_t *)b)[0] != MAGIC ||
-        (uintptr_t)b % _Alignof(struct header))
-        return 0;
-    for (int i = 0; i < 4; i++)
-        if (weight->magic[i] != MAGIC + (uint32_t)i)
-            return 0;
-    return weight->self == weight && weight->outputs == n && m > 0 && lda == 1 && ldc == n && beta == 0 &&
-           weight->inputs <= MOST_INPUTS;
-}
-
-void packed_product(int m, const float *x, const float *header, float *y) {
-    const struct header *weight = (const struct header *)header;
+void packed_product(int m, const float *x, const struct header *weight, float *y) {
     struct work work = {.weight = weight, .rows = m, .y = y};
     const int length = weight->inputs * weight->bits / 32;
     work.blocks = count(length, LANES);

@@ -26,8 +26,35 @@ typedef void sgemv_function(int order, int trans, int rows, int columns, float a
 
 typedef void exp_function(size_t count, const float *restrict x, float *restrict y);
 
-/* The fastest loop for this processor. */
-exp_function *fastest_exp(void);
+struct exponentials {
+    exp_function *exp, *sigmoid;
+    exp_function *row; /* exp(x - the highest x) */
+};
+
+/* The fastest loops for this processor. */
+const struct exponentials *fastest_exponentials(void);
+
+/* --- special.c --------------------------------------------------------------------------------------- */
+
+enum kind { PACKED = 1, SIGMOIDS, ROWS };
+enum type { FLOAT32, FLOAT16, BFLOAT16 };
+
+/* What a product stands for, as headers.py writes it. */
+struct header {
+    uint32_t magic[4];
+    const struct header *self;
+    int32_t kind;
+    /* ROWS: exponentials of rows of such a length less their highest; with `queries`, rows come in groups of
+       so many, of which the last sees all numbers of the row, the one before all but one, and so on. */
+    int32_t length, queries;
+    /* PACKED: a weight as of mlx.core.quantize. */
+    int32_t outputs, inputs, group, bits, type;
+    const uint32_t *words;       /* (outputs, inputs * bits / 32) */
+    const void *scales, *biases; /* (outputs, inputs / group) */
+};
+
+/* Do what the matrix b (1, n) stands for with x (m, 1), and say whether it stood for anything. */
+int special(const struct exponentials *loops, int m, int n, const float *x, const float *b, float *y);
 
 /* --- amx.c ------------------------------------------------------------------------------------------- */
 
@@ -46,11 +73,8 @@ int amx_product(int parts, int trans_a, int trans_b, int m, int n, int k, float 
 
 /* --- packed.c ---------------------------------------------------------------------------------------- */
 
-/* Whether b (1, n) stands for a packed weight, and c can be the product with it. */
-int is_packed(int m, int n, int k, int lda, const float *b, float beta, int ldc);
-
 /* y (m, outputs) = x (m, inputs) times the packed weight; NaN where there is no memory. */
-void packed_product(int m, const float *x, const float *header, float *y);
+void packed_product(int m, const float *x, const struct header *weight, float *y);
 
 /* --- pool.c ------------------------------------------------------------------------------------------ */
 

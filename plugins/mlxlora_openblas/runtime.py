@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.api import MlxloraError, ResourceError, RuntimeStarted, thread_count
 
@@ -58,8 +58,7 @@ def _start() -> RuntimeStarted | None:
         RuntimeError: MLX refuses a product of the check.
     """
     from mlxlora_openblas.blas import open_blas
-    from mlxlora_openblas.check import exponential_works, faults, packed_works
-    from mlxlora_openblas.packed import packed_product
+    from mlxlora_openblas.check import exponential_works, faults
     from mlxlora_openblas.sgemm import exp
     from mlxlora_openblas.slots import mlx_slots
 
@@ -83,16 +82,30 @@ def _start() -> RuntimeStarted | None:
             f"{blas.title} gets {len(wrong)} products wrong, such as {wrong[0]}", where=blas.path
         )
     works, said = exponential_works(exp), products.said
+    special = _special() if works else {}
     if not works and not products.advice:
         said += "; exponentials stay with MLX, whose products are not what sgemm.c expects"
     return RuntimeStarted(
         f"openblas: {blas.title} under MLX's CPU backend{said}",
         set_threads=products.set_threads,
         exp=exp if works else None,
-        packed_product=packed_product if works and packed_works(packed_product) else None,
         set_precision=products.set_precision,
+        **special,
         advice=products.advice,
     )
+
+
+def _special() -> dict[str, Any]:
+    """What special.c computes right, by the names of :class:`RuntimeStarted`."""
+    from mlxlora_openblas import special
+    from mlxlora_openblas.check import exponentials_work, packed_works
+
+    right: dict[str, Any] = {}
+    if exponentials_work(special.sigmoid, special.exp_rows):
+        right |= {"sigmoid": special.sigmoid, "exp_rows": special.exp_rows}
+    if packed_works(special.packed_product):
+        right["packed_product"] = special.packed_product
+    return right
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,9 @@
    by itself, because some of its sgemv kernels were inaccurate (its pull request 4814). So check.py tries the
    one that is there before anything is passed on to it.
 
-   MLX computes exp a number at a time. It takes no operation from outside but through its C++ interface,
-   which changes from release to release; cblas_sgemm is the one function with a stable interface that it
-   calls for a whole array. So a column times one array of one number, the token, is exp of the column. The
-   token holds NaN: no other product with it can pass for a right result.
-
-   A product with the header of a packed weight is one with the weight (packed.c).
+   MLX computes exp a number at a time. So a column times one array of one number, the token, is exp of the
+   column. The token holds NaN: no other product with it can pass for a right result. More that MLX is slow at
+   is asked for in a like way (special.c).
 
    Where less than float32 is asked for, large ones go to the tiles of AMX (amx.c), if there are such. Small ones
    gain nothing by them, and from 128 terms on two bfloat16 for a number keep within the bound (k + 4) 2^-23 of
@@ -26,7 +23,7 @@
 static sgemm_function *sgemm; /* of one thread */
 static sgemv_function *sgemv; /* of one thread, or NULL */
 static const float *token;
-static exp_function *exp_array;
+static const struct exponentials *loops;
 static int parts; /* bfloat16 that stand for a number in large products; 0 is float32 */
 
 enum { LEAST_SIDE = 32, LEAST_TERMS = 128 }; /* of a product for tiles */
@@ -41,7 +38,7 @@ EXPORT void mlxlora_use(sgemm_function *matrix_product, sgemv_function *vector_p
     sgemm = matrix_product;
     sgemv = vector_product;
     token = exp_token;
-    exp_array = fastest_exp();
+    loops = fastest_exponentials();
 }
 
 /* Whether the processor could multiply bfloat16 by tiles. */
@@ -74,9 +71,10 @@ EXPORT void mlxlora_cblas_sgemm(int order, int trans_a, int trans_b, int m, int 
 
     if (b == token && order == ROW_MAJOR && a_plain && b_plain && m > 0 && n == 1 && k == 1 && alpha == 1 &&
         lda == 1 && ldb == 1 && beta == 0 && ldc == 1)
-        exp_array((size_t)m, a, c);
-    else if (known && a_plain && b_plain && alpha == 1 && is_packed(m, n, k, lda, b, beta, ldc))
-        packed_product(m, a, b, c);
+        loops->exp((size_t)m, a, c);
+    else if (order == ROW_MAJOR && a_plain && b_plain && k == 1 && alpha == 1 && beta == 0 && lda == 1 && ldc == n &&
+             special(loops, m, n, a, b, c))
+        return;
     else if (to_vector && m == 1 && (a_plain || lda == 1)) /* C' = op(B)' A' */
         split_vector(sgemv, b_plain ? TRANSPOSED : PLAIN, b_plain ? k : n, b_plain ? n : k, alpha, b, ldb, a,
                      beta, c, 1);

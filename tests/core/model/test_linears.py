@@ -122,6 +122,63 @@ class TestQuantizedLinear:
         assert bool(asked) == own
         assert mx.abs(got - (x @ linear.dequantize().T + linear.bias)).max() < 1e-5
 
+    @pytest.mark.parametrize(
+        ("rows", "training", "cpu", "dtype", "bound"),
+        [
+            (1, False, True, mx.float32, True),
+            (8, False, True, mx.float32, True),
+            (9, False, True, mx.float32, False),
+            (1, True, True, mx.float32, False),
+            (1, False, False, mx.float32, False),
+            (1, False, True, mx.float16, False),
+        ],
+    )
+    def test_a_bound_product_takes_few_rows_of_a_model_that_does_not_train(
+        self,
+        rows: int,
+        training: bool,
+        cpu: bool,
+        dtype: mx.Dtype,
+        bound: bool,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def bind(parts: Mapping[str, mx.array], options: NoOptions) -> Any:
+            weight = from_signs(parts, options)
+            made.append(weight)
+            return lambda x: x @ weight.T
+
+        made: list[mx.array] = []
+        linear = signs(nn.Linear(64, 8), bind=bind)
+        linear.train(training)
+        monkeypatch.setattr(linears, "on_cpu", lambda: cpu)
+        x = mx.random.normal((1, rows, 64)).astype(dtype)
+        for _ in range(2):
+            near = 1e-5 if dtype == mx.float32 else 0.02
+            assert mx.abs(linear(x) - (x @ linear.dequantize().T + linear.bias)).max() < near
+        assert len(made) == int(bound)  # once, however often it is used
+
+    def test_other_parts_are_bound_anew(self) -> None:
+        linear = signs(
+            nn.Linear(64, 8), bind=lambda parts, options: lambda x: x @ from_signs(parts, options).T
+        )
+        linear.eval()
+        x = mx.random.normal((1, 64))
+        linear(x)
+        linear.update(by_signs(mx.random.normal((8, 64)), NoOptions()))
+        assert mx.abs(linear(x) - (x @ linear.dequantize().T + linear.bias)).max() < 1e-5
+
+    def test_where_nothing_is_bound_all_is_as_without(self) -> None:
+        linear = signs(nn.Linear(64, 8), bind=lambda parts, options: None)
+        linear.eval()
+        x = mx.random.normal((1, 64))
+        assert mx.abs(linear(x) - (x @ linear.dequantize().T + linear.bias)).max() < 1e-5
+
+    def test_a_bound_product_of_another_shape_names_the_quantizer(self) -> None:
+        linear = signs(nn.Linear(64, 8), bind=lambda parts, options: lambda x: mx.zeros((1, 9)))
+        linear.eval()
+        with pytest.raises(PluginError, match=r"signs: bind gives \(1, 9\), wanted \(1, 8\)"):
+            linear(mx.ones((1, 64)))
+
     def test_a_product_of_another_shape_names_the_quantizer(self) -> None:
         linear = signs(nn.Linear(64, 8), matmul=lambda x, parts, options: mx.zeros((1, 9)))
         with pytest.raises(PluginError, match=r"signs: matmul gives \(1, 9\), wanted \(1, 8\)"):
