@@ -399,6 +399,10 @@ class RuntimeStarted:
             ``float32`` leaves it as it is. Raises a :class:`ResourceError` where that fails;
             mlxlora calls it between computations.
         advice: what would make it faster, in one line of ``mlxlora doctor``.
+        alternatives: the libraries that it could use here, each as the environment variables
+            of a process that uses it; none where there is no choice. ``mlxlora doctor`` alone
+            calls it, and measures them.
+        prefer: remembers one of them, the fastest, for the processes of this user that start later.
     """
 
     text: str
@@ -409,4 +413,6 @@ class RuntimeStarted:
     exp_rows: Callable[[mx.array, int], mx.array] | None = None
     packed_product: Callable[..., Callable[[mx.array], mx.array] | None] | None = None
     set_precision: Callable[[str], None] | None = None
+    alternatives: Callable[[], Sequence[Mapping[str, str]]] | None = None
+    prefer: Callable[[Mapping[str, str]], None] | None = None
     advice: str = ""
