@@ -226,10 +226,10 @@ class Quantizer(Spec):
             parts of a weight (outputs, inputs), or None for a quantizer without
             such a product. It is used on a GPU, and on a CPU for a single row;
             elsewhere the weight is dequantized.
-        bind: a product of at most 8 rows in float32 on a CPU with the parts of one
-            weight (outputs, inputs), or None where it has none for them. It is made once
-            for parts that stay as they are, and used where nothing is trained; it needs
-            no gradient.
+        bind: a product of at most 8 rows with the parts of one weight (outputs, inputs), in
+            float32 on a CPU and in any type on a GPU, or None where it has none for them. It is
+            made once for parts that stay as they are, and used where nothing is trained; it
+            needs no gradient.
     """
 
     parts: tuple[str, ...]

@@ -20,7 +20,7 @@ class Job:
     """What a worker is to do.
 
     Attributes:
-        task: ``matmul``, ``train``, ``decode``, ``prefill`` or, of mlx-lm alone, ``prepare``.
+        task: ``matmul``, ``train``, ``epochs``, ``decode``, ``prefill`` or, of mlx-lm alone, ``prepare``.
         folder: of the model.
         dtype: to compute in, where the tool can be told.
         adapter: whether to decode with an adapter on.
@@ -34,6 +34,11 @@ class Job:
         target: folder that ``prepare`` makes.
         bits: of its linears; 0 leaves them dense.
         side: of the matrices that ``matmul`` multiplies.
+        valid: of ``epochs``, JSON file with token rows to validate on.
+        layers: of ``epochs``, how many at the top are adapted.
+        epochs: how many are asked for; the sample after the last is a validation.
+        learning_rate: of ``epochs``.
+        reuse: of ``epochs``, whether mlxlora keeps what enters the lowest adapted layer: ``auto`` or ``off``.
     """
 
     task: str
@@ -50,6 +55,16 @@ class Job:
     target: str = ""
     bits: int = 0
     side: int = 1024
+    valid: str = ""
+    layers: int = 0
+    epochs: int = 0
+    learning_rate: float = 1e-5
+    reuse: str = "off"
+
+    def read_valid(self) -> list[list[int]]:
+        """The token rows to validate on."""
+        rows: list[list[int]] = json.loads(Path(self.valid).read_text())
+        return rows
 
     def read_rows(self) -> list[list[int]]:
         """The token rows."""

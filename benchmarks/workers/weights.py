@@ -94,6 +94,7 @@ def write_meta(folder: Path, shape: Shape, tensors: dict[str, Any]) -> None:
         "n_kv_heads": shape.kv_heads,
         "head_dim": shape.head,
         "norm_eps": NORM_EPS,
+        "rope_theta": ROPE_THETA,
         "vocab_size": shape.vocabulary,
         "max_seq_len": CONTEXT,
     }

@@ -43,13 +43,13 @@ def main() -> None:
         channel.say(loss=None, **facts)
         channel.serve(product_samples(lambda: mx.eval(a @ b.T)))
     model, _ = load(work.folder)
-    if work.adapter or work.task == "train":
+    if work.adapter or work.task in ("train", "epochs"):
         model.freeze()
-        linear_to_lora_layers(model, len(model.layers), LORA)
+        linear_to_lora_layers(model, work.layers or len(model.layers), LORA)
     check = mx.array([work.read_rows()[0][: work.check_tokens]])
     loss = nn.losses.cross_entropy(model(check[:, :-1]).astype(mx.float32), check[:, 1:]).mean().item()
     channel.say(loss=loss, **facts)
-    if work.task == "train":
+    if work.task in ("train", "epochs"):
         _train(work, model, channel)
     else:
         channel.serve(_generate(work, model), device_bytes=mx.get_peak_memory)
@@ -72,7 +72,7 @@ class _OneByOne(TrainingCallback):
     """Reports a step, and holds the trainer until the next one is asked for."""
 
     def __init__(self, channel: Channel) -> None:
-        self.channel = channel
+        self.channel, self.tokens = channel, 0
         self.compiles = 0
         channel.wait()
         self.began = time.perf_counter()
@@ -85,7 +85,11 @@ class _OneByOne(TrainingCallback):
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         """Called by the trainer after every step."""
         seconds = time.perf_counter() - self.began
-        self.channel.say(seconds=seconds, device_bytes=mx.get_peak_memory(), compiles=self.compiles)
+        tokens = train_info["trained_tokens"] - self.tokens
+        self.tokens += tokens
+        self.channel.say(
+            seconds=seconds, device_bytes=mx.get_peak_memory(), tokens=tokens, compiles=self.compiles
+        )
         self.channel.wait()
         self.began = time.perf_counter()
 
@@ -98,10 +102,11 @@ def _train(work: Job, model: Any, channel: Channel) -> None:
             iters=MORE_STEPS,
             steps_per_report=1,
             steps_per_save=MORE_STEPS,
-            max_seq_length=len(rows[0][0]),  # or rows are padded to a multiple of 32, plus one
+            # Of rows of one length, or they are padded to a multiple of 32, plus one.
+            max_seq_length=max(len(row) for row, _ in rows),
             adapter_file=str(Path(folder) / "adapters.safetensors"),
         )
-        optimizer = optimizers.Adam(learning_rate=1e-5)
+        optimizer = optimizers.Adam(learning_rate=work.learning_rate)
         steps = _OneByOne(channel)
         train(model, optimizer, rows, args=args, loss=steps.loss, training_callback=steps)
 

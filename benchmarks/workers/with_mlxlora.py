@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +18,16 @@ from mlxlora_core.model.generate import decode
 from mlxlora_core.plugins import Registry, load
 from mlxlora_core.plugins.sections import configure
 from mlxlora_core.training.evaluation import evaluate
-from mlxlora_core.training.examples import Example
+from mlxlora_core.training.events import Note, TrainReport, ValidReport
+from mlxlora_core.training.examples import Example, Examples
 from mlxlora_core.training.loop import Training
+from mlxlora_core.training.session import NewAdapter, open_training
 from mlxlora_core.training.settings import TrainConfig
 from workers.channel import Channel, Job, job, version
 from workers.products import product_samples
 from workers.shapes import RANK
 
+_LAST: list[float | None] = [None]  # losses of validations
 MORE_STEPS = 1_000_000  # than anybody asks for
 
 
@@ -46,6 +50,8 @@ def main() -> None:
         if work.task == "train":
             training = _training(work, model, rows)
             samples, told["compiles"] = _steps(training), lambda: training.compiles
+        elif work.task == "epochs":
+            samples, told["loss"] = _epochs(work, model, rows, registry), lambda: _LAST[-1]
         else:
             samples = _generate(work, model, registry)
     channel.say(loss=loss, **facts)
@@ -79,6 +85,37 @@ def _steps(training: Training) -> Iterator[float]:
         began = time.perf_counter()
         next(steps)
         yield time.perf_counter() - began
+
+
+def _epochs(work: Job, model: Any, rows: list[Example], registry: Registry) -> Iterator[float]:
+    """Seconds of each epoch, the first with all that comes before it; then of what comes after the last."""
+    steps = -(-len(rows) // work.batch)
+    config = TrainConfig(
+        iters=work.epochs * steps,
+        batch_size=work.batch,
+        learning_rate=work.learning_rate,
+        steps_per_report=1,
+        steps_per_eval=MORE_STEPS,
+        val_batches=-1,
+        reuse_prefix=work.reuse,
+    )
+    lora = registry.find("adapter", "lora")
+    adapter = NewAdapter(
+        *configure(lora, {"rank": RANK, "scale": 2.0, "targets": ["wq", "wv"], "layers": work.layers})
+    )
+    valid = tuple(_example(row) for row in work.read_valid())
+    splits = {"train": Examples(tuple(rows)), "valid": Examples(valid)}
+    began = time.perf_counter()
+    session = open_training(model, adapter, splits, config, registry)
+    for event in session.start():
+        if isinstance(event, Note):
+            sys.stderr.write(f"{event}\n")
+        if isinstance(event, ValidReport):
+            _LAST.append(event.loss)
+        if isinstance(event, TrainReport) and event.step % steps == 0:
+            yield time.perf_counter() - began
+            began = time.perf_counter()
+    yield time.perf_counter() - began
 
 
 def _generate(work: Job, model: Any, registry: Registry) -> Iterator[float]:

@@ -17,6 +17,7 @@ from workers.shapes import RANK
 
 METAL = "mps" if torch.backends.mps.is_available() else "cpu"
 DEVICE = "cuda" if torch.cuda.is_available() else METAL
+_LAST: list[float | None] = [None]  # losses of validations
 
 
 def main() -> None:
@@ -30,15 +31,19 @@ def main() -> None:
         samples, loss = _products(work, dtype), None
     else:
         model = AutoModelForCausalLM.from_pretrained(work.folder, dtype=dtype).to(DEVICE)
-        if work.adapter or work.task == "train":
-            lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"])
+        if work.adapter or work.task in ("train", "epochs"):
+            every = model.config.num_hidden_layers
+            top = list(range(every - work.layers, every)) if work.layers else None
+            targets = ["q_proj", "v_proj"]
+            lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, layers_to_transform=top)
             model = get_peft_model(model, lora)
-        rows = torch.tensor(work.read_rows(), device=DEVICE)
+        rows = work.read_rows()
         with torch.inference_mode():
-            loss = _loss(model.eval(), rows[:1, : work.check_tokens]).item()
-        samples = _train(work, model, rows) if work.task == "train" else _generate(work, model)
+            check = torch.tensor([rows[0][: work.check_tokens]], device=DEVICE)
+            loss = _loss(model.eval(), check).item()
+        samples = {"train": _train, "epochs": _epochs}.get(work.task, _generate)(work, model, rows)
     channel.say(loss=loss, **facts)
-    channel.serve(samples, device_bytes=_device_bytes)
+    channel.serve(samples, device_bytes=_device_bytes, loss=lambda: _LAST[-1])
 
 
 def _device_bytes() -> int:
@@ -70,8 +75,9 @@ def _loss(model: Any, rows: Any) -> Any:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
 
-def _train(work: Job, model: Any, rows: Any) -> Iterator[float]:
+def _train(work: Job, model: Any, given: list[list[int]]) -> Iterator[float]:
     model.train()
+    rows = torch.tensor(given, device=DEVICE)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     start = 0
     while True:
@@ -85,6 +91,45 @@ def _train(work: Job, model: Any, rows: Any) -> Iterator[float]:
         loss.item()
         _wait()
         yield time.perf_counter() - began
+
+
+def _epochs(work: Job, model: Any, rows: list[list[int]]) -> Iterator[float]:
+    """Seconds of each epoch in random order, each batch padded to its longest row; then of a validation."""
+    optimizer = torch.optim.Adam(
+        [p for p in model.parameters() if p.requires_grad], lr=work.learning_rate, betas=(0.9, 0.999)
+    )
+    for _ in range(work.epochs):
+        began = time.perf_counter()
+        model.train()
+        order = torch.randperm(len(rows)).tolist()
+        for start in range(0, len(rows), work.batch):
+            total, count = _padded(model, [rows[i] for i in order[start : start + work.batch]])
+            (total / count).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total.item()
+        _wait()
+        yield time.perf_counter() - began
+    began = time.perf_counter()
+    valid = sorted(work.read_valid(), key=len)
+    with torch.inference_mode():
+        parts = (valid[i : i + work.batch] for i in range(0, len(valid), work.batch))
+        found = [_padded(model.eval(), part) for part in parts]
+        _LAST.append(float(sum(total for total, _ in found) / sum(count for _, count in found)))
+    yield time.perf_counter() - began
+
+
+def _padded(model: Any, rows: list[list[int]]) -> tuple[Any, int]:
+    """Nats of rows side by side, as transformers' own collator lays them out, and how many tokens counted."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=DEVICE)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=DEVICE)
+    logits = model(input_ids=ids, attention_mask=mask).logits.float()
+    targets = torch.where(mask.bool(), ids, -100)[:, 1:]
+    total = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
+    return total, int((targets >= 0).sum())
 
 
 class _Clock(BaseStreamer):
@@ -102,7 +147,7 @@ class _Clock(BaseStreamer):
         """Called by transformers after the last token."""
 
 
-def _generate(work: Job, model: Any) -> Iterator[float]:
+def _generate(work: Job, model: Any, _: list[list[int]]) -> Iterator[float]:
     """Of decode the time after the first token, of prefill the time up to it."""
     model.eval()
     prompt = torch.tensor([work.prompt], device=DEVICE)

@@ -167,8 +167,7 @@ def decode(
             require_growth(model)
         drawn = draw(forward(model, unseen, cache, part_tokens) if logits is None else logits, tokens)
         logits = None
-        # What might be refused waits until this token is given out.
-        if isinstance(drawn, Drawn) and left > 1 and (len(tokens) + 1) % CACHE_STEP:
+        if isinstance(drawn, Drawn) and left > 1:
             logits = _after(model, drawn.token[None], cache)
             mx.async_eval(drawn.token, drawn.checks, logits)
         token = drawn.read() if isinstance(drawn, Drawn) else drawn

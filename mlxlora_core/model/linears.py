@@ -27,10 +27,10 @@ _FEW_ROWS = 8
 
 @dataclass(frozen=True)
 class _Bound:
-    """A product with certain parts, or None where the quantizer has none for them."""
+    """A product with the parts of a weight, or None where the quantizer has none for them."""
 
-    parts: tuple[mx.array, ...]
     multiply: Callable[[mx.array], mx.array] | None
+    of_float32: bool
 
 
 class StackedLinear(nn.Module):
@@ -89,6 +89,11 @@ class Quantized(nn.Module):
             self[name] = part
         self.freeze()
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Take another part, which ends a product that is bound to those before."""
+        super().__setitem__(name, value)
+        self._bound = None
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight: (outputs, inputs), with the experts in front of a stack."""
@@ -117,18 +122,21 @@ class Quantized(nn.Module):
 
     def _few(self, x: mx.array) -> Callable[[mx.array], mx.array] | None:
         """The quantizer's product for these inputs, where they are few and nothing trains."""
-        bind = self.quantization.component.spec.bind
-        fits = x.dtype == mx.float32 and 0 < x.size <= _FEW_ROWS * self._shape[-1]
-        if bind is None or self.training or not fits or not on_cpu():
+        if self.training or not 0 < x.size <= _FEW_ROWS * self._shape[-1]:
             return None
-        parts = tuple(self[name] for name in self.quantization.component.spec.parts)
-        if self._bound is None or any(a is not b for a, b in zip(self._bound.parts, parts, strict=True)):
-            self._bound = _Bound(parts, bind(self.parts, self.quantization.options))
-        return self._bound.multiply
+        bound = self._bound
+        if bound is None:
+            bind = self.quantization.component.spec.bind
+            made = None if bind is None else bind(self.parts, self.quantization.options)
+            self._bound = bound = _Bound(made, on_cpu())
+        return None if bound.of_float32 and x.dtype != mx.float32 else bound.multiply
 
     def _checked(self, function: str, y: mx.array, x: mx.array) -> mx.array:
         """What a function of the quantizer made of ``x``; PluginError where it is no outputs."""
-        component, shape = self.quantization.component, (*x.shape[:-1], self._shape[-2])
+        shape = (*x.shape[:-1], self._shape[-2])
+        if isinstance(y, mx.array) and y.shape == shape:
+            return y
+        component = self.quantization.component
         checked: mx.array = component.checked(function, y, mx.array)
         if checked.shape != shape:
             raise component.breach(function, f"{checked.shape}", f"{shape}")

@@ -33,7 +33,7 @@ from mlxlora_core.training.prefix import Prefix
 from mlxlora_core.training.progress import SPIKE_STEPS, Progress, Window
 from mlxlora_core.training.settings import TrainConfig
 from mlxlora_core.training.shapes import shapes_of
-from mlxlora_core.training.update import Update, Updates, is_clipped
+from mlxlora_core.training.update import Update, Updates, is_clipped, is_compiled
 
 SPIKE_FACTOR = 10  # a loss that many times the median of the last ones is told
 
@@ -113,7 +113,7 @@ class Training:
         self._optimizer = make_optimizer(config, model, factors)
         self._optimizer.init(self._module.trainable_parameters())
         self._ahead = runs_ahead()
-        self.compile_step(config.compile == "on" or (config.compile == "auto" and self._ahead))
+        self.compile_step(is_compiled(config))
         self._progress = Progress()
         self._pending: _Pending | None = None
         self._spikes: tuple[SpikeReport, ...] = ()

@@ -32,7 +32,7 @@ from mlxlora_core.training.kept import Kept, Numbers, Place
 from mlxlora_core.training.parallel import side_by_side
 from mlxlora_core.training.reuse import Reuse
 
-#: tokens that are read at a time, unless a row has more
+#: tokens that are read at a time at most, unless a row has more
 TOKENS = 2048
 
 _SHARE = 0.25  # of the memory that is free, what is kept takes at most unless somebody says otherwise
@@ -116,19 +116,19 @@ class Prefix:
         )
 
     def look(self) -> None:
-        """Keep nothing where a row's states are not its own: the longest row beside a short one shows that.
+        """Keep nothing where a row's states are not its own, such as those scaled for the width of a batch.
 
-        Such are states that are scaled for the width of a batch.
+        The shortest row, padded like the longest, shows that.
         """
         if not self.reuse.on:
             return
         split, chosen = next(iter(self.reuse.rows.items()))
         rows = sorted(chosen, key=lambda row: len(self._splits[split][row].tokens))
-        short, long = rows[0], rows[-1]
-        count = len(self._splits[split][short].tokens) - 1
+        short, count = make_batch(self._splits[split], rows[:1]), self._tokens(split, rows[:1])[0]
+        padded = mx.pad(short.inputs, [(0, 0), (0, self._tokens(split, rows[-1:])[0] - count)])
         alone, beside = (
-            self._below(make_batch(self._splits[split], [short, *more]))[0, :count].astype(mx.float32)
-            for more in ((), (long,))
+            self._below(replace(short, inputs=inputs))[0, :count].astype(mx.float32)
+            for inputs in (short.inputs, padded)
         )
         off = mx.abs(alone - beside).mean() / mx.maximum(mx.abs(alone).mean(), 1e-30)
         if not (off <= (1e-3 if self.reuse.computed == mx.float32 else 0.05)).item():
@@ -185,7 +185,7 @@ class Prefix:
         """
         words = _WORDS[self.reuse.stored.size]
         whole = np.zeros((batch.inputs.size, self.reuse.width), words)
-        for start, row in zip(batch.starts, rows, strict=False):  # a batch may have more rows, of zeros
+        for start, row in zip(batch.starts, rows, strict=False):
             found = self._read(split, row)
             if found is None:
                 return None
@@ -206,16 +206,13 @@ class Prefix:
             self._kept.close()
 
     def _parts(self) -> Iterator[tuple[str, Sequence[int]]]:
-        """The rows in groups that are read together, of like length, each with its split."""
+        """The rows in groups that are read together, each with its split: the longest first."""
         for split, chosen in self.reuse.rows.items():
-            rows = sorted(chosen, key=lambda row: len(self._splits[split][row].tokens))
-            start = 0
-            for end, row in enumerate(rows):  # the longest of its group so far
-                if end > start and (end - start + 1) * (len(self._splits[split][row].tokens) - 1) > TOKENS:
-                    yield split, rows[start:end]
-                    start = end
-            if rows[start:]:
-                yield split, rows[start:]
+            rows = sorted(chosen, key=lambda row: len(self._splits[split][row].tokens), reverse=True)
+            while rows:
+                count = max(1, min(TOKENS, self.reuse.step_tokens) // self._tokens(split, rows[:1])[0])
+                yield split, rows[:count]
+                rows = rows[count:]
 
     def _tokens(self, split: str, rows: Sequence[int]) -> list[int]:
         return [len(self._splits[split][row].tokens) - 1 for row in rows]

@@ -70,7 +70,9 @@ def _recomputed(compute: Callable[..., mx.array]) -> Callable[..., mx.array]:
         _, gradients = mx.vjp(compute, waiting, [cotangents])
         if now is not None:
             mx.random.seed(now)
-        return gradients if several else gradients[0]
+        # MLX computes last what nothing waits for, and would keep what those of all layers are made of.
+        down = mx.depends(gradients[0], gradients[1:]) if gradients[1:] else gradients[0]
+        return [down, *gradients[1:]] if several else down
 
     function.vjp(vjp)
     return function  # type: ignore[no-any-return]  # MLX's functions are not annotated

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from mlxlora_core.machine.device import runs_ahead
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.training.batches import Collator
 from mlxlora_core.training.gradient import Gradients, Sums, mean_of, norm_squared
@@ -27,7 +28,7 @@ class Update:
 
     Attributes:
         rows: that it is made of.
-        sums: of their nats.
+        sums: of their nats; the gradient is left out.
         norm: of the mean gradient before clipping.
         parameters: that train, after it.
         state: of the optimizer, after it.
@@ -83,7 +84,7 @@ class Updates:
             made = self._update(parameters, _copied(state), sums.gradient, *numbers)
         finally:
             self._optimizer.state = state
-        return Update(rows, sums, made[0], *made[1:])
+        return Update(rows, replace(sums, gradient=None), *made)
 
     def take_update(self, update: Update) -> None:
         """Put an update into model and optimizer, and let the device begin with it."""
@@ -121,6 +122,11 @@ class Updates:
             return mx.where(sound, new, old)
 
         return norm, tree_map(kept, updated, parameters), tree_map(kept, self._optimizer.state, state)
+
+
+def is_compiled(config: TrainConfig) -> bool:
+    """Whether a training compiles its step from the start."""
+    return config.compile == "on" or (config.compile == "auto" and runs_ahead())
 
 
 def _copied(tree: Any) -> Any:

@@ -44,11 +44,10 @@ def matmul(x: mx.array, parts: Mapping[str, mx.array], options: AffineOptions) -
 
 
 def bind(parts: Mapping[str, mx.array], options: AffineOptions) -> Callable[[mx.array], mx.array] | None:
-    """See :func:`mlxlora_core.machine.device.packed_product`."""
-    from mlxlora_core.ops import packed_product
+    """See :func:`mlxlora_affine.packing.bound`."""
+    from mlxlora_affine.packing import bound
 
-    words, scales, biases = (parts[name] for name in ("weight", "scales", "biases"))
-    return packed_product(words, scales, biases, group_size=options.group_size, bits=options.bits)
+    return bound(parts, options)
 
 
 @hookimpl

@@ -361,3 +361,17 @@ def test_how_often_a_step_was_compiled_is_told() -> None:
     told = table.text({**result, "rows": [{**row, "compiles": 2}, {**row, "tool": "mlx-lm", "compiles": 1}]})
     assert "compiled: mlxlora 2 (1b, train 2048), mlx-lm 1 (1b, train 2048)." in told
     assert "compiled" not in table.text({**result, "rows": [row]})
+
+
+def test_both_folders_state_the_same_positions_and_norms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A default may differ from tool to tool, and has."""
+    monkeypatch.setattr(weights, "tokenizer", lambda vocabulary: b"")
+    tensors = weights.random_tensors(TINY, "float32", "cpu")
+    weights.write_meta(tmp_path / "meta", TINY, tensors)
+    weights.write_hugging_face(tmp_path / "hf", TINY, tensors)
+    meta = json.loads((tmp_path / "meta" / "params.json").read_text())
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert meta["rope_theta"] == config["rope_theta"] and meta["norm_eps"] == config["rms_norm_eps"]
+    assert meta["max_seq_len"] == config["max_position_embeddings"]

@@ -13,7 +13,7 @@ import pytest
 import small_models
 from small_models import FAMILIES, REGISTRY
 
-from mlxlora_core.errors import UsageError
+from mlxlora_core.errors import SettingsChanged, UsageError
 from mlxlora_core.files.leftovers import temporary_name
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.model import adapters, loading
@@ -21,6 +21,7 @@ from mlxlora_core.plugins import Choice
 from mlxlora_core.plugins.sections import Quantization, QuantizeConfig, configure
 from mlxlora_core.training.checkpoints import Start, digest
 from mlxlora_core.training.events import Note, TrainReport, ValidReport
+from mlxlora_core.training.identity import BEFORE
 from mlxlora_core.training.outputs import Outputs
 from mlxlora_core.training.session import NewAdapter, TrainingSession, open_training
 from mlxlora_core.training.settings import SaveConfig, TrainConfig
@@ -211,7 +212,10 @@ def test_a_checkpoint_of_before_goes_on_without(
     curve(opened(checkpoints=tmp_path, patience=None, iters=8, reuse_prefix="off"))
     for path in tmp_path.glob("step-*/MANIFEST.json"):
         manifest = json.loads(path.read_text())
-        del manifest["sha256"], manifest["settings"]["reuse_prefix"], manifest["settings"]["prefix_type"]
+        del manifest["sha256"]
+        manifest["settings"] = {n: v for n, v in manifest["settings"].items() if n not in BEFORE}
         path.write_text(json.dumps({**manifest, "sha256": digest(manifest)}))
+    with pytest.raises(SettingsChanged, match="packing"):
+        curve(opened(checkpoints=tmp_path, patience=None, packing=True), Start.RESUME)
     _, said = curve(opened(checkpoints=tmp_path, patience=None), Start.RESUME)
     assert said == ["every step computes all 2 layers: it was begun so"]

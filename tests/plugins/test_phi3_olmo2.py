@@ -162,6 +162,20 @@ def test_a_text_is_read_again_when_it_outgrows_the_original_length(
         assert far(got, wanted(weights, ids[:, :stop], MODELS[name])[:, start:]) < 1e-5
 
 
+@pytest.mark.parametrize("lengths", [(5, 20, 40), (40, 3, 16, 17, 2), (20, 17), (16, 2)], ids=str)
+def test_packed_rows_turn_each_by_its_own_length(lengths: tuple[int, ...]) -> None:
+    """Short and long ones in any order, as torch has each alone."""
+    config = {**BASE, **PARTLY}
+    model, weights = both(config)
+    ids = some_ids(sum(lengths))[:1]
+    got = model.head(model.run(model.embed(mx.array(ids)), lengths=lengths))
+    start = 0
+    for length in lengths:
+        row = slice(start, start + length)
+        assert far(got[:, row], wanted(weights, ids[:, row], config)) < 1e-4
+        start += length
+
+
 def test_a_long_text_is_read_again_in_parts() -> None:
     """More of them than are read at a time."""
     config = {**BASE, **LONGROPE, "original_max_position_embeddings": 600, "max_position_embeddings": 4096}

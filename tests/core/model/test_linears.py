@@ -23,6 +23,7 @@ from mlxlora_core.model.linears import (
     linear_shape,
 )
 from mlxlora_core.options import NoOptions
+from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.specs import Quantizer
 from mlxlora_core.testing.stand_in import choice
 
@@ -284,3 +285,24 @@ class TestLinears:
     def test_parameters_of_a_base_are_found(self) -> None:
         linear = signs(nn.Linear(64, 8))
         assert set(dict(tree_flatten(linear.parameters()))) == {"signs", "sizes", "bias"}
+
+
+@pytest.mark.parametrize("change", ["attribute", "update"])
+def test_a_product_that_is_bound_to_parts_ends_with_them(
+    registry: Registry, as_on_a_gpu: None, change: str
+) -> None:
+    affine = registry.find("quantizer", "affine")
+    choice = Choice(affine, affine.spec.options(group_size=32, bits=4))
+    weight = mx.random.normal((16, 64)).astype(mx.bfloat16)
+    linear = QuantizedLinear(choice, affine.spec.quantize(weight, choice.options), weight.shape)
+    linear.eval()
+    x = mx.random.normal((3, 64)).astype(mx.bfloat16)
+    before = linear(x)
+    exact = x.astype(mx.float32) @ linear.dequantize().T
+    assert before.dtype == mx.bfloat16 and mx.allclose(before.astype(mx.float32), exact, rtol=0.02, atol=0.3)
+    twice = {"scales": 2 * linear.scales, "biases": 2 * linear.biases}
+    if change == "update":
+        linear.update(twice)
+    else:
+        linear.scales, linear.biases = twice["scales"], twice["biases"]
+    assert mx.array_equal(linear(x), 2 * before)

@@ -16,7 +16,7 @@ from mlxlora_core.errors import ModelError
 from mlxlora_core.files import tensor_file
 from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.linears import QuantizedEmbedding, parameters
-from mlxlora_core.plugins import Registry
+from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.sections import configure
 
 MakeModel = Callable[..., Path]
@@ -106,3 +106,15 @@ def test_a_part_that_is_not_there_is_named(both: tuple[Path, Path], registry: Re
     tensor_file.save(both[0] / "model.safetensors", tensors.items(), {}, len(tensors))
     with pytest.raises(ModelError, match=rf"there is no tok_embeddings\.{part}"):
         loading.load(both[0], registry)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_on_a_gpu_it_gives_the_type_of_the_rest_of_the_model(
+    registry: Registry, as_on_a_gpu: None, dtype: mx.Dtype
+) -> None:
+    """Another half precision would make both float32."""
+    affine = registry.find("quantizer", "affine")
+    choice = Choice(affine, affine.spec.options(group_size=32, bits=4))
+    weight = mx.random.normal((50, 32)).astype(dtype)
+    packed = affine.spec.quantize(weight, choice.options)
+    assert QuantizedEmbedding(choice, packed, weight.shape)(mx.array([[1, 2]])).dtype == dtype

@@ -31,7 +31,7 @@ from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.model import adapters, loading
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.sections import configure
-from mlxlora_core.training import checkpoints
+from mlxlora_core.training import checkpoints, loop
 from mlxlora_core.training.checkpoints import Start, find, find_to_begin, find_to_resume
 from mlxlora_core.training.events import (
     CheckpointSaved,
@@ -200,6 +200,19 @@ CASES: dict[str, dict[str, Any]] = {
     "pissa": {"other": ("pissa", {"rank": 2, "layers": 1})},
     "ia3": {"other": ("ia3", {})},
     "vera": {"other": ("vera", {"rank": 5, "dropout": 0.2})},
+    "compiled": {"compile": "on"},
+    "compiled, muon, what frozen layers give kept": {
+        "compile": "on",
+        "optimizer": "muon",
+        "reuse_prefix": "on",
+        "lora": {"dropout": 0.0},
+    },
+    "compiled, packed, kept": {
+        "compile": "on",
+        "packing": True,
+        "reuse_prefix": "on",
+        "lora": {"dropout": 0.0},
+    },
 }
 
 
@@ -222,6 +235,70 @@ def test_going_on_from_any_step_ends_bit_for_bit_the_same(start: MakeWork, tmp_p
         finish(again, LAST, metrics)
         assert state(again) == state(whole), step
         assert untimed(metrics) == untimed(whole_metrics)
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_steps_that_are_read_late_are_saved_and_gone_on_with_to_the_bit(
+    start: MakeWork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile: str
+) -> None:
+    """As on a GPU, with reports, validations and checkpoints after different steps."""
+    settings = {"compile": compile, "iters": 14, "steps_per_report": 3, "steps_per_eval": 5}
+    saving, found = SaveConfig(save_every=4, save_minutes=1e9, keep=1000), []
+    for late in (False, True):
+        monkeypatch.setattr(loop, "runs_ahead", lambda late=late: late)
+        work, metrics = start(tmp_path / f"late {late}", **settings), tmp_path / f"late {late}.jsonl"
+        told = [type(event).__name__ for event in finish(work, saving, metrics)]
+        parts = [
+            (path.parent.name, path.name, path.read_bytes())
+            for path in sorted(work.folder.glob("*/*.safetensors"))
+        ]
+        found.append((told, untimed(metrics), parts, state(work)))
+    assert found[0] == found[1]
+    assert len({step for step, _, _ in found[1][2]}) >= 4
+    for step in (4, 8, 12):
+        again = start(only(work.folder, tmp_path / str(step), step), **settings)
+        shutil.copy(metrics, tmp_path / f"{step}.jsonl")
+        go_on(again)
+        finish(again, saving, tmp_path / f"{step}.jsonl")
+        assert state(again) == state(work)
+        assert untimed(tmp_path / f"{step}.jsonl") == untimed(metrics)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_spike_that_nobody_was_told_yet_is_logged_before_its_step_is_saved(
+    start: MakeWork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    monkeypatch.setattr(loop, "runs_ahead", lambda: late)
+    monkeypatch.setattr(loop, "SPIKE_FACTOR", 1.0)
+    settings = {"iters": 40, "steps_per_report": 50, "valid": (), "compile": "off", "learning_rate": 1e-9}
+    work, metrics = start(tmp_path / "c", **settings), tmp_path / "m.jsonl"
+    seen = []
+    for event in work.train(EVERY, metrics):
+        if isinstance(event, CheckpointSaved):
+            lines = untimed(metrics) if metrics.exists() else []
+            seen.append([line["step"] for line in lines if line["kind"] == "spike"])
+    assert len(seen) == 40 and len(seen[-1]) > 3
+    for step, spikes in enumerate(seen, start=1):
+        assert spikes == [spike for spike in seen[-1] if spike <= step], step
+
+
+def test_auto_stays_what_it_was_settled_to(
+    start: MakeWork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that was begun on a GPU goes on compiled on a CPU."""
+    monkeypatch.setattr(loop, "runs_ahead", lambda: True)
+    whole = start(tmp_path / "gpu")
+    finish(whole)
+    assert whole.training.compiled
+    monkeypatch.setattr(loop, "runs_ahead", lambda: False)
+    again = start(only(whole.folder, tmp_path / "cpu", 4))
+    assert not again.training.compiled
+    go_on(again)
+    finish(again, LAST)
+    assert again.training.compiled and state(again) == state(whole)
+    other = start(only(whole.folder, tmp_path / "refused", 4), compile="off")
+    with pytest.raises(SettingsChanged, match="compile"):
+        go_on(other)
 
 
 def untimed(path: Path) -> list[dict[str, Any]]:
@@ -702,17 +779,19 @@ def poison_from(work: Work, step: int, value: float = math.nan) -> None:
 
     def poisoned(hidden: mx.array) -> mx.array:
         logits: mx.array = head(hidden)
-        return logits * value if work.training.progress.step + 1 >= step and model.training else logits
+        return logits * value if work.training.step + 1 >= step and model.training else logits
 
     object.__setattr__(model, "head", poisoned)
 
 
+@pytest.mark.parametrize("late", [False, True])
 def test_a_loss_that_is_no_number_ends_with_the_last_sound_state_saved(
-    start: MakeWork, tmp_path: Path
+    start: MakeWork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
-    whole = start(tmp_path / "whole")
+    monkeypatch.setattr(loop, "runs_ahead", lambda: late)
+    whole = start(tmp_path / "whole", compile="off")
     finish(whole, LAST)
-    work = start(tmp_path / "c")
+    work = start(tmp_path / "c", compile="off")
     poison_from(work, 6)
     with pytest.raises(
         DivergedError, match=r"loss of step 6 is not finite \(rows .*last finite loss \d"
@@ -720,7 +799,7 @@ def test_a_loss_that_is_no_number_ends_with_the_last_sound_state_saved(
         finish(work, SaveConfig(save_every=4, save_minutes=1e9))
     assert caught.value.exit_code == 7
     assert find(work.folder).valid[0].step == 5
-    well = start(work.folder)
+    well = start(work.folder, compile="off")
     go_on(well)
     finish(well, LAST)
     assert state(well) == state(whole), "what was saved was not poisoned"

@@ -22,11 +22,12 @@ from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.sections import Quantization, QuantizeConfig, configure
 from mlxlora_core.training.batches import Collator, make_batch, steps_from
 from mlxlora_core.training.events import TrainReport, ValidReport
-from mlxlora_core.training.examples import Example
+from mlxlora_core.training.examples import Example, Examples
 from mlxlora_core.training.gradient import mean_gradient
 from mlxlora_core.training.loop import Training
 from mlxlora_core.training.loss import nats, states
 from mlxlora_core.training.parallel import split_rows
+from mlxlora_core.training.session import NewAdapter, open_training
 from mlxlora_core.training.settings import TrainConfig
 
 MakeExamples = Callable[..., tuple[Example, ...]]
@@ -175,6 +176,28 @@ def test_every_adapter_trains_along_the_same_curve(
             assert after.grad_norm == pytest.approx(before.grad_norm, rel=1e-3)
     losses = [report.loss for report in packed if isinstance(report, ValidReport)]
     assert len(losses) == 3 and min(abs(one - other) for one, other in pairwise(losses)) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3", "olmo2"])
+def test_it_goes_together_with_all_else_that_saves_work(
+    bases: Callable[[str], Path], registry: Registry, make_examples: MakeExamples, family: str
+) -> None:
+    """Packed over kept states of the frozen layer, layers computed again, the update compiled."""
+    train, valid = make_examples([*LENGTHS, 17, 33]), make_examples([30, 5, 2, 60, 8], seed=1)
+    saving = {"packing": True, "reuse_prefix": "on", "grad_checkpoint": "on", "compile": "on"}
+    curves = []
+    for values in ({"reuse_prefix": "off"}, saving):
+        model = opened(bases(family), registry, None)
+        lora = registry.find("adapter", "lora")
+        new = NewAdapter(*configure(lora, {"targets": ("wq", "w2"), "layers": 1, "rank": 4}))
+        splits = {"train": Examples(train), "valid": Examples(valid)}
+        session = open_training(model, new, splits, settings(steps_per_eval=3, **values), registry, seed=3)
+        events = list(session.start())
+        curves.append([event for event in events if isinstance(event, TrainReport | ValidReport)])
+        assert any("are computed once" in str(event) for event in events) is (values is saving), events
+    for before, after in zip(*curves, strict=True):
+        assert after.loss == pytest.approx(before.loss, rel=1e-5)
+        assert after.padding == 0
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])

@@ -77,6 +77,23 @@ def test_the_hidden_states_stay_in_half_precision_and_what_trains_in_float32(
     assert types and set(types.values()) == {HALF}
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("adapter", ["lora", "dora", "pissa"])
+def test_adapters_multiply_in_half_precision(
+    opened: Callable[..., Model], monkeypatch: pytest.MonkeyPatch, adapter: str, bits: int | None
+) -> None:
+    """A float32 factor would have a float32 copy made of all that it multiplies."""
+    model, types, addmm = opened(adapter, bits), [], mx.addmm
+
+    def spy(*factors: mx.array, **more: float) -> mx.array:
+        types.append({factor.dtype for factor in factors})
+        return addmm(*factors, **more)
+
+    monkeypatch.setattr(mx, "addmm", spy)
+    model.language_model(mx.array([[1, 5, 7]]))
+    assert len(types) >= 14 and all(found == {HALF} for found in types)
+
+
 def spied(monkeypatch: pytest.MonkeyPatch, kind: Any, path: str, types: dict[str, Any]) -> None:
     """Note the type of what a kind of module gives."""
     if kind in (nn.Module, nn.Dropout):
