@@ -394,6 +394,10 @@ class RuntimeStarted:
             its ``group_size`` and ``bits``, a function that multiplies up to 8 rows in float32
             by them faster than MLX on the CPU, or None where it cannot; mlxlora never
             differentiates it.
+        set_precision: lets large matrix products of float32 be made of bfloat16 from now on:
+            ``bfloat16`` rounds each number to one, ``bfloat16x3`` to the sum of two, and
+            ``float32`` leaves it as it is. Raises a :class:`ResourceError` where that fails;
+            mlxlora calls it between computations.
         advice: what would make it faster, in one line of ``mlxlora doctor``.
     """
 
@@ -404,4 +408,5 @@ class RuntimeStarted:
     sigmoid: Callable[[mx.array], mx.array] | None = None
     exp_rows: Callable[[mx.array, int], mx.array] | None = None
     packed_product: Callable[..., Callable[[mx.array], mx.array] | None] | None = None
+    set_precision: Callable[[str], None] | None = None
     advice: str = ""

@@ -183,6 +183,7 @@ class Run:
                 row |= {key: samples[-1][key] for key in ("peak_rss_bytes", "first_seconds")}
                 row["device"] = worker.ready.get("device", "")
                 row["device_bytes"] = max(s.get("device_bytes", 0) for s in samples)
+                row["compiles"] = samples[-1].get("compiles", 0)
                 against = "bfloat16" if entry.dtype == "bfloat16" else self.base
                 row["mfu_of"] = against
                 row["mfu"] = mfu(flop / tokens, row["median"], self.result["rates"][against])

@@ -59,10 +59,16 @@ def _preface(result: dict[str, Any]) -> str:
     here, device = result["machine"], result["machine"]["device"]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(result["versions"].items()))
     rates = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in result["rates"].items())
+    compiled = ", ".join(
+        f"{row['tool']} {row['compiles']} ({row['shape']}, {row['kind']})"
+        for row in result["rows"]
+        if row.get("compiles")
+    )
+    steps = f" Times that a training step was compiled: {compiled}." if compiled else ""
     quick = " (quick)" if result["quick"] else ""
     return (
         f"{result['date']}{quick}: {device['name']}, {here['threads']} threads, "
-        f"{here['memory_bytes'] / 1e9:.0f} GB, {here['system']}; {versions}. Matrix products: {rates}."
+        f"{here['memory_bytes'] / 1e9:.0f} GB, {here['system']}; {versions}. Matrix products: {rates}.{steps}"
     )
 
 

@@ -15,7 +15,7 @@ from mlx_lm import load
 from mlx_lm.convert import convert
 from mlx_lm.generate import generate_step
 from mlx_lm.tuner.callbacks import TrainingCallback
-from mlx_lm.tuner.trainer import TrainingArgs, train
+from mlx_lm.tuner.trainer import TrainingArgs, default_loss, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from workers.channel import Channel, Job, job, version
@@ -73,13 +73,19 @@ class _OneByOne(TrainingCallback):
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
+        self.compiles = 0
         channel.wait()
         self.began = time.perf_counter()
+
+    def loss(self, *arguments: Any) -> Any:
+        """The trainer's loss, which is called as often as its step is compiled."""
+        self.compiles += 1
+        return default_loss(*arguments)
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         """Called by the trainer after every step."""
         seconds = time.perf_counter() - self.began
-        self.channel.say(seconds=seconds, device_bytes=mx.get_peak_memory())
+        self.channel.say(seconds=seconds, device_bytes=mx.get_peak_memory(), compiles=self.compiles)
         self.channel.wait()
         self.began = time.perf_counter()
 
@@ -96,7 +102,8 @@ def _train(work: Job, model: Any, channel: Channel) -> None:
             adapter_file=str(Path(folder) / "adapters.safetensors"),
         )
         optimizer = optimizers.Adam(learning_rate=1e-5)
-        train(model, optimizer, rows, args=args, training_callback=_OneByOne(channel))
+        steps = _OneByOne(channel)
+        train(model, optimizer, rows, args=args, loss=steps.loss, training_callback=steps)
 
 
 def _generate(work: Job, model: Any) -> Iterator[float]:

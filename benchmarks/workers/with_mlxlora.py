@@ -18,7 +18,7 @@ from mlxlora_core.plugins import Registry, load
 from mlxlora_core.plugins.sections import configure
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.examples import Example
-from mlxlora_core.training.loop import train
+from mlxlora_core.training.loop import Training
 from mlxlora_core.training.settings import TrainConfig
 from workers.channel import Channel, Job, job, version
 from workers.products import product_samples
@@ -33,6 +33,7 @@ def main() -> None:
     registry = load(environ={"MLXLORA_PLUGINS": ""})
     notes = start(registry)
     facts = {"versions": version("mlxlora", "mlx"), "runtime": notes, "device": str(mx.default_device())}
+    told: dict[str, Any] = {}
     if work.task == "matmul":
         samples, loss = _products(work), None
     else:
@@ -42,9 +43,13 @@ def main() -> None:
         rows = [_example(row) for row in work.read_rows()]
         check = _example(work.read_rows()[0][: work.check_tokens])
         loss = evaluate(model.language_model, [check], 1, -1).mean
-        samples = _train(work, model, rows) if work.task == "train" else _generate(work, model, registry)
+        if work.task == "train":
+            training = _training(work, model, rows)
+            samples, told["compiles"] = _steps(training), lambda: training.compiles
+        else:
+            samples = _generate(work, model, registry)
     channel.say(loss=loss, **facts)
-    channel.serve(samples, device_bytes=mx.get_peak_memory)
+    channel.serve(samples, device_bytes=mx.get_peak_memory, **told)
 
 
 def _products(work: Job) -> Iterator[float]:
@@ -63,12 +68,16 @@ def _example(row: list[int]) -> Example:
     return Example(np.array(row, np.uint32), np.arange(len(row)) > 0)
 
 
-def _train(work: Job, model: Any, rows: list[Example]) -> Iterator[float]:
+def _training(work: Job, model: Any, rows: list[Example]) -> Training:
     config = TrainConfig(iters=MORE_STEPS, batch_size=work.batch, steps_per_report=1, learning_rate=1e-5)
-    reports = train(model.language_model, rows, (), config, seed=0)
+    return Training(model.language_model, rows, (), config, seed=0)
+
+
+def _steps(training: Training) -> Iterator[float]:
+    steps = iter(training)
     while True:
         began = time.perf_counter()
-        next(reports)
+        next(steps)
         yield time.perf_counter() - began
 
 
@@ -79,7 +88,7 @@ def _generate(work: Job, model: Any, registry: Registry) -> Iterator[float]:
     count = 1 + (work.new_tokens if work.task == "decode" else 0)
     while True:
         began = time.perf_counter()
-        tokens = decode(model.language_model, work.prompt, draw, num_tokens=count, stops=())
+        tokens = decode(model.language_model, work.prompt, draw.soon, num_tokens=count, stops=())
         next(tokens)
         first = time.perf_counter()
         made = sum(1 for _ in tokens)

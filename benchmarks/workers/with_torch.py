@@ -15,7 +15,8 @@ from workers.channel import Channel, Job, job, version
 from workers.products import product_samples
 from workers.shapes import RANK
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+METAL = "mps" if torch.backends.mps.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else METAL
 
 
 def main() -> None:
@@ -41,12 +42,16 @@ def main() -> None:
 
 
 def _device_bytes() -> int:
+    if DEVICE == "mps":  # it tells no peak: what it keeps for reuse comes near
+        return torch.mps.driver_allocated_memory()
     return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
 
 
 def _wait() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+    elif DEVICE == "mps":
+        torch.mps.synchronize()
 
 
 def _products(work: Job, dtype: Any) -> Iterator[float]:

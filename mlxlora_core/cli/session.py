@@ -12,7 +12,7 @@ import click
 from mlxlora_core.cli import declare, show, streams
 from mlxlora_core.errors import SettingsChanged, bounded, listing
 from mlxlora_core.files import lock
-from mlxlora_core.machine.device import prepare_cpu
+from mlxlora_core.machine.device import prepare_device
 from mlxlora_core.plugins import Registry, load, start_runtimes
 from mlxlora_core.plugins.blame import told
 from mlxlora_core.plugins.surroundings import kept
@@ -116,7 +116,7 @@ def start(registry: Registry) -> list[str]:
     Raises:
         UsageError: MLX has no backend here.
     """
-    prepare_cpu()
+    prepare_device()
     notes = start_runtimes(registry)
     for note in notes:
         if note.warning:

@@ -27,8 +27,14 @@ _MMAP_THRESHOLD = -3  # a parameter of mallopt
 #: environment variable of MLX: how wide a graph may be and still be ordered breadth first
 ORDER_WIDTH = "MLX_BFS_MAX_WIDTH"
 
+#: what large matrix products of float32 may be made of; the first is what they are made of by themselves
+PRECISIONS = ("float32", "bfloat16x3", "bfloat16")
+
 # Each sets how many threads a matrix product takes, as the runtimes gave them.
 _setters: list[Callable[[int], None]] = []
+
+# Each sets what large products are made of, as the runtimes gave them.
+_precisions: list[Callable[[str], None]] = []
 
 # The exponential of a float32 array on the CPU, of each runtime that has one; the last is used.
 _exponentials: list[Callable[[mx.array], mx.array]] = []
@@ -64,6 +70,27 @@ def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     import mlx.core as mx
 
     return mx.float32 if on_cpu() else stored
+
+
+def prepare_device() -> None:
+    """Set what the defaults of MLX have too low on the device that it computes on.
+
+    Raises:
+        UsageError: MLX has no backend here.
+        ResourceError: this process may not take enough memory to load it.
+    """
+    prepare_cpu()
+    keep_resident()
+
+
+def keep_resident() -> None:
+    """Let Metal keep as much in memory as the system recommends; it may page out a large model otherwise."""
+    import mlx.core as mx
+
+    if on_cpu() or not mx.metal.is_available():
+        return
+    with suppress(ValueError, RuntimeError):  # a system that lets nobody say so: macOS before 15
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 
 
 def prepare_cpu() -> None:
@@ -125,6 +152,41 @@ def product_threads(count: int) -> Iterator[None]:
     finally:
         for set_threads in _setters:
             set_threads(thread_count())
+
+
+def use_for_precision(set_precision: Callable[[str], None]) -> None:
+    """Let ``set_precision`` say what large matrix products of float32 are made of, from now on."""
+    _precisions.append(set_precision)
+
+
+@contextmanager
+def product_precision(compute: str) -> Iterator[None]:
+    """Inside, large matrix products of float32 are made of ``compute``; then of float32 again.
+
+    Args:
+        compute: ``float32``; ``bfloat16``, which rounds each number of a product to one, or
+            ``bfloat16x3``, which rounds it to the sum of two. Sums are float32 in either.
+
+    Raises:
+        UsageError: no runtime can do that here.
+        ResourceError: the runtime that could fails.
+    """
+    if compute == PRECISIONS[0]:
+        yield
+        return
+    if not _precisions:
+        raise UsageError(
+            f"compute is {compute}, for which this machine or this installation has no matrix products: they "
+            "take Linux, a processor with AMX (amx_bf16 in /proc/cpuinfo), and a C compiler when mlxlora is "
+            "installed",
+            fix="leave compute at float32",
+        )
+    set_precision = _precisions[-1]
+    set_precision(compute)
+    try:
+        yield
+    finally:
+        set_precision(PRECISIONS[0])
 
 
 def use_exponential(exp: Callable[[mx.array], mx.array]) -> None:

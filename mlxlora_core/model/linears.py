@@ -7,6 +7,8 @@ compute type is float32 and a quantized weight is expanded before it multiplies.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,7 +185,8 @@ class QuantizedEmbedding(Quantized):
         ids = tokens.reshape(-1)
         rows = {name: part[ids] for name, part in self.parts.items()}
         weight: mx.array = self.quantization.component.spec.dequantize(rows, self.quantization.options)
-        weight = weight.astype(compute_dtype(mx.float16))
+        types = (part.dtype for part in rows.values() if mx.issubdtype(part.dtype, mx.floating))
+        weight = weight.astype(compute_dtype(next(types, mx.float16)))  # that of the rest of the model
         return weight.reshape(*tokens.shape, self._shape[-1])
 
     def as_linear(self, x: mx.array) -> mx.array:
@@ -208,10 +211,15 @@ class StoredLinear(nn.Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Outputs (..., outputs) of inputs (..., inputs), in the type of the inputs."""
-        y = _times_expanded(x, lambda: self.weight)
+        y = _times_expanded(x, self._stored)
         if "bias" in self:
             y = y + self.bias
         return y.astype(x.dtype)
+
+    def _stored(self) -> mx.array:
+        """The weight as it is stored."""
+        weight: mx.array = self.weight
+        return weight
 
 
 class StoredStackedLinear(StackedLinear):
@@ -250,16 +258,41 @@ class StoredEmbedding(nn.Embedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Logits (..., V) of hidden states (..., D), where the embedding is the output head too."""
-        return _times_expanded(x, lambda: self.weight).astype(x.dtype)
+        return _times_expanded(x, self._stored).astype(x.dtype)
+
+    def _stored(self) -> mx.array:
+        """The weight as it is stored."""
+        weight: mx.array = self.weight
+        return weight
+
+
+# Weights that were expanded, by what expands them; None where each product expands its own.
+_expanded: ContextVar[dict[Callable[[], mx.array], mx.array] | None] = ContextVar("expanded", default=None)
+
+
+@contextmanager
+def expanded_once() -> Iterator[None]:
+    """Inside, a weight is expanded for the first product with it and kept for those that follow."""
+    token = _expanded.set({})
+    try:
+        yield
+    finally:
+        _expanded.reset(token)
 
 
 def _times_expanded(x: mx.array, expand: Callable[[], mx.array], indices: mx.array | None = None) -> mx.array:
     """``x`` times the weight that ``expand`` gives, or those of its weights that ``indices`` choose."""
 
+    held = _expanded.get()
+
     def product(x: mx.array) -> mx.array:
-        weight = expand().astype(compute_dtype(x.dtype))
+        weight = expand().astype(compute_dtype(x.dtype)) if held is None else held[expand]
         return x @ weight.T if indices is None else _times_chosen(x, weight, indices)
 
+    if held is not None:
+        if expand not in held:
+            held[expand] = expand().astype(compute_dtype(x.dtype))
+        return product(x)
     # Expanded again for the gradient: kept from the forward pass, the
     # weights of all layers would stand in memory unpacked at once.
     y: mx.array = mx.checkpoint(product)(x)
@@ -284,8 +317,8 @@ def is_packed(module: nn.Module) -> bool:
 
 
 def is_stored(module: nn.Module) -> bool:
-    """Whether ``module`` is a dense linear that is expanded for each product."""
-    return isinstance(module, (StoredLinear, StoredStackedLinear))
+    """Whether ``module`` is a dense linear or embedding that is expanded for each product."""
+    return isinstance(module, (StoredLinear, StoredStackedLinear, StoredEmbedding))
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, ...]:

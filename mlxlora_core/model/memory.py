@@ -9,19 +9,32 @@ the last of them sees, V words.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxlora_core.errors import ResourceError
 from mlxlora_core.machine.device import LARGEST_CACHE_BYTES, on_cpu
 from mlxlora_core.machine.memory import free_memory_bytes, require_memory
 from mlxlora_core.machine.processors import thread_count
+from mlxlora_core.model.head_loss import chunk_rows
 from mlxlora_core.model.language_model import LanguageModel
-from mlxlora_core.model.linears import is_packed, is_stored, layers_by_path, linear_shape, linears
+from mlxlora_core.model.linears import (
+    is_packed,
+    is_stored,
+    layers_by_path,
+    linear_shape,
+    linears,
+    packed_shape,
+    weight_shape,
+)
 
 #: words of logits that the cross-entropy holds at once for each counted token, without its gradient
 _LOGITS = 4
+#: the same of a chunk of them, with or without it: of the next chunk some stand in memory already
+_CHUNK_LOGITS = 7.5
 #: scores of a layer, and what goes into and comes out of its linears, that stand in memory at once
 _SCORES, _WIDTH = 2.7, 1.5
 #: of a weight that is expanded for each product, how many stand in memory at once on a thread
@@ -50,6 +63,7 @@ class Sizes:
         vocab_size: V.
         number_bytes: of a number in the type that is computed in.
         expanded_bytes: of the largest weights that are expanded for a product, on all threads.
+        head_bytes: of the head once expanded, or 0 where it need not be.
     """
 
     widths: list[int]
@@ -59,6 +73,7 @@ class Sizes:
     vocab_size: int
     number_bytes: int
     expanded_bytes: int
+    head_bytes: int
 
     def scores(self, rows: int, tokens: int, seen: int) -> int:
         """Scores of attention in a layer: a tile of queries has those of all keys that its last one sees."""
@@ -71,9 +86,20 @@ class Sizes:
         numbers += _SCORES * self.scores(rows, tokens, seen)
         return int(numbers * self.number_bytes) + self.expanded_bytes
 
-    def logits_bytes(self, tokens: int) -> int:
-        """Of logits, float32, and what the cross-entropy makes of them."""
-        return 4 * _LOGITS * tokens * self.vocab_size
+    def logits_bytes(self, tokens: int, rows: int = 1, words: int = _LOGITS) -> int:
+        """Of logits, float32, and what the cross-entropy makes of them.
+
+        Args:
+            tokens: that go through the head.
+            rows: that they are of, which are dealt to the cores.
+            words: of logits that stand in memory at once where they are in one piece.
+        """
+        parts = min(rows, thread_count()) if on_cpu() else 1
+        each = -(-tokens // parts)
+        chunk = chunk_rows(each, self.vocab_size)
+        if chunk < each:
+            return parts * (int(4 * _CHUNK_LOGITS * chunk * self.vocab_size) + self.head_bytes)
+        return 4 * words * tokens * self.vocab_size
 
     def cache_bytes(self, tokens: int) -> int:
         """Of the keys and values of so many tokens, in whole steps, with one layer's copied as it grows."""
@@ -104,13 +130,23 @@ def sizes_of(model: LanguageModel) -> Sizes:
         vocab_size=model.vocab_size,
         number_bytes=4 if on_cpu() else 2,
         expanded_bytes=_EXPANDED * expanded * (thread_count() if on_cpu() else 1),
+        head_bytes=max(_expanded_heads(module, model.vocab_size), default=0),
     )
+
+
+def _expanded_heads(module: nn.Module, vocab_size: int) -> Iterator[int]:
+    """Bytes of each weight that may be a head's, and is expanded for a product."""
+    for _, child in module.named_modules():
+        if on_cpu() and (is_packed(child) or is_stored(child)):
+            shape = packed_shape(child) if is_packed(child) else weight_shape(child)
+            if shape[0] == vocab_size:
+                yield 4 * math.prod(shape)
 
 
 def measuring_bytes(sizes: Sizes, rows: int, tokens: int) -> int:
     """What the loss of ``rows`` of so many tokens takes, without a gradient."""
     hidden = 2 * rows * tokens * sizes.dim * sizes.number_bytes
-    return hidden + max(sizes.layer_bytes(rows, tokens, tokens), sizes.logits_bytes(rows * tokens))
+    return hidden + max(sizes.layer_bytes(rows, tokens, tokens), sizes.logits_bytes(rows * tokens, rows))
 
 
 def prompt_bytes(sizes: Sizes, tokens: int, part: int, more: int = 1) -> int:
@@ -174,6 +210,16 @@ def require_for(need: int, work: str, fix: str) -> str:
         kept = kept if free is None else max(0, min(kept, (free - need) // 2))
         mx.set_cache_limit(min(kept, LARGEST_CACHE_BYTES))
     return require_memory(need + kept // 2, work, fix)
+
+
+def has_room(need: int) -> bool:
+    """Whether :func:`require_for` finds memory for work that holds ``need`` bytes at once."""
+    mx.clear_cache()
+    try:
+        require_memory(need if on_cpu() else need + reused_bytes(need) // 2, "", "")
+    except ResourceError:
+        return False
+    return True
 
 
 def fits(need: int) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxlora_core.errors import UsageError
 from mlxlora_core.files import lock
-from mlxlora_core.machine.device import prepare_cpu
+from mlxlora_core.machine.device import prepare_device
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.model.located import locate_model
 from mlxlora_core.options import explain, option, parse
@@ -278,7 +278,7 @@ def prepare(found: Registry) -> list[str]:
     Raises:
         UsageError: MLX has no backend here.
     """
-    prepare_cpu()
+    prepare_device()
     return [note.text for note in start_runtimes(found)]
 
 

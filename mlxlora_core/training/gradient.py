@@ -16,6 +16,7 @@ from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.training.batches import Batch, Collator
 from mlxlora_core.training.loss import Loss, nats
 from mlxlora_core.training.parallel import side_by_side
+from mlxlora_core.training.reuse import draws_below
 
 #: nats of a batch, and their gradient as a tree like that of the parameters that train
 Summed: TypeAlias = tuple[mx.array, Any]
@@ -49,15 +50,26 @@ class Gradients:
         collate: makes the batches; for a compiled one, of as few shapes as possible.
         batch_size: rows of a batch.
         compiled: whether nats and gradient of a batch are one compiled function of its arrays.
+        recompute: whether layers keep only their input for the gradient. Where they draw at random
+            then, which they have to do twice alike, nothing is compiled.
 
     Attributes:
         compiles: how many shapes of batches that was compiled for.
     """
 
-    def __init__(self, model: LanguageModel, collate: Collator, batch_size: int, compiled: bool) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        collate: Collator,
+        batch_size: int,
+        compiled: bool,
+        recompute: bool = False,
+    ) -> None:
         self._model, self._collate, self._batch_size = model, collate, batch_size
+        self._recompute = recompute
         self._module: Any = model
-        self._compiled, self.compiles = compiled, 0
+        drawing = compiled and recompute and draws_below(model, len(model.layers))
+        self._compiled, self.compiles = compiled and not drawing, 0
         self._begun: Any = None
 
     def __call__(self, rows: Sequence[int]) -> Sums:
@@ -100,7 +112,8 @@ class Gradients:
     @cached_property
     def _plain(self) -> Callable[[Batch], Summed]:
         """Nats of a batch and their gradient."""
-        function: Any = nn.value_and_grad(self._model, lambda batch: nats(self._model, batch))
+        model, recompute = self._model, self._recompute
+        function: Any = nn.value_and_grad(model, lambda batch: nats(model, batch, recompute))
         return function  # type: ignore[no-any-return]  # MLX's functions are not annotated
 
     @cached_property
@@ -115,14 +128,14 @@ class Gradients:
 
 
 def mean_gradient(
-    model: LanguageModel, collate: Collator, rows: Sequence[int], batch_size: int
+    model: LanguageModel, collate: Collator, rows: Sequence[int], batch_size: int, recompute: bool = False
 ) -> tuple[Loss, float, Any]:
     """Loss, norm and mean gradient over the counted tokens of ``rows``, without an update.
 
     Micro-batches add nats, and gradients of nats; the one division by the
     number of tokens comes after the last of them.
     """
-    sums = Gradients(model, collate, batch_size, compiled=False)(rows)
+    sums = Gradients(model, collate, batch_size, compiled=False, recompute=recompute)(rows)
     mean = mean_of(sums.gradient, sums.counts.tokens)
     return sums.loss, math.sqrt(float(norm_squared(mean))), mean
 

@@ -130,7 +130,7 @@ class Kept:
         folder = self._folder or self._open()
         self._room -= size
         if self._room < 0:
-            raise OSError(0, "half of the space that was free on the disk is taken")
+            raise OSError(0, "half of the space that was free is taken")
         contents = [np.ascontiguousarray(row).tobytes() for row in rows]
         sums = tuple(map(zlib.crc32, contents))
         head = _MAGIC + key + np.array(sums, np.uint32).tobytes()

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing
 from mlxlora_core.files.tensor_checks import mismatches
-from mlxlora_core.machine.device import runs_ahead
+from mlxlora_core.machine.device import product_precision, runs_ahead
 from mlxlora_core.model.language_model import LanguageModel, takes
 from mlxlora_core.training.batches import Collator, steps_from
 from mlxlora_core.training.evaluation import evaluate
@@ -63,6 +63,7 @@ class Training:
         seed: of the order of rows and of dropout.
         factors: parameter -> factor on its learning rate, of those that have one.
         prefix: what is kept of the rows, where something is.
+        recompute: whether layers keep only their input for the gradient.
 
     On a GPU the loss of a step is read while the device computes the next one, unless something
     is due after it. State and :attr:`progress` are those of the last step all the same; a spike
@@ -72,6 +73,7 @@ class Training:
         compiled: whether the step is compiled.
         validation_bytes: of memory that a validation may take; None is what is free.
         prefix: as given.
+        recompute: as given.
 
     Raises:
         UsageError: patience without rows to validate on, or packing of a model that cannot.
@@ -88,6 +90,7 @@ class Training:
         seed: int,
         factors: Mapping[str, float] = MappingProxyType({}),
         prefix: Prefix | None = None,
+        recompute: bool = False,
     ) -> None:
         if config.patience is not None and not valid_set:
             raise UsageError("patience needs rows to validate on", fix="leave it out, or add valid.jsonl")
@@ -98,25 +101,31 @@ class Training:
             )
         self.config, self.seed = config, seed
         self.validation_bytes: int | None = None
-        self.compiled = config.compile == "on" or (config.compile == "auto" and runs_ahead())
         self._model, self._train_set, self._valid_set = model, train_set, valid_set
-        self.prefix = prefix
+        self.prefix, self.recompute = prefix, recompute
         collate, self._collate_valid = (
             prefix.collator(split, config.packing) if prefix and rows else Collator(rows, config.packing)
             for split, rows in (("train", train_set), ("valid", valid_set))
         )
-        few = self.compiled and not config.packing
-        self._collate = replace(collate, shapes=shapes_of(train_set, config.batch_size) if few else None)
+        self._collate = collate
         module: Any = model
         self._module = module
         self._optimizer = make_optimizer(config, model, factors)
         self._optimizer.init(self._module.trainable_parameters())
-        self._updates = Updates(model, self._collate, self._optimizer, config, self.compiled)
         self._ahead = runs_ahead()
+        self.compile_step(config.compile == "on" or (config.compile == "auto" and self._ahead))
         self._progress = Progress()
         self._pending: _Pending | None = None
         self._spikes: tuple[SpikeReport, ...] = ()
         self._seconds, self._last = 0.0, (math.nan, math.nan)
+
+    def compile_step(self, compiled: bool) -> None:
+        """Let steps be compiled from now on, or not."""
+        config, self.compiled = self.config, compiled
+        few = compiled and not config.packing
+        shapes = shapes_of(self._train_set, config.batch_size) if few else None
+        self._collate = replace(self._collate, shapes=shapes)
+        self._updates = Updates(self._model, self._collate, self._optimizer, config, compiled, self.recompute)
 
     @property
     def progress(self) -> Progress:
@@ -176,9 +185,13 @@ class Training:
         prefix = self.prefix
         if prefix is None or self.finished:
             return
-        yield Note(prefix.words)
         self._module.eval()
-        yield from prefix.fill()
+        prefix.look()
+        if self.config.reuse_prefix == "on" and not prefix.reuse.on:
+            raise UsageError(f"reuse_prefix cannot be on: {prefix.reuse.why_not}", fix="leave it at auto")
+        yield Note(prefix.words)
+        with product_precision(self.config.compute):
+            yield from prefix.fill()
         yield from map(Note, self.notes())
         if prefix.reuse.on and prefix.reuse.stored != prefix.reuse.computed:
             yield Note(self._difference())
@@ -201,12 +214,15 @@ class Training:
         rows = steps_from(self._train_set, self.config.rows_a_step, self.seed, self.step)
         try:
             if self._valid_set and self.step == 0:
-                first = self._validate(0)
+                with product_precision(self.config.compute):
+                    first = self._validate(0)
                 if math.isfinite(first.loss):
                     self._progress = replace(self._progress, first_loss=first.loss)
                 yield (first,)
             while not self.finished:
-                yield tuple(self._step(next(rows)))
+                with product_precision(self.config.compute):
+                    reports = tuple(self._step(next(rows)))
+                yield reports
         finally:
             self._module.eval()
 

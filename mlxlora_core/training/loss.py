@@ -11,9 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxlora_core.model.head_loss import head_nats
 from mlxlora_core.model.language_model import LanguageModel
-from mlxlora_core.model.ops import cross_entropy
 from mlxlora_core.training.batches import Batch
+from mlxlora_core.training.recomputation import run_recomputed
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,26 @@ class Loss:
         return math.inf if self.mean > 700 else math.exp(self.mean)
 
 
-def nats(model: LanguageModel, batch: Batch) -> mx.array:
+def nats(model: LanguageModel, batch: Batch, recompute: bool = False) -> mx.array:
     """Cross-entropy of a batch in nats, summed over its counted tokens, float32.
 
     The head runs only at the positions that count, and layers from the one on whose input is not known.
+
+    Args:
+        model: in training mode where its gradient is wanted: see :func:`head_nats`.
+        batch: of rows.
+        recompute: whether a layer keeps only its input for the gradient: see :func:`run_recomputed`.
     """
-    hidden = states(model, batch)
+    hidden = states(model, batch, recompute)
     counted = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
-    return cross_entropy(model.head(counted), batch.targets, batch.weights)
+    return head_nats(model, counted, batch.targets, batch.weights)
 
 
-def states(model: LanguageModel, batch: Batch) -> mx.array:
+def states(model: LanguageModel, batch: Batch, recompute: bool = False) -> mx.array:
     """What leaves the top layer for each of a batch's inputs, (B, T, D)."""
     hidden = model.embed(batch.inputs) if batch.hidden is None else batch.hidden
-    more: dict[str, Any] = {"first": batch.first, "lengths": batch.lengths}
-    stated = {name: value for name, value in more.items() if value}  # not every model takes them
-    return model.run(hidden, **stated)
+    lengths: dict[str, Any] = {"lengths": batch.lengths} if batch.lengths else {}
+    if recompute:
+        return run_recomputed(model, hidden, batch.first, lengths)
+    first: dict[str, Any] = {"first": batch.first} if batch.first else {}  # not every model takes them
+    return model.run(hidden, **first, **lengths)

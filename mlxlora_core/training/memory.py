@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from mlxlora_core.errors import ResourceError
+from mlxlora_core.errors import ResourceError, UsageError
 from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.model.adapters import trainable
 from mlxlora_core.model.linears import embeddings, layers_by_path, linear_shape, linears
 from mlxlora_core.model.loading import Model
-from mlxlora_core.model.memory import fits, measuring_bytes, require_for, sizes_of
+from mlxlora_core.model.memory import fits, has_room, measuring_bytes, require_for, sizes_of
 from mlxlora_core.training.batches import longest_of
 from mlxlora_core.training.examples import Examples
 from mlxlora_core.training.prefix import Prefix
+from mlxlora_core.training.recomputation import can_recompute
+from mlxlora_core.training.settings import TrainConfig
 
 _OPTIMIZER_BYTES = 16  # a weight, its gradient and two moments, each float32
 #: of what goes into and comes out of a layer's linears, the share that is kept for the gradient
@@ -22,14 +24,16 @@ _KEPT_WIDTH, _KEPT_INPUTS = 0.85, 0.3
 #: words of logits that stand in memory at once, and scores of the layer whose gradient is computed
 _LOGITS, _SCORES, _WIDTH = 5, 1.5, 1.5
 
+_SWITCH = "--grad-checkpoint on"
 FIX = "lower --batch-size, --max-seq-length or --lora-layers"
 
 
-def training_bytes(model: Model, rows: Examples, batch_size: int) -> int:
+def training_bytes(model: Model, rows: Examples, batch_size: int, recompute: bool = False) -> int:
     """An estimate of what a step takes beyond what is loaded, in bytes; right within a factor of 1.5.
 
     From the lowest adapted layer up, what the gradient needs is kept: most of
-    what goes into and comes out of the linears, and the scores of attention. At
+    what goes into and comes out of the linears, and the scores of attention; or
+    with ``recompute`` what enters each, and the rest of one of them. At
     the top come the logits, below them the gradient of a layer. For each weight
     of the adapter there are the optimizer's numbers. See :mod:`mlxlora_core.model.memory`.
     """
@@ -39,18 +43,46 @@ def training_bytes(model: Model, rows: Examples, batch_size: int) -> int:
     trained = _kept_by_adapter(model)
     first = 0 if _embeds(model) else min(trained, default=len(sizes.widths))
     scores = sizes.scores(batch, longest, longest)
-    kept = sum(
+    kept = [
         batch * longest * (_KEPT_WIDTH * width + trained.get(layer, 0.0)) + scores
         for layer, width in enumerate(sizes.widths)
         if layer >= first
-    )
+    ]
     gradient = _WIDTH * batch * longest * max(sizes.widths, default=0) + _SCORES * scores
+    if recompute:
+        gradient += max(kept, default=0.0)
+        kept = [batch * longest * sizes.dim for _ in kept]
     most = max(
-        _LOGITS * 4 * batch * longest * sizes.vocab_size,
+        sizes.logits_bytes(batch * longest, batch, _LOGITS),
         int(gradient * sizes.number_bytes) + sizes.expanded_bytes,
     )
     adapter = sum(tensor.size for tensor in trainable(model.module).values())
-    return int(kept * sizes.number_bytes) + most + _OPTIMIZER_BYTES * adapter
+    return int(sum(kept) * sizes.number_bytes) + most + _OPTIMIZER_BYTES * adapter
+
+
+def decide_recompute(model: Model, rows: Examples, config: TrainConfig) -> bool:
+    """Whether layers keep only their input for the gradient: where that is asked for, or memory is short.
+
+    It changes no number, so that a training that goes on may decide otherwise.
+
+    Args:
+        model: with the adapter that trains.
+        rows: to train on.
+        config: how.
+
+    Raises:
+        UsageError: it is asked for, and the architecture cannot.
+    """
+    possible = can_recompute(model.language_model)
+    if config.grad_checkpoint == "on" and not possible:
+        raise UsageError(
+            "grad_checkpoint cannot be on: this architecture runs all of its layers or none",
+            fix="leave it at auto",
+        )
+    if config.grad_checkpoint != "auto" or not possible:
+        return config.grad_checkpoint == "on"
+    plain, less = (training_bytes(model, rows, config.batch_size, way) for way in (False, True))
+    return less < plain and not has_room(plain)
 
 
 def _kept_by_adapter(model: Model) -> dict[int, float]:
@@ -86,7 +118,11 @@ def _validation_bytes(model: Model, rows: Examples, batch_size: int) -> int:
 
 @contextmanager
 def training_memory(
-    model: Model, rows: Mapping[str, Examples], batch_size: int, prefix: Prefix | None = None
+    model: Model,
+    rows: Mapping[str, Examples],
+    config: TrainConfig,
+    prefix: Prefix | None = None,
+    recompute: bool = False,
 ) -> Iterator[tuple[int, str]]:
     """Refuse training that does not fit into memory; the value is what it needs, in bytes and in words.
 
@@ -95,23 +131,27 @@ def training_memory(
     Args:
         model: with the adapter that trains.
         rows: split -> its examples.
-        batch_size: rows a batch.
+        config: how it trains.
         prefix: what is kept of the rows, if anything is; how much of it in memory is settled here.
+        recompute: whether layers keep only their input for the gradient.
 
     Raises:
         ResourceError: too little is free, or there turns out to be too little.
     """
-    need = training_bytes(model, rows["train"], batch_size)
+    fix = f"{_SWITCH}, or {FIX}" if config.grad_checkpoint == "off" else FIX
+    need = training_bytes(model, rows["train"], config.batch_size, recompute)
     if "valid" in rows:
-        need = max(need, _validation_bytes(model, rows["valid"], batch_size))
+        need = max(need, _validation_bytes(model, rows["valid"], config.batch_size))
     kept = 0
     if prefix is not None:
         need = max(need, prefix.filling_bytes(sizes_of(model.language_model)))
         kept = prefix.settle(need)
-    said = require_for(need + kept, "training", FIX)
+    said = require_for(need + kept, "training", fix)
+    if recompute:
+        said += "; layers are computed again for their gradient (--grad-checkpoint), which takes longer"
     try:
         yield need, said
     except (MemoryError, RuntimeError) as fault:
         if exhausted(fault) is None:
             raise
-        raise ResourceError(f"there is not enough memory although {said}: {fault}", fix=FIX) from fault
+        raise ResourceError(f"there is not enough memory although {said}: {fault}", fix=fix) from fault

@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlora_core.errors import UsageError
+from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.machine.limits import readable_bytes
 from mlxlora_core.machine.memory import free_memory_bytes
 from mlxlora_core.model.language_model import LanguageModel
@@ -114,6 +115,26 @@ class Prefix:
             for tokens in groups
         )
 
+    def look(self) -> None:
+        """Keep nothing where a row's states are not its own: the longest row beside a short one shows that.
+
+        Such are states that are scaled for the width of a batch.
+        """
+        if not self.reuse.on:
+            return
+        split, chosen = next(iter(self.reuse.rows.items()))
+        rows = sorted(chosen, key=lambda row: len(self._splits[split][row].tokens))
+        short, long = rows[0], rows[-1]
+        count = len(self._splits[split][short].tokens) - 1
+        alone, beside = (
+            self._below(make_batch(self._splits[split], [short, *more]))[0, :count].astype(mx.float32)
+            for more in ((), (long,))
+        )
+        off = mx.abs(alone - beside).mean() / mx.maximum(mx.abs(alone).mean(), 1e-30)
+        if not (off <= (1e-3 if self.reuse.computed == mx.float32 else 0.05)).item():
+            why = "what a row becomes depends on the length of those beside it"
+            self.reuse = replace(self.reuse, on=False, possible=False, why_not=why)
+
     @property
     def words(self) -> str:
         """What is saved and what that takes, or why nothing is, in a line."""
@@ -170,6 +191,7 @@ class Prefix:
                 return None
             whole[start : start + len(found)] = found
         whole = whole.reshape(*batch.inputs.shape, -1)
+        whole[len(rows) :] = whole[:1]  # rows that only fill a shape, as its inputs do
         return mx.array(whole).view(self.reuse.stored).astype(self.reuse.computed)
 
     def notes(self) -> list[str]:
@@ -224,9 +246,9 @@ class Prefix:
         """
         stored = hidden.astype(self.reuse.stored)
         if stored.dtype != hidden.dtype and not mx.isfinite(stored).all() and mx.isfinite(hidden).all():
+            kind, most = type_name(self.reuse.stored), mx.abs(hidden).max().item()
             raise UsageError(
-                f"prefix_type {self.reuse.stored} cannot hold what enters layer {self.reuse.first + 1} "
-                f"(up to {mx.abs(hidden).max().item():.3g})",
+                f"prefix_type {kind} cannot hold what enters layer {self.reuse.first + 1} (up to {most:.3g})",
                 fix="use bfloat16, or compute",
             )
         return stored

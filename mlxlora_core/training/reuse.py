@@ -119,12 +119,12 @@ def lowest_layer(model: LanguageModel) -> tuple[int, str]:
     first = min((layer for name in names if (layer := layer_of(name)) is not None), default=len(model.layers))
     if first == 0:
         return 0, "the lowest of them trains"
-    if _draws(model, first):
+    if draws_below(model, first):
         return 0, f"below layer {first + 1} something is drawn at random"
     return first, ""
 
 
-def _draws(model: LanguageModel, first: int) -> bool:
+def draws_below(model: LanguageModel, first: int) -> bool:
     """Whether layers below ``first`` draw random numbers in training, as dropout does; none is run."""
     state: Any = mx.random.state
     before, was_training = state[0], model.training

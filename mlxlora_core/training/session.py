@@ -17,6 +17,7 @@ from mlx.utils import tree_unflatten
 from mlxlora_core.errors import DivergedError, UsageError
 from mlxlora_core.files import durable
 from mlxlora_core.machine import signals
+from mlxlora_core.machine.device import product_precision
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapters import Adapted, AdapterFile
 from mlxlora_core.model.loading import Model
@@ -39,7 +40,7 @@ from mlxlora_core.training.events import (
 from mlxlora_core.training.examples import Examples, make_examples
 from mlxlora_core.training.identity import identify
 from mlxlora_core.training.loop import Training
-from mlxlora_core.training.memory import training_memory
+from mlxlora_core.training.memory import decide_recompute, training_memory
 from mlxlora_core.training.optimizer import factors_of
 from mlxlora_core.training.outputs import Outputs, check_outputs, inputs_of, refuse_finished
 from mlxlora_core.training.prefix import Prefix
@@ -93,11 +94,13 @@ def open_training(
 
     Raises:
         DataError: rows that are not there, or that cannot be used.
-        UsageError: settings that do not fit the rows or the model; an output that is an input.
+        UsageError: settings that do not fit the rows, the model or the machine; an output that is an input.
         ModelError: an adapter file that does not fit, or an output whose name says no format.
         SafetyError: an output that mlxlora has not written is there.
         ResourceError: an output that could not be written.
     """
+    with product_precision(config.compute):
+        pass  # what cannot be is told before any work
     outputs = outputs or Outputs()
     named = adapter.path if isinstance(adapter, AdapterFile) else None
     read = [path for source in rows.values() if isinstance(source, SplitRows) for path in source.files]
@@ -107,7 +110,9 @@ def open_training(
     valid = splits["valid"].examples if "valid" in splits else ()
     factors = factors_of(model, adapted)
     prefix = _prefix(model, splits, config, outputs.checkpoints)
-    training = Training(model.language_model, splits["train"].examples, valid, config, seed, factors, prefix)
+    recompute = decide_recompute(model, splits["train"], config)
+    train = splits["train"].examples
+    training = Training(model.language_model, train, valid, config, seed, factors, prefix, recompute)
     folder = None
     if outputs.checkpoints is not None:
         examples = {name: split.examples for name, split in splits.items()}
@@ -210,8 +215,9 @@ class TrainingSession:
         if "valid" not in self.rows:
             yield Note("there are no rows to validate on (a file valid.jsonl): training without validation")
         yield from map(Note, (*self.adapted.notes, self._size()))
-        batch_size, prefix = self.training.config.batch_size, self.training.prefix
-        with training_memory(self.model, self.rows, batch_size, prefix) as (need, said):
+        training = self.training
+        room = training_memory(self.model, self.rows, training.config, training.prefix, training.recompute)
+        with room as (need, said):
             self.training.validation_bytes = need
             yield Note(said)
             for text in self._take_up(how, found):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypedDict
 
+from mlxlora_core.machine.device import PRECISIONS
 from mlxlora_core.options import option
 
 
@@ -43,11 +44,21 @@ class TrainConfig(BatchConfig):
     patience: int | None = option(
         None, help="stop after so many validations without a better one, and keep the best", minimum=1
     )
+    compute: str = option(
+        "float32",
+        help="what large matrix products are made of; less than float32 takes a CPU with AMX",
+        choices=PRECISIONS,
+    )
     on_nonfinite: str = option(
         "stop", help="what to do when a loss or gradient is not finite", choices=("stop", "skip")
     )
     compile: str = option(
         "auto", help="compile the step; auto does on a GPU alone", choices=("auto", "on", "off")
+    )
+    grad_checkpoint: str = option(
+        "auto",
+        help="compute layers again for the gradient, in less memory; auto is where it would not fit",
+        choices=("auto", "on", "off"),
     )
     reuse_prefix: str = option(
         "auto",
@@ -155,8 +166,10 @@ class TrainOptions(BatchOptions, total=False):
     steps_per_report: int
     steps_per_eval: int
     patience: int | None
+    compute: str
     on_nonfinite: str
     compile: str
+    grad_checkpoint: str
     reuse_prefix: str
     prefix_type: str
     prefix_memory_mb: int | None

@@ -49,16 +49,24 @@ class Updates:
         optimizer: one of MLX's, made ready for them.
         config: how to train.
         compiled: whether the gradient of a batch, and the update, are compiled.
+        recompute: whether layers keep only their input for the gradient.
     """
 
     def __init__(
-        self, model: LanguageModel, collate: Collator, optimizer: Any, config: TrainConfig, compiled: bool
+        self,
+        model: LanguageModel,
+        collate: Collator,
+        optimizer: Any,
+        config: TrainConfig,
+        compiled: bool,
+        recompute: bool = False,
     ) -> None:
         module: Any = model
         self._module, self._optimizer = module, optimizer
         self._limit, self._compiled, self._compiles = config.grad_clip, compiled, 0
         # Packed rows make a new shape each time.
-        self._gradients = Gradients(model, collate, config.batch_size, compiled and not config.packing)
+        few = compiled and not config.packing
+        self._gradients = Gradients(model, collate, config.batch_size, few, recompute)
 
     @property
     def compiles(self) -> int:

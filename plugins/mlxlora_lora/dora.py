@@ -29,18 +29,20 @@ class DoRALinear(LoRALinear):
         """Outputs (..., outputs) of inputs (..., inputs), in the type that the linear gives."""
         y: mx.array = self.linear(x)
         bias = self.linear.bias if "bias" in self.linear else 0.0
-        inner = self.dropout(x) @ self.lora_a
-        update = mx.addmm(y - bias, inner, self.lora_b, alpha=self.scale)
-        return (self._ratio() * update + bias).astype(y.dtype)
+        inner = self.dropout(x) @ self.lora_a.astype(x.dtype)
+        update = mx.addmm(y - bias, inner, self.lora_b.astype(x.dtype), alpha=self.scale)
+        return (self._ratio(x.dtype) * update + bias).astype(y.dtype)
 
-    def _ratio(self) -> mx.array:
+    def _ratio(self, dtype: mx.Dtype) -> mx.array:
         """``m / ‖V‖`` (outputs,), float32, without V itself.
 
-        ‖W + s B A‖² = ‖W‖² + 2 s (B · W A) + s² (B · A A B), row by row: R rows through the linear
-        instead of a second weight.
+        ‖W + s B A‖² = ‖W‖² + 2 s (B · W A) + s² (B · A A B), row by row: R rows through the linear,
+        in the type that it multiplies in, instead of a second weight.
         """
         a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b)
-        rows = self.linear(a.T) - (self.linear.bias if "bias" in self.linear else 0.0)  # (R, outputs)
+        rows = self.linear(a.T.astype(dtype)) - (
+            self.linear.bias if "bias" in self.linear else 0.0
+        )  # (R, outputs)
         mixed = 2 * self.scale * (b * rows.astype(mx.float32)).sum(axis=0)
         square = self.scale**2 * (b * ((a.T @ a) @ b)).sum(axis=0)
         norm = mx.stop_gradient(mx.sqrt(mx.maximum(self._squares + mixed + square, 0.0)))

@@ -40,12 +40,14 @@ class LoRAEmbedding(nn.Module):
     def __call__(self, tokens: mx.array) -> mx.array:
         """Embeddings (..., D) of token ids (...), in the type that the embedding gives."""
         y: mx.array = self.linear(tokens)
-        return mx.addmm(y, self.lora_a[tokens], self.lora_b, alpha=self.scale).astype(y.dtype)
+        a, b = self.lora_a[tokens].astype(y.dtype), self.lora_b.astype(y.dtype)
+        return mx.addmm(y, a, b, alpha=self.scale)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Logits (..., V) of hidden states (..., D), where the embedding is the output head too."""
         y: mx.array = self.linear.as_linear(x)
-        return mx.addmm(y, x @ self.lora_b.T, self.lora_a.T, alpha=self.scale).astype(y.dtype)
+        a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
+        return mx.addmm(y, x @ b.T, a.T, alpha=self.scale).astype(y.dtype)
 
     def fuse(self, weight: mx.array) -> mx.array:
         """The weight (V, D), float32, of one embedding that does what this module does.

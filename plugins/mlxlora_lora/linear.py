@@ -15,7 +15,8 @@ class LoRALinear(nn.Module):
     """``y = linear(x) + scale · (dropout(x) @ lora_a) @ lora_b``, where the linear is frozen.
 
     ``lora_a`` (inputs, R) starts uniform in ±1/sqrt(inputs) and ``lora_b`` (R,
-    outputs) at zero, so that the start is the linear itself. Both are float32.
+    outputs) at zero, so that the start is the linear itself. Both are float32, and
+    multiply in the type of ``x``.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3, with ``scale`` for its
     alpha / R.
 
@@ -50,8 +51,9 @@ class LoRALinear(nn.Module):
         """Outputs (..., outputs) of inputs (..., inputs), in the type that the linear gives."""
         y: mx.array = self.linear(x)
         # From the left: (x @ a) @ b costs R (inputs + outputs) products a row, x @ (a @ b) all of them.
-        inner = self.dropout(x) @ self.lora_a
-        return mx.addmm(y, inner, self.lora_b, alpha=self.scale).astype(y.dtype)
+        # In the type of x: in float32, a copy of x and one of y would be made and kept for the gradient.
+        inner = self.dropout(x) @ self.lora_a.astype(x.dtype)
+        return mx.addmm(y, inner, self.lora_b.astype(x.dtype), alpha=self.scale).astype(y.dtype)
 
     def fuse(self, weight: mx.array) -> mx.array:
         """The weight (outputs, inputs), float32, of one linear that does what this module does.

@@ -60,9 +60,12 @@ class PiSSALinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """Outputs (..., outputs) of inputs (..., inputs), in the type that the linear gives."""
         y: mx.array = self.linear(x)
-        # The difference first: at the start it is zero to the bit.
-        update = (x @ self.lora_a) @ self.lora_b - (x @ self.lora_a0) @ self.lora_b0
-        return (y + self.scale * update).astype(y.dtype)
+        # A B - A0 B0 = (A - A0) B + A0 (B - B0): zero to the bit at the start, and differences are
+        # taken where they are exact, not of products that are large in the type of x.
+        left = mx.concatenate([self.lora_a - self.lora_a0, self.lora_a0], axis=1)  # (inputs, 2 R)
+        right = mx.concatenate([self.lora_b, self.lora_b - self.lora_b0], axis=0)  # (2 R, outputs)
+        inner = x @ left.astype(x.dtype)
+        return mx.addmm(y, inner, right.astype(x.dtype), alpha=self.scale).astype(y.dtype)
 
     def fuse(self, weight: mx.array) -> mx.array:
         """The weight (outputs, inputs), float32, of one linear that does what this module does.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ Array = npt.NDArray[Any]
 
 #: M, K, N of (M, K) @ (K, N)
 _SIZES = ((1, 1, 1), (3, 1, 5), (7, 13, 3), (1, 67, 129), (65, 33, 1), (33, 0, 5), (131, 127, 97))
+
+#: the same of products that may be made of bfloat16
+_LARGE = ((32, 128, 32), (67, 161, 47))
 
 # Rows and columns of what a vector is multiplied by. OpenBLAS's sgemv takes threads from 9,216 elements on,
 # in newer versions from 460,800, and a side longer than 4,096 in parts. It is tried below and above all three
@@ -60,7 +63,20 @@ class Exact:
 
 def faults() -> list[str]:
     """The products that are wrong, in words; none when all of them are right."""
-    products = [*_plain(), *_other()]
+    return _wrong([*_plain(_SIZES), *_other()])
+
+
+def large_faults(rounding: float) -> list[str]:
+    """The large products that are off by more than their bound, in words.
+
+    Args:
+        rounding: what is added to the bound, as a share of the sum of absolute values.
+    """
+    return _wrong([*_plain(_LARGE, rounding)])
+
+
+def _wrong(products: list[tuple[str, mx.array, Exact]]) -> list[str]:
+    """What is said of those products that are wrong."""
     mx.eval([got for _, got, _ in products])
     return [what for what, got, exact in products if not exact.fits(np.array(got))]
 
@@ -119,11 +135,14 @@ def packed_works(make: Callable[..., Callable[[mx.array], mx.array] | None]) -> 
     return exact.fits(got)
 
 
-def _plain() -> Iterator[tuple[str, mx.array, Exact]]:
+def _plain(
+    sizes: Iterable[tuple[int, int, int]], rounding: float = 0.0
+) -> Iterator[tuple[str, mx.array, Exact]]:
     """Each size, with each operand as it is and as the transpose of its transpose."""
-    for m, k, n in _SIZES:
+    for m, k, n in sizes:
         a, b = _numbers(m, k), _numbers(k, n)
         exact = _exact(a, b)
+        exact = Exact(exact.value, exact.bound + rounding * _product(np.abs(a), np.abs(b)))
         for left, x in (("a", mx.array(a)), ("a.T", mx.array(a.T.copy()).T)):
             for right, y in (("b", mx.array(b)), ("b.T", mx.array(b.T.copy()).T)):
                 yield f"{left} @ {right} for ({m}, {k}) and ({k}, {n})", x @ y, exact

@@ -56,6 +56,21 @@ struct header {
 /* Do what the matrix b (1, n) stands for with x (m, 1), and say whether it stood for anything. */
 int special(const struct exponentials *loops, int m, int n, const float *x, const float *b, float *y);
 
+/* --- amx.c ------------------------------------------------------------------------------------------- */
+
+/* Whether the processor and the system have tiles that multiply bfloat16. */
+int amx_present(void);
+
+/* Ask the system that this process may use them; whether it may. Not by two threads at a time. */
+int amx_start(void);
+
+/* An sgemm, row-major, by one thread with tiles, where 1 or 2 bfloat16 stand for a number; after amx_start.
+
+   Returns 0 where a number is not finite, or too large for bfloat16, or there is no memory: then C is as it was,
+   or with a beta of 0 undefined, and the product is to be computed otherwise. */
+int amx_product(int parts, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a, int lda,
+                const float *b, int ldb, float beta, float *c, int ldc);
+
 /* --- packed.c ---------------------------------------------------------------------------------------- */
 
 /* y (m, outputs) = x (m, inputs) times the packed weight; NaN where there is no memory. */

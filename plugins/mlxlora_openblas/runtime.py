@@ -89,6 +89,7 @@ def _start() -> RuntimeStarted | None:
         f"openblas: {blas.title} under MLX's CPU backend{said}",
         set_threads=products.set_threads,
         exp=exp if works else None,
+        set_precision=products.set_precision,
         **special,
         advice=products.advice,
     )
@@ -114,12 +115,14 @@ class _Products:
     Attributes:
         functions: name -> address.
         set_threads: as of :class:`RuntimeStarted`.
+        set_precision: likewise.
         said: to be added to what is in force.
         advice: what would make it faster.
     """
 
     functions: Mapping[str, int]
     set_threads: Callable[[int], None] | None
+    set_precision: Callable[[str], None] | None = None
     said: str = ""
     advice: str = ""
 
@@ -129,14 +132,14 @@ def _products(blas: Blas) -> _Products:
 
     The threads are those of the library in C then, where the BLAS can be held to one.
     """
-    from mlxlora_openblas import sgemm
+    from mlxlora_openblas import precision, sgemm
     from mlxlora_openblas.check import vector_faults
 
     try:
         library = sgemm.open_library()
     except ResourceError as fault:
         advice = f"openblas: {fault}: {_COST}"
-        return _Products(blas.functions, blas.set_threads, ", without sgemm.c", advice)
+        return _Products(blas.functions, blas.set_threads, said=", without sgemm.c", advice=advice)
     set_threads = None
     if blas.set_threads is not None:
         blas.set_threads(1)
@@ -145,8 +148,9 @@ def _products(blas: Blas) -> _Products:
     vectors = sgemm.SGEMV in blas.functions
     faster = sgemm.put_before(library, blas.functions, vectors=vectors)
     wrong = vector_faults(faster[sgemm.SGEMM]) if vectors else []
+    set_precision = precision.setter(library)
     if not wrong:
-        return _Products(faster, set_threads)
+        return _Products(faster, set_threads, set_precision)
     sgemm.put_before(library, blas.functions, vectors=False)
     said = f"; its {sgemm.SGEMV} is left alone: {len(wrong)} products wrong, such as {wrong[0]}"
-    return _Products(faster, set_threads, said)
+    return _Products(faster, set_threads, set_precision, said)

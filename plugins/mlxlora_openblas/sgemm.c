@@ -11,6 +11,11 @@
    column. The token holds NaN: no other product with it can pass for a right result. More that MLX is slow at
    is asked for in a like way (special.c).
 
+   Where less than float32 is asked for, large ones go to the tiles of AMX (amx.c), if there are such. Small ones
+   gain nothing by them, and from 128 terms on two bfloat16 for a number keep within the bound (k + 4) 2^-23 of
+   the sum of absolute values that check.py holds float32 to: the operands leave out 96 of it, the 3 k / 32 sums
+   of tiles and those within a tile the rest.
+
    All others are cut into parts, which threads of this library share (pool.c): the BLAS has one thread. */
 
 #include "products.h"
@@ -19,6 +24,9 @@ static sgemm_function *sgemm; /* of one thread */
 static sgemv_function *sgemv; /* of one thread, or NULL */
 static const float *token;
 static const struct exponentials *loops;
+static int parts; /* bfloat16 that stand for a number in large products; 0 is float32 */
+
+enum { LEAST_SIDE = 32, LEAST_TERMS = 128 }; /* of a product for tiles */
 
 /* Which text of the C files the library was made from; SOURCE is its digest. */
 EXPORT const char mlxlora_source[] = SOURCE;
@@ -33,6 +41,23 @@ EXPORT void mlxlora_use(sgemm_function *matrix_product, sgemv_function *vector_p
     loops = fastest_exponentials();
 }
 
+/* Whether the processor could multiply bfloat16 by tiles. */
+EXPORT int mlxlora_has_tiles(void) { return amx_present(); }
+
+/* Let 1 or 2 bfloat16 stand for a number in large products from now on, or with 0 the number itself. Returns
+   whether that is so now; else it is float32. Not to be called while anything is computed. */
+EXPORT int mlxlora_set_parts(int count) {
+    parts = count > 0 && count <= 2 && amx_start() ? count : 0;
+    return parts == count;
+}
+
+/* An sgemm by tiles, or where they cannot, by the BLAS. */
+static void tiles(int order, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a, int lda,
+                  const float *b, int ldb, float beta, float *c, int ldc) {
+    if (!amx_product(parts, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc))
+        sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
 /* cblas_sgemm. A product with the token that is not to the letter what exp() in sgemm.py asks for is a
    product like any other, and gives NaN. */
 EXPORT void mlxlora_cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha,
@@ -41,6 +66,7 @@ EXPORT void mlxlora_cblas_sgemm(int order, int trans_a, int trans_b, int m, int 
     const int a_plain = trans_a == PLAIN, b_plain = trans_b == PLAIN;
     const int known = order == ROW_MAJOR && (a_plain || trans_a == TRANSPOSED) &&
                       (b_plain || trans_b == TRANSPOSED);
+    const int for_tiles = parts && m >= LEAST_SIDE && n >= LEAST_SIDE && k >= LEAST_TERMS;
     const int to_vector = known && sgemv && k > 0; /* of a sum without terms, sgemv would not write the 0 */
 
     if (b == token && order == ROW_MAJOR && a_plain && b_plain && m > 0 && n == 1 && k == 1 && alpha == 1 &&
@@ -55,7 +81,7 @@ EXPORT void mlxlora_cblas_sgemm(int order, int trans_a, int trans_b, int m, int 
     else if (to_vector && n == 1 && (!b_plain || ldb == 1)) /* C = op(A) B */
         split_vector(sgemv, trans_a, a_plain ? m : k, a_plain ? k : m, alpha, a, lda, b, beta, c, ldc);
     else if (known)
-        split_product(sgemm, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+        split_product(for_tiles ? tiles : sgemm, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
     else
         sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }

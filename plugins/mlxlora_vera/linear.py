@@ -46,8 +46,9 @@ class VeRALinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """Outputs (..., outputs) of inputs (..., inputs), in the type that the linear gives."""
         y: mx.array = self.linear(x)
-        inner = (self.dropout(x) @ self.vera_a) * self.lambda_d
-        return (y + (inner @ self.vera_b) * self.lambda_b).astype(y.dtype)
+        inner = (self.dropout(x) @ self.vera_a.astype(x.dtype)) * self.lambda_d
+        update = inner.astype(x.dtype) @ self.vera_b.astype(x.dtype)
+        return (y + update * self.lambda_b).astype(y.dtype)
 
     def fuse(self, weight: mx.array) -> mx.array:
         """The weight (outputs, inputs), float32, of one linear that does what this module does.

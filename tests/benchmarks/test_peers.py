@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -322,3 +324,40 @@ def test_a_command_is_timed_and_what_it_makes_removed(tmp_path: Path) -> None:
 def test_a_job_survives_the_way_to_its_worker() -> None:
     job = Job("train", folder="x", adapter=True)
     assert Job(**json.loads(json.dumps(job.__dict__))) == job
+
+
+# --- on a Mac -----------------------------------------------------------------
+
+ON_METAL = BENCHMARKS / "on_metal.md"
+
+
+def test_the_commands_for_a_mac_are_there() -> None:
+    """Two lines, of which the first installs what the second runs."""
+    import gpu
+
+    page = ON_METAL.read_text("utf-8")
+    (block,) = re.findall(r"```\n(.*?)```", page, re.DOTALL)
+    install, run = block.splitlines()
+    (environment,) = set(re.findall(r"\b(\w+)/bin/", block))
+    assert f"-m venv {environment} &&" in install and run.startswith(f"{environment}/bin/python ")
+    asked = [word for word in install.split() if word.endswith(".txt")]
+    assert asked and all((BENCHMARKS.parent / path).is_file() for path in asked)
+    (extra,) = re.findall(r"'\.\[(\w+)\]'", install)
+    project = tomllib.loads((BENCHMARKS.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    assert extra in project["optional-dependencies"]
+    _, program, *flags = run.split()
+    assert (BENCHMARKS.parent / program).resolve() == Path(gpu.__file__).resolve()
+    context = gpu.main.make_context("gpu.py", flags)
+    assert context.params["shapes"] == ("1b",) and context.params["minutes"] == 20.0
+    known = {name for parameter in gpu.main.params for name in parameter.opts}
+    assert set(re.findall(r"--[a-z-]+", page)) <= known
+    assert re.search(r"gpu-\*\.json", page) and "gpu-{name}.json" in Path(gpu.__file__).read_text("utf-8")
+
+
+def test_how_often_a_step_was_compiled_is_told() -> None:
+    row = {"shape": "1b", "kind": "train 2048", "tool": "mlxlora", "unit": "tokens/s", "error": "x"}
+    machine = {"device": {"name": "D"}, "threads": 1, "memory_bytes": 1e9, "system": "S"}
+    result = {"date": "d", "quick": False, "machine": machine, "versions": {}, "rates": {}}
+    told = table.text({**result, "rows": [{**row, "compiles": 2}, {**row, "tool": "mlx-lm", "compiles": 1}]})
+    assert "compiled: mlxlora 2 (1b, train 2048), mlx-lm 1 (1b, train 2048)." in told
+    assert "compiled" not in table.text({**result, "rows": [row]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,14 @@ def make_examples() -> Callable[..., tuple[Example, ...]]:
         return tuple(examples)
 
     return make
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, registry: Registry) -> None:
+    """Every module takes the ways that it takes on a GPU, which MLX computes on the CPU."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mlxlora") and hasattr(module, "on_cpu"):
+            monkeypatch.setattr(module, "on_cpu", lambda: False)
 
 
 @pytest.fixture(scope="session")

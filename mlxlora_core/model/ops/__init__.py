@@ -7,7 +7,7 @@ float32 go the ways that are written out in :mod:`mlxlora_core.model.ops.cpu`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import mlx.core as mx
@@ -70,7 +70,13 @@ def _periods(angles: tuple[float, ...]) -> mx.array:
 
 def silu_times(gate: mx.array, up: mx.array) -> mx.array:
     """``silu(gate) · up`` (Shazeer 2020, arXiv:2002.05202), element by element."""
-    return cpu.silu_times(gate, up) if _pays(gate) else mx.sigmoid(gate) * gate * up
+    if _pays(gate):
+        return cpu.silu_times(gate, up)
+    return _silu_times(gate, up) if on_cpu() else _as_one(_silu_times)(gate, up)
+
+
+def _silu_times(gate: mx.array, up: mx.array) -> mx.array:
+    return mx.sigmoid(gate) * gate * up
 
 
 def gelu_times(gate: mx.array, up: mx.array) -> mx.array:
@@ -78,9 +84,19 @@ def gelu_times(gate: mx.array, up: mx.array) -> mx.array:
 
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2. The gate is computed in float32.
     """
+    return _gelu_times(gate, up) if on_cpu() else _as_one(_gelu_times)(gate, up)
+
+
+def _gelu_times(gate: mx.array, up: mx.array) -> mx.array:
     x = gate.astype(mx.float32)
     gelu = 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
     return gelu.astype(gate.dtype) * up
+
+
+@lru_cache(maxsize=8)
+def _as_one(function: Callable[[mx.array, mx.array], mx.array]) -> Callable[[mx.array, mx.array], mx.array]:
+    """An element-wise function that a GPU computes in one pass, for arrays of any shape."""
+    return mx.compile(function, shapeless=True)
 
 
 def cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array | None = None) -> mx.array:

@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mlxlora_core.errors import UsageError
 from mlxlora_core.machine import device
 from mlxlora_core.machine.device import compute_dtype
 
@@ -48,3 +49,41 @@ def test_freed_buffers_are_kept_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
             assert (mx.get_cache_memory() >= large_bytes) == kept
     finally:
         mx.set_cache_limit(before)
+
+
+def test_metal_keeps_as_much_in_memory_as_the_system_recommends(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr(mx, "set_wired_limit", set_to.append)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12 << 30})
+    for cpu, metal, wanted in ((True, True, []), (False, False, []), (False, True, [12 << 30])):
+        monkeypatch.setattr(device, "on_cpu", lambda cpu=cpu: cpu)
+        monkeypatch.setattr(mx.metal, "is_available", lambda metal=metal: metal)
+        device.prepare_device()
+        assert set_to == wanted
+
+    def refused(limit: int) -> int:
+        raise ValueError("[metal::set_wired_limit] this system has none")
+
+    monkeypatch.setattr(mx, "set_wired_limit", refused)
+    device.prepare_device()
+
+
+def test_products_are_made_of_what_is_asked_for_and_of_float32_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(device, "_precisions", [told.append])
+    with device.product_precision("float32"):
+        assert told == []
+    with pytest.raises(ValueError, match="mine"), device.product_precision("bfloat16x3"):
+        assert told == ["bfloat16x3"]
+        raise ValueError("mine")
+    assert told == ["bfloat16x3", "float32"]
+
+
+def test_what_no_runtime_can_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_precisions", [])
+    with device.product_precision("float32"):
+        pass
+    said = r"compute is bfloat16, .*AMX.*leave compute at float32"
+    with pytest.raises(UsageError, match=said) as caught, device.product_precision("bfloat16"):
+        pytest.fail("went on")
+    assert "\n" not in str(caught.value)

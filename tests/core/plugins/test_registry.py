@@ -706,6 +706,15 @@ def test_the_exponential_of_a_runtime_is_kept(monkeypatch: pytest.MonkeyPatch) -
     assert device._exponentials == [abs]
 
 
+def test_what_a_runtime_sets_the_precision_with_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(device, "_precisions", [])
+    start_runtimes(runtimes(lambda: RuntimeStarted("fast", set_precision=told.append)))
+    with device.product_precision("bfloat16"):
+        assert told == ["bfloat16"]
+    assert told == ["bfloat16", "float32"]
+
+
 def test_what_else_a_runtime_computes_is_lent_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_lent", {})
     start_runtimes(

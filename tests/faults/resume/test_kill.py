@@ -118,6 +118,10 @@ def run(bench: Bench, folder: Path) -> list[object]:
     return ["run", recipe]
 
 
+def train_from_files(bench: Bench, folder: Path, *more: object) -> list[object]:
+    return bench.train(folder, "--prefix-memory-mb", 0, *more)
+
+
 LAST = "a.checkpoints/step-0000040/"
 TRAINED = ("a.safetensors", LAST + "adapter.safetensors", LAST + "optimizer.safetensors")
 MODEL = ("config.json", "model.safetensors", "tokenizer.model")
@@ -131,6 +135,11 @@ SCENARIOS = {
         train_saving,
         lambda bench, folder: [train_saving(bench, folder, "--resume"), train_saving(bench, folder)],
         TRAINED,
+    ),
+    "train from files": Scenario(  # and to the bits of what is kept in memory
+        train_from_files,
+        lambda bench, folder: [train(bench, folder, "--resume"), train(bench, folder)],
+        ("a.safetensors", LAST + "adapter.safetensors", LAST + "optimizer.safetensors"),
     ),
     "convert": Scenario(
         convert,

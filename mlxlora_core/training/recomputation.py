@@ -1,0 +1,85 @@
+"""Gradient checkpointing: a layer keeps only what enters it, and is computed again for the gradient.
+
+Source: Chen et al. 2016, arXiv:1604.06174, section 4.1, with a layer for each segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxlora_core.model.language_model import LanguageModel, takes
+from mlxlora_core.model.linears import layers_by_path
+
+
+def can_recompute(model: LanguageModel) -> bool:
+    """Whether a model runs layers one by one."""
+    return takes(model, "first") and takes(model, "last")
+
+
+def run_recomputed(model: LanguageModel, hidden: mx.array, first: int, more: dict[str, Any]) -> mx.array:
+    """What leaves the top layer, (B, T, D): the same numbers as ``model.run`` gives, and the same gradient.
+
+    Args:
+        model: that :func:`can_recompute`; it draws nothing at random while a step is compiled.
+        hidden: what enters layer ``first``, (B, T, D).
+        first: the lowest layer to run.
+        more: further arguments of ``model.run``.
+    """
+    module: Any = model
+    layer_of = layers_by_path(model)
+    trained: dict[str, mx.array] = dict(tree_flatten(module.trainable_parameters()))
+
+    def layer_function(layer: int, names: list[str]) -> Callable[..., mx.array]:
+        """The function of what enters a layer and of what trains in it."""
+
+        def run(hidden: mx.array, *tensors: mx.array) -> mx.array:
+            module.update(tree_unflatten(list(zip(names, tensors, strict=True))))
+            try:
+                return model.run(hidden, first=layer, last=layer + 1, **more)
+            finally:
+                module.update(tree_unflatten([(name, trained[name]) for name in names]))
+
+        return run
+
+    for layer in range(first, len(model.layers)):
+        names = [name for name in trained if layer_of(name) in (layer, None)]  # any may use what none has
+        hidden = _recomputed(layer_function(layer, names))(hidden, *(trained[name] for name in names))
+    return hidden
+
+
+def _recomputed(compute: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """``compute``, of whose arguments alone its gradient is made; what it draws it draws again.
+
+    ``mx.checkpoint`` draws other numbers, and may begin before the gradient from above has come.
+    """
+    state: Any = mx.random.state
+    before = state[0]
+    function: Any = mx.custom_function(compute)
+
+    def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        several = isinstance(primals, list | tuple)
+        first, now = _number(before), _number(state[0])
+        if first is not None:
+            mx.random.seed(first)
+        waiting = mx.depends(list(primals) if several else [primals], [cotangents])
+        _, gradients = mx.vjp(compute, waiting, [cotangents])
+        if now is not None:
+            mx.random.seed(now)
+        return gradients if several else gradients[0]
+
+    function.vjp(vjp)
+    return function  # type: ignore[no-any-return]  # MLX's functions are not annotated
+
+
+def _number(key: mx.array) -> int | None:
+    """The seed that makes a key; None in a function that is being compiled, where nothing may be drawn."""
+    try:
+        words = np.array(key)
+    except (RuntimeError, ValueError):
+        return None
+    return int(words[0]) << 32 | int(words[1])

@@ -1,0 +1,142 @@
+"""Chunks of logits and gradient checkpointing change no curve, whatever trains on whatever base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_models
+from small_models import FAMILIES, REGISTRY
+
+from mlxlora_core.model import adapters, head_loss, loading
+from mlxlora_core.plugins import Choice
+from mlxlora_core.plugins.sections import Quantization, QuantizeConfig, configure
+from mlxlora_core.training.checkpoints import Start
+from mlxlora_core.training.events import TrainReport, ValidReport
+from mlxlora_core.training.outputs import Outputs
+from mlxlora_core.training.session import NewAdapter, TrainingSession, open_training
+from mlxlora_core.training.settings import SaveConfig, TrainConfig
+from mlxlora_core.training.sources import read_data
+
+TEXTS = [f"{'the layer scales ' * (1 + n % 4)}its weights {n}." for n in range(9)]
+ROWS = {"train": [{"text": text} for text in TEXTS], "valid": [{"text": text[4:]} for text in TEXTS[:3]]}
+ADAPTERS = sorted(component.spec.name for component in REGISTRY.of("adapter"))
+#: adapters that can go on an embedding; the others go on the head alone
+EMBEDDED = ("lora", "lora-plus", "rslora")
+DRAWING = ("lora", "lora-plus", "dora", "vera")
+#: a chunk has 7 rows of these small vocabularies
+CHUNK_BYTES = 4 * 320 * 7
+
+CASES = [
+    *((family, "lora", bits) for family in FAMILIES for bits in (0, 4)),
+    *(("llama", name, bits) for name in ADAPTERS if name != "lora" for bits in (0, 4)),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that gives the folder of a family; read it, never write to it."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = small_models.write(tmp_path_factory.mktemp("family") / "model", family)
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture
+def opened(folders: Callable[[str], Path]) -> Callable[..., TrainingSession]:
+    """A function that opens a training of both layers of a small model."""
+
+    def make(
+        family: str = "llama",
+        adapter: str = "lora",
+        bits: int = 0,
+        dropout: float = 0.0,
+        checkpoints: Path | None = None,
+        **values: Any,
+    ) -> TrainingSession:
+        affine = REGISTRY.find("quantizer", "affine")
+        choice = Choice(affine, affine.spec.options(group_size=32, bits=bits or 4))
+        quantization = Quantization(choice, QuantizeConfig(head=True)) if bits else None
+        model = loading.load(folders(family), REGISTRY, quantization)
+        aimed: dict[str, Any] = (
+            {} if adapter == "ia3" else {"targets": targets(model.language_model, adapter)}
+        )
+        if dropout and adapter in DRAWING:
+            aimed["dropout"] = dropout
+        new = NewAdapter(*configure(REGISTRY.find("adapter", adapter), aimed))
+        basic = {"iters": 6, "batch_size": 2, "learning_rate": 3e-3, "steps_per_report": 1}
+        config = TrainConfig(**basic | {"steps_per_eval": 3} | values)
+        outputs = Outputs(checkpoints=checkpoints, saving=SaveConfig(save_every=3))
+        read = read_data(ROWS, ("train",), ("valid",))
+        return open_training(model, new, read, config, REGISTRY, seed=1, outputs=outputs)
+
+    return make
+
+
+def targets(model: Any, adapter: str) -> tuple[str, ...]:
+    """All linears, the head, and the embedding where the adapter goes on one."""
+    head = ("lm_head",) if model.head_path else ()
+    return ("all-linear", *head, *(("embed_tokens",) if adapter in EMBEDDED else ()))
+
+
+def curve(session: TrainingSession, how: Start = Start.BEGIN) -> tuple[list[float], dict[str, bytes]]:
+    """Losses of each step and validation, and what was trained."""
+    events = list(session.start(how))
+    losses = [event.loss for event in events if isinstance(event, TrainReport | ValidReport)]
+    return losses, {n: bytes(memoryview(t)) for n, t in adapters.trainable(session.model.module).items()}
+
+
+@pytest.mark.parametrize(("family", "adapter", "bits"), CASES)
+def test_the_curve_is_the_same_step_by_step_with_chunks(
+    opened: Callable[..., TrainingSession],
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    adapter: str,
+    bits: int,
+) -> None:
+    plain, _ = curve(opened(family, adapter, bits))
+    monkeypatch.setattr(head_loss, "CPU_CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(head_loss, "GPU_CHUNK_BYTES", CHUNK_BYTES)
+    chunks, _ = curve(opened(family, adapter, bits))
+    assert chunks == pytest.approx(plain, rel=1e-6)
+    assert chunks != plain, "the chunks were not reached"
+    assert plain[-1] != plain[0]
+
+
+@pytest.mark.parametrize(("family", "adapter", "bits"), CASES)
+def test_computed_again_every_bit_is_the_same(
+    opened: Callable[..., TrainingSession], family: str, adapter: str, bits: int
+) -> None:
+    """Of what is trained as well, and of what dropout draws."""
+    plain, values = curve(opened(family, adapter, bits, dropout=0.2, grad_checkpoint="off"))
+    again, same = curve(opened(family, adapter, bits, dropout=0.2, grad_checkpoint="on"))
+    assert again == plain and same == values
+    assert plain[-1] != plain[0]
+
+
+def test_it_goes_on_to_the_same_bits_with_and_without_recomputation(
+    opened: Callable[..., TrainingSession], tmp_path: Path
+) -> None:
+    _, whole = curve(opened(dropout=0.2))
+    for event in opened(dropout=0.2, grad_checkpoint="on", checkpoints=tmp_path).start():
+        if getattr(event, "step", 0) == 3 and type(event).__name__ == "CheckpointSaved":
+            break
+    _, rest = curve(opened(dropout=0.2, checkpoints=tmp_path), Start.RESUME)
+    assert rest == whole
+
+
+@pytest.mark.parametrize("values", [{"packing": True}, {"compile": "on"}, {"grad_accumulation": 2}])
+def test_both_go_with_what_else_there_is(
+    opened: Callable[..., TrainingSession], monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
+) -> None:
+    plain, _ = curve(opened(**values))
+    monkeypatch.setattr(head_loss, "CPU_CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(head_loss, "GPU_CHUNK_BYTES", CHUNK_BYTES)
+    both, _ = curve(opened(**values, grad_checkpoint="on"))
+    assert both == pytest.approx(plain, rel=1e-6) and both != plain
