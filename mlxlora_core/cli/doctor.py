@@ -16,7 +16,7 @@ from mlxlora_core.machine import doctor
 from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Registry, start_runtimes
-from mlxlora_core.values import RuntimeStarted
+from mlxlora_core.runtime_started import RuntimeStarted
 
 _NO_RUNTIME = "MLX's own: no runtime has changed it"
 

@@ -35,7 +35,7 @@ def doctor(*flags: str, before: str = "", **environment: str) -> tuple[str, str]
 
 CHOICE = """
 import mlxlora_core.cli.doctor as page
-from mlxlora_core.values import RuntimeStarted
+from mlxlora_core.runtime_started import RuntimeStarted
 kept = []
 def prefer(variables):
     kept.append(dict(variables))
