@@ -1,4 +1,4 @@
-"""Compiles sgemm.c of the openblas plugin while mlxlora is built or installed, where there is a C compiler.
+"""Compiles the C files of the openblas plugin when mlxlora is built or installed, if there is a C compiler.
 
 Where there is none, or it fails, a line in pip's log says so (``pip install -v``), mlxlora is installed
 without the library, and ``mlxlora doctor`` says what that costs.
@@ -30,6 +30,7 @@ FLAGS = (
     "-fno-trapping-math",
     "-fPIC",
     "-shared",
+    "-pthread",
     "-fvisibility=hidden",
 )
 
@@ -37,7 +38,7 @@ _SECONDS = 120
 
 
 class SgemmBuildHook(BuildHookInterface[Any]):
-    """Puts the library beside sgemm.c: into the wheel, or for an editable install into the folder itself."""
+    """Puts the library beside its sources: into the wheel, or for an editable install into the folder."""
 
     _folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -52,7 +53,7 @@ class SgemmBuildHook(BuildHookInterface[Any]):
             self._folder = tempfile.TemporaryDirectory()
             library = Path(self._folder.name, LIBRARY)
         try:
-            compile_library(package / "sgemm.c", library)
+            compile_library(package, library)
         except (OSError, ValueError, subprocess.SubprocessError) as fault:
             self.app.display_warning(f"mlxlora is installed without {LIBRARY}: {fault}")
             return
@@ -68,11 +69,11 @@ class SgemmBuildHook(BuildHookInterface[Any]):
             self._folder.cleanup()
 
 
-def compile_library(source: Path, library: Path, *flags: str) -> None:
-    """Compile ``source`` into the shared library ``library``, which is replaced in one step.
+def compile_library(folder: Path, library: Path, *flags: str) -> None:
+    """Compile all C files in ``folder`` into the shared library ``library``, which is replaced in one step.
 
     Args:
-        source: the file in C.
+        folder: with the sources.
         library: what to make.
         flags: further ones for the compiler.
 
@@ -81,14 +82,22 @@ def compile_library(source: Path, library: Path, *flags: str) -> None:
         ValueError: ``CC`` is no command.
         SubprocessError: the compiler fails, or takes two minutes.
     """
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    sources = sorted(folder.glob("*.c"))
     made = library.with_name(f"{library.name}.{os.getpid()}")
-    command = [*compiler(), *FLAGS, *flags, f'-DSOURCE="{digest}"', "-o", str(made), str(source)]
+    command = [*compiler(), *FLAGS, *flags, f'-DSOURCE="{digest(folder)}"']
     try:
-        subprocess.run(command, check=True, timeout=_SECONDS)
+        subprocess.run([*command, "-o", str(made), *map(str, sources)], check=True, timeout=_SECONDS)
         made.replace(library)
     finally:
         made.unlink(missing_ok=True)
+
+
+def digest(folder: Path) -> str:
+    """Of all C files and headers in ``folder``; sgemm.py of the plugin makes the same."""
+    found = hashlib.sha256()
+    for path in sorted([*folder.glob("*.c"), *folder.glob("*.h")]):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def compiler() -> list[str]:

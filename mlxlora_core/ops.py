@@ -3,7 +3,7 @@
 Heavy: take it inside the function that uses it, or in a module that only such functions import.
 """
 
-from mlxlora_core.machine.device import on_cpu, on_cuda
+from mlxlora_core.machine.device import on_cpu, on_cuda, packed_product
 from mlxlora_core.model.cache import KVCache
 from mlxlora_core.model.foreign_updates import updates_there, vectors_there
 from mlxlora_core.model.language_model import LanguageModel
@@ -35,6 +35,7 @@ __all__ = [
     "linear_shape",
     "on_cpu",
     "on_cuda",
+    "packed_product",
     "positions",
     "rms_norm",
     "rotate",

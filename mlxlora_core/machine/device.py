@@ -10,7 +10,7 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.errors import UsageError
 from mlxlora_core.machine.limits import exhausted
@@ -27,11 +27,20 @@ _MMAP_THRESHOLD = -3  # a parameter of mallopt
 #: environment variable of MLX: how wide a graph may be and still be ordered breadth first
 ORDER_WIDTH = "MLX_BFS_MAX_WIDTH"
 
+#: what large matrix products of float32 may be made of; the first is what they are made of by themselves
+PRECISIONS = ("float32", "bfloat16x3", "bfloat16")
+
 # Each sets how many threads a matrix product takes, as the runtimes gave them.
 _setters: list[Callable[[int], None]] = []
 
+# Each sets what large products are made of, as the runtimes gave them.
+_precisions: list[Callable[[str], None]] = []
+
 # The exponential of a float32 array on the CPU, of each runtime that has one; the last is used.
 _exponentials: list[Callable[[mx.array], mx.array]] = []
+
+# What else runtimes compute faster on the CPU, by the names that RuntimeStarted has for it.
+_lent: dict[str, Callable[..., Any]] = {}
 
 
 def on_cpu() -> bool:
@@ -145,6 +154,41 @@ def product_threads(count: int) -> Iterator[None]:
             set_threads(thread_count())
 
 
+def use_for_precision(set_precision: Callable[[str], None]) -> None:
+    """Let ``set_precision`` say what large matrix products of float32 are made of, from now on."""
+    _precisions.append(set_precision)
+
+
+@contextmanager
+def product_precision(compute: str) -> Iterator[None]:
+    """Inside, large matrix products of float32 are made of ``compute``; then of float32 again.
+
+    Args:
+        compute: ``float32``; ``bfloat16``, which rounds each number of a product to one, or
+            ``bfloat16x3``, which rounds it to the sum of two. Sums are float32 in either.
+
+    Raises:
+        UsageError: no runtime can do that here.
+        ResourceError: the runtime that could fails.
+    """
+    if compute == PRECISIONS[0]:
+        yield
+        return
+    if not _precisions:
+        raise UsageError(
+            f"compute is {compute}, for which this machine or this installation has no matrix products: they "
+            "take Linux, a processor with AMX (amx_bf16 in /proc/cpuinfo), and a C compiler when mlxlora is "
+            "installed",
+            fix="leave compute at float32",
+        )
+    set_precision = _precisions[-1]
+    set_precision(compute)
+    try:
+        yield
+    finally:
+        set_precision(PRECISIONS[0])
+
+
 def use_exponential(exp: Callable[[mx.array], mx.array]) -> None:
     """Let ``exp`` compute the exponential of large arrays on the CPU from now on; it needs no gradient."""
     _exponentials.append(exp)
@@ -153,3 +197,24 @@ def use_exponential(exp: Callable[[mx.array], mx.array]) -> None:
 def exponential() -> Callable[[mx.array], mx.array] | None:
     """The exponential that the last runtime has lent, or None."""
     return _exponentials[-1] if _exponentials else None
+
+
+def lend(name: str, function: Callable[..., Any]) -> None:
+    """Let ``function`` compute on the CPU what :class:`RuntimeStarted` says of ``name``, from now on."""
+    _lent[name] = function
+
+
+def lent(name: str) -> Callable[..., Any] | None:
+    """The function of that name which the last runtime that has it has lent, or None."""
+    return _lent.get(name)
+
+
+def packed_product(
+    words: mx.array, scales: mx.array, biases: mx.array, *, group_size: int, bits: int
+) -> Callable[[mx.array], mx.array] | None:
+    """The product of up to 8 rows in float32 with a weight as :func:`mlx.core.quantize` packs it.
+
+    It has no gradient. None where no runtime has lent one, or it cannot take this weight.
+    """
+    make = lent("packed_product")
+    return None if make is None else make(words, scales, biases, group_size=group_size, bits=bits)

@@ -46,6 +46,7 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "quantize": ("weight", "options"),
         "dequantize": ("parts", "options"),
         "matmul": ("x", "parts", "options"),
+        "bind": ("parts", "options"),
     },
     "builder": {"build": ("options",), "inputs": ("options",)},
     "sampler": {"build": ("options",)},

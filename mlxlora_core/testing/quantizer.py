@@ -162,6 +162,19 @@ class QuantizerSuite:
         weight = self.spec.dequantize(parts, options)
         self._check_product(lambda x: matmul(x, parts, options), weight)
 
+    def test_its_bound_product_is_that_of_the_dequantized_weight(self, options: Any) -> None:
+        """``bind``, where there is one and it gives a product here: values for few rows."""
+        parts = self.parts(self.weight(), options)
+        product = self.spec.bind(parts, options) if self.spec.bind else None
+        if product is None:
+            pytest.skip("the quantizer has no product for few rows here")
+        for rows in ((1,), (1, 1), (2, 4)):
+            x = mx.random.normal((*rows, self.shape[1]), key=mx.random.key(0))
+            want = x @ self.spec.dequantize(parts, options).T
+            got = product(x)
+            assert got.shape == want.shape and got.dtype == x.dtype
+            assert _apart(got, want) <= 1e-5
+
     @pytest.mark.parametrize("bias", [False, True])
     def test_multiplies_by_what_it_dequantizes_to(self, options: Any, bias: bool) -> None:
         """So does the linear that core makes of it, with a bias too."""

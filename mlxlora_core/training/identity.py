@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 #: settings that a checkpoint of before lacks -> what they were then
 BEFORE: Mapping[str, Any] = {
     "compile": "off",
+    "compute": "float32",
     "grad_checkpoint": "off",
     "packing": False,
     "prefix_type": "compute",
@@ -193,7 +194,9 @@ def _free(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> set[str]
     """The settings that cannot change what comes after ``step``."""
     # A layer that is computed again has the same bits, and a training that ends ends the same with
     # either policy.
-    free = {"steps_per_report", "grad_checkpoint", "on_nonfinite"}
+    free = {"steps_per_report", "on_nonfinite"}
+    if new["compile"] != "on":
+        free.add("grad_checkpoint")
     if old["reuse_prefix"] == new["reuse_prefix"] == "off":
         free.add("prefix_type")
     if old.get("patience", _ABSENT) is None and new["patience"] is None:

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing
 from mlxlora_core.files.tensor_checks import mismatches
-from mlxlora_core.machine.device import runs_ahead
+from mlxlora_core.machine.device import product_precision, runs_ahead
 from mlxlora_core.model.language_model import LanguageModel, takes
 from mlxlora_core.training.batches import Collator, steps_from
 from mlxlora_core.training.evaluation import evaluate
@@ -33,7 +33,7 @@ from mlxlora_core.training.prefix import Prefix
 from mlxlora_core.training.progress import SPIKE_STEPS, Progress, Window
 from mlxlora_core.training.settings import TrainConfig
 from mlxlora_core.training.shapes import shapes_of
-from mlxlora_core.training.update import Update, Updates, is_clipped
+from mlxlora_core.training.update import Update, Updates, is_clipped, is_compiled
 
 SPIKE_FACTOR = 10  # a loss that many times the median of the last ones is told
 
@@ -113,7 +113,7 @@ class Training:
         self._optimizer = make_optimizer(config, model, factors)
         self._optimizer.init(self._module.trainable_parameters())
         self._ahead = runs_ahead()
-        self.compile_step(config.compile == "on" or (config.compile == "auto" and self._ahead))
+        self.compile_step(is_compiled(config))
         self._progress = Progress()
         self._pending: _Pending | None = None
         self._spikes: tuple[SpikeReport, ...] = ()
@@ -190,7 +190,8 @@ class Training:
         if self.config.reuse_prefix == "on" and not prefix.reuse.on:
             raise UsageError(f"reuse_prefix cannot be on: {prefix.reuse.why_not}", fix="leave it at auto")
         yield Note(prefix.words)
-        yield from prefix.fill()
+        with product_precision(self.config.compute):
+            yield from prefix.fill()
         yield from map(Note, self.notes())
         if prefix.reuse.on and prefix.reuse.stored != prefix.reuse.computed:
             yield Note(self._difference())
@@ -213,12 +214,15 @@ class Training:
         rows = steps_from(self._train_set, self.config.rows_a_step, self.seed, self.step)
         try:
             if self._valid_set and self.step == 0:
-                first = self._validate(0)
+                with product_precision(self.config.compute):
+                    first = self._validate(0)
                 if math.isfinite(first.loss):
                     self._progress = replace(self._progress, first_loss=first.loss)
                 yield (first,)
             while not self.finished:
-                yield tuple(self._step(next(rows)))
+                with product_precision(self.config.compute):
+                    reports = tuple(self._step(next(rows)))
+                yield reports
         finally:
             self._module.eval()
 

@@ -16,7 +16,9 @@ from mlxlora_core.training.batches import longest_of
 from mlxlora_core.training.examples import Examples
 from mlxlora_core.training.prefix import Prefix
 from mlxlora_core.training.recomputation import can_recompute
+from mlxlora_core.training.reuse import draws_below
 from mlxlora_core.training.settings import TrainConfig
+from mlxlora_core.training.update import is_compiled
 
 _OPTIMIZER_BYTES = 16  # a weight, its gradient and two moments, each float32
 #: of what goes into and comes out of a layer's linears, the share that is kept for the gradient
@@ -63,7 +65,8 @@ def training_bytes(model: Model, rows: Examples, batch_size: int, recompute: boo
 def decide_recompute(model: Model, rows: Examples, config: TrainConfig) -> bool:
     """Whether layers keep only their input for the gradient: where that is asked for, or memory is short.
 
-    It changes no number, so that a training that goes on may decide otherwise.
+    Where a training goes on it may come to something else, for it changes no number; where it would,
+    in a compiled step that draws at random, it is left alone.
 
     Args:
         model: with the adapter that trains.
@@ -81,6 +84,8 @@ def decide_recompute(model: Model, rows: Examples, config: TrainConfig) -> bool:
         )
     if config.grad_checkpoint != "auto" or not possible:
         return config.grad_checkpoint == "on"
+    if is_compiled(config) and draws_below(model.language_model, len(model.language_model.layers)):
+        return False
     plain, less = (training_bytes(model, rows, config.batch_size, way) for way in (False, True))
     return less < plain and not has_room(plain)
 

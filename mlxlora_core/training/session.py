@@ -17,6 +17,7 @@ from mlx.utils import tree_unflatten
 from mlxlora_core.errors import DivergedError, UsageError
 from mlxlora_core.files import durable
 from mlxlora_core.machine import signals
+from mlxlora_core.machine.device import product_precision
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapters import Adapted, AdapterFile
 from mlxlora_core.model.loading import Model
@@ -93,11 +94,13 @@ def open_training(
 
     Raises:
         DataError: rows that are not there, or that cannot be used.
-        UsageError: settings that do not fit the rows or the model; an output that is an input.
+        UsageError: settings that do not fit the rows, the model or the machine; an output that is an input.
         ModelError: an adapter file that does not fit, or an output whose name says no format.
         SafetyError: an output that mlxlora has not written is there.
         ResourceError: an output that could not be written.
     """
+    with product_precision(config.compute):
+        pass  # what cannot be is told before any work
     outputs = outputs or Outputs()
     named = adapter.path if isinstance(adapter, AdapterFile) else None
     read = [path for source in rows.values() if isinstance(source, SplitRows) for path in source.files]

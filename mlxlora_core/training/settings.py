@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypedDict
 
+from mlxlora_core.machine.device import PRECISIONS
 from mlxlora_core.options import option
 
 
@@ -42,6 +43,11 @@ class TrainConfig(BatchConfig):
     steps_per_eval: int = option(200, help="steps between validations", unit="steps", minimum=1)
     patience: int | None = option(
         None, help="stop after so many validations without a better one, and keep the best", minimum=1
+    )
+    compute: str = option(
+        "float32",
+        help="what large matrix products are made of; less than float32 takes a CPU with AMX",
+        choices=PRECISIONS,
     )
     on_nonfinite: str = option(
         "stop", help="what to do when a loss or gradient is not finite", choices=("stop", "skip")
@@ -160,6 +166,7 @@ class TrainOptions(BatchOptions, total=False):
     steps_per_report: int
     steps_per_eval: int
     patience: int | None
+    compute: str
     on_nonfinite: str
     compile: str
     grad_checkpoint: str

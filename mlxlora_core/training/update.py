@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from mlxlora_core.machine.device import runs_ahead
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.training.batches import Collator
 from mlxlora_core.training.gradient import Gradients, Sums, mean_of, norm_squared
@@ -121,6 +122,11 @@ class Updates:
             return mx.where(sound, new, old)
 
         return norm, tree_map(kept, updated, parameters), tree_map(kept, self._optimizer.state, state)
+
+
+def is_compiled(config: TrainConfig) -> bool:
+    """Whether a training compiles its step from the start."""
+    return config.compile == "on" or (config.compile == "auto" and runs_ahead())
 
 
 def _copied(tree: Any) -> Any:

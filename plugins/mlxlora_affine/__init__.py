@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,13 @@ def matmul(x: mx.array, parts: Mapping[str, mx.array], options: AffineOptions) -
     return multiply(x, parts, options)
 
 
+def bind(parts: Mapping[str, mx.array], options: AffineOptions) -> Callable[[mx.array], mx.array] | None:
+    """See :func:`mlxlora_affine.packing.bound`."""
+    from mlxlora_affine.packing import bound
+
+    return bound(parts, options)
+
+
 @hookimpl
 def mlxlora_quantizers() -> Iterable[Quantizer]:
     """The one quantizer of this plugin."""
@@ -55,5 +62,6 @@ def mlxlora_quantizers() -> Iterable[Quantizer]:
             quantize=quantize,
             dequantize=dequantize,
             matmul=matmul,
+            bind=bind,
         )
     ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 
 from mlxlora_affine import AffineOptions
 from mlxlora_affine.unpack import unpack
 from mlxlora_core.api import ModelError
-from mlxlora_core.ops import on_cpu, on_cuda
+from mlxlora_core.ops import on_cpu, on_cuda, packed_product
 
 Parts = Mapping[str, mx.array]
 
@@ -75,6 +75,17 @@ def multiply(x: mx.array, parts: Parts, options: AffineOptions) -> mx.array:
         transpose=True,
         group_size=options.group_size,
         bits=options.bits,
+    )
+
+
+def bound(parts: Parts, options: AffineOptions) -> Callable[[mx.array], mx.array] | None:
+    """Products of a few rows with the parts of one linear: MLX's on a GPU, on a CPU what a runtime lends."""
+    words, scales, biases = (parts[name] for name in ("weight", "scales", "biases"))
+    group_size, bits = options.group_size, options.bits
+    if on_cpu():
+        return packed_product(words, scales, biases, group_size=group_size, bits=bits)
+    return lambda x: mx.quantized_matmul(
+        x, words, scales, biases, transpose=True, group_size=group_size, bits=bits
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ Array = npt.NDArray[Any]
 
 #: M, K, N of (M, K) @ (K, N)
 _SIZES = ((1, 1, 1), (3, 1, 5), (7, 13, 3), (1, 67, 129), (65, 33, 1), (33, 0, 5), (131, 127, 97))
+
+#: the same of products that may be made of bfloat16
+_LARGE = ((32, 128, 32), (67, 161, 47))
 
 # Rows and columns of what a vector is multiplied by. OpenBLAS's sgemv takes threads from 9,216 elements on,
 # in newer versions from 460,800, and a side longer than 4,096 in parts. It is tried below and above all three
@@ -60,7 +63,20 @@ class Exact:
 
 def faults() -> list[str]:
     """The products that are wrong, in words; none when all of them are right."""
-    products = [*_plain(), *_other()]
+    return _wrong([*_plain(_SIZES), *_other()])
+
+
+def large_faults(rounding: float) -> list[str]:
+    """The large products that are off by more than their bound, in words.
+
+    Args:
+        rounding: what is added to the bound, as a share of the sum of absolute values.
+    """
+    return _wrong([*_plain(_LARGE, rounding)])
+
+
+def _wrong(products: list[tuple[str, mx.array, Exact]]) -> list[str]:
+    """What is said of those products that are wrong."""
     mx.eval([got for _, got, _ in products])
     return [what for what, got, exact in products if not exact.fits(np.array(got))]
 
@@ -89,11 +105,44 @@ def exponential_works(exp: Callable[[mx.array], mx.array]) -> bool:
     return True
 
 
-def _plain() -> Iterator[tuple[str, mx.array, Exact]]:
+def exponentials_work(
+    sigmoid: Callable[[mx.array], mx.array], exp_rows: Callable[[mx.array, int], mx.array]
+) -> bool:
+    """Whether both agree with numpy in double precision."""
+    x = 20 * _numbers(3, 4, 37)
+    wide = x.astype(np.float64)
+    seen = np.arange(33, 37)[:, None] >= np.arange(37)
+    for queries, row in ((0, wide), (4, np.where(seen, wide, -np.inf))):
+        exact = np.exp(row - row.max(-1, keepdims=True))
+        if not np.allclose(np.array(exp_rows(mx.array(x), queries)), exact, rtol=4e-6, atol=1e-38):
+            return False
+    return np.allclose(np.array(sigmoid(mx.array(x))), 1 / (1 + np.exp(-wide)), rtol=4e-7, atol=1e-38)
+
+
+def packed_works(make: Callable[..., Callable[[mx.array], mx.array] | None]) -> bool:
+    """Whether products with packed weights are those with what the words, scales and biases stand for."""
+    words = mx.array((_numbers(40, 12) * 2**31).astype(np.int64).astype(np.uint32))
+    scales, biases, x = _numbers(40, 3), _numbers(3, 40).T, _numbers(2, 96)
+    multiply = make(words, mx.array(scales), mx.array(biases), group_size=32, bits=4)
+    values = (np.array(words)[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
+    values = values.reshape(40, 3, 32).astype(np.float64)
+    weight = (values * scales[..., None] + biases[..., None]).reshape(40, 96)
+    if multiply is None:
+        return False
+    got = np.array(multiply(mx.array(x)))
+    size = (np.abs(values * scales[..., None]) + np.abs(biases)[..., None]).reshape(40, 96)
+    exact = Exact(_product(x.astype(np.float64), weight.T), 2.0**-23 * 100 * _product(np.abs(x), size.T))
+    return exact.fits(got)
+
+
+def _plain(
+    sizes: Iterable[tuple[int, int, int]], rounding: float = 0.0
+) -> Iterator[tuple[str, mx.array, Exact]]:
     """Each size, with each operand as it is and as the transpose of its transpose."""
-    for m, k, n in _SIZES:
+    for m, k, n in sizes:
         a, b = _numbers(m, k), _numbers(k, n)
         exact = _exact(a, b)
+        exact = Exact(exact.value, exact.bound + rounding * _product(np.abs(a), np.abs(b)))
         for left, x in (("a", mx.array(a)), ("a.T", mx.array(a.T.copy()).T)):
             for right, y in (("b", mx.array(b)), ("b.T", mx.array(b.T.copy()).T)):
                 yield f"{left} @ {right} for ({m}, {k}) and ({k}, {n})", x @ y, exact

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.api import MlxloraError, ResourceError, RuntimeStarted, thread_count
+
+if TYPE_CHECKING:
+    from mlxlora_openblas.blas import Blas
 
 _COST = (
     "a token of a reply takes 1.5 times as long, a prompt 1.3 times; "
@@ -61,12 +66,12 @@ def _start() -> RuntimeStarted | None:
     if not slots:
         return None
     blas = open_blas(thread_count())
-    functions, said, advice = _with_c(blas.functions)
-    before = {slot: slot.target for slot in slots if slot.function in functions}
+    products = _products(blas)
+    before = {slot: slot.target for slot in slots if slot.function in products.functions}
     wrong = ["everything, until the check has ended"]
     try:
         for slot in before:
-            slot.point_at(functions[slot.function])
+            slot.point_at(products.functions[slot.function])
         wrong = faults()
     finally:
         if wrong:
@@ -76,31 +81,76 @@ def _start() -> RuntimeStarted | None:
         raise ResourceError(
             f"{blas.title} gets {len(wrong)} products wrong, such as {wrong[0]}", where=blas.path
         )
-    works = exponential_works(exp)
-    if not works and not advice:
+    works, said = exponential_works(exp), products.said
+    special = _special() if works else {}
+    if not works and not products.advice:
         said += "; exponentials stay with MLX, whose products are not what sgemm.c expects"
     return RuntimeStarted(
         f"openblas: {blas.title} under MLX's CPU backend{said}",
-        set_threads=blas.set_threads,
+        set_threads=products.set_threads,
         exp=exp if works else None,
-        advice=advice,
+        set_precision=products.set_precision,
+        **special,
+        advice=products.advice,
     )
 
 
-def _with_c(functions: Mapping[str, int]) -> tuple[dict[str, int], str, str]:
-    """The functions of a BLAS with the faster ``cblas_sgemm``, what is to be said of it, and what to do."""
-    from mlxlora_openblas import sgemm
+def _special() -> dict[str, Any]:
+    """What special.c computes right, by the names of :class:`RuntimeStarted`."""
+    from mlxlora_openblas import special
+    from mlxlora_openblas.check import exponentials_work, packed_works
+
+    right: dict[str, Any] = {}
+    if exponentials_work(special.sigmoid, special.exp_rows):
+        right |= {"sigmoid": special.sigmoid, "exp_rows": special.exp_rows}
+    if packed_works(special.packed_product):
+        right["packed_product"] = special.packed_product
+    return right
+
+
+@dataclass(frozen=True)
+class _Products:
+    """What MLX is to call, and what is to be said of it.
+
+    Attributes:
+        functions: name -> address.
+        set_threads: as of :class:`RuntimeStarted`.
+        set_precision: likewise.
+        said: to be added to what is in force.
+        advice: what would make it faster.
+    """
+
+    functions: Mapping[str, int]
+    set_threads: Callable[[int], None] | None
+    set_precision: Callable[[str], None] | None = None
+    said: str = ""
+    advice: str = ""
+
+
+def _products(blas: Blas) -> _Products:
+    """The functions of a BLAS, with the ``cblas_sgemm`` in C before its own where there is that.
+
+    The threads are those of the library in C then, where the BLAS can be held to one.
+    """
+    from mlxlora_openblas import precision, sgemm
     from mlxlora_openblas.check import vector_faults
 
     try:
         library = sgemm.open_library()
     except ResourceError as fault:
-        return dict(functions), ", without sgemm.c", f"openblas: {fault}: {_COST}"
-    vectors = sgemm.SGEMV in functions
-    faster = sgemm.put_before(library, functions, vectors=vectors)
+        advice = f"openblas: {fault}: {_COST}"
+        return _Products(blas.functions, blas.set_threads, said=", without sgemm.c", advice=advice)
+    set_threads = None
+    if blas.set_threads is not None:
+        blas.set_threads(1)
+        set_threads = partial(sgemm.set_threads, library)
+        set_threads(thread_count())
+    vectors = sgemm.SGEMV in blas.functions
+    faster = sgemm.put_before(library, blas.functions, vectors=vectors)
     wrong = vector_faults(faster[sgemm.SGEMM]) if vectors else []
+    set_precision = precision.setter(library)
     if not wrong:
-        return faster, "", ""
-    sgemm.put_before(library, functions, vectors=False)
+        return _Products(faster, set_threads, set_precision)
+    sgemm.put_before(library, blas.functions, vectors=False)
     said = f"; its {sgemm.SGEMV} is left alone: {len(wrong)} products wrong, such as {wrong[0]}"
-    return faster, said, ""
+    return _Products(faster, set_threads, set_precision, said)

@@ -1,4 +1,4 @@
-"""The ``cblas_sgemm`` of sgemm.c, which stands between MLX and a BLAS, and the exponential that it brings.
+"""The library in C that stands between MLX and a BLAS: its ``cblas_sgemm``, its threads, its exponential.
 
 The library is built when mlxlora is installed (``hatch_build.py``), where there is a C compiler.
 """
@@ -22,17 +22,17 @@ SGEMM, SGEMV = "cblas_sgemm", "cblas_sgemv"
 #: where the library is, if it was built
 LIBRARY = Path(__file__).with_name("libmlxlora_sgemm.so")
 
-_SOURCE = Path(__file__).with_name("sgemm.c")
+_SOURCES = Path(__file__).parent
 
 #: as many numbers as MLX can give to one product
-_MOST = 2**31 - 1
+MOST = 2**31 - 1
 
 
 def open_library() -> ctypes.CDLL:
     """The library, with ``mlxlora_use`` and ``mlxlora_cblas_sgemm``.
 
     Raises:
-        ResourceError: there is none, it is for another machine, or it was built from another sgemm.c.
+        ResourceError: there is none, it is for another machine, or it was built from other C files.
     """
     if not LIBRARY.exists():
         raise ResourceError("there was no working C compiler when mlxlora was installed")
@@ -41,9 +41,17 @@ def open_library() -> ctypes.CDLL:
         built_from = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, "mlxlora_source")))
     except (OSError, ValueError) as fault:
         raise ResourceError(str(fault)) from fault
-    if built_from.decode() != hashlib.sha256(_SOURCE.read_bytes()).hexdigest():
-        raise ResourceError("it was built from another sgemm.c", where=str(LIBRARY))
+    if built_from.decode() != _digest(_SOURCES):
+        raise ResourceError("it was built from other C files", where=str(LIBRARY))
     return library
+
+
+def _digest(folder: Path) -> str:
+    """Of all C files and headers in ``folder``, as hatch_build.py makes it."""
+    found = hashlib.sha256()
+    for path in sorted([*folder.glob("*.c"), *folder.glob("*.h")]):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def put_before(library: ctypes.CDLL, functions: Mapping[str, int], *, vectors: bool) -> dict[str, int]:
@@ -51,7 +59,7 @@ def put_before(library: ctypes.CDLL, functions: Mapping[str, int], *, vectors: b
 
     Args:
         library: as :func:`open_library` gives it.
-        functions: with ``cblas_sgemm``.
+        functions: with ``cblas_sgemm``; each works with one thread, where the pool is to have several.
         vectors: whether products of one row or one column go to ``cblas_sgemv``.
     """
     token = np.array(_token(), copy=False).ctypes.data
@@ -65,9 +73,14 @@ def exp(x: mx.array) -> mx.array:
 
     Only where MLX calls the ``cblas_sgemm`` of :func:`put_before`.
     """
-    if x.size > _MOST:
+    if x.size > MOST:
         return mx.exp(x)
     return (x.reshape(-1, 1) @ _token()).reshape(x.shape)
+
+
+def set_threads(library: ctypes.CDLL, count: int) -> None:
+    """Let each product take so many threads of the library's own."""
+    library.mlxlora_set_threads(ctypes.c_int(count))
 
 
 @cache

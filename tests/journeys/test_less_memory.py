@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import pytest
 import small_models
+from mlx.utils import tree_flatten
 from small_models import FAMILIES, REGISTRY
 
+from mlxlora_core.errors import ResourceError, UsageError
+from mlxlora_core.machine import memory as machine_memory
 from mlxlora_core.model import adapters, head_loss, loading
 from mlxlora_core.plugins import Choice
 from mlxlora_core.plugins.sections import Quantization, QuantizeConfig, configure
+from mlxlora_core.training import memory as training_memory
+from mlxlora_core.training.batches import Collator
 from mlxlora_core.training.checkpoints import Start
-from mlxlora_core.training.events import TrainReport, ValidReport
+from mlxlora_core.training.events import Note, TrainReport, ValidReport
+from mlxlora_core.training.gradient import Gradients
+from mlxlora_core.training.memory import decide_recompute
 from mlxlora_core.training.outputs import Outputs
 from mlxlora_core.training.session import NewAdapter, TrainingSession, open_training
 from mlxlora_core.training.settings import SaveConfig, TrainConfig
@@ -146,6 +155,53 @@ def test_what_draws_is_not_compiled_where_it_is_computed_again(
     opened: Callable[..., TrainingSession],
 ) -> None:
     """A compiled step knows no random state that it could go back to."""
-    plain, _ = curve(opened(dropout=0.2))
-    both, _ = curve(opened(dropout=0.2, compile="on", grad_checkpoint="on"))
-    assert both == pytest.approx(plain, rel=1e-6)
+    session = opened(dropout=0.2)
+    model, collate = session.model.language_model, Collator(session.rows["train"].examples)
+    model.train()
+    found = []
+    for compiled, recompute in ((False, False), (True, True)):
+        gradients = Gradients(model, collate, 2, compiled, recompute)
+        mx.random.seed(5)
+        found.append(dict(tree_flatten(gradients([0, 1]).gradient)))
+        assert gradients.compiles == 0
+    assert all(mx.array_equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def notes(session: TrainingSession) -> list[str]:
+    return [event.text for event in session.start() if isinstance(event, Note)]
+
+
+def test_layers_are_computed_again_where_memory_is_short_and_it_is_told(
+    opened: Callable[..., TrainingSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not opened().training.recompute
+    monkeypatch.setattr(training_memory, "has_room", lambda need: False)
+    assert not opened(grad_checkpoint="off").training.recompute
+    session = opened()
+    assert session.training.recompute
+    assert sum("computed again for their gradient" in text for text in notes(session)) == 1
+
+
+def test_a_refusal_names_what_was_switched_off(
+    opened: Callable[..., TrainingSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = {way: opened(grad_checkpoint=way) for way in ("off", "auto")}
+    monkeypatch.setattr(machine_memory, "_rooms", lambda root: [machine_memory._Room(0, 1000, "memory")])
+    said = {}
+    for way, session in sessions.items():
+        with pytest.raises(ResourceError) as caught:
+            list(session.start())
+        said[way] = "--grad-checkpoint on" in str(caught.value)
+    assert said == {"off": True, "auto": False}
+
+
+def test_an_architecture_that_runs_all_layers_or_none_says_so() -> None:
+    class Whole:
+        def run(self, hidden: Any, cache: Any = None) -> Any:
+            return hidden
+
+    model: Any = SimpleNamespace(language_model=Whole())
+    rows: Any = None
+    assert not decide_recompute(model, rows, TrainConfig(grad_checkpoint="auto"))
+    with pytest.raises(UsageError, match="grad_checkpoint cannot be on: this architecture runs all"):
+        decide_recompute(model, rows, TrainConfig(grad_checkpoint="on"))

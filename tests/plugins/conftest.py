@@ -27,13 +27,13 @@ def build_hook() -> Any:
 
 @pytest.fixture(scope="session")
 def compile_sgemm(build_hook: Any) -> Callable[..., Path]:
-    """Compiles sgemm.c of the openblas plugin as an installation does: ``compile_sgemm(folder, *flags)``."""
+    """Compiles the C files of the openblas plugin as installing does: ``compile_sgemm(folder, *flags)``."""
     if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         pytest.skip("needs a C compiler: install gcc or clang")
 
     def make(folder: Path, *flags: str) -> Path:
         library = folder / build_hook.LIBRARY
-        build_hook.compile_library(Path(mlxlora_openblas.__file__).with_name("sgemm.c"), library, *flags)
+        build_hook.compile_library(Path(mlxlora_openblas.__file__).parent, library, *flags)
         return library
 
     return make

@@ -292,7 +292,11 @@ def test_a_library_of_another_source_is_said(
 ) -> None:
     monkeypatch.setattr(sgemm, "LIBRARY", compile_sgemm(tmp_path))
     sgemm.open_library()
-    (tmp_path / "sgemm.c").write_bytes(sgemm._SOURCE.read_bytes() + b"\n")
-    monkeypatch.setattr(sgemm, "_SOURCE", tmp_path / "sgemm.c")
-    with pytest.raises(ResourceError, match=r"it was built from another sgemm\.c"):
+    for path in [*sgemm._SOURCES.glob("*.c"), *sgemm._SOURCES.glob("*.h")]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(sgemm, "_SOURCES", tmp_path)
+    sgemm.open_library()
+    with (tmp_path / "products.h").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ResourceError, match="it was built from other C files"):
         sgemm.open_library()

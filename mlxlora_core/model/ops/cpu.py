@@ -10,7 +10,7 @@ written out. All arrays are in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias, cast
@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, cast
 import mlx.core as mx
 import numpy as np
 
-from mlxlora_core.machine.device import exponential
+from mlxlora_core.machine.device import exponential, lent
 from mlxlora_core.model.ops.rows import Rows
 
 _Pair: TypeAlias = tuple[mx.array, mx.array]
@@ -28,6 +28,9 @@ _LOWEST = -80.0
 
 # Causal attention takes so many queries at a time, or an eighth of them where that is more.
 _TILE = 64
+
+# Or so many where a runtime has one operation for all that is done to scores: fewer and larger ones pay then.
+_FUSED_TILE = 128
 
 # What a score becomes where a query does not see a key: a row of nothing else has a mean, not NaN.
 _UNSEEN = float(np.finfo(np.float32).min)
@@ -83,7 +86,8 @@ def attention(
         tiles = [_Tile(0, length, seen, None)]
     else:
         # No work on the keys that none of a tile's queries sees: nearly half of all.
-        tiles = _causal_tiles(length, seen, max(_TILE, -(-length // 8)))
+        size = _TILE if lent("exp_rows") is None else _FUSED_TILE
+        tiles = _causal_tiles(length, seen, max(size, -(-length // 8)))
     return cast(mx.array, _attention(tiles, scale)(queries, keys, values)[0])
 
 
@@ -190,6 +194,7 @@ class _Tile:
     """Queries ``start`` to ``stop``, and which keys they see: ``first`` up to, not including, ``keys``.
 
     ``bias`` (stop - start, keys - first) is added to their scores, where it is given.
+    ``causal`` says that it is of the plain kind: the last query sees all keys, the one before all but one.
     """
 
     start: int
@@ -197,6 +202,7 @@ class _Tile:
     keys: int
     bias: mx.array | None
     first: int = 0
+    causal: bool = False
 
     def seen(self, x: mx.array) -> mx.array:
         """Of (B, K, S, E) what its queries see."""
@@ -211,7 +217,7 @@ def _causal_tiles(length: int, seen: int, size: int) -> list[_Tile]:
         keys = seen - length + stop
         query = mx.arange(keys - (stop - start), keys)[:, None]  # (t, 1)
         bias = mx.where(query >= mx.arange(keys), 0.0, -mx.inf)  # (t, keys)
-        tiles.append(_Tile(start, stop, keys, bias))
+        tiles.append(_Tile(start, stop, keys, bias, causal=True))
     return tiles
 
 
@@ -274,11 +280,7 @@ def _attention(tiles: list[_Tile], scale: float) -> Callable[..., Any]:
         for tile in tiles:
             rows = _rows(queries, group, tile)  # (B, K, H / K · t, E)
             scores = rows @ tile.seen(keys).swapaxes(-1, -2)  # (B, K, H / K · t, S)
-            if tile.bias is not None:
-                scores = scores + mx.concatenate([tile.bias] * group)
-            for added in bias:
-                scores = scores + added
-            e = _exp(scores - scores.max(axis=-1, keepdims=True))
+            e = _exp_scores(scores, tile, group, bias)
             inverse = 1.0 / _row_sums(e)  # (B, K, H / K · t, 1)
             parts.append((e @ tile.seen(values)) * inverse)  # (B, K, H / K · t, E)
             kept += [e, inverse]
@@ -304,6 +306,20 @@ def _attention(tiles: list[_Tile], scale: float) -> Callable[..., Any]:
         return dq, dk.whole() * scale, dv.whole(), *(_summed_to(added, dscores) for added in bias)
 
     return cast(Callable[..., Any], attend)
+
+
+def _exp_scores(scores: mx.array, tile: _Tile, group: int, added: Sequence[mx.array]) -> mx.array:
+    """Exponentials of scores (B, K, H / K · t, S) and what is added to them, less the highest of each row."""
+    exp_rows = lent("exp_rows")
+    if exp_rows is not None and tile.causal:
+        return cast(mx.array, exp_rows(scores, tile.stop - tile.start))
+    if tile.bias is not None:
+        scores = scores + mx.concatenate([tile.bias] * group)
+    for bias in added:
+        scores = scores + bias
+    if exp_rows is not None:
+        return cast(mx.array, exp_rows(scores, 0))
+    return _exp(scores - scores.max(axis=-1, keepdims=True))
 
 
 def _summed_to(target: mx.array, x: mx.array) -> mx.array:
@@ -354,7 +370,8 @@ class _Sum:
 @mx.custom_function
 def _silu_times(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
     """The product, and the sigmoid that its gradient is made of."""
-    sigmoid = 1.0 / (1.0 + _exp(-gate))
+    lent_sigmoid = lent("sigmoid")
+    sigmoid = 1.0 / (1.0 + _exp(-gate)) if lent_sigmoid is None else lent_sigmoid(gate)
     return sigmoid * gate * up, sigmoid
 
 

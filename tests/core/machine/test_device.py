@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mlxlora_core.errors import UsageError
 from mlxlora_core.machine import device
 from mlxlora_core.machine.device import compute_dtype
 
@@ -65,3 +66,24 @@ def test_metal_keeps_as_much_in_memory_as_the_system_recommends(monkeypatch: pyt
 
     monkeypatch.setattr(mx, "set_wired_limit", refused)
     device.prepare_device()
+
+
+def test_products_are_made_of_what_is_asked_for_and_of_float32_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(device, "_precisions", [told.append])
+    with device.product_precision("float32"):
+        assert told == []
+    with pytest.raises(ValueError, match="mine"), device.product_precision("bfloat16x3"):
+        assert told == ["bfloat16x3"]
+        raise ValueError("mine")
+    assert told == ["bfloat16x3", "float32"]
+
+
+def test_what_no_runtime_can_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_precisions", [])
+    with device.product_precision("float32"):
+        pass
+    said = r"compute is bfloat16, .*AMX.*leave compute at float32"
+    with pytest.raises(UsageError, match=said) as caught, device.product_precision("bfloat16"):
+        pytest.fail("went on")
+    assert "\n" not in str(caught.value)

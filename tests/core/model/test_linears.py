@@ -23,6 +23,7 @@ from mlxlora_core.model.linears import (
     linear_shape,
 )
 from mlxlora_core.options import NoOptions
+from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.specs import Quantizer
 from mlxlora_core.testing.stand_in import choice
 
@@ -120,6 +121,63 @@ class TestQuantizedLinear:
         got = linear(x)
         assert bool(asked) == own
         assert mx.abs(got - (x @ linear.dequantize().T + linear.bias)).max() < 1e-5
+
+    @pytest.mark.parametrize(
+        ("rows", "training", "cpu", "dtype", "bound"),
+        [
+            (1, False, True, mx.float32, True),
+            (8, False, True, mx.float32, True),
+            (9, False, True, mx.float32, False),
+            (1, True, True, mx.float32, False),
+            (1, False, False, mx.float32, False),
+            (1, False, True, mx.float16, False),
+        ],
+    )
+    def test_a_bound_product_takes_few_rows_of_a_model_that_does_not_train(
+        self,
+        rows: int,
+        training: bool,
+        cpu: bool,
+        dtype: mx.Dtype,
+        bound: bool,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def bind(parts: Mapping[str, mx.array], options: NoOptions) -> Any:
+            weight = from_signs(parts, options)
+            made.append(weight)
+            return lambda x: x @ weight.T
+
+        made: list[mx.array] = []
+        linear = signs(nn.Linear(64, 8), bind=bind)
+        linear.train(training)
+        monkeypatch.setattr(linears, "on_cpu", lambda: cpu)
+        x = mx.random.normal((1, rows, 64)).astype(dtype)
+        for _ in range(2):
+            near = 1e-5 if dtype == mx.float32 else 0.02
+            assert mx.abs(linear(x) - (x @ linear.dequantize().T + linear.bias)).max() < near
+        assert len(made) == int(bound)  # once, however often it is used
+
+    def test_other_parts_are_bound_anew(self) -> None:
+        linear = signs(
+            nn.Linear(64, 8), bind=lambda parts, options: lambda x: x @ from_signs(parts, options).T
+        )
+        linear.eval()
+        x = mx.random.normal((1, 64))
+        linear(x)
+        linear.update(by_signs(mx.random.normal((8, 64)), NoOptions()))
+        assert mx.abs(linear(x) - (x @ linear.dequantize().T + linear.bias)).max() < 1e-5
+
+    def test_where_nothing_is_bound_all_is_as_without(self) -> None:
+        linear = signs(nn.Linear(64, 8), bind=lambda parts, options: None)
+        linear.eval()
+        x = mx.random.normal((1, 64))
+        assert mx.abs(linear(x) - (x @ linear.dequantize().T + linear.bias)).max() < 1e-5
+
+    def test_a_bound_product_of_another_shape_names_the_quantizer(self) -> None:
+        linear = signs(nn.Linear(64, 8), bind=lambda parts, options: lambda x: mx.zeros((1, 9)))
+        linear.eval()
+        with pytest.raises(PluginError, match=r"signs: bind gives \(1, 9\), wanted \(1, 8\)"):
+            linear(mx.ones((1, 64)))
 
     def test_a_product_of_another_shape_names_the_quantizer(self) -> None:
         linear = signs(nn.Linear(64, 8), matmul=lambda x, parts, options: mx.zeros((1, 9)))
@@ -227,3 +285,24 @@ class TestLinears:
     def test_parameters_of_a_base_are_found(self) -> None:
         linear = signs(nn.Linear(64, 8))
         assert set(dict(tree_flatten(linear.parameters()))) == {"signs", "sizes", "bias"}
+
+
+@pytest.mark.parametrize("change", ["attribute", "update"])
+def test_a_product_that_is_bound_to_parts_ends_with_them(
+    registry: Registry, as_on_a_gpu: None, change: str
+) -> None:
+    affine = registry.find("quantizer", "affine")
+    choice = Choice(affine, affine.spec.options(group_size=32, bits=4))
+    weight = mx.random.normal((16, 64)).astype(mx.bfloat16)
+    linear = QuantizedLinear(choice, affine.spec.quantize(weight, choice.options), weight.shape)
+    linear.eval()
+    x = mx.random.normal((3, 64)).astype(mx.bfloat16)
+    before = linear(x)
+    exact = x.astype(mx.float32) @ linear.dequantize().T
+    assert before.dtype == mx.bfloat16 and mx.allclose(before.astype(mx.float32), exact, rtol=0.02, atol=0.3)
+    twice = {"scales": 2 * linear.scales, "biases": 2 * linear.biases}
+    if change == "update":
+        linear.update(twice)
+    else:
+        linear.scales, linear.biases = twice["scales"], twice["biases"]
+    assert mx.array_equal(linear(x), 2 * before)

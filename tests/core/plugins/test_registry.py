@@ -706,6 +706,24 @@ def test_the_exponential_of_a_runtime_is_kept(monkeypatch: pytest.MonkeyPatch) -
     assert device._exponentials == [abs]
 
 
+def test_what_a_runtime_sets_the_precision_with_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(device, "_precisions", [])
+    start_runtimes(runtimes(lambda: RuntimeStarted("fast", set_precision=told.append)))
+    with device.product_precision("bfloat16"):
+        assert told == ["bfloat16"]
+    assert told == ["bfloat16", "float32"]
+
+
+def test_what_else_a_runtime_computes_is_lent_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_lent", {})
+    start_runtimes(
+        runtimes(lambda: RuntimeStarted("fast", sigmoid=abs), lambda: RuntimeStarted("more", exp_rows=max))
+    )
+    assert device.lent("sigmoid") is abs and device.lent("exp_rows") is max
+    assert device.lent("packed_product") is None
+
+
 def test_every_kind_has_a_hook_and_a_spec() -> None:
     import mlxlora_core.hookspecs as hookspecs
 

@@ -14,14 +14,17 @@ import mlx.core as mx
 import pytest
 
 from mlxlora_core.errors import DataError, MlxloraError, ModelError, SafetyError, UsageError
+from mlxlora_core.machine import device
 from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.adapters import AdapterFile
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.sections import configure
+from mlxlora_core.training import evaluation, gradient, loss
 from mlxlora_core.training.checkpoints import Start
 from mlxlora_core.training.events import (
+    Advanced,
     CheckpointSaved,
     Note,
     TrainingStarted,
@@ -207,3 +210,31 @@ def test_a_signal_without_a_folder_says_that_nothing_is_saved(session: Open) -> 
 
     with pytest.raises(Interrupted, match="interrupted at step 2; nothing was saved"):
         list(interrupted())
+
+
+def test_steps_and_validations_are_computed_as_asked_and_nothing_else(
+    session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, computed = ["float32"], []
+    nats = loss.nats
+
+    def note(*arguments: Any) -> Any:
+        computed.append(told[-1])
+        return nats(*arguments)
+
+    monkeypatch.setattr(gradient, "nats", note)
+    monkeypatch.setattr(evaluation, "nats", note)
+    monkeypatch.setattr(device, "_precisions", [told.append])
+    for event in session(compute="bfloat16x3").start():
+        assert told[-1] == "float32" or isinstance(event, Advanced), event
+    assert computed and set(computed) == {"bfloat16x3"}
+    assert told[-1] == "float32"
+
+
+def test_a_compute_that_the_machine_has_not_is_refused_before_any_work(
+    session: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_precisions", [])
+    with pytest.raises(UsageError, match="compute is bfloat16"):
+        session(outputs=Outputs(checkpoints=tmp_path / "c"), compute="bfloat16")
+    assert not (tmp_path / "c").exists()

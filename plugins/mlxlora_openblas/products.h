@@ -1,0 +1,100 @@
+/* What the C files of this library share: the functions of a BLAS, and the threads that products take.
+
+   hatch_build.py compiles all of them into one library. None needs a header of MLX or of a BLAS.
+
+   Source of the interface: the CBLAS standard, BLAST Forum, appendix B. */
+
+#ifndef MLXLORA_PRODUCTS_H
+#define MLXLORA_PRODUCTS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+enum { ROW_MAJOR = 101, PLAIN = 111, TRANSPOSED = 112 };
+
+/* C (m, n) = alpha op(A) op(B) + beta C, with sums of k terms. */
+typedef void sgemm_function(int order, int trans_a, int trans_b, int m, int n, int k, float alpha,
+                            const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc);
+
+/* y = alpha op(A) x + beta y, with A (rows, columns) as it is stored. */
+typedef void sgemv_function(int order, int trans, int rows, int columns, float alpha, const float *a, int lda,
+                            const float *x, int x_step, float beta, float *y, int y_step);
+
+/* --- exponential.c ----------------------------------------------------------------------------------- */
+
+typedef void exp_function(size_t count, const float *restrict x, float *restrict y);
+
+struct exponentials {
+    exp_function *exp, *sigmoid;
+    exp_function *row; /* exp(x - the highest x) */
+};
+
+/* The fastest loops for this processor. */
+const struct exponentials *fastest_exponentials(void);
+
+/* --- special.c --------------------------------------------------------------------------------------- */
+
+enum kind { PACKED = 1, SIGMOIDS, ROWS };
+enum type { FLOAT32, FLOAT16, BFLOAT16 };
+
+/* What a product stands for, as headers.py writes it. */
+struct header {
+    uint32_t magic[4];
+    const struct header *self;
+    int32_t kind;
+    /* ROWS: exponentials of rows of such a length less their highest; with `queries`, rows come in groups of
+       so many, of which the last sees all numbers of the row, the one before all but one, and so on. */
+    int32_t length, queries;
+    /* PACKED: a weight as of mlx.core.quantize. */
+    int32_t outputs, inputs, group, bits, type;
+    const uint32_t *words;       /* (outputs, inputs * bits / 32) */
+    const void *scales, *biases; /* (outputs, inputs / group) */
+};
+
+/* Do what the matrix b (1, n) stands for with x (m, 1), and say whether it stood for anything. */
+int special(const struct exponentials *loops, int m, int n, const float *x, const float *b, float *y);
+
+/* --- amx.c ------------------------------------------------------------------------------------------- */
+
+/* Whether the processor and the system have tiles that multiply bfloat16. */
+int amx_present(void);
+
+/* Ask the system that this process may use them; whether it may. Not by two threads at a time. */
+int amx_start(void);
+
+/* An sgemm, row-major, by one thread with tiles, where 1 or 2 bfloat16 stand for a number; after amx_start.
+
+   Returns 0 where a number is not finite, or too large for bfloat16, or there is no memory: then C is as it was,
+   or with a beta of 0 undefined, and the product is to be computed otherwise. */
+int amx_product(int parts, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a, int lda,
+                const float *b, int ldb, float beta, float *c, int ldc);
+
+/* --- packed.c ---------------------------------------------------------------------------------------- */
+
+/* y (m, outputs) = x (m, inputs) times the packed weight; NaN where there is no memory. */
+void packed_product(int m, const float *x, const struct header *weight, float *y);
+
+/* --- pool.c ------------------------------------------------------------------------------------------ */
+
+/* Does one of the parts of some work; parts of one work run at the same time, in any order. */
+typedef void part_function(const void *work, int part);
+
+/* How many threads a product takes, the one that asks for it among them. */
+int pool_threads(void);
+
+/* Do all parts of a work; which thread does which follows who is free, and nothing else may depend on it. */
+void pool_run(part_function *do_part, const void *work, int parts);
+
+/* --- split.c ----------------------------------------------------------------------------------------- */
+
+/* An sgemm, row-major, of operands that are plain or transposed, as parts for the threads of the pool. */
+void split_product(sgemm_function *sgemm, int trans_a, int trans_b, int m, int n, int k, float alpha,
+                   const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc);
+
+/* The same for an sgemv whose x has its numbers side by side. */
+void split_vector(sgemv_function *sgemv, int trans, int rows, int columns, float alpha, const float *a, int lda,
+                  const float *x, float beta, float *y, int y_step);
+
+#endif

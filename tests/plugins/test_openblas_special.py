@@ -1,0 +1,193 @@
+"""What a header stands for: packed weights, sigmoids, exponentials of rows; through MLX in children."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_openblas import child, with_library
+
+BUILDS = {"as built": (), "avx2": ("-DAT_MOST_AVX2",), "for any processor": ("-DPORTABLE",)}
+
+START = """
+import math
+import mlx.core as mx
+import numpy as np
+from mlxlora_openblas import special
+from mlxlora_openblas.runtime import start
+{library}
+note = start()
+assert not note.warning and note.packed_product and note.exp_rows and note.sigmoid, note
+rng = np.random.default_rng(0)
+
+def packed(outputs, inputs, group, bits, dtype=mx.float32):
+    \"\"\"Words, scales, biases, and what they stand for.\"\"\"
+    words = mx.array(rng.integers(0, 2**32, (outputs, inputs * bits // 32), dtype=np.uint32))
+    drawn = rng.standard_normal((2, outputs, inputs // group)).astype(np.float32)
+    scales, biases = (mx.array(part).astype(dtype) for part in drawn)
+    values = (np.array(words)[:, :, None] >> np.arange(0, 32, bits, dtype=np.uint32)) & (2**bits - 1)
+    values = values.reshape(outputs, -1, group).astype(np.float64)
+    s, b = (np.array(p.astype(mx.float32)).astype(np.float64)[..., None] for p in (scales, biases))
+    whole = (values * s + b).reshape(outputs, inputs)
+    size = (np.abs(values * s) + np.abs(b)).reshape(outputs, inputs)
+    return (words, scales, biases), whole, size
+"""
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def built(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    compile_sgemm: Callable[..., Path],
+) -> Path:
+    """The library, for this processor and for lesser ones."""
+    flags = ("-Wall", "-Wextra", "-Werror", *BUILDS[request.param])
+    return compile_sgemm(tmp_path_factory.mktemp("special"), *flags)
+
+
+def run(built: Path, code: str, **environment: str) -> None:
+    child(START.format(library=with_library(built)) + code, **environment)
+
+
+def test_packed_products_are_those_of_numpy_for_every_kind_of_weight(built: Path) -> None:
+    """All bits, groups and types, odd sizes, 1 to 9 rows, with one thread and with three."""
+    run(
+        built,
+        """
+for bits in (2, 4, 8):
+    for group in (32, 64, 128):
+        for dtype in (mx.float32, mx.float16, mx.bfloat16):
+            for outputs, groups in ((1, 1), (33, 3), (77, 5), (700, 17)):
+                parts, whole, size = packed(outputs, groups * group, group, bits, dtype)
+                multiply = note.packed_product(*parts, group_size=group, bits=bits)
+                for rows, threads in ((1, 1), (1, 3), (2, 3), (3, 1), (9, 3)):
+                    note.set_threads(threads)
+                    x = rng.standard_normal((rows, groups * group)).astype(np.float32)
+                    got = np.array(multiply(mx.array(x)))
+                    assert got.shape == (rows, outputs)
+                    bound = (groups * group + 8) * 2.0**-24 * (np.abs(x) @ size.T)
+                    assert np.all(np.abs(got - x.astype(np.float64) @ whole.T) <= bound), (bits, group, dtype)
+""",
+    )
+
+
+def test_packed_products_of_views_and_of_what_mlx_quantizes(built: Path) -> None:
+    run(
+        built,
+        """
+weight = rng.standard_normal((96, 256)).astype(np.float32)
+parts = mx.quantize(mx.array(weight), group_size=64, bits=4)
+whole = np.array(mx.dequantize(*parts, group_size=64, bits=4)).astype(np.float64)
+multiply = note.packed_product(*parts, group_size=64, bits=4)
+wide = mx.array(rng.standard_normal((2, 3, 300)).astype(np.float32))
+same = mx.broadcast_to(wide[0, 0, :256], (4, 256))
+for x in (wide[..., :256], wide[:, 1:2, 44:], wide[:1, :1, 10:266], same):
+    got = np.array(multiply(x))
+    assert got.shape == (*x.shape[:-1], 96)
+    np.testing.assert_allclose(got, np.array(x).astype(np.float64) @ whole.T, atol=1e-4)
+cut = [p[8:40] for p in parts]  # not at the beginning of their memory
+x = wide[0, :, :256]
+got = np.array(note.packed_product(*cut, group_size=64, bits=4)(x))
+np.testing.assert_allclose(got, np.array(x).astype(np.float64) @ whole[8:40].T, atol=1e-4)
+# A scale that is no number, and one that float16 holds below its normal ones.
+words, scales, biases = (mx.array(p) for p in parts)
+half = scales.astype(mx.float16)
+half[5, 2], half[7, 1], half[9, 0] = math.nan, math.inf, 3e-6
+one = mx.ones((1, 256))
+got = np.array(note.packed_product(words, half, mx.zeros_like(half), group_size=64, bits=4)(one))[0]
+wide_scales = half.astype(mx.float32)
+want = mx.quantized_matmul(one, words, wide_scales, mx.zeros((96, 4)), group_size=64, bits=4)
+want = np.array(want)[0]
+broken = ~np.isfinite(want)
+assert broken.sum() == 2 and not np.isfinite(got[broken]).any()
+np.testing.assert_allclose(got[~broken], want[~broken], atol=1e-4)
+""",
+    )
+
+
+def test_a_product_that_is_computed_later_keeps_what_it_needs(built: Path) -> None:
+    run(
+        built,
+        """
+parts, whole, _ = packed(512, 1024, 64, 4)
+x = rng.standard_normal((1, 1024)).astype(np.float32)
+multiply = note.packed_product(*parts, group_size=64, bits=4)
+later = multiply(mx.array(x))
+del parts, multiply
+mx.clear_cache()
+waste = [mx.full((512, 128), 7, mx.uint32) for _ in range(50)]
+mx.eval(waste)
+np.testing.assert_allclose(np.array(later), x.astype(np.float64) @ whole.T, atol=0.05)
+""",
+    )
+
+
+def test_what_is_no_header_to_the_letter_is_a_product_and_what_was_one_gives_no_number(built: Path) -> None:
+    run(
+        built,
+        """
+parts, whole, _ = packed(64, 128, 64, 4)
+seen = []
+true = mx.depends
+mx.depends = lambda product, rest: seen.append(product) or true(product, rest)
+x = mx.array(rng.standard_normal((1, 128)).astype(np.float32))
+multiply = note.packed_product(*parts, group_size=64, bits=4)
+header = multiply.__closure__[multiply.__code__.co_freevars.index("header")].cell_contents
+one = mx.as_strided(x, (1, 1), (1, 1))
+copy = mx.array(np.array(header))
+zeros = mx.zeros(64)
+added = [mx.addmm(zeros, one, header, alpha=2.0), mx.addmm(zeros, one, header, beta=0.5)]
+for product in (*added, one @ copy, one @ header[:, :32], one @ (header * 1.0), header.T @ one):
+    assert np.isnan(np.array(product)).any(), product.shape
+slope = mx.grad(lambda x: multiply(x).sum())(x)
+assert np.isnan(np.array(slope)).any()
+rows, columns = (rng.standard_normal(shape).astype(np.float32) for shape in ((70, 1), (1, 90)))
+np.testing.assert_array_equal(np.array(mx.array(rows) @ mx.array(columns)), rows * columns)
+for wrong in (dict(bits=3), dict(bits=8), dict(group_size=32), dict(group_size=48)):
+    assert note.packed_product(*parts, **(dict(group_size=64, bits=4) | wrong)) is None
+words, scales, biases = parts
+assert note.packed_product(words, scales.astype(mx.float16), biases, group_size=64, bits=4) is None
+assert note.packed_product(words.view(mx.int32), scales, biases, group_size=64, bits=4) is None
+assert note.packed_product(words[None], scales[None], biases[None], group_size=64, bits=4) is None
+""",
+    )
+
+
+def test_exponentials_of_rows_and_sigmoids_are_those_of_numpy(built: Path) -> None:
+    run(
+        built,
+        """
+shapes = ((1,), 0), ((3, 1), 1), ((7, 33), 0), ((2, 3, 8, 40), 8), ((2, 10, 16), 5), ((4, 100, 700), 50)
+for shape, queries in shapes:
+    for threads in (1, 3):
+        note.set_threads(threads)
+        x = rng.uniform(-60, 60, shape).astype(np.float32)
+        wide = x.astype(np.float64)
+        if queries:
+            seen = np.arange(shape[-1] - queries, shape[-1])[:, None] >= np.arange(shape[-1])
+            wide = np.where(seen, wide.reshape(-1, queries, shape[-1]), -np.inf).reshape(shape)
+        want = np.exp(wide - wide.max(-1, keepdims=True))
+        got = np.array(note.exp_rows(mx.array(x), queries))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-38)
+        assert not queries or np.array_equal(got == 0, want < 1e-45) or (got[want == 0] == 0).all()
+        got = np.array(note.sigmoid(mx.array(x)))
+        np.testing.assert_allclose(got, 1 / (1 + np.exp(-x.astype(np.float64))), rtol=4e-7, atol=1e-38)
+ends = np.array(note.sigmoid(mx.array([-math.inf, math.inf, math.nan, -200.0, 200.0])))
+assert list(ends[:2]) == [0, 1] and math.isnan(ends[2]) and list(ends[3:]) == [0, 1]
+x = rng.standard_normal((4, 50)).astype(np.float32)
+x[1, 0] = x[2, 49] = x[3, 20] = math.nan
+x[0, :10] = -math.inf
+got = np.array(note.exp_rows(mx.array(x), 0))
+assert np.isfinite(got[0]).all() and (got[0, :10] == 0).all() and np.isnan(got[1:]).any(axis=1).all()
+whole = mx.array(rng.standard_normal((6, 20, 30)).astype(np.float32))
+for view in (whole.swapaxes(0, 2), whole[:, 3:7], whole[::2, :, 1::3]):
+    v = np.array(view).astype(np.float64)
+    want = np.exp(v - v.max(-1, keepdims=True))
+    np.testing.assert_allclose(np.array(note.exp_rows(view, 0)), want, rtol=1e-5)
+special.MOST = 3  # more than a product can take is left to MLX
+for queries in (0, 4):
+    got = np.array(note.exp_rows(mx.ones((1, 4, 8)), queries))
+    assert got.shape == (1, 4, 8) and (got.sum() == 32 if not queries else got[0, 0].sum() == 5)
+""",
+    )
