@@ -1,4 +1,4 @@
-"""Head and cross-entropy in chunks: the same loss and gradient as torch's in float64, in a part of the memory."""
+"""Head and cross-entropy in chunks: loss and gradient are torch's in float64, in a part of the memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 
 def torch_loss(model: Any, hidden: mx.array, targets: mx.array, weights: mx.array) -> dict[str, Any]:
-    """The loss, and its gradients with respect to what enters the head, its weight and its bias, in float64."""
+    """The loss, and its gradients with respect to what enters the head, to its weight and to its bias."""
     given = {"hidden": hidden, "weight": model.output.weight, "bias": model.output.bias}
     leaves = {name: torch.from_numpy(np.array(x)).double().requires_grad_() for name, x in given.items()}
     logits = leaves["hidden"] @ leaves["weight"].T + leaves["bias"]
