@@ -18,8 +18,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora_core.machine.device import on_cpu
+from mlxlora_core.model.expansion import expanded_once
 from mlxlora_core.model.language_model import LanguageModel
-from mlxlora_core.model.linears import expanded_once, layers_by_path
+from mlxlora_core.model.linears import layers_by_path
 from mlxlora_core.model.ops import cross_entropy
 
 #: logits of a chunk in bytes of float32, on a CPU for each stream and on a GPU

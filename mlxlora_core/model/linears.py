@@ -7,8 +7,6 @@ compute type is float32 and a quantized weight is expanded before it multiplies.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora_core.machine.device import compute_dtype, on_cpu
+from mlxlora_core.model.expansion import times_chosen, times_expanded
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.plugins import Choice
 
@@ -66,7 +65,7 @@ class StackedLinear(nn.Module):
 
     def _product(self, x: mx.array, chosen: mx.array) -> mx.array:
         """Each row times the weight that it takes."""
-        return _times_chosen(x, self.weight, chosen)
+        return times_chosen(x, self.weight, chosen)
 
 
 class Quantized(nn.Module):
@@ -117,7 +116,7 @@ class Quantized(nn.Module):
         matmul = self.quantization.component.spec.matmul
         if matmul is None or (on_cpu() and x.size > self._shape[-1]):
             # 2048 x 2048 at 4 bits: one row takes 3.7 ms packed and 7 ms expanded, 8 rows 29 and 8 ms.
-            return _times_expanded(x, self.dequantize)
+            return times_expanded(x, self.dequantize)
         return self._checked("matmul", matmul(x, self.parts, self.quantization.options), x)
 
     def _few(self, x: mx.array) -> Callable[[mx.array], mx.array] | None:
@@ -125,11 +124,14 @@ class Quantized(nn.Module):
         if self.training or not 0 < x.size <= _FEW_ROWS * self._shape[-1]:
             return None
         bound = self._bound
+        of_float32 = on_cpu() if bound is None else bound.of_float32
+        if of_float32 and x.dtype != mx.float32:
+            return None
         if bound is None:
             bind = self.quantization.component.spec.bind
             made = None if bind is None else bind(self.parts, self.quantization.options)
-            self._bound = bound = _Bound(made, on_cpu())
-        return None if bound.of_float32 and x.dtype != mx.float32 else bound.multiply
+            self._bound = bound = _Bound(made, of_float32)
+        return bound.multiply
 
     def _checked(self, function: str, y: mx.array, x: mx.array) -> mx.array:
         """What a function of the quantizer made of ``x``; PluginError where it is no outputs."""
@@ -177,7 +179,7 @@ class QuantizedLinear(Quantized):
         """
         if indices is not None:
             indices = mx.stop_gradient(indices)
-            y = _times_expanded(x, self.dequantize, indices)
+            y = times_expanded(x, self.dequantize, indices)
         else:
             y = self._times(x)
         if "bias" in self:
@@ -219,7 +221,7 @@ class StoredLinear(nn.Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Outputs (..., outputs) of inputs (..., inputs), in the type of the inputs."""
-        y = _times_expanded(x, self._stored)
+        y = times_expanded(x, self._stored)
         if "bias" in self:
             y = y + self.bias
         return y.astype(x.dtype)
@@ -245,7 +247,7 @@ class StoredStackedLinear(StackedLinear):
 
     def _product(self, x: mx.array, chosen: mx.array) -> mx.array:
         """Each row times the weight that it takes, expanded."""
-        return _times_expanded(x, lambda: self.weight, chosen)
+        return times_expanded(x, lambda: self.weight, chosen)
 
 
 class StoredEmbedding(nn.Embedding):
@@ -266,52 +268,12 @@ class StoredEmbedding(nn.Embedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Logits (..., V) of hidden states (..., D), where the embedding is the output head too."""
-        return _times_expanded(x, self._stored).astype(x.dtype)
+        return times_expanded(x, self._stored).astype(x.dtype)
 
     def _stored(self) -> mx.array:
         """The weight as it is stored."""
         weight: mx.array = self.weight
         return weight
-
-
-# Weights that were expanded, by what expands them; None where each product expands its own.
-_expanded: ContextVar[dict[Callable[[], mx.array], mx.array] | None] = ContextVar("expanded", default=None)
-
-
-@contextmanager
-def expanded_once() -> Iterator[None]:
-    """Inside, a weight is expanded for the first product with it and kept for those that follow."""
-    token = _expanded.set({})
-    try:
-        yield
-    finally:
-        _expanded.reset(token)
-
-
-def _times_expanded(x: mx.array, expand: Callable[[], mx.array], indices: mx.array | None = None) -> mx.array:
-    """``x`` times the weight that ``expand`` gives, or those of its weights that ``indices`` choose."""
-
-    held = _expanded.get()
-
-    def product(x: mx.array) -> mx.array:
-        weight = expand().astype(compute_dtype(x.dtype)) if held is None else held[expand]
-        return x @ weight.T if indices is None else _times_chosen(x, weight, indices)
-
-    if held is not None:
-        if expand not in held:
-            held[expand] = expand().astype(compute_dtype(x.dtype))
-        return product(x)
-    # Expanded again for the gradient: kept from the forward pass, the
-    # weights of all layers would stand in memory unpacked at once.
-    y: mx.array = mx.checkpoint(product)(x)
-    return y
-
-
-def _times_chosen(x: mx.array, weight: mx.array, indices: mx.array) -> mx.array:
-    """Each row (..., inputs) times the one of the weights (experts, outputs, inputs) that it takes."""
-    rows = x[..., None, :]  # (..., 1, inputs)
-    products = mx.gather_mm(rows, weight.swapaxes(-1, -2), rhs_indices=indices)  # (..., 1, outputs)
-    return products.squeeze(-2)
 
 
 def is_linear(module: nn.Module) -> bool:
