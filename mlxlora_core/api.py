@@ -26,6 +26,7 @@ from mlxlora_core.machine.memory import free_in_groups_bytes
 from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.options import NoOptions, option, parse
 from mlxlora_core.plugins.progress import report_note, report_progress
+from mlxlora_core.runtime_started import RuntimeStarted
 from mlxlora_core.specs import (
     Adapter,
     AdapterLoader,
@@ -56,7 +57,6 @@ from mlxlora_core.values import (
     Row,
     Rows,
     RunInfo,
-    RuntimeStarted,
     Skipped,
     Tokenizer,
     TokenizerFiles,

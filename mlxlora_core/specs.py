@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.options import NoOptions
+from mlxlora_core.runtime_started import RuntimeStarted
 from mlxlora_core.values import (
     ExportSource,
     ForeignAdapter,
@@ -26,7 +27,6 @@ from mlxlora_core.values import (
     Place,
     Rows,
     RunInfo,
-    RuntimeStarted,
     Tokenizer,
     TokenizerFiles,
     Transform,

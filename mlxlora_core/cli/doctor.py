@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxlora_core.cli import show
 from mlxlora_core.cli.session import JSON_OPTION, verb
-from mlxlora_core.errors import one_line
+from mlxlora_core.errors import MlxloraError, one_line
 from mlxlora_core.machine import doctor
 from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Registry, start_runtimes
+from mlxlora_core.runtime_started import RuntimeStarted
 
 _NO_RUNTIME = "MLX's own: no runtime has changed it"
 
 
 @dataclass(frozen=True)
 class _Products:
-    """Matrix products: what computes them, GFLOP/s, and GFLOP/s in a process without a runtime."""
+    """Matrix products: what computes them, GFLOP/s, GFLOP/s in a process without a runtime, and with each
+    library where there are several: the fastest is used from now on."""
 
     by: str
     gflops: float | None
     stock_gflops: float | None
+    libraries: Mapping[str, float | None]
 
 
 @verb(JSON_OPTION, tolerant=True)
@@ -33,7 +37,8 @@ def command(registry: Registry, as_json: bool) -> None:
     """Say what mlxlora finds on this machine, and what would make it faster.
 
     Takes a second or two, for it measures matrix products with and without the
-    runtimes. The exit code is 0 also when parts are missing.
+    runtimes, and some more where there are several libraries for them: the
+    fastest is used from then on. The exit code is 0 also when parts are missing.
     """
     found, error = _device()
     products, warnings = _products(registry, found) if found else (None, [])
@@ -69,7 +74,27 @@ def _products(registry: Registry, device: doctor.Device) -> tuple[_Products, lis
     notes = start_runtimes(registry)
     by = "; ".join(note.text for note in notes if not note.warning) or _NO_RUNTIME
     advice = [line for note in notes for line in (note.text if note.warning else "", note.advice) if line]
-    return _Products(by, _known(doctor.matmul_gflops()), _known(stock)), advice
+    rate = doctor.matmul_gflops()
+    libraries: dict[str, float | None] = {}
+    for note in notes:
+        faults, rates = _choose(note)
+        advice, libraries = advice + faults, libraries | rates
+    return _Products(by, _known(rate), _known(stock), libraries), advice
+
+
+def _choose(note: RuntimeStarted) -> tuple[list[str], dict[str, float | None]]:
+    """Measure what a runtime could use, and let it remember the fastest; what went wrong, and the rates."""
+    choices = list(note.alternatives()) if note.alternatives is not None else []
+    rates = [_known(doctor.runtime_matmul_gflops(variables)) for variables in choices]
+    names = [" ".join(variables.values()) for variables in choices]
+    faults = []
+    if note.prefer is not None and any(rates):
+        fastest = max(range(len(choices)), key=lambda i: rates[i] or 0)
+        try:
+            note.prefer(choices[fastest])
+        except (MlxloraError, OSError) as fault:
+            faults.append(f"{names[fastest]} is the fastest, and that cannot be remembered: {fault}")
+    return faults, dict(zip(names, rates, strict=True))
 
 
 def _known(rate: float | None) -> float | None:
@@ -117,7 +142,13 @@ def _computing(device: Any, products: Any) -> list[tuple[str, str]]:
     kind = (
         device["kind"] if device["kind"] == device["backend"] else f"{device['kind']} ({device['backend']})"
     )
-    return [("device", f"{kind}, {device['name']}"), ("products", rate), ("blas", products["by"])]
+    rows = [("device", f"{kind}, {device['name']}"), ("products", rate), ("blas", products["by"])]
+    measured = products["libraries"]
+    if measured:
+        fastest = max(measured, key=lambda name: measured[name] or 0)
+        told = ", ".join(f"{n} {'cannot' if r is None else f'{r:.0f}'}" for n, r in measured.items())
+        rows.append(("libraries", f"GFLOP/s: {told}; from now on {fastest}"))
+    return rows
 
 
 def _threads(threads: Any) -> str:

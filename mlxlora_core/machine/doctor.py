@@ -14,7 +14,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,13 +134,29 @@ def matmul_gflops() -> float:
     return 2e-9 * side**3 / median if median > 0 else math.nan
 
 
+_MEASURE = "from mlxlora_core.machine.doctor import matmul_gflops; print(matmul_gflops())"
+_START = (
+    "from mlxlora_core.plugins import load, start_runtimes\n"
+    "if any(note.warning for note in start_runtimes(load())): raise SystemExit(1)\n"
+)
+
+
 def stock_matmul_gflops() -> float | None:
     """As :func:`matmul_gflops`, in a process where no runtime has been started; None if that fails."""
-    code = "from mlxlora_core.machine.doctor import matmul_gflops; print(matmul_gflops())"
+    return _child_gflops(_MEASURE, {})
+
+
+def runtime_matmul_gflops(variables: Mapping[str, str]) -> float | None:
+    """As :func:`matmul_gflops`, in a process with these variables; None if a runtime warns there."""
+    return _child_gflops(_START + _MEASURE, variables)
+
+
+def _child_gflops(code: str, variables: Mapping[str, str]) -> float | None:
+    """The rate that a child prints, or None."""
     try:
         done = subprocess.run(
             safe_python("-c", code),
-            env=safe_environment(),
+            env=safe_environment() | dict(variables),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -124,11 +124,14 @@ class Quantized(nn.Module):
         if self.training or not 0 < x.size <= _FEW_ROWS * self._shape[-1]:
             return None
         bound = self._bound
+        of_float32 = on_cpu() if bound is None else bound.of_float32
+        if of_float32 and x.dtype != mx.float32:
+            return None
         if bound is None:
             bind = self.quantization.component.spec.bind
             made = None if bind is None else bind(self.parts, self.quantization.options)
-            self._bound = bound = _Bound(made, on_cpu())
-        return None if bound.of_float32 and x.dtype != mx.float32 else bound.multiply
+            self._bound = bound = _Bound(made, of_float32)
+        return bound.multiply
 
     def _checked(self, function: str, y: mx.array, x: mx.array) -> mx.array:
         """What a function of the quantizer made of ``x``; PluginError where it is no outputs."""

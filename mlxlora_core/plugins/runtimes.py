@@ -12,7 +12,7 @@ from mlxlora_core.plugins.checks import reason_of
 from mlxlora_core.plugins.lookup import Registry
 from mlxlora_core.plugins.plugin import Component
 from mlxlora_core.plugins.surroundings import kept
-from mlxlora_core.values import RuntimeStarted
+from mlxlora_core.runtime_started import RuntimeStarted
 
 
 def start_runtimes(registry: Registry) -> list[RuntimeStarted]:

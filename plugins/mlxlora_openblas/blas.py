@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlxlora_core.api import ResourceError
+from mlxlora_openblas.fastest import remembered
 
 #: environment variable that names the library to use
 LIBRARY = "MLXLORA_BLAS"
@@ -19,6 +22,10 @@ FUNCTIONS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm", "cblas_sgemv")
 
 #: scipy-openblas32 puts a prefix before every name, so that it never clashes with another BLAS
 _PREFIXES = ("", "scipy_")
+
+#: Intel's MKL as the package index has it, beside this Python, and as a system has it
+_MKL = ("lib/libmkl_rt.so.2", "lib/libmkl_rt.so.3")
+_SEQUENTIAL, _LP64 = 1, 0  # its layers: threads are those of the library in C, integers have 32 bits
 
 #: Fedora's build with threads has a name of its own; elsewhere the plain name has them
 _SYSTEM = ("libopenblasp.so.0", "libopenblas.so.0")
@@ -44,7 +51,9 @@ class Blas:
 
 
 def open_blas(threads: int) -> Blas:
-    """The library that ``MLXLORA_BLAS`` names, else scipy-openblas32's, else the system's OpenBLAS.
+    """The library that ``MLXLORA_BLAS`` names, else the one that ``mlxlora doctor`` found the fastest.
+
+    Where that is not known it is scipy-openblas32's, else the system's OpenBLAS, else MKL.
 
     Raises:
         ResourceError: the named library cannot be used, or there is none.
@@ -55,7 +64,9 @@ def open_blas(threads: int) -> Blas:
             return load(str(Path(named).expanduser()) if "/" in named else named, threads)
         except (OSError, ValueError) as fault:
             raise ResourceError(str(fault), where=LIBRARY, fix="name an OpenBLAS, or unset it") from fault
-    for path in _candidates():
+    found = list(candidates())
+    fastest = remembered(found, threads)
+    for path in [fastest, *found] if fastest else found:
         try:
             return load(path, threads)
         except (OSError, ValueError):
@@ -79,6 +90,10 @@ def load(path: str, threads: int) -> Blas:
     if "USE64BITINT" in config:
         raise ValueError(f"{path}: {_WIDE}")
     title, set_threads = Path(path).name, None
+    if hasattr(library, "MKL_Set_Interface_Layer"):
+        library.MKL_Set_Interface_Layer(_LP64)
+        library.MKL_Set_Threading_Layer(_SEQUENTIAL)
+        title, set_threads = f"MKL ({title})", library.MKL_Set_Num_Threads
     if config:
         set_threads = getattr(library, f"{prefix}openblas_set_num_threads")
         set_threads(threads)
@@ -89,12 +104,25 @@ def load(path: str, threads: int) -> Blas:
     return Blas(path, found, title, set_threads)
 
 
-def _candidates() -> Iterator[str]:
+def alternatives(threads: int) -> list[str]:
+    """The libraries that can be opened here, where there are several and nobody has named one."""
+    if os.environ.get(LIBRARY):
+        return []
+    able = []
+    for path in candidates():
+        with suppress(OSError, ValueError):
+            load(path, threads)
+            able.append(path)
+    return able if len(able) > 1 else []
+
+
+def candidates() -> Iterator[str]:
     """Paths and names to try when nobody named a library, the best first."""
     package = importlib.util.find_spec("scipy_openblas32")
     for folder in (package.submodule_search_locations or []) if package else []:
         yield from map(str, sorted(Path(folder, "lib").glob("libscipy_openblas*.so*")))
     yield from _SYSTEM
+    yield from (str(path) for name in _MKL if (path := Path(sys.prefix, name)).exists())
 
 
 def _text(library: ctypes.CDLL, name: str) -> str:

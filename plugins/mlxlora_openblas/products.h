@@ -39,7 +39,7 @@ const struct exponentials *fastest_exponentials(void);
 enum kind { PACKED = 1, SIGMOIDS, ROWS };
 enum type { FLOAT32, FLOAT16, BFLOAT16 };
 
-/* What a product stands for, as headers.py writes it. */
+/* What a product stands for, as special.py writes it. */
 struct header {
     uint32_t magic[4];
     const struct header *self;

@@ -92,7 +92,22 @@ def _start() -> RuntimeStarted | None:
         set_precision=products.set_precision,
         **special,
         advice=products.advice,
+        alternatives=_alternatives,
+        prefer=_prefer,
     )
+
+
+def _alternatives() -> list[dict[str, str]]:
+    from mlxlora_openblas.blas import LIBRARY, alternatives
+
+    return [{LIBRARY: path} for path in alternatives(1)]
+
+
+def _prefer(variables: Mapping[str, str]) -> None:
+    from mlxlora_openblas.blas import LIBRARY, candidates
+    from mlxlora_openblas.fastest import remember
+
+    remember(variables[LIBRARY], list(candidates()), thread_count())
 
 
 def _special() -> dict[str, Any]:

@@ -33,6 +33,41 @@ def doctor(*flags: str, before: str = "", **environment: str) -> tuple[str, str]
     return done.stdout, done.stderr
 
 
+CHOICE = """
+import mlxlora_core.cli.doctor as page
+from mlxlora_core.runtime_started import RuntimeStarted
+kept = []
+def prefer(variables):
+    kept.append(dict(variables))
+    if {full}:
+        raise OSError("the disk is full")
+rates = {{"slow": 5.0, "none": None, "fast": 7.0}}
+note = RuntimeStarted("mine", alternatives=lambda: [{{"LIB": name}} for name in rates], prefer=prefer)
+page.start_runtimes = lambda registry: [note]
+page.doctor.runtime_matmul_gflops = lambda variables: rates[variables["LIB"]]
+import atexit
+atexit.register(lambda: print("kept", kept, file=sys.stderr))
+"""
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_fastest_of_several_libraries_is_kept_and_told(full: bool) -> None:
+    out, err = doctor(before=CHOICE.format(full=full))
+    assert "libraries GFLOP/s: slow 5, none cannot, fast 7; from now on fast\n" in out
+    assert "kept [{'LIB': 'fast'}]" in err
+    assert ("fast is the fastest, and that cannot be remembered: the disk is full" in out) == full
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the runtime is for Linux")
+def test_a_process_with_a_library_is_measured_and_one_that_cannot_have_it_is_not() -> None:
+    import scipy_openblas32
+
+    path = next(Path(scipy_openblas32.get_lib_dir()).glob("libscipy_openblas*.so"))
+    rate = doctor_module.runtime_matmul_gflops({"MLXLORA_BLAS": str(path)})
+    assert rate is not None and rate > 0
+    assert doctor_module.runtime_matmul_gflops({"MLXLORA_BLAS": "/there-is-none.so"}) is None
+
+
 @pytest.fixture(scope="module")
 def facts() -> Any:
     """What it finds here, with one thread."""

@@ -129,7 +129,9 @@ class TestQuantizedLinear:
             (8, False, True, mx.float32, True),
             (9, False, True, mx.float32, False),
             (1, True, True, mx.float32, False),
-            (1, False, False, mx.float32, False),
+            (1, False, False, mx.float32, True),
+            (1, False, False, mx.float16, True),
+            (9, False, False, mx.float32, False),
             (1, False, True, mx.float16, False),
         ],
     )

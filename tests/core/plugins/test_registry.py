@@ -20,7 +20,7 @@ from mlxlora_core.machine import device
 from mlxlora_core.options import explain
 from mlxlora_core.plugins import ALLOW_LIST, Component, Plugin, Registry, load, start_runtimes
 from mlxlora_core.plugins.checks import FUNCTIONS
-from mlxlora_core.values import RuntimeStarted
+from mlxlora_core.runtime_started import RuntimeStarted
 
 HEAD = """
 from dataclasses import dataclass

@@ -31,7 +31,7 @@ from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.model import adapters, loading
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.sections import configure
-from mlxlora_core.training import checkpoints, loop
+from mlxlora_core.training import checkpoints, loop, update
 from mlxlora_core.training.checkpoints import Start, find, find_to_begin, find_to_resume
 from mlxlora_core.training.events import (
     CheckpointSaved,
@@ -286,11 +286,13 @@ def test_auto_stays_what_it_was_settled_to(
     start: MakeWork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training that was begun on a GPU goes on compiled on a CPU."""
-    monkeypatch.setattr(loop, "runs_ahead", lambda: True)
+    for module in (loop, update):
+        monkeypatch.setattr(module, "runs_ahead", lambda: True)
     whole = start(tmp_path / "gpu")
     finish(whole)
     assert whole.training.compiled
-    monkeypatch.setattr(loop, "runs_ahead", lambda: False)
+    for module in (loop, update):
+        monkeypatch.setattr(module, "runs_ahead", lambda: False)
     again = start(only(whole.folder, tmp_path / "cpu", 4))
     assert not again.training.compiled
     go_on(again)

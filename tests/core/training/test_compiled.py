@@ -23,7 +23,7 @@ from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.sections import configure
-from mlxlora_core.training import loop
+from mlxlora_core.training import loop, update
 from mlxlora_core.training.events import SpikeReport, TrainReport, ValidReport
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loop import Training
@@ -242,7 +242,7 @@ def test_auto_compiles_on_a_gpu_alone(
 ) -> None:
     examples = make_examples(lengths(7))
     assert not training(stand_in(), examples).compiled
-    monkeypatch.setattr(loop, "runs_ahead", lambda: True)
+    monkeypatch.setattr(update, "runs_ahead", lambda: True)
     assert (
         training(stand_in(), examples).compiled and not training(stand_in(), examples, compile="off").compiled
     )
