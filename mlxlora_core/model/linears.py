@@ -7,7 +7,6 @@ compute type is float32 and a quantized weight is expanded before it multiplies.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -15,21 +14,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora_core.machine.device import compute_dtype, on_cpu
+from mlxlora_core.model.bound import Bound, are_few
 from mlxlora_core.model.expansion import times_chosen, times_expanded
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.plugins import Choice
-
-# So many rows at most multiply packed on a CPU where a quantizer has a product for them. 768 x 2048, 4 bits:
-# 1 row takes 0.09 ms packed and 0.16 ms in float32, 8 rows 0.29 and 0.45, 32 rows 1.2 and 0.75.
-_FEW_ROWS = 8
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """A product with the parts of a weight, or None where the quantizer has none for them."""
-
-    multiply: Callable[[mx.array], mx.array] | None
-    of_float32: bool
 
 
 class StackedLinear(nn.Module):
@@ -83,7 +71,7 @@ class Quantized(nn.Module):
         super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self.quantization = quantization
         self._shape = tuple(shape)
-        self._bound: _Bound | None = None
+        self._bound: Bound | None = None
         for name, part in parts.items():
             self[name] = part
         self.freeze()
@@ -110,28 +98,16 @@ class Quantized(nn.Module):
 
     def _times(self, x: mx.array) -> mx.array:
         """Outputs (..., outputs) of inputs (..., inputs), packed or expanded, whichever is faster."""
-        few = self._few(x)
-        if few is not None:
-            return self._checked("bind", few(x), x)
+        if not self.training and are_few(x, self._shape[-1]):
+            self._bound = self._bound or Bound(self.quantization, self.parts)
+            few = self._bound.product(x)
+            if few is not None:
+                return self._checked("bind", few(x), x)
         matmul = self.quantization.component.spec.matmul
         if matmul is None or (on_cpu() and x.size > self._shape[-1]):
             # 2048 x 2048 at 4 bits: one row takes 3.7 ms packed and 7 ms expanded, 8 rows 29 and 8 ms.
             return times_expanded(x, self.dequantize)
         return self._checked("matmul", matmul(x, self.parts, self.quantization.options), x)
-
-    def _few(self, x: mx.array) -> Callable[[mx.array], mx.array] | None:
-        """The quantizer's product for these inputs, where they are few and nothing trains."""
-        if self.training or not 0 < x.size <= _FEW_ROWS * self._shape[-1]:
-            return None
-        bound = self._bound
-        of_float32 = on_cpu() if bound is None else bound.of_float32
-        if of_float32 and x.dtype != mx.float32:
-            return None
-        if bound is None:
-            bind = self.quantization.component.spec.bind
-            made = None if bind is None else bind(self.parts, self.quantization.options)
-            self._bound = bound = _Bound(made, of_float32)
-        return bound.multiply
 
     def _checked(self, function: str, y: mx.array, x: mx.array) -> mx.array:
         """What a function of the quantizer made of ``x``; PluginError where it is no outputs."""
