@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import mlx.core as mx
 
@@ -28,10 +29,28 @@ class Bound:
     """
 
     def __init__(self, quantization: Choice, parts: Mapping[str, mx.array]) -> None:
+        self._quantization, self._parts = quantization, parts
         bind = quantization.component.spec.bind
-        self._multiply = None if bind is None else bind(parts, quantization.options)
+        multiply = None if bind is None else bind(parts, quantization.options)
+        self._multiply = None if multiply is None else self._with_gradient(multiply)
         self._of_float32 = on_cpu()
 
     def product(self, x: mx.array) -> Callable[[mx.array], mx.array] | None:
         """What multiplies inputs such as ``x``, or None."""
         return None if self._of_float32 and x.dtype != mx.float32 else self._multiply
+
+    def _with_gradient(self, multiply: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+        """The product with its gradient by the expanded weight: the quantizer's own need not have one."""
+        component, options = self._quantization.component, self._quantization.options
+
+        def checked(x: mx.array) -> mx.array:
+            return component.checked("bind", multiply(x), mx.array)
+
+        product: Any = mx.custom_function(checked)
+
+        @product.vjp
+        def product_vjp(x: mx.array, dy: mx.array, _: mx.array) -> mx.array:
+            weight: mx.array = component.spec.dequantize(self._parts, options)
+            return (dy @ weight.astype(dy.dtype)).astype(x.dtype)
+
+        return product  # type: ignore[no-any-return]  # MLX's functions are not annotated

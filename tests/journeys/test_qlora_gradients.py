@@ -133,7 +133,8 @@ def check(case: Case, rows: int, tokens: int) -> None:
         case.model.base.language_model, Collator(examples), list(range(rows)), rows
     )
     want_loss, want = autograd(case, examples)
-    assert loss.mean == pytest.approx(want_loss, rel=1e-6)
+    # A single row multiplies packed: scale · Σ q x + bias · Σ x, whose terms cancel in part.
+    assert loss.mean == pytest.approx(want_loss, rel=3e-6 if rows * tokens == 1 else 1e-6)
     got = dict(tree_flatten(gradient))
     assert got.keys() == want.keys()
     for name, exact in want.items():

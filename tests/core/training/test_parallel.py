@@ -128,6 +128,7 @@ class Dropping(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.vocab_size = 50
         self.embedding = nn.Embedding(50, 64)
         self.inner = [nn.Linear(64, 64) for _ in range(3)]
         self.dropout = nn.Dropout(0.3)
