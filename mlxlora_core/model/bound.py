@@ -48,9 +48,9 @@ class Bound:
 
         product: Any = mx.custom_function(checked)
 
-        @product.vjp
-        def product_vjp(x: mx.array, dy: mx.array, _: mx.array) -> mx.array:
+        def vjp(x: mx.array, dy: mx.array, _: mx.array) -> mx.array:
             weight: mx.array = component.spec.dequantize(self._parts, options)
             return (dy @ weight.astype(dy.dtype)).astype(x.dtype)
 
+        product.vjp(vjp)
         return product  # type: ignore[no-any-return]  # MLX's functions are not annotated

@@ -13,7 +13,7 @@ from mlxlora_core.files import append_line, open_regular, write_text
 
 #: events that are a row
 REPORTS = ("train", "valid", "spike")
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "step",
     "kind",
     "loss",
@@ -30,6 +30,8 @@ COLUMNS = (
     "median",
     "padding",
 )
+#: those of a table of before, which goes on so
+OLDER = COLUMNS[:-1]
 
 
 class Table:
@@ -50,13 +52,12 @@ class Table:
         self._begun, self._columns = False, COLUMNS
         if path.exists():
             heading = _lines(path)[:1]
-            known = (COLUMNS, COLUMNS[:-1])  # a table of before tells of no padding, and goes on so
-            found = [columns for columns in known if heading == [_line(columns)]]
-            if not found:
+            if heading == [_line(OLDER)]:
+                self._columns = OLDER
+            elif heading != [_line(COLUMNS)]:
                 raise UsageError(
                     "is no table of this observer and was left alone", where=path, fix="rename it"
                 )
-            self._columns = found[0]
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Write a report; make the table ready where a training begins."""

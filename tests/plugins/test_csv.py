@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from mlxlora_csv import start
-from mlxlora_csv.table import COLUMNS
+from mlxlora_csv.table import COLUMNS, OLDER
 
 from mlxlora_core.errors import UsageError
 from mlxlora_core.specs import NoOptions
@@ -71,6 +71,16 @@ def test_what_is_behind_the_step_that_training_goes_on_from_goes(tmp_path: Path)
     anew = watch(tmp_path)
     anew.event({"kind": "training_started", "step": 0})
     assert rows(table) == []
+
+
+def test_a_table_of_before_goes_on_with_its_columns(tmp_path: Path) -> None:
+    table = tmp_path / "metrics.csv"
+    table.write_text(",".join(OLDER) + "\n10,train\n")
+    again = watch(tmp_path)
+    again.event({"kind": "training_started", "step": 10})
+    again.event(train(20, padding=0.5))
+    assert [row["step"] for row in rows(table)] == ["10", "20"]
+    assert table.read_text().startswith(",".join(OLDER) + "\n") and "0.5" not in table.read_text()
 
 
 @pytest.mark.parametrize("content", [b"", b"step,loss\n", b"\xff\xfe", b"my notes\n1\n"])
