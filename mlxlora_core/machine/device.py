@@ -36,10 +36,7 @@ _setters: list[Callable[[int], None]] = []
 # Each sets what large products are made of, as the runtimes gave them.
 _precisions: list[Callable[[str], None]] = []
 
-# The exponential of a float32 array on the CPU, of each runtime that has one; the last is used.
-_exponentials: list[Callable[[mx.array], mx.array]] = []
-
-# What else runtimes compute faster on the CPU, by the names that RuntimeStarted has for it.
+# What runtimes compute faster on the CPU, by the names that RuntimeStarted has for it.
 _lent: dict[str, Callable[..., Any]] = {}
 
 
@@ -187,16 +184,6 @@ def product_precision(compute: str) -> Iterator[None]:
         yield
     finally:
         set_precision(PRECISIONS[0])
-
-
-def use_exponential(exp: Callable[[mx.array], mx.array]) -> None:
-    """Let ``exp`` compute the exponential of large arrays on the CPU from now on; it needs no gradient."""
-    _exponentials.append(exp)
-
-
-def exponential() -> Callable[[mx.array], mx.array] | None:
-    """The exponential that the last runtime has lent, or None."""
-    return _exponentials[-1] if _exponentials else None
 
 
 def lend(name: str, function: Callable[..., Any]) -> None:

@@ -71,6 +71,6 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
 
-def takes(model: LanguageModel, name: str) -> bool:
-    """Whether :meth:`LanguageModel.run`, as a model has it, takes an argument of this name."""
-    return name in inspect.signature(model.run).parameters
+def takes(model: LanguageModel, *names: str) -> bool:
+    """Whether :meth:`LanguageModel.run`, as a model has it, takes arguments of these names."""
+    return set(names) <= inspect.signature(model.run).parameters.keys()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 from mlxlora_core.errors import PluginError, one_line
-from mlxlora_core.machine.device import lend, use_exponential, use_for_precision, use_for_products
+from mlxlora_core.machine.device import lend, use_for_precision, use_for_products
 from mlxlora_core.machine.signals import is_ours
 from mlxlora_core.plugins.checks import reason_of
 from mlxlora_core.plugins.lookup import Registry
@@ -40,11 +40,9 @@ def _start(component: Component) -> RuntimeStarted | None:
         return None
     if note.set_threads is not None:
         use_for_products(note.set_threads)
-    if note.exp is not None:
-        use_exponential(note.exp)
     if note.set_precision is not None:
         use_for_precision(note.set_precision)
-    for name in ("sigmoid", "exp_rows", "packed_product"):
+    for name in ("exp", "sigmoid", "exp_rows", "packed_product"):
         if getattr(note, name) is not None:
             lend(name, getattr(note, name))
     return replace(note, text=one_line(note.text))

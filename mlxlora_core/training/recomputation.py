@@ -18,7 +18,7 @@ from mlxlora_core.model.linears import layers_by_path
 
 def can_recompute(model: LanguageModel) -> bool:
     """Whether a model runs layers one by one."""
-    return takes(model, "first") and takes(model, "last")
+    return takes(model, "first", "last")
 
 
 def run_recomputed(model: LanguageModel, hidden: mx.array, first: int, more: dict[str, Any]) -> mx.array:

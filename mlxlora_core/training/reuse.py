@@ -110,7 +110,7 @@ def decide(model: LanguageModel, config: TrainConfig, splits: Mapping[str, Seque
 
 def lowest_layer(model: LanguageModel) -> tuple[int, str]:
     """The lowest layer that a step has to compute anew, and why that is no use, in words, or nothing."""
-    if not (takes(model, "first") and takes(model, "last")):
+    if not takes(model, "first", "last"):
         return 0, "this architecture runs all of its layers or none"
     module: Any = model
     layer_of = layers_by_path(model)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import small_models
+from small_models import REGISTRY
 
 from mlxlora_core import cli
+from mlxlora_core.model import loading
+from mlxlora_core.model.loading import Model
+from mlxlora_core.plugins import Choice
+from mlxlora_core.plugins.sections import Quantization, QuantizeConfig
 
 
 @dataclass(frozen=True)
@@ -36,3 +43,19 @@ def mlxlora(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(int(code), *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="module")
+def family_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Model]:
+    """A function that opens a small model of a family, head and all in so many bits, or dense for 0."""
+    made: dict[str, Path] = {}
+
+    def opened(family: str, bits: int) -> Model:
+        if family not in made:
+            made[family] = small_models.write(tmp_path_factory.mktemp("family") / "model", family)
+        affine = REGISTRY.find("quantizer", "affine")
+        choice = Choice(affine, affine.spec.options(group_size=32, bits=bits or 4))
+        quantization = Quantization(choice, QuantizeConfig(head=True)) if bits else None
+        return loading.load(made[family], REGISTRY, quantization)
+
+    return opened

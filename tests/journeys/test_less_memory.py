@@ -10,15 +10,14 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-import small_models
 from mlx.utils import tree_flatten
 from small_models import FAMILIES, REGISTRY
 
 from mlxlora_core.errors import ResourceError, UsageError
 from mlxlora_core.machine import memory as machine_memory
-from mlxlora_core.model import adapters, head_loss, loading
-from mlxlora_core.plugins import Choice
-from mlxlora_core.plugins.sections import Quantization, QuantizeConfig, configure
+from mlxlora_core.model import adapters, head_loss
+from mlxlora_core.model.loading import Model
+from mlxlora_core.plugins.sections import configure
 from mlxlora_core.training import memory as training_memory
 from mlxlora_core.training.batches import Collator
 from mlxlora_core.training.checkpoints import Start
@@ -48,21 +47,8 @@ EVERY = [
 CASES = EVERY if ALL else [case for i, case in enumerate(EVERY) if i % 4 in (0, 3)]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function that gives the folder of a family; read it, never write to it."""
-    made: dict[str, Path] = {}
-
-    def folder(family: str) -> Path:
-        if family not in made:
-            made[family] = small_models.write(tmp_path_factory.mktemp("family") / "model", family)
-        return made[family]
-
-    return folder
-
-
 @pytest.fixture
-def opened(folders: Callable[[str], Path]) -> Callable[..., TrainingSession]:
+def opened(family_model: Callable[[str, int], Model]) -> Callable[..., TrainingSession]:
     """A function that opens a training of both layers of a small model."""
 
     def make(
@@ -73,10 +59,7 @@ def opened(folders: Callable[[str], Path]) -> Callable[..., TrainingSession]:
         checkpoints: Path | None = None,
         **values: Any,
     ) -> TrainingSession:
-        affine = REGISTRY.find("quantizer", "affine")
-        choice = Choice(affine, affine.spec.options(group_size=32, bits=bits or 4))
-        quantization = Quantization(choice, QuantizeConfig(head=True)) if bits else None
-        model = loading.load(folders(family), REGISTRY, quantization)
+        model = family_model(family, bits)
         aimed: dict[str, Any] = (
             {} if adapter == "ia3" else {"targets": targets(model.language_model, adapter)}
         )

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_models
 from small_models import FAMILIES, REGISTRY
 
 from mlxlora_core.errors import SettingsChanged, UsageError
 from mlxlora_core.files.leftovers import temporary_name
 from mlxlora_core.machine.signals import Interrupted
-from mlxlora_core.model import adapters, loading
-from mlxlora_core.plugins import Choice
-from mlxlora_core.plugins.sections import Quantization, QuantizeConfig, configure
+from mlxlora_core.model import adapters
+from mlxlora_core.model.loading import Model
+from mlxlora_core.plugins.sections import configure
 from mlxlora_core.training.checkpoints import Start, digest
 from mlxlora_core.training.events import Note, TrainReport, ValidReport
 from mlxlora_core.training.identity import BEFORE
@@ -40,21 +39,8 @@ VALUES: dict[str, dict[str, Any]] = {
 DEAD = 2**22 + 7
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function that gives the folder of a family; read it, never write to it."""
-    made: dict[str, Path] = {}
-
-    def folder(family: str) -> Path:
-        if family not in made:
-            made[family] = small_models.write(tmp_path_factory.mktemp("family") / "model", family)
-        return made[family]
-
-    return folder
-
-
 @pytest.fixture
-def opened(folders: Callable[[str], Path]) -> Callable[..., TrainingSession]:
+def opened(family_model: Callable[[str, int], Model]) -> Callable[..., TrainingSession]:
     """A function that opens a training of the top layer of a small model."""
 
     def make(
@@ -66,10 +52,7 @@ def opened(folders: Callable[[str], Path]) -> Callable[..., TrainingSession]:
         layers: int = 1,
         **values: Any,
     ) -> TrainingSession:
-        affine = REGISTRY.find("quantizer", "affine")
-        choice = Choice(affine, affine.spec.options(group_size=32, bits=bits or 4))
-        quantization = Quantization(choice, QuantizeConfig(head=True)) if bits else None
-        model = loading.load(folders(family), REGISTRY, quantization)
+        model = family_model(family, bits)
         component = REGISTRY.find("adapter", adapter)
         aimed = {} if adapter == "ia3" else {"targets": targets}
         new = NewAdapter(*configure(component, {**VALUES.get(adapter, {}), **aimed, "layers": layers}))

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, cast
 import mlx.core as mx
 import numpy as np
 
-from mlxlora_core.machine.device import exponential, lent
+from mlxlora_core.machine.device import lent
 from mlxlora_core.model.ops.rows import Rows
 
 _Pair: TypeAlias = tuple[mx.array, mx.array]
@@ -100,9 +100,9 @@ def attention_of_rows(
 
 def _exp(x: mx.array) -> mx.array:
     """``exp(x)``, but ``exp(-80)`` below that, where nothing faster is at hand."""
-    lent = exponential()
-    if lent is not None:
-        return lent(x)
+    exp = lent("exp")
+    if exp is not None:
+        return cast(mx.array, exp(x))
     return mx.power(math.e, mx.maximum(x, _LOWEST))
 
 

@@ -701,9 +701,9 @@ def test_what_a_runtime_sets_threads_with_is_kept(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_exponential_of_a_runtime_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_exponentials", [])
+    monkeypatch.setattr(device, "_lent", {})
     start_runtimes(runtimes(lambda: RuntimeStarted("fast", exp=abs), lambda: RuntimeStarted("none")))
-    assert device._exponentials == [abs]
+    assert device._lent == {"exp": abs}
 
 
 def test_what_a_runtime_sets_the_precision_with_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

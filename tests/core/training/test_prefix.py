@@ -89,7 +89,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, stand_in: MakeModel) -> dict[int, int
 
     def count(self: Any, x: mx.array, cache: Any) -> mx.array:
         counted[self.number] += x.shape[0] * x.shape[1]
-        return run(self, x, cache)  # type: ignore[no-any-return]
+        return run(self, x, cache)  # type: ignore[no-any-return]  # a stand-in's
 
     monkeypatch.setattr(block, "__call__", count)
     return counted
@@ -320,7 +320,7 @@ def test_an_architecture_that_runs_all_layers_or_none_trains_without(
     kind, run_layers = type(model), type(model).run
 
     def run_all(self: Any, hidden: mx.array, cache: Any = None) -> mx.array:
-        return run_layers(self, hidden, cache=cache)  # type: ignore[no-any-return]
+        return run_layers(self, hidden, cache=cache)  # type: ignore[no-any-return]  # likewise
 
     monkeypatch.setattr(kind, "run", run_all)
     examples = make_examples(LENGTHS)
