@@ -121,7 +121,7 @@ def lowest_layer(model: LanguageModel) -> tuple[int, str]:
         return 0, f"{listing(sorted(outside), 1)} trains, which no layer has"
     first = min((layer for name in names if (layer := layer_of(name)) is not None), default=len(model.layers))
     if first == 0:
-        return 0, "the lowest of them trains"
+        return 0, "the lowest layer trains"
     if draws_below(model, first):
         return 0, f"below layer {first + 1} something is drawn at random"
     return first, ""

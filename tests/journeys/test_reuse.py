@@ -95,7 +95,7 @@ def test_the_curve_is_the_same_step_by_step(
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"layers": -1}, "the lowest of them trains"),
+        ({"layers": -1}, "the lowest layer trains"),
         ({"targets": ("wq", "embed_tokens")}, "tok_embeddings.lora_a and 1 more trains, which no layer has"),
         ({"reuse_prefix": "off"}, "reuse_prefix is off"),
         ({"iters": 3}, "12 rows are read in all, and there are 12"),
@@ -117,7 +117,7 @@ def test_one_line_says_what_it_saves_or_why_it_is_off(
 def test_on_where_it_cannot_be_is_refused_in_a_line(opened: Callable[..., TrainingSession]) -> None:
     with pytest.raises(UsageError) as caught:
         opened(reuse_prefix="on", layers=-1)
-    assert str(caught.value) == "reuse_prefix cannot be on: the lowest of them trains. Fix: leave it at auto"
+    assert str(caught.value) == "reuse_prefix cannot be on: the lowest layer trains. Fix: leave it at auto"
 
 
 def kept_files(folder: Path) -> list[Path]:

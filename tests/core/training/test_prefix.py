@@ -291,7 +291,7 @@ def tied_head(model: Any) -> None:
         (head, 1, ""),
         (only_head, 2, ""),
         (dropout_above, 1, ""),
-        (lower, 0, "the lowest of them trains"),
+        (lower, 0, "the lowest layer trains"),
         (embedding, 0, "embedding.weight trains, which no layer has"),
         (tied_head, 0, "output.bias and 1 more trains, which no layer has"),
         (dropout_below, 0, "below layer 2 something is drawn at random"),
