@@ -78,6 +78,14 @@ ADAPTER_FILE = click.option(
     help="Adapter to put on the model: a file, or a folder or file of PEFT or mlx-lm. "
     f"[default: {DEFAULT_ADAPTER_FILE}, where that is]",
 )
+ADAPTER_FILES = click.option(
+    "--adapter-file",
+    "adapter_files",
+    type=INPUT,
+    multiple=True,
+    help="Adapter to put on the model, as for generate. May be repeated; each is called by the name of its "
+    f"file or folder. [default: {DEFAULT_ADAPTER_FILE}, where that is]",
+)
 NO_ADAPTER = click.option("--no-adapter", is_flag=True, help="Take the model as it is.")
 ADAPTER = click.option("--adapter", help="Insist on this adapter. [default: what the file says]")
 BASE_MISMATCH = click.option(

@@ -130,6 +130,24 @@ def load_adapted(
     return model, f"with the {adapted.choice.component.id} adapter of {asked.path}"
 
 
+def adapter_names(paths: Sequence[Path]) -> list[str]:
+    """What adapters are called: each by the end of its path, as short as tells it from the others.
+
+    Raises:
+        UsageError: one is named twice.
+    """
+    whole = [path.resolve() for path in paths]
+    ends = [(path if path.is_dir() else path.with_suffix("")).parts for path in whole]
+    twice = [path for path, end in zip(paths, ends, strict=True) if ends.count(end) > 1]
+    if twice:
+        raise UsageError(f"the adapter {twice[0]} is named twice", fix="name it once")
+    found = []
+    for end in ends:
+        size = next(n for n in range(1, len(end) + 1) if [e[-n:] for e in ends].count(end[-n:]) == 1)
+        found.append("/".join(end[-size:]))
+    return found
+
+
 def read_test(model: Model, rows: SplitRows, batches: BatchConfig) -> Examples:
     """The test set as examples; what there is to tell of it is told."""
     from mlxlora_core.training.session import examples_of

@@ -13,6 +13,7 @@ from mlxlora_core.errors import DataError, UsageError
 from mlxlora_core.model.drawing import Drawing, Drawn
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.memory import CACHE_STEP, PARTS, require_growth, room_for_prompt
+from mlxlora_core.model.prompt_cache import PromptCache
 from mlxlora_core.model.prompts import Prompt, prompt_ids
 from mlxlora_core.model.stop_texts import StopTexts
 from mlxlora_core.plugins import Component
@@ -20,6 +21,10 @@ from mlxlora_core.values import Cache, Tokenizer
 
 #: what ended a text: an end token or a stop text, the limit on its tokens, or the end of the model's context
 STOP, LENGTH, CONTEXT = "stop", "length", "context"
+
+
+class PromptTooLong(UsageError):
+    """A prompt does not fit into the context of the model."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def generate(
         num_tokens: how many at most; an end token or a full context stops earlier.
         seed: of the random keys, from 0 to 2**32 - 1.
         write_every: tokens a segment.
-        stop: texts before which the text ends, none of them empty; it is looked for in each segment.
+        stop: texts before which the text ends, none of them empty; looked for in each segment.
         told: called with what the prompt needs of memory, in words, before it is read.
 
     Raises:
@@ -98,11 +103,48 @@ def generate(
         ResourceError: there is too little memory for the prompt, or in the end for the text.
     """
     ids = fitting_ids(model, tokenizer, prompt)
+    part, words = room_for_prompt(model, len(ids), num_tokens)
+    told(words)
+    return follow(
+        *(model, tokenizer, ids, samplers),
+        num_tokens=num_tokens,
+        seed=seed,
+        write_every=write_every,
+        stop=stop,
+        part_tokens=part,
+    )
+
+
+def follow(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    samplers: Iterable[tuple[Component, Any]],
+    *,
+    num_tokens: int,
+    seed: int,
+    write_every: int = 1,
+    stop: Sequence[str] = (),
+    part_tokens: int = PARTS[0],
+    kept: PromptCache | None = None,
+) -> Iterator[Segment]:
+    """As :func:`generate`, behind the ids of a prompt that has been found to fit.
+
+    Args:
+        model: as there, like all that is not said here.
+        tokenizer: of the model.
+        ids: as :func:`fitting_ids` gives them.
+        samplers: how tokens are drawn.
+        num_tokens: how many at most.
+        seed: of the random keys.
+        write_every: tokens a segment.
+        stop: texts before which the text ends.
+        part_tokens: how many of the prompt are read at a time.
+        kept: what was computed of an earlier text, to go on from; it holds this one afterwards.
+    """
     end, limit = LENGTH, model.context_tokens
     if limit is not None and num_tokens > limit - len(ids):
         end, num_tokens = CONTEXT, limit - len(ids)
-    part, words = room_for_prompt(model, len(ids), num_tokens)
-    told(words)
     drawing = Drawing(samplers, seed)
 
     def draw(logits: mx.array, tokens: Sequence[int]) -> int | Drawn:
@@ -110,9 +152,14 @@ def generate(
             logits[:, : tokenizer.vocab_size], tokens
         )  # ids beyond it are padding, and no text
 
-    tokens = decode(model, ids, draw, num_tokens=num_tokens, stops=tokenizer.stops, part_tokens=part)
-    told_text = _Telling(tokenizer, len(ids), num_tokens, end)
-    return told_text.segments(tokens, write_every, StopTexts(stop))
+    tokens = decode(
+        *(model, ids, draw),
+        num_tokens=num_tokens,
+        stops=tokenizer.stops,
+        part_tokens=part_tokens,
+        kept=kept,
+    )
+    return _Telling(tokenizer, len(ids), num_tokens, end).segments(tokens, write_every, StopTexts(stop))
 
 
 def fitting_ids(model: LanguageModel, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
@@ -131,7 +178,7 @@ def fitting_ids(model: LanguageModel, tokenizer: Tokenizer, prompt: Prompt) -> l
         )
     limit = model.context_tokens
     if limit is not None and len(ids) >= limit:
-        raise UsageError(
+        raise PromptTooLong(
             f"the prompt has {len(ids)} tokens, the model's context holds {limit}", fix="shorten the prompt"
         )
     return ids
@@ -199,6 +246,7 @@ def decode(
     num_tokens: int,
     stops: Collection[int],
     part_tokens: int = PARTS[0],
+    kept: PromptCache | None = None,
 ) -> Iterator[int]:
     """Token ids that follow the ids ``prompt``, up to ``num_tokens`` or one of ``stops``.
 
@@ -212,14 +260,15 @@ def decode(
         num_tokens: how many at most.
         stops: ids that end the text, and do not come.
         part_tokens: how many of the prompt are read at a time.
+        kept: what was computed of an earlier text, to go on from; it holds this one afterwards.
 
     Raises:
         ResourceError: the text becomes too long for the memory that is left.
     """
     model.eval()
-    cache = model.make_cache()
-    tokens = list(prompt)
-    unseen = tokens[:]
+    kept = kept or PromptCache()
+    cache, unseen = kept.begin(model, prompt)
+    tokens = kept.tokens
     logits: mx.array | None = None
     for left in range(num_tokens, 0, -1):
         if len(tokens) % CACHE_STEP == 0:

@@ -32,8 +32,7 @@ def stream(
     Args:
         model: with or without an adapter on it.
         prompt: text to continue, or messages in the form of the model's tokenizer.
-        sampler: one, or several in a row: ``"repetition-penalty,top-p"``; left out, those that
-            settings among ``options`` ask for.
+        sampler: one, or several in a row: ``"repetition-penalty,top-p"``; or those of ``options``.
         stop: a text, or several, before which the text ends.
         chat: whether a text is asked as a user's message, in that form.
         system: message in front of it.
@@ -64,13 +63,13 @@ def stream(
     stops = checked_stops([stop] if isinstance(stop, str) else stop)
 
     def events() -> Generator[Segment, None, None]:
-        base, every = model.base, config.write_every
+        base = model.base
         with told(model.registry.plugins):
             yield from segments(
                 *(base.language_model, base.tokenizer, asked, chosen),
                 num_tokens=config.num_tokens,
                 seed=number,
-                write_every=every,
+                write_every=config.write_every,
                 stop=stops,
             )
 
