@@ -136,15 +136,16 @@ def adapter_names(paths: Sequence[Path]) -> list[str]:
     Raises:
         UsageError: one is named twice.
     """
-    whole = [path.resolve() for path in paths]
-    ends = [(path if path.is_dir() else path.with_suffix("")).parts for path in whole]
-    twice = [path for path, end in zip(paths, ends, strict=True) if ends.count(end) > 1]
+    whole = [Path(os.path.abspath(path)) for path in paths]
+    twice = [path for path in whole if whole.count(path) > 1]
     if twice:
         raise UsageError(f"the adapter {twice[0]} is named twice", fix="name it once")
+    bare = [path if os.path.isdir(path) else path.with_suffix("") for path in whole]
+    ends = [(w if bare.count(b) > 1 else b).parts for w, b in zip(whole, bare, strict=True)]
     found = []
     for end in ends:
         size = next(n for n in range(1, len(end) + 1) if [e[-n:] for e in ends].count(end[-n:]) == 1)
-        found.append("/".join(end[-size:]))
+        found.append("/".join(end[-size:]).replace("//", "/"))
     return found
 
 

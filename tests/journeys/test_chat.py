@@ -19,6 +19,8 @@ from terminals import ALT_ENTER, BACKSPACE, CTRL_A, CTRL_C, CTRL_D, LEFT, TAB, U
 
 import mlxlora_core
 from mlxlora_core.cli.chat_history import KEPT, HistoryFile, place_of
+from mlxlora_core.cli.model import adapter_names
+from mlxlora_core.errors import UsageError
 
 Command = Callable[..., Any]
 
@@ -331,7 +333,7 @@ def test_compare_answers_with_base_and_adapter(folder: Path, tmp_path: Path) -> 
         (b"\xff\xfe\n", (), 2, "stdin is not UTF-8"),
         ("", ("--compare",), 2, "--compare needs an adapter"),
         ("", ("--top-k", "0"), 2, "must be at least 1"),
-        ("", ("--adapter-file", "a", "--adapter-file", "a"), 2, "the adapter a is named twice"),
+        ("", ("--adapter-file", "a", "--adapter-file", "a"), 2, "a is named twice"),
         ("", ("--adapter-file", "a", "--no-adapter"), 2, "give one of them"),
     ],
 )
@@ -354,6 +356,28 @@ def test_a_model_that_does_not_chat_says_what_to_do(folder: Path, tmp_path: Path
         "the model has no chat template" in done.stderr.decode()
         and "mlxlora generate" in done.stderr.decode()
     )
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["numpy.safetensors"], ["numpy"]),
+        (["a.b.npz", "folder.v1", "/x/y/last.gguf"], ["a.b", "folder.v1", "last"]),
+        (["one/adapters.npz", "two/adapters.npz"], ["one/adapters", "two/adapters"]),
+        (["x.npz", "x.safetensors", "y/x.npz"], ["x.npz", "x.safetensors", "x"]),
+        (["/a", "/b/a"], ["/a", "b/a"]),
+        ([], []),
+    ],
+)
+def test_adapters_are_called_by_the_ends_of_their_paths(
+    paths: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.v1").mkdir()
+    assert adapter_names([Path(path) for path in paths]) == names
+    if paths:
+        with pytest.raises(UsageError, match="is named twice"):
+            adapter_names([Path(paths[0]), Path(".", paths[0])])
 
 
 # --- history ------------------------------------------------------------------
