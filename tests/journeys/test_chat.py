@@ -24,18 +24,18 @@ from mlxlora_core.errors import UsageError
 
 Command = Callable[..., Any]
 
-#: says one letter for good, four a second
+#: says one letter for good: four a second, or as fast as it goes
 SLOW = """
 import time
 
 from mlxlora_core.api import Sampler, hookimpl
 
 
-def build(options):
+def build(seconds):
     import mlx.core as mx
 
     def transform(logits, tokens):
-        time.sleep(0.25)
+        time.sleep(seconds)
         return mx.where(mx.arange(logits.shape[-1]) == 50, 0.0, mx.full(logits.shape, -mx.inf))
 
     return transform
@@ -43,7 +43,10 @@ def build(options):
 
 @hookimpl
 def mlxlora_samplers():
-    return [Sampler(name="slow", summary="says one letter for good", build=build)]
+    return [
+        Sampler(name="slow", summary="says one letter for good", build=lambda options: build(0.25)),
+        Sampler(name="fast", summary="says one letter for good", build=lambda options: build(0)),
+    ]
 """
 
 
@@ -344,6 +347,25 @@ def test_a_fault_in_a_pipe_is_one_line_and_ends_it(
     assert done.returncode == code
     assert done.stderr.decode().splitlines()[-1].startswith("mlxlora: ") and words in done.stderr.decode()
     assert done.stdout == b""
+
+
+def test_a_full_context_says_what_to_do(folder: Path, tmp_path: Path) -> None:
+    plugin = ("-P", folder / "slow.py", "--sampler", "fast,temperature")
+    done = piped(folder, tmp_path, "Hello\n/reset\nHello\n", *plugin, "-n", 400)
+    assert done.returncode == 0, done.stderr
+    told = done.stderr.decode()
+    assert (
+        told.count("the model's context is full, at 256 tokens\nthe context is full: /reset begins anew") == 2
+    )
+    first, second = done.stdout.decode().split()
+    assert first == second and 200 < len(first) < 256
+
+
+def test_a_stop_text_ends_an_answer(folder: Path, tmp_path: Path) -> None:
+    plugin = ("-P", folder / "slow.py", "--sampler", "fast,temperature")
+    done = piped(folder, tmp_path, "Hello\n", *plugin, "-n", 40, "--stop", "OOOO", "--stop", "x")
+    assert (done.returncode, done.stdout) == (0, b""), "it begins with it"
+    assert "ended before 'OOOO'" in done.stderr.decode()
 
 
 def test_a_model_that_does_not_chat_says_what_to_do(folder: Path, tmp_path: Path) -> None:
