@@ -136,6 +136,21 @@ def test_no_history_is_kept_where_none_is_wanted(chat: Callable[..., Terminal], 
     assert not (tmp_path / "state").exists()
 
 
+def test_a_history_that_cannot_be_kept_is_told_and_no_more(
+    chat: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    (tmp_path / "state").write_text("no folder")
+    terminal = chat()
+    assert "warning: no history is kept: " in terminal.written
+    terminal.say("Hello")
+    terminal.until("tokens/s")
+    terminal.ready()
+    terminal.press(UP)
+    terminal.until_shown("> Hello")
+    terminal.press(CTRL_C + CTRL_D)
+    assert terminal.end() == 0
+
+
 def test_wide_letters_emoji_and_a_window_of_another_size(
     chat: Callable[..., Terminal], tmp_path: Path
 ) -> None:
