@@ -99,15 +99,16 @@ class Quantized(nn.Module):
     @property
     def stays_packed(self) -> bool:
         """Whether no product expands the weight, be it for a gradient."""
-        return len(self._shape) == 2 and self._products().for_all
+        return len(self._shape) == 2 and self.bind().for_all
 
-    def _products(self) -> Bound:
+    def bind(self) -> Bound:
+        """What the quantizer binds to the parts, made when it is asked for first."""
         self._bound = self._bound or Bound(self.quantization, self.parts, self._shape[-1])
         return self._bound
 
     def _times(self, x: mx.array) -> mx.array:
         """Outputs (..., outputs) of inputs (..., inputs), packed or expanded, whichever is faster."""
-        bound = self._products().product(x, self.training)
+        bound = self.bind().product(x, self.training)
         if bound is not None:
             return self._checked("bind", bound(x), x)
         matmul = self.quantization.component.spec.matmul
@@ -257,6 +258,13 @@ class StoredEmbedding(nn.Embedding):
         """The weight as it is stored."""
         weight: mx.array = self.weight
         return weight
+
+
+def bind_products(module: nn.Module) -> None:
+    """Make what quantizers bind to the weights in ``module``; inside of a compiled function they cannot."""
+    for _, child in module.named_modules():
+        if isinstance(child, Quantized) and len(child.shape) == 2:
+            child.bind()
 
 
 def is_linear(module: nn.Module) -> bool:
