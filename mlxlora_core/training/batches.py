@@ -150,6 +150,10 @@ def longest_of(examples: Sequence[Example]) -> int:
     return max((len(example.tokens) for example in examples), default=1)
 
 
+#: grows when :func:`epoch_order` gives another order for the same seed and epoch
+ORDER_VERSION = 2
+
+
 def epoch_order(examples: Sequence[Example], rows_a_step: int, seed: int, epoch: int) -> list[list[int]]:
     """The rows of each step of one epoch: every row once, rows of like length together.
 

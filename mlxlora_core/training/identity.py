@@ -14,6 +14,7 @@ from mlxlora_core.errors import ModelError, SettingsChanged
 from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.options import plain
 from mlxlora_core.plugins.sources import source_digest
+from mlxlora_core.training.batches import ORDER_VERSION
 from mlxlora_core.training.checkpoints import Checkpoint
 from mlxlora_core.version import __version__
 
@@ -167,6 +168,7 @@ def identify(
             "system": platform.platform(),
             "processor": platform.processor() or platform.machine(),
             "cores": str(thread_count()),  # which rows are dealt to
+            "order of rows": str(ORDER_VERSION),
             "runtimes": "; ".join(runtimes),
         },
     )
@@ -178,7 +180,7 @@ def _word_on_version(name: str, held: str | None, now: str) -> str:
         return (
             f"warning: the code of plugin {plugin} has changed since ({held}, now {now}); it goes on with it"
         )
-    return f"warning: the result may not be bit-exact across {name} {held} -> {now}"
+    return f"warning: the result may not be bit-exact across {name} {held or 'of before'} -> {now}"
 
 
 def _data_fingerprint(examples: Sequence[Example]) -> str:
