@@ -14,7 +14,6 @@ from mlxlora_core.errors import ModelError, SettingsChanged
 from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.options import plain
 from mlxlora_core.plugins.sources import source_digest
-from mlxlora_core.training.batches import ORDER_VERSION
 from mlxlora_core.training.checkpoints import Checkpoint
 from mlxlora_core.version import __version__
 
@@ -33,6 +32,9 @@ BEFORE: Mapping[str, Any] = {
     "prefix_type": "compute",
     "reuse_prefix": "off",
 }
+
+#: of :func:`~mlxlora_core.training.batches.epoch_order`
+ORDER_OF_ROWS = "2"
 
 SOURCE = "source of plugin "  # before the name of one whose code is told
 _ABSENT = "none"
@@ -168,7 +170,7 @@ def identify(
             "system": platform.platform(),
             "processor": platform.processor() or platform.machine(),
             "cores": str(thread_count()),  # which rows are dealt to
-            "order of rows": str(ORDER_VERSION),
+            "order of rows": ORDER_OF_ROWS,
             "runtimes": "; ".join(runtimes),
         },
     )
