@@ -59,7 +59,8 @@ always does: `python -m` in the working folder first (`python -P -m` does not), 
 ## Signals
 
 SIGINT (Ctrl-C), SIGTERM and SIGHUP end a verb with 130, 143 and 129. Training finishes its step and saves
-first ([checkpoints](checkpoints.md)); every other verb ends at once, removes its temporary files and the
+first ([checkpoints](checkpoints.md)), and in [`chat`](chat.md) on a terminal SIGINT stops the answer; every
+other verb ends at once, removes its temporary files and the
 child processes that read packages, and leaves no target behind. A second signal ends the process on the
 spot. A signal that was ignored at the start, as under `nohup`, stays ignored.
 

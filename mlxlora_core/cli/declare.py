@@ -78,6 +78,14 @@ ADAPTER_FILE = click.option(
     help="Adapter to put on the model: a file, or a folder or file of PEFT or mlx-lm. "
     f"[default: {DEFAULT_ADAPTER_FILE}, where that is]",
 )
+ADAPTER_FILES = click.option(
+    "--adapter-file",
+    "adapter_files",
+    type=INPUT,
+    multiple=True,
+    help="Adapter to put on the model, as for generate. May be repeated; each is called by the name of its "
+    f"file or folder. [default: {DEFAULT_ADAPTER_FILE}, where that is]",
+)
 NO_ADAPTER = click.option("--no-adapter", is_flag=True, help="Take the model as it is.")
 ADAPTER = click.option("--adapter", help="Insist on this adapter. [default: what the file says]")
 BASE_MISMATCH = click.option(
@@ -103,9 +111,26 @@ _QUANTIZE = (
     click.option("--q-bits", metavar="BITS", help="Bits a weight. [default: 4]"),
 )
 SAMPLER = click.option(
-    "--sampler", default=DEFAULT_SAMPLER, show_default=True, help="Samplers, in order: NAME or NAME,NAME."
+    "--sampler", help=f"Samplers, in order: NAME or NAME,NAME. [default: {DEFAULT_SAMPLER}]"
 )
 TEMP = click.option("--temp", help="Sampling temperature; 0 is argmax. [default: 0.8]")
+_SETTINGS = (
+    click.option("--top-k", metavar="TOKENS", help="Only the so many most likely tokens take part."),
+    click.option("--top-p", metavar="P", help="Only the likely tokens that reach this probability together."),
+    click.option("--min-p", metavar="P", help="Only tokens with this share of the highest probability."),
+    click.option(
+        "--repetition-penalty", metavar="FACTOR", help="Divides the logits of tokens that came before."
+    ),
+    click.option(
+        "--presence-penalty", metavar="NUMBER", help="Taken from the logits of tokens that came before."
+    ),
+    click.option(
+        "--frequency-penalty", metavar="NUMBER", help="Taken from them for each time that one came."
+    ),
+)
+STOP = click.option(
+    "--stop", multiple=True, metavar="TEXT", help="End the text before this one. May be repeated."
+)
 SEED = click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed."
 )
@@ -120,6 +145,13 @@ COLUMNS = click.option(
 def quantize(function: Any) -> Any:
     """Add the options that say how dense linears are quantized as they are read."""
     for decorate in reversed(_QUANTIZE):
+        function = decorate(function)
+    return function
+
+
+def settings(function: Any) -> Any:
+    """Add an option for each of :data:`mlxlora_core.runs.samplers.SETTINGS`."""
+    for decorate in reversed(_SETTINGS):
         function = decorate(function)
     return function
 

@@ -12,6 +12,7 @@ import click
 
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.model import (
+    as_spent,
     asked_adapter,
     asked_quantization,
     chosen_samplers,
@@ -21,6 +22,7 @@ from mlxlora_core.cli.model import (
 )
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.errors import UsageError
+from mlxlora_core.model.stop_texts import checked_stops
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.recipe import check_sections, overrides
 from mlxlora_core.runs.samplers import check_samplers
@@ -38,10 +40,12 @@ SILENCE_SECONDS = 10  # for what comes from a stdin that does not block
     declare.NO_ADAPTER,
     declare.ADAPTER,
     declare.BASE_MISMATCH,
-    declare.SAMPLER,
     declare.TEMP,
+    declare.settings,
+    declare.SAMPLER,
     declare.SEED,
     declare.flags(GenerateConfig),
+    declare.STOP,
     SETS_OPTION,
     JSON_OPTION,
 )
@@ -53,33 +57,35 @@ def command(
     no_adapter: bool,
     adapter: str | None,
     base_mismatch: str,
-    sampler: str,
     temp: str | None,
+    sampler: str | None,
     seed: int,
+    stop: tuple[str, ...],
     sets: tuple[str, ...],
     as_json: bool,
     **arguments: Any,
 ) -> None:
     """Continue a prompt.
 
-    Only the continuation goes to stdout. It ends at an end token, after
-    --num-tokens tokens, or where the model's context is full.
+    Only the continuation goes to stdout. It ends at an end token, before a
+    --stop text, after --num-tokens tokens, or where the model's context is full.
     """
+    stops = checked_stops(map(given_text, stop))
     config = declare.config_from(GenerateConfig, arguments)
     given = overrides(sets)
     any_base = base_mismatch == "allow"
     asked = asked_adapter(adapter_file, no_adapter, adapter, given.get("adapter", {}), any_base)
     check_sections(given, ("adapter", "sampler", "quantize"))
     quantization = asked_quantization(registry, arguments, given)
-    chosen = chosen_samplers(registry, sampler, temp, given.get("sampler", {}))
+    chosen = chosen_samplers(registry, sampler, temp, given.get("sampler", {}), arguments)
     text = _stdin() if prompt == "-" else given_text(prompt)
     start(registry)
     check_samplers(chosen)
     base, said = load_adapted(model, asked, registry, quantization)
-    result = continue_prompt(base, text, chosen, config, seed, quiet=as_json)
+    result = continue_prompt(base, text, chosen, config, seed, stops, quiet=as_json)
     show.progress(said)
     if as_json:
-        answer = {"prompt": text, "text": result.text, "finish": result.finish}
+        answer = {"prompt": text, "text": result.text, **as_spent(result)}
         show.as_json({"adapter_file": asked and str(asked.path), **answer})
 
 

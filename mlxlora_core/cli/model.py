@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.cli import show
-from mlxlora_core.cli.declare import DEFAULT_ADAPTER_FILE
+from mlxlora_core.cli.declare import DEFAULT_ADAPTER_FILE, flag_name
 from mlxlora_core.errors import ModelError, UsageError, listing
 from mlxlora_core.model.located import LocatedModel, is_path, locate_model
 from mlxlora_core.options import explain
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.sections import Quantization
 from mlxlora_core.runs.recipe import choose, choose_samplers
-from mlxlora_core.runs.samplers import TEMPERATURE, names
+from mlxlora_core.runs.samplers import TEMPERATURE, chain, names
 from mlxlora_core.training.settings import BatchConfig, EvaluateConfig, GenerateConfig
 from mlxlora_core.training.sources import SplitRows
 
@@ -130,6 +130,25 @@ def load_adapted(
     return model, f"with the {adapted.choice.component.id} adapter of {asked.path}"
 
 
+def adapter_names(paths: Sequence[Path]) -> list[str]:
+    """What adapters are called: each by the end of its path, as short as tells it from the others.
+
+    Raises:
+        UsageError: one is named twice.
+    """
+    whole = [Path(os.path.abspath(path)) for path in paths]
+    twice = [path for path in whole if whole.count(path) > 1]
+    if twice:
+        raise UsageError(f"the adapter {twice[0]} is named twice", fix="name it once")
+    bare = [path if os.path.isdir(path) else path.with_suffix("") for path in whole]
+    ends = [(w if bare.count(b) > 1 else b).parts for w, b in zip(whole, bare, strict=True)]
+    found = []
+    for end in ends:
+        size = next(n for n in range(1, len(end) + 1) if [e[-n:] for e in ends].count(end[-n:]) == 1)
+        found.append("/".join(end[-size:]).replace("//", "/"))
+    return found
+
+
 def read_test(model: Model, rows: SplitRows, batches: BatchConfig) -> Examples:
     """The test set as examples; what there is to tell of it is told."""
     from mlxlora_core.training.session import examples_of
@@ -160,13 +179,26 @@ def measure(
 
 
 def chosen_samplers(
-    registry: Registry, use: str, temp: str | None, values: dict[str, Any]
+    registry: Registry,
+    named: str | None,
+    temp: str | None,
+    values: Mapping[str, Any],
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Choice, ...]:
     """Samplers with their options; ``temp`` goes to the first that has it.
 
+    Args:
+        registry: where samplers are looked up.
+        named: what ``--sampler`` names, if it is given.
+        temp: what ``--temp`` says, if it is given.
+        values: what ``--set`` was given.
+        settings: what the options of :func:`~mlxlora_core.cli.declare.settings` were given.
+
     Raises:
-        UsageError: a temperature for samplers that have none.
+        UsageError: a temperature for samplers that have none; a setting of a sampler that is not named.
     """
+    use, dealt = chain(named, settings, flag_name)
+    values = {**values, **dealt}
     if temp is not None:
         found = [registry.find("sampler", name) for name in names(use)]
         known = {option.name for component in found for option in explain(component.spec.options)}
@@ -185,31 +217,66 @@ def given_text(argument: str) -> str:
 
 
 def continue_prompt(
-    model: Model, prompt: str, samplers: Sequence[Choice], config: GenerateConfig, seed: int, *, quiet: bool
+    model: Model,
+    prompt: str,
+    samplers: Sequence[Choice],
+    config: GenerateConfig,
+    seed: int,
+    stop: Sequence[str] = (),
+    *,
+    quiet: bool,
 ) -> Segment:
     """Continue a prompt; segments are printed as they come unless ``quiet``."""
-    from mlxlora_core.model.generate import CONTEXT, generate, whole
+    from mlxlora_core.model.generate import generate, whole
     from mlxlora_core.model.prompts import words_on
 
-    started, asked = time.perf_counter(), config.asked(prompt)
+    question = config.asked(prompt)
     segments = generate(
         model.language_model,
         model.tokenizer,
-        asked,
+        question,
         [(sampler.component, sampler.options) for sampler in samplers],
         num_tokens=config.num_tokens,
         seed=seed,
         write_every=config.write_every,
+        stop=stop,
         told=show.progress,
     )
-    for words in words_on(model.tokenizer, asked):
+    for words in words_on(model.tokenizer, question):
         show.progress(words)
     text = whole(segments if quiet else _shown(segments))
-    full = ""
-    if text.finish == CONTEXT:
-        full = f"; the model's context is full, at {model.language_model.context_tokens} tokens"
-    show.progress(f"{time.perf_counter() - started:.2f} s{full}")
+    show.progress(how_it_ended(text, model.language_model.context_tokens))
     return text
+
+
+def how_it_ended(last: Segment, context_tokens: int | None) -> str:
+    """What a text took, and what ended it, in words."""
+    from mlxlora_core.model import generate
+
+    spent = last.spent
+    assert spent is not None, "the last segment tells it"
+    why = {
+        generate.STOP: "ended by itself" if last.stop is None else f"ended before {last.stop!r}",
+        generate.LENGTH: "stopped at the limit on its tokens",
+        generate.CONTEXT: f"the model's context is full, at {context_tokens} tokens",
+    }[last.finish or generate.STOP]
+    count = f"{spent.tokens} token{'s' if spent.tokens != 1 else ''}"
+    pace = f"the first after {spent.first_seconds:.2f} s, {spent.rate:.1f} tokens/s"
+    return f"{count} in {spent.seconds:.2f} s, {pace}; {why}"
+
+
+def as_spent(last: Segment) -> dict[str, Any]:
+    """What ended a text and what it took, as --json shows it."""
+    assert last.spent is not None
+    return {
+        "finish": last.finish,
+        "stop": last.stop,
+        "prompt_tokens": last.spent.prompt_tokens,
+        "tokens": last.spent.tokens,
+        "first_seconds": round(last.spent.first_seconds, 4),
+        "seconds": round(last.spent.seconds, 4),
+        "tokens_per_second": round(last.spent.rate, 2),
+    }
 
 
 def _shown(segments: Iterable[Segment]) -> Iterator[Segment]:

@@ -24,6 +24,7 @@ VERBS = {
     "train": "Train an adapter on a dataset folder.",
     "evaluate": "Measure loss and perplexity on the test set.",
     "generate": "Continue a prompt.",
+    "chat": "Talk to a model on the terminal, with and without adapters.",
     "fuse": "Write a model folder with the change of one or more adapters in its weights.",
     "export": "Write a model, with or without an adapter, in the form of another tool.",
     "adapters": "List adapter files, and which bases they fit.",

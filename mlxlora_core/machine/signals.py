@@ -92,6 +92,25 @@ def deferred() -> Iterator[Pending]:
         _put(before)
 
 
+@contextmanager
+def noted(signum: int = signal.SIGINT) -> Iterator[Pending]:
+    """Let a signal only be noted, however often it comes, for work that looks when it suits and goes on.
+
+    Call it in the main thread. One that is ignored stays so, and is not noted.
+    """
+    pending = Pending()
+
+    def note(came: int, _: FrameType | None) -> None:
+        pending.signum = came
+
+    before = {number: handler for number, handler in _handlers().items() if number == signum}
+    _put(dict.fromkeys(before, note))
+    try:
+        yield pending
+    finally:
+        _put(before)
+
+
 def changes() -> int:
     """How often handlers were changed here; other changes are not ours."""
     return _changes

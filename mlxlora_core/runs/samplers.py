@@ -7,14 +7,56 @@ that has a temperature; that of the others is 1 unless it is said.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mlxlora_core.errors import UsageError, listing, nearest
 from mlxlora_core.options import explain
 from mlxlora_core.plugins import Choice, Component, check_call
+from mlxlora_core.plugins.defaults import DEFAULT_SAMPLER
 
 TEMPERATURE = "temp"
+
+#: a setting of its own -> the sampler that it asks for and the option of it that it sets, in the order in
+#: which they work: penalties before a temperature, and what leaves tokens out from the widest to the finest
+SETTINGS = {
+    "repetition_penalty": ("repetition-penalty", "penalty"),
+    "presence_penalty": ("presence-penalty", "penalty"),
+    "frequency_penalty": ("frequency-penalty", "penalty"),
+    "top_k": ("top-k", "k"),
+    "top_p": ("top-p", "p"),
+    "min_p": ("min-p", "p"),
+}
+_PENALTIES = frozenset(name for name in SETTINGS if name.endswith("_penalty"))
+
+
+def chain(
+    use: str | None, settings: Mapping[str, Any], spell: Callable[[str], str] = str
+) -> tuple[str, dict[str, Any]]:
+    """The names of the samplers that are asked for, and the options that settings give them.
+
+    Args:
+        use: names as of ``--sampler``; None is the samplers of the settings, in the order of
+            :data:`SETTINGS`, with :data:`DEFAULT_SAMPLER` where none of them has a temperature.
+        settings: name of :data:`SETTINGS` -> value; None is not set.
+        spell: a setting as the user wrote it, for messages.
+
+    Raises:
+        UsageError: a setting of a sampler that is not among those named.
+    """
+    given = {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
+    values = {".".join(SETTINGS[name]): value for name, value in given.items()}
+    if use is None:
+        last = [] if given.keys() - _PENALTIES else [DEFAULT_SAMPLER]
+        return ",".join([*(SETTINGS[name][0] for name in given), *last]), values
+    for name in given:
+        sampler = SETTINGS[name][0]
+        if sampler not in [each.rpartition(":")[2] for each in names(use)]:
+            raise UsageError(
+                f"{spell(name)} belongs to the sampler {sampler}, but {spell('sampler')} names {use}",
+                fix=f"leave {spell('sampler')} out, or name {sampler} in it",
+            )
+    return use, values
 
 
 def names(use: str | Iterable[str]) -> list[str]:

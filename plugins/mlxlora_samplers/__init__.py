@@ -1,4 +1,4 @@
-"""Samplers ``greedy``, ``temperature``, ``top-k``, ``top-p``, ``min-p`` and ``repetition-penalty``."""
+"""Samplers ``greedy``, ``temperature``, ``top-k``, ``top-p``, ``min-p`` and three penalties."""
 
 from __future__ import annotations
 
@@ -39,13 +39,33 @@ class MinPOptions(TemperatureOptions):
 
 
 @dataclass(frozen=True)
-class RepetitionPenaltyOptions:
-    """How much less likely a token becomes that has come before."""
+class WindowOptions:
+    """Which tokens have come before."""
 
-    penalty: float = option(1.2, help="divides the logits of tokens that came before", above=0)
     window: int | None = option(
         None, help="only the last so many tokens count; none is all", unit="tokens", minimum=1
     )
+
+
+@dataclass(frozen=True)
+class RepetitionPenaltyOptions(WindowOptions):
+    """How much less likely a token becomes that has come before."""
+
+    penalty: float = option(1.2, help="divides the logits of tokens that came before", above=0)
+
+
+@dataclass(frozen=True)
+class PresencePenaltyOptions(WindowOptions):
+    """How much is taken from the logit of a token that has come before."""
+
+    penalty: float = option(0.5, help="taken from the logits of tokens that came before")
+
+
+@dataclass(frozen=True)
+class FrequencyPenaltyOptions(WindowOptions):
+    """How much is taken from the logit of a token for each time that it has come before."""
+
+    penalty: float = option(0.5, help="taken from the logits of tokens for each time that they came before")
 
 
 def greedy(options: NoOptions) -> Transform:
@@ -90,9 +110,23 @@ def repetition_penalty(options: RepetitionPenaltyOptions) -> Transform:
     return sampling.repetition_penalty(options.penalty, options.window)
 
 
+def presence_penalty(options: PresencePenaltyOptions) -> Transform:
+    """See :func:`mlxlora_samplers.sampling.presence_penalty`."""
+    from mlxlora_samplers import sampling
+
+    return sampling.presence_penalty(options.penalty, options.window)
+
+
+def frequency_penalty(options: FrequencyPenaltyOptions) -> Transform:
+    """See :func:`mlxlora_samplers.sampling.frequency_penalty`."""
+    from mlxlora_samplers import sampling
+
+    return sampling.frequency_penalty(options.penalty, options.window)
+
+
 @hookimpl
 def mlxlora_samplers() -> Iterable[Sampler]:
-    """The six samplers of this plugin."""
+    """The eight samplers of this plugin."""
     return [
         Sampler(name="greedy", summary="the most likely token", build=greedy),
         Sampler(
@@ -119,5 +153,17 @@ def mlxlora_samplers() -> Iterable[Sampler]:
             summary="tokens that came before, made less likely",
             options=RepetitionPenaltyOptions,
             build=repetition_penalty,
+        ),
+        Sampler(
+            name="presence-penalty",
+            summary="tokens that came before, their logits made smaller",
+            options=PresencePenaltyOptions,
+            build=presence_penalty,
+        ),
+        Sampler(
+            name="frequency-penalty",
+            summary="tokens that came before, their logits made smaller for each time",
+            options=FrequencyPenaltyOptions,
+            build=frequency_penalty,
         ),
     ]

@@ -10,7 +10,8 @@ several equally likely ones, that of the lowest id.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -104,15 +105,38 @@ def repetition_penalty(penalty: float, window: int | None) -> Transform:
     token less likely. How often it came does not count.
     Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1 (without the case of negative logits).
     """
+    return _of_the_past(window, lambda found, _: mx.where(found > 0, found / penalty, found * penalty))
+
+
+def presence_penalty(penalty: float, window: int | None) -> Transform:
+    """Logits of tokens that came before, of the last ``window`` if given, less ``penalty``.
+
+    How often one came does not count. A negative penalty makes them more likely.
+    """
+    return _of_the_past(window, lambda found, _: found - penalty)
+
+
+def frequency_penalty(penalty: float, window: int | None) -> Transform:
+    """As :func:`presence_penalty`, ``penalty`` taken away for each time that a token came."""
+    return _of_the_past(window, lambda found, times: found - penalty * times)
+
+
+def _of_the_past(window: int | None, change: Callable[[mx.array, mx.array], mx.array]) -> Transform:
+    """A transform that changes the logits of the tokens that came before, of the last ``window`` if given.
+
+    Args:
+        window: None is all tokens.
+        change: new logits (B, seen) out of those of such tokens and of how often each came.
+    """
 
     def transform(logits: mx.array, tokens: Sequence[int]) -> mx.array:
-        seen = set(tokens if window is None else tokens[-window:])
-        if not seen:
+        counts = sorted(Counter(tokens if window is None else tokens[-window:]).items())
+        if not counts:
             return logits
-        ids = mx.broadcast_to(mx.array(sorted(seen)), (logits.shape[0], len(seen)))  # (B, seen)
-        found = mx.take_along_axis(logits, ids, axis=-1)
-        less = mx.where(found > 0, found / penalty, found * penalty)
-        return mx.put_along_axis(logits, ids, less, axis=-1)  # (B, V)
+        seen = mx.broadcast_to(mx.array(counts).T[:, None], (2, logits.shape[0], len(counts)))
+        ids, times = seen[0], seen[1].astype(mx.float32)  # (B, seen)
+        changed = change(mx.take_along_axis(logits, ids, axis=-1), times)
+        return mx.put_along_axis(logits, ids, changed, axis=-1)  # (B, V)
 
     return transform
 

@@ -99,8 +99,32 @@ class TestRepetitionPenalty(SamplerSuite):
         return softmax(np.array(changed), 1.0)
 
 
+class TestPresencePenalty(SamplerSuite):
+    spec = SAMPLERS["presence-penalty"]
+    option_sets = ({}, {"penalty": 0}, {"penalty": 3.0, "window": 2}, {"penalty": -1.5})
+    bad_options = ({"penalty": "nan"}, {"penalty": "inf"}, {"window": 0}, {"window": 1.5})
+
+    def probabilities(self, logits: np.ndarray, tokens: Sequence[int], options: Any) -> np.ndarray:
+        return softmax(logits - options.penalty * (self.times(logits, tokens, options) > 0), 1.0)
+
+    @staticmethod
+    def times(logits: np.ndarray, tokens: Sequence[int], options: Any) -> np.ndarray:
+        counted = tokens if options.window is None else tokens[-options.window :]
+        return np.bincount(counted, minlength=len(logits))
+
+
+class TestFrequencyPenalty(SamplerSuite):
+    spec = SAMPLERS["frequency-penalty"]
+    option_sets = TestPresencePenalty.option_sets
+    bad_options = TestPresencePenalty.bad_options
+
+    def probabilities(self, logits: np.ndarray, tokens: Sequence[int], options: Any) -> np.ndarray:
+        return softmax(logits - options.penalty * TestPresencePenalty.times(logits, tokens, options), 1.0)
+
+
 def test_every_sampler_is_covered() -> None:
-    suites = (TestGreedy, TestTemperature, TestTopK, TestTopP, TestMinP, TestRepetitionPenalty)
+    penalties = (TestRepetitionPenalty, TestPresencePenalty, TestFrequencyPenalty)
+    suites = (TestGreedy, TestTemperature, TestTopK, TestTopP, TestMinP, *penalties)
     assert {suite.spec.name for suite in suites} == set(SAMPLERS)
 
 

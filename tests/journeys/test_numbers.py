@@ -5,6 +5,7 @@ What takes a number is found out from the commands and the components: a new opt
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import types
@@ -54,6 +55,7 @@ COMMANDS = {
     "--max-seq-length 32 --steps-per-report 1 --test -p A -n 2",
     "evaluate": "--model $MODEL --data $ROWS",
     "generate": "--model $MODEL -p A -n 2",
+    "chat": "--model $MODEL -n 2 --no-history",
     "fuse": "--model $MODEL --adapter-file $ADAPTER --save-path $FOLDER/fused --overwrite",
     "export": "--model $MODEL --to npz --out $FOLDER/out --overwrite",
     "plugins": "",
@@ -89,6 +91,7 @@ def places(tmp_path: Path, tiny_model: Path, tiny_checkpoint: Path, tiny_data: P
 def run(places: dict[str, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """A verb with the shortest command line and something behind it: its exit code and lines of stderr."""
     monkeypatch.setenv("MLXLORA_PLUGINS", "")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))  # of chat
     monkeypatch.chdir(places["$FOLDER"])  # an option that takes a path gets a relative one
     places["$RECIPE"].write_text(filled(RECIPE, places))
     stop = places["$FOLDER"] / "stop.py"

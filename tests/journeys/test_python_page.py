@@ -54,14 +54,14 @@ def test_the_page_runs_from_top_to_bottom(
     for number, block in enumerate(BLOCKS, start=1):
         exec(compile(block, f"block {number} of python.md", "exec"), names)
         said.append(capfd.readouterr().out)
-    first, tuned, rows, resumed, streamed, asked, several, fused, exported, run, listed, error = said
+    first, tuned, rows, resumed, streamed, ended, asked, several, fused, exported, run, listed, error = said
     assert "step 200  loss " in first and "\n200 steps on 40 rows, train loss " in first
     assert tuned == "<mlxlora model 'model-folder', adapter lora>\n"
     assert rows.startswith("10 steps on 2 rows, train loss ")
     assert "resumed at step 10 of 30\n" in resumed and "\n30 steps on 40 rows" in resumed
     assert Path("long.npz").is_file() and Path("relu.safetensors").is_file()
     assert streamed.splitlines()[-1].endswith(("stop", "length"))
-    assert asked.strip()
+    assert "\n\n" not in ended.rstrip("\n") and asked.strip()
     assert several.startswith("(3, 3, ")
     assert fused.startswith("4 ") and Path("fused-folder", "config.json").is_file()
     assert "'model.safetensors'" in exported and Path("hf-folder", "config.json").is_file()

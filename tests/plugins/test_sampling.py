@@ -41,6 +41,8 @@ def test_defaults() -> None:
         "top-p": {"temp": 0.8, "p": 0.9},
         "min-p": {"temp": 0.8, "p": 0.05},
         "repetition-penalty": {"penalty": 1.2, "window": None},
+        "presence-penalty": {"penalty": 0.5, "window": None},
+        "frequency-penalty": {"penalty": 0.5, "window": None},
     }
 
 
@@ -172,6 +174,27 @@ class TestRepetitionPenalty:
             less = changed("repetition-penalty", row, tokens, penalty=1.5)
             tokens.append(int(mx.argmax(changed("greedy", np.array(less)))))
         assert tokens == [2, 0, 1]
+
+
+class TestPresenceAndFrequencyPenalty:
+    @pytest.mark.parametrize("name", ["presence-penalty", "frequency-penalty"])
+    @pytest.mark.parametrize(
+        ("penalty", "window"), [(0.7, None), (-1.5, 3), (2.0, 1), (0.0, None), (1.1, 99)]
+    )
+    def test_it_is_that_of_numpy_in_float64(self, name: str, penalty: float, window: int | None) -> None:
+        draw = np.random.default_rng(5)
+        for length in (1, 2, 7, 40):
+            logits = draw.normal(0, 4, (3, 11))
+            tokens = draw.integers(0, 11, length).tolist()
+            times = np.bincount(tokens if window is None else tokens[-window:], minlength=11)
+            counted = (times > 0).astype(np.float64) if name == "presence-penalty" else times
+            got = np.array(changed(name, logits, tokens, penalty=penalty, window=window))
+            np.testing.assert_allclose(got, logits - penalty * counted, rtol=1e-6, atol=1e-5)
+
+    @pytest.mark.parametrize("name", ["presence-penalty", "frequency-penalty"])
+    def test_no_ids_change_nothing_and_what_is_ruled_out_stays_so(self, name: str) -> None:
+        assert np.array(changed(name, [[-np.inf, 1.0]], [])).tolist() == [[-np.inf, 1.0]]
+        assert np.array(changed(name, [[-np.inf, 1.0]], [0, 0, 1], penalty=1)).tolist() == [[-np.inf, 0.0]]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

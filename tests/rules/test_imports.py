@@ -18,7 +18,10 @@ from mlxlora_core.cli.verbs import VERBS
 
 ROOT = Path(__file__).parents[2]
 CORE, PLUGINS = ROOT / "mlxlora_core", ROOT / "plugins"
-HEAVY = {"mlx", "numpy", "torch", "sentencepiece", "safetensors", "tokenizers", "scipy_openblas32"}
+HEAVY = {
+    *("mlx", "numpy", "torch", "sentencepiece", "safetensors", "tokenizers", "scipy_openblas32"),
+    "prompt_toolkit",
+}
 #: what plugins may import of core: the contract, the maths, safe reading, and chat templates
 DOORS = {"mlxlora_core.api", "mlxlora_core.ops", "mlxlora_core.files", "mlxlora_core.chat"}
 
@@ -38,6 +41,7 @@ LIGHT_IN_HEAVY_ROOMS = {
     "mlxlora_core.model.located",
     "mlxlora_core.model.shipped",
     "mlxlora_core.model.special_texts",
+    "mlxlora_core.model.stop_texts",
     "mlxlora_core.training.settings",
     "mlxlora_core.training.sources",
     "mlxlora_core.training.dataset",

@@ -100,6 +100,27 @@ def test_an_exception_in_the_block_puts_them_back_too() -> None:
     assert {number: signal.getsignal(number) for number in ALL} == before
 
 
+def test_noted_notes_it_as_often_as_it_comes_and_leaves_the_others() -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    with signals.noted() as pending:
+        assert pending.signum is None and signal.getsignal(signal.SIGTERM) is before[signal.SIGTERM]
+        for _ in range(3):
+            pending.signum = None
+            os.kill(os.getpid(), signal.SIGINT)
+            assert pending.signum == signal.SIGINT
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_noted_passes_over_one_that_is_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.noted() as pending:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert pending.signum is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_another_thread_changes_nothing() -> None:
     before = {number: signal.getsignal(number) for number in ALL}
     found = []

@@ -11,7 +11,7 @@ from mlxlora_core.errors import ResourceError, UsageError
 from mlxlora_core.machine import memory as machine
 from mlxlora_core.model import loading, memory
 from mlxlora_core.model.drawing import Drawing
-from mlxlora_core.model.generate import Segment, decode, generate, whole
+from mlxlora_core.model.generate import Segment, Spent, decode, generate, whole
 from mlxlora_core.model.loading import Model
 from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.plugins import Component, Plugin, Registry
@@ -224,6 +224,34 @@ def test_the_last_segment_tells_what_ended_it(
     told = segments(model, scripted(ids), num_tokens=num_tokens)
     assert [segment.finish for segment in told] == [None] * (len(told) - 1) + [finish]
     assert whole(told) == Segment(model.tokenizer.decode([id for id in ids if id != 2]), finish)
+
+
+def test_a_stop_text_is_found_across_tokens_and_no_part_of_it_comes(model: Model) -> None:
+    ids = model.tokenizer.encode("the weights of a layer", bos=False)
+    decoded = model.tokenizer.decode(ids)
+    stop = decoded[5:-3]
+    assert len({model.tokenizer.decode(ids[:n]) for n in range(len(ids)) if n}) > 3, "it has borders in it"
+    for every in (1, 2, 3, 99):
+        told = segments(model, scripted([*ids, 2]), write_every=every, stop=["never", stop])
+        assert whole(told) == Segment(decoded[:5], "stop", stop)
+        assert all(decoded[:5].startswith("".join(t.text for t in told[:n])) for n in range(len(told)))
+    unmet = segments(model, scripted([*ids, 2]), stop=[decoded + "!", decoded[-1] + "?"])
+    assert whole(unmet) == Segment(decoded, "stop")
+
+
+def test_the_last_segment_tells_what_the_text_took(model: Model) -> None:
+    *others, last = segments(model, scripted([40, 41, 42, 2]), num_tokens=9)
+    assert all(segment.spent is None for segment in others)
+    assert last.spent is not None
+    assert (last.spent.prompt_tokens, last.spent.tokens) == (len(model.tokenizer.encode(PROMPT)), 3)
+    assert 0 < last.spent.first_seconds <= last.spent.seconds
+    nothing = segments(model, scripted([2]), num_tokens=9)[-1].spent
+    assert nothing is not None and (nothing.tokens, nothing.rate) == (0, 0)
+
+
+def test_a_rate_is_that_behind_the_first_token() -> None:
+    assert Spent(9, 21, 5.0, 15.0).rate == 2
+    assert Spent(9, 1, 4.0, 4.0).rate == 0.25
 
 
 @pytest.mark.parametrize("too_long_by", [0, 1, 10])

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
 import tomli_w
 
@@ -17,6 +19,7 @@ from mlxlora_core.plugins import Choice, Component, Plugin, Registry
 from mlxlora_core.runs.plan import fingerprints
 from mlxlora_core.runs.recipe import COMMAND_LINE, DEFAULT, Recipe, choose_samplers
 from mlxlora_core.runs.recipe_source import read
+from mlxlora_core.runs.samplers import chain
 from mlxlora_core.specs import Sampler
 
 
@@ -54,6 +57,85 @@ def chosen(choices: tuple[Choice, ...]) -> list[tuple[str, dict[str, Any]]]:
 
 
 PENALTY = ("samplers:repetition-penalty", {"penalty": 1.2, "window": None})
+
+
+# --- settings of their own ----------------------------------------------------
+
+ALL = {
+    "min_p": 0.1,
+    "top_p": 0.8,
+    "top_k": 5,
+    "frequency_penalty": 0.3,
+    "presence_penalty": -0.4,
+    "repetition_penalty": 1.5,
+}
+IN_ORDER = "repetition-penalty,presence-penalty,frequency-penalty,top-k,top-p,min-p"
+
+
+@pytest.mark.parametrize(
+    ("settings", "use"),
+    [
+        ({}, "temperature"),
+        ({"top_p": None, "presence_penalty": None}, "temperature"),
+        ({"top_p": 0.5}, "top-p"),
+        ({"presence_penalty": 1}, "presence-penalty,temperature"),
+        ({"min_p": 0, "top_k": 3}, "top-k,min-p"),
+        (ALL, IN_ORDER),
+    ],
+)
+def test_settings_ask_for_samplers_in_one_order(settings: dict[str, Any], use: str) -> None:
+    assert chain(None, settings)[0] == use
+
+
+def test_settings_are_options_of_their_samplers_and_only_the_first_heats(registry: Registry) -> None:
+    use, values = chain(None, ALL)
+    use = use.replace("top-p", "samplers:top-p")  # another plugin has one, too
+    got = chosen(choose_samplers(use, {**values, "temp": "0.5"}, registry))
+    assert got == [
+        ("samplers:repetition-penalty", {"penalty": 1.5, "window": None}),
+        ("samplers:presence-penalty", {"penalty": -0.4, "window": None}),
+        ("samplers:frequency-penalty", {"penalty": 0.3, "window": None}),
+        ("samplers:top-k", {"temp": 0.5, "k": 5}),
+        ("samplers:top-p", {"temp": 1.0, "p": 0.8}),
+        ("samplers:min-p", {"temp": 1.0, "p": 0.1}),
+    ]
+
+
+def test_their_chain_is_that_of_numpy_in_float64(registry: Registry) -> None:
+    """Penalties of the logits, then the temperature, then what each leaves of the rest, made whole again."""
+    use, values = chain(None, ALL)
+    choices = choose_samplers(use.replace("top-p", "samplers:top-p"), {**values, "temp": 0.7}, registry)
+    draw = np.random.default_rng(8)
+    for _ in range(50):
+        row, tokens = draw.normal(0, 2, 30), tuple(draw.integers(0, 30, 12).tolist())
+        logits = mx.array(row[None].astype(np.float32))
+        for choice in choices:
+            assert choice.component is not None
+            logits = choice.component.spec.build(choice.options)(logits, tokens)
+        got = np.exp(np.array(logits, dtype=np.float64)[0])
+        np.testing.assert_allclose(got / got.sum(), by_hand(row, tokens), rtol=1e-4, atol=1e-6)
+
+
+def by_hand(row: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
+    """The probabilities (V,) of :data:`ALL` at temperature 0.7, float64."""
+    times = np.bincount(tokens, minlength=row.size)
+    row = np.where(times > 0, np.where(row > 0, row / 1.5, row * 1.5), row)
+    row = (row + 0.4 * (times > 0) - 0.3 * times) / 0.7
+    chances = np.exp(row - row.max())
+    order = np.argsort(-chances)
+    chances[order[5:]] = 0
+    chances /= chances.sum()
+    reached = np.cumsum(chances[order]) >= 0.8
+    chances[order[int(np.argmax(reached)) + 1 :]] = 0
+    chances[chances < 0.1 * chances.max()] = 0
+    return np.asarray(chances / chances.sum())
+
+
+def test_beside_names_a_setting_is_an_option_of_one_of_them() -> None:
+    use = "repetition-penalty,samplers:top-p"
+    assert chain(use, {"top_p": "0.5"}) == (use, {"top-p.p": "0.5"})
+    with pytest.raises(UsageError, match=r"--min-p belongs to the sampler min-p, but --sampler names top-p"):
+        chain("top-p", {"top_p": "0.5", "min_p": "0.1"}, lambda name: "--" + name.replace("_", "-"))
 
 
 # --- on the command line ------------------------------------------------------

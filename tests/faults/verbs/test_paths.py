@@ -91,6 +91,10 @@ def generate(base: Base) -> dict[str, Any]:
     return {"model": base.model, "prompt": "A", "num_tokens": 1}
 
 
+def chat(base: Base) -> dict[str, Any]:
+    return {"model": base.model, "num_tokens": 1, "system": "S"}
+
+
 def fuse(base: Base) -> dict[str, Any]:
     return {"model": base.model, "adapter_file": base.adapter, "save_path": "out"}
 
@@ -115,7 +119,7 @@ def run(base: Base) -> dict[str, Any]:
 
 WORKING: dict[str, Callable[[Base], dict[str, Any]]] = {
     verb.__name__: verb
-    for verb in (convert, data, train, evaluate, generate, fuse, export, adapters, report, run)
+    for verb in (convert, data, train, evaluate, generate, chat, fuse, export, adapters, report, run)
 }
 
 
