@@ -22,6 +22,7 @@ from sharing import pytest_collection_modifyitems as pytest_collection_modifyite
 from sharing import pytest_xdist_make_scheduler as pytest_xdist_make_scheduler
 from warm import Done, Warm
 
+from mlxlora_core import plugins
 from mlxlora_core.machine.device import prepare_cpu
 
 VOCAB_SIZE = 320
@@ -40,7 +41,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants a Hub brings i
 # Whatever is started compiles what it imports, each time, where this is set; git ignores byte code.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-prepare_cpu()  # as every verb does, before MLX computes anything
+# As every verb does, before MLX computes anything. Whether a test ran after one that calls a verb would
+# otherwise decide what multiplies, and how fast; at night MLX's own products begin.
+prepare_cpu()
+if os.environ.get("MLXLORA_TEST_ALL", "") in ("", "0"):
+    plugins.start_runtimes(plugins.load(environ={plugins.ALLOW_LIST: ""}))
 
 
 # --- what a run leaves --------------------------------------------------------

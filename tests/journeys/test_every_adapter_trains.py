@@ -35,9 +35,15 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bases")
 
 
+@pytest.fixture(scope="module")
+def untrained() -> dict[str, float]:
+    """Form of the base -> its loss on the rows, once it was measured."""
+    return {}
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_it_trains_goes_on_answers_and_fuses(
-    mlxlora: Command, bases: Path, tiny_data: Path, tmp_path: Path, name: str
+    mlxlora: Command, bases: Path, untrained: dict[str, float], tiny_data: Path, tmp_path: Path, name: str
 ) -> None:
     def run(*arguments: object) -> Any:
         done = mlxlora(*arguments)
@@ -52,14 +58,15 @@ def test_it_trains_goes_on_answers_and_fuses(
     files = ("--model", model, "--data", tiny_data)
     begun = ("train", *files, "--adapter-file", adapter, "--adapter", name, "--learning-rate", rate)
     begun += tuple(part for text in sets for part in ("--set", f"adapter.{text}"))
-    begun += ("--batch-size", 4, "--max-seq-length", 32, "--save-every", 4, "--steps-per-eval", 100)
-    run(*begun, "--iters", 4)
-    result = json.loads(run(*begun, "--iters", 12, "--resume", "--test", "--json").out)
-    base = json.loads(run("evaluate", *files, "--json").out)
-    assert result["test"]["loss"] < base["loss"] - 0.05
+    begun += ("--batch-size", 4, "--max-seq-length", 32, "--save-every", 2, "--steps-per-eval", 100)
+    run(*begun, "--iters", 2)
+    result = json.loads(run(*begun, "--iters", 6, "--resume", "--test", "--json").out)
+    if bits not in untrained:
+        untrained[bits] = json.loads(run("evaluate", *files, "--json").out)["loss"]
+    assert result["test"]["loss"] < untrained[bits] - 0.05
     whole = tmp_path / "whole.safetensors"
     at_once = tuple(whole if argument is adapter else argument for argument in begun)
-    run(*at_once, "--iters", 12)
+    run(*at_once, "--iters", 6)
     assert whole.read_bytes() == adapter.read_bytes()
     on_base = ("--model", model, "--adapter-file", adapter)
     loss = json.loads(run("evaluate", *on_base, "--data", tiny_data, "--json").out)["loss"]

@@ -110,7 +110,7 @@ def test_an_editable_install_has_the_library_beside_the_source(tmp_path: Path) -
     sources = [p for p in (ROOT / "plugins" / SOURCE).parent.iterdir() if p.suffix in (".c", ".h")]
     for path in sources:
         shutil.copy(path, package)
-    wheel, _ = build("wheel:editable", tmp_path / "dist", root)
+    wheel, _ = build("wheel:editable", tmp_path / "dist", root, CC="cc -DPORTABLE")  # a third of the time
     assert LIBRARY not in names(wheel)
     found = {path.name for path in package.iterdir()}
     assert found == {"libmlxlora_sgemm.so", *(path.name for path in sources)} and len(sources) > 1

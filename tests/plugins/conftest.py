@@ -26,14 +26,22 @@ def build_hook() -> Any:
 
 
 @pytest.fixture(scope="session")
-def compile_sgemm(build_hook: Any) -> Callable[..., Path]:
-    """Compiles the C files of the openblas plugin as installing does: ``compile_sgemm(folder, *flags)``."""
+def compile_sgemm(build_hook: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Compiles the C files of the openblas plugin as installing does: ``compile_sgemm(folder, *flags)``.
+
+    Once for the same flags, with all warnings as errors; each folder gets a copy, which the
+    loader takes for a library of its own.
+    """
     if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         pytest.skip("needs a C compiler: install gcc or clang")
+    made: dict[tuple[str, ...], Path] = {}
 
     def make(folder: Path, *flags: str) -> Path:
-        library = folder / build_hook.LIBRARY
-        build_hook.compile_library(Path(mlxlora_openblas.__file__).parent, library, *flags)
-        return library
+        if flags not in made:
+            library = tmp_path_factory.mktemp("compiled") / build_hook.LIBRARY
+            sources = Path(mlxlora_openblas.__file__).parent
+            build_hook.compile_library(sources, library, "-Wall", "-Wextra", "-Werror", *flags)
+            made[flags] = library
+        return Path(shutil.copy(made[flags], folder / build_hook.LIBRARY))
 
     return make

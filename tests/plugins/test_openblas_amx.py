@@ -22,7 +22,6 @@ from mlxlora_openblas.check import _SGEMM
 from mlxlora_core.errors import ResourceError
 
 PLAIN, TRANSPOSED = 111, 112
-STRICT = ("-Wall", "-Wextra", "-Werror")
 Array = np.ndarray[Any, Any]
 
 #: share of the sum of absolute values that an entry may be off by, by parts
@@ -32,7 +31,7 @@ BOUNDS = {1: precision.ROUNDING["bfloat16"], 2: 3 * 2.0**-18}
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, compile_sgemm: Callable[..., Path]) -> Path:
     """The library in C, where there are tiles for it."""
-    path = compile_sgemm(tmp_path_factory.mktemp("amx"), *STRICT)
+    path = compile_sgemm(tmp_path_factory.mktemp("amx"))
     if not ctypes.CDLL(str(path)).mlxlora_has_tiles():
         pytest.skip("needs Linux on a processor with AMX (amx_bf16 in /proc/cpuinfo) and gcc 11 or clang 12")
     return path
@@ -169,7 +168,7 @@ def test_threads_that_end_give_back_their_memory(library: ctypes.CDLL) -> None:
 
 
 def test_a_build_for_any_processor_has_no_tiles(tmp_path: Path, compile_sgemm: Callable[..., Path]) -> None:
-    library = ctypes.CDLL(str(compile_sgemm(tmp_path, *STRICT, "-DPORTABLE")))
+    library = ctypes.CDLL(str(compile_sgemm(tmp_path, "-DPORTABLE")))
     assert not library.mlxlora_has_tiles() and not library.mlxlora_set_parts(1)
     assert library.mlxlora_set_parts(0)
     assert precision.setter(library) is None

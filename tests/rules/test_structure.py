@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -77,13 +78,15 @@ def test_no_modules_import_each_other(types: bool) -> None:
 # --- sizes --------------------------------------------------------------------
 
 
-def functions() -> Iterator[tuple[str, int]]:
+@cache
+def functions() -> list[tuple[str, int]]:
     """(place, lines with the docstring and without decorators) of each function."""
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text("utf-8"), path)):
-            if isinstance(node, Function):
-                lines = (node.end_lineno or 0) - node.lineno + 1
-                yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", lines
+    return [
+        (f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", (node.end_lineno or 0) - node.lineno + 1)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text("utf-8"), path))
+        if isinstance(node, Function)
+    ]
 
 
 def test_functions_are_short() -> None:

@@ -121,17 +121,17 @@ from mlxlora_core.model import head_loss
 from mlxlora_core.model.language_model import LanguageModel
 
 class Head(LanguageModel):
-    vocab_size, head_path, layers = 32_000, "output", []
+    vocab_size, head_path, layers = 8000, "output", []
     def __init__(self):
         super().__init__()
-        self.output = nn.Linear(48, 32_000, bias=False)
+        self.output = nn.Linear(48, 8000, bias=False)
     def head(self, hidden):
         return self.output(hidden)
 
 head_loss.CPU_CHUNK_BYTES = head_loss.GPU_CHUNK_BYTES = int(sys.argv[1])
 model = Head()
 model.freeze()
-hidden, targets = mx.random.normal((1024, 48)), mx.random.randint(0, 32_000, (1024,))
+hidden, targets = mx.random.normal((1024, 48)), mx.random.randint(0, 8000, (1024,))
 mx.eval(model.parameters(), hidden, targets)
 mx.reset_peak_memory()
 mx.eval(mx.value_and_grad(lambda x: head_loss.head_nats(model, x, targets))(hidden))
@@ -140,11 +140,11 @@ print(mx.get_peak_memory())
 
 
 def test_chunks_take_less_than_a_third_of_the_memory() -> None:
-    """In processes of their own, of 1024 tokens and 32 000 words, in chunks of 64 rows and in one piece."""
+    """In processes of their own, of 1024 tokens and 8000 words, in chunks of 64 rows and in one piece."""
     chunks, plain = (
         int(
             subprocess.run([sys.executable, "-c", MEASURE, str(size)], capture_output=True, check=True).stdout
         )
-        for size in (4 * 32_000 * 64, 2**40)
+        for size in (4 * 8000 * 64, 2**40)
     )
     assert chunks < plain / 3, f"{chunks} of {plain}"
