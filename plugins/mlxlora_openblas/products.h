@@ -29,6 +29,8 @@ typedef void exp_function(size_t count, const float *restrict x, float *restrict
 struct exponentials {
     exp_function *exp, *sigmoid;
     exp_function *row; /* exp(x - the highest x) */
+    void (*log_softmax)(size_t count, float *x);
+    void (*scaled_exp)(size_t count, float factor, float *x);
 };
 
 /* The fastest loops for this processor. */
@@ -36,7 +38,7 @@ const struct exponentials *fastest_exponentials(void);
 
 /* --- special.c --------------------------------------------------------------------------------------- */
 
-enum kind { PACKED = 1, SIGMOIDS, ROWS };
+enum kind { PACKED = 1, SIGMOIDS, ROWS, LOG_SOFTMAX, SCALED_EXP };
 enum type { FLOAT32, FLOAT16, BFLOAT16 };
 
 /* What a product stands for, as special.py writes it. */
@@ -55,6 +57,10 @@ struct header {
 
 /* Do what the matrix b (1, n) stands for with x (m, 1), and say whether it stood for anything. */
 int special(const struct exponentials *loops, int m, int n, const float *x, const float *b, float *y);
+
+/* The same for what the matrix stands for that changes y (m, n) in place: LOG_SOFTMAX of each row, or SCALED_EXP
+   with a factor x (m, 1) for each row. */
+int special_in_place(const struct exponentials *loops, int m, int n, const float *x, const float *b, float *y);
 
 /* --- amx.c ------------------------------------------------------------------------------------------- */
 
