@@ -27,6 +27,8 @@ class RuntimeStarted:
         exp_rows: the same for ``(x, queries)`` -> ``exp(x - x.max(-1))`` along the last axis.
             ``queries`` is 0, or rows come in groups of so many, of which the last sees all
             numbers of its row, the one before all but one, and so on; the rest is 0.
+        log_softmax: float32 (N, V) less the logarithm of the sum of the exponentials of each row.
+        scaled_exp: ``factors · exp(x)`` of float32 (N, V) and (N, 1).
         packed_product: makes, of the words, scales and biases of :func:`mlx.core.quantize` and
             its ``group_size`` and ``bits``, products with them in float32 that are faster than
             MLX on the CPU, or None where it cannot; mlxlora never differentiates them.
@@ -47,6 +49,8 @@ class RuntimeStarted:
     exp: Callable[[mx.array], mx.array] | None = None
     sigmoid: Callable[[mx.array], mx.array] | None = None
     exp_rows: Callable[[mx.array, int], mx.array] | None = None
+    log_softmax: Callable[[mx.array], mx.array] | None = None
+    scaled_exp: Callable[[mx.array, mx.array], mx.array] | None = None
     packed_product: Callable[..., PackedProduct | None] | None = None
     set_precision: Callable[[str], None] | None = None
     alternatives: Callable[[], Sequence[Mapping[str, str]]] | None = None

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 LARGEST_CACHE_BYTES = 4 * 2**30
 
-_MMAP_THRESHOLD = -3  # a parameter of mallopt
+# Parameters of mallopt, what they are set to, and the largest that the first takes.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+_MMAP_BYTES, _TRIM_BYTES, _LARGEST_MMAP_BYTES = 1 << 20, 128 << 10, 32 << 20
 
 #: environment variable of MLX: how wide a graph may be and still be ordered breadth first
 ORDER_WIDTH = "MLX_BFS_MAX_WIDTH"
@@ -128,7 +130,34 @@ def _give_back() -> None:
     and the process takes up to twice what MLX holds. Source: mallopt(3).
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _MMAP_BYTES)
+
+
+@contextmanager
+def memory_for_any_size(need: int) -> Iterator[None]:
+    """Inside, what is freed is kept for arrays of any size, on a CPU where the C library is glibc.
+
+    MLX reuses memory only for an array of nearly the same size, and each batch of rows of all lengths
+    has others: steps then take a third of their time outside products for pages fresh from the system.
+    So the C library keeps what work that needs ``need`` bytes frees, and MLX keeps half as much as else.
+    """
+    import mlx.core as mx
+
+    library = ctypes.CDLL(None)
+    if not on_cpu() or not hasattr(library, "mallopt"):
+        yield
+        return
+    limit = mx.set_cache_limit(0)
+    mx.set_cache_limit(limit // 2)
+    library.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_BYTES)
+    library.mallopt(_TRIM_THRESHOLD, min(need, 2**31 - 1))
+    try:
+        yield
+    finally:
+        library.mallopt(_MMAP_THRESHOLD, _MMAP_BYTES)
+        library.mallopt(_TRIM_THRESHOLD, _TRIM_BYTES)
+        mx.set_cache_limit(limit)
+        library.malloc_trim(0)
 
 
 def use_for_products(set_threads: Callable[[int], None]) -> None:

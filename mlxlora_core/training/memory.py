@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from mlxlora_core.errors import ResourceError, UsageError
+from mlxlora_core.machine.device import memory_for_any_size
 from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.model.adapters import trainable
@@ -155,7 +156,8 @@ def training_memory(
     if recompute:
         said += "; layers are computed again for their gradient (--grad-checkpoint), which takes longer"
     try:
-        yield need, said
+        with memory_for_any_size(need):
+            yield need, said
     except (MemoryError, RuntimeError) as fault:
         if exhausted(fault) is None:
             raise

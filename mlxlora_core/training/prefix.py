@@ -11,10 +11,13 @@ a training that is resumed fills the same numbers in again.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +26,7 @@ from mlxlora_core.errors import UsageError
 from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.machine.limits import readable_bytes
 from mlxlora_core.machine.memory import free_memory_bytes
-from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.language_model import LanguageModel, takes
 from mlxlora_core.model.memory import Sizes, reused_bytes
 from mlxlora_core.training.batches import Batch, Collator, make_batch
 from mlxlora_core.training.events import Advanced
@@ -85,6 +88,7 @@ class Prefix:
         memory_mb: int | None = None,
     ) -> None:
         self.reuse, self._model, self._splits = reuse, model, splits
+        self._packing = takes(model, "lengths")
         self._belongs, self._folder = "\n".join(belongs), folder
         self._budget: int | None = None if memory_mb is None else memory_mb * 10**6
         self._kept: Kept | None = None
@@ -210,7 +214,9 @@ class Prefix:
         for split, chosen in self.reuse.rows.items():
             rows = sorted(chosen, key=lambda row: len(self._splits[split][row].tokens), reverse=True)
             while rows:
-                count = max(1, min(TOKENS, self.reuse.step_tokens) // self._tokens(split, rows[:1])[0])
+                tokens = self._tokens(split, rows)
+                fit = bisect_right(list(accumulate(tokens)), TOKENS) if self._packing else TOKENS // tokens[0]
+                count = max(1, fit)
                 yield split, rows[:count]
                 rows = rows[count:]
 
@@ -223,17 +229,20 @@ class Prefix:
 
         def collate(part: Sequence[int]) -> Batch:
             parts.append(part)
-            return make_batch(self._splits[split], part)
+            return make_batch(self._splits[split], part, self._packing)
 
         found: dict[int, Numbers] = {}
-        for part, (_, hidden) in zip(parts, side_by_side(self._below, collate, rows), strict=True):
-            stored = self._stored(hidden)
+        for part, (batch, hidden) in zip(parts, side_by_side(self._below, collate, rows), strict=True):
+            stored = self._stored(hidden).reshape(-1, self.reuse.width)
             words = np.array(stored.view(_MLX_WORDS[stored.dtype.size]))
-            found |= {row: words[i, : len(self._splits[split][row].tokens) - 1] for i, row in enumerate(part)}
+            counts = self._tokens(split, part)
+            places = zip(part, batch.starts, counts, strict=True)
+            found |= {row: words[start : start + count] for row, start, count in places}
         return [np.ascontiguousarray(found[row]) for row in rows]
 
     def _below(self, batch: Batch) -> mx.array:
-        return self._model.run(self._model.embed(batch.inputs), last=self.reuse.first)
+        lengths: dict[str, Any] = {"lengths": batch.lengths} if batch.lengths else {}
+        return self._model.run(self._model.embed(batch.inputs), last=self.reuse.first, **lengths)
 
     def _stored(self, hidden: mx.array) -> mx.array:
         """Hidden states in the type that they are kept in.

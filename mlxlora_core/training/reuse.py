@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.model.language_model import LanguageModel, takes
 from mlxlora_core.model.linears import layers_by_path
-from mlxlora_core.training.batches import fixed_rows, longest_of, steps_an_epoch
+from mlxlora_core.training.batches import fixed_rows, steps_an_epoch
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.settings import TrainConfig
 
@@ -35,7 +35,6 @@ class Reuse:
         rows: split -> rows of it that are read.
         times: how often a row is read in the mean, over the whole training.
         number_bytes: what is kept, in bytes.
-        step_tokens: of the largest batch of a step, whose memory is enough to fill so many in.
     """
 
     on: bool
@@ -49,7 +48,6 @@ class Reuse:
     rows: Mapping[str, Sequence[int]]
     times: float
     number_bytes: int
-    step_tokens: int
 
     @property
     def words(self) -> str:
@@ -104,7 +102,6 @@ def decide(model: LanguageModel, config: TrainConfig, splits: Mapping[str, Seque
         rows=rows,
         times=readings / count,
         number_bytes=tokens * hidden.shape[-1] * stored.size,
-        step_tokens=config.batch_size * longest_of(splits["train"]),
     )
 
 

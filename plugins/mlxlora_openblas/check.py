@@ -121,6 +121,23 @@ def exponentials_work(
     return np.allclose(np.array(sigmoid(mx.array(x))), 1 / (1 + np.exp(-wide)), rtol=4e-7, atol=1e-38)
 
 
+def rows_work(
+    log_softmax: Callable[[mx.array], mx.array], scaled_exp: Callable[[mx.array, mx.array], mx.array]
+) -> bool:
+    """Whether both agree with numpy in double precision, and leave what others hold as it is."""
+    x, factors = 20 * _numbers(3, 1037), _numbers(3, 1)
+    given, wide = mx.array(x), x.astype(np.float64)
+    highest = wide.max(-1, keepdims=True)
+    exact = wide - highest - np.log(np.exp(wide - highest).sum(-1, keepdims=True))
+    got = log_softmax(given)
+    powers = scaled_exp(got, mx.array(factors))
+    return (
+        np.allclose(np.array(got), exact, rtol=4e-6, atol=4e-6)
+        and np.allclose(np.array(powers), factors * np.exp(exact), rtol=1e-4, atol=1e-38)
+        and np.array_equal(np.array(given), x)
+    )
+
+
 def packed_works(make: Callable[..., PackedProduct | None]) -> bool:
     """Whether products with packed weights are those with what the words, scales and biases stand for."""
     words = mx.array((_numbers(40, 12) * 2**31).astype(np.int64).astype(np.uint32))

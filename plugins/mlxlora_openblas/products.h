@@ -29,6 +29,8 @@ typedef void exp_function(size_t count, const float *restrict x, float *restrict
 struct exponentials {
     exp_function *exp, *sigmoid;
     exp_function *row; /* exp(x - the highest x) */
+    void (*log_softmax)(size_t count, float *x);
+    void (*scaled_exp)(size_t count, float factor, float *x);
 };
 
 /* The fastest loops for this processor. */
@@ -44,7 +46,7 @@ void *scratch(enum scratch_use use, size_t size);
 
 /* --- special.c --------------------------------------------------------------------------------------- */
 
-enum kind { PACKED = 1, SIGMOIDS, ROWS, PACKED_BACK };
+enum kind { PACKED = 1, SIGMOIDS, ROWS, PACKED_BACK, LOG_SOFTMAX, SCALED_EXP };
 enum type { FLOAT32, FLOAT16, BFLOAT16 };
 
 /* What a product stands for, as special.py writes it. */
@@ -65,6 +67,10 @@ struct header {
    multiplies matrices. */
 int special(const struct exponentials *loops, sgemm_function *sgemm, int m, int n, const float *x, const float *b,
             float *y);
+
+/* The same for what the matrix stands for that changes y (m, n) in place: LOG_SOFTMAX of each row, or SCALED_EXP
+   with a factor x (m, 1) for each row. */
+int special_in_place(const struct exponentials *loops, int m, int n, const float *x, const float *b, float *y);
 
 /* --- amx.c ------------------------------------------------------------------------------------------- */
 

@@ -72,8 +72,9 @@ EXPORT void mlxlora_cblas_sgemm(int order, int trans_a, int trans_b, int m, int 
     if (b == token && order == ROW_MAJOR && a_plain && b_plain && m > 0 && n == 1 && k == 1 && alpha == 1 &&
         lda == 1 && ldb == 1 && beta == 0 && ldc == 1)
         loops->exp((size_t)m, a, c);
-    else if (order == ROW_MAJOR && a_plain && b_plain && k == 1 && alpha == 1 && beta == 0 && lda == 1 && ldc == n &&
-             special(loops, fastest, m, n, a, b, c))
+    else if (order == ROW_MAJOR && a_plain && b_plain && k == 1 && alpha == 1 && lda == 1 && ldc == n &&
+             ((beta == 0 && special(loops, fastest, m, n, a, b, c)) ||
+              (beta == 1 && special_in_place(loops, m, n, a, b, c))))
         return;
     else if (to_vector && m == 1 && (a_plain || lda == 1)) /* C' = op(B)' A' */
         split_vector(sgemv, b_plain ? TRANSPOSED : PLAIN, b_plain ? k : n, b_plain ? n : k, alpha, b, ldb, a,

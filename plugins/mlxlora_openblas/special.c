@@ -40,6 +40,16 @@ static void do_rows(const void *given, int part) {
     }
 }
 
+static void change_rows(const void *given, int part) {
+    const struct work *work = given;
+    const size_t length = (size_t)work->what->outputs, start = part * work->part;
+    for (size_t row = start; row < work->count && row < start + work->part; row++)
+        if (work->what->kind == LOG_SOFTMAX)
+            work->loops->log_softmax(length, work->y + row * length);
+        else
+            work->loops->scaled_exp(length, work->x[row], work->y + row * length);
+}
+
 /* Share `count` items of `size` numbers each. */
 static void share(part_function *do_part, struct work *work, size_t count, size_t size) {
     const size_t most = (size_t)(PARTS_A_THREAD * pool_threads()), worth = count * size / PART_NUMBERS;
@@ -73,5 +83,16 @@ int special(const struct exponentials *loops, sgemm_function *sgemm, int m, int 
         share(do_rows, &work, work.count / (size_t)what->length, (size_t)what->length);
     else
         return 0;
+    return 1;
+}
+
+int special_in_place(const struct exponentials *loops, int m, int n, const float *x, const float *b, float *y) {
+    if (m < 1 || n < 1 || !is_header(b))
+        return 0;
+    const struct header *what = (const struct header *)b;
+    if ((what->kind != LOG_SOFTMAX && what->kind != SCALED_EXP) || what->outputs != n)
+        return 0;
+    struct work work = {.loops = loops, .what = what, .count = (size_t)m, .x = x, .y = y};
+    share(change_rows, &work, work.count, (size_t)n);
     return 1;
 }

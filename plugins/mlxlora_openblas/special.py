@@ -17,7 +17,7 @@ from mlxlora_openblas.sgemm import MOST
 
 #: as in products.h and special.c
 _MAGIC, _MOST_INPUTS = 0x7FC1A6E5, 1 << 15
-_PACKED, _SIGMOIDS, _ROWS, _PACKED_BACK = 1, 2, 3, 4
+_PACKED, _SIGMOIDS, _ROWS, _PACKED_BACK, _LOG_SOFTMAX, _SCALED_EXP = range(1, 7)
 _TYPES = {mx.float32: 0, mx.float16: 1, mx.bfloat16: 2}
 _BITS = (2, 4, 8)
 
@@ -57,6 +57,26 @@ def exp_rows(x: mx.array, queries: int = 0) -> mx.array:
             x = mx.where(seen, x.reshape(-1, queries, length), -mx.inf).reshape(x.shape)
         return mx.exp(x - x.max(axis=-1, keepdims=True))
     return (x.reshape(-1, 1) @ _rows(length, queries)).reshape(x.shape)
+
+
+def log_softmax(x: mx.array) -> mx.array:
+    """Float32 (N, V) less the logarithm of each row's sum of ``exp``; in the memory of ``x`` if free."""
+    return _changed(_LOG_SOFTMAX, x, mx.zeros((len(x), 1)))
+
+
+def scaled_exp(x: mx.array, factors: mx.array) -> mx.array:
+    """``factors · exp(x)`` of float32 (N, V) and (N, 1); in the memory of ``x`` if that is free."""
+    return _changed(_SCALED_EXP, x, factors)
+
+
+def _changed(kind: int, x: mx.array, factors: mx.array) -> mx.array:
+    """What becomes of the rows ``x``: a product that is added to them stands for it."""
+    return mx.addmm(x, factors, _rows_of(kind, x.shape[1])) if x.size else x
+
+
+@lru_cache(maxsize=8)
+def _rows_of(kind: int, length: int) -> mx.array:
+    return _header(kind, length, outputs=length)
 
 
 def packed_product(

@@ -223,3 +223,39 @@ for queries in (0, 4):
     assert got.shape == (1, 4, 8) and (got.sum() == 32 if not queries else got[0, 0].sum() == 5)
 """,
     )
+
+
+def test_rows_are_changed_in_place_but_never_what_others_hold(built: Path) -> None:
+    run(
+        built,
+        """
+for shape in (1, 5), (3, 1), (5, 2011), (300, 40), (2, 49152):
+    for threads in (1, 3):
+        note.set_threads(threads)
+        x = rng.uniform(-60, 60, shape).astype(np.float32)
+        factors = rng.standard_normal((shape[0], 1)).astype(np.float32)
+        wide = x.astype(np.float64)
+        highest = wide.max(-1, keepdims=True)
+        want = wide - highest - np.log(np.exp(wide - highest).sum(-1, keepdims=True))
+        given, by = mx.array(x), mx.array(factors)
+        got = note.log_softmax(given)
+        np.testing.assert_allclose(np.array(got), want, rtol=1e-6, atol=1e-6)
+        assert np.array_equal(np.array(given), x)
+        powers = np.array(note.scaled_exp(got, by))
+        np.testing.assert_allclose(powers, factors * np.exp(want), rtol=2e-5, atol=1e-38)
+        np.testing.assert_allclose(np.array(got), want, rtol=1e-6, atol=1e-6)
+        mx.set_cache_limit(0)
+        mx.reset_peak_memory()
+        held, size = mx.get_active_memory(), x.nbytes
+        mx.eval(note.scaled_exp(note.log_softmax(mx.array(x) + 0), by))
+        assert size < 2**18 or mx.get_peak_memory() - held < 2.5 * size
+view = mx.array(rng.standard_normal((30, 20)).astype(np.float32)).T
+np.testing.assert_allclose(np.exp(np.array(note.log_softmax(view)).astype(np.float64)).sum(1), 1, rtol=1e-6)
+x = rng.standard_normal((4, 50)).astype(np.float32)
+x[1, 0] = x[2, 49] = x[3, 20] = math.nan
+x[0, :10] = -math.inf
+got = np.array(note.log_softmax(mx.array(x)))
+assert (got[0, :10] == -math.inf).all() and np.isfinite(got[0, 10:]).all() and np.isnan(got[1:]).all()
+assert note.log_softmax(mx.zeros((0, 4))).shape == (0, 4)
+""",
+    )

@@ -106,14 +106,6 @@ def _exp(x: mx.array) -> mx.array:
     return mx.power(math.e, mx.maximum(x, _LOWEST))
 
 
-def _normalised(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Softmax over the last axis, and the maximum and the sum of exponentials it is made from."""
-    highest = x.max(axis=-1, keepdims=True)
-    e = _exp(x - highest)
-    total = _row_sums(e)
-    return e * (1.0 / total), highest, total
-
-
 def _row_sums(x: mx.array) -> mx.array:
     """Sums over the last axis, which stays with length 1."""
     return x @ mx.ones((x.shape[-1], 1))
@@ -384,16 +376,22 @@ def _silu_times_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
 
 @mx.custom_function
 def _cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-    """The sum, and the probabilities (N, V) that its gradient is made of."""
-    probabilities, highest, total = _normalised(logits)
-    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
-    return ((mx.log(total) + highest - chosen).squeeze(-1) * weights).sum(), probabilities
+    """The sum, and the logarithms of the probabilities (N, V) that its gradient is made of."""
+    log_softmax = lent("log_softmax")
+    if log_softmax is None:
+        highest = logits.max(axis=-1, keepdims=True)
+        logarithms = logits - (highest + mx.log(_row_sums(_exp(logits - highest))))
+    else:
+        logarithms = log_softmax(logits)
+    chosen = mx.take_along_axis(logarithms, targets[:, None], axis=-1).squeeze(-1)  # (N,)
+    return -(chosen * weights).sum(), logarithms
 
 
 @_cross_entropy.vjp
 def _cross_entropy_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-    (_, ids, weights), probabilities = primals, outputs[1]
-    targets = ids[:, None]
-    at_target = mx.take_along_axis(probabilities, targets, axis=-1) - 1.0
-    gradient = mx.put_along_axis(probabilities, targets, at_target, axis=-1)
-    return gradient * (cotangents[0] * weights[:, None]), mx.zeros_like(ids), mx.zeros_like(weights)
+    (_, ids, weights), logarithms = primals, outputs[1]
+    scaled_exp, factors = lent("scaled_exp"), (cotangents[0] * weights)[:, None]  # (N, 1)
+    gradient = _exp(logarithms) * factors if scaled_exp is None else scaled_exp(logarithms, factors)
+    at_target = mx.take_along_axis(gradient, ids[:, None], axis=-1) - factors
+    gradient = mx.put_along_axis(gradient, ids[:, None], at_target, axis=-1)
+    return gradient, mx.zeros_like(ids), mx.zeros_like(weights)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
 from pathlib import Path
 
 import mlx.core as mx
@@ -87,3 +89,29 @@ def test_what_no_runtime_can_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UsageError, match=said) as caught, device.product_precision("bfloat16"):
         pytest.fail("went on")
     assert "\n" not in str(caught.value)
+
+
+def _new_pages(numbers: range) -> int:
+    """Pages fresh from the system that sums of so many numbers take, each of another size."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for count in numbers:
+        mx.eval(mx.ones((count,)) + 1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_memory_is_reused_for_other_sizes_where_work_has_ever_new_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = range(3 << 20, 4 << 20, 1 << 17)
+    before = mx.set_cache_limit(0)
+    try:
+        monkeypatch.setattr(device, "on_cpu", lambda: True)
+        with device.memory_for_any_size(256 << 20):
+            _new_pages(sizes)
+            inside = _new_pages(sizes)
+        outside = _new_pages(sizes)
+        assert inside * 8 < outside
+        assert mx.set_cache_limit(0) == 0
+    finally:
+        mx.set_cache_limit(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice, pairwise
@@ -15,6 +16,7 @@ import small_models
 from mlx.utils import tree_flatten
 
 from mlxlora_core.errors import UsageError
+from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.loading import Model
 from mlxlora_core.model.ops import LARGE
@@ -27,6 +29,8 @@ from mlxlora_core.training.gradient import mean_gradient
 from mlxlora_core.training.loop import Training
 from mlxlora_core.training.loss import nats, states
 from mlxlora_core.training.parallel import split_rows
+from mlxlora_core.training.prefix import Prefix
+from mlxlora_core.training.reuse import decide
 from mlxlora_core.training.session import NewAdapter, open_training
 from mlxlora_core.training.settings import TrainConfig
 
@@ -176,6 +180,32 @@ def test_every_adapter_trains_along_the_same_curve(
             assert after.grad_norm == pytest.approx(before.grad_norm, rel=1e-3)
     losses = [report.loss for report in packed if isinstance(report, ValidReport)]
     assert len(losses) == 3 and min(abs(one - other) for one, other in pairwise(losses)) > 1e-4
+
+
+def test_what_is_kept_of_rows_is_filled_without_padding(
+    bases: Callable[[str], Path],
+    registry: Registry,
+    make_examples: MakeExamples,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(THREADS, "1")
+    model: Any = opened(bases("llama"), registry, None).language_model
+    model.freeze()
+    model.layers[-1].unfreeze()
+    first, examples = len(model.layers) - 1, make_examples(LENGTHS)
+    reuse = decide(model, TrainConfig(iters=20, batch_size=2), {"train": examples})
+    kept = Prefix(model, {"train": examples}, reuse)
+    embed, shapes = model.embed, []
+    monkeypatch.setattr(model, "embed", lambda inputs: shapes.append(inputs.shape) or embed(inputs))
+    list(kept.fill())
+    assert sum(map(math.prod, shapes)) == sum(LENGTHS) - len(LENGTHS)
+    collate, longest_first = kept.collator("train", packing=True), np.argsort(LENGTHS)[::-1].tolist()
+    for row, example in enumerate(examples):
+        alone = model.run(embed(mx.array(example.tokens[None, :-1])), last=first)
+        assert mx.allclose(collate([row]).hidden, alone, rtol=1e-5, atol=1e-5)
+    batch = collate(longest_first)  # in which it was filled
+    again = model.run(embed(batch.inputs), last=first, lengths=batch.lengths)
+    assert mx.array_equal(batch.hidden, again)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3", "olmo2"])
