@@ -10,6 +10,7 @@ from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.layers import GatedFeedForward, RMSNorm
 from mlxlora_core.model.linears import StackedLinear, dense_weight, linear_shape
 from mlxlora_core.model.ops import (
+    attend,
     attention,
     attention_mask,
     gelu_times,
@@ -28,6 +29,7 @@ __all__ = [
     "RMSNorm",
     "Rows",
     "StackedLinear",
+    "attend",
     "attention",
     "attention_mask",
     "dense_weight",

@@ -22,7 +22,7 @@ from mlxlora_core.ops import (
     Mask,
     RMSNorm,
     Rows,
-    attention,
+    attend,
     attention_mask,
     positions,
     rotate,
@@ -64,13 +64,7 @@ class Attention(nn.Module):
         queries = self._turn(self._heads(self.wq(x), self.n_heads), offset, turning)  # (B, H, T, E)
         keys = self._turn(self._heads(self.wk(x), self.n_kv_heads), offset, turning)  # (B, K, T, E)
         values = self._heads(self.wv(x), self.n_kv_heads)
-        if cache is not None:
-            keys, values = cache.update(keys, values)
-        if self.window is not None:
-            # None of these queries sees further back than the first one does.
-            reach = self.window + x.shape[1] - 1
-            keys, values = keys[:, :, -reach:], values[:, :, -reach:]
-        out = attention(queries, keys, values, self.head_dim**-0.5, mask)
+        out = attend(queries, keys, values, self.head_dim**-0.5, mask, cache, self.window)
         return self.wo(out.swapaxes(1, 2).flatten(2))
 
     def _turn(self, x: mx.array, offset: int | Rows, turning: Turning) -> mx.array:
@@ -150,6 +144,7 @@ class Model(LanguageModel):
         self.heads = args.n_heads
         self.head_path = "" if args.tie_word_embeddings else "output"
         self._turnings, self._window = turnings(args), args.sliding_window
+        self.ragged = self._turnings.original is None
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = [TransformerBlock(args) for _ in range(args.n_layers)]
         self.norm = RMSNorm(args.dim, args.norm_eps)

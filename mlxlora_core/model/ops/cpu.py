@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlora_core.machine.device import lent
+from mlxlora_core.model.ops.ragged import Positions
 from mlxlora_core.model.ops.rows import Rows
 
 _Pair: TypeAlias = tuple[mx.array, mx.array]
@@ -41,9 +42,13 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return cast(_Pair, _rms_norm(eps)(x, weight))[0]
 
 
-def rotate(x: mx.array, offset: int | Rows, theta: float | tuple[float, ...], factor: float) -> mx.array:
+def rotate(
+    x: mx.array, offset: int | Rows | Positions, theta: float | tuple[float, ...], factor: float
+) -> mx.array:
     """See :func:`mlxlora_core.model.ops.rotate`."""
     length, width = x.shape[-2:]
+    if isinstance(offset, Positions):
+        return cast(mx.array, _rotate(x, *_angles_at(offset.each, width, theta, factor)))
     if isinstance(offset, Rows):
         return cast(mx.array, _rotate(x, *_angles_of_rows(offset.lengths, width, theta, factor)))
     if length == 1:  # one product takes 6 us, the dozens of operations behind mx.fast.rope 125
@@ -143,11 +148,19 @@ def _angles(
     offset: int, length: int, width: int, theta: float | tuple[float, ...], factor: float
 ) -> tuple[mx.array, mx.array]:
     """Cosine and sine (T, E) of each feature's angle, the sine with the sign of what it multiplies."""
+    cosine, sine = _angles_of(np.arange(offset, offset + length), width, theta, factor)
+    return mx.array(cosine), mx.array(sine)
+
+
+def _angles_of(
+    places: np.ndarray, width: int, theta: float | tuple[float, ...], factor: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`_angles`, at positions (T,)."""
     rates = np.array(theta) if isinstance(theta, tuple) else theta ** (-np.arange(0, width, 2) / width)
-    angles = np.repeat(np.arange(offset, offset + length)[:, None] * rates, 2, axis=1)
+    angles = np.repeat(places[:, None] * rates, 2, axis=1)
     signs = np.tile([-1.0, 1.0], width // 2)
     cosine, sine = factor * np.cos(angles), factor * np.sin(angles) * signs
-    return mx.array(cosine.astype(np.float32)), mx.array(sine.astype(np.float32))
+    return cosine.astype(np.float32), sine.astype(np.float32)
 
 
 @lru_cache(maxsize=8)
@@ -159,6 +172,15 @@ def _angles_of_rows(
     places = np.concatenate([np.arange(length) for length in lengths])
     cosine, sine = (mx.array(np.array(table)[places]) for table in longest)
     return cosine, sine
+
+
+@lru_cache(maxsize=8)
+def _angles_at(
+    places: tuple[int, ...], width: int, theta: float | tuple[float, ...], factor: float
+) -> tuple[mx.array, mx.array]:
+    """As :func:`_angles`, (B, 1, 1, E), of the only token of each of B rows."""
+    cosine, sine = _angles_of(np.array(places), width, theta, factor)
+    return mx.array(cosine[:, None, None]), mx.array(sine[:, None, None])
 
 
 @lru_cache(maxsize=8)
