@@ -15,6 +15,7 @@ from mlxlora_core.model import adapters
 from mlxlora_core.model.adapters import Adapted, AdapterFile
 from mlxlora_core.model.linears import is_linear, replace
 from mlxlora_core.model.loading import Model
+from mlxlora_core.model.stacked_updates import StackedUpdates, Update, mixed
 from mlxlora_core.plugins import Component, Registry
 from mlxlora_core.values import LowRank
 
@@ -67,7 +68,8 @@ class AdapterSet:
     """Adapters on one model, each under a name; none is in use before it is selected.
 
     A low-rank adapter of a linear is computed beside others in two products for the whole
-    batch, whatever the rows choose; one of another kind for its own rows alone.
+    batch, whatever the rows choose; one of another kind for its own rows alone. Its factors
+    are copied for that when rows choose it first.
 
     Args:
         model: changed in place, with no adapter on it.
@@ -239,8 +241,6 @@ class SwitchedEmbedding(_Switched):
 #: what a module gives for some rows of a batch
 _Run = Callable[[Any, Any], mx.array]
 _ALL = slice(None)
-#: from the inputs of a linear and its outputs to the outputs with an update in them
-_Update = Callable[[mx.array, mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -250,12 +250,13 @@ class _Held:
     component: Component
     module: Any
 
-    def low_rank(self) -> LowRank | None:
-        """Its update, where that is a low-rank one of a linear."""
-        function = self.component.spec.low_rank
-        if function is None or not is_linear(self.module.linear):
-            return None
-        return self.component.checked("low_rank", function(self.module), LowRank)
+    def is_low_rank(self) -> bool:
+        """Whether its change is a low-rank update of a linear."""
+        return self.component.spec.low_rank is not None and is_linear(self.module.linear)
+
+    def low_rank(self) -> LowRank:
+        """Its update, where that is a low-rank one."""
+        return self.component.checked("low_rank", self.component.spec.low_rank(self.module), LowRank)
 
 
 class _State:
@@ -275,8 +276,9 @@ class _Place:
         self.linear, self.held = linear, dict[str, _Held]()
         self._version = -1
         self._alone: nn.Module | None = None
-        self._update: _Update | None = None
+        self._update: Update | None = None
         self._others: list[tuple[float, nn.Module, Any]] = []
+        self._stack = StackedUpdates(lambda name: self.held[name].low_rank())
 
     def outputs(self, state: _State, x: mx.array, run: _Run) -> mx.array:
         """What ``run`` gives for the linear, with what is selected in it.
@@ -309,54 +311,15 @@ class _Place:
             self._alone = next((self.held[name].module for name in weights), self.linear)
             return
         chosen = dict.fromkeys((*weights, *(row for row in selected.rows if row in self.held)))
-        updates = {name: update for name in chosen if (update := self.held[name].low_rank()) is not None}
+        updates = [name for name in chosen if self.held[name].is_low_rank()]
         if updates and weights:
-            self._update = _mixed(updates, weights)
+            self._update = mixed([(weights[name], self.held[name].low_rank()) for name in updates])
         elif updates:
-            self._update = _by_row(updates, selected.rows)
+            self._update = self._stack.by_row([row if row in updates else None for row in selected.rows])
         for name in (name for name in chosen if name not in updates):
-            rows = [row for row, wanted in enumerate(selected.rows) if wanted == name]
-            place = mx.array(rows) if rows else _ALL
+            wanted = [row for row, each in enumerate(selected.rows) if each == name]
+            place = mx.array(wanted) if wanted else _ALL
             self._others.append((weights.get(name, 1.0), self.held[name].module, place))
-
-
-def _mixed(updates: Mapping[str, LowRank], weights: Weights) -> _Update:
-    """The sum of low-rank updates, each with its share, as one of the sum of their ranks."""
-    a = mx.concatenate([update.a for update in updates.values()], axis=1)  # (inputs, R)
-    b = mx.concatenate([weights[n] * u.scale * u.b for n, u in updates.items()], axis=0)  # (R, outputs)
-    return lambda x, y: mx.addmm(y, x @ a, b).astype(y.dtype)
-
-
-def _by_row(updates: Mapping[str, LowRank], rows: Sequence[str | None]) -> _Update:
-    """The low-rank update that each row of a batch has chosen; of a row without one it is nothing.
-
-    The factors stand in one stack, from which each row takes its own (Chen et al. 2023, "Punica",
-    arXiv:2310.18547), smaller ranks filled up with zeros.
-    """
-    rank = max(update.a.shape[1] for update in updates.values())
-    spare = [(0, 0), (0, 0)]
-    first, second = [], []
-    for update in updates.values():
-        more = (0, rank - update.a.shape[1])
-        first.append(mx.pad(update.a, [spare[0], more]))
-        second.append(mx.pad(update.scale * update.b, [more, spare[1]]))
-    nothing = mx.zeros_like(first[0]), mx.zeros_like(second[0])
-    a = mx.stack([*first, nothing[0]])  # (adapters + 1, inputs, R)
-    b = mx.stack([*second, nothing[1]])  # (adapters + 1, R, outputs)
-    order = {name: number for number, name in enumerate(updates)}
-    chosen = mx.array([order.get(row or "", len(order)) for row in rows], mx.uint32)  # (B,)
-    mx.eval(a, b, chosen)
-
-    def added(x: mx.array, y: mx.array) -> mx.array:
-        batch, sums = (x, y) if x.ndim > 2 else (x[:, None], y[:, None])  # (B, T, inputs), (B, T, outputs)
-        if batch.shape[1] == 1:  # what is gathered would be as much as all that is computed
-            inner = mx.gather_mm(batch, a, rhs_indices=chosen)  # (B, 1, R)
-            sums = sums + mx.gather_mm(inner, b, rhs_indices=chosen)
-        else:
-            sums = mx.addmm(sums, batch @ a[chosen], b[chosen])
-        return sums.reshape(y.shape).astype(y.dtype)
-
-    return added
 
 
 def _module(place: _Place, state: _State) -> nn.Module:
