@@ -19,6 +19,7 @@ from mlxlora_core.model.ops import (
     rotate,
     silu_times,
 )
+from mlxlora_core.model.ops.ragged import Positions
 from mlxlora_core.model.ops.rows import Mask, Rows
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "KVCache",
     "LanguageModel",
     "Mask",
+    "Positions",
     "RMSNorm",
     "Rows",
     "StackedLinear",

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import cast
 
 import mlx.core as mx
 
 from mlxlora_core.model.ops.ragged import Positions, RaggedCache, attention_to_seen
+from mlxlora_core.values import Cache
 
 STEP = 256  # tokens of the narrowest shelf
 _MORE_ROWS = 4  # by which a shelf becomes higher
@@ -71,7 +73,10 @@ class _Shelf:
         """A copy of the first tokens of a row."""
         place = self.rows.index(row)
         copies = [
-            (mx.contiguous(keys[place : place + 1, :, :length]), mx.contiguous(values[place : place + 1, :, :length]))
+            (
+                mx.contiguous(keys[place : place + 1, :, :length]),
+                mx.contiguous(values[place : place + 1, :, :length]),
+            )
             for keys, values in zip(self.keys, self.values, strict=True)
         ]
         mx.eval(copies)
@@ -121,7 +126,7 @@ class RaggedRows:
         """In which order the rows stand in a batch."""
         return [row for shelf in self._occupied() for row in shelf.rows]
 
-    def entries(self, count: int) -> list[RaggedCache]:
+    def entries(self, count: int) -> list[Cache]:
         """A cache for each layer, with which one token of each row goes through the model, once.
 
         The rows are longer by a token then.
@@ -138,7 +143,8 @@ class RaggedRows:
         lengths = [[self._lengths[row] for row in shelf.rows] for shelf in shelves]
         step = _Step([_Written(*pair) for pair in zip(shelves, lengths, strict=True)], count)
         self._lengths = {row: length + 1 for row, length in self._lengths.items()}
-        return [_Layer(step, layer) for layer in range(self._layers)]
+        # Only what knows a RaggedCache, which is no Cache by its types, takes one.
+        return [cast(Cache, _Layer(step, layer)) for layer in range(self._layers)]
 
     def _put(self, row: int, held: Held, length: int) -> None:
         room = room_for(length)
@@ -164,7 +170,7 @@ class _Written:
     @cached_property
     def places(self) -> tuple[mx.array, mx.array]:
         """The number of each row, and of its token."""
-        return mx.arange(len(self.lengths)), mx.array(self.lengths)
+        return mx.arange(len(self.lengths)), mx.array(list(self.lengths))
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take in keys and values (n, K, 1, E); all that are held, (n, K, C, E)."""

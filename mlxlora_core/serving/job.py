@@ -123,5 +123,5 @@ def _described(token: int, logits: mx.array, count: int | None) -> Token:
     values = np.array(logits, dtype=np.float64)[0]
     logprobs = values - values.max()
     logprobs -= np.log(np.exp(logprobs).sum())
-    order = np.lexsort((np.arange(len(values)), -values))[:count] if count else []
+    order = np.argsort(-values, kind="stable")[:count]
     return Token(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in order))

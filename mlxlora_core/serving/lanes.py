@@ -13,6 +13,7 @@ from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.ragged_cache import RaggedRows
 from mlxlora_core.serving.job import Job
 from mlxlora_core.serving.selection import Selection
+from mlxlora_core.values import Cache
 
 
 class Lane(ABC):
@@ -127,7 +128,7 @@ class OneByOne(Lane):
             job.draw(forward(self._model, job.tokens[-1:], job.cache))
 
 
-def logits_of_rows(model: LanguageModel, tokens: mx.array, entries: Sequence[object] | None) -> mx.array:
+def logits_of_rows(model: LanguageModel, tokens: mx.array, entries: Sequence[Cache] | None) -> mx.array:
     """Logits (B, V), float32, after ids (B, 1) went into the caches of the layers, or into none."""
     hidden = model.run(model.embed(tokens), cache=entries)
     return model.head(hidden[:, -1]).astype(mx.float32)

@@ -34,7 +34,7 @@ class Prefixes:
         self._parts: OrderedDict[bytes, _Part] = OrderedDict()
 
     def begin(self, adapter: str | None, prompt: Sequence[int], cache: Sequence[Cache]) -> int:
-        """Fill an empty cache with what is known of a prompt, less its last token; how many tokens that is."""
+        """Fill an empty cache with what is known of a prompt but its last token; how many tokens that is."""
         found: list[_Part] = []
         for key in self._keys(adapter, prompt[:-1]):
             part = self._parts.get(key)
@@ -45,17 +45,19 @@ class Prefixes:
         if found:
             for layer, entry in enumerate(cache):
                 sides = zip(*(part[layer] for part in found), strict=True)
-                entry.update(*(mx.concatenate(side, axis=2) for side in sides))
+                entry.update(*(mx.concatenate(list(side), axis=2) for side in sides))
         return len(found) * self.part
 
     def keep(self, adapter: str | None, prompt: Sequence[int], cache: Sequence[Cache], stop: int) -> None:
         """Keep the part of a prompt that ends behind ``stop`` tokens, which have gone into a cache."""
-        if stop % self.part or not all(isinstance(entry, KVCache) for entry in cache):
+        entries = [entry for entry in cache if isinstance(entry, KVCache)]
+        if stop % self.part or len(entries) < len(cache):
             return
         *_, key = self._keys(adapter, prompt[:stop])
         if key in self._parts:
             return
-        part = [tuple(_copy(side, stop - self.part, stop) for side in entry.held()) for entry in cache]
+        held = (entry.held() for entry in entries)
+        part = [(self._end(keys, stop), self._end(values, stop)) for keys, values in held]
         mx.eval(part)
         self._parts[key] = part
         self.held_bytes += _bytes(part)
@@ -65,16 +67,16 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._parts)
 
+    def _end(self, x: mx.array, stop: int) -> mx.array:
+        """A copy of the part that ends behind ``stop`` tokens."""
+        return mx.contiguous(x[:, :, stop - self.part : stop])
+
     def _keys(self, adapter: str | None, tokens: Sequence[int]) -> Iterator[bytes]:
         """The name of each whole part of some tokens."""
         digest = hashlib.sha256(repr(adapter).encode() + b"\0")
         for stop in range(self.part, len(tokens) + 1, self.part):
             digest.update(array("Q", tokens[stop - self.part : stop]).tobytes())
             yield digest.digest()
-
-
-def _copy(x: mx.array, start: int, stop: int) -> mx.array:
-    return mx.contiguous(x[:, :, start:stop])
 
 
 def _bytes(part: _Part) -> int:

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from threading import Condition
 
 from mlxlora_core.serving.request import Delta
@@ -23,7 +24,7 @@ class Stream:
     def __init__(self, cancelled: Callable[[], None] = lambda: None) -> None:
         self._parts: deque[Delta] = deque()
         self._changed = Condition()
-        self._wake: Callable[[], None] = lambda: None
+        self._wake: Callable[[], object] = lambda: None
         self._tell = cancelled
         self._ended = False
         self.cancelled = False
@@ -67,7 +68,7 @@ class Stream:
     async def __aiter__(self) -> AsyncIterator[Delta]:
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
         with self._changed:
-            self._wake = lambda: loop.call_soon_threadsafe(changed.set) and None
+            self._wake = partial(loop.call_soon_threadsafe, changed.set)
         while True:
             changed.clear()
             while self._parts:

@@ -20,6 +20,7 @@ from mlxlora_core.ops import (
     KVCache,
     LanguageModel,
     Mask,
+    Positions,
     RMSNorm,
     Rows,
     attend,
@@ -67,7 +68,7 @@ class Attention(nn.Module):
         out = attend(queries, keys, values, self.head_dim**-0.5, mask, cache, self.window)
         return self.wo(out.swapaxes(1, 2).flatten(2))
 
-    def _turn(self, x: mx.array, offset: int | Rows, turning: Turning) -> mx.array:
+    def _turn(self, x: mx.array, offset: int | Rows | Positions, turning: Turning) -> mx.array:
         """(B, ·, T, E) with the features that are turned at their positions, the rest as they are."""
         if self.turned == self.head_dim:
             return rotate(x, offset, turning, self._factor)
@@ -175,13 +176,13 @@ class Model(LanguageModel):
         if cache is None or not blocks:
             return self._through(blocks, hidden, [None] * len(blocks))
         entries = list(cache[first:last])
-        length = entries[0].offset + hidden.shape[1]
-        if self._turnings.original is not None:
-            kept = cast(list[TextCache], list(cache[first:]))
-            if not self._turnings.is_long(length):
-                kept[0].entered.append(hidden)
-            elif not kept[0].long:
-                self._read_again(blocks, kept)
+        if self.ragged:
+            return self._through(blocks, hidden, entries, long=False)
+        kept = cast(list[TextCache], list(cache[first:]))
+        if not self._turnings.is_long(entries[0].offset + hidden.shape[1]):
+            kept[0].entered.append(hidden)
+        elif not kept[0].long:
+            self._read_again(blocks, kept)
         return self._through(blocks, hidden, entries)
 
     def _each(self, blocks: Sequence[nn.Module], hidden: mx.array, lengths: Sequence[int]) -> mx.array:

@@ -56,12 +56,11 @@ def rotate(
         return cpu.rotate(x, offset, theta, factor)
     if isinstance(offset, Rows):
         return together(rotate(apart(x, offset), 0, theta, factor), offset)
-    if isinstance(offset, Positions):
-        offset = mx.array(offset.each)
+    places = mx.array(offset.each) if isinstance(offset, Positions) else offset
     if factor != 1:
         x = x * factor
     base, periods = (None, _periods(theta)) if isinstance(theta, tuple) else (theta, None)
-    return mx.fast.rope(x, x.shape[-1], traditional=True, base=base, scale=1.0, offset=offset, freqs=periods)
+    return mx.fast.rope(x, x.shape[-1], traditional=True, base=base, scale=1.0, offset=places, freqs=periods)
 
 
 @lru_cache(maxsize=8)
@@ -171,7 +170,7 @@ def attend(
     window: int | None = None,
     cap: float | None = None,
 ) -> mx.array:
-    """Attention (B, H, T, E) of tokens to themselves and to those that a cache holds, to which they are added.
+    """Attention (B, H, T, E) of tokens to themselves and to those that a cache holds, which takes them in.
 
     Args:
         queries: (B, H, T, E), turned by their positions.

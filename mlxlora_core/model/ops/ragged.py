@@ -62,7 +62,9 @@ def attention_to_seen(
     """
     if cap is None and not on_cpu():
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=seen)
-    rows = (queries * scale).reshape(queries.shape[0], keys.shape[1], -1, queries.shape[3])  # (B, K, H / K, E)
+    rows = (queries * scale).reshape(
+        queries.shape[0], keys.shape[1], -1, queries.shape[3]
+    )  # (B, K, H / K, E)
     scores = (rows @ keys.swapaxes(-1, -2)).astype(mx.float32)  # (B, K, H / K, C)
     if cap is not None:
         scores = mx.tanh(scores / cap) * cap
