@@ -101,6 +101,11 @@ class Engine:
             self._changed.notify_all()
         return stream
 
+    @property
+    def stopping(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._stopping is not None
+
     def metrics(self) -> Mapping[str, float]:
         """What was done and is, in plain numbers; empty before the engine is ready."""
         if self._scheduler is None:
