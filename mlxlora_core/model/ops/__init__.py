@@ -23,6 +23,9 @@ from mlxlora_core.values import Cache
 # Below this many elements MLX's own operation, which is one call, is as fast.
 LARGE = 1 << 12
 
+# So many rows at most are normalised by MLX's own, which takes no longer and sums each row by itself.
+_FEW_ROWS = 32
+
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """``x · rsqrt(mean(x²) + eps) · weight`` over the last axis.
@@ -34,7 +37,8 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
         weight: (D,).
         eps: what is added to the mean square.
     """
-    return cpu.rms_norm(x, weight, eps) if _pays(x) else mx.fast.rms_norm(x, weight, eps)
+    pays = _pays(x) and x.size > _FEW_ROWS * x.shape[-1]
+    return cpu.rms_norm(x, weight, eps) if pays else mx.fast.rms_norm(x, weight, eps)
 
 
 def rotate(
@@ -72,7 +76,7 @@ def _periods(angles: tuple[float, ...]) -> mx.array:
 
 def silu_times(gate: mx.array, up: mx.array) -> mx.array:
     """``silu(gate) · up`` (Shazeer 2020, arXiv:2002.05202), element by element."""
-    if _pays(gate):
+    if gate.dtype == mx.float32 and on_cpu():  # of any size, so that a number has the same bits among few
         return cpu.silu_times(gate, up)
     return _silu_times(gate, up) if on_cpu() else _as_one(_silu_times)(gate, up)
 
