@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlxlora_core.model.ops.ragged import Positions, RaggedCache, attention_to_seen
 from mlxlora_core.values import Cache
 
-STEP = 256  # tokens of the narrowest shelf
+NARROWEST = 64  # tokens of the narrowest shelf
 _MORE_ROWS = 4  # by which a shelf becomes higher
 
 #: keys and values (1, K, T, E) of each layer
@@ -24,10 +24,12 @@ Held = Sequence[tuple[mx.array, mx.array]]
 
 
 def room_for(tokens: int) -> int:
-    """Tokens that there is room for on the shelf of a row of so many: at most a half more, in whole steps."""
-    steps = -(-tokens // STEP)
-    power = 1 << max(0, steps.bit_length() - 2)  # 1, 2, 3, 4, 6, 8, 12, 16, 24 ... steps
-    return -(-steps // power) * power * STEP
+    """Tokens that there is room for on the shelf of a row of so many: 64, 128, 256, 512, 768, 1024, 1536 ..."""
+    steps = -(-tokens // (4 * NARROWEST))
+    if steps == 1:
+        return NARROWEST << max(0, (tokens - 1).bit_length() - (NARROWEST - 1).bit_length())
+    power = 1 << (steps.bit_length() - 2)
+    return -(-steps // power) * power * 4 * NARROWEST
 
 
 class _Shelf:
