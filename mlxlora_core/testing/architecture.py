@@ -45,10 +45,9 @@ IMPOSSIBLE = (10**18, 2.5, "7", True, [3], float("nan"))
 class ArchitectureSuite(LayoutTests, PackingTests, RaggedTests):
     """What every architecture must do.
 
-    The model is filled with random float32 weights; keep it tiny. Subclass the
-    suite once for each form that the family has: tied or not, with biases or
-    without, with grouped heads, with a window. A mixture is one form with every
-    expert chosen, and one with some of them that is not ``smooth``.
+    The model is filled with random float32 weights; keep it tiny. Subclass the suite once for each form
+    that the family has: tied or not, with biases or without, with grouped heads, with a window. A mixture
+    is one form with every expert chosen, and one with some of them that is not ``smooth``.
 
     Attributes:
         spec: the architecture.
