@@ -24,7 +24,7 @@ Held = Sequence[tuple[mx.array, mx.array]]
 
 
 def room_for(tokens: int) -> int:
-    """Tokens that there is room for on the shelf of a row of so many: 64, 128, 256, 512, 768, 1024, 1536 ..."""
+    """For how many tokens there is room on the shelf of a row: 64, 128, 256, 512, 768, 1024, 1536 ..."""
     steps = -(-tokens // (4 * NARROWEST))
     if steps == 1:
         return NARROWEST << max(0, (tokens - 1).bit_length() - (NARROWEST - 1).bit_length())
@@ -110,56 +110,52 @@ class RaggedRows:
         self._layers = layers
         self._shelves: dict[int, _Shelf] = {}
         self._lengths: dict[int, int] = {}
+        self._rooms: dict[int, int] = {}  # of the shelf that each row is on
 
     def __len__(self) -> int:
         return len(self._lengths)
 
     def add(self, row: int, held: Held) -> None:
         """Take in a row under a name of its own, with the keys and values of what was read of it."""
-        length = held[0][0].shape[2]
-        self._put(row, held, length)
-        self._lengths[row] = length
+        self._lengths[row] = held[0][0].shape[2]
+        self._put(row, held, room_for(self._lengths[row] + 1))
 
     def remove(self, row: int) -> None:
         """Let go of a row."""
-        self._take(row, self._lengths.pop(row))
+        del self._lengths[row]
+        self._take(row)
 
-    def order(self) -> list[int]:
-        """In which order the rows stand in a batch."""
-        return [row for shelf in self._occupied() for row in shelf.rows]
-
-    def entries(self, count: int) -> list[Cache]:
-        """A cache for each layer, with which one token of each row goes through the model, once.
-
-        The rows are longer by a token then.
+    def step(self, count: int) -> tuple[list[int], list[Cache]]:
+        """What one token of each row goes through the model with, once; the rows are longer by it then.
 
         Args:
             count: rows of the batch, of which those behind the last are nothing that is kept.
+
+        Returns:
+            In which order the rows stand in the batch, and a cache for each layer.
         """
-        for row, length in list(self._lengths.items()):
-            if room_for(length) < room_for(length + 1):
-                shelf = self._shelves[room_for(length)]
-                self._put(row, shelf.held(row, length), length + 1)
-                self._take(row, length)
-        shelves = self._occupied()
+        for row, length in self._lengths.items():
+            if self._rooms[row] < length + 1:
+                held = self._shelves[self._rooms[row]].held(row, length)
+                self._take(row)
+                self._put(row, held, room_for(length + 1))
+        shelves = [self._shelves[room] for room in sorted(self._shelves)]
         lengths = [[self._lengths[row] for row in shelf.rows] for shelf in shelves]
         step = _Step([_Written(*pair) for pair in zip(shelves, lengths, strict=True)], count)
         self._lengths = {row: length + 1 for row, length in self._lengths.items()}
         # Only what knows a RaggedCache, which is no Cache by its types, takes one.
-        return [cast(Cache, _Layer(step, layer)) for layer in range(self._layers)]
+        entries = [cast(Cache, _Layer(step, layer)) for layer in range(self._layers)]
+        return [row for shelf in shelves for row in shelf.rows], entries
 
-    def _put(self, row: int, held: Held, length: int) -> None:
-        room = room_for(length)
+    def _put(self, row: int, held: Held, room: int) -> None:
+        self._rooms[row] = room
         self._shelves.setdefault(room, _Shelf(room)).add(row, held)
 
-    def _take(self, row: int, length: int) -> None:
-        room = room_for(length)
+    def _take(self, row: int) -> None:
+        room = self._rooms.pop(row)
         self._shelves[room].remove(row)
         if not self._shelves[room].rows:
             del self._shelves[room]
-
-    def _occupied(self) -> list[_Shelf]:
-        return [self._shelves[room] for room in sorted(self._shelves)]
 
 
 class _Written:

@@ -87,12 +87,11 @@ class Batch(Lane):
 
     def step(self) -> None:
         """Read the last token of each text, and draw the next."""
-        jobs = [self._jobs[row] for row in self._rows.order()]
-        if not jobs:
+        if not self._jobs:
             return
-        width = next(width for width in self._widths if width >= len(jobs))
-        entries = self._rows.entries(width)
-        spare = width - len(jobs)
+        width = next(width for width in self._widths if width >= len(self._jobs))
+        order, entries = self._rows.step(width)
+        jobs, spare = [self._jobs[row] for row in order], width - len(order)
         self._selection.use((*(job.request.adapter for job in jobs), *[None] * spare))
         tokens = mx.array([*([job.tokens[-1]] for job in jobs), *[[0]] * spare])
         logits = logits_of_rows(self._model, tokens, entries)

@@ -76,7 +76,7 @@ def continued(model: LanguageModel, rows: Sequence[np.ndarray], spare: int) -> l
         cache.add(row, _held(model, ids[:-_STEPS]))
     found: list[list[mx.array]] = [[] for _ in rows]
     for step in range(_STEPS, 0, -1):
-        entries, order = cache.entries(len(rows) + spare), cache.order()
+        order, entries = cache.step(len(rows) + spare)
         tokens = mx.array([[int(rows[row][-step])] for row in order] + [[0]] * spare)
         logits = model.head(model.run(model.embed(tokens), cache=entries))[:, 0]
         for place, row in enumerate(order):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,3 +96,68 @@ def told(job: Job) -> list[Delta]:
 def ids_of(parts: Sequence[Delta]) -> list[int]:
     """The ids of all tokens."""
     return [token.id for part in parts for token in part.tokens]
+
+
+# --- requests that are served alone and among others ---
+
+NAMES = (None, *ADAPTERS)
+
+
+def prompts(draw: random.Random, count: int) -> list[list[int]]:
+    """Prompts of many lengths, some of which begin alike."""
+    alike = [draw.randrange(3, 320) for _ in range(70)]
+    return [
+        alike[: draw.randrange(0, 70)] + [draw.randrange(3, 320) for _ in range(draw.randrange(1, 60))]
+        for _ in range(count)
+    ]
+
+
+def requests(registry: Registry, count: int, seed: int) -> list[Request]:
+    """Requests under all adapters, half of them with the most likely tokens and half with others."""
+    draw = random.Random(seed)
+    return [
+        Request(
+            prompt,
+            adapter=NAMES[number % len(NAMES)],
+            samplers=greedy(registry) if number % 2 else (),
+            seed=number,
+            max_tokens=draw.randrange(1, 40),
+            logprobs=2,
+        )
+        for number, prompt in enumerate(prompts(draw, count))
+    ]
+
+
+def alone(served: Served, request: Request, **limits: Any) -> list[Delta]:
+    """What a request gets with nobody else."""
+    steps = Steps(served, **limits)
+    job = steps.submit(request)
+    steps.run()
+    return told(job)
+
+
+def among(served: Served, asked: list[Request], seed: int, **limits: Any) -> list[list[Delta]]:
+    """What requests get that come at any time while others are served, and others are ended."""
+    steps, draw = Steps(served, **limits), random.Random(seed)
+    waiting, jobs = list(asked), dict[int, Job]()
+    spare: list[Job] = []
+    while waiting or steps.scheduler.busy:
+        while waiting and draw.random() < 0.5:
+            request = waiting.pop(0)
+            jobs[id(request)] = steps.submit(request)
+            if draw.random() < 0.3:  # somebody who leaves again
+                spare.append(steps.submit(request))
+        if spare and draw.random() < 0.1:
+            spare.pop().stream.cancel()
+        steps.scheduler.step()
+    return [told(jobs[id(request)]) for request in asked]
+
+
+def same(got: list[Delta], want: list[Delta]) -> bool:
+    """Whether text, tokens and log-probabilities are the same to the last bit, and so is the end."""
+    return (
+        "".join(part.text for part in got) == "".join(part.text for part in want)
+        and [token for part in got for token in part.tokens]
+        == [token for part in want for token in part.tokens]
+        and got[-1].finish == want[-1].finish
+    )

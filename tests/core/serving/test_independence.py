@@ -2,78 +2,18 @@
 
 from __future__ import annotations
 
-import random
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_steps import ADAPTERS, Served, Steps, greedy, ids_of, told
+from serving_steps import Served, Steps, alone, among, greedy, ids_of, requests, same, told
 
 from mlxlora_core.plugins import Registry
-from mlxlora_core.serving.job import Job
-from mlxlora_core.serving.request import Delta, Request
-
-NAMES = (None, *ADAPTERS)
-
-
-def prompts(draw: random.Random, count: int) -> list[list[int]]:
-    """Prompts of many lengths, some of which begin alike."""
-    alike = [draw.randrange(3, 320) for _ in range(70)]
-    return [
-        alike[: draw.randrange(0, 70)] + [draw.randrange(3, 320) for _ in range(draw.randrange(1, 60))]
-        for _ in range(count)
-    ]
-
-
-def requests(registry: Registry, count: int, seed: int) -> list[Request]:
-    """Requests under all adapters, half of them with the most likely tokens and half with others."""
-    draw = random.Random(seed)
-    return [
-        Request(
-            prompt,
-            adapter=NAMES[number % len(NAMES)],
-            samplers=greedy(registry) if number % 2 else (),
-            seed=number,
-            max_tokens=draw.randrange(1, 40),
-            logprobs=2,
-        )
-        for number, prompt in enumerate(prompts(draw, count))
-    ]
-
-
-def alone(served: Served, request: Request, **limits: Any) -> list[Delta]:
-    """What a request gets with nobody else."""
-    steps = Steps(served, **limits)
-    job = steps.submit(request)
-    steps.run()
-    return told(job)
-
-
-def among(served: Served, asked: list[Request], seed: int, **limits: Any) -> list[list[Delta]]:
-    """What requests get that come at any time while others are served, and others are ended."""
-    steps, draw = Steps(served, **limits), random.Random(seed)
-    waiting, jobs = list(asked), dict[int, Job]()
-    spare: list[Job] = []
-    while waiting or steps.scheduler.busy:
-        while waiting and draw.random() < 0.5:
-            request = waiting.pop(0)
-            jobs[id(request)] = steps.submit(request)
-            if draw.random() < 0.3:  # somebody who leaves again
-                spare.append(steps.submit(request))
-        if spare and draw.random() < 0.1:
-            spare.pop().stream.cancel()
-        steps.scheduler.step()
-    return [told(jobs[id(request)]) for request in asked]
-
-
-def same(got: list[Delta], want: list[Delta]) -> bool:
-    """Whether text, tokens and log-probabilities are the same to the last bit, and so is the end."""
-    return (
-        "".join(part.text for part in got) == "".join(part.text for part in want)
-        and [token for part in got for token in part.tokens]
-        == [token for part in want for token in part.tokens]
-        and got[-1].finish == want[-1].finish
-    )
+from mlxlora_core.serving.request import Request
 
 
 @pytest.mark.parametrize("limits", [{}, {"part_tokens": 16, "step_tokens": 32, "places": 5}])
@@ -117,3 +57,19 @@ def test_what_is_kept_of_other_prompts_changes_nothing(served: Served, registry:
 def test_a_seed_decides_what_is_drawn(served: Served) -> None:
     texts = [ids_of(alone(served, Request([5, 6, 7], seed=seed, max_tokens=20))) for seed in (0, 1, 0)]
     assert texts[0] == texts[2] != texts[1]
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_so_it_does_with_the_runtimes_of_this_machine(
+    model_folder: Callable[..., Path],
+    adapter_files: Callable[[Path], dict[str, Path]],
+    bits: int | None,
+) -> None:
+    folder = model_folder(bits=bits)
+    files = (f"{name}={path}" for name, path in adapter_files(folder).items())
+    program = Path(__file__).with_name("independent.py")
+    done = subprocess.run([sys.executable, program, folder, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["differ"] == [] and found["texts"] > 10, found
+    assert found["widths"], found
