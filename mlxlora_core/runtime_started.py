@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from mlxlora_core.values import PackedProduct
+
 
 @dataclass(frozen=True)
 class RuntimeStarted:
@@ -26,9 +28,8 @@ class RuntimeStarted:
             ``queries`` is 0, or rows come in groups of so many, of which the last sees all
             numbers of its row, the one before all but one, and so on; the rest is 0.
         packed_product: makes, of the words, scales and biases of :func:`mlx.core.quantize` and
-            its ``group_size`` and ``bits``, a function that multiplies up to 8 rows in float32
-            by them faster than MLX on the CPU, or None where it cannot; mlxlora never
-            differentiates it.
+            its ``group_size`` and ``bits``, products with them in float32 that are faster than
+            MLX on the CPU, or None where it cannot; mlxlora never differentiates them.
         set_precision: lets large matrix products of float32 be made of bfloat16 from now on:
             ``bfloat16`` rounds each number to one, ``bfloat16x3`` to the sum of two, and
             ``float32`` leaves it as it is. Raises a :class:`ResourceError` where that fails;
@@ -46,7 +47,7 @@ class RuntimeStarted:
     exp: Callable[[mx.array], mx.array] | None = None
     sigmoid: Callable[[mx.array], mx.array] | None = None
     exp_rows: Callable[[mx.array, int], mx.array] | None = None
-    packed_product: Callable[..., Callable[[mx.array], mx.array] | None] | None = None
+    packed_product: Callable[..., PackedProduct | None] | None = None
     set_precision: Callable[[str], None] | None = None
     alternatives: Callable[[], Sequence[Mapping[str, str]]] | None = None
     prefer: Callable[[Mapping[str, str]], None] | None = None

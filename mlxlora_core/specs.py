@@ -24,6 +24,7 @@ from mlxlora_core.values import (
     ForeignTensor,
     LazyTensor,
     LowRank,
+    PackedProduct,
     Place,
     Rows,
     RunInfo,
@@ -226,17 +227,17 @@ class Quantizer(Spec):
             parts of a weight (outputs, inputs), or None for a quantizer without
             such a product. It is used on a GPU, and on a CPU for a single row;
             elsewhere the weight is dequantized.
-        bind: a product of at most 8 rows with the parts of one weight (outputs, inputs), in
-            float32 on a CPU and in any type on a GPU, or None where it has none for them. It is
-            made once for parts that stay as they are, and used where nothing is trained; it
-            needs no gradient.
+        bind: products with the parts of one weight (outputs, inputs), in float32 on a CPU and
+            in any type on a GPU, or None where it has none for them. They are made once for parts
+            that stay as they are, and used instead of ``matmul`` and ``dequantize`` wherever they
+            take as many rows; for a model that trains only with a ``times_back``.
     """
 
     parts: tuple[str, ...]
     quantize: Callable[[mx.array, Any], Mapping[str, mx.array] | None]
     dequantize: Callable[[Mapping[str, mx.array], Any], mx.array]
     matmul: Callable[[mx.array, Mapping[str, mx.array], Any], mx.array] | None = None
-    bind: Callable[[Mapping[str, mx.array], Any], Callable[[mx.array], mx.array] | None] | None = None
+    bind: Callable[[Mapping[str, mx.array], Any], PackedProduct | None] | None = None
 
 
 # --- dataset builders ---------------------------------------------------------

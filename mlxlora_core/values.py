@@ -50,6 +50,22 @@ class PackedTensor:
     parts: Mapping[str, LazyTensor]
 
 
+@dataclass(frozen=True)
+class PackedProduct:
+    """Products with a weight (outputs, inputs) that stays packed.
+
+    Attributes:
+        times: outputs (..., outputs) of inputs (..., inputs), in their type; it needs no gradient.
+        times_back: of (..., outputs) the product (..., inputs) with the weight itself, which is what
+            the gradient of ``times`` takes; None where there is none, and the weight is expanded.
+        most_rows: how many rows ``times`` is good for; None for any number.
+    """
+
+    times: Callable[[mx.array], mx.array]
+    times_back: Callable[[mx.array], mx.array] | None = None
+    most_rows: int | None = None
+
+
 #: plain file name -> the file, or its contents where a checkpoint keeps it inside another one
 TokenizerFiles = Mapping[str, "Path | bytes"]
 

@@ -20,6 +20,8 @@ from mlxlora_core.machine.processors import thread_count
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from mlxlora_core.values import PackedProduct
+
 LARGEST_CACHE_BYTES = 4 * 2**30
 
 _MMAP_THRESHOLD = -3  # a parameter of mallopt
@@ -198,10 +200,10 @@ def lent(name: str) -> Callable[..., Any] | None:
 
 def packed_product(
     words: mx.array, scales: mx.array, biases: mx.array, *, group_size: int, bits: int
-) -> Callable[[mx.array], mx.array] | None:
-    """The product of up to 8 rows in float32 with a weight as :func:`mlx.core.quantize` packs it.
+) -> PackedProduct | None:
+    """Products in float32 with a weight as :func:`mlx.core.quantize` packs it.
 
-    It has no gradient. None where no runtime has lent one, or it cannot take this weight.
+    They have no gradient. None where no runtime has lent one, or it cannot take this weight.
     """
     make = lent("packed_product")
     return None if make is None else make(words, scales, biases, group_size=group_size, bits=bits)

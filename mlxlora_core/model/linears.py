@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora_core.machine.device import compute_dtype, on_cpu
-from mlxlora_core.model.bound import Bound, are_few
+from mlxlora_core.model.bound import Bound
 from mlxlora_core.model.expansion import times_chosen, times_expanded
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.plugins import Choice
@@ -96,13 +96,21 @@ class Quantized(nn.Module):
         weight: mx.array = self.quantization.component.spec.dequantize(self.parts, self.quantization.options)
         return weight
 
+    @property
+    def stays_packed(self) -> bool:
+        """Whether no product expands the weight, be it for a gradient."""
+        return len(self._shape) == 2 and self.bind().for_all
+
+    def bind(self) -> Bound:
+        """What the quantizer binds to the parts, made when it is asked for first."""
+        self._bound = self._bound or Bound(self.quantization, self.parts, self._shape[-1])
+        return self._bound
+
     def _times(self, x: mx.array) -> mx.array:
         """Outputs (..., outputs) of inputs (..., inputs), packed or expanded, whichever is faster."""
-        if not self.training and are_few(x, self._shape[-1]):
-            self._bound = self._bound or Bound(self.quantization, self.parts)
-            few = self._bound.product(x)
-            if few is not None:
-                return self._checked("bind", few(x), x)
+        bound = self.bind().product(x, self.training)
+        if bound is not None:
+            return self._checked("bind", bound(x), x)
         matmul = self.quantization.component.spec.matmul
         if matmul is None or (on_cpu() and x.size > self._shape[-1]):
             # 2048 x 2048 at 4 bits: one row takes 3.7 ms packed and 7 ms expanded, 8 rows 29 and 8 ms.
@@ -252,6 +260,13 @@ class StoredEmbedding(nn.Embedding):
         return weight
 
 
+def bind_products(module: nn.Module) -> None:
+    """Make what quantizers bind to the weights in ``module``; inside of a compiled function they cannot."""
+    for _, child in module.named_modules():
+        if isinstance(child, Quantized) and len(child.shape) == 2:
+            child.bind()
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a dense, stacked or quantized linear."""
     return isinstance(module, (nn.Linear, StackedLinear, QuantizedLinear, nn.QuantizedLinear))
@@ -265,6 +280,12 @@ def is_packed(module: nn.Module) -> bool:
 def is_stored(module: nn.Module) -> bool:
     """Whether ``module`` is a dense linear or embedding that is expanded for each product."""
     return isinstance(module, (StoredLinear, StoredStackedLinear, StoredEmbedding))
+
+
+def is_expanded(module: nn.Module) -> bool:
+    """Whether products with ``module`` expand its weight for a moment, which takes memory: only on a CPU."""
+    packed = is_packed(module) and not (isinstance(module, Quantized) and module.stays_packed)
+    return on_cpu() and (packed or is_stored(module))
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, ...]:

@@ -22,8 +22,8 @@ from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.model.head_loss import chunk_rows
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import (
+    is_expanded,
     is_packed,
-    is_stored,
     layers_by_path,
     linear_shape,
     linears,
@@ -120,7 +120,7 @@ def sizes_of(model: LanguageModel) -> Sizes:
         if layer is not None:
             shapes[layer].append(shape[-2:])
             dim = max(dim, min(shape[-2:]))
-        if on_cpu() and (is_packed(linear) or is_stored(linear)):
+        if is_expanded(linear):
             expanded = max(expanded, 4 * math.prod(shape))
     return Sizes(
         widths=[sum(map(sum, found)) for found in shapes.values()],
@@ -137,7 +137,7 @@ def sizes_of(model: LanguageModel) -> Sizes:
 def _expanded_heads(module: nn.Module, vocab_size: int) -> Iterator[int]:
     """Bytes of each weight that may be a head's, and is expanded for a product."""
     for _, child in module.named_modules():
-        if on_cpu() and (is_packed(child) or is_stored(child)):
+        if is_expanded(child):
             shape = packed_shape(child) if is_packed(child) else weight_shape(child)
             if shape[0] == vocab_size:
                 yield 4 * math.prod(shape)

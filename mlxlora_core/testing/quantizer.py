@@ -13,6 +13,7 @@ Subclass :class:`QuantizerSuite` in a test file and run it with pytest::
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,17 +164,21 @@ class QuantizerSuite:
         self._check_product(lambda x: matmul(x, parts, options), weight)
 
     def test_its_bound_product_is_that_of_the_dequantized_weight(self, options: Any) -> None:
-        """``bind``, where there is one and it gives a product here: values for few rows."""
+        """``bind``, where there is one and it gives products here: values for the rows that it takes."""
         parts = self.parts(self.weight(), options)
         product = self.spec.bind(parts, options) if self.spec.bind else None
         if product is None:
-            pytest.skip("the quantizer has no product for few rows here")
-        for rows in ((1,), (1, 1), (2, 4)):
-            x = mx.random.normal((*rows, self.shape[1]), key=mx.random.key(0))
-            want = x @ self.spec.dequantize(parts, options).T
-            got = product(x)
-            assert got.shape == want.shape and got.dtype == x.dtype
-            assert _apart(got, want) <= 1e-5
+            pytest.skip("the quantizer binds no product here")
+        weight = self.spec.dequantize(parts, options)
+        for rows in ((1,), (1, 1), (2, 4), (3, 40)):
+            for times, right in ((product.times, weight.T), (product.times_back, weight)):
+                few = product.most_rows is None or math.prod(rows) <= product.most_rows
+                if times is None or (times is product.times and not few):
+                    continue
+                x = mx.random.normal((*rows, right.shape[0]), key=mx.random.key(0))
+                got, want = times(x), x @ right
+                assert got.shape == want.shape and got.dtype == x.dtype
+                assert _apart(got, want) <= 1e-5
 
     @pytest.mark.parametrize("bias", [False, True])
     def test_multiplies_by_what_it_dequantizes_to(self, options: Any, bias: bool) -> None:

@@ -153,8 +153,9 @@ def longest_of(examples: Sequence[Example]) -> int:
 def epoch_order(examples: Sequence[Example], rows_a_step: int, seed: int, epoch: int) -> list[list[int]]:
     """The rows of each step of one epoch: every row once, rows of like length together.
 
-    A function of (seed, epoch) alone. Lengths are jittered before they are
-    sorted, so that the company a row keeps changes from epoch to epoch.
+    A function of (seed, epoch) alone; where it becomes another one, ``identity.ORDER_OF_ROWS``
+    grows. Lengths are jittered before they are sorted, so that the company a row keeps changes
+    from epoch to epoch.
     """
     random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     lengths = np.array([len(example.tokens) for example in examples])

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.linears import bind_products
 from mlxlora_core.training.batches import Batch, Collator
 from mlxlora_core.training.loss import Loss, nats
 from mlxlora_core.training.parallel import side_by_side
@@ -124,6 +125,7 @@ class Gradients:
             self.compiles += 1
             return self._plain(Batch(**arrays, first=first))
 
+        bind_products(self._module)
         return mx.compile(traced, inputs=[self._module.state, mx.random.state], outputs=[mx.random.state])
 
 

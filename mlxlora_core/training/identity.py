@@ -33,6 +33,9 @@ BEFORE: Mapping[str, Any] = {
     "reuse_prefix": "off",
 }
 
+#: of :func:`~mlxlora_core.training.batches.epoch_order`
+ORDER_OF_ROWS = "2"
+
 SOURCE = "source of plugin "  # before the name of one whose code is told
 _ABSENT = "none"
 
@@ -167,6 +170,7 @@ def identify(
             "system": platform.platform(),
             "processor": platform.processor() or platform.machine(),
             "cores": str(thread_count()),  # which rows are dealt to
+            "order of rows": ORDER_OF_ROWS,
             "runtimes": "; ".join(runtimes),
         },
     )
@@ -178,7 +182,7 @@ def _word_on_version(name: str, held: str | None, now: str) -> str:
         return (
             f"warning: the code of plugin {plugin} has changed since ({held}, now {now}); it goes on with it"
         )
-    return f"warning: the result may not be bit-exact across {name} {held} -> {now}"
+    return f"warning: the result may not be bit-exact across {name} {held or 'of before'} -> {now}"
 
 
 def _data_fingerprint(examples: Sequence[Example]) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlxlora_core.api import Quantizer, hookimpl, option
+from mlxlora_core.api import PackedProduct, Quantizer, hookimpl, option
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -43,7 +43,7 @@ def matmul(x: mx.array, parts: Mapping[str, mx.array], options: AffineOptions) -
     return multiply(x, parts, options)
 
 
-def bind(parts: Mapping[str, mx.array], options: AffineOptions) -> Callable[[mx.array], mx.array] | None:
+def bind(parts: Mapping[str, mx.array], options: AffineOptions) -> PackedProduct | None:
     """See :func:`mlxlora_affine.packing.bound`."""
     from mlxlora_affine.packing import bound
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import mlx.core as mx
 
 from mlxlora_affine import AffineOptions
 from mlxlora_affine.unpack import unpack
-from mlxlora_core.api import ModelError
+from mlxlora_core.api import ModelError, PackedProduct
 from mlxlora_core.ops import on_cpu, on_cuda, packed_product
 
 Parts = Mapping[str, mx.array]
@@ -16,6 +16,9 @@ Parts = Mapping[str, mx.array]
 #: rows from which CUDA multiplies by the expanded weight faster. An H100, 11008 x 4096 in 4 bits, bfloat16:
 #: 64 rows take 0.17 ms packed and 0.21 ms expanded, 512 rows 0.51 and 0.24, 2048 rows 1.7 and 0.46.
 CUDA_ROWS = 128
+
+#: rows up to which a product needs no gradient: those of decoding
+GPU_ROWS = 8
 
 
 def pack(weight: mx.array, options: AffineOptions) -> dict[str, mx.array] | None:
@@ -78,15 +81,17 @@ def multiply(x: mx.array, parts: Parts, options: AffineOptions) -> mx.array:
     )
 
 
-def bound(parts: Parts, options: AffineOptions) -> Callable[[mx.array], mx.array] | None:
-    """Products of a few rows with the parts of one linear: MLX's on a GPU, on a CPU what a runtime lends."""
+def bound(parts: Parts, options: AffineOptions) -> PackedProduct | None:
+    """Products with the parts of one linear: on a GPU MLX's of a few rows, on a CPU what a runtime lends."""
     words, scales, biases = (parts[name] for name in ("weight", "scales", "biases"))
     group_size, bits = options.group_size, options.bits
     if on_cpu():
         return packed_product(words, scales, biases, group_size=group_size, bits=bits)
-    return lambda x: mx.quantized_matmul(
-        x, words, scales, biases, transpose=True, group_size=group_size, bits=bits
-    )
+
+    def times(x: mx.array) -> mx.array:
+        return mx.quantized_matmul(x, words, scales, biases, transpose=True, group_size=group_size, bits=bits)
+
+    return PackedProduct(times, most_rows=GPU_ROWS)
 
 
 def _expanded_as(dtype: mx.Dtype, parts: Parts, options: AffineOptions) -> mx.array:

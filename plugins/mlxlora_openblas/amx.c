@@ -20,12 +20,9 @@
 #define _GNU_SOURCE /* syscall */
 #include "products.h"
 
-#include <stdlib.h>
-
 #if defined(__x86_64__) && defined(__linux__) && !defined(PORTABLE) && (__GNUC__ >= 11 || __clang_major__ >= 12)
 #include <cpuid.h>
 #include <immintrin.h>
-#include <pthread.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -39,7 +36,6 @@ enum {
     BLOCK_TERMS = 2048, /* of a panel at most, or half with two parts: its sums stay in tiles */
     COLUMNS = 256,      /* of op(B) that are packed at a time */
     MOST_ROWS = 1024,   /* of op(A) */
-    LEAST_BUFFER = 1 << 20,
 };
 
 /* Where bits of |x| begin that bfloat16 rounds to infinity, or that are infinity or NaN. */
@@ -275,38 +271,6 @@ TARGET static void multiply_panels(const char *a, const char *b, int steps, int 
 
 /* --- a product ---------------------------------------------------------------------------------------- */
 
-struct buffer {
-    size_t size;
-    char *memory;
-};
-
-static pthread_key_t buffer_key;
-
-static void free_buffer(void *b) {
-    free(((struct buffer *)b)->memory);
-    free(b);
-}
-
-/* `size` bytes that this thread keeps until it ends, or NULL. */
-static char *buffer_of(size_t size) {
-    struct buffer *b = pthread_getspecific(buffer_key);
-    if (!b) {
-        b = calloc(1, sizeof *b);
-        if (b && pthread_setspecific(buffer_key, b)) {
-            free(b);
-            b = NULL;
-        }
-        if (!b) return NULL;
-    }
-    if (b->size < size) {
-        free(b->memory);
-        size = size < LEAST_BUFFER ? LEAST_BUFFER : size;
-        b->memory = aligned_alloc(4096, (size + 4095) / 4096 * 4096);
-        b->size = b->memory ? size : 0;
-    }
-    return b->memory;
-}
-
 /* Whether the numbers are none that bfloat16 cannot hold. */
 TARGET static int all_fit(__m512i largest) { return _mm512_reduce_max_epu32(largest) < TOO_LARGE; }
 
@@ -338,7 +302,7 @@ static int take_memory(struct work *w, int rows) {
     w->panel = (size_t)w->terms / TERMS * 2 * w->parts * TILE_BYTES;
     const size_t panels = ((size_t)rows + SIDE - 1) / SIDE;
     const size_t a = panels * w->blocks * w->panel, b = COLUMNS / SIDE * w->panel;
-    w->a = buffer_of(a + b + panels * SIDE * COLUMNS * sizeof *w->sums);
+    w->a = scratch(FOR_TILES, a + b + panels * SIDE * COLUMNS * sizeof *w->sums);
     if (!w->a) return 0;
     w->b = w->a + a;
     w->sums = (float *)(w->b + b);
@@ -408,8 +372,7 @@ int amx_start(void) {
     static int started;
     const long request = 0x1023, tile_data = 18; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
     if (!started)
-        started = amx_present() && syscall(SYS_arch_prctl, request, tile_data) == 0 &&
-                  pthread_key_create(&buffer_key, free_buffer) == 0;
+        started = amx_present() && syscall(SYS_arch_prctl, request, tile_data) == 0;
     return started;
 }
 

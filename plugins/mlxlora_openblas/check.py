@@ -18,6 +18,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlxlora_core.api import PackedProduct
+
 Array = npt.NDArray[Any]
 
 #: M, K, N of (M, K) @ (K, N)
@@ -119,20 +121,28 @@ def exponentials_work(
     return np.allclose(np.array(sigmoid(mx.array(x))), 1 / (1 + np.exp(-wide)), rtol=4e-7, atol=1e-38)
 
 
-def packed_works(make: Callable[..., Callable[[mx.array], mx.array] | None]) -> bool:
+def packed_works(make: Callable[..., PackedProduct | None]) -> bool:
     """Whether products with packed weights are those with what the words, scales and biases stand for."""
     words = mx.array((_numbers(40, 12) * 2**31).astype(np.int64).astype(np.uint32))
-    scales, biases, x = _numbers(40, 3), _numbers(3, 40).T, _numbers(2, 96)
-    multiply = make(words, mx.array(scales), mx.array(biases), group_size=32, bits=4)
-    values = (np.array(words)[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
-    values = values.reshape(40, 3, 32).astype(np.float64)
-    weight = (values * scales[..., None] + biases[..., None]).reshape(40, 96)
-    if multiply is None:
+    scales, biases = _numbers(40, 3), _numbers(3, 40).T
+    product = make(words, mx.array(scales), mx.array(biases), group_size=32, bits=4)
+    if product is None or product.times_back is None:
         return False
-    got = np.array(multiply(mx.array(x)))
-    size = (np.abs(values * scales[..., None]) + np.abs(biases)[..., None]).reshape(40, 96)
-    exact = Exact(_product(x.astype(np.float64), weight.T), 2.0**-23 * 100 * _product(np.abs(x), size.T))
-    return exact.fits(got)
+    values = (np.array(words)[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
+    scaled = values.reshape(40, 3, 32).astype(np.float64) * scales[..., None]
+    weight = (scaled + biases[..., None]).reshape(40, 96)
+    size = (np.abs(scaled) + np.abs(biases)[..., None]).reshape(40, 96)
+    works = True
+    for rows in (2, 40):  # few and many
+        for multiply, right, most in (
+            (product.times, weight.T, size.T),
+            (product.times_back, weight, size),
+        ):
+            x = _numbers(rows, len(right))
+            bound = 2.0**-23 * 100 * _product(np.abs(x), most)
+            exact = Exact(_product(x.astype(np.float64), right), bound)
+            works = works and exact.fits(np.array(multiply(mx.array(x))))
+    return works
 
 
 def _plain(

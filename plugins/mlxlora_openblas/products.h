@@ -34,9 +34,17 @@ struct exponentials {
 /* The fastest loops for this processor. */
 const struct exponentials *fastest_exponentials(void);
 
+/* --- scratch.c --------------------------------------------------------------------------------------- */
+
+/* What the memory is for: each has its own. */
+enum scratch_use { FOR_TILES, FOR_EXPANDED, SCRATCH_USES };
+
+/* `size` bytes that this thread keeps until it ends, aligned to a page and with whatever is in them, or NULL. */
+void *scratch(enum scratch_use use, size_t size);
+
 /* --- special.c --------------------------------------------------------------------------------------- */
 
-enum kind { PACKED = 1, SIGMOIDS, ROWS };
+enum kind { PACKED = 1, SIGMOIDS, ROWS, PACKED_BACK };
 enum type { FLOAT32, FLOAT16, BFLOAT16 };
 
 /* What a product stands for, as special.py writes it. */
@@ -47,14 +55,16 @@ struct header {
     /* ROWS: exponentials of rows of such a length less their highest; with `queries`, rows come in groups of
        so many, of which the last sees all numbers of the row, the one before all but one, and so on. */
     int32_t length, queries;
-    /* PACKED: a weight as of mlx.core.quantize. */
+    /* PACKED and PACKED_BACK: a weight as of mlx.core.quantize. */
     int32_t outputs, inputs, group, bits, type;
     const uint32_t *words;       /* (outputs, inputs * bits / 32) */
     const void *scales, *biases; /* (outputs, inputs / group) */
 };
 
-/* Do what the matrix b (1, n) stands for with x (m, 1), and say whether it stood for anything. */
-int special(const struct exponentials *loops, int m, int n, const float *x, const float *b, float *y);
+/* Do what the matrix b (1, n) stands for with x (m, 1), and say whether it stood for anything. `sgemm` is what
+   multiplies matrices. */
+int special(const struct exponentials *loops, sgemm_function *sgemm, int m, int n, const float *x, const float *b,
+            float *y);
 
 /* --- amx.c ------------------------------------------------------------------------------------------- */
 
@@ -73,8 +83,12 @@ int amx_product(int parts, int trans_a, int trans_b, int m, int n, int k, float 
 
 /* --- packed.c ---------------------------------------------------------------------------------------- */
 
-/* y (m, outputs) = x (m, inputs) times the packed weight; NaN where there is no memory. */
-void packed_product(int m, const float *x, const struct header *weight, float *y);
+/* y (m, outputs) = x (m, inputs) times the packed weight, which `sgemm` may be used for; NaN where there is no
+   memory. */
+void packed_product(sgemm_function *sgemm, int m, const float *x, const struct header *weight, float *y);
+
+/* y (m, inputs) = x (m, outputs) times the packed weight, turned around: what its gradient takes. */
+void packed_product_back(sgemm_function *sgemm, int m, const float *x, const struct header *weight, float *y);
 
 /* --- pool.c ------------------------------------------------------------------------------------------ */
 

@@ -51,10 +51,10 @@ EXPORT int mlxlora_set_parts(int count) {
     return parts == count;
 }
 
-/* An sgemm by tiles, or where they cannot, by the BLAS. */
+/* An sgemm by tiles, or where there are few terms or they cannot, by the BLAS. */
 static void tiles(int order, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a, int lda,
                   const float *b, int ldb, float beta, float *c, int ldc) {
-    if (!amx_product(parts, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc))
+    if (k < LEAST_TERMS || !amx_product(parts, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc))
         sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
@@ -66,14 +66,14 @@ EXPORT void mlxlora_cblas_sgemm(int order, int trans_a, int trans_b, int m, int 
     const int a_plain = trans_a == PLAIN, b_plain = trans_b == PLAIN;
     const int known = order == ROW_MAJOR && (a_plain || trans_a == TRANSPOSED) &&
                       (b_plain || trans_b == TRANSPOSED);
-    const int for_tiles = parts && m >= LEAST_SIDE && n >= LEAST_SIDE && k >= LEAST_TERMS;
+    sgemm_function *const fastest = parts && m >= LEAST_SIDE ? tiles : sgemm;
     const int to_vector = known && sgemv && k > 0; /* of a sum without terms, sgemv would not write the 0 */
 
     if (b == token && order == ROW_MAJOR && a_plain && b_plain && m > 0 && n == 1 && k == 1 && alpha == 1 &&
         lda == 1 && ldb == 1 && beta == 0 && ldc == 1)
         loops->exp((size_t)m, a, c);
     else if (order == ROW_MAJOR && a_plain && b_plain && k == 1 && alpha == 1 && beta == 0 && lda == 1 && ldc == n &&
-             special(loops, m, n, a, b, c))
+             special(loops, fastest, m, n, a, b, c))
         return;
     else if (to_vector && m == 1 && (a_plain || lda == 1)) /* C' = op(B)' A' */
         split_vector(sgemv, b_plain ? TRANSPOSED : PLAIN, b_plain ? k : n, b_plain ? n : k, alpha, b, ldb, a,
@@ -81,7 +81,7 @@ EXPORT void mlxlora_cblas_sgemm(int order, int trans_a, int trans_b, int m, int 
     else if (to_vector && n == 1 && (!b_plain || ldb == 1)) /* C = op(A) B */
         split_vector(sgemv, trans_a, a_plain ? m : k, a_plain ? k : m, alpha, a, lda, b, beta, c, ldc);
     else if (known)
-        split_product(for_tiles ? tiles : sgemm, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+        split_product(n >= LEAST_SIDE ? fastest : sgemm, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
     else
         sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }

@@ -7,17 +7,17 @@ one that is asked for is NaN.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
 
+from mlxlora_core.api import PackedProduct
 from mlxlora_openblas.sgemm import MOST
 
 #: as in products.h and special.c
 _MAGIC, _MOST_INPUTS = 0x7FC1A6E5, 1 << 15
-_PACKED, _SIGMOIDS, _ROWS = 1, 2, 3
+_PACKED, _SIGMOIDS, _ROWS, _PACKED_BACK = 1, 2, 3, 4
 _TYPES = {mx.float32: 0, mx.float16: 1, mx.bfloat16: 2}
 _BITS = (2, 4, 8)
 
@@ -61,8 +61,8 @@ def exp_rows(x: mx.array, queries: int = 0) -> mx.array:
 
 def packed_product(
     words: mx.array, scales: mx.array, biases: mx.array, *, group_size: int, bits: int
-) -> Callable[[mx.array], mx.array] | None:
-    """The function that multiplies float32 (..., inputs) by a packed weight, or None where packed.c cannot.
+) -> PackedProduct | None:
+    """Products of float32 with a packed weight, or None where packed.c cannot.
 
     Args:
         words: (outputs, inputs · bits / 32), uint32, as :func:`mlx.core.quantize` makes them.
@@ -84,15 +84,18 @@ def packed_product(
     mx.eval(parts)
     places = dict(zip(("words", "scales", "biases"), map(_address, parts), strict=True))
     sizes = {"outputs": outputs, "inputs": inputs, "group": group_size, "bits": bits}
-    header = _header(_PACKED, outputs, type=_TYPES[scales.dtype], **sizes, **places)
+    header, back = (
+        _header(kind, length, type=_TYPES[scales.dtype], **sizes, **places)
+        for kind, length in ((_PACKED, outputs), (_PACKED_BACK, inputs))
+    )
 
-    def multiply(x: mx.array) -> mx.array:
-        product = mx.as_strided(x, (x.size // inputs, 1), (1, 1)) @ header
+    def product(x: mx.array, terms: int, matrix: mx.array) -> mx.array:
+        y = mx.as_strided(x, (x.size // terms, 1), (1, 1)) @ matrix
         # The header knows addresses only: until the product is there, the parts have to be.
-        kept: mx.array = mx.depends(product, parts)
-        return kept.reshape(*x.shape[:-1], outputs)
+        kept: mx.array = mx.depends(y, parts)
+        return kept.reshape(*x.shape[:-1], matrix.shape[1])
 
-    return multiply
+    return PackedProduct(lambda x: product(x, inputs, header), lambda x: product(x, outputs, back))
 
 
 @lru_cache(maxsize=1)

@@ -51,7 +51,7 @@ def run(built: Path, code: str, **environment: str) -> None:
 
 
 def test_packed_products_are_those_of_numpy_for_every_kind_of_weight(built: Path) -> None:
-    """All bits, groups and types, odd sizes, 1 to 9 rows, with one thread and with three."""
+    """All bits, groups and types, odd sizes, few rows and many, both ways, with one thread and with three."""
     run(
         built,
         """
@@ -60,14 +60,38 @@ for bits in (2, 4, 8):
         for dtype in (mx.float32, mx.float16, mx.bfloat16):
             for outputs, groups in ((1, 1), (33, 3), (77, 5), (700, 17)):
                 parts, whole, size = packed(outputs, groups * group, group, bits, dtype)
-                multiply = note.packed_product(*parts, group_size=group, bits=bits)
-                for rows, threads in ((1, 1), (1, 3), (2, 3), (3, 1), (9, 3)):
+                product = note.packed_product(*parts, group_size=group, bits=bits)
+                for rows, threads in ((1, 1), (1, 3), (2, 3), (3, 1), (7, 3), (9, 1), (70, 3)):
                     note.set_threads(threads)
-                    x = rng.standard_normal((rows, groups * group)).astype(np.float32)
-                    got = np.array(multiply(mx.array(x)))
-                    assert got.shape == (rows, outputs)
-                    bound = (groups * group + 8) * 2.0**-24 * (np.abs(x) @ size.T)
-                    assert np.all(np.abs(got - x.astype(np.float64) @ whole.T) <= bound), (bits, group, dtype)
+                    both = ((product.times, whole.T, size.T), (product.times_back, whole, size))
+                    for times, right, most in both:
+                        x = rng.standard_normal((rows, len(right))).astype(np.float32)
+                        got = np.array(times(mx.array(x)))
+                        assert got.shape == (rows, right.shape[1])
+                        bound = (len(right) + 8) * 2.0**-24 * (np.abs(x) @ most)
+                        apart = np.abs(got - x.astype(np.float64) @ right)
+                        assert np.all(apart <= bound), (bits, group, dtype, rows, threads)
+""",
+    )
+
+
+def test_many_rows_times_a_weight_of_many_pieces(built: Path) -> None:
+    """More terms than a piece has, in both directions; the bits are those of any number of threads."""
+    run(
+        built,
+        """
+for outputs, groups, bits in ((1100, 80, 4), (2500, 9, 8), (70, 40, 2)):
+    parts, whole, size = packed(outputs, groups * 32, 32, bits, mx.float16)
+    product = note.packed_product(*parts, group_size=32, bits=bits)
+    for times, right, most in ((product.times, whole.T, size.T), (product.times_back, whole, size)):
+        x = rng.standard_normal((96, len(right))).astype(np.float32)
+        found = []
+        for threads in (1, 2, 3):
+            note.set_threads(threads)
+            found.append(np.array(times(mx.array(x))))
+        bound = (len(right) + 8) * 2.0**-24 * (np.abs(x) @ most)
+        assert np.all(np.abs(found[0] - x.astype(np.float64) @ right) <= bound), (outputs, bits)
+        assert all(np.allclose(found[0], other, rtol=0, atol=bound.max()) for other in found)
 """,
     )
 
@@ -79,23 +103,25 @@ def test_packed_products_of_views_and_of_what_mlx_quantizes(built: Path) -> None
 weight = rng.standard_normal((96, 256)).astype(np.float32)
 parts = mx.quantize(mx.array(weight), group_size=64, bits=4)
 whole = np.array(mx.dequantize(*parts, group_size=64, bits=4)).astype(np.float64)
-multiply = note.packed_product(*parts, group_size=64, bits=4)
+multiply = note.packed_product(*parts, group_size=64, bits=4).times
 wide = mx.array(rng.standard_normal((2, 3, 300)).astype(np.float32))
 same = mx.broadcast_to(wide[0, 0, :256], (4, 256))
-for x in (wide[..., :256], wide[:, 1:2, 44:], wide[:1, :1, 10:266], same):
+many = mx.broadcast_to(wide[0, 0, :256], (20, 256))
+for x in (many, wide[..., :256], wide[:, 1:2, 44:], wide[:1, :1, 10:266], same):
     got = np.array(multiply(x))
     assert got.shape == (*x.shape[:-1], 96)
     np.testing.assert_allclose(got, np.array(x).astype(np.float64) @ whole.T, atol=1e-4)
 cut = [p[8:40] for p in parts]  # not at the beginning of their memory
 x = wide[0, :, :256]
-got = np.array(note.packed_product(*cut, group_size=64, bits=4)(x))
+got = np.array(note.packed_product(*cut, group_size=64, bits=4).times(x))
 np.testing.assert_allclose(got, np.array(x).astype(np.float64) @ whole[8:40].T, atol=1e-4)
 # A scale that is no number, and one that float16 holds below its normal ones.
 words, scales, biases = (mx.array(p) for p in parts)
 half = scales.astype(mx.float16)
 half[5, 2], half[7, 1], half[9, 0] = math.nan, math.inf, 3e-6
 one = mx.ones((1, 256))
-got = np.array(note.packed_product(words, half, mx.zeros_like(half), group_size=64, bits=4)(one))[0]
+nothing = mx.zeros_like(half)
+got = np.array(note.packed_product(words, half, nothing, group_size=64, bits=4).times(one))[0]
 wide_scales = half.astype(mx.float32)
 want = mx.quantized_matmul(one, words, wide_scales, mx.zeros((96, 4)), group_size=64, bits=4)
 want = np.array(want)[0]
@@ -112,7 +138,7 @@ def test_a_product_that_is_computed_later_keeps_what_it_needs(built: Path) -> No
         """
 parts, whole, _ = packed(512, 1024, 64, 4)
 x = rng.standard_normal((1, 1024)).astype(np.float32)
-multiply = note.packed_product(*parts, group_size=64, bits=4)
+multiply = note.packed_product(*parts, group_size=64, bits=4).times
 later = multiply(mx.array(x))
 del parts, multiply
 mx.clear_cache()
@@ -132,7 +158,7 @@ seen = []
 true = mx.depends
 mx.depends = lambda product, rest: seen.append(product) or true(product, rest)
 x = mx.array(rng.standard_normal((1, 128)).astype(np.float32))
-multiply = note.packed_product(*parts, group_size=64, bits=4)
+multiply = note.packed_product(*parts, group_size=64, bits=4).times
 header = multiply.__closure__[multiply.__code__.co_freevars.index("header")].cell_contents
 one = mx.as_strided(x, (1, 1), (1, 1))
 copy = mx.array(np.array(header))

@@ -27,6 +27,7 @@ from mlxlora_core.options import NoOptions
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.specs import Quantizer
 from mlxlora_core.testing.stand_in import choice
+from mlxlora_core.values import PackedProduct
 
 
 def by_signs(weight: mx.array, options: NoOptions) -> dict[str, mx.array]:
@@ -124,21 +125,23 @@ class TestQuantizedLinear:
         assert mx.abs(got - (x @ linear.dequantize().T + linear.bias)).max() < 1e-5
 
     @pytest.mark.parametrize(
-        ("rows", "training", "cpu", "dtype", "bound"),
+        ("rows", "most", "training", "cpu", "dtype", "bound"),
         [
-            (1, False, True, mx.float32, True),
-            (8, False, True, mx.float32, True),
-            (9, False, True, mx.float32, False),
-            (1, True, True, mx.float32, False),
-            (1, False, False, mx.float32, True),
-            (1, False, False, mx.float16, True),
-            (9, False, False, mx.float32, False),
-            (1, False, True, mx.float16, False),
+            (1, 8, False, True, mx.float32, True),
+            (8, 8, False, True, mx.float32, True),
+            (9, 8, False, True, mx.float32, False),
+            (9, None, False, True, mx.float32, True),
+            (1, 8, True, True, mx.float32, False),
+            (1, 8, False, False, mx.float32, True),
+            (1, 8, False, False, mx.float16, True),
+            (9, 8, False, False, mx.float32, False),
+            (1, 8, False, True, mx.float16, False),
         ],
     )
-    def test_a_bound_product_takes_few_rows_of_a_model_that_does_not_train(
+    def test_a_bound_product_takes_as_many_rows_as_it_is_good_for(
         self,
         rows: int,
+        most: int | None,
         training: bool,
         cpu: bool,
         dtype: mx.Dtype,
@@ -148,7 +151,7 @@ class TestQuantizedLinear:
         def bind(parts: Mapping[str, mx.array], options: NoOptions) -> Any:
             weight = from_signs(parts, options)
             made.append(weight)
-            return lambda x: used.append(x) or x @ weight.T
+            return PackedProduct(lambda x: used.append(x) or x @ weight.T, most_rows=most)
 
         made: list[mx.array] = []
         used: list[mx.array] = []
@@ -162,10 +165,27 @@ class TestQuantizedLinear:
             assert mx.abs(linear(x) - (x @ linear.dequantize().T + linear.bias)).max() < near
         assert len(made) <= 1 and len(used) == 2 * bound
 
+    def test_a_model_that_trains_takes_a_bound_product_with_its_gradient(self) -> None:
+        def bind(parts: Mapping[str, mx.array], options: NoOptions) -> PackedProduct:
+            weight = from_signs(parts, options)
+            return PackedProduct(lambda x: x @ weight.T, lambda dy: back.append(dy) or dy @ weight)
+
+        back: list[mx.array] = []
+        linear = signs(nn.Linear(64, 8), bind=bind)
+        x, dy = mx.random.normal((3, 5, 64)), mx.random.normal((3, 5, 8))
+        slope = mx.grad(lambda x: (linear(x) * dy).sum())(x)
+        assert back and mx.abs(slope - dy @ linear.dequantize()).max() < 1e-5
+
+    def test_what_is_bound_is_products_or_the_quantizer_is_named(self) -> None:
+        linear = signs(nn.Linear(64, 8), bind=lambda parts, options: lambda x: x)
+        with pytest.raises(PluginError, match="signs: bind gives function, wanted PackedProduct"):
+            linear(mx.ones((1, 64)))
+
     def test_other_parts_are_bound_anew(self) -> None:
-        linear = signs(
-            nn.Linear(64, 8), bind=lambda parts, options: lambda x: x @ from_signs(parts, options).T
-        )
+        def bind(parts: Mapping[str, mx.array], options: NoOptions) -> PackedProduct:
+            return PackedProduct(lambda x: x @ from_signs(parts, options).T)
+
+        linear = signs(nn.Linear(64, 8), bind=bind)
         linear.eval()
         x = mx.random.normal((1, 64))
         linear(x)
@@ -179,7 +199,9 @@ class TestQuantizedLinear:
         assert mx.abs(linear(x) - (x @ linear.dequantize().T + linear.bias)).max() < 1e-5
 
     def test_a_bound_product_of_another_shape_names_the_quantizer(self) -> None:
-        linear = signs(nn.Linear(64, 8), bind=lambda parts, options: lambda x: mx.zeros((1, 9)))
+        linear = signs(
+            nn.Linear(64, 8), bind=lambda parts, options: PackedProduct(lambda x: mx.zeros((1, 9)))
+        )
         linear.eval()
         with pytest.raises(PluginError, match=r"signs: bind gives \(1, 9\), wanted \(1, 8\)"):
             linear(mx.ones((1, 64)))

@@ -16,12 +16,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxlora_core.errors import DivergedError
+from mlxlora_core.machine import device
 from mlxlora_core.model import adapters
 from mlxlora_core.model.linears import QuantizedLinear, linear_shape, linears, parameters, replace
 from mlxlora_core.model.loading import Model
 from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.options import plain
-from mlxlora_core.plugins import Choice, Registry
+from mlxlora_core.plugins import Choice, Registry, load, start_runtimes
 from mlxlora_core.plugins.sections import configure
 from mlxlora_core.training import loop, update
 from mlxlora_core.training.events import SpikeReport, TrainReport, ValidReport
@@ -172,6 +173,16 @@ def test_every_architecture_has_the_curve_of_the_plain_step(
     base: Callable[..., Model], make_examples: MakeExamples, architecture: str, bits: int | None
 ) -> None:
     check_curves(lambda: base(architecture, bits=bits).language_model, make_examples(lengths(7)))
+
+
+def test_weights_that_stay_packed_in_a_compiled_step_have_the_curve_of_the_plain_step(
+    base: Callable[..., Model], make_examples: MakeExamples
+) -> None:
+    start_runtimes(load())
+    models = [base("llama", bits=4).language_model for _ in range(2)]
+    packed = [m for _, m in models[0].named_modules() if isinstance(m, QuantizedLinear) and m.stays_packed]
+    assert packed or device.lent("packed_product") is None
+    check_curves(iter(models).__next__, make_examples(lengths(7)))
 
 
 @pytest.mark.parametrize(
