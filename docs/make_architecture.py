@@ -30,6 +30,7 @@ WORDS = {
     "runs": "recipes, stages, the report",
     "testing": "suites for plugin authors",
     "training": "rows to an adapter",
+    "serving": "many requests at once",
     "model": "linears, adapters, folders, text",
     "plugins": "found, checked, looked up",
     "chat": "templates in a sandbox",
@@ -38,7 +39,7 @@ WORDS = {
     "the door": "what plugins import",
     "the shelf": "loaders, models, adapters, …",
 }
-HEAVY = {"model", "training"}  # they compute with tensors
+HEAVY = {"model", "serving", "training"}  # they compute with tensors
 WIDTH, BOX_WIDTH, BOX_HEIGHT, FLOOR_HEIGHT = 920, 230, 62, 120
 
 

@@ -10,6 +10,7 @@ from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.layers import GatedFeedForward, RMSNorm
 from mlxlora_core.model.linears import StackedLinear, dense_weight, linear_shape
 from mlxlora_core.model.ops import (
+    attend,
     attention,
     attention_mask,
     gelu_times,
@@ -18,6 +19,7 @@ from mlxlora_core.model.ops import (
     rotate,
     silu_times,
 )
+from mlxlora_core.model.ops.ragged import Positions
 from mlxlora_core.model.ops.rows import Mask, Rows
 
 __all__ = [
@@ -25,9 +27,11 @@ __all__ = [
     "KVCache",
     "LanguageModel",
     "Mask",
+    "Positions",
     "RMSNorm",
     "Rows",
     "StackedLinear",
+    "attend",
     "attention",
     "attention_mask",
     "dense_weight",

@@ -32,6 +32,11 @@ class KVCache:
         self.offset = stop
         return self._keys[:, :, :stop], self._values[:, :, :stop]
 
+    def held(self) -> tuple[mx.array, mx.array]:
+        """Keys and values (B, K, offset, E); there is a token at least."""
+        assert self._keys is not None and self._values is not None
+        return self._keys[:, :, : self.offset], self._values[:, :, : self.offset]
+
     def _room(self, held: mx.array | None, new: mx.array, stop: int) -> mx.array:
         """``held`` with space for ``stop`` tokens shaped like ``new``."""
         have = 0 if held is None else held.shape[2]

@@ -24,6 +24,9 @@ class LanguageModel(nn.Module):
         vocab_size: V.
         context_tokens: longest sequence it was made for, or None.
         heads: of queries in a layer, for estimates of memory; None where it does not tell.
+        ragged: whether :meth:`run` continues rows of different lengths together, by a token each: its layers
+            then use nothing of a cache but what :func:`mlxlora_core.ops.positions` and
+            :func:`mlxlora_core.ops.attend` do, and :meth:`make_cache` gives a KVCache for each.
     """
 
     layers: list[nn.Module]
@@ -31,6 +34,7 @@ class LanguageModel(nn.Module):
     vocab_size: int
     context_tokens: int | None
     heads: int | None = None
+    ragged: bool = False
 
     def __call__(self, tokens: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
         """Logits (B, T, V) of token ids (B, T) that follow those in ``cache``."""

@@ -190,6 +190,14 @@ class AdapterSet:
                 after = fused if alone else after + share * (fused - before)
         return after
 
+    def is_low_rank(self, name: str) -> bool:
+        """Whether all that an adapter changes are low-rank updates of linears.
+
+        Each row of a batch is then computed in products that all rows share, whatever the others choose.
+        """
+        held = (place.held[name] for place in self._places.values() if name in place.held)
+        return all(each.is_low_rank() for each in held)
+
     def linear(self, path: str) -> nn.Module:
         """The linear at one of :meth:`paths`, without any adapter."""
         return self._places[path].linear

@@ -35,19 +35,19 @@ from mlxlora_core.specs import Architecture
 from mlxlora_core.testing.forward import OnlyForward, gradients_of, in_parts, loss_of
 from mlxlora_core.testing.layouts import LayoutTests
 from mlxlora_core.testing.packing import PackingTests
+from mlxlora_core.testing.ragged import RaggedTests
 from mlxlora_core.values import LazyTensor
 
 #: what a whole number in a config may be instead
 IMPOSSIBLE = (10**18, 2.5, "7", True, [3], float("nan"))
 
 
-class ArchitectureSuite(LayoutTests, PackingTests):
+class ArchitectureSuite(LayoutTests, PackingTests, RaggedTests):
     """What every architecture must do.
 
-    The model is filled with random float32 weights; keep it tiny. Subclass the
-    suite once for each form that the family has: tied or not, with biases or
-    without, with grouped heads, with a window. A mixture is one form with every
-    expert chosen, and one with some of them that is not ``smooth``.
+    The model is filled with random float32 weights; keep it tiny. Subclass the suite once for each form
+    that the family has: tied or not, with biases or without, with grouped heads, with a window. A mixture
+    is one form with every expert chosen, and one with some of them that is not ``smooth``.
 
     Attributes:
         spec: the architecture.

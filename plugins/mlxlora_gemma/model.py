@@ -18,7 +18,7 @@ from mlxlora_core.ops import (
     KVCache,
     LanguageModel,
     Mask,
-    attention,
+    attend,
     attention_mask,
     gelu_times,
     positions,
@@ -79,13 +79,7 @@ class Attention(nn.Module):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         offset = positions(mask, cache)
         queries, keys = rotate(queries, offset, self._turning), rotate(keys, offset, self._turning)
-        if cache is not None:
-            keys, values = cache.update(keys, values)
-        if self.window is not None:
-            # None of these queries sees further back than the first one does.
-            reach = self.window + x.shape[1] - 1
-            keys, values = keys[:, :, -reach:], values[:, :, -reach:]
-        out = attention(queries, keys, values, self._scale, mask, self._cap)
+        out = attend(queries, keys, values, self._scale, mask, cache, self.window, self._cap)
         return self.wo(out.swapaxes(1, 2).flatten(2))
 
     def _heads(self, x: mx.array, heads: int) -> mx.array:
@@ -121,6 +115,8 @@ class Model(LanguageModel):
         context_tokens: longest sequence it was made for, or None.
         heads: H.
     """
+
+    ragged = True
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated

@@ -19,7 +19,7 @@ from mlxlora_core.ops import (
     LanguageModel,
     Mask,
     RMSNorm,
-    attention,
+    attend,
     attention_mask,
     positions,
     rotate,
@@ -71,13 +71,7 @@ class Attention(nn.Module):
             offset = positions(mask, cache)
             queries = rotate(queries, offset, self._turning, self._factor)
             keys = rotate(keys, offset, self._turning, self._factor)
-        if cache is not None:
-            keys, values = cache.update(keys, values)
-        if self.window is not None:
-            # None of these queries sees further back than the first one does.
-            reach = self.window + x.shape[1] - 1
-            keys, values = keys[:, :, -reach:], values[:, :, -reach:]
-        out = attention(queries, keys, values, self.head_dim**-0.5, mask)
+        out = attend(queries, keys, values, self.head_dim**-0.5, mask, cache, self.window)
         return self.wo(out.swapaxes(1, 2).flatten(2))
 
     def _heads(self, x: mx.array, heads: int) -> mx.array:
@@ -111,6 +105,8 @@ class Model(LanguageModel):
         context_tokens: longest sequence it was made for, or None.
         heads: H.
     """
+
+    ragged = True
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated

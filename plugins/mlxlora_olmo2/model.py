@@ -19,7 +19,7 @@ from mlxlora_core.ops import (
     LanguageModel,
     Mask,
     RMSNorm,
-    attention,
+    attend,
     attention_mask,
     positions,
     rotate,
@@ -59,9 +59,7 @@ class Attention(nn.Module):
         keys = self._heads(self.k_norm(self.wk(x)), self.n_kv_heads)  # (B, K, T, E)
         values = self._heads(self.wv(x), self.n_kv_heads)
         queries, keys = rotate(queries, offset, self._theta), rotate(keys, offset, self._theta)
-        if cache is not None:
-            keys, values = cache.update(keys, values)
-        out = attention(queries, keys, values, self.head_dim**-0.5, mask)
+        out = attend(queries, keys, values, self.head_dim**-0.5, mask, cache)
         return self.wo(out.swapaxes(1, 2).flatten(2))
 
     def _heads(self, x: mx.array, heads: int) -> mx.array:
@@ -95,6 +93,8 @@ class Model(LanguageModel):
         context_tokens: longest sequence it was made for, or None.
         heads: H.
     """
+
+    ragged = True
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated

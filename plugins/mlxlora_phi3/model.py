@@ -20,9 +20,10 @@ from mlxlora_core.ops import (
     KVCache,
     LanguageModel,
     Mask,
+    Positions,
     RMSNorm,
     Rows,
-    attention,
+    attend,
     attention_mask,
     positions,
     rotate,
@@ -64,16 +65,10 @@ class Attention(nn.Module):
         queries = self._turn(self._heads(self.wq(x), self.n_heads), offset, turning)  # (B, H, T, E)
         keys = self._turn(self._heads(self.wk(x), self.n_kv_heads), offset, turning)  # (B, K, T, E)
         values = self._heads(self.wv(x), self.n_kv_heads)
-        if cache is not None:
-            keys, values = cache.update(keys, values)
-        if self.window is not None:
-            # None of these queries sees further back than the first one does.
-            reach = self.window + x.shape[1] - 1
-            keys, values = keys[:, :, -reach:], values[:, :, -reach:]
-        out = attention(queries, keys, values, self.head_dim**-0.5, mask)
+        out = attend(queries, keys, values, self.head_dim**-0.5, mask, cache, self.window)
         return self.wo(out.swapaxes(1, 2).flatten(2))
 
-    def _turn(self, x: mx.array, offset: int | Rows, turning: Turning) -> mx.array:
+    def _turn(self, x: mx.array, offset: int | Rows | Positions, turning: Turning) -> mx.array:
         """(B, ·, T, E) with the features that are turned at their positions, the rest as they are."""
         if self.turned == self.head_dim:
             return rotate(x, offset, turning, self._factor)
@@ -150,6 +145,7 @@ class Model(LanguageModel):
         self.heads = args.n_heads
         self.head_path = "" if args.tie_word_embeddings else "output"
         self._turnings, self._window = turnings(args), args.sliding_window
+        self.ragged = self._turnings.original is None
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = [TransformerBlock(args) for _ in range(args.n_layers)]
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -180,13 +176,13 @@ class Model(LanguageModel):
         if cache is None or not blocks:
             return self._through(blocks, hidden, [None] * len(blocks))
         entries = list(cache[first:last])
-        length = entries[0].offset + hidden.shape[1]
-        if self._turnings.original is not None:
-            kept = cast(list[TextCache], list(cache[first:]))
-            if not self._turnings.is_long(length):
-                kept[0].entered.append(hidden)
-            elif not kept[0].long:
-                self._read_again(blocks, kept)
+        if self.ragged:
+            return self._through(blocks, hidden, entries, long=False)
+        kept = cast(list[TextCache], list(cache[first:]))
+        if not self._turnings.is_long(entries[0].offset + hidden.shape[1]):
+            kept[0].entered.append(hidden)
+        elif not kept[0].long:
+            self._read_again(blocks, kept)
         return self._through(blocks, hidden, entries)
 
     def _each(self, blocks: Sequence[nn.Module], hidden: mx.array, lengths: Sequence[int]) -> mx.array:

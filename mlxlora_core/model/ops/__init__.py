@@ -16,11 +16,15 @@ import numpy as np
 from mlxlora_core.machine.device import on_cpu
 from mlxlora_core.model.ops import cpu
 from mlxlora_core.model.ops.capped import capped_attention
+from mlxlora_core.model.ops.ragged import Positions, RaggedCache
 from mlxlora_core.model.ops.rows import Mask, Rows, apart, together
 from mlxlora_core.values import Cache
 
 # Below this many elements MLX's own operation, which is one call, is as fast.
 LARGE = 1 << 12
+
+# So many rows at most are normalised by MLX's own, which takes no longer and sums each row by itself.
+_FEW_ROWS = 32
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -33,11 +37,12 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
         weight: (D,).
         eps: what is added to the mean square.
     """
-    return cpu.rms_norm(x, weight, eps) if _pays(x) else mx.fast.rms_norm(x, weight, eps)
+    pays = _pays(x) and x.size > _FEW_ROWS * x.shape[-1]
+    return cpu.rms_norm(x, weight, eps) if pays else mx.fast.rms_norm(x, weight, eps)
 
 
 def rotate(
-    x: mx.array, offset: int | Rows, theta: float | tuple[float, ...], factor: float = 1.0
+    x: mx.array, offset: int | Rows | Positions, theta: float | tuple[float, ...], factor: float = 1.0
 ) -> mx.array:
     """Rotary positions of (B, ·, T, E), whose first token stands at position ``offset``.
 
@@ -47,7 +52,7 @@ def rotate(
     Args:
         x: (B, ·, T, E).
         offset: position of the first token; or rows that stand one after the other, each of
-            which begins at position 0.
+            which begins at position 0; or where the only token of each of B rows stands.
         theta: base of the wavelengths, or E / 2 angles instead, by which each pair turns a position.
         factor: what the turned features are multiplied by.
     """
@@ -55,10 +60,11 @@ def rotate(
         return cpu.rotate(x, offset, theta, factor)
     if isinstance(offset, Rows):
         return together(rotate(apart(x, offset), 0, theta, factor), offset)
+    places = mx.array(offset.each) if isinstance(offset, Positions) else offset
     if factor != 1:
         x = x * factor
     base, periods = (None, _periods(theta)) if isinstance(theta, tuple) else (theta, None)
-    return mx.fast.rope(x, x.shape[-1], traditional=True, base=base, scale=1.0, offset=offset, freqs=periods)
+    return mx.fast.rope(x, x.shape[-1], traditional=True, base=base, scale=1.0, offset=places, freqs=periods)
 
 
 @lru_cache(maxsize=8)
@@ -70,7 +76,7 @@ def _periods(angles: tuple[float, ...]) -> mx.array:
 
 def silu_times(gate: mx.array, up: mx.array) -> mx.array:
     """``silu(gate) · up`` (Shazeer 2020, arXiv:2002.05202), element by element."""
-    if _pays(gate):
+    if gate.dtype == mx.float32 and on_cpu():  # of any size, so that a number has the same bits among few
         return cpu.silu_times(gate, up)
     return _silu_times(gate, up) if on_cpu() else _as_one(_silu_times)(gate, up)
 
@@ -158,6 +164,39 @@ def attention(
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
+def attend(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    mask: Mask,
+    cache: Cache | RaggedCache | None = None,
+    window: int | None = None,
+    cap: float | None = None,
+) -> mx.array:
+    """Attention (B, H, T, E) of tokens to themselves and to those that a cache holds, which takes them in.
+
+    Args:
+        queries: (B, H, T, E), turned by their positions.
+        keys: (B, K, T, E) of the same tokens, turned likewise, with H a multiple of K.
+        values: (B, K, T, E).
+        scale: what the scores are multiplied by.
+        mask: as :func:`attention_mask` makes it for these tokens and the window.
+        cache: of this layer.
+        window: tokens that a token sees, itself included; None is all before it.
+        cap: as for :func:`attention`.
+    """
+    if isinstance(cache, RaggedCache):
+        return cache.attend(queries, keys, values, scale, window, cap)
+    if cache is not None:
+        keys, values = cache.update(keys, values)
+    if window is not None:
+        # None of these queries sees further back than the first one does.
+        reach = window + queries.shape[2] - 1
+        keys, values = keys[:, :, -reach:], values[:, :, -reach:]
+    return attention(queries, keys, values, scale, mask, cap)
+
+
 def _attention_apart(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float, rows: Rows, cap: float | None
 ) -> mx.array:
@@ -199,7 +238,7 @@ def attention_mask(tokens: int, held: int, window: int | None, lengths: Sequence
     return (key <= query) & (key > query - window)
 
 
-def positions(mask: Mask, cache: Cache | None) -> int | Rows:
+def positions(mask: Mask, cache: Cache | RaggedCache | None) -> int | Rows | Positions:
     """Where tokens stand that are masked so and come after those of a cache: what :func:`rotate` takes."""
     if isinstance(mask, Rows):
         return mask

@@ -19,6 +19,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlora_core.machine.device import lent
+from mlxlora_core.model.ops.angles import angles, angles_at, angles_of_rows, turn
+from mlxlora_core.model.ops.ragged import Positions
 from mlxlora_core.model.ops.rows import Rows
 
 _Pair: TypeAlias = tuple[mx.array, mx.array]
@@ -41,14 +43,18 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return cast(_Pair, _rms_norm(eps)(x, weight))[0]
 
 
-def rotate(x: mx.array, offset: int | Rows, theta: float | tuple[float, ...], factor: float) -> mx.array:
+def rotate(
+    x: mx.array, offset: int | Rows | Positions, theta: float | tuple[float, ...], factor: float
+) -> mx.array:
     """See :func:`mlxlora_core.model.ops.rotate`."""
     length, width = x.shape[-2:]
+    if isinstance(offset, Positions):
+        return cast(mx.array, _rotate(x, *angles_at(offset.each, width, theta, factor)))
     if isinstance(offset, Rows):
-        return cast(mx.array, _rotate(x, *_angles_of_rows(offset.lengths, width, theta, factor)))
+        return cast(mx.array, _rotate(x, *angles_of_rows(offset.lengths, width, theta, factor)))
     if length == 1:  # one product takes 6 us, the dozens of operations behind mx.fast.rope 125
-        return x @ _turn(offset, width, theta, factor)
-    return cast(mx.array, _rotate(x, *_angles(offset, length, width, theta, factor)))
+        return x @ turn(offset, width, theta, factor)
+    return cast(mx.array, _rotate(x, *angles(offset, length, width, theta, factor)))
 
 
 def silu_times(gate: mx.array, up: mx.array) -> mx.array:
@@ -128,39 +134,6 @@ def _rms_norm(eps: float) -> Callable[..., Any]:
         return (dy * weight - x * pull) * factor, (factor.reshape(1, -1) @ rows).reshape(-1)  # (..., D), (D,)
 
     return cast(Callable[..., Any], norm)
-
-
-@lru_cache(maxsize=8)
-def _angles(
-    offset: int, length: int, width: int, theta: float | tuple[float, ...], factor: float
-) -> tuple[mx.array, mx.array]:
-    """Cosine and sine (T, E) of each feature's angle, the sine with the sign of what it multiplies."""
-    rates = np.array(theta) if isinstance(theta, tuple) else theta ** (-np.arange(0, width, 2) / width)
-    angles = np.repeat(np.arange(offset, offset + length)[:, None] * rates, 2, axis=1)
-    signs = np.tile([-1.0, 1.0], width // 2)
-    cosine, sine = factor * np.cos(angles), factor * np.sin(angles) * signs
-    return mx.array(cosine.astype(np.float32)), mx.array(sine.astype(np.float32))
-
-
-@lru_cache(maxsize=8)
-def _angles_of_rows(
-    lengths: tuple[int, ...], width: int, theta: float | tuple[float, ...], factor: float
-) -> tuple[mx.array, mx.array]:
-    """As :func:`_angles`, of rows that stand one after the other and each begin at position 0."""
-    longest = _angles(0, max(lengths), width, theta, factor)
-    places = np.concatenate([np.arange(length) for length in lengths])
-    cosine, sine = (mx.array(np.array(table)[places]) for table in longest)
-    return cosine, sine
-
-
-@lru_cache(maxsize=8)
-def _turn(offset: int, width: int, theta: float | tuple[float, ...], factor: float) -> mx.array:
-    """The matrix (E, E) that turns the features of a row at one position."""
-    cosine, sine = (np.array(table)[0] for table in _angles(offset, 1, width, theta, factor))
-    partner = np.arange(width) ^ 1
-    matrix = np.diag(cosine)
-    matrix[partner, np.arange(width)] = sine
-    return mx.array(matrix)
 
 
 def _rotated(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:

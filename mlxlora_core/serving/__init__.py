@@ -1,0 +1,1 @@
+"""Many requests served at once by one model: what each gets does not depend on the others."""

@@ -1,0 +1,293 @@
+"""What is done in which step, and what is left when requests have gone."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from serving_steps import Served, Steps, greedy, ids_of, told
+
+from mlxlora_core.errors import DivergedError, PluginError, ResourceError
+from mlxlora_core.model.generate import decode, generate, whole
+from mlxlora_core.model.tokenizers import CheckedTokenizer
+from mlxlora_core.plugins import Component, Plugin, Registry
+from mlxlora_core.serving.request import Request
+from mlxlora_core.specs import Sampler
+
+
+def sampler(transform: Any) -> list[tuple[Component, Any]]:
+    """A sampler of somebody who gives ``transform``."""
+    spec = Sampler(name="mine", summary="s", build=lambda options: transform)
+    return [(Component("sampler", spec, Plugin("box", "box", "1", "installed", "box")), None)]
+
+
+def scripted(ids: Sequence[int]) -> list[tuple[Component, Any]]:
+    """A sampler that leaves these ids, one after the other."""
+    rest = iter(ids)
+
+    def transform(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+        return mx.where(mx.arange(logits.shape[-1]) == next(rest), 0.0, mx.full(logits.shape, -mx.inf))
+
+    return sampler(transform)
+
+
+def test_the_text_is_what_generate_gives(served: Served, registry: Registry) -> None:
+    assert served.adapters is not None
+    prompt = "A: the adapter scales"
+    for name in (None, "large", "turned"):
+        served.adapters.select(name)
+        settings = {"num_tokens": 25, "seed": 0}
+        want = whole(generate(served.model, served.tokenizer, prompt, greedy(registry), **settings))
+        steps = Steps(served)
+        ids = served.tokenizer.encode(prompt)
+        job = steps.submit(Request(ids, adapter=name, samplers=greedy(registry), max_tokens=25))
+        steps.run()
+        parts = told(job)
+        assert "".join(part.text for part in parts) == want.text
+        assert parts[-1].finish == want.finish
+
+
+# --- steps --------------------------------------------------------------------
+
+
+def test_a_request_that_comes_later_has_its_first_token_within_two_steps(served: Served) -> None:
+    steps = Steps(served)
+    others = [steps.submit(Request([5, 6, 7 + n], max_tokens=60)) for n in range(15)]
+    for _ in range(10):
+        steps.scheduler.step()
+    drawn = [job.drawn for job in others]
+    late = steps.submit(Request([9, 8, 7], max_tokens=5))
+    for count in (1, 2):
+        steps.scheduler.step()
+        assert [job.drawn - before for job, before in zip(others, drawn, strict=True)] == [count] * 15
+    assert late.drawn > 0
+
+
+def test_a_long_prompt_is_read_beside_texts_that_go_on(served: Served) -> None:
+    steps = Steps(served, part_tokens=16, step_tokens=32)
+    other = steps.submit(Request([5, 6], max_tokens=30))
+    steps.scheduler.step()
+    long = steps.submit(Request([5] * 100, max_tokens=3))
+    short = steps.submit(Request([6, 7], max_tokens=3))
+    seen = []
+    for _ in range(7):
+        before = other.drawn
+        steps.scheduler.step()
+        seen.append((long.read, short.drawn > 0))
+        assert other.drawn == before + 1
+    assert seen[0] == (16, True), "the prompt behind the long one is not held up"
+    assert [read for read, _ in seen] == [16, 32, 48, 64, 80, 96, 100]
+
+
+def test_first_tokens_come_in_the_order_of_the_requests(served: Served) -> None:
+    steps = Steps(served, places=3)
+    jobs = [steps.submit(Request([5, 6 + n], max_tokens=4)) for n in range(10)]
+    steps.run()
+    firsts = [job.first for job in jobs]
+    assert firsts == sorted(firsts) and all(firsts)
+
+
+def test_no_more_run_at_once_than_there_are_places(served: Served) -> None:
+    steps = Steps(served, places=3)
+    for n in range(8):
+        steps.submit(Request([5, 6 + n], max_tokens=2 + n))
+    while steps.scheduler.busy:
+        steps.scheduler.step()
+        assert len(steps.scheduler.running) <= 3
+
+
+# --- ends ---------------------------------------------------------------------
+
+
+def test_each_way_to_end_is_told(
+    served: Served, tokenizer: CheckedTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 64
+    monkeypatch.setattr(served.model, "context_tokens", limit)
+    eos = next(iter(tokenizer.stops))
+    letters = tokenizer.encode("scales the weights", bos=False)
+    steps = Steps(served)
+    asked = {
+        "stop": Request([5], samplers=scripted([*letters, eos]), max_tokens=50),
+        "length": Request([5], max_tokens=3),
+        "context": Request([5] * (limit - 4), samplers=scripted([50] * 9)),
+        "cancelled": Request([5], samplers=scripted([50] * 90), max_tokens=80),
+        "timeout": Request([5], samplers=scripted([50] * 90), max_tokens=80, deadline=1e-9),
+    }
+    jobs = {name: steps.submit(request) for name, request in asked.items()}
+    halted = steps.submit(Request([5], samplers=scripted([*letters, eos]), stop=["weigh"], max_tokens=50))
+    jobs["cancelled"].stream.cancel()
+    steps.run()
+    parts = {name: told(job) for name, job in jobs.items()}
+    assert {name: each[-1].finish for name, each in parts.items()} == {name: name for name in asked}
+    usage = parts["stop"][-1].usage
+    assert usage is not None and usage.completion_tokens == len(letters)
+    assert len(ids_of(parts["context"])) == 4
+    ended = told(halted)
+    assert ended[-1].finish == "stop"
+    assert "".join(part.text for part in ended) == " scales the "
+
+
+def test_a_deadline_ends_what_runs_and_what_waits(served: Served) -> None:
+    steps = Steps(served, places=1)
+    running = steps.submit(Request([5], samplers=scripted([50] * 90), max_tokens=80, deadline=0.2))
+    waiting = steps.submit(Request([5], max_tokens=80, deadline=0.2))
+    steps.scheduler.step()
+    time.sleep(0.25)
+    steps.scheduler.step()
+    assert not steps.scheduler.busy
+    assert told(running)[-1].finish == told(waiting)[-1].finish == "timeout"
+    assert waiting.drawn == 0 < running.drawn
+
+
+def test_an_error_ends_one_request_and_no_other(served: Served) -> None:
+    def nothing(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+        return mx.full(logits.shape, -mx.inf) if len(tokens) > 4 else logits
+
+    steps = Steps(served)
+    bad = steps.submit(Request([5, 6], samplers=sampler(nothing), max_tokens=9))
+    good = steps.submit(Request([5, 6], max_tokens=9, samplers=scripted([50] * 9)))
+    steps.run()
+    last = told(bad)[-1]
+    assert last.finish == "error" and isinstance(last.error, PluginError)
+    assert ids_of(told(good)) == [50] * 9
+
+
+def test_a_batch_that_fails_ends_its_requests_and_the_next_are_served(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(served)
+    one = steps.submit(Request([5, 6], max_tokens=9))
+    steps.scheduler.step()
+
+    def fails(*arguments: Any, **named: Any) -> None:
+        raise DivergedError("no")
+
+    with monkeypatch.context() as changed:
+        changed.setattr("mlxlora_core.serving.lanes.logits_of_rows", fails)
+        steps.run()
+    assert isinstance(told(one)[-1].error, DivergedError)
+    two = steps.submit(Request([5, 6], max_tokens=9))
+    steps.run()
+    assert told(two)[-1].finish in ("length", "stop")
+
+
+def test_logprobs_are_those_of_the_logits(served: Served, registry: Registry) -> None:
+    assert served.adapters is not None
+    steps = Steps(served)
+    job = steps.submit(Request([5, 6, 7], samplers=greedy(registry), max_tokens=4, logprobs=3))
+    steps.run()
+    tokens = [token for part in told(job) for token in part.tokens]
+    served.adapters.select(None)
+    ids = mx.array([[5, 6, 7, *(token.id for token in tokens)]])
+    logits = served.model(ids)[0].astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    for place, token in enumerate(tokens):
+        want = logprobs[2 + place]
+        assert token.logprob == pytest.approx(float(want[token.id]), abs=1e-4)
+        assert token.top[0] == (token.id, token.logprob)
+        assert [i for i, _ in token.top] == mx.argsort(-want)[:3].tolist()
+
+
+# --- memory -------------------------------------------------------------------
+
+
+def test_a_request_that_never_fits_is_refused_in_one_line(served: Served) -> None:
+    steps = Steps(served, cache_bytes=1000)
+    with pytest.raises(ResourceError, match=r"^a prompt of 2 tokens and 5 after it need") as caught:
+        steps.submit(Request([5, 6], max_tokens=5))
+        steps.scheduler.step()
+    assert "\n" not in str(caught.value)
+
+
+def test_requests_wait_for_memory(served: Served) -> None:
+    steps = Steps(served)
+    one = steps.submit(Request([5], max_tokens=4))
+    need = steps.scheduler.need_bytes(one)
+    steps.run()
+    narrow = Steps(served, cache_bytes=int(2.5 * need / 0.75))
+    jobs = [narrow.submit(Request([5, 6 + n], max_tokens=5)) for n in range(6)]
+    most = 0
+    while narrow.scheduler.busy:
+        narrow.scheduler.step()
+        most = max(most, len(narrow.scheduler.running))
+    assert most == 2
+    assert all(told(job)[-1].finish for job in jobs)
+
+
+def test_a_thousand_requests_that_leave_at_any_time_leave_nothing(served: Served) -> None:
+    steps, draw = Steps(served, part_tokens=16, places=8, cache_bytes=1 << 22), random.Random(0)
+    jobs, told_of, sizes = [], 0, []
+    for number in range(1000):
+        request = Request(
+            [draw.randrange(3, 320) for _ in range(draw.randrange(1, 40))],
+            adapter=draw.choice([None, "small", "large", "turned"]),
+            seed=number,
+            max_tokens=draw.randrange(1, 6),
+            deadline=draw.choice([None, 0.005]),
+        )
+        jobs.append(steps.submit(request))
+        if draw.random() < 0.4:
+            draw.choice(jobs).stream.cancel()
+        if number % 3 == 0:
+            steps.scheduler.step()
+        if len(jobs) > 20:
+            told_of += sum(job.finish is not None for job in jobs)
+            jobs = [job for job in jobs if job.finish is None]
+        if number % 100 == 99:
+            steps.run()
+            gc.collect()
+            sizes.append(mx.get_active_memory())
+    steps.run()
+    assert told_of + sum(job.finish is not None for job in jobs) == 1000
+    metrics = steps.scheduler.plain_metrics()
+    assert metrics["running"] == metrics["waiting"] == metrics["reserved_bytes"] == 0
+    assert sum(value for name, value in metrics.items() if name.startswith("finished_")) == 1000
+    assert metrics["prefix_bytes"] <= 1 << 20
+    assert max(sizes[3:]) - min(sizes[3:]) < 1 << 16, sizes
+
+
+# --- models -------------------------------------------------------------------
+
+
+def test_a_model_that_knows_only_its_own_cache_is_served_one_text_after_another(
+    stand_in: Callable[..., Any], tokenizer: CheckedTokenizer, registry: Registry
+) -> None:
+    model = stand_in(vocab_size=320)
+    steps = Steps(Served(model, tokenizer, None), part_tokens=4)
+    assert steps.scheduler.widths == ()
+    prompts = [[5 + n] * (n + 1) for n in range(7)]
+    jobs = [
+        steps.submit(Request(p, samplers=greedy(registry), max_tokens=6 + n)) for n, p in enumerate(prompts)
+    ]
+    steps.run()
+    for number, job in enumerate(jobs):
+
+        def most_likely(logits: mx.array, tokens: Sequence[int]) -> int:
+            return int(mx.argmax(logits[0]))
+
+        limit = {"num_tokens": 6 + number, "stops": tokenizer.stops, "part_tokens": 4}
+        assert ids_of(told(job)) == list(decode(model, prompts[number], most_likely, **limit))
+
+
+def test_where_rows_change_with_their_places_texts_are_continued_one_by_one(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlxlora_core.serving import lanes, widths
+
+    def shaken(*arguments: Any) -> mx.array:
+        logits = lanes.logits_of_rows(*arguments)
+        return logits * (1 + 1e-6 * mx.arange(len(logits))[:, None])
+
+    monkeypatch.setattr(widths, "logits_of_rows", shaken)
+    steps = Steps(served)
+    assert steps.scheduler.widths == ()
+    job = steps.submit(replace(Request([5, 6]), max_tokens=3))
+    steps.run()
+    assert told(job)[-1].finish in ("length", "stop")
