@@ -30,12 +30,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+from mlxlora_openblas import sgemm
 from workers import commands, contest, table
 from workers.contest import TASKS, Entry, Group, Pace
 from workers.shapes import SHAPES, Shape
 from workers.weights import HUGGING_FACE, META, ROWS
 
+from mlxlora_core.errors import ResourceError
 from mlxlora_core.machine import doctor
+from mlxlora_core.machine.device import PRECISIONS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -166,8 +169,20 @@ def _groups(task: str, run: contest.Run, folders: dict[str, Path]) -> list[Group
         half = [theirs("float16", False)] if run.on_cpu and stock else []
         return [Group("", [*dense, *half, *adapted]), Group("4bit", packed)]
     if task == "train":
-        return [Group("", dense), Group("4bit", packed)]
+        return [Group("", [*dense, *_by_tiles(folders[f"mlxlora {base}"])]), Group("4bit", packed)]
     return [Group("", dense)]
+
+
+def _by_tiles(folder: Path) -> list[Entry]:
+    """mlxlora with products of bfloat16, where this processor has tiles for them."""
+    try:
+        tiles = sgemm.open_library().mlxlora_has_tiles()
+    except ResourceError:
+        return []
+    return [
+        Entry(f"mlxlora, compute {compute}", "with_mlxlora", folder, "float32", compute)
+        for compute in (PRECISIONS[1:] if tiles else ())
+    ]
 
 
 def _start_up(run: contest.Run, folder: Path) -> None:

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlora_core.cli.session import start
+from mlxlora_core.machine.device import PRECISIONS, on_cpu, product_precision
 from mlxlora_core.model import adapters, loading
 from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.model.generate import decode
@@ -46,7 +47,8 @@ def main() -> None:
             _attach(model, registry)
         rows = [_example(row) for row in work.read_rows()]
         check = _example(work.read_rows()[0][: work.check_tokens])
-        loss = evaluate(model.language_model, [check], 1, -1).mean
+        with product_precision(_compute(work)):
+            loss = evaluate(model.language_model, [check], 1, -1).mean
         if work.task == "train":
             training = _training(work, model, rows)
             samples, told["compiles"] = _steps(training), lambda: training.compiles
@@ -56,6 +58,11 @@ def main() -> None:
             samples = _generate(work, model, registry)
     channel.say(loss=loss, **facts)
     channel.serve(samples, device_bytes=mx.get_peak_memory, **told)
+
+
+def _compute(work: Job) -> str:
+    """What large products are made of: asked for on a CPU alone, whose base is float32."""
+    return work.dtype if on_cpu() and work.dtype in PRECISIONS else PRECISIONS[0]
 
 
 def _products(work: Job) -> Iterator[float]:
@@ -75,7 +82,13 @@ def _example(row: list[int]) -> Example:
 
 
 def _training(work: Job, model: Any, rows: list[Example]) -> Training:
-    config = TrainConfig(iters=MORE_STEPS, batch_size=work.batch, steps_per_report=1, learning_rate=1e-5)
+    config = TrainConfig(
+        iters=MORE_STEPS,
+        batch_size=work.batch,
+        steps_per_report=1,
+        learning_rate=1e-5,
+        compute=_compute(work),
+    )
     return Training(model.language_model, rows, (), config, seed=0)
 
 
