@@ -34,7 +34,7 @@ from mlxlora_core.model.linears import (
 #: words of logits that the cross-entropy holds at once for each counted token, without its gradient
 _LOGITS = 4
 #: the same of a chunk of them, with or without it: of the next chunk some stand in memory already
-_CHUNK_LOGITS = 7.5
+_CHUNK_LOGITS = 6.5
 #: scores of a layer, and what goes into and comes out of its linears, that stand in memory at once
 _SCORES, _WIDTH = 2.7, 1.5
 #: of a weight that is expanded for each product, how many stand in memory at once on a thread

@@ -13,6 +13,7 @@ from mlxlora_core.errors import UsageError
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import parameters
 from mlxlora_core.model.several import AdapterSet
+from mlxlora_core.model.stop_texts import checked_stops
 from mlxlora_core.serving.job import Job
 from mlxlora_core.serving.request import CANCELLED, QueueFull, Request, Stopping
 from mlxlora_core.serving.scheduler import Limits, Scheduler
@@ -152,6 +153,7 @@ class Engine:
             raise UsageError(f"seed is {request.seed}, wanted 0 to {2**32 - 1}")
         if request.logprobs is not None and not 0 <= request.logprobs <= MOST_LOGPROBS:
             raise UsageError(f"logprobs is {request.logprobs}, wanted 0 to {MOST_LOGPROBS}")
+        checked_stops(request.stop)
         self._selection.check(request.adapter)
 
     # --- in the engine's thread ---

@@ -21,7 +21,7 @@ import torch
 
 from mlxlora_core import plugins as registry
 from mlxlora_core.api import ForeignTensor, LazyTensor, option
-from mlxlora_core.model import layers
+from mlxlora_core.model import layers, ops
 from mlxlora_core.model.ops import LARGE
 from mlxlora_core.testing.architecture import ArchitectureSuite
 
@@ -323,7 +323,9 @@ def test_every_architecture_is_covered() -> None:
 # --- the suite fails what is broken ---------------------------------------------
 
 
-def careless(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any) -> mx.array:
+def careless(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Any, cap: float | None
+) -> mx.array:
     """Attention that takes a mask of numbers to add for one of booleans once its inputs are large."""
     length, seen = queries.shape[2], keys.shape[2]
     if mask == "causal":
@@ -342,7 +344,7 @@ def broken(**changes: Any) -> ArchitectureSuite:
 
 
 def test_attention_that_is_right_at_small_sizes_alone_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlxlora_llama.model, "attention", careless)
+    monkeypatch.setattr(ops, "attention", careless)
     suite = TestLlama()
     suite.test_agrees_with_the_reference(large=False)
     suite.test_is_causal()

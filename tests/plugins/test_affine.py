@@ -13,6 +13,7 @@ from mlxlora_affine.packing import CUDA_ROWS, expand, pack
 from mlxlora_affine.unpack import unpack
 
 from mlxlora_core.errors import ModelError, UsageError
+from mlxlora_core.machine import device as device_of_mlx
 from mlxlora_core.model import linears
 from mlxlora_core.model.linears import QuantizedLinear
 from mlxlora_core.options import parse
@@ -190,6 +191,7 @@ class TestForward:
             multiplied.append(1)
             return product(*arguments, **options)
 
+        monkeypatch.setattr(device_of_mlx, "_lent", {})  # a runtime's own product expands nothing
         for module in (mlxlora_affine.packing, linears):
             monkeypatch.setattr(module, "on_cpu", lambda: device == "cpu")
         monkeypatch.setattr(mlxlora_affine.packing, "on_cuda", lambda: device == "cuda")

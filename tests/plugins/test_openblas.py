@@ -285,8 +285,12 @@ assert np.allclose(np.array(note.exp(x)), np.exp(np.arange(12.0)))
     )
 
 
-def test_training_takes_the_exponential_of_the_runtime(built: Path) -> None:
-    """The attention, the activation and the loss of a step, against torch in double precision."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_training_takes_what_the_runtime_lends(built: Path, alone: bool) -> None:
+    """The attention, the activation and the loss of a step, against torch in double precision.
+
+    ``alone``: of a runtime that lends an exponential and nothing else.
+    """
     child(f"""
 {with_library(built)}
 import mlx.core as mx
@@ -296,9 +300,12 @@ from mlxlora_core.machine import device
 from mlxlora_core.model import ops
 from mlxlora_core.plugins import load, start_runtimes
 start_runtimes(load(environ={{"MLXLORA_PLUGINS": ""}}))
-exp = device._lent["exp"]
-calls = []
-device._lent["exp"] = lambda x: calls.append(x.size) or exp(x)
+used = {{"exp"}} if {alone} else {{"exp_rows", "sigmoid", "log_softmax", "scaled_exp"}}
+calls = set()
+lent = {{name: device._lent[name] for name in used}}
+device._lent.clear()
+for name, function in lent.items():
+    device._lent[name] = lambda *given, name=name, function=function: calls.add(name) or function(*given)
 rng = np.random.default_rng(0)
 q, k, v, up = (rng.standard_normal((2, 4, 90, 24)).astype(np.float32) for _ in range(4))
 targets = rng.integers(0, 24, 720)
@@ -316,7 +323,7 @@ value, gradients = mx.value_and_grad(ours, argnums=(0, 1, 2, 3))(*map(mx.array, 
 tensors = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (q, k, v, up)]
 want = theirs(*tensors)
 want.backward()
-assert calls
+assert calls == used, calls
 assert abs(value.item() - want.item()) < 1e-5 * want.item()
 for got, tensor in zip(gradients, tensors):
     exact = tensor.grad.numpy()

@@ -443,7 +443,7 @@ def test_a_name_that_is_not_there_tells_what_there_is_and_what_failed(shelf: She
     message = str(caught.value)
     assert caught.value.exit_code == 8
     for words in (
-        "no sampler 'gredy' (did you mean 'greedy'? there is greedy,",
+        "no sampler 'gredy' (did you mean 'greedy'? there is frequency-penalty, greedy,",
         "plugin broken (broken 1.2) failed to load: ModuleNotFoundError",
         "plugin quiet (quiet 1.2) is disabled (-P no:quiet)",
         "mlxlora components sampler",

@@ -122,6 +122,7 @@ def test_cancelled_requests_free_their_places(start: Callable[..., Engine]) -> N
         (Request([5], max_tokens=0), "max_tokens is 0"),
         (Request([5]), "max_tokens is None"),
         (Request([5], max_tokens=1, seed=-1), "seed is -1"),
+        (Request([5], max_tokens=1, stop=[""]), "a text to stop at is ''"),
         (Request([5], max_tokens=1, logprobs=21), "logprobs is 21, wanted 0 to 20"),
     ],
 )
