@@ -261,7 +261,7 @@ class Run:
         """
         opened, started = [], []
         for entry, job in zip(entries, jobs, strict=True):
-            python = sys.executable if entry.tool == "mlxlora" else self.peers
+            python = sys.executable if entry.module == "with_mlxlora" else self.peers
             environment = self.environment(entry.tool)
             opened.append(Worker(python, entry.module, job, environment, self.pace.patience_seconds))
             if self.on_cpu:
