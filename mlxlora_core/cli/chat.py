@@ -10,7 +10,15 @@ import click
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.chat_lines import open_lines
 from mlxlora_core.cli.chat_session import AnswerConfig, Manner, Session
-from mlxlora_core.cli.model import adapter_names, asked_quantization, given_text, load_base, located
+from mlxlora_core.cli.model import (
+    ANOTHER_ADAPTER,
+    adapter_names,
+    adapter_paths,
+    asked_quantization,
+    given_text,
+    load_base,
+    located,
+)
 from mlxlora_core.cli.session import SETS_OPTION, start, verb
 from mlxlora_core.errors import DataError, ModelError, UsageError
 from mlxlora_core.model.stop_texts import checked_stops
@@ -62,7 +70,7 @@ def command(
     """
     given = overrides(sets)
     check_sections(given, ("sampler", "quantize"))
-    files = _adapter_files(adapter_files, no_adapter)
+    files = adapter_paths(adapter_files, no_adapter)
     names = adapter_names(files)
     if compare and not files:
         raise UsageError("--compare needs an adapter", fix="add --adapter-file")
@@ -75,22 +83,15 @@ def command(
     start(registry)
     check_samplers(chosen)
     adapters = _load(model, registry, quantization)
-    _put_on(adapters, dict(zip(names, files, strict=True)), registry, base_mismatch == "allow")
+    try:
+        _put_on(adapters, dict(zip(names, files, strict=True)), registry, base_mismatch == "allow")
+    except ModelError as fault:
+        if not adapter_files:
+            fault.fix = ANOTHER_ADAPTER
+        raise
     first = next(iter(names), None)
     session = Session(adapters, first, given_text(system), manner, compare=compare)
     session.run(open_lines(not no_history, session.words))
-
-
-def _adapter_files(given: tuple[Path, ...], bare: bool) -> list[Path]:
-    """The adapters that a command line asks for: those in files, train's own where it is, or none.
-
-    Raises:
-        UsageError: files are named, and none is wanted.
-    """
-    if given and bare:
-        raise UsageError("--adapter-file and --no-adapter are both given; give one of them")
-    default = declare.DEFAULT_ADAPTER_FILE
-    return list(given) if given or bare or not default.is_file() else [default]
 
 
 def _load(model: str, registry: Registry, quantization: Quantization | None) -> AdapterSet:

@@ -92,6 +92,21 @@ class AskedAdapter:
     any_base: bool
 
 
+#: what to do where train's own adapter, which nobody named, does not fit
+ANOTHER_ADAPTER = "name another with --adapter-file, or take the model as it is: --no-adapter"
+
+
+def adapter_paths(given: Sequence[Path], bare: bool) -> list[Path]:
+    """The adapter files that a command line asks for: those that it names, train's own where it is, or none.
+
+    Raises:
+        UsageError: files are named, and none is wanted.
+    """
+    if given and bare:
+        raise UsageError("--adapter-file and --no-adapter are both given; give one of them")
+    return list(given) if given or bare or not DEFAULT_ADAPTER_FILE.is_file() else [DEFAULT_ADAPTER_FILE]
+
+
 def asked_adapter(
     path: Path | None, bare: bool, name: str | None, values: Mapping[str, Any], any_base: bool
 ) -> AskedAdapter | None:
@@ -100,10 +115,8 @@ def asked_adapter(
     Raises:
         UsageError: a file is named or described, and none is wanted; one is described that is not there.
     """
-    if path is not None and bare:
-        raise UsageError("--adapter-file and --no-adapter are both given; give one of them")
-    if path is not None or (not bare and DEFAULT_ADAPTER_FILE.is_file()):
-        return AskedAdapter(path or DEFAULT_ADAPTER_FILE, name, values, path is not None, any_base)
+    for found in adapter_paths([] if path is None else [path], bare):
+        return AskedAdapter(found, name, values, path is not None, any_base)
     if name is not None or values:
         raise UsageError("an adapter is described, but no file is named", fix="add --adapter-file")
     return None
@@ -123,7 +136,7 @@ def load_adapted(
         adapted = adapters.load_file(file, model, registry)
     except ModelError as fault:
         if not asked.named:
-            fault.fix = "name another with --adapter-file, or take the model as it is: --no-adapter"
+            fault.fix = ANOTHER_ADAPTER
         raise
     for note in adapted.notes:
         show.progress(note)

@@ -176,12 +176,21 @@ def fitting_ids(model: LanguageModel, tokenizer: Tokenizer, prompt: Prompt) -> l
         raise UsageError(
             "the prompt is empty, and texts of this model have no begin token", fix="give a prompt"
         )
-    limit = model.context_tokens
-    if limit is not None and len(ids) >= limit:
-        raise PromptTooLong(
-            f"the prompt has {len(ids)} tokens, the model's context holds {limit}", fix="shorten the prompt"
-        )
+    require_fit(model, len(ids))
     return ids
+
+
+def require_fit(model: LanguageModel, tokens: int) -> None:
+    """Refuse a prompt of so many tokens where the context of a model has no room for a token behind it.
+
+    Raises:
+        PromptTooLong: with both numbers.
+    """
+    limit = model.context_tokens
+    if limit is not None and tokens >= limit:
+        raise PromptTooLong(
+            f"the prompt has {tokens} tokens, the model's context holds {limit}", fix="shorten the prompt"
+        )
 
 
 class _Telling:

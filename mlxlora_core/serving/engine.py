@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from mlxlora_core.errors import UsageError
+from mlxlora_core.model.generate import require_fit
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import parameters
 from mlxlora_core.model.several import AdapterSet
@@ -142,11 +143,7 @@ class Engine:
         prompt, count = request.prompt, request.max_tokens
         if not prompt or not all(type(token) is int and 0 <= token < size for token in prompt):
             raise UsageError(f"a prompt is token ids from 0 to {size - 1}, one at least")
-        if limit is not None and len(prompt) >= limit:
-            raise UsageError(
-                f"the prompt has {len(prompt)} tokens, the model's context holds {limit}",
-                fix="shorten the prompt",
-            )
+        require_fit(self._model, len(prompt))
         if (count is None and limit is None) or (count is not None and count < 1):
             raise UsageError(f"max_tokens is {count}, wanted 1 or more")
         if not 0 <= request.seed < 2**32:

@@ -16,7 +16,6 @@ class Metrics:
 
     Attributes:
         requests: that were taken.
-        refused: that found the queue full.
         finished: finish reason -> requests.
         steps: that were made.
         rows: of all steps together, that belonged to a request.
@@ -29,7 +28,6 @@ class Metrics:
     """
 
     requests: int = 0
-    refused: int = 0
     finished: Counter[str] = field(default_factory=Counter)
     steps: int = 0
     rows: int = 0

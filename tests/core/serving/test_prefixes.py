@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 from serving_steps import Served
 
+from mlxlora_core.model.cache import KVCache
 from mlxlora_core.model.generate import forward
 from mlxlora_core.serving.prefixes import Prefixes
 
@@ -21,7 +22,8 @@ def read(served: Served, prefixes: Prefixes, prompt: list[int], adapter: str | N
     for start in range(0, len(prompt), prefixes.part):
         forward(served.model, prompt[start : start + prefixes.part], fresh)
     for one, two in zip(cache, fresh, strict=True):
-        for a, b in zip(one.held(), two.held(), strict=True):  # type: ignore[attr-defined]
+        assert isinstance(one, KVCache) and isinstance(two, KVCache)
+        for a, b in zip(one.held(), two.held(), strict=True):
             assert mx.array_equal(a, b)
     return known
 
