@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 import time
 from typing import Any
 
@@ -63,7 +65,7 @@ class Connections:
     def _drop(self, connection: Connection) -> None:
         self.dropped += 1
         self._held.discard(connection)
-        connection.transport.abort()
+        connection.abort()
 
 
 class Connection(H11Protocol):
@@ -103,6 +105,13 @@ class Connection(H11Protocol):
         """Wait for the next request."""
         self.since = time.monotonic()
         super().on_response_complete()
+
+    def abort(self) -> None:
+        """End it at once; what was not taken yet, the system's part included, is thrown away."""
+        taken = self.transport.get_extra_info("socket")
+        if taken is not None and self.transport.get_write_buffer_size():
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
     def overdue(self, now: float) -> bool:
         """Whether it has kept the server waiting for too long; to be asked again and again."""

@@ -17,6 +17,7 @@ from mlxlora_core.plugins import Component, Registry
 from mlxlora_core.runs.recipe import choose_samplers
 from mlxlora_core.runs.samplers import TEMPERATURE, chain
 from mlxlora_core.server.faults import ProtocolError, bad_value, of_mlxlora
+from mlxlora_core.server.json_answers import JsonTokens, as_json
 from mlxlora_core.server.requests import Asked, ChatAsked, CompletionAsked, adapter_of
 from mlxlora_core.server.settings import ServeConfig
 from mlxlora_core.serving.engine import Engine
@@ -63,6 +64,7 @@ class Served:
     config: ServeConfig
     created: int = field(default_factory=lambda: int(time.time()))
     chats: bool = field(init=False)
+    _json: JsonTokens | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.chats = _chats(self.tokenizer)
@@ -100,7 +102,7 @@ class Served:
         self, asked: Asked, param: str, prompts: Sequence[Prompt | tuple[int, ...]], most: int
     ) -> Running:
         adapter = adapter_of(asked, self.base, self.engine.names)
-        samplers, change = self._samplers(asked), self._change(asked)
+        samplers = self._samplers(asked)
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         streams: list[Stream] = []
         try:
@@ -116,7 +118,7 @@ class Served:
                         stop=asked.stop,
                         logprobs=asked.logprobs,
                         deadline=self.config.timeout,
-                        change=change,
+                        change=self._change(asked),
                     )
                     streams.append(self.engine.submit(request))
         except MlxloraError as fault:
@@ -135,12 +137,42 @@ class Served:
         return [(choice.component, choice.options) for choice in chosen]
 
     def _change(self, asked: Asked) -> Change | None:
+        """What is done to the logits of one text before samplers get them."""
+        found = []
         odd = [token for token in asked.bias if token >= self.tokenizer.vocab_size]
         if odd:
             raise bad_value(
                 "logit_bias", f"has the token {odd[0]}, ids go to {self.tokenizer.vocab_size - 1}"
             )
-        return biased(asked.bias) if asked.bias else None
+        if asked.bias:
+            found.append(biased(asked.bias))
+        if asked.as_json:
+            found.append(as_json(self._json_tokens()))
+        return in_turn(found) if found else None
+
+    def _json_tokens(self) -> JsonTokens:
+        """What tokens add to JSON; found out when it is first asked for."""
+        if self._json is None:
+            self._json = JsonTokens(self.tokenizer)
+        if self._json.lacks:
+            raise ProtocolError(
+                400,
+                f"json_object is not served here: the tokenizer has no token for {self._json.lacks}",
+                code="unsupported_parameter",
+                param="response_format",
+            )
+        return self._json
+
+
+def in_turn(changes: Sequence[Change]) -> Change:
+    """Changes one after another."""
+
+    def change(logits: mx.array, drawn: Sequence[int], left: int) -> mx.array:
+        for each in changes:
+            logits = each(logits, drawn, left)
+        return logits
+
+    return change
 
 
 def biased(bias: Mapping[int, float]) -> Change:
