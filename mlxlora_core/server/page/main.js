@@ -98,7 +98,7 @@ function questionButton(one) {
   const made = element("button", { type: "button", class: "question", dir: "auto" }, oneLine(bare(one.prompt), 160));
   made.addEventListener("click", () => {
     closePanel();
-    ask(one.prompt, { answer: one.answer, alone: true });
+    ask(one.prompt, { ...one, alone: true });
   });
   return made;
 }

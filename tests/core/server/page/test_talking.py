@@ -17,7 +17,7 @@ QUESTIONS = [
     {"prompt": "Q: What is ReLU?\nA:", "answer": "It is the function."},
     {"prompt": "Q: What is SELU?\nA:", "answer": None},
 ]
-DONE = "document.querySelector('.turn:last-child :is(.meta, .fault)') && !document.body.classList.contains('busy')"
+DONE = "document.querySelector('.turn:last-child :is(.meta, .fault)') && !document.body.matches('.busy')"
 SAID = "[...document.querySelectorAll('.turn:last-child .said')].map((one) => one.innerText)"
 MARKED = "[...document.querySelectorAll('.side-{} mark')].map((one) => one.textContent)"
 

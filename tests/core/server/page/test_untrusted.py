@@ -1,4 +1,4 @@
-"""What models, rows, recipes and servers say is text: no script of theirs runs, and no element of theirs is made."""
+"""What models, rows and servers say is text: no script of theirs runs, and no element of theirs is made."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ MADE = "[...new Set([...document.querySelectorAll('.said *')].map((one) => one.l
 ATTRIBUTES = """
 [...new Set([...document.querySelectorAll('.said *')].flatMap((one) => one.getAttributeNames()))]
 """
-HARM = "[window.pwned ?? null, document.scripts.length, document.querySelectorAll('img, iframe, object, form').length]"
+LINKS = "[...document.querySelectorAll('.said a')].map((one) => [one.protocol, one.rel])"
+HARM = """
+[window.pwned ?? null, document.scripts.length, document.querySelectorAll('img, iframe, object, form').length]
+"""
 CALM = [None, 1, 3]  # the icon and two forms of ours
 
 
@@ -107,9 +110,11 @@ def test_a_script_of_somebody_else_would_be_refused(tab: Page) -> None:
 
 @pytest.mark.parametrize(
     "hard",
-    ["*" * 20000, "[" * 20000, "`" * 20000, "> " * 5000 + "x", "- " * 5000 + "x", "*a _b " * 4000, "|" * 9000]
-    + ["\n".join("  " * i + "- x" for i in range(300)), "[a](" * 5000, "**a*" * 5000, "a|b\n-|-\n" * 1500]
-    + ["x\n" * 9000, "``a` " * 5000, "~~a" * 6000, "<https://" * 3000],
+    [
+        "*" * 20000, "[" * 20000, "`" * 20000, "> " * 5000 + "x", "- " * 5000 + "x", "*a _b " * 4000, "|" * 9000,
+        "\n".join("  " * i + "- x" for i in range(300)), "[a](" * 5000, "**a*" * 5000, "a|b\n-|-\n" * 1500,
+        "x\n" * 9000, "``a` " * 5000, "~~a" * 6000, "<https://" * 3000,
+    ],
     ids=range(15),
 )  # fmt: skip
 def test_text_that_is_hard_to_read_is_read_at_once(tab: Page, hard: str) -> None:
