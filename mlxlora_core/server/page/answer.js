@@ -21,9 +21,9 @@ export class Text {
     this.drawn = []; // [key, node] of each block
     this.waiting = false;
     this.place.addEventListener("pointerover", ({ target }) => this.#point(target));
-    this.place.addEventListener("pointerout", () => tip.hide());
+    this.place.addEventListener("pointerout", () => this.#leave());
     this.place.addEventListener("focusin", ({ target }) => this.#point(target));
-    this.place.addEventListener("focusout", () => tip.hide());
+    this.place.addEventListener("focusout", () => this.#leave());
     this.place.addEventListener("keydown", (event) => this.#walk(event));
   }
 
@@ -103,9 +103,19 @@ export class Text {
     return this.place.querySelector(".token");
   }
 
+  /** Tell of the token that a piece of text belongs to; all of its pieces are lit. */
   #point(target) {
-    const { first, last } = this.places?.[target.dataset?.index] ?? {};
-    if (first !== undefined) tip.show(target, this.tokens.slice(first, last + 1).slice(0, 4));
+    const { index } = target.dataset ?? {};
+    const { first, last } = this.places?.[index] ?? {};
+    if (first === undefined) return;
+    this.#leave();
+    for (const piece of this.place.querySelectorAll(`[data-index="${Number(index)}"]`)) piece.classList.add("lit");
+    tip.show(target, this.tokens.slice(first, last + 1).slice(0, 4));
+  }
+
+  #leave() {
+    for (const piece of this.place.querySelectorAll(".lit")) piece.classList.remove("lit");
+    tip.hide();
   }
 
   /** Arrows lead from token to token. */

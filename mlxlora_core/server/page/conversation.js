@@ -28,7 +28,7 @@ export class Conversation {
    *   answer; whether nothing before counts; how a run asks it: in a conversation or as it stands, and with which
    *   system message
    */
-  async ask(prompt, { answer: wanted = null, alone = false, chat = true, system } = {}) {
+  async ask(prompt, { answer: wanted = null, alone = false, chat, system } = {}) {
     const { mode, model, with: other } = this.page.values();
     const models = mode === "compare" ? [model, other] : [model];
     const turn = new Turn(prompt, models, wanted, this.page.values, alone || this.turns.length === 0, this.turns.length + 1);
@@ -46,7 +46,7 @@ export class Conversation {
   }
 
   async #fill(one, side, signal) {
-    const inForm = this.turns.at(-1).chat && this.page.template(one.model);
+    const inForm = (this.turns.at(-1).chat ?? this.page.values().form === "chat") && this.page.template(one.model);
     const asked = body(one.model, inForm, this.#messages(side), this.page.values());
     try {
       for await (const part of answer(asked, { key: this.page.key(), signal })) one.add(part);

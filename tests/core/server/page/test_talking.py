@@ -198,6 +198,32 @@ def test_a_question_is_asked_alone_beside_its_reference(tab: Page) -> None:
         is_clean(tab, url)
 
 
+def test_a_run_s_question_is_asked_as_the_run_has_asked_it(tab: Page) -> None:
+    """In the template or not, with its system message, whatever the settings are; so are prompts by default."""
+    asked = [{**QUESTIONS[0], "chat": False}, {**QUESTIONS[1], "chat": False}]
+    canned = Canned({"base": BASE}, facts={"questions": asked})
+    with serving(canned) as url:
+        start(tab, url)
+        ask(tab, "What is GELU?")
+        assert canned.requests[0]["prompt"] == "Q: What is GELU?\nA:"
+        start(tab, url, "#form=chat&system=Be%20brief")
+        tab.script("document.querySelector('#question-list button').click()")
+        tab.wait_for(DONE)
+        assert canned.requests[1]["prompt"] == "Q: What is ReLU?\nA:"
+        ask(tab, "What is GELU?")
+        assert canned.requests[2]["messages"][0]["content"] == "Be brief"
+    canned = Canned(
+        {"base": BASE}, facts={"questions": [{"prompt": "Why?", "answer": None, "chat": True, "system": "S"}]}
+    )
+    with serving(canned) as url:
+        start(tab, url, "#form=plain&system=T")
+        tab.script("document.querySelector('#question-list button').click()")
+        tab.wait_for(DONE)
+        assert [one["content"] for one in canned.requests[0]["messages"]] == ["S", "Why?"]
+        ask(tab, "And?")
+        assert canned.requests[1]["prompt"] == "And?"
+
+
 def test_escape_stops_and_what_came_stays(tab: Page) -> None:
     canned = Canned({"base": "one two three four five six seven eight nine ten " * 20}, pause=0.05)
     with serving(canned) as url:
