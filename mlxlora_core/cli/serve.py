@@ -31,6 +31,7 @@ from mlxlora_core.runs.base import base_of, source
 from mlxlora_core.runs.folder import ADAPTER, MODEL, RECIPE, RECORD
 from mlxlora_core.runs.recipe import check_sections, overrides
 from mlxlora_core.runs.recipe_source import read
+from mlxlora_core.runs.report.facts import read_facts
 from mlxlora_core.server.settings import ServeConfig
 
 if TYPE_CHECKING:
@@ -203,8 +204,26 @@ def _called(model: str, adapters: Collection[str]) -> str:
 
 
 def _parts(served: Served, asked: Source, has_keys: bool) -> list[Part]:
-    """The routes that come to those of the protocol."""
-    return []
+    """The routes that come to those of the protocol: the page."""
+    from mlxlora_core.server.app import Part
+    from mlxlora_core.server.page_routes import OPEN_PATHS, page_routes
+
+    facts = {
+        "title": served.base if asked.run is None else asked.run.resolve().name,
+        "models": list(served.names),
+        "template": served.chats,
+        "questions": [] if asked.run is None else _questions(asked.run),
+        "token": has_keys,
+        "run": False,
+    }
+    return [Part(page_routes(facts), OPEN_PATHS)]
+
+
+def _questions(run: Path) -> list[dict[str, str | None]]:
+    """What a run asks, and what its rows say to it."""
+    facts = read_facts(run)
+    answers = facts.results.get("after", {}).get("answers", [])
+    return [{"prompt": answer["prompt"], "answer": answer["expected"]} for answer in answers]
 
 
 def _serve(served: Served, policy: Policy, parts: list[Part], listening: socket) -> None:

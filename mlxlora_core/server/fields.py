@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,12 @@ class Field:
     how: str
     note: str = ""
     neutral: tuple[Any, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """The note, with the values that are taken though it is refused."""
+        taken = ", ".join(f"`{json.dumps(value)}`" for value in self.neutral)
+        return "; ".join(filter(None, (self.note, taken and f"taken: {taken}")))
 
 
 _NO_TOOLS = "the model's answer is text"
