@@ -5,6 +5,7 @@ import * as tip from "./tip.js";
 import { holding, places } from "./tokens.js";
 
 const STEPS = [0.5, 0.2, 0.05]; // probabilities below which a token is underlined once, twice, three times as strongly
+const NEAR = 160; // pixels from the end of the page, within which a reader is taken along
 const ENDS = {
   stop: "ended by itself", length: "cut at the limit on its tokens", stopped: "stopped by you",
   content_filter: "filtered", timeout: "out of time",
@@ -33,13 +34,16 @@ export class Text {
     this.draw();
   }
 
-  /** Draw it soon: once a frame, however many parts come. */
+  /** Draw it soon, however many parts come; it takes a fifth of the time at most. */
   drawSoon() {
     if (this.waiting) return;
     this.waiting = true;
-    requestAnimationFrame(() => {
-      if (this.waiting) this.draw();
-    });
+    setTimeout(() => {
+      if (!this.waiting) return;
+      const begin = performance.now();
+      takingAlong(() => this.draw());
+      this.took = performance.now() - begin;
+    }, Math.min(1000, Math.max(25, 4 * (this.took ?? 0))));
   }
 
   /** Draw it now; blocks that are as they were stay. */
@@ -141,6 +145,14 @@ export class Text {
     to.setAttribute("tabindex", "0");
     to.focus();
   }
+}
+
+/** Change the page; who has been at its end still is. */
+export function takingAlong(change) {
+  const page = document.scrollingElement;
+  const near = page.scrollHeight - page.clientHeight - page.scrollTop < NEAR;
+  change();
+  if (near) page.scrollTop = page.scrollHeight;
 }
 
 /** [whether an offset is in a range, where that changes next]. */

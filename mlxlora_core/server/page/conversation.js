@@ -1,5 +1,5 @@
 /** A conversation: what was asked, by whom it was answered, and what differs. */
-import { Answer, Reference } from "./answer.js";
+import { Answer, Reference, takingAlong } from "./answer.js";
 import { element, oneLine } from "./elements.js";
 import { answer, body, ProtocolError } from "./protocol.js";
 import { differences } from "./words.js";
@@ -39,7 +39,7 @@ export class Conversation {
     this.page.changed();
     turn.element.scrollIntoView({ block: "start" });
     await Promise.all(turn.answers.map((one, side) => this.#fill(one, side, stopper.signal)));
-    turn.compare();
+    takingAlong(() => turn.compare());
     if (this.stopper === stopper) this.stopper = null;
     this.page.changed();
     this.page.say(turn.answers.map((one) => `${one.model}: ${one.failed ? "no answer" : oneLine(one.text, 400)}`).join(". "));

@@ -103,7 +103,7 @@ function showQuestions(questions) {
 function questionButton(one) {
   const made = element("button", { type: "button", class: "question", dir: "auto" }, oneLine(bare(one.prompt), 160));
   made.addEventListener("click", () => {
-    closePanel();
+    closePanel()?.focus();
     ask(one.prompt, { ...one, alone: true });
   });
   return made;

@@ -114,7 +114,8 @@ def test_a_script_of_somebody_else_would_be_refused(tab: Page) -> None:
     "hard",
     [
         "*" * 20000, "[" * 20000, "`" * 20000, "> " * 5000 + "x", "- " * 5000 + "x", "*a _b " * 4000,
-        "|" * 9000, "\n".join("  " * i + "- x" for i in range(300)), "[a](" * 5000, "**a*" * 5000, "a|b\n-|-\n" * 1500,
+        "|" * 9000,
+        "\n".join("  " * i + "- x" for i in range(300)), "[a](" * 5000, "**a*" * 5000, "a|b\n-|-\n" * 1500,
         "x\n" * 9000, "``a` " * 5000, "~~a" * 6000, "<https://" * 3000,
     ],
     ids=range(15),
