@@ -219,11 +219,13 @@ def _parts(served: Served, asked: Source, has_keys: bool) -> list[Part]:
     return [Part(page_routes(facts), OPEN_PATHS)]
 
 
-def _questions(run: Path) -> list[dict[str, str | None]]:
-    """What a run asks, and what its rows say to it."""
+def _questions(run: Path) -> list[dict[str, Any]]:
+    """What a run asks and how, and what its rows say to it."""
     facts = read_facts(run)
-    answers = facts.results.get("after", {}).get("answers", [])
-    return [{"prompt": answer["prompt"], "answer": answer["expected"]} for answer in answers]
+    found = facts.results.get("after") or facts.results.get("before") or {}
+    section = facts.recipe.get("generate", {})
+    form = {"chat": section.get("chat") is True, "system": str(section.get("system", ""))}
+    return [{"prompt": a["prompt"], "answer": a["expected"], **form} for a in found.get("answers", [])]
 
 
 def _serve(served: Served, policy: Policy, parts: list[Part], listening: socket) -> None:

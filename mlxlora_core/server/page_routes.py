@@ -40,8 +40,9 @@ def page_routes(facts: Mapping[str, Any]) -> list[BaseRoute]:
 
     Args:
         facts: what ``/api/page`` answers: ``title``, ``models`` (ids), ``template`` (whether they have a chat
-            template), ``questions`` (each with ``prompt`` and ``answer``, which may be None), ``token``
-            (whether an API key is wanted) and ``run`` (whether there is a page ``/run``).
+            template), ``questions`` (each with ``prompt`` and ``answer``, which may be None, and where a run
+            has asked it, ``chat`` and ``system`` as there), ``token`` (whether an API key is wanted) and
+            ``run`` (whether there is a page ``/run``).
     """
     told = dict(facts)
 

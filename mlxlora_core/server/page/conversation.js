@@ -1,5 +1,5 @@
 /** A conversation: what was asked, by whom it was answered, and what differs. */
-import { Answer, Reference } from "./answer.js";
+import { Answer, Reference, takingAlong } from "./answer.js";
 import { element, oneLine } from "./elements.js";
 import { answer, body, ProtocolError } from "./protocol.js";
 import { differences } from "./words.js";
@@ -24,26 +24,30 @@ export class Conversation {
   /**
    * Ask, and show what comes.
    * @param {string} prompt
-   * @param {{answer?: string | null, alone?: boolean}} question the reference answer; whether nothing before counts
+   * @param {{answer?: string | null, alone?: boolean, chat?: boolean, system?: string}} question the reference
+   *   answer; whether nothing before counts; how a run asks it: in a conversation or as it stands, and with which
+   *   system message
    */
-  async ask(prompt, { answer: wanted = null, alone = false } = {}) {
+  async ask(prompt, { answer: wanted = null, alone = false, chat, system } = {}) {
     const { mode, model, with: other } = this.page.values();
     const models = mode === "compare" ? [model, other] : [model];
     const turn = new Turn(prompt, models, wanted, this.page.values, alone || this.turns.length === 0, this.turns.length + 1);
+    Object.assign(turn, { chat, system });
     this.turns.push(turn);
     this.place.append(turn.element);
     const stopper = (this.stopper = new AbortController());
     this.page.changed();
     turn.element.scrollIntoView({ block: "start" });
     await Promise.all(turn.answers.map((one, side) => this.#fill(one, side, stopper.signal)));
-    turn.compare();
+    takingAlong(() => turn.compare());
     if (this.stopper === stopper) this.stopper = null;
     this.page.changed();
     this.page.say(turn.answers.map((one) => `${one.model}: ${one.failed ? "no answer" : oneLine(one.text, 400)}`).join(". "));
   }
 
   async #fill(one, side, signal) {
-    const asked = body(one.model, this.page.template(one.model), this.#messages(side), this.page.values());
+    const inForm = (this.turns.at(-1).chat ?? this.page.values().form === "chat") && this.page.template(one.model);
+    const asked = body(one.model, inForm, this.#messages(side), this.page.values());
     try {
       for await (const part of answer(asked, { key: this.page.key(), signal })) one.add(part);
       one.end();
@@ -56,9 +60,9 @@ export class Conversation {
 
   /** What has been said since the last beginning, with the answers of one side. */
   #messages(side) {
-    const { system } = this.page.values();
-    const said = system ? [{ role: "system", content: system }] : [];
     const begun = this.turns.findLastIndex((turn) => turn.begins);
+    const system = this.turns[begun].system ?? this.page.values().system;
+    const said = system ? [{ role: "system", content: system }] : [];
     this.turns.slice(begun).forEach((turn, i, all) => {
       const before = turn.answers[side] ?? turn.answers[0];
       if (i < all.length - 1 && (before.failed || !before.text)) return;

@@ -82,7 +82,7 @@ async function request(path, options) {
   const wait = response.headers.get("Retry-After");
   const again = wait && /^\d+$/.test(wait) ? ` Try again in ${wait} s.` : "";
   const message = typeof said === "string" && said ? said : `The server answered ${response.status} ${response.statusText}`;
-  throw new ProtocolError(`${message}${again}`, response.status);
+  throw new ProtocolError(again ? message.replace(/\.?$/, `.${again}`) : message, response.status);
 }
 
 /** The data of each server-sent event. */

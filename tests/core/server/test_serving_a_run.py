@@ -68,6 +68,7 @@ def test_the_page_is_told_the_questions(server: ServerProcess) -> None:
     assert [question["prompt"] for question in told["questions"]] == PROMPTS
     assert told["questions"][0]["answer"] == " the weights 0 times."
     assert told["questions"][1]["answer"] is None
+    assert all((one["chat"], one["system"]) == (False, "") for one in told["questions"])
     status, headers, _ = server.request("GET", "/")
     assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
 

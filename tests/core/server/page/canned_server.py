@@ -1,4 +1,4 @@
-"""A server that answers as it is told, in the form of the OpenAI protocol, behind the guard of the real one."""
+"""A server that answers as it is told, by the OpenAI protocol, behind the guard of the real one."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def serving(canned: Canned, *keys: str) -> Iterator[str]:
         while not server.started:
             assert thread.is_alive(), "the server has not started"
             time.sleep(0.01)
-        yield "http://127.0.0.1:{}/".format(server.servers[0].sockets[0].getsockname()[1])
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
     finally:
         server.should_exit = True
         thread.join()
