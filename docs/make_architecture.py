@@ -30,6 +30,7 @@ WORDS = {
     "runs": "recipes, stages, the report",
     "testing": "suites for plugin authors",
     "training": "rows to an adapter",
+    "server": "the OpenAI protocol",
     "serving": "many requests at once",
     "model": "linears, adapters, folders, text",
     "plugins": "found, checked, looked up",
@@ -39,7 +40,7 @@ WORDS = {
     "the door": "what plugins import",
     "the shelf": "loaders, models, adapters, …",
 }
-HEAVY = {"model", "serving", "training"}  # they compute with tensors
+HEAVY = {"model", "server", "serving", "training"}  # they compute with tensors
 WIDTH, BOX_WIDTH, BOX_HEIGHT, FLOOR_HEIGHT = 920, 230, 62, 120
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxlora_core.cli import declare, show
+from mlxlora_core.cli import declare
 from mlxlora_core.cli.chat_lines import open_lines
 from mlxlora_core.cli.chat_session import AnswerConfig, Manner, Session
 from mlxlora_core.cli.model import (
@@ -18,6 +18,7 @@ from mlxlora_core.cli.model import (
     given_text,
     load_base,
     located,
+    put_on,
 )
 from mlxlora_core.cli.session import SETS_OPTION, start, verb
 from mlxlora_core.errors import DataError, ModelError, UsageError
@@ -84,7 +85,7 @@ def command(
     check_samplers(chosen)
     adapters = _load(model, registry, quantization)
     try:
-        _put_on(adapters, dict(zip(names, files, strict=True)), registry, base_mismatch == "allow")
+        put_on(adapters, dict(zip(names, files, strict=True)), registry, base_mismatch == "allow")
     except ModelError as fault:
         if not adapter_files:
             fault.fix = ANOTHER_ADAPTER
@@ -118,14 +119,3 @@ def _require_chat(tokenizer: CheckedTokenizer, where: Path) -> None:
             fix="let it continue texts with mlxlora generate, or put the chat_template.jinja of its chat "
             "version beside its tokenizer",
         ) from fault
-
-
-def _put_on(adapters: AdapterSet, files: dict[str, Path], registry: Registry, any_base: bool) -> None:
-    """Put adapters on a model, each under its name; what there is to tell of them is told."""
-    from mlxlora_core.model.adapters import AdapterFile
-
-    for name, path in files.items():
-        adapted = adapters.load(name, AdapterFile(path, any_base=any_base), registry)
-        for note in adapted.notes:
-            show.progress(note)
-        show.progress(f"{name}: the {adapted.choice.component.id} adapter of {path}")

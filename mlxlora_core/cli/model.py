@@ -25,6 +25,7 @@ from mlxlora_core.training.sources import SplitRows
 if TYPE_CHECKING:
     from mlxlora_core.model.generate import Segment
     from mlxlora_core.model.loading import Model
+    from mlxlora_core.model.several import AdapterSet
     from mlxlora_core.training.examples import Examples
 
 
@@ -160,6 +161,17 @@ def adapter_names(paths: Sequence[Path]) -> list[str]:
         size = next(n for n in range(1, len(end) + 1) if [e[-n:] for e in ends].count(end[-n:]) == 1)
         found.append("/".join(end[-size:]).replace("//", "/"))
     return found
+
+
+def put_on(adapters: AdapterSet, files: Mapping[str, Path], registry: Registry, any_base: bool) -> None:
+    """Put adapters on a model, each under its name; what there is to tell of them is told."""
+    from mlxlora_core.model.adapters import AdapterFile
+
+    for name, path in files.items():
+        adapted = adapters.load(name, AdapterFile(path, any_base=any_base), registry)
+        for note in adapted.notes:
+            show.progress(note)
+        show.progress(f"{name}: the {adapted.choice.component.id} adapter of {path}")
 
 
 def read_test(model: Model, rows: SplitRows, batches: BatchConfig) -> Examples:

@@ -25,6 +25,7 @@ VERBS = {
     "evaluate": "Measure loss and perplexity on the test set.",
     "generate": "Continue a prompt.",
     "chat": "Talk to a model on the terminal, with and without adapters.",
+    "serve": "Serve a model and its adapters over HTTP, by the OpenAI protocol.",
     "fuse": "Write a model folder with the change of one or more adapters in its weights.",
     "export": "Write a model, with or without an adapter, in the form of another tool.",
     "adapters": "List adapter files, and which bases they fit.",

@@ -104,6 +104,15 @@ class Engine:
         return stream
 
     @property
+    def state(self) -> str:
+        """``ok``; ``starting``, ``stopping``; or ``failed``, where nothing is served any more."""
+        if self.stopping:
+            return "stopping"
+        if not self._thread.is_alive():
+            return "failed"
+        return "ok" if self._scheduler is not None else "starting"
+
+    @property
     def stopping(self) -> bool:
         """Whether no more requests are taken."""
         return self._stopping is not None

@@ -73,7 +73,7 @@ class Job:
         try:
             if self._drawing is None:
                 self._drawing = Drawing(self.request.samplers, self.request.seed)
-            token = self._drawing(logits, self.tokens)
+            token = self._drawing(self._changed(logits), self.tokens)
         except MlxloraError as fault:
             self.fail(fault)
             return
@@ -101,6 +101,13 @@ class Job:
     def fail(self, error: MlxloraError) -> None:
         """Tell the caller that this is the end, and why."""
         self.end(ERROR, error=error)
+
+    def _changed(self, logits: mx.array) -> mx.array:
+        """The logits that samplers get."""
+        change = self.request.change
+        if change is None:
+            return logits
+        return change(logits, self.tokens[len(self.request.prompt) :], self.max_tokens - self.drawn)
 
     def _taken(self) -> tuple[Token, ...]:
         tokens, self._untold = tuple(self._untold), []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import mlx.core as mx
 
 from mlxlora_core.errors import MlxloraError, ResourceError
 from mlxlora_core.model.generate import CONTEXT, LENGTH, STOP
@@ -28,6 +30,10 @@ class Stopping(ResourceError):
     """The engine takes no more requests."""
 
 
+#: logits (1, V), the tokens drawn before, how many may still come -> logits (1, V), of which one is finite
+Change = Callable[[mx.array, Sequence[int], int], mx.array]
+
+
 @dataclass(frozen=True)
 class Request:
     """A text to be continued.
@@ -42,6 +48,7 @@ class Request:
         logprobs: of how many most likely tokens the log-probability is told, beside that of each drawn
             one; None for none of them.
         deadline: seconds from its submission on after which it is given up; None for no limit.
+        change: changes the logits before the samplers do; called in the engine's thread.
     """
 
     prompt: Sequence[int]
@@ -52,6 +59,7 @@ class Request:
     stop: Sequence[str] = ()
     logprobs: int | None = None
     deadline: float | None = None
+    change: Change | None = None
 
 
 @dataclass(frozen=True)

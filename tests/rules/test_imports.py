@@ -22,7 +22,7 @@ CORE, PLUGINS = ROOT / "mlxlora_core", ROOT / "plugins"
 ALL = os.environ.get("MLXLORA_TEST_ALL", "") not in ("", "0")
 HEAVY = {
     *("mlx", "numpy", "torch", "sentencepiece", "safetensors", "tokenizers", "scipy_openblas32"),
-    "prompt_toolkit",
+    *("prompt_toolkit", "starlette", "uvicorn"),
 }
 #: what plugins may import of core: the contract, the maths, safe reading, and chat templates
 DOORS = {"mlxlora_core.api", "mlxlora_core.ops", "mlxlora_core.files", "mlxlora_core.chat"}
@@ -44,6 +44,7 @@ LIGHT_IN_HEAVY_ROOMS = {
     "mlxlora_core.model.shipped",
     "mlxlora_core.model.special_texts",
     "mlxlora_core.model.stop_texts",
+    "mlxlora_core.server.settings",
     "mlxlora_core.training.settings",
     "mlxlora_core.training.sources",
     "mlxlora_core.training.dataset",
@@ -114,6 +115,7 @@ def loaded(code: str) -> set[str]:
         ["--version"],
         ["run", "--help"],
         ["train", "--help"],
+        ["serve", "--help"],
         ["plugins"],
         ["plugins", "--json"],
         ["components"],

@@ -1,0 +1,1 @@
+"""The OpenAI protocol over HTTP: the models of an engine, for programs that speak it."""
