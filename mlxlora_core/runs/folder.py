@@ -91,6 +91,11 @@ class RunFolder:
         self.record["summary"] = dict(summary)
         self._save()
 
+    def stop(self, how: str) -> None:
+        """Record how a run ended that did not come to its end."""
+        self.record["ended"] = how
+        self._save()
+
     def _save(self) -> None:
         durable.write_json(self.path / RECORD, self.record)
 

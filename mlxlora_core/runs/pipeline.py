@@ -19,7 +19,7 @@ from mlxlora_core.runs.context import Context
 from mlxlora_core.runs.events import Event, RunStarted, StageDone, StageStarted
 from mlxlora_core.runs.folder import ADAPTER, METRICS, RunFolder
 from mlxlora_core.runs.grading import summarize
-from mlxlora_core.runs.observing import event_values, observed
+from mlxlora_core.runs.observing import INTERRUPTED, event_values, how_ended, observed
 from mlxlora_core.runs.places import check_run
 from mlxlora_core.runs.plan import fingerprints, is_done
 from mlxlora_core.runs.recipe import Recipe
@@ -65,9 +65,11 @@ def _do_all(context: Context, marks: Mapping[str, str]) -> Iterator[Event]:
     folder = context.folder
     try:
         yield from _do_stages(context, marks)
-    except BaseException:
+    except BaseException as fault:
+        with suppress(Exception):  # what stopped the run is what there is to tell
+            folder.stop(INTERRUPTED if isinstance(fault, GeneratorExit) else how_ended(fault))
         if (folder.path / METRICS).is_file():
-            with suppress(Exception):  # what stopped the run is what there is to tell
+            with suppress(Exception):
                 write_report(folder.path)
         raise
     folder.conclude(summarize(folder.result("before"), folder.result("after")))
