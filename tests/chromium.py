@@ -20,6 +20,8 @@ from typing import Any
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WAIT_SECONDS = 60
+_CODES = {"Tab": 9, "Enter": 13, "Escape": 27, "Space": 32, "End": 35, "Home": 36}
+_CODES |= {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 
 def program() -> str | None:
@@ -57,17 +59,25 @@ class Page:
         assert "error" not in answer, f"{method}: {answer['error']}"
         return dict(answer["result"])
 
-    def open(self, path: Path, *, width: int = 1280, dark: bool = False, scripts: bool = True) -> None:
-        """Load a file, and let its charts settle."""
+    def open(
+        self,
+        path: Path | str,
+        *,
+        width: int = 1280,
+        dark: bool = False,
+        scripts: bool = True,
+        mobile: bool = False,
+    ) -> None:
+        """Load a file, or what an address leads to, and let its charts settle."""
         self.requests.clear()
         self.complaints.clear()
         self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=mobile
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri())
         while True:
             event = self._next()
             self._note(event)
@@ -82,9 +92,37 @@ class Page:
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
-    def picture(self, path: Path) -> None:
-        """Write the whole page as a PNG."""
-        made = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+    def wait_for(self, expression: str, seconds: float = 20) -> None:
+        """Until an expression is true in the page."""
+        end = time.monotonic() + seconds
+        while not self.script(f"Boolean({expression})"):
+            assert time.monotonic() < end, f"never true: {expression}"
+            time.sleep(0.03)
+
+    def press(self, *keys: str) -> None:
+        """Keys, one after the other: ``Tab``, ``Shift+Tab``, ``Enter``, ``a``."""
+        for name in keys:
+            *held, key = name.split("+") if len(name) > 1 else [name]
+            shift = 8 if "Shift" in held else 0
+            text = {"Enter": "\r", "Space": " "}.get(key, key if len(key) == 1 else "")
+            about = {"key": " " if key == "Space" else key, "code": key, "modifiers": shift}
+            code = _CODES.get(key)
+            if code:
+                about |= {"windowsVirtualKeyCode": code}
+            self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **about)
+            self.call("Input.dispatchKeyEvent", type="keyUp", **about)
+
+    def type(self, text: str) -> None:
+        """Text, into what has the focus."""
+        self.call("Input.insertText", text=text)
+
+    def point(self, x: float, y: float) -> None:
+        """Move the mouse."""
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def picture(self, path: Path, *, whole: bool = True) -> None:
+        """Write the whole page, or what is in view of it, as a PNG."""
+        made = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(made["data"]))
 
     def _note(self, event: dict[str, Any]) -> None:

@@ -1,0 +1,144 @@
+"""What models, rows and servers say is text: no script of theirs runs, and no element of theirs is made."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from canned_server import Canned, serving
+from chromium import Page
+from test_talking import DONE, ask, start
+
+PAYLOADS = [
+    "<script>window.pwned=1</script>",
+    "</script><script>window.pwned=1</script>",
+    "<img src=x onerror='window.pwned=1'>",
+    "<svg onload=window.pwned=1>",
+    "<svg><script>window.pwned=1</script></svg>",
+    "<iframe srcdoc='<script>parent.pwned=1</script>'></iframe>",
+    "<iframe src=javascript:parent.pwned=1>",
+    "<body onload=window.pwned=1>",
+    "<details open ontoggle=window.pwned=1>",
+    "<input autofocus onfocus=window.pwned=1>",
+    "<a href='javascript:window.pwned=1'>x</a>",
+    "<style>@import 'https://example.invalid/x.css';</style>",
+    "<link rel=stylesheet href=https://example.invalid/x.css>",
+    "<meta http-equiv=refresh content='0;url=https://example.invalid'>",
+    "<base href=https://example.invalid/>",
+    "<form action=https://example.invalid><button>x</button></form>",
+    "<math><mtext></form><form><mglyph><style></math><img src onerror=window.pwned=1>",
+    "<template><img src=x onerror=window.pwned=1></template>",
+    "<object data=javascript:window.pwned=1>",
+    "<video><source onerror=window.pwned=1></video>",
+    "[x](javascript:window.pwned=1)",
+    "[x](JaVaScRiPt:window.pwned=1)",
+    "[x](&#106;avascript:window.pwned=1)",
+    "[x](data:text/html,<script>window.pwned=1</script>)",
+    "[x](vbscript:window.pwned=1)",
+    "[x](https://example.invalid/\"onmouseover=\"window.pwned=1)",
+    "![x](https://example.invalid/x.png)",
+    "![x\" onerror=\"window.pwned=1](x)",
+    "<javascript:window.pwned=1>",
+    "[x]( javascript:window.pwned=1)",
+    "```html\n<script>window.pwned=1</script>\n```",
+    "``` \"onload=window.pwned=1\nx\n```",
+    "| <img src=x onerror=window.pwned=1> | b |\n|---|---|\n| <script>window.pwned=1</script> | c |",
+    "> <img src=x onerror=window.pwned=1>\n> - **<svg onload=window.pwned=1>**",
+    "{{constructor.constructor('window.pwned=1')()}} ${window.pwned=1}",
+    "\u202e<script>window.pwned=1</script>\x1b[2J\x00",
+]  # fmt: skip
+#: what markdown may become, beside the pieces of text that tokens and marks are
+ALLOWED = {
+    *("p", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "hr", "pre", "code", "div", "span", "mark"),
+    *("a", "em", "strong", "del", "table", "thead", "tbody", "tr", "th", "td"),
+}
+MADE = "[...new Set([...document.querySelectorAll('.said *')].map((one) => one.localName))]"
+ATTRIBUTES = """
+[...new Set([...document.querySelectorAll('.said *')].flatMap((one) => one.getAttributeNames()))]
+"""
+LINKS = "[...document.querySelectorAll('.said a')].map((one) => [one.protocol, one.rel])"
+HARM = """
+[window.pwned ?? null, document.scripts.length, document.querySelectorAll('img, iframe, object, form').length]
+"""
+CALM = [None, 1, 3]  # the icon and two forms of ours
+
+
+def test_no_script_from_anywhere_runs(tab: Page) -> None:
+    """30 payloads and more in answers, prompts, questions, references, model names, titles and errors."""
+    for payload in PAYLOADS:
+        facts = {
+            "questions": [{"prompt": payload, "answer": payload}] * 2,
+            "title": payload,
+            "models": [payload],
+        }
+        canned = Canned({payload: f"{payload}\n\nand {payload}"}, facts=facts)
+        with serving(canned) as url:
+            start(tab, url)
+            tab.script("document.querySelector('#question-list button').click()")
+            tab.wait_for(DONE)
+            canned.error = (500, payload)
+            ask(tab, payload)
+            tab.wait_for("document.querySelector('.turn [role=alert]')")
+            tab.script("for (const one of document.querySelectorAll('.token')) one.focus()")
+            tab.script(
+                "for (const one of document.querySelectorAll('.said *')) one.dispatchEvent(new MouseEvent('mouseover'))"
+            )
+            assert tab.script(HARM) == CALM, payload
+            assert set(tab.script(MADE)) <= ALLOWED, payload
+            own = {"class", "tabindex", "data-index", "aria-describedby", "role", "aria-label", "start"}
+            assert set(tab.script(ATTRIBUTES)) <= own | {"href", "title", "target", "rel"}, payload
+            links = tab.script(
+                "[...document.querySelectorAll('.said a')].map((one) => [one.protocol, one.rel])"
+            )
+            assert all(link == ["https:", "noopener noreferrer nofollow"] for link in links), payload
+            calm = [one for one in tab.complaints if "500" not in one]  # the browser's word on our error
+            assert calm == [], payload
+            assert [one for one in tab.requests if not one.startswith(url)] == [], payload
+
+
+def test_a_script_of_somebody_else_would_be_refused(tab: Page) -> None:
+    """Or the policy would not be seen to work."""
+    with serving(Canned({"base": "x"})) as url:
+        start(tab, url)
+        tab.script(
+            "document.body.append(Object.assign(document.createElement('script'), {textContent: 'pwned = 1'}))"
+        )
+        tab.script("new Promise((done) => setTimeout(done, 50))")
+        assert tab.script("window.pwned === undefined")
+        assert any("Content Security Policy" in one for one in tab.complaints)
+
+
+@pytest.mark.parametrize(
+    "hard",
+    [
+        "*" * 20000, "[" * 20000, "`" * 20000, "> " * 5000 + "x", "- " * 5000 + "x", "*a _b " * 4000, "|" * 9000,
+        "\n".join("  " * i + "- x" for i in range(300)), "[a](" * 5000, "**a*" * 5000, "a|b\n-|-\n" * 1500,
+        "x\n" * 9000, "``a` " * 5000, "~~a" * 6000, "<https://" * 3000,
+    ],
+    ids=range(15),
+)  # fmt: skip
+def test_text_that_is_hard_to_read_is_read_at_once(tab: Page, hard: str) -> None:
+    """Before the browser is given up, in bounded depth, and each piece is what stands at its place."""
+    with serving(Canned({"base": "x"})) as url:
+        start(tab, url)
+        read = """
+        Promise.all([import('/page/markdown.js'), %s]).then(([{blocks}, source]) => {
+          const place = document.createElement('div');
+          let letters = 0;
+          const leaf = (text, at) => {
+            if (source.slice(at, at + text.length) !== text) throw new Error('not what stands there');
+            letters += text.length;
+            return document.createTextNode(text);
+          };
+          place.append(...blocks(source, leaf).map((one) => one.build()));
+          let deepest = 0;
+          const walk = (node, depth) => {
+            deepest = Math.max(deepest, depth);
+            for (const child of node.children) walk(child, depth + 1);
+          };
+          walk(place, 0);
+          return [deepest, letters];
+        })
+        """
+        deepest, letters = tab.script(read % json.dumps(hard))
+        assert deepest < 60 and letters <= len(hard)
