@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from mlxlora_core.cli.model import (
     put_on,
 )
 from mlxlora_core.cli.session import SETS_OPTION, start, verb
+from mlxlora_core.cli.watch import require_extra
 from mlxlora_core.errors import DataError, ModelError, UsageError
 from mlxlora_core.machine.signals import deferred
 from mlxlora_core.model.located import hub_name
@@ -119,7 +119,7 @@ def command(
     else:
         _refuse_beside_run(bool(adapter_files) or no_adapter or quantization is not None)
         asked = _of_run(run, registry)
-    _require_extra()
+    require_extra()
     from mlxlora_core.server.guard import Policy, is_loopback
     from mlxlora_core.server.keys import read_keys
     from mlxlora_core.server.run import listen
@@ -133,13 +133,6 @@ def command(
         start(registry)
         served = _served(asked, registry, base_mismatch == "allow", config)
         _serve(served, Policy(keys, any_host=not at_home), _parts(served, asked, bool(keys)), listening)
-
-
-def _require_extra() -> None:
-    """Refuse to go on without the libraries of the extra."""
-    absent = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
-    if absent:
-        raise UsageError(f"{absent[0]} is not installed", fix="pip install 'mlxlora[serve]'")
 
 
 def _refuse_beside_run(others: bool) -> None:
@@ -204,6 +197,11 @@ def _called(model: str, adapters: Collection[str]) -> str:
 
 def _parts(served: Served, asked: Source, has_keys: bool) -> list[Part]:
     """The routes that come to those of the protocol."""
+    from mlxlora_core.server.app import Part
+    from mlxlora_core.server.live_routes import OPEN_PATHS, live_routes
+
+    if asked.run is not None:
+        return [Part(live_routes(asked.run), OPEN_PATHS)]
     return []
 
 

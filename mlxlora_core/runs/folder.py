@@ -19,6 +19,7 @@ from mlxlora_core.runs.results import RECORD_FORM
 RECORD = "run.json"
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 REPORT = "report.html"
 ADAPTER = "adapter/adapter.safetensors"
 CHECKPOINTS = "checkpoints"

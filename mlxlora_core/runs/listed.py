@@ -65,9 +65,13 @@ def list_runs(paths: Iterable[Path]) -> list[ListedRun]:
 def listed(path: Path) -> ListedRun:
     """One run folder; whatever is in it, there is no error."""
     try:
-        facts = read_facts(path)
+        return told_by(path, read_facts(path))
     except MlxloraError as damage:
         return ListedRun(path, path.name, fault=str(damage))
+
+
+def told_by(path: Path, facts: Facts) -> ListedRun:
+    """A run folder by what was read of it."""
     state, fault = state_of(path, facts)
     after = facts.results.get("after", {"losses": {}})["losses"]
     return ListedRun(

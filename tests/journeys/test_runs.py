@@ -7,12 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import Outcome
 from made_run import write_run
 
-Mlxlora = Callable[..., Outcome]
+Mlxlora = Callable[..., Any]
 
 
 def test_runs_beside_each_other(mlxlora: Mlxlora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

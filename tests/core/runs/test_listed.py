@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "report"))
-
 from made_run import write_run
 
 from mlxlora_core.files import lock
