@@ -13,7 +13,6 @@ from mlxlora_core.errors import MlxloraError, ResourceError
 from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.machine.memory import free_memory_bytes
 from mlxlora_core.model.language_model import LanguageModel
-from mlxlora_core.model.linears import is_packed, linears
 from mlxlora_core.model.memory import SHORTER, sizes_of
 from mlxlora_core.model.ragged_cache import room_for
 from mlxlora_core.serving.job import Job
@@ -23,10 +22,10 @@ from mlxlora_core.serving.prefixes import Prefixes
 from mlxlora_core.serving.selection import Selection
 from mlxlora_core.serving.widths import widths_alike
 
-# Rows of a batch. Up to 8 rows of packed weights are multiplied in one way, so that batches of 1, 2 and 4
-# give the same bits, and one text alone has the speed of a row: 47 ms a token of 135 M at 4 bits on 2 cores,
-# where 8 rows take 82, and 16, whose bits are others, 132.
-_PACKED_ROWS, _ROWS = 8, 16
+# Rows of a batch. Up to 16 rows of packed weights are multiplied in one way, so that batches of 1, 2, 4 and 8
+# give the same bits, and one text alone has the speed of a row: 53 ms a token of 135 M at 4 bits on 2 cores,
+# where 8 rows take 91 and 16 take 152.
+_ROWS = 16
 
 # Of free memory, what keys and values may take where nobody says, and of that what is kept of prompts.
 _CACHE_SHARE, _PREFIX_SHARE = 0.5, 0.25
@@ -74,8 +73,7 @@ class Scheduler:
         self.metrics = Metrics()
         self._waiting: deque[Job] = deque()
         self._reading: list[Job] = []
-        packed = any(is_packed(linear) for _, linear in linears(model))
-        widest = min(_PACKED_ROWS if packed else _ROWS, limits.places)
+        widest = min(_ROWS, limits.places)
         self.widths = widths_alike(model, selection, widest) if model.ragged else ()
         self._alone = OneByOne(model, selection)
         self._batches: list[Batch] = []
