@@ -80,9 +80,8 @@ def main(model: str, streams: int, prompt: int, tokens: int, times: int) -> None
     ones, many = ([pair[side] for pair in found] for side in (0, 1))
     for name, results in (("1 request", ones), (f"{streams} requests", many)):
         speed, busy, first = (statistics.median(column) for column in zip(*results, strict=True))
-        click.echo(
-            f"{name}: {speed:.1f} tokens/s, {busy:.1f} a second of processor time, first token of the last after {first:.2f} s"
-        )
+        rates = f"{speed:.1f} tokens/s, {busy:.1f} a second of processor time"
+        click.echo(f"{name}: {rates}, first token of the last after {first:.2f} s")
     ratios = [
         statistics.median(each[side] / one[side] for one, each in zip(ones, many, strict=True))
         for side in (0, 1)
