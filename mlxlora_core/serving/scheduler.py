@@ -39,8 +39,8 @@ class Limits:
         places: requests that are read and continued at the same time.
         queue: requests that may wait for a place.
         part_tokens: tokens of a prompt that are read at a time.
-        step_tokens: tokens of prompts after which a step reads no further part, but one of the oldest request. With
-            half as many as parts of all places have, a prompt of one part is read within two steps.
+        step_tokens: tokens of prompts after which a step reads no further part but of the oldest; half
+            of what parts of all places come to has a prompt of one part read within two steps.
         cache_bytes: that keys and values may take; None for half of the memory that is free.
     """
 
@@ -200,7 +200,7 @@ class Scheduler:
         return True
 
     def _grow(self, job: Job) -> bool:
-        """Reserve what the next step of a text takes; whether all can end then, or else nothing is changed."""
+        """Reserve what the next step of a text takes, if all can end then; whether that is so."""
         before = job.reserved
         job.reserved = max(before, self._sizes.cache_bytes(room_for(len(job.tokens))))
         if job.reserved == before or self._can_end():
@@ -228,7 +228,7 @@ class Scheduler:
             self.metrics.cached_tokens += job.cached
 
     def _read(self) -> None:
-        """Read a part of each prompt until the step has read enough: of those first of which the least is left.
+        """Read a part of each prompt until the step has read enough, the shortest first.
 
         The one that came first is read in every step, or prompts that come later could hold it up forever.
         """

@@ -20,7 +20,6 @@ from mlxlora_core.plugins import Component, Plugin, Registry
 from mlxlora_core.serving.request import Request
 from mlxlora_core.specs import Sampler
 
-
 EOS = 2
 
 
