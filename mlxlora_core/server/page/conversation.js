@@ -113,6 +113,7 @@ class Turn {
     if (this.answers.some((one) => one.place.getAttribute("aria-busy") === "true")) return;
     const { marks } = this.values();
     const [one, other] = this.answers;
+    for (const each of this.answers) each.exact.hidden = each.failed || each.text.trim() !== this.wanted?.text.trim();
     for (const text of [...this.answers, this.wanted]) if (text) text.marks = [];
     let told = null;
     if (marks === "other" && other) {
@@ -120,8 +121,7 @@ class Turn {
     } else if (marks !== "none" && this.wanted) {
       for (const each of this.answers) each.marks = differences(each.text, this.wanted.text).a;
       if (!other) this.wanted.marks = differences(one.text, this.wanted.text).b;
-      const exact = this.answers.every((each) => each.text.trim() === this.wanted.text.trim());
-      told = exact ? "Word for word the reference answer." : "Marked: words that differ from the reference answer.";
+      told = this.answers.every((each) => !each.exact.hidden) ? null : "Marked: words that differ from the reference answer.";
     }
     this.legend.textContent = told ?? "";
     this.legend.hidden = told === null;
