@@ -50,10 +50,11 @@ export class Conversation {
     const asked = body(one.model, inForm, this.#messages(side), this.page.values());
     try {
       for await (const part of answer(asked, { key: this.page.key(), signal })) one.add(part);
-      one.end();
+      takingAlong(() => one.end());
     } catch (fault) {
-      if (fault.name === "AbortError" || signal.aborted) return one.end("stopped");
-      one.fail(oneLine(fault instanceof ProtocolError ? fault.message : `The page has a fault: ${fault.message}`));
+      if (fault.name === "AbortError" || signal.aborted) return takingAlong(() => one.end("stopped"));
+      const told = fault instanceof ProtocolError ? fault.message : `The page has a fault: ${fault.message}`;
+      takingAlong(() => one.fail(oneLine(told)));
       if (fault.status === 401) this.page.refused();
     }
   }
