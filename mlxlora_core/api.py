@@ -27,6 +27,7 @@ from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.options import NoOptions, option, parse
 from mlxlora_core.plugins.progress import report_note, report_progress
 from mlxlora_core.runtime_started import RuntimeStarted
+from mlxlora_core.series import Series, figures, flat_settings
 from mlxlora_core.specs import (
     Adapter,
     AdapterLoader,
@@ -100,6 +101,7 @@ __all__ = [
     "RuntimeStarted",
     "SafetyError",
     "Sampler",
+    "Series",
     "Skipped",
     "Tokenizer",
     "TokenizerFiles",
@@ -108,6 +110,8 @@ __all__ = [
     "UsageError",
     "Watcher",
     "WeightLoader",
+    "figures",
+    "flat_settings",
     "free_in_groups_bytes",
     "hookimpl",
     "listing",

@@ -319,9 +319,12 @@ class Observer(Spec):
     Attributes:
         start: called when the training begins. What it, or the watcher, raises
             is told once as a warning; the training goes on without it.
+        needs: modules that it imports and that its plugin is installed without, each with what
+            ``pip install`` is told; one that is absent is an error before any work.
     """
 
     start: Callable[[RunInfo, Any], Watcher]
+    needs: Mapping[str, str] = field(default_factory=dict)
 
 
 # --- runtimes and recipes -----------------------------------------------------

@@ -12,6 +12,7 @@ import click
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.command_line import question_command, resume_command
 from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
+from mlxlora_core.cli.watch import DEFAULT_PORT, watched
 from mlxlora_core.errors import one_line
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.defaults import DEFAULT_RECIPE
@@ -38,11 +39,27 @@ LINE = 100  # columns of what --dry-run shows
     click.option(
         "--dry-run", is_flag=True, help="Show every value, where it comes from, and what would be done."
     ),
+    click.option(
+        "--watch", is_flag=True, help="Serve a page on this machine that shows the run as it grows."
+    ),
+    click.option(
+        "--watch-port",
+        type=click.IntRange(0, 65535),
+        default=DEFAULT_PORT,
+        show_default=True,
+        help="Port of that page; 0 takes one that is free.",
+    ),
     SETS_OPTION,
     JSON_OPTION,
 )
 def command(
-    registry: Registry, recipe: str | None, dry_run: bool, sets: tuple[str, ...], as_json: bool
+    registry: Registry,
+    recipe: str | None,
+    dry_run: bool,
+    watch: bool,
+    watch_port: int,
+    sets: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Do a whole recipe: convert, build data, train, evaluate and answer.
 
@@ -56,10 +73,12 @@ def command(
         _dry_run(pinned(resolved, fetch=False)[0], as_json)
         return
     hold(resolved.folder)
+    if watch:
+        click.get_current_context().with_resource(watched(resolved.folder, watch_port))
     runtimes = start(registry)
     check_samplers(resolved.sampler)
     started = time.perf_counter()
-    _follow(pipeline.run(resolved, registry, runtimes, resume_command(resume=False)))
+    _follow(pipeline.run(resolved, registry, runtimes, resume_command(resume=False), watched=watch))
     record = RunFolder(resolved.folder).record
     if as_json:
         show.as_json(record)

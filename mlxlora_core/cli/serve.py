@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from mlxlora_core.cli.model import (
     put_on,
 )
 from mlxlora_core.cli.session import SETS_OPTION, start, verb
+from mlxlora_core.cli.watch import require_extra
 from mlxlora_core.errors import DataError, ModelError, UsageError
 from mlxlora_core.machine.signals import deferred
 from mlxlora_core.model.located import hub_name
@@ -120,7 +120,7 @@ def command(
     else:
         _refuse_beside_run(bool(adapter_files) or no_adapter or quantization is not None)
         asked = _of_run(run, registry)
-    _require_extra()
+    require_extra()
     from mlxlora_core.server.guard import Policy, is_loopback
     from mlxlora_core.server.keys import read_keys
     from mlxlora_core.server.run import listen
@@ -134,13 +134,6 @@ def command(
         start(registry)
         served = _served(asked, registry, base_mismatch == "allow", config)
         _serve(served, Policy(keys, any_host=not at_home), _parts(served, asked, bool(keys)), listening)
-
-
-def _require_extra() -> None:
-    """Refuse to go on without the libraries of the extra."""
-    absent = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
-    if absent:
-        raise UsageError(f"{absent[0]} is not installed", fix="pip install 'mlxlora[serve]'")
 
 
 def _refuse_beside_run(others: bool) -> None:
@@ -204,9 +197,9 @@ def _called(model: str, adapters: Collection[str]) -> str:
 
 
 def _parts(served: Served, asked: Source, has_keys: bool) -> list[Part]:
-    """The routes that come to those of the protocol: the page."""
+    """The routes that come to those of the protocol: the page and, of a run folder, that of the run."""
+    from mlxlora_core.server import live_routes, page_routes
     from mlxlora_core.server.app import Part
-    from mlxlora_core.server.page_routes import OPEN_PATHS, page_routes
 
     facts = {
         "title": served.base if asked.run is None else asked.run.resolve().name,
@@ -214,9 +207,12 @@ def _parts(served: Served, asked: Source, has_keys: bool) -> list[Part]:
         "template": served.chats,
         "questions": [] if asked.run is None else _questions(asked.run),
         "token": has_keys,
-        "run": False,
+        "run": asked.run is not None,
     }
-    return [Part(page_routes(facts), OPEN_PATHS)]
+    parts = [Part(page_routes.page_routes(facts), page_routes.OPEN_PATHS)]
+    if asked.run is not None:
+        parts.append(Part(live_routes.live_routes(asked.run), live_routes.OPEN_PATHS))
+    return parts
 
 
 def _questions(run: Path) -> list[dict[str, Any]]:

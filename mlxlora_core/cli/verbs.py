@@ -19,6 +19,7 @@ from mlxlora_core.version import __version__
 VERBS = {
     "run": "Do a whole recipe: convert, build data, train, evaluate and answer.",
     "report": "Write the report of a run folder again, also while the run is going on.",
+    "runs": "List run folders, with state and losses, and the settings in which they differ.",
     "convert": "Turn a model of any kind into a model folder.",
     "data": "Build a dataset folder with a dataset builder.",
     "train": "Train an adapter on a dataset folder.",

@@ -17,15 +17,17 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from mlxlora_core.errors import LockedError, ModelError, ResourceError, SafetyError
+from mlxlora_core.errors import LockedError, MlxloraError, ModelError, ResourceError, SafetyError
 from mlxlora_core.files.documents import parse_form
 from mlxlora_core.files.durable import place_of
 from mlxlora_core.files.forms import Map, Text
+from mlxlora_core.files.input_file import open_regular
 from mlxlora_core.path_text import too_long
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # the same in every container of a machine
 _HEAD = b'{"process": "'  # how each lock file begins
 _HOLDER_FORM = Map(Text())
+_LOCK_BYTES = 4096
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 _NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 
@@ -61,6 +63,26 @@ def hold(target: Path) -> Iterator[None]:
         if _is_at(descriptor, path):
             path.unlink()
         os.close(descriptor)
+
+
+def is_held(target: Path) -> bool:
+    """Whether a process that is alive says that it holds the lock of a file or folder.
+
+    Nothing is locked for it, so that whoever begins meanwhile is not kept from it.
+    """
+    place = place_of(target)
+    try:
+        with open_regular(place.with_name(f".{place.name}.lock"), ModelError) as file:
+            holder: dict[str, str] = parse_form(file.read(_LOCK_BYTES), _HOLDER_FORM, "")
+        here = _myself()
+        if holder["host"] != here["host"] and holder["boot"] != here["boot"]:
+            return True  # on another machine, of which nobody here knows better
+        os.kill(int(holder["process"]), 0)
+    except PermissionError:  # it is somebody else's, and alive
+        return True
+    except (OSError, MlxloraError, ValueError, KeyError, OverflowError):
+        return False
+    return True
 
 
 def _lock(path: Path, target: Path) -> int:
@@ -129,7 +151,7 @@ def _myself() -> dict[str, str]:
 def _holder(descriptor: int) -> dict[str, str]:
     """What a lock file tells; nothing when its holder has not written it yet."""
     try:
-        holder: dict[str, str] = parse_form(os.pread(descriptor, 4096, 0), _HOLDER_FORM, "")
+        holder: dict[str, str] = parse_form(os.pread(descriptor, _LOCK_BYTES, 0), _HOLDER_FORM, "")
     except ModelError:
         return {}
     return holder

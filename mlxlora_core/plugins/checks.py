@@ -68,6 +68,13 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a tuple of texts",
         lambda value: isinstance(value, tuple) and all(isinstance(item, str) for item in value),
     ),
+    "Mapping[str, str]": (
+        "a mapping of texts to texts",
+        lambda value: (
+            isinstance(value, Mapping)
+            and all(isinstance(text, str) for item in value.items() for text in item)
+        ),
+    ),
     "Mapping[str, Layout]": ("a mapping of names to layouts", lambda value: not _layouts_fault(value)),
 }
 

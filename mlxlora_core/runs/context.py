@@ -31,6 +31,7 @@ class Context:
         folder: of the run.
         runtimes: what the runtimes said, for the record.
         resume_command: the command that goes on with this run.
+        watched: whether somebody looks on, for whom the model is asked on its way.
 
     Attributes:
         adapted: the adapter that is on the base, once there is one.
@@ -43,9 +44,10 @@ class Context:
         folder: RunFolder,
         runtimes: Sequence[str],
         resume_command: str,
+        watched: bool = False,
     ) -> None:
         self.recipe, self.registry, self.folder = recipe, registry, folder
-        self.runtimes, self.resume_command = runtimes, resume_command
+        self.runtimes, self.resume_command, self.watched = runtimes, resume_command, watched
         self.adapted: Adapted | None = None
         self._model: Model | None = None
         self._rows: dict[str, Examples] = {}

@@ -19,6 +19,7 @@ from mlxlora_core.runs.results import RECORD_FORM
 RECORD = "run.json"
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 REPORT = "report.html"
 ADAPTER = "adapter/adapter.safetensors"
 CHECKPOINTS = "checkpoints"
@@ -89,6 +90,11 @@ class RunFolder:
     def conclude(self, summary: Mapping[str, Any]) -> None:
         """Record what the run as a whole has come to."""
         self.record["summary"] = dict(summary)
+        self._save()
+
+    def stop(self, how: str) -> None:
+        """Record how a run ended that did not come to its end."""
+        self.record["ended"] = how
         self._save()
 
     def _save(self) -> None:

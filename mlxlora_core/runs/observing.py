@@ -64,7 +64,7 @@ def observed(
         list(watchers.end(INTERRUPTED))
         raise
     except BaseException as fault:
-        yield from watchers.end(_how(fault))
+        yield from watchers.end(how_ended(fault))
         raise
     yield from watchers.end(DONE)
 
@@ -142,7 +142,7 @@ def _failed(name: str, what: str, fault: BaseException) -> ObserverFailed:
     return ObserverFailed(f"observer {name} failed in {what} and is left out: {reason}")
 
 
-def _how(fault: BaseException) -> str:
+def how_ended(fault: BaseException) -> str:
     """How a run ended that raised."""
     if isinstance(fault, KeyboardInterrupt | Interrupted):
         return INTERRUPTED

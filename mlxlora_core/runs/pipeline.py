@@ -19,7 +19,7 @@ from mlxlora_core.runs.context import Context
 from mlxlora_core.runs.events import Event, RunStarted, StageDone, StageStarted
 from mlxlora_core.runs.folder import ADAPTER, METRICS, RunFolder
 from mlxlora_core.runs.grading import summarize
-from mlxlora_core.runs.observing import event_values, observed
+from mlxlora_core.runs.observing import INTERRUPTED, event_values, how_ended, observed
 from mlxlora_core.runs.places import check_run
 from mlxlora_core.runs.plan import fingerprints, is_done
 from mlxlora_core.runs.recipe import Recipe
@@ -30,7 +30,12 @@ from mlxlora_core.version import __version__
 
 
 def run(
-    recipe: Recipe, registry: Registry, runtimes: Sequence[str] = (), resume_command: str = "mlxlora run"
+    recipe: Recipe,
+    registry: Registry,
+    runtimes: Sequence[str] = (),
+    resume_command: str = "mlxlora run",
+    *,
+    watched: bool = False,
 ) -> Iterator[Event]:
     """Do what a recipe says, stage by stage; what is done already is skipped.
 
@@ -39,6 +44,7 @@ def run(
         registry: where plugins are looked up.
         runtimes: what the runtimes said, for the record.
         resume_command: the command that goes on with this run.
+        watched: whether the model is to be asked on its way, for whoever looks on.
 
     Raises:
         UsageError: the run would write over what it reads.
@@ -55,7 +61,7 @@ def run(
     folder.begin(facts | {"inputs": marks}, recipe.values())
     unsound = (f"warning: not sound, and taken as not done: {fault}" for fault in folder.faults)
     yield RunStarted((*runtimes, *said, *unsound))
-    context = Context(recipe, registry, folder, runtimes, resume_command)
+    context = Context(recipe, registry, folder, runtimes, resume_command, watched)
     info = RunInfo(folder.path, recipe.name, recipe.values())
     yield from observed(_do_all(context, marks), recipe.observe, info, event_values)
 
@@ -65,9 +71,11 @@ def _do_all(context: Context, marks: Mapping[str, str]) -> Iterator[Event]:
     folder = context.folder
     try:
         yield from _do_stages(context, marks)
-    except BaseException:
+    except BaseException as fault:
+        with suppress(Exception):  # what stopped the run is what there is to tell
+            folder.stop(INTERRUPTED if isinstance(fault, GeneratorExit) else how_ended(fault))
         if (folder.path / METRICS).is_file():
-            with suppress(Exception):  # what stopped the run is what there is to tell
+            with suppress(Exception):
                 write_report(folder.path)
         raise
     folder.conclude(summarize(folder.result("before"), folder.result("after")))

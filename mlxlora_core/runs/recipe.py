@@ -26,7 +26,7 @@ from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.sections import AdapterConfig, Quantization, QuantizeConfig, SplitConfig, configure
 from mlxlora_core.runs import samplers
-from mlxlora_core.runs.requirements import PluginsConfig
+from mlxlora_core.runs.requirements import PluginsConfig, check_libraries
 from mlxlora_core.training.settings import ChatConfig, EvaluateConfig, SaveConfig, TrainConfig
 
 COMMAND_LINE = "command line"
@@ -217,13 +217,15 @@ def choose_observers(
     """The observers of these names, with options made of ``values``.
 
     Raises:
-        PluginError: no such observer.
+        PluginError: no such observer, or one whose library is not installed.
         UsageError: one is named twice; options without an observer, or as :func:`choose_samplers`.
     """
     components = registry.find_all([("observer", name) for name in names])
     if values and not components:
         raise UsageError(f"options of an observer ({listing(values)}), but none is named", fix="name it")
     rows = samplers.deal(values, components)
+    for component in components:
+        check_libraries(component)
     return tuple(configure(c, row)[0] for c, row in zip(components, rows, strict=True))
 
 

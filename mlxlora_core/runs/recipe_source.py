@@ -32,7 +32,7 @@ from mlxlora_core.runs.recipe import (
     check_sections,
     overrides,
 )
-from mlxlora_core.runs.requirements import check_requirements
+from mlxlora_core.runs.requirements import check_libraries, check_requirements
 
 RECIPE_BYTES = 1 << 20
 
@@ -253,6 +253,8 @@ class _Source:
         ]
         if section == "sampler":
             samplers.cool_others(rows, components)
+        for component in components:
+            check_libraries(component)
         return tuple(configure(c, row, where)[0] for c, row in zip(components, rows, strict=True))
 
     def _rows(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlxlora_core.errors import PluginError, UsageError, nearest
 from mlxlora_core.options import option
-from mlxlora_core.plugins import Plugin, Registry
+from mlxlora_core.plugins import Component, Plugin, Registry
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -54,6 +55,21 @@ def check_requirements(require: Sequence[str], registry: Registry, where: str = 
             where=where,
             fix=f"pip install {missing}" if missing else "see: mlxlora plugins",
         )
+
+
+def check_libraries(component: Component) -> None:
+    """Refuse an observer whose library is not installed; nothing is imported.
+
+    Raises:
+        PluginError: with what pip is to be told.
+    """
+    needs: Mapping[str, str] = getattr(component.spec, "needs", {})
+    for module, install in needs.items():
+        if importlib.util.find_spec(module) is None:
+            raise PluginError(
+                f"the {component.kind} {component.spec.name} needs {module}, which is not installed",
+                fix=f"pip install '{install}'",
+            )
 
 
 def _requirements(texts: Sequence[str], where: str) -> list[Requirement]:

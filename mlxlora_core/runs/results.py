@@ -120,5 +120,6 @@ RECORD_FORM = Table(
         "started": Else(Map(Text()), dict),
         "stages": Else(_STAGES, dict),
         "summary": Option(SUMMARY_FORM),
+        "ended": Option(Text()),
     }
 )

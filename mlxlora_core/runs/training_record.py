@@ -14,6 +14,7 @@ from mlxlora_core.errors import ResourceError
 from mlxlora_core.files import durable
 from mlxlora_core.files.targets import is_written
 from mlxlora_core.runs.folder import METRICS, RECIPE, REPORT, RunFolder, fingerprint
+from mlxlora_core.runs.observing import INTERRUPTED, how_ended
 from mlxlora_core.runs.places import is_recipe
 from mlxlora_core.runs.report import is_report, write_report
 from mlxlora_core.training import metrics
@@ -88,6 +89,12 @@ class TrainingRecord:
                     with suppress(ResourceError):
                         self.folder.keep(STAGE, mark, (METRICS,), asdict(event) | {"lengths": self.lengths})
                 yield event
+        except BaseException as fault:
+            if begun:
+                with suppress(Exception):
+                    how = INTERRUPTED if isinstance(fault, GeneratorExit) else how_ended(fault)
+                    self.folder.stop(how)
+            raise
         finally:
             if begun:
                 with suppress(Exception):  # what stopped the training is what there is to tell

@@ -69,9 +69,7 @@ CHAT_FIELDS: Mapping[str, Field] = {
     "max_tokens": Field(SERVED, "the older name of `max_completion_tokens`"),
     "logprobs": Field(SERVED),
     "top_logprobs": Field(SERVED, "0 to 20"),
-    "response_format": Field(
-        SERVED, "`text` and `json_object`, which is a JSON object whole; no `json_schema`"
-    ),
+    "response_format": Field(SERVED, "`text`, `json_object` and `json_schema`"),
     "metadata": Field(IGNORED),
     "moderation": Field(IGNORED),
     "parallel_tool_calls": Field(IGNORED),

@@ -143,6 +143,7 @@ class ObserverSuite:
             given: Any = watcher.event(told)  # type: ignore[func-returns-value]  # or it does
             assert given is None
             assert told == event
+        watcher.end("done")
 
     def test_stdout_is_not_its_own(
         self, options: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]

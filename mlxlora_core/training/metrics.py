@@ -15,13 +15,16 @@ FIGURES = ("learning_rate", "grad_norm", "tokens_per_second", "padding", "peak_m
 #: figures of which a time is made
 TIMES = ("steps_per_second", "seconds")
 
+#: figures that are told and not drawn
+COUNTS = ("trained_tokens",)
+
 #: a line that is drawn; one whose loss is null was not finite, and another figure that is null is left out
 REPORT_FORM = Table(
     {
         "kind": Text(("train", "valid")),
         "step": Whole(),
         "loss": Maybe(Number()),
-        **dict.fromkeys((*FIGURES, *TIMES), Option(Number())),
+        **dict.fromkeys((*FIGURES, *TIMES, *COUNTS), Option(Number())),
     }
 )
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import observers_read
 import pytest
 
 from mlxlora_core import plugins as registry
+from mlxlora_core.series import figures
 from mlxlora_core.specs import Observer
 from mlxlora_core.testing.observer import ObserverSuite
 from mlxlora_core.values import RunInfo
@@ -28,6 +31,61 @@ class TestCsv(ObserverSuite):
         for row, event in zip(rows, reports, strict=True):
             told = {key: "" if value is None else str(value) for key, value in event.items()}
             assert {key: value for key, value in row.items() if value or key in told} == told
+
+
+@pytest.fixture(autouse=True)
+def _services(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What services keep outside of a run folder has a place of its own, and nothing is sent."""
+    for name, value in observers_read.surroundings(tmp_path_factory.mktemp("services")).items():
+        monkeypatch.setenv(name, value)
+
+
+class _Series(ObserverSuite):
+    """Observers whose numbers are read back by ``read(folder)``: curve -> [(step, value)]."""
+
+    __test__ = False
+    library = ""
+    read: Any
+
+    @pytest.fixture(autouse=True)
+    def _library(self, request: pytest.FixtureRequest) -> None:
+        observers_read.need(self.library, request.node.name)
+
+    def check(self, folder: Path, events: Sequence[Mapping[str, Any]]) -> None:
+        wanted: dict[str, list[tuple[int, float]]] = {}
+        for event in events:
+            for name, value in figures(event).items():
+                wanted.setdefault(name, []).append((event["step"], value))
+        found = type(self).read(folder)
+        assert wanted and found.keys() == wanted.keys()
+        for name, points in wanted.items():
+            assert [step for step, _ in found[name]] == [step for step, _ in points], name
+            assert [v for _, v in found[name]] == pytest.approx([v for _, v in points], rel=1e-7, abs=0)
+
+
+class TestTensorboard(_Series):
+    __test__ = True
+    spec, library = OBSERVERS["tensorboard"], "tensorboardX"
+    read = staticmethod(observers_read.tensorboard)
+
+
+class TestWandb(_Series):
+    __test__ = True
+    spec, library = OBSERVERS["wandb"], "wandb"
+    option_sets = ({"mode": "offline"},)
+    read = staticmethod(observers_read.wandb)
+
+    def started(self, folder: Path, options: Any) -> Any:
+        """In a second of its own: W&B names the folder of a run offline by it."""
+        if (folder / "wandb").exists():
+            time.sleep(1.01)
+        return super().started(folder, options)
+
+
+class TestTrackio(_Series):
+    __test__ = True
+    spec, library = OBSERVERS["trackio"], "trackio"
+    read = staticmethod(observers_read.trackio)
 
 
 def test_every_observer_is_tested() -> None:

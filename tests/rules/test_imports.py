@@ -64,6 +64,9 @@ OWN = {
     "mlxlora_sentencepiece": {"sentencepiece"},
     "mlxlora_tokenizers": {"tokenizers"},
     "mlxlora_openblas": {"scipy_openblas32", "elftools"},
+    "mlxlora_tensorboard": {"tensorboardX"},
+    "mlxlora_trackio": {"trackio"},
+    "mlxlora_wandb": {"wandb"},
 }
 
 

@@ -11,7 +11,7 @@ from mlxlora_core.errors import DataError
 from mlxlora_core.files.documents import parse_json
 from mlxlora_core.files.forms import UNSOUND, sound
 from mlxlora_core.files.input_file import open_regular
-from mlxlora_core.training.metrics import FIGURES, REPORT_FORM, TIMES
+from mlxlora_core.training.metrics import COUNTS, FIGURES, REPORT_FORM, TIMES
 
 Reports = Sequence[Mapping[str, Any]]
 
@@ -20,7 +20,7 @@ POINTS = 2000  # of a curve that is drawn, about
 _LINE_BYTES = 1 << 16  # a report has a few hundred
 _LOG_BYTES = 256 << 20  # a million reports
 _CURVES = ("loss", *FIGURES)
-_KEPT = ("step", *_CURVES, *TIMES)
+_KEPT = ("step", *_CURVES, *TIMES, *COUNTS)
 
 
 @dataclass(frozen=True)

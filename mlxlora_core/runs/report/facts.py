@@ -72,6 +72,17 @@ class Facts:
         reported = max((report["step"] for report in (*self.train[-1:], *self.valid[-1:])), default=0)
         return int(self.train_settings.get("iters", reported))
 
+    @property
+    def seconds(self) -> float:
+        """Wall time of the steps and validations that were reported."""
+        seconds: float = sum(report.get("seconds", 0.0) for report in self.valid)
+        before = 0.0
+        for report in self.train:
+            speed = report.get("steps_per_second", 0.0)
+            seconds += (report["step"] - before) / speed if speed > 0 else 0.0
+            before = report["step"]
+        return seconds
+
 
 def read_facts(folder: Path) -> Facts:
     """Read a run folder, whose run may still be going on.

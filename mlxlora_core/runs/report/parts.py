@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from mlxlora_core.runs.report.html import Html, element
@@ -79,3 +80,14 @@ def counted(number: int, noun: str) -> str:
 def in_nats(loss: float) -> str:
     """A loss with four decimals, or as many digits as there are of a very large one."""
     return f"{loss:.4f}" if abs(loss) < _LARGE else f"{loss:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """``2 h 5 min``, ``3 min 20 s`` or ``4.2 s``."""
+    if not math.isfinite(seconds):
+        return "a time that is not known"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours:,} h {left} min" if hours else f"{minutes} min {rest} s"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from mlxlora_core.runs.recipe import DEFAULT
 from mlxlora_core.runs.report.curves import Curves
 from mlxlora_core.runs.report.facts import Facts
 from mlxlora_core.runs.report.html import Html, element
-from mlxlora_core.runs.report.parts import counted, figure, note, shown, table
+from mlxlora_core.runs.report.parts import counted, duration, figure, note, shown, table
 
 ROWS_SHOWN = 40  # of a table that only samples a longer list
 
@@ -28,7 +27,7 @@ def training(facts: Facts) -> Html | None:
         series.append(("valid", "validation rows (held out)"))
     if "test" in facts.results.get("before", {"losses": {}})["losses"]:
         series.append(("test", "test rows (held out), before and after"))
-    said = [_rate_in_words(facts.train_settings), f"Training took {_duration(_seconds(facts))}."]
+    said = [_rate_in_words(facts.train_settings), f"Training took {duration(facts.seconds)}."]
     if result:
         share = result["trainable_parameters"] / max(result["parameters"], 1)
         said.insert(
@@ -62,28 +61,6 @@ def _rate_in_words(train: Mapping[str, Any]) -> str:
     rise = f"rises over {train['warmup']:,} steps (warm-up) to" if train.get("warmup") else "is"
     after = ", then falls as a cosine" if train.get("schedule") == "cosine" else ""
     return f"The learning rate {rise} {train.get('learning_rate')}{after}."
-
-
-def _seconds(facts: Facts) -> float:
-    """Wall time of the steps and validations that were reported."""
-    seconds: float = sum(report.get("seconds", 0.0) for report in facts.valid)
-    before = 0.0
-    for report in facts.train:
-        speed = report.get("steps_per_second", 0.0)
-        seconds += (report["step"] - before) / speed if speed > 0 else 0.0
-        before = report["step"]
-    return seconds
-
-
-def _duration(seconds: float) -> str:
-    """``2 h 5 min``, ``3 min 20 s`` or ``4.2 s``."""
-    if not math.isfinite(seconds):
-        return "a time that is not known"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, left = divmod(minutes, 60)
-    return f"{hours:,} h {left} min" if hours else f"{minutes} min {rest} s"
 
 
 def _steps_table(facts: Facts) -> Html:

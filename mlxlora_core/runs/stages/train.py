@@ -12,9 +12,10 @@ from mlxlora_core.runs.events import Event, StageDone
 from mlxlora_core.runs.folder import ADAPTER, CHECKPOINTS, METRICS
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.report import length_counts
+from mlxlora_core.runs.stages.samples import Samples
 from mlxlora_core.runs.stages.stage import Stage, identity_of
 from mlxlora_core.training.checkpoints import Start
-from mlxlora_core.training.events import TrainResult
+from mlxlora_core.training.events import TrainingStarted, TrainResult, ValidReport
 
 if TYPE_CHECKING:
     from mlxlora_core.runs.context import Context
@@ -64,8 +65,13 @@ class TrainStage(Stage):
                 runtimes=context.runtimes,
             )
             context.adapted = session.adapted
+            samples = Samples(context, model)
             for event in session.start(Start.CONTINUE):
                 yield event
+                if isinstance(event, TrainingStarted):
+                    samples.begin(event.step)
+                if isinstance(event, ValidReport) and event.step:  # the first one is what the base says
+                    samples.ask(event.step)
                 if isinstance(event, TrainResult):
                     lengths = length_counts(session.rows["train"].lengths)
                     yield StageDone(self.name, asdict(event) | {"lengths": lengths})

@@ -357,3 +357,17 @@ def test_a_long_answer_takes_its_reader_along_and_keeps_what_is_drawn(tab: Page)
         assert tab.script("document.querySelectorAll('.said p').length") == 120
         tab.script(f"void ({page}.scrollTop = 0)")
         assert tab.script("document.querySelectorAll('.said [tabindex=\"0\"]').length") == 1
+
+
+def test_a_question_begins_a_conversation_that_goes_on(tab: Page) -> None:
+    """What was said before it counts no more, and the page says so; what comes after it follows on."""
+    canned = Canned({"base": BASE}, facts={"questions": [{"prompt": "Why?", "answer": None}]})
+    with serving(canned) as url:
+        start(tab, url)
+        ask(tab, "Before")
+        tab.script("document.querySelector('#question-list button').click()")
+        tab.wait_for(f"document.querySelectorAll('.turn').length === 2 && {DONE}")
+        ask(tab, "After")
+        said = [[one["content"] for one in request["messages"]] for request in canned.requests]
+        assert said == [["Before"], ["Why?"], ["Why?", BASE, "After"]]
+        assert tab.script("document.querySelectorAll('.beginning').length") == 1
