@@ -65,7 +65,7 @@ def test_the_lock_of_one_that_was_killed_is_no_running_run(tmp_path: Path) -> No
     assert not lock.is_held(tmp_path / "a")
 
 
-@pytest.mark.parametrize("damage", [b"", b"[]", b"\xff", b"{\"mlxlora\": 1}", b"[" * 100_000])
+@pytest.mark.parametrize("damage", [b"", b"[]", b"\xff", b'{"mlxlora": 1}', b"[" * 100_000])
 def test_a_damaged_folder_is_one_line(tmp_path: Path, damage: bytes) -> None:
     folder = write_run(tmp_path / "a", steps=20)
     (folder / "run.json").write_bytes(damage)
