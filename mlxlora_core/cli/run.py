@@ -39,7 +39,9 @@ LINE = 100  # columns of what --dry-run shows
     click.option(
         "--dry-run", is_flag=True, help="Show every value, where it comes from, and what would be done."
     ),
-    click.option("--watch", is_flag=True, help="Serve a page on this machine that shows the run as it grows."),
+    click.option(
+        "--watch", is_flag=True, help="Serve a page on this machine that shows the run as it grows."
+    ),
     click.option(
         "--watch-port",
         type=click.IntRange(0, 65535),

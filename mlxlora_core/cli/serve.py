@@ -31,6 +31,7 @@ from mlxlora_core.runs.base import base_of, source
 from mlxlora_core.runs.folder import ADAPTER, MODEL, RECIPE, RECORD
 from mlxlora_core.runs.recipe import check_sections, overrides
 from mlxlora_core.runs.recipe_source import read
+from mlxlora_core.runs.report.facts import read_facts
 from mlxlora_core.server.settings import ServeConfig
 
 if TYPE_CHECKING:
@@ -196,13 +197,31 @@ def _called(model: str, adapters: Collection[str]) -> str:
 
 
 def _parts(served: Served, asked: Source, has_keys: bool) -> list[Part]:
-    """The routes that come to those of the protocol."""
+    """The routes that come to those of the protocol: the page and, of a run folder, that of the run."""
+    from mlxlora_core.server import live_routes, page_routes
     from mlxlora_core.server.app import Part
-    from mlxlora_core.server.live_routes import OPEN_PATHS, live_routes
 
+    facts = {
+        "title": served.base if asked.run is None else asked.run.resolve().name,
+        "models": list(served.names),
+        "template": served.chats,
+        "questions": [] if asked.run is None else _questions(asked.run),
+        "token": has_keys,
+        "run": asked.run is not None,
+    }
+    parts = [Part(page_routes.page_routes(facts), page_routes.OPEN_PATHS)]
     if asked.run is not None:
-        return [Part(live_routes(asked.run), OPEN_PATHS)]
-    return []
+        parts.append(Part(live_routes.live_routes(asked.run), live_routes.OPEN_PATHS))
+    return parts
+
+
+def _questions(run: Path) -> list[dict[str, Any]]:
+    """What a run asks and how, and what its rows say to it."""
+    facts = read_facts(run)
+    found = facts.results.get("after") or facts.results.get("before") or {}
+    section = facts.recipe.get("generate", {})
+    form = {"chat": section.get("chat") is True, "system": str(section.get("system", ""))}
+    return [{"prompt": a["prompt"], "answer": a["expected"], **form} for a in found.get("answers", [])]
 
 
 def _serve(served: Served, policy: Policy, parts: list[Part], listening: socket) -> None:

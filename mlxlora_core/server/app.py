@@ -50,17 +50,18 @@ def make_app(
     """
     opened = [*policy.open_paths, *(path for part in parts for path in part.open_paths)]
     routes: list[BaseRoute] = [route for part in parts for route in part.routes]
-    if served is not None:
-        routes = [*Protocol(served).routes(), *routes]
+    protocol = None if served is None else Protocol(served)
+    if protocol is not None:
+        routes = [*protocol.routes(), *routes]
     app = Starlette(routes=routes, exception_handlers=_handlers(tell))
     app.router.redirect_slashes = False
     guard = Guard(app, replace(policy, open_paths=tuple(opened)))
-    if served is not None:
-        app.router.routes[:0] = _own_routes(served, guard)
+    if served is not None and protocol is not None:
+        app.router.routes[:0] = _own_routes(served, protocol, guard)
     return guard
 
 
-def _own_routes(served: Served, guard: Guard) -> list[BaseRoute]:
+def _own_routes(served: Served, protocol: Protocol, guard: Guard) -> list[BaseRoute]:
     """What a server tells of itself."""
 
     async def health(request: Request) -> Response:
@@ -68,7 +69,7 @@ def _own_routes(served: Served, guard: Guard) -> list[BaseRoute]:
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
     async def metrics(request: Request) -> Response:
-        text = in_words(served.engine.metrics(), guard.statuses)
+        text = in_words(served.engine.metrics(), guard.statuses, protocol.inside)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     return [Route("/health", health), Route("/metrics", metrics)]

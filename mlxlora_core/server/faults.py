@@ -70,7 +70,7 @@ def of_mlxlora(fault: MlxloraError, param: str | None = None) -> ProtocolError:
 
     Args:
         fault: what was raised.
-        param: the field that holds the prompt.
+        param: the field that holds the prompt, where the request has not begun.
     """
     words = str(fault)
     if isinstance(fault, QueueFull):
@@ -82,8 +82,8 @@ def of_mlxlora(fault: MlxloraError, param: str | None = None) -> ProtocolError:
         return ProtocolError(400, words, code="context_length_exceeded", param=param)
     if isinstance(fault, UsageError | DataError):
         return ProtocolError(400, words, code="invalid_value")
-    if isinstance(fault, ResourceError):
-        return ProtocolError(503, words, code="out_of_memory")
+    if isinstance(fault, ResourceError):  # of a request it is told before it begins, and never will be less
+        return ProtocolError(503 if param is None else 400, words, code="out_of_memory", param=param)
     return ProtocolError(500, words)
 
 

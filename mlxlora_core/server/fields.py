@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,12 @@ class Field:
     how: str
     note: str = ""
     neutral: tuple[Any, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """The note, with the values that are taken though it is refused."""
+        taken = ", ".join(f"`{json.dumps(value)}`" for value in self.neutral)
+        return "; ".join(filter(None, (self.note, taken and f"taken: {taken}")))
 
 
 _NO_TOOLS = "the model's answer is text"
@@ -62,9 +69,7 @@ CHAT_FIELDS: Mapping[str, Field] = {
     "max_tokens": Field(SERVED, "the older name of `max_completion_tokens`"),
     "logprobs": Field(SERVED),
     "top_logprobs": Field(SERVED, "0 to 20"),
-    "response_format": Field(
-        SERVED, "`text` and `json_object`, which is a JSON object whole; no `json_schema`"
-    ),
+    "response_format": Field(SERVED, "`text`, `json_object` and `json_schema`"),
     "metadata": Field(IGNORED),
     "moderation": Field(IGNORED),
     "parallel_tool_calls": Field(IGNORED),

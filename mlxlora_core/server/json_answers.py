@@ -1,22 +1,21 @@
-"""Answers that are a JSON object: which tokens may come."""
+"""Answers that are JSON: which tokens may come."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlxlora_core.model.tokenizers import CheckedTokenizer
-from mlxlora_core.server.json_text import BEGIN, DONE, IN_KEY, IN_TEXT, State, ending, step
+from mlxlora_core.server.json_grammar import Grammar, Quoted, State, Way
 from mlxlora_core.serving.request import Change
 
-_NEVER = np.iinfo(np.int16).max
-_KEPT = 64  # places in a text of which it is known which tokens may come
-_NEEDED = '{}[]":0\\rualsenl'  # letters that end a text of any kind
-_IDS = ""  # the key of a node that the ids of its tokens stand under
+_NEVER = np.iinfo(np.int32).max
+_KEPT = 64  # states of which it is known which tokens may come
+_IDS = ""  # what the ids of a node's tokens stand under
 
 _Node = dict[str, Any]  # letter -> node
 
@@ -24,40 +23,70 @@ _Node = dict[str, Any]  # letter -> node
 class JsonTokens:
     """What each token of a vocabulary adds to a text.
 
+    Args:
+        tokenizer: whose tokens they are.
+
+    Attributes:
+        texts: of each id; nothing for what is no text.
+        stops: ids that end a text.
+        plain: (V,) whether a token is letters and nothing else between quotes.
+        all: the tokens by their letters.
+        not_plain: those that are not plain.
+    """
+
+    def __init__(self, tokenizer: CheckedTokenizer) -> None:
+        found = ("".join(tokenizer.stream([token])) for token in range(tokenizer.vocab_size))
+        none = tokenizer.special_texts
+        self.texts = [
+            "" if token in tokenizer.specials or text in none else text for token, text in enumerate(found)
+        ]
+        self.stops = sorted(tokenizer.stops)
+        self.plain = np.array([_is_plain(text) for text in self.texts])
+        self.all = _tree(enumerate(self.texts))
+        self.not_plain = _tree(
+            (token, text) for token, text in enumerate(self.texts) if not self.plain[token]
+        )
+
+    def lacks(self, letters: str) -> str:
+        """Of some letters, those that are no token by themselves."""
+        found = set(self.texts)
+        return "".join(sorted(letter for letter in set(letters) if letter not in found))
+
+
+class JsonAnswers:
+    """Texts of a grammar, token by token.
+
     A token may come where the text can still be ended by as many tokens of one letter as are left:
     whatever a model would say, what it says is whole.
 
     Args:
-        tokenizer: whose tokens they are.
+        tokens: of the model.
+        grammar: whose texts they are.
+        way: which of them.
     """
 
-    def __init__(self, tokenizer: CheckedTokenizer) -> None:
-        left_out = tokenizer.specials
-        self._texts = [
-            "" if token in left_out else "".join(tokenizer.stream([token]))
-            for token in range(tokenizer.vocab_size)
-        ]
-        self._texts = ["" if text in tokenizer.special_texts else text for text in self._texts]
-        self._plain = np.array([_is_plain(text) for text in self._texts])
-        self._all = _tree(enumerate(self._texts))
-        self._not_plain = _tree((n, text) for n, text in enumerate(self._texts) if not self._plain[n])
-        self._stops = sorted(tokenizer.stops)
+    def __init__(self, tokens: JsonTokens, grammar: Grammar, way: Way) -> None:
+        self._tokens, self._grammar = tokens, grammar
+        self.begin = grammar.begin(way)
         self._costs: OrderedDict[State, np.ndarray] = OrderedDict()
 
-    @property
-    def lacks(self) -> str:
-        """Letters that a text may need to end, and that no token is."""
-        found = set(self._texts)
-        return "".join(letter for letter in _NEEDED if letter not in found)
+    def change(self) -> Change:
+        """A change that leaves the tokens of one text."""
+        state, read = self.begin, 0
+
+        def change(logits: mx.array, drawn: Sequence[int], left: int) -> mx.array:
+            nonlocal state, read
+            for token in drawn[read:]:
+                state = self.after(state, token)
+            read = len(drawn)
+            return mx.where(mx.array(self.allowed(state, left)), logits, -mx.inf)
+
+        return change
 
     def after(self, state: State, token: int) -> State:
         """The state after one more token that might come."""
-        if token in self._stops:
-            return state
-        for letter in self._texts[token]:
-            following = step(state, letter)
-            assert following is not None, "it could not come"
-            state = following
+        for letter in self._tokens.texts[token]:
+            state = self._grammar.step(state, letter)
         return state
 
     def allowed(self, state: State, left: int) -> np.ndarray:
@@ -72,49 +101,33 @@ class JsonTokens:
 
     def _computed(self, state: State) -> np.ndarray:
         """How many tokens (V,) each needs behind it, an end token among them."""
-        costs = np.full(len(self._texts), _NEVER, np.int16)
-        if state.place == DONE:
-            costs[self._stops] = 0
-            return costs
-        tree = self._all
-        if state.place in (IN_KEY, IN_TEXT) and not state.rest:
-            costs[self._plain] = len(ending(state)) + 1
-            tree = self._not_plain
+        costs = np.full(len(self._tokens.texts), _NEVER, np.int32)
+        if () in state:
+            costs[self._tokens.stops] = 0
+        between = frozenset(way for way in state if way and way[0] == Quoted())
+        if between:
+            costs[self._tokens.plain] = self._grammar.least(between) + 1
+            self._walk(self._tokens.not_plain, between, costs)
+        self._walk(self._tokens.all, state - between, costs)
+        return costs
+
+    def _walk(self, tree: _Node, state: State, costs: np.ndarray) -> None:
+        """Lower the costs of the tokens of a tree to what they are after a state."""
         left: list[tuple[_Node, State]] = [(tree, state)]
         while left:
             node, here = left.pop()
             for letter, following in node.items():
                 if letter == _IDS:
-                    costs[following] = len(ending(here)) + 1
-                elif (there := step(here, letter)) is not None:
+                    costs[following] = np.minimum(costs[following], self._grammar.least(here) + 1)
+                elif there := self._grammar.step(here, letter):
                     left.append((following, there))
-        return costs
-
-
-def as_json(tokens: JsonTokens) -> Change:
-    """A change, for one text, that leaves the tokens of a JSON object.
-
-    Args:
-        tokens: of the model.
-    """
-    state, read = BEGIN, 0
-
-    def change(logits: mx.array, drawn: Sequence[int], left: int) -> mx.array:
-        nonlocal state, read
-        for token in drawn[read:]:
-            state = tokens.after(state, token)
-        read = len(drawn)
-        return mx.where(mx.array(tokens.allowed(state, left)), logits, -mx.inf)
-
-    return change
 
 
 def _is_plain(text: str) -> bool:
-    """Whether a token is letters and nothing else between quotes."""
     return bool(text) and '"' not in text and "\\" not in text and min(text) >= " "
 
 
-def _tree(texts: Iterator[tuple[int, str]] | enumerate[str]) -> _Node:
+def _tree(texts: Iterable[tuple[int, str]]) -> _Node:
     """Tokens by their letters."""
     root: _Node = {}
     for token, text in texts:

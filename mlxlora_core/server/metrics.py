@@ -30,12 +30,13 @@ COUNTERS = {
 _FINISHED = "finished_"
 
 
-def in_words(numbers: Mapping[str, float], statuses: Mapping[int, int]) -> str:
+def in_words(numbers: Mapping[str, float], statuses: Mapping[int, int], inside: int) -> str:
     """All of it.
 
     Args:
         numbers: as :meth:`mlxlora_core.serving.engine.Engine.metrics` gives them.
         statuses: status -> responses.
+        inside: requests of clients that are being read or answered.
     """
     lines: list[str] = []
     for name, words in GAUGES.items():
@@ -47,6 +48,7 @@ def in_words(numbers: Mapping[str, float], statuses: Mapping[int, int]) -> str:
         (f'{{reason="{name.removeprefix(_FINISHED)}"}}', count) for name, count in sorted(reasons.items())
     ]
     lines += _block("finished_total", "counter", "requests that have ended", ended)
+    lines += _block("http_requests", "gauge", "that are read or answered", [("", inside)])
     told = [(f'{{status="{status}"}}', count) for status, count in sorted(statuses.items())]
     lines += _block("http_responses_total", "counter", "by status", told)
     known = {*GAUGES, *COUNTERS, *reasons}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -22,6 +23,8 @@ from mlxlora_core.server.values import parse_json
 
 _A = TypeVar("_A", bound=Asked)
 
+_READING = 8  # requests beside those that have a place or wait for one: bodies are held in memory
+
 #: of a response that nobody reads
 CLIENT_GONE = 499
 
@@ -34,14 +37,17 @@ class Protocol:
 
     Args:
         served: whose models answer.
+
+    Attributes:
+        inside: requests that are being read or answered.
     """
 
     def __init__(self, served: Served) -> None:
         self._served, self._texts = served, TokenTexts(served.tokenizer)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlxlora prompts")
-        self._inside = 0
+        self.inside = 0
         config = served.config
-        self._most_inside = 2 * (config.places + config.queue) + 8
+        self._most_inside = config.places + config.queue + _READING
         self._most_bytes = config.max_body << 20
 
     def routes(self) -> list[BaseRoute]:
@@ -94,12 +100,12 @@ class Protocol:
         form: type[Form],
     ) -> ASGIApp:
         """Read what is asked, let the engine work, and answer."""
-        if self._inside >= self._most_inside:
+        if self.inside >= self._most_inside:
             wait = {"Retry-After": str(RETRY_SECONDS), "Connection": "close"}
             raise ProtocolError(
                 429, "too many requests at once", code="queue_full", kind="rate_limit_error", headers=wait
             )
-        self._inside += 1
+        self.inside += 1
         leave = _Once(self._leave)
         try:
             asked, running = await self._begin(await read_body(request, self._most_bytes), parse, submit)
@@ -115,7 +121,7 @@ class Protocol:
             leave.unless_held()
 
     def _leave(self) -> None:
-        self._inside -= 1
+        self.inside -= 1
 
     async def _begin(
         self, body: bytes, parse: Callable[[Mapping[str, Any]], _A], submit: Callable[[_A], Running]
@@ -167,15 +173,16 @@ async def _choices(running: Running, texts: TokenTexts) -> list[Text]:
         ProtocolError: one has ended with an error.
     """
     found = [Text(texts) for _ in running.streams]
-    async for index, delta in merged(running.streams):
-        found[index].add(delta)
-        fault = of_end(delta)
-        if fault is not None:
-            raise fault
+    async with aclosing(merged(running.streams)) as parts:
+        async for index, delta in parts:
+            found[index].add(delta)
+            fault = of_end(delta)
+            if fault is not None:
+                raise fault
     return found
 
 
-async def _events(asked: Asked, running: Running, form: Form) -> AsyncIterator[bytes]:
+async def _events(asked: Asked, running: Running, form: Form) -> AsyncGenerator[bytes, None]:
     """The parts of all choices as they come; an error is one of them, and the last."""
     choices = [Text(form.texts) for _ in running.streams]
     more = {"usage": None} if asked.include_usage else {}
@@ -183,18 +190,19 @@ async def _events(asked: Asked, running: Running, form: Form) -> AsyncIterator[b
     for document in begins:
         if document is not None:
             yield event({**document, **more})
-    async for index, delta in merged(running.streams):
-        fault = of_end(delta)
-        if fault is not None:
-            yield event(fault.document)
-            yield DONE
-            return
-        choice = choices[index]
-        tokens = choice.add(delta)
-        if delta.text or tokens:
-            yield event({**form.part(index, delta.text, tokens, None), **more})
-        if choice.finish is not None:
-            yield event({**form.part(index, None, (), choice.finish), **more})
+    async with aclosing(merged(running.streams)) as parts:
+        async for index, delta in parts:
+            fault = of_end(delta)
+            if fault is not None:
+                yield event(fault.document)
+                yield DONE
+                return
+            choice = choices[index]
+            tokens = choice.add(delta)
+            if delta.text or tokens:
+                yield event({**form.part(index, delta.text, tokens, None), **more})
+            if choice.finish is not None:
+                yield event({**form.part(index, None, (), choice.finish), **more})
     if asked.include_usage:
         yield event(form.told(choices, running.prompts))
     yield DONE

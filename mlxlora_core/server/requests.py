@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Asked:
         settings: of :data:`mlxlora_core.runs.samplers.SETTINGS`.
         logprobs: how many most likely tokens are told beside each; None for no log-probabilities.
         bias: token id -> what is added to its logit.
-        as_json: whether the answer is a JSON object.
+        schema: the JSON schema that the answer holds to, as JSON; nothing for an answer in any form.
     """
 
     model: str
@@ -51,7 +52,7 @@ class Asked:
     settings: Mapping[str, float]
     logprobs: int | None
     bias: Mapping[int, float]
-    as_json: bool = False
+    schema: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def chat_asked(body: Mapping[str, Any]) -> ChatAsked:
     if top and not wanted:
         raise bad_value("top_logprobs", "is given without 'logprobs': true")
     shared = _shared(values, most if most is not None else older, (top or 0) if wanted else None)
-    return ChatAsked(**shared, as_json=_as_json(values), messages=_messages(body.get("messages")))
+    return ChatAsked(**shared, schema=_schema(values), messages=_messages(body.get("messages")))
 
 
 def completion_asked(body: Mapping[str, Any]) -> CompletionAsked:
@@ -178,18 +179,20 @@ def _biases(table: Mapping[str, Any] | None) -> dict[int, float]:
     return found
 
 
-def _as_json(values: Values) -> bool:
-    """Whether the answer is to be a JSON object."""
+def _schema(values: Values) -> str:
+    """The schema that the answer is to hold to, as JSON; nothing for none."""
     wanted = values.table("response_format")
     kind = "text" if wanted is None else wanted.get("type")
-    if kind not in ("text", "json_object"):
-        raise ProtocolError(
-            400,
-            f"'response_format' of type {kind!r} is not served here; text and json_object are",
-            code="unsupported_parameter",
-            param="response_format",
+    if kind == "text":
+        return ""
+    if kind == "json_object":
+        return '{"type": "object"}'
+    named = (wanted or {}).get("json_schema")
+    if kind != "json_schema" or not isinstance(named, dict) or not isinstance(named.get("schema"), dict):
+        raise bad_value(
+            "response_format", "has no type of text, json_object, or json_schema with its 'schema'"
         )
-    return kind == "json_object"
+    return json.dumps(named["schema"])
 
 
 def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +19,15 @@ from mlxlora_core.plugins import Component, Registry
 from mlxlora_core.runs.recipe import choose_samplers
 from mlxlora_core.runs.samplers import TEMPERATURE, chain
 from mlxlora_core.server.faults import ProtocolError, bad_value, of_mlxlora
-from mlxlora_core.server.json_answers import JsonTokens, as_json
+from mlxlora_core.server.json_answers import JsonAnswers, JsonTokens
+from mlxlora_core.server.json_schema import grammar_of
 from mlxlora_core.server.requests import Asked, ChatAsked, CompletionAsked, adapter_of
 from mlxlora_core.server.settings import ServeConfig
 from mlxlora_core.serving.engine import Engine
 from mlxlora_core.serving.request import Change, Request
 from mlxlora_core.serving.stream import Stream
+
+_KEPT_SCHEMAS = 16
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Served:
     config: ServeConfig
     created: int = field(default_factory=lambda: int(time.time()))
     chats: bool = field(init=False)
-    _json: JsonTokens | None = field(init=False, default=None)
+    _tokens: JsonTokens | None = field(init=False, default=None)
+    _answers: OrderedDict[str, JsonAnswers] = field(init=False, default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
         self.chats = _chats(self.tokenizer)
@@ -146,22 +152,24 @@ class Served:
             )
         if asked.bias:
             found.append(biased(asked.bias))
-        if asked.as_json:
-            found.append(as_json(self._json_tokens()))
+        if asked.schema:
+            found.append(self._json_answers(asked.schema).change())
         return in_turn(found) if found else None
 
-    def _json_tokens(self) -> JsonTokens:
-        """What tokens add to JSON; found out when it is first asked for."""
-        if self._json is None:
-            self._json = JsonTokens(self.tokenizer)
-        if self._json.lacks:
-            raise ProtocolError(
-                400,
-                f"json_object is not served here: the tokenizer has no token for {self._json.lacks}",
-                code="unsupported_parameter",
-                param="response_format",
-            )
-        return self._json
+    def _json_answers(self, schema: str) -> JsonAnswers:
+        """Answers that hold to a schema; what is found out of one is kept for the next request."""
+        if self._tokens is None:
+            self._tokens = JsonTokens(self.tokenizer)
+        if schema not in self._answers:
+            grammar, way = grammar_of(json.loads(schema))
+            lacks = self._tokens.lacks(grammar.letters)
+            if lacks:
+                raise bad_value("response_format", f"needs tokens for {lacks!r}, which this model has not")
+            self._answers[schema] = JsonAnswers(self._tokens, grammar, way)
+            if len(self._answers) > _KEPT_SCHEMAS:
+                self._answers.popitem(last=False)
+        self._answers.move_to_end(schema)
+        return self._answers[schema]
 
 
 def in_turn(changes: Sequence[Change]) -> Change:

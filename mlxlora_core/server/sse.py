@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
@@ -28,7 +29,7 @@ def event(document: Mapping[str, Any]) -> bytes:
     )
 
 
-async def merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Delta]]:
+async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Delta], None]:
     """The parts of several streams as they come, each with the number of its stream."""
     if len(streams) == 1:
         async for delta in streams[0]:
@@ -81,7 +82,7 @@ class EventStream:
         leave: called at the end, whichever it is.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], leave: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], leave: Callable[[], None]) -> None:
         self._events, self._leave = events, leave
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,6 +97,7 @@ class EventStream:
     async def _send(self, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async for part in self._events:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
+        async with aclosing(self._events) as events:
+            async for part in events:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b""})

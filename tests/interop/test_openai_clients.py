@@ -125,6 +125,23 @@ def test_json(client: Any) -> None:
         assert isinstance(json.loads(text_of(answer)), dict)
 
 
+def test_an_answer_as_an_object_of_a_class(client: Any) -> None:
+    pydantic = pytest.importorskip("pydantic", reason="comes with openai")
+
+    class Part(pydantic.BaseModel):  # type: ignore[name-defined, misc]  # which is not there for the type checker
+        name: str
+        heavy: bool
+
+    class Machine(pydantic.BaseModel):  # type: ignore[name-defined, misc]
+        parts: list[Part]
+        count: int | None
+
+    for seed in range(4):
+        asked = {"model": "first", "messages": HELLO, "max_tokens": 150, "seed": seed}
+        (choice,) = client.chat.completions.parse(**asked, response_format=Machine).choices
+        assert isinstance(choice.message.parsed, Machine)
+
+
 def test_completions(client: Any) -> None:
     asked = {
         "model": "second",

@@ -1,5 +1,5 @@
 /** A conversation: what was asked, by whom it was answered, and what differs. */
-import { Answer, Reference } from "./answer.js";
+import { Answer, Reference, takingAlong } from "./answer.js";
 import { element, oneLine } from "./elements.js";
 import { answer, body, ProtocolError } from "./protocol.js";
 import { differences } from "./words.js";
@@ -28,7 +28,7 @@ export class Conversation {
    *   answer; whether nothing before counts; how a run asks it: in a conversation or as it stands, and with which
    *   system message
    */
-  async ask(prompt, { answer: wanted = null, alone = false, chat = true, system } = {}) {
+  async ask(prompt, { answer: wanted = null, alone = false, chat, system } = {}) {
     const { mode, model, with: other } = this.page.values();
     const models = mode === "compare" ? [model, other] : [model];
     const turn = new Turn(prompt, models, wanted, this.page.values, alone || this.turns.length === 0, this.turns.length + 1);
@@ -39,14 +39,14 @@ export class Conversation {
     this.page.changed();
     turn.element.scrollIntoView({ block: "start" });
     await Promise.all(turn.answers.map((one, side) => this.#fill(one, side, stopper.signal)));
-    turn.compare();
+    takingAlong(() => turn.compare());
     if (this.stopper === stopper) this.stopper = null;
     this.page.changed();
     this.page.say(turn.answers.map((one) => `${one.model}: ${one.failed ? "no answer" : oneLine(one.text, 400)}`).join(". "));
   }
 
   async #fill(one, side, signal) {
-    const inForm = this.turns.at(-1).chat && this.page.template(one.model);
+    const inForm = (this.turns.at(-1).chat ?? this.page.values().form === "chat") && this.page.template(one.model);
     const asked = body(one.model, inForm, this.#messages(side), this.page.values());
     try {
       for await (const part of answer(asked, { key: this.page.key(), signal })) one.add(part);

@@ -33,6 +33,11 @@ function hasTemplate(model) {
   return kinds.get(model)?.template ?? server.template;
 }
 
+/** The models that are asked now. */
+const used = () => (values.mode === "compare" ? [values.model, values.with] : [values.model]);
+/** Whether a model is asked in its chat template. */
+const chats = (model) => values.form === "chat" && hasTemplate(model);
+
 // --- the server ---------------------------------------------------------------
 
 /** Ask the server what there is, and show it. */
@@ -62,11 +67,12 @@ function wantKey(message) {
 /** Fill the page with what the server has. */
 function begin() {
   const { models, questions, title, run } = server;
+  const plain = questions.length > 0 && questions.every((one) => one.chat === false);
   defaults = {
-    mode: "chat", model: models.at(-1) ?? "", with: models[0] ?? "", system: "", frame: commonFrame(questions),
+    mode: models.length > 1 ? "compare" : "chat", model: models[0] ?? "", with: models[1] ?? "",
+    form: plain ? "plain" : "chat", system: "", frame: commonFrame(questions),
     temperature: 0, top_p: 1, max_tokens: 256, seed: 0, marks: "other", view: "markdown", unsure: "hidden",
   };
-  if (models.length > 1) Object.assign(defaults, { mode: "compare", model: models[0], with: models[1] });
   document.title = title === "mlxlora" ? title : `${title} · mlxlora`;
   byId("title").textContent = title;
   byId("run-link").hidden = !run;
@@ -97,7 +103,7 @@ function showQuestions(questions) {
 function questionButton(one) {
   const made = element("button", { type: "button", class: "question", dir: "auto" }, oneLine(bare(one.prompt), 160));
   made.addEventListener("click", () => {
-    closePanel();
+    closePanel()?.focus();
     ask(one.prompt, { ...one, alone: true });
   });
   return made;
@@ -105,7 +111,7 @@ function questionButton(one) {
 
 /** A question without its frame. */
 function bare(text) {
-  const [before, after] = defaults.frame.split("{}");
+  const [before, after] = (values.frame ?? defaults.frame).split("{}");
   return text.startsWith(before) && text.endsWith(after) ? text.slice(before.length, text.length - after.length) : text;
 }
 
@@ -142,15 +148,14 @@ function takeControl(control) {
 /** What follows from the settings. */
 function showValues() {
   const both = values.mode === "compare";
-  const used = both ? [values.model, values.with] : [values.model];
-  const plain = used.some((model) => !hasTemplate(model));
   document.body.dataset.mode = values.mode;
   document.body.dataset.unsure = values.unsure;
   byId("with-field").hidden = !both;
-  byId("system-field").hidden = used.every((model) => !hasTemplate(model));
-  byId("frame-field").hidden = byId("no-template").hidden = !plain;
+  byId("form-field").hidden = !used().some(hasTemplate);
+  byId("system-field").hidden = !used().some(chats);
+  byId("frame-field").hidden = byId("no-template").hidden = used().every(chats);
   byId("summary").textContent = [
-    used.join(" beside "), `temperature ${values.temperature}`, `top-p ${values.top_p}`, `at most ${values.max_tokens} tokens`,
+    used().join(" beside "), `temperature ${values.temperature}`, `top-p ${values.top_p}`, `at most ${values.max_tokens} tokens`,
     values.seed === null ? "no seed" : `seed ${values.seed}`,
   ].join(" · ");
   prompt.placeholder = both ? "Ask both models" : "Ask the model";
@@ -173,9 +178,8 @@ function send() {
   if (!text.trim() || conversation.busy || !server.models.length) return;
   prompt.value = "";
   fit();
-  const plain = [values.model, ...(values.mode === "compare" ? [values.with] : [])].every((model) => !hasTemplate(model));
-  const framed = values.frame.split("{}").every((part) => text.includes(part));
-  ask(plain && !framed ? values.frame.replace("{}", () => text.trim()) : text);
+  const framed = bare(text) !== text || values.frame === "{}";
+  ask(used().some(chats) || framed ? text : values.frame.replace("{}", () => text.trim()));
 }
 
 function showState() {

@@ -128,8 +128,9 @@ function paragraph(lines, i, leaf, depth) {
     if ((depth < DEEPEST && ITEM.test(lines[to].text)) || isTable(lines, to)) break;
     to++;
   }
-  const body = lines.slice(i, to);
-  return [to - i, () => element("p", {}, inline(body, leaf))];
+  const [first, ...rest] = lines.slice(i, to);
+  const indent = first.text.length - first.text.trimStart().length;
+  return [to - i, () => element("p", {}, inline([cut(first, indent), ...rest], leaf))];
 }
 
 // --- tables -------------------------------------------------------------------

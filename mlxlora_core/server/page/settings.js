@@ -14,6 +14,7 @@ const READERS = {
   mode: oneOf("chat", "compare"),
   model: words,
   with: words,
+  form: oneOf("chat", "plain"),
   system: words,
   frame: (text) => (text.includes("{}") ? words(text) : undefined),
   temperature: number(0, 2),

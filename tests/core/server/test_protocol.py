@@ -229,6 +229,29 @@ def test_a_json_answer_is_json_whatever_the_model_says(server: ServerProcess, st
     assert sum(bool(each) for each in found) > 3, "and not always empty"
 
 
+def test_a_json_answer_holds_to_a_schema(server: ServerProcess) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "unit": {"enum": ["m", "km"]},
+            "far": {"type": "integer"},
+            "known": {"type": "boolean"},
+        },
+        "required": ["unit", "far", "known"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "distance", "strict": True, "schema": schema}}
+    units = set()
+    for seed in range(8):
+        asked = {**TALK, "seed": seed, "response_format": wanted, "max_tokens": 60, "temperature": 1.5}
+        choice = server.post(CHAT, asked)["choices"][0]
+        told = json.loads(choice["message"]["content"])
+        assert list(told) == ["unit", "far", "known"]
+        assert told["unit"] in ("m", "km") and type(told["far"]) is int and type(told["known"]) is bool
+        units.add(told["unit"])
+    assert len(units) == 2
+
+
 def test_a_json_answer_is_the_same_for_the_same_seed(server: ServerProcess) -> None:
     asked = {**TALK, "response_format": {"type": "json_object"}, "max_tokens": 30, "n": 2}
     first, second = (server.post(CHAT, asked)["choices"] for _ in range(2))
@@ -278,7 +301,14 @@ def test_a_json_answer_is_the_same_for_the_same_seed(server: ServerProcess) -> N
         (CHAT, {"logit_bias": {"99999": 1}}, 400, "invalid_value", "logit_bias"),
         (CHAT, {"tools": [{}]}, 400, "unsupported_parameter", "tools"),
         (CHAT, {"temprature": 1}, 400, "unknown_parameter", "temprature"),
-        (CHAT, {"response_format": {"type": "json_schema"}}, 400, "unsupported_parameter", "response_format"),
+        (CHAT, {"response_format": {"type": "json_schema"}}, 400, "invalid_value", "response_format"),
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": "x"}}}},
+            400,
+            "invalid_json_schema",
+            "response_format",
+        ),
         (
             CHAT,
             {"messages": [{"role": "user", "content": "x " * 500}]},

@@ -63,7 +63,8 @@ MARKDOWN = {
     "<tr><td>1</td><td><strong>2</strong></td></tr></tbody></table>",
     "a | b\nc": "<p>a | b\nc</p>",
     "[t *i*](https://e.org/a_(b)?q=1&r)": '<p><a href="https://e.org/a_(b)?q=1&amp;r" '
-    'title="https://e.org/a_(b)?q=1&amp;r" target="_blank" rel="noopener noreferrer nofollow">t <em>i</em></a></p>',
+    'title="https://e.org/a_(b)?q=1&amp;r" target="_blank" '
+    'rel="noopener noreferrer nofollow">t <em>i</em></a></p>',
     "[t](/here) [t](mailto:a@b) [t](ftp://e)": "<p>[t](/here) [t](mailto:a@b) [t](ftp://e)</p>",
     "<b>&amp;</b>": "<p>&lt;b&gt;&amp;amp;&lt;/b&gt;</p>",
 }  # fmt: skip

@@ -111,10 +111,10 @@ def test_a_token_tells_its_probability_to_pointer_and_focus(tab: Page, template:
         tab.point(5, 5)
         tab.wait_for(f"{tip}.hidden")
 
-        # From the prompt back: the link or button before it is the answer's first token.
+        # What comes before the prompt is the answer's first token.
         tab.script("document.getElementById('prompt').focus()")
         tab.press("Shift+Tab")
-        assert tab.script("document.activeElement.className") == "token"
+        assert tab.script("document.activeElement.matches('.token')")
         assert tab.script(f"{tip}.hidden") is False
         tab.press("ArrowRight")
         assert "\u2423is" in tab.script(f"{tip}.innerText")
@@ -196,6 +196,31 @@ def test_a_question_is_asked_alone_beside_its_reference(tab: Page) -> None:
         tab.wait_for(f"document.querySelectorAll('.turn').length === 4 && {DONE}")
         assert tab.script("document.querySelectorAll('.turn:last-child .wanted').length") == 0
         is_clean(tab, url)
+
+
+def test_a_run_s_question_is_asked_as_the_run_has_asked_it(tab: Page) -> None:
+    """In the template or not, with its system message, whatever the settings are."""
+    asked = [{**QUESTIONS[0], "chat": False}, {**QUESTIONS[1], "chat": False}]
+    canned = Canned({"base": BASE}, facts={"questions": asked})
+    with serving(canned) as url:
+        start(tab, url)
+        ask(tab, "What is GELU?")
+        assert canned.requests[0]["prompt"] == "Q: What is GELU?\nA:"
+        start(tab, url, "#form=chat&system=Be%20brief")
+        tab.script("document.querySelector('#question-list button').click()")
+        tab.wait_for(DONE)
+        assert canned.requests[1]["prompt"] == "Q: What is ReLU?\nA:"
+        ask(tab, "What is GELU?")
+        assert canned.requests[2]["messages"][0]["content"] == "Be brief"
+    why = {"prompt": "Why?", "answer": None, "chat": True, "system": "S"}
+    canned = Canned({"base": BASE}, facts={"questions": [why]})
+    with serving(canned) as url:
+        start(tab, url, "#form=plain&system=T")
+        tab.script("document.querySelector('#question-list button').click()")
+        tab.wait_for(DONE)
+        assert [one["content"] for one in canned.requests[0]["messages"]] == ["S", "Why?"]
+        ask(tab, "And?")
+        assert canned.requests[1]["prompt"] == "And?"
 
 
 def test_escape_stops_and_what_came_stays(tab: Page) -> None:
@@ -307,3 +332,22 @@ def test_all_of_it_by_keyboard(tab: Page) -> None:
         tab.press("Enter")
         tab.wait_for(f"document.querySelectorAll('.turn').length === 2 && {DONE}")
         assert tab.script("document.getElementById('main').inert") is False
+
+
+def test_a_long_answer_takes_its_reader_along_and_keeps_what_is_drawn(tab: Page) -> None:
+    canned = Canned({"base": "".join(f"Paragraph {n} is here.\n\n" for n in range(120))}, pause=0.001)
+    with serving(canned) as url:
+        start(tab, url)
+        tab.script("document.getElementById('prompt').focus()")
+        tab.type("Tell")
+        tab.press("Enter")
+        tab.wait_for("document.querySelectorAll('.said p').length > 3")
+        tab.script("void (window.second = document.querySelectorAll('.said p')[1])")
+        tab.wait_for("document.querySelectorAll('.said p').length > 20")
+        assert tab.script("window.second === document.querySelectorAll('.said p')[1]")
+        tab.wait_for(DONE)
+        page = "document.scrollingElement"
+        assert tab.script(f"{page}.scrollHeight - {page}.clientHeight - {page}.scrollTop") < 3
+        assert tab.script("document.querySelectorAll('.said p').length") == 120
+        tab.script(f"void ({page}.scrollTop = 0)")
+        assert tab.script("document.querySelectorAll('.said [tabindex=\"0\"]').length") == 1

@@ -81,7 +81,8 @@ def test_no_script_from_anywhere_runs(tab: Page) -> None:
             tab.wait_for("document.querySelector('.turn [role=alert]')")
             tab.script("for (const one of document.querySelectorAll('.token')) one.focus()")
             tab.script(
-                "for (const one of document.querySelectorAll('.said *')) one.dispatchEvent(new MouseEvent('mouseover'))"
+                "const over = new MouseEvent('mouseover');"
+                "for (const one of document.querySelectorAll('.said *')) one.dispatchEvent(over)"
             )
             assert tab.script(HARM) == CALM, payload
             assert set(tab.script(MADE)) <= ALLOWED, payload
@@ -101,7 +102,8 @@ def test_a_script_of_somebody_else_would_be_refused(tab: Page) -> None:
     with serving(Canned({"base": "x"})) as url:
         start(tab, url)
         tab.script(
-            "document.body.append(Object.assign(document.createElement('script'), {textContent: 'pwned = 1'}))"
+            "const made = document.createElement('script'); made.textContent = 'pwned = 1';"
+            "document.body.append(made)"
         )
         tab.script("new Promise((done) => setTimeout(done, 50))")
         assert tab.script("window.pwned === undefined")
@@ -111,7 +113,8 @@ def test_a_script_of_somebody_else_would_be_refused(tab: Page) -> None:
 @pytest.mark.parametrize(
     "hard",
     [
-        "*" * 20000, "[" * 20000, "`" * 20000, "> " * 5000 + "x", "- " * 5000 + "x", "*a _b " * 4000, "|" * 9000,
+        "*" * 20000, "[" * 20000, "`" * 20000, "> " * 5000 + "x", "- " * 5000 + "x", "*a _b " * 4000,
+        "|" * 9000,
         "\n".join("  " * i + "- x" for i in range(300)), "[a](" * 5000, "**a*" * 5000, "a|b\n-|-\n" * 1500,
         "x\n" * 9000, "``a` " * 5000, "~~a" * 6000, "<https://" * 3000,
     ],

@@ -1,0 +1,184 @@
+"""JSON schemas as grammars: the part of the language that can be held letter by letter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlxlora_core.server.faults import ProtocolError
+from mlxlora_core.server.json_grammar import Grammar, Number, Quoted, Space, Text, Way
+
+#: keywords that say nothing about which texts there are
+_WORDS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
+_WORDS |= {"$schema", "$id", "$comment", "$defs", "definitions"}
+#: keywords that are held, by the type that they belong to
+_HELD = {
+    "object": {"properties", "required", "additionalProperties"},
+    "array": {"items", "minItems", "maxItems"},
+}
+_SCALARS = ("string", "number", "integer", "boolean", "null")
+_MOST_PARTS, _MOST_ITEMS, _MOST_LEVELS = 1000, 256, 32
+_MOST_LETTERS = 2000
+
+
+def grammar_of(schema: Any) -> tuple[Grammar, Way]:
+    """A grammar, and the texts in it that hold to a schema.
+
+    Objects have their properties in the order of the schema and, where any are named, no others.
+
+    Raises:
+        ProtocolError: a keyword that is not held, or one that makes no sense.
+    """
+    reader = _Reader(schema)
+    return reader.grammar, reader.read(schema, ())
+
+
+class _Reader:
+    """Reads a schema, part by part."""
+
+    def __init__(self, root: Any) -> None:
+        self.grammar, self._root, self._parts = Grammar(), root, 0
+
+    def read(self, schema: Any, path: tuple[str, ...]) -> Way:
+        """The texts of a part.
+
+        Args:
+            schema: the part.
+            path: how it is reached; of a reference, what it names.
+        """
+        self._parts += 1
+        if self._parts > _MOST_PARTS or len(path) > _MOST_LEVELS:
+            raise _fault("has too many parts, or too many in each other")
+        if schema is True or schema == {}:
+            return (self.grammar.any,)
+        if not isinstance(schema, dict):
+            raise _fault(f"has {json.dumps(schema)[:40]} where a schema is wanted")
+        if "$ref" in schema:
+            return self._referred(schema, path)
+        for name in ("anyOf", "oneOf"):
+            if name in schema:
+                self._check(schema, {name})
+                ways = [self.read(each, (*path, name)) for each in _items(schema[name], name)]
+                return (self.grammar.rule(ways),)
+        if "enum" in schema or "const" in schema:
+            self._check(schema, {"enum", "const", "type"})
+            values = [schema["const"]] if "const" in schema else _items(schema["enum"], "enum")
+            return (self.grammar.rule([(_text(value),) for value in values]),)
+        return self._typed(schema, path)
+
+    def _typed(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> Way:
+        self._check(schema, {"type"}.union(*_HELD.values()))
+        kinds = schema.get("type", next((kind for kind, held in _HELD.items() if held & schema.keys()), None))
+        if kinds is None:
+            return (self.grammar.any,)
+        ways: list[Way] = []
+        for kind in [kinds] if isinstance(kinds, str) else _items(kinds, "type"):
+            if kind == "object":
+                ways.append(self._object(schema, path))
+            elif kind == "array":
+                ways.append(self._array(schema, path))
+            elif kind in _SCALARS:
+                ways += _scalars(kind)
+            else:
+                raise _fault(f"has the type {json.dumps(kind)[:40]}")
+        return ways[0] if len(ways) == 1 else (self.grammar.rule(ways),)
+
+    def _object(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> Way:
+        known, required = schema.get("properties", {}), schema.get("required", [])
+        others = schema.get("additionalProperties", True)
+        if (
+            not isinstance(known, dict)
+            or not isinstance(required, list)
+            or not isinstance(others, bool | dict)
+        ):
+            raise _fault("has properties, required or additionalProperties of a wrong kind")
+        lost = next((name for name in required if not isinstance(name, str) or name not in known), None)
+        if lost is not None:
+            raise _fault(f"requires {json.dumps(lost)[:40]}, which is not among its properties")
+        if known:
+            return self._properties(known, set(required), path)
+        if others is False:
+            return Text("{"), Space(), Text("}")
+        item = self.read(others, (*path, "others"))
+        return self.grammar.several("{}", (Text('"'), Quoted(), *_COLON, *item))
+
+    def _properties(self, known: dict[str, Any], required: set[str], path: tuple[str, ...]) -> Way:
+        """Properties in their order, of which those that are not required may be left out."""
+        # From the last one to the first: what is behind it where none came before, and where one did.
+        first = later = self.grammar.rule([(Text("}"),)])
+        for name, part in reversed(known.items()):
+            item: Way = (_text(name), *_COLON, *self.read(part, (*path, name)), Space(), later)
+            left_out: tuple[list[Way], list[Way]] = ([], []) if name in required else ([(first,)], [(later,)])
+            first = self.grammar.rule([item, *left_out[0]])
+            later = self.grammar.rule([(Text(","), Space(), *item), *left_out[1]])
+        return Text("{"), Space(), first
+
+    def _array(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> Way:
+        least, most = schema.get("minItems", 0), schema.get("maxItems")
+        numbers = [number for number in (least, most) if number is not None]
+        if not all(type(number) is int and 0 <= number <= _MOST_ITEMS for number in numbers):
+            raise _fault(f"has minItems or maxItems that are no numbers up to {_MOST_ITEMS}")
+        if most is not None and most < least:
+            raise _fault("has a maxItems below its minItems")
+        item = self.grammar.rule([self.read(schema.get("items", True), (*path, "items"))])
+        if not numbers or (not least and most is None):
+            return self.grammar.several("[]", (item,))
+        end: Way = (Text("]"),)
+        following: Way = (Text(","), Space(), item, Space())
+        more = self.grammar.rule()
+        self.grammar.define(more, [end, (*following, more)] if most is None else [end])
+        for number in range(least if most is None else most, 0, -1):
+            way: Way = (*(following if number > 1 else (item, Space())), more)
+            more = self.grammar.rule([way, end] if number > least else [way])
+        return Text("["), Space(), more
+
+    def _referred(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> Way:
+        name = schema["$ref"]
+        self._check(schema, {"$ref"})
+        if name in path:
+            raise _fault(f"has the part {name} in itself")
+        part = self._root
+        for step in str(name).removeprefix("#").strip("/").split("/"):
+            part = part.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(part, dict) else None
+        if part is None or not str(name).startswith("#/"):
+            raise _fault(f"refers to {json.dumps(name)[:80]}, which is not in it")
+        return self.read(part, (*path, name))
+
+    @staticmethod
+    def _check(schema: Mapping[str, Any], held: set[str]) -> None:
+        """Refuse keywords that are not held."""
+        for name in schema:
+            if name not in held | _WORDS:
+                raise _fault(f"has the keyword {name[:40]!r} here, which is not served")
+
+
+_COLON: Way = (Space(), Text(":"), Space())
+
+
+def _text(value: Any) -> Text:
+    """A value as it is written: in ASCII, since tokens may have parts of other letters."""
+    found = json.dumps(value)
+    if len(found) > _MOST_LETTERS:
+        raise _fault(f"has a value or a name of more than {_MOST_LETTERS} letters")
+    return Text(found)
+
+
+def _scalars(kind: str) -> list[Way]:
+    if kind == "string":
+        return [(Text('"'), Quoted())]
+    if kind == "boolean":
+        return [(Text("true"),), (Text("false"),)]
+    return [(Text("null"),)] if kind == "null" else [(Number("", kind == "integer"),)]
+
+
+def _items(value: Any, name: str) -> Sequence[Any]:
+    if not isinstance(value, list) or not value or len(value) > _MOST_PARTS:
+        raise _fault(f"has no list of 1 to {_MOST_PARTS} under {name}")
+    return value
+
+
+def _fault(words: str) -> ProtocolError:
+    return ProtocolError(
+        400, f"the schema of 'response_format' {words}", code="invalid_json_schema", param="response_format"
+    )
