@@ -177,9 +177,10 @@ export class Answer extends Text {
     this.first = null;
     this.place.setAttribute("aria-busy", "true");
     this.meta = element("p", { class: "meta" }, "waiting for the first token …");
+    this.exact = element("span", { class: "tag exact", hidden: true }, "exactly the reference");
     this.element = element(
       "section", { class: `answer side-${side}`, "aria-label": `Answer of ${model}` },
-      element("h3", {}, element("span", { class: "dot", "aria-hidden": "true" }), element("bdi", {}, model)),
+      element("h3", {}, element("span", { class: "dot", "aria-hidden": "true" }), element("bdi", {}, model), this.exact),
       this.place,
       this.meta,
     );

@@ -50,10 +50,11 @@ export class Conversation {
     const asked = body(one.model, inForm, this.#messages(side), this.page.values());
     try {
       for await (const part of answer(asked, { key: this.page.key(), signal })) one.add(part);
-      one.end();
+      takingAlong(() => one.end());
     } catch (fault) {
-      if (fault.name === "AbortError" || signal.aborted) return one.end("stopped");
-      one.fail(oneLine(fault instanceof ProtocolError ? fault.message : `The page has a fault: ${fault.message}`));
+      if (fault.name === "AbortError" || signal.aborted) return takingAlong(() => one.end("stopped"));
+      const told = fault instanceof ProtocolError ? fault.message : `The page has a fault: ${fault.message}`;
+      takingAlong(() => one.fail(oneLine(told)));
       if (fault.status === 401) this.page.refused();
     }
   }
@@ -113,6 +114,7 @@ class Turn {
     if (this.answers.some((one) => one.place.getAttribute("aria-busy") === "true")) return;
     const { marks } = this.values();
     const [one, other] = this.answers;
+    for (const each of this.answers) each.exact.hidden = each.failed || each.text.trim() !== this.wanted?.text.trim();
     for (const text of [...this.answers, this.wanted]) if (text) text.marks = [];
     let told = null;
     if (marks === "other" && other) {
@@ -120,8 +122,7 @@ class Turn {
     } else if (marks !== "none" && this.wanted) {
       for (const each of this.answers) each.marks = differences(each.text, this.wanted.text).a;
       if (!other) this.wanted.marks = differences(one.text, this.wanted.text).b;
-      const exact = this.answers.every((each) => each.text.trim() === this.wanted.text.trim());
-      told = exact ? "Word for word the reference answer." : "Marked: words that differ from the reference answer.";
+      told = this.answers.every((each) => !each.exact.hidden) ? null : "Marked: words that differ from the reference answer.";
     }
     this.legend.textContent = told ?? "";
     this.legend.hidden = told === null;

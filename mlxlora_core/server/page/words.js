@@ -22,7 +22,7 @@ export function differences(a, b) {
   while (tail < most && x[x.length - 1 - tail].word === y[y.length - 1 - tail].word) tail++;
   const [p, q] = [x.slice(head, x.length - tail), y.slice(head, y.length - tail)];
   (p.length * q.length > MOST_CELLS ? keepAnywhere : keepCommon)(p, q);
-  return { a: ranges(p), b: ranges(q) };
+  return { a: ranges(p, a), b: ranges(q, b) };
 }
 
 function split(text) {
@@ -56,12 +56,13 @@ function keepAnywhere(p, q) {
   for (const one of q) one.kept = inP.has(one.word);
 }
 
-/** Words that are not kept; neighbours become one range with what is between them. */
-function ranges(words) {
+/** Words that are not kept; neighbours in a line become one range with what is between them. */
+function ranges(words, text) {
   const found = [];
   words.forEach(({ start, end, kept }, i) => {
     if (kept) return;
-    if (i > 0 && !words[i - 1].kept) found.at(-1)[1] = end;
+    const before = words[i - 1];
+    if (before && !before.kept && !text.slice(before.end, start).includes("\n")) found.at(-1)[1] = end;
     else found.push([start, end]);
   });
   return found;

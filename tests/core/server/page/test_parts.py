@@ -131,6 +131,7 @@ def test_what_is_not_marked_is_a_longest_common_subsequence(page: Page) -> None:
         ("same text.", "same  text.", [[], []]),
         ("", "all new", [[], ["all new"]]),
         ("a b c d", "a x y d", [["b c"], ["x y"]]),
+        ("a\n  b", "c", [["a", "b"], ["c"]]),
         ("f(x) = 1", "f(y) = 1", [["x"], ["y"]]),
         ("\u4f60\u597d\u4e16\u754c", "\u4f60\u4eec\u4e16\u754c", [["\u597d"], ["\u4eec"]]),
         ("na\u00efve \U0001f600", "na\u00efve \U0001f601", [["\U0001f600"], ["\U0001f601"]]),

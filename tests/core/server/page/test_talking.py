@@ -188,6 +188,8 @@ def test_a_question_is_asked_alone_beside_its_reference(tab: Page) -> None:
         assert tab.script("[...document.querySelectorAll('.wanted mark')].map((one) => one.textContent)") == [
             "the"
         ]
+        exact = "[...document.querySelectorAll('.turn:last-child .exact')].map((one) => !one.hidden)"
+        assert tab.script(exact) == [False]
         ask(tab, "What is GELU?")
         assert canned.requests[1]["prompt"] == "Q: What is GELU?\nA:", "in the form of the run's questions"
         ask(tab, "Q: What is tanh?\nA:")
@@ -195,6 +197,10 @@ def test_a_question_is_asked_alone_beside_its_reference(tab: Page) -> None:
         tab.script("document.querySelectorAll('#question-list button')[1].click()")
         tab.wait_for(f"document.querySelectorAll('.turn').length === 4 && {DONE}")
         assert tab.script("document.querySelectorAll('.turn:last-child .wanted').length") == 0
+        canned.said["base"] = " It is the function.\n"
+        tab.script("document.querySelector('#question-list button').click()")
+        tab.wait_for(f"document.querySelectorAll('.turn').length === 5 && {DONE}")
+        assert tab.script(exact) == [True]
         is_clean(tab, url)
 
 
