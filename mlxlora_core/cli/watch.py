@@ -1,4 +1,4 @@
-"""The page of a run while it goes on: a server in a process of its own, begun before the work and ended after."""
+"""The page of a run while it goes on: a server in a process of its own, from before the work to its end."""
 
 from __future__ import annotations
 
