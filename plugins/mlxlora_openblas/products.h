@@ -27,7 +27,7 @@ typedef void sgemv_function(int order, int trans, int rows, int columns, float a
 typedef void exp_function(size_t count, const float *restrict x, float *restrict y);
 
 struct exponentials {
-    exp_function *exp, *sigmoid;
+    exp_function *exp;
     exp_function *row; /* exp(x - the highest x) */
     void (*log_softmax)(size_t count, float *x);
     void (*scaled_exp)(size_t count, float factor, float *x);
@@ -35,6 +35,20 @@ struct exponentials {
 
 /* The fastest loops for this processor. */
 const struct exponentials *fastest_exponentials(void);
+
+/* --- layers.c ---------------------------------------------------------------------------------------- */
+
+struct layer_loops {
+    void (*silu_times)(size_t count, const float *x, float *y);
+    void (*silu_slope)(size_t count, const float *x, float *y);
+    void (*normalise)(size_t count, float eps, const float *x, float *y);
+    void (*normalise_back)(size_t count, float eps, const float *x, float *y);
+    void (*rotate)(size_t count, const float *x, const float *cosines, const float *sines, float *y);
+    void (*softmax_back)(size_t count, const float *x, float *y);
+};
+
+/* The fastest loops for this processor. */
+const struct layer_loops *fastest_layer_loops(void);
 
 /* --- scratch.c --------------------------------------------------------------------------------------- */
 
@@ -46,7 +60,19 @@ void *scratch(enum scratch_use use, size_t size);
 
 /* --- special.c --------------------------------------------------------------------------------------- */
 
-enum kind { PACKED = 1, SIGMOIDS, ROWS, PACKED_BACK, LOG_SOFTMAX, SCALED_EXP };
+enum kind {
+    PACKED = 1,
+    PACKED_BACK,
+    ROWS,
+    LOG_SOFTMAX,
+    SCALED_EXP,
+    SILU_TIMES,
+    SILU_SLOPE,
+    NORMALISE,
+    NORMALISE_BACK,
+    ROTATE,
+    SOFTMAX_BACK
+};
 enum type { FLOAT32, FLOAT16, BFLOAT16 };
 
 /* What a product stands for, as special.py writes it. */
@@ -59,8 +85,12 @@ struct header {
     int32_t length, queries;
     /* PACKED and PACKED_BACK: a weight as of mlx.core.quantize. */
     int32_t outputs, inputs, group, bits, type;
+    /* NORMALISE and NORMALISE_BACK: added to the mean square of a row, of `length` numbers. */
+    float eps;
     const uint32_t *words;       /* (outputs, inputs * bits / 32) */
     const void *scales, *biases; /* (outputs, inputs / group) */
+    /* ROTATE: of `length` numbers, which repeat. */
+    const float *cosines, *sines;
 };
 
 /* Do what the matrix b (1, n) stands for with x (m, 1), and say whether it stood for anything. `sgemm` is what
