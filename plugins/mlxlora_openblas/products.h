@@ -93,9 +93,9 @@ struct header {
     const float *cosines, *sines;
 };
 
-/* Do what the matrix b (1, n) stands for with x (m, 1), and say whether it stood for anything. `sgemm` is what
-   multiplies matrices. */
-int special(const struct exponentials *loops, sgemm_function *sgemm, int m, int n, const float *x, const float *b,
+/* Do what the matrix b (1, n) stands for with x (m, 1), and say whether it stood for anything. Matrices are
+   multiplied by `sgemm`, or large ones by tiles where `parts` is not 0. */
+int special(const struct exponentials *loops, sgemm_function *sgemm, int parts, int m, int n, const float *x, const float *b,
             float *y);
 
 /* The same for what the matrix stands for that changes y (m, n) in place: LOG_SOFTMAX of each row, or SCALED_EXP
@@ -110,6 +110,8 @@ int amx_present(void);
 /* Ask the system that this process may use them; whether it may. Not by two threads at a time. */
 int amx_start(void);
 
+enum { LEAST_SIDE = 32, LEAST_TERMS = 128 }; /* of a product for tiles */
+
 /* An sgemm, row-major, by one thread with tiles, where 1 or 2 bfloat16 stand for a number; after amx_start.
 
    Returns 0 where a number is not finite, or too large for bfloat16, or there is no memory: then C is as it was,
@@ -117,14 +119,20 @@ int amx_start(void);
 int amx_product(int parts, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a, int lda,
                 const float *b, int ldb, float beta, float *c, int ldc);
 
+/* The same of x (m, terms) with a packed weight: some of its outputs are the columns start to end of y, or with
+   `back` some of its inputs are. */
+int amx_packed_product(int parts, int back, int m, int start, int end, const float *x, const struct header *weight,
+                       float *y);
+
 /* --- packed.c ---------------------------------------------------------------------------------------- */
 
-/* y (m, outputs) = x (m, inputs) times the packed weight, which `sgemm` may be used for; NaN where there is no
-   memory. */
-void packed_product(sgemm_function *sgemm, int m, const float *x, const struct header *weight, float *y);
+/* y (m, outputs) = x (m, inputs) times the packed weight, by tiles where `parts` is not 0 and they pay, or by
+   `sgemm`; NaN where there is no memory. */
+void packed_product(sgemm_function *sgemm, int parts, int m, const float *x, const struct header *weight, float *y);
 
 /* y (m, inputs) = x (m, outputs) times the packed weight, turned around: what its gradient takes. */
-void packed_product_back(sgemm_function *sgemm, int m, const float *x, const struct header *weight, float *y);
+void packed_product_back(sgemm_function *sgemm, int parts, int m, const float *x, const struct header *weight,
+                         float *y);
 
 /* --- pool.c ------------------------------------------------------------------------------------------ */
 

@@ -97,16 +97,16 @@ static int is_header(const float *b) {
     return (uintptr_t)b % _Alignof(struct header) == 0 && header->self == header;
 }
 
-int special(const struct exponentials *loops, sgemm_function *sgemm, int m, int n, const float *x, const float *b,
-            float *y) {
+int special(const struct exponentials *loops, sgemm_function *sgemm, int parts, int m, int n, const float *x,
+            const float *b, float *y) {
     if (m < 1 || n < 1 || !is_header(b))
         return 0;
     const struct header *what = (const struct header *)b;
     struct work work = {.loops = loops, .what = what, .count = (size_t)m, .x = x, .y = y};
     if (what->kind == PACKED && n == what->outputs)
-        packed_product(sgemm, m, x, what, y);
+        packed_product(sgemm, parts, m, x, what, y);
     else if (what->kind == PACKED_BACK && n == what->inputs)
-        packed_product_back(sgemm, m, x, what, y);
+        packed_product_back(sgemm, parts, m, x, what, y);
     else if (what->kind == ROWS && n == 1 && what->length > 0 && m % what->length == 0 &&
              what->queries >= 0 && what->queries <= what->length)
         share(do_rows, &work, work.count / (size_t)what->length, (size_t)what->length);

@@ -186,6 +186,40 @@ assert note.packed_product(words[None], scales[None], biases[None], group_size=6
     )
 
 
+def test_packed_products_by_tiles_keep_within_their_bound(built: Path) -> None:
+    """Where there are tiles: all bits, groups and types, odd sides, both ways, one thread and three."""
+    run(
+        built,
+        """
+tried = [(bits, dtype) for bits in (2, 4, 8) for dtype in (mx.float32, mx.float16, mx.bfloat16)]
+for compute, share in (("bfloat16", 2.0**-7), ("bfloat16x3", 3 * 2.0**-18)) if note.set_precision else ():
+    for (bits, dtype), (outputs, inputs, group, rows) in zip(
+        tried * 2, ((301, 160, 32, 33), (161, 2304, 64, 70), (1500, 256, 128, 47)) * 6
+    ):
+        parts, whole, size = packed(outputs, inputs, group, bits, dtype)
+        product = note.packed_product(*parts, group_size=group, bits=bits)
+        for multiply, right, most in ((product.times, whole.T, size.T), (product.times_back, whole, size)):
+            x = rng.standard_normal((rows, len(right))).astype(np.float32)
+            found = []
+            for threads in (1, 3):
+                note.set_threads(threads)
+                note.set_precision(compute)
+                found.append(np.array(multiply(mx.array(x))))
+                note.set_precision("float32")
+            bound = (share + 2.0**-23 * len(right)) * (np.abs(x) @ most)
+            assert (np.abs(found[0] - x @ right) <= bound).all(), (compute, bits, dtype, outputs, inputs)
+            np.testing.assert_array_equal(*found)
+            assert np.any(found[0] != np.array(multiply(mx.array(x))))
+    words, scales, biases = parts
+    product = note.packed_product(words, scales * 3e38, biases, group_size=group, bits=bits)
+    note.set_precision(compute)
+    got = np.array(product.times(mx.array(x[:, :256])))
+    note.set_precision("float32")
+    np.testing.assert_array_equal(got, np.array(product.times(mx.array(x[:, :256]))))
+""",
+    )
+
+
 def test_parts_of_layers_are_those_of_numpy(built: Path) -> None:
     """Every length of a row around that of a vector, with one thread and with three; each row by itself."""
     run(
