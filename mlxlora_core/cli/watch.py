@@ -1,4 +1,4 @@
-"""The page of a run while it goes on: a server in a process of its own, begun before the work and ended after."""
+"""The page of a run while it goes on: a server in a process of its own, from before the work to its end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,12 @@ def watched(folder: Path, port: int) -> Iterator[None]:
     require_extra()
     from mlxlora_core.server.run import listen, url_of
 
-    with listen(LOOPBACK, port) as listening:
+    try:
+        taken = listen(LOOPBACK, port)
+    except UsageError as fault:
+        fault.fix = "choose another with --watch-port"
+        raise
+    with taken as listening:
         address = url_of(listening)
         child = _started(folder, listening.fileno())
     show.progress(f"the run can be watched at {address}/run")

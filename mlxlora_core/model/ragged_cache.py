@@ -17,7 +17,8 @@ from mlxlora_core.model.ops.ragged import Positions, RaggedCache, attention_to_s
 from mlxlora_core.values import Cache
 
 NARROWEST = 64  # tokens of the narrowest shelf
-_MORE_ROWS = 4  # by which a shelf becomes higher
+_MORE_TOKENS = 256  # by which a shelf becomes higher, or by a row where that has more
+_SPARE_ROWS = 4  # with which a shelf becomes lower
 
 #: keys and values (1, K, T, E) of each layer
 Held = Sequence[tuple[mx.array, mx.array]]
@@ -66,7 +67,9 @@ class _Shelf:
         for side, arrays in enumerate((self.keys, self.values)):
             for layer, pair in enumerate(held):
                 _, heads, _, width = pair[side].shape
-                spare = mx.zeros((_MORE_ROWS, heads, self.room, width), pair[side].dtype)
+                spare = mx.zeros(
+                    (max(1, _MORE_TOKENS // self.room), heads, self.room, width), pair[side].dtype
+                )
                 grown = mx.concatenate([arrays[layer], spare]) if have else spare
                 mx.eval(grown)
                 arrays[layer : layer + 1] = [grown]
@@ -97,6 +100,11 @@ class _Shelf:
         self.rows.pop()
         if not self.rows:
             self.keys, self.values = [], []
+        elif self.keys[0].shape[0] - len(self.rows) >= _SPARE_ROWS:
+            for arrays in (self.keys, self.values):
+                for layer, array in enumerate(arrays):
+                    arrays[layer] = mx.contiguous(array[: len(self.rows)])
+                    mx.eval(arrays[layer])
 
 
 class RaggedRows:
@@ -125,6 +133,10 @@ class RaggedRows:
         del self._lengths[row]
         self._take(row)
 
+    def held(self, row: int) -> Held:
+        """A copy of the keys and values of a row."""
+        return self._shelves[self._rooms[row]].held(row, self._lengths[row])
+
     def step(self, count: int) -> tuple[list[int], list[Cache]]:
         """What one token of each row goes through the model with, once; the rows are longer by it then.
 
@@ -136,7 +148,7 @@ class RaggedRows:
         """
         for row, length in self._lengths.items():
             if self._rooms[row] < length + 1:
-                held = self._shelves[self._rooms[row]].held(row, length)
+                held = self.held(row)
                 self._take(row)
                 self._put(row, held, room_for(length + 1))
         shelves = [self._shelves[room] for room in sorted(self._shelves)]

@@ -111,6 +111,10 @@ class AdapterSet:
         self._state.change(self._state.selected)
         return adapted
 
+    def evaluate(self) -> None:
+        """Compute here what is still to be read or computed of the adapters, for another thread cannot."""
+        mx.eval([held.module for place in self._places.values() for held in place.held.values()])
+
     def take_off(self) -> None:
         """Leave the model as it was before the first adapter."""
         replace(self.model.module, {path: place.linear for path, place in self._places.items()})

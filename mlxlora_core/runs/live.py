@@ -22,7 +22,7 @@ from mlxlora_core.files.row_messages import RowFault
 from mlxlora_core.files.row_shapes import read_row
 from mlxlora_core.runs.folder import DATA, METRICS, RECORD, SAMPLES
 from mlxlora_core.runs.listed import ListedRun, listed, marked, told_by
-from mlxlora_core.runs.report.curves import Curves, read_curves, thinned
+from mlxlora_core.runs.report.curves import Curves, thinned
 from mlxlora_core.runs.report.facts import Facts, read_facts
 from mlxlora_core.training.metrics import REPORT_FORM
 

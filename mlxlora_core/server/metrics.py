@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 GAUGES = {
     "waiting": "requests without a place",
     "reading": "requests whose prompts are read",
+    "aside": "requests that have a place, and wait for memory",
     "running": "requests that have a place",
     "places": "requests that may have a place",
     "reserved_bytes": "of keys and values that are kept free for requests",

@@ -23,6 +23,8 @@ from mlxlora_core.server.values import parse_json
 
 _A = TypeVar("_A", bound=Asked)
 
+_READING = 8  # requests beside those that have a place or wait for one: bodies are held in memory
+
 #: of a response that nobody reads
 CLIENT_GONE = 499
 
@@ -45,7 +47,7 @@ class Protocol:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlxlora prompts")
         self.inside = 0
         config = served.config
-        self._most_inside = 2 * (config.places + config.queue) + 8
+        self._most_inside = config.places + config.queue + _READING
         self._most_bytes = config.max_body << 20
 
     def routes(self) -> list[BaseRoute]:

@@ -1,4 +1,4 @@
-"""``python -m mlxlora_core.server.watching FOLDER SOCKET SIGNAL``: the page of a run that another process makes.
+"""``python -m mlxlora_core.server.watching FOLDER SOCKET SIGNAL``: the page of a run of another process.
 
 A process of its own, so that nothing that goes wrong with the page or with those who
 look at it costs the training anything. It ends when its stdin does, which the run holds.

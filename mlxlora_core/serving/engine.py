@@ -59,6 +59,8 @@ class Engine:
         self._ready = threading.Event()
         self._refused = 0
         mx.eval(parameters(model))
+        if adapters is not None:
+            adapters.evaluate()
         self._thread = threading.Thread(target=self._work, name="mlxlora engine", daemon=True)
         self._thread.start()
 

@@ -31,7 +31,8 @@ class Job:
         cache: keys and values, while it reads its prompt or is continued alone.
         read: tokens of the prompt that were read.
         cached: of these, how many for other requests before.
-        reserved: bytes of keys and values that are kept free for it.
+        reserved: bytes that are kept free for keys and values that it has, and has in the next step.
+        most: bytes that these may come to.
         first: when its first token was drawn, by ``time.monotonic``.
         finish: how it ended; None before.
     """
@@ -42,7 +43,7 @@ class Job:
         self.request, self.stream = request, stream
         self.tokens = list(request.prompt)
         self.cache: Sequence[Cache] = ()
-        self.read = self.cached = self.reserved = 0
+        self.read = self.cached = self.reserved = self.most = 0
         self.submitted, self.first = time.monotonic(), 0.0
         self.finish: str | None = None
         self.max_tokens, self._full = _most_tokens(request, context_tokens)

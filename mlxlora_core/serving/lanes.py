@@ -40,6 +40,10 @@ class Lane(ABC):
     def remove(self, job: Job) -> None:
         """Let go of a request."""
 
+    def put_aside(self, job: Job) -> None:
+        """Let go of a request that is taken in again later, with its keys and values in its own cache."""
+        self.remove(job)
+
     @abstractmethod
     def step(self) -> None:
         """Read the last token of each text, and draw the next."""
@@ -81,9 +85,20 @@ class Batch(Lane):
 
     def remove(self, job: Job) -> None:
         """Let go of a request, and of its keys and values."""
-        row = next(row for row, each in self._jobs.items() if each is job)
+        row = self._row(job)
         del self._jobs[row]
         self._rows.remove(row)
+
+    def put_aside(self, job: Job) -> None:
+        """Let go of a request that is taken in again later, with its keys and values in its own cache."""
+        job.cache = self._model.make_cache()
+        for entry, held in zip(job.cache, self._rows.held(self._row(job)), strict=True):
+            entry.update(*held)
+        mx.eval([entry.held() for entry in job.cache if isinstance(entry, KVCache)])
+        self.remove(job)
+
+    def _row(self, job: Job) -> int:
+        return next(row for row, each in self._jobs.items() if each is job)
 
     def step(self) -> None:
         """Read the last token of each text, and draw the next."""

@@ -13,7 +13,6 @@ from mlxlora_core.errors import MlxloraError, ResourceError
 from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.machine.memory import free_memory_bytes
 from mlxlora_core.model.language_model import LanguageModel
-from mlxlora_core.model.linears import is_packed, linears
 from mlxlora_core.model.memory import SHORTER, sizes_of
 from mlxlora_core.model.ragged_cache import room_for
 from mlxlora_core.serving.job import Job
@@ -23,10 +22,10 @@ from mlxlora_core.serving.prefixes import Prefixes
 from mlxlora_core.serving.selection import Selection
 from mlxlora_core.serving.widths import widths_alike
 
-# Rows of a batch. Up to 8 rows of packed weights are multiplied in one way, so that batches of 1, 2 and 4
-# give the same bits, and one text alone has the speed of a row: 47 ms a token of 135 M at 4 bits on 2 cores,
-# where 8 rows take 82, and 16, whose bits are others, 132.
-_PACKED_ROWS, _ROWS = 8, 16
+# Rows of a batch. Up to 16 rows of packed weights are multiplied in one way, so that batches of 1, 2, 4 and 8
+# give the same bits, and one text alone has the speed of a row: 53 ms a token of 135 M at 4 bits on 2 cores,
+# where 8 rows take 91 and 16 take 152. Where 16 have bits of their own, 8 and fewer may have the same.
+_ROWS = (16, 8)
 
 # Of free memory, what keys and values may take where nobody says, and of that what is kept of prompts.
 _CACHE_SHARE, _PREFIX_SHARE = 0.5, 0.25
@@ -40,14 +39,15 @@ class Limits:
         places: requests that are read and continued at the same time.
         queue: requests that may wait for a place.
         part_tokens: tokens of a prompt that are read at a time.
-        step_tokens: tokens of prompts after which a step reads no further part.
+        step_tokens: tokens of prompts after which a step reads no further part but of the oldest; half
+            of what parts of all places come to has a prompt of one part read within two steps.
         cache_bytes: that keys and values may take; None for half of the memory that is free.
     """
 
     places: int = 16
     queue: int = 64
     part_tokens: int = 128
-    step_tokens: int = 512
+    step_tokens: int = 1024
     cache_bytes: int | None = None
 
 
@@ -57,6 +57,9 @@ class Scheduler:
     What a request gets depends on it alone: its prompt is read in parts that begin at multiples of
     ``part_tokens``, by itself, and its text continued in batches of widths that give its row the same
     bits whoever its neighbours are; where there are no such widths, one by one.
+
+    Memory for keys and values is reserved as a text grows. A text that would need so much more that not
+    all could come to their ends is put aside until others have ended: whatever has a place can end.
 
     Args:
         model: with its adapters; evaluated.
@@ -74,13 +77,12 @@ class Scheduler:
         self.metrics = Metrics()
         self._waiting: deque[Job] = deque()
         self._reading: list[Job] = []
-        packed = any(is_packed(linear) for _, linear in linears(model))
-        widest = min(_PACKED_ROWS if packed else _ROWS, limits.places)
-        self.widths = widths_alike(model, selection, widest) if model.ragged else ()
+        self._aside: list[Job] = []  # until there is memory for what comes next of them
+        self.widths = _widths(model, selection, limits.places) if model.ragged else ()
         self._alone = OneByOne(model, selection)
         self._batches: list[Batch] = []
         if self.widths:
-            count = -(-limits.places // widest)
+            count = -(-limits.places // self.widths[-1])
             self._batches = [Batch(model, selection, self.widths) for _ in range(count)]
         self._sizes = sizes_of(model)
         self.cache_bytes = limits.cache_bytes or int(_CACHE_SHARE * (free_memory_bytes() or 1 << 30))
@@ -97,7 +99,7 @@ class Scheduler:
     @property
     def running(self) -> list[Job]:
         """Requests that have one."""
-        return [*self._reading, *(job for lane in self._lanes() for job in lane.jobs)]
+        return [*self._reading, *self._aside, *(job for lane in self._lanes() for job in lane.jobs)]
 
     @property
     def busy(self) -> bool:
@@ -129,6 +131,7 @@ class Scheduler:
         now = {
             "waiting": len(self._waiting),
             "reading": len(self._reading),
+            "aside": len(self._aside),
             "running": len(self.running),
             "places": self._limits.places,
             "reserved_bytes": self._reserved(),
@@ -163,6 +166,7 @@ class Scheduler:
                 job.end(why)
         self._waiting = deque(self._left(self._waiting))
         self._reading = list(self._left(self._reading))
+        self._aside = list(self._left(self._aside))
         for lane in self._lanes():
             self._clear(lane)
 
@@ -183,24 +187,55 @@ class Scheduler:
     def _reserved(self) -> int:
         return sum(job.reserved for job in self.running)
 
+    def _can_end(self) -> bool:
+        """Whether all that have a place can end one after the other, each with all that it may come to need.
+
+        Source: Dijkstra 1965, "Cooperating sequential processes" (EWD 123), section 6.
+        """
+        free = self.cache_bytes - self._reserved()
+        for job in sorted(self.running, key=lambda job: job.most - job.reserved):
+            if job.most - job.reserved > free:
+                return False
+            free += job.reserved
+        return True
+
+    def _grow(self, job: Job) -> bool:
+        """Reserve what the next step of a text takes, if all can end then; whether that is so."""
+        before = job.reserved
+        job.reserved = max(before, self._sizes.cache_bytes(room_for(len(job.tokens))))
+        if job.reserved == before or self._can_end():
+            return True
+        job.reserved = before
+        return False
+
     def _admit(self) -> None:
         """Give places to those that wait, in the order in which they came, as far as there is memory."""
-        while self._waiting and len(self.running) < self._limits.places:
-            need = self.need_bytes(self._waiting[0])
-            if self._reserved() + need > self.cache_bytes:
+        for job in list(self._aside):
+            if self._grow(job):
+                self._aside.remove(job)
+                self._place(job)
+        while self._waiting and not self._aside and len(self.running) < self._limits.places:
+            job = self._waiting[0]
+            job.most = self.need_bytes(job)
+            job.reserved = self._sizes.cache_bytes(room_for(len(job.request.prompt) + 1))
+            self._reading.append(job)
+            if not self._can_end():
+                self._reading.pop()
                 return
-            job = self._waiting.popleft()
-            job.reserved, job.cache = need, self._model.make_cache()
+            self._waiting.popleft()
+            job.cache = self._model.make_cache()
             job.read = job.cached = self._prefixes.begin(job.request.adapter, job.request.prompt, job.cache)
             self.metrics.cached_tokens += job.cached
-            self._reading.append(job)
 
     def _read(self) -> None:
-        """Read a part of each prompt, from the first come on, until the step has read enough."""
-        left = self._limits.step_tokens
-        for job in list(self._reading):
-            if left <= 0:
-                return
+        """Read a part of each prompt until the step has read enough, the shortest first.
+
+        The one that came first is read in every step, or prompts that come later could hold it up forever.
+        """
+        left, first = self._limits.step_tokens, self._reading[:1]
+        for job in sorted(self._reading, key=lambda job: len(job.request.prompt) - job.read):
+            if left <= 0 and job not in first:
+                continue
             before = job.read
             try:
                 self._read_part(job)
@@ -236,6 +271,10 @@ class Scheduler:
 
     def _continue(self, lane: Lane) -> None:
         """Continue the texts of a lane; all end where that fails, and it is empty then."""
+        for job in lane.jobs:
+            if not self._grow(job):
+                lane.put_aside(job)
+                self._aside.append(job)
         self.metrics.rows += len(lane.jobs)
         try:
             lane.step()
@@ -246,6 +285,15 @@ class Scheduler:
 
     def _lanes(self) -> list[Lane]:
         return [*self._batches, self._alone]
+
+
+def _widths(model: LanguageModel, selection: Selection, places: int) -> tuple[int, ...]:
+    """Rows that batches have, up to the most of which fewer have the same bits."""
+    found = [widths_alike(model, selection, min(_ROWS[0], places))]
+    for widest in _ROWS[1:]:
+        if len(found[-1]) == 1 and found[-1][0] > widest:
+            found.append(widths_alike(model, selection, widest))
+    return max(found, key=len)
 
 
 def _as_error(fault: Exception) -> MlxloraError:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from served_models import ServerProcess
 
-from mlxlora_core.cli import execute
+from mlxlora_core.cli import execute, watch
 
 PROMPTS = ["A layer scales", "no such row"]
 
@@ -89,6 +89,22 @@ def test_what_makes_no_sense_beside_a_run(
 ) -> None:
     assert execute(["serve", str(run), *arguments]) == code
     assert words in capsys.readouterr().err
+
+
+def test_the_run_has_a_page_of_its_own(server: ServerProcess) -> None:
+    assert json.loads(server.request("GET", "/api/page")[2])["run"] is True
+    assert server.request("GET", "/run")[0] == 200
+    status, headers, _ = server.request("GET", "/api/run")
+    assert (status, headers["content-type"]) == (200, "application/json")
+    assert "default-src 'none'" in headers["content-security-policy"]
+
+
+def test_without_the_extra_one_line_says_how_to_get_it(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "find_spec", lambda name: None)
+    assert execute(["serve", str(run)]) == 2
+    assert "pip install 'mlxlora[serve]'" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,14 @@ def test_threads_get_what_each_would_get_alone(served: Served, start: Callable[.
     assert [got[number] for number in range(12)] == want
 
 
+def test_adapters_of_which_nothing_was_computed_before_are_served(make_served: Callable[..., Served]) -> None:
+    """MLX computes in the thread whose arrays they are, and what was read for an adapter is of this one."""
+    served = make_served()
+    with Engine(served.model, served.tokenizer, served.adapters, Limits(**LIMITS)) as engine:
+        for name in engine.names:
+            assert list(engine.submit(Request([5, 6], name, max_tokens=2)))[-1].error is None
+
+
 def test_tasks_read_streams_too(start: Callable[..., Engine]) -> None:
     engine = start()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from serving_steps import Served, Steps, greedy, ids_of, told
+from serving_steps import Served, Steps, alone, greedy, ids_of, same, told
 
 from mlxlora_core.errors import DivergedError, PluginError, ResourceError
 from mlxlora_core.model.generate import decode, generate, whole
@@ -19,6 +19,8 @@ from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.plugins import Component, Plugin, Registry
 from mlxlora_core.serving.request import Request
 from mlxlora_core.specs import Sampler
+
+EOS = 2
 
 
 def sampler(transform: Any) -> list[tuple[Component, Any]]:
@@ -35,6 +37,11 @@ def scripted(ids: Sequence[int]) -> list[tuple[Component, Any]]:
         return mx.where(mx.arange(logits.shape[-1]) == next(rest), 0.0, mx.full(logits.shape, -mx.inf))
 
     return sampler(transform)
+
+
+def unending() -> list[tuple[Component, Any]]:
+    """A sampler that leaves every token but the end."""
+    return sampler(lambda logits, tokens: mx.where(mx.arange(logits.shape[-1]) == EOS, -mx.inf, logits))
 
 
 def test_the_text_is_what_generate_gives(served: Served, registry: Registry) -> None:
@@ -195,6 +202,48 @@ def test_logprobs_are_those_of_the_logits(served: Served, registry: Registry) ->
         assert [i for i, _ in token.top] == mx.argsort(-want)[:3].tolist()
 
 
+# --- the first token ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 128])
+def test_a_free_place_gives_a_first_token_within_two_steps(served: Served, tokens: int) -> None:
+    """Whatever else there is to do: 15 places are taken by texts, and by prompts that take many steps."""
+    for reading in (0, 8, 15):
+        steps = Steps(served)
+        for n in range(15 - reading):
+            steps.submit(Request([5, n], samplers=unending(), max_tokens=900))
+        steps.scheduler.step()
+        for n in range(reading):
+            steps.submit(Request([5 + n] * 2000, max_tokens=1))
+        leaving = steps.submit(Request([6], samplers=unending(), max_tokens=900))
+        waiting = steps.submit(Request([7] * tokens, max_tokens=1))
+        for _ in range(3):
+            steps.scheduler.step()
+        assert waiting.drawn == 0
+        leaving.stream.cancel()
+        for _ in range(2):
+            steps.scheduler.step()
+        assert waiting.drawn == 1
+
+
+def test_so_do_prompts_of_one_part_that_come_to_all_places_at_once(served: Served) -> None:
+    steps = Steps(served)
+    jobs = [steps.submit(Request([5 + n] * 128, max_tokens=3)) for n in range(16)]
+    for _ in range(2):
+        steps.scheduler.step()
+    assert all(job.drawn for job in jobs)
+
+
+def test_short_prompts_do_not_hold_up_a_long_one_forever(served: Served) -> None:
+    steps = Steps(served, part_tokens=16, step_tokens=16, places=4)
+    long = steps.submit(Request([5] * 160, max_tokens=1))
+    for n in range(10):
+        for m in range(3):
+            steps.submit(Request([7 + n, 7 + m] * 8, max_tokens=1))
+        steps.scheduler.step()
+    assert long.finish is not None
+
+
 # --- memory -------------------------------------------------------------------
 
 
@@ -219,6 +268,41 @@ def test_requests_wait_for_memory(served: Served) -> None:
         most = max(most, len(narrow.scheduler.running))
     assert most == 2
     assert all(told(job)[-1].finish for job in jobs)
+
+
+def test_what_has_a_place_can_end_though_memory_is_not_reserved_for_all_that_may_come(served: Served) -> None:
+    asked = [Request([5, 6 + n], samplers=unending(), seed=n, max_tokens=300, logprobs=0) for n in range(6)]
+    need = Steps(served).scheduler.need_bytes(Steps(served).submit(asked[0]))
+    narrow = Steps(served, cache_bytes=int(2.5 * need / 0.75))
+    jobs = [narrow.submit(request) for request in asked]
+    scheduler, most, aside = narrow.scheduler, 0, 0
+    for _ in range(3000):  # enough for one text after another
+        if not scheduler.busy:
+            break
+        scheduler.step()
+        metrics = scheduler.plain_metrics()
+        assert metrics["reserved_bytes"] <= metrics["cache_bytes"]
+        most, aside = max(most, len(scheduler.running)), max(aside, int(metrics["aside"]))
+    assert not scheduler.busy, "none can go on"
+    assert most > 2 and aside > 0, "all that may come fits twice"
+    for request, job in zip(asked, jobs, strict=True):
+        parts = told(job)
+        assert parts[-1].finish == "length"
+        assert same(parts, alone(served, request))
+
+
+def test_who_is_put_aside_can_leave(served: Served) -> None:
+    asked = [Request([5], samplers=unending(), seed=n, max_tokens=300) for n in range(4)]
+    need = Steps(served).scheduler.need_bytes(Steps(served).submit(asked[0]))
+    narrow = Steps(served, cache_bytes=int(1.9 * need / 0.75))
+    jobs = [narrow.submit(request) for request in asked]
+    while not narrow.scheduler.plain_metrics()["aside"]:
+        narrow.scheduler.step()
+    for job in jobs:
+        job.stream.cancel()
+    narrow.scheduler.step()
+    assert not narrow.scheduler.busy
+    assert narrow.scheduler.plain_metrics()["finished_cancelled"] == 4
 
 
 def test_a_thousand_requests_that_leave_at_any_time_leave_nothing(served: Served) -> None:

@@ -111,6 +111,10 @@ def report(base: Base) -> dict[str, Any]:
     return {}
 
 
+def runs(base: Base) -> dict[str, Any]:
+    return {"folders": "."}
+
+
 def run(base: Base) -> dict[str, Any]:
     path = Path("recipe.toml")
     path.write_text(RECIPE.format(checkpoint=base.checkpoint, rows=base.rows))
@@ -119,7 +123,7 @@ def run(base: Base) -> dict[str, Any]:
 
 WORKING: dict[str, Callable[[Base], dict[str, Any]]] = {
     verb.__name__: verb
-    for verb in (convert, data, train, evaluate, generate, chat, fuse, export, adapters, report, run)
+    for verb in (convert, data, train, evaluate, generate, chat, fuse, export, adapters, report, run, runs)
 }
 
 
