@@ -5,7 +5,7 @@ import { get } from "./protocol.js";
 import * as settings from "./settings.js";
 import * as tip from "./tip.js";
 
-const KEY = "mlxlora-api-key";
+const KEY = "mlxlora-key"; // the page of a run has it too
 const wide = matchMedia("(min-width: 62rem)");
 const prompt = byId("prompt");
 
