@@ -6,8 +6,9 @@ LoRA on q and v of the top 3 of 12 layers of the 90 M shape, random weights, bat
 real lengths: the docstrings of mlx in the demo's tokens. The environment of the peers is made as
 for ``peers.py``.
 
-mlxlora trains twice, with reuse and without; PyTorch with PEFT in float32 pads each batch of rows in
-random order to its longest row. They take turns, an epoch each, so that what else the machine does
+mlxlora trains twice, with reuse and without. So does PyTorch with PEFT in float32, which pads each batch
+to its longest row: with rows in random order, as it is used to, and with the batches of mlxlora, after
+which the losses are to be the same. They take turns, an epoch each, so that what else the machine does
 falls on all. Their times include reading the frozen layers, and a validation at the end; mlxlora's
 validation before the first step too. mlx-lm as installed makes a few steps, and its whole run is
 worked out of their tokens a second: it would take an hour.
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from peers import check_environment
 from workers import commands, contest
 from workers.channel import Job
@@ -32,10 +34,14 @@ from workers.weights import HUGGING_FACE, META
 from mlxlora_core.machine import doctor
 from mlxlora_core.model.tokenizers import open_tokenizer
 from mlxlora_core.plugins import load
-from mlxlora_core.training.examples import make_examples
+from mlxlora_core.training.batches import epoch_order
+from mlxlora_core.training.examples import Example, make_examples
 
 BASE = Path(__file__).parents[1] / "plugins" / "mlxlora_demo" / "base"
 LAYERS, BATCH, RATE, LONGEST = 3, 4, 3e-4, 512
+SEED = 0  # of the order of rows
+SAME_BATCHES = "torch + peft, same batches"
+TRAINED = ("mlxlora", "mlxlora, no reuse", "torch + peft", SAME_BATCHES)
 SAME = 0.005  # how far losses of validation may be apart
 
 
@@ -101,11 +107,12 @@ def _job(run: contest.Run, folder: Path, model: str, **more: Any) -> Job:
 
 def _measure(run: contest.Run, folder: Path, epochs: int) -> dict[str, Any]:
     """Tool -> seconds of its epochs, and its loss on the rows to validate on."""
-    ours, theirs = "with_mlxlora", "with_torch"
+    ours, theirs, order = "with_mlxlora", "with_torch", str(_write_order(folder, epochs))
     entries = {
         "mlxlora": (sys.executable, ours, _job(run, folder, "model", epochs=epochs, reuse="auto")),
         "mlxlora, no reuse": (sys.executable, ours, _job(run, folder, "model", epochs=epochs)),
         "torch + peft": (run.peers, theirs, _job(run, folder, HUGGING_FACE, epochs=epochs)),
+        SAME_BATCHES: (run.peers, theirs, _job(run, folder, HUGGING_FACE, epochs=epochs, order=order)),
     }
     workers: dict[str, Worker] = {}
     try:
@@ -138,6 +145,15 @@ def _measure(run: contest.Run, folder: Path, epochs: int) -> dict[str, Any]:
     }
 
 
+def _write_order(folder: Path, epochs: int) -> Path:
+    """The rows of each step of mlxlora, epoch by epoch."""
+    rows = json.loads((folder / "train.json").read_text())
+    examples = [Example(np.array(row, np.uint32), np.arange(len(row)) > 0) for row in rows]
+    path = folder / "order.json"
+    path.write_text(json.dumps([epoch_order(examples, BATCH, SEED, epoch) for epoch in range(epochs)]))
+    return path
+
+
 def _ready(run: contest.Run, worker: Worker, tool: str) -> None:
     worker.ready = worker.read()
     run.result["versions"] |= worker.ready["versions"]
@@ -160,33 +176,34 @@ def _steps_of_mlx_lm(run: contest.Run, folder: Path, tokens: int) -> dict[str, A
 
 def _compare(result: dict[str, Any]) -> None:
     """Add the ratios, and hold the losses against each other."""
-    ours, plain, torch = (result[tool] for tool in ("mlxlora", "mlxlora, no reuse", "torch + peft"))
-    losses = [tool["loss"] for tool in (ours, plain, torch)]
+    ours, plain, torch, same = (result[tool] for tool in TRAINED)
+    losses = [tool["loss"] for tool in (ours, plain, same)]
     result["ratios"] = {
         "epochs after the first, of no reuse": plain["later epochs"] / ours["later epochs"],
         "whole run, of no reuse": plain["whole"] / ours["whole"],
         "whole run, of torch + peft": torch["whole"] / ours["whole"],
-        "losses apart": (max(losses) - min(losses)) / min(losses),
+        "whole run, of torch + peft on the same batches": same["whole"] / ours["whole"],
+        "losses apart, on the same batches": (max(losses) - min(losses)) / min(losses),
     }
     if "mlx-lm as installed" in result:
         result["ratios"]["whole run, of mlx-lm"] = result["mlx-lm as installed"]["whole"] / ours["whole"]
-    if result["ratios"]["losses apart"] > SAME:
+    if result["ratios"]["losses apart, on the same batches"] > SAME:
         click.echo(f"the losses differ by more than {SAME:.1%}: {losses}", err=True)
 
 
 def _text(result: dict[str, Any]) -> str:
     lines = [f"{result['rows']} rows, {result['tokens']} tokens an epoch, {result['epochs']} epochs"]
-    for tool in ("mlxlora", "mlxlora, no reuse", "torch + peft"):
+    for tool in TRAINED:
         row = result[tool]
         lines.append(
-            f"{tool:20} first epoch {row['epochs'][0]:7.1f} s, later {row['later epochs']:7.1f} s, "
+            f"{tool:28} first epoch {row['epochs'][0]:7.1f} s, later {row['later epochs']:7.1f} s, "
             f"whole {row['whole']:7.1f} s, loss {row['loss']:.4f}"
         )
     if "mlx-lm as installed" in result:
         row = result["mlx-lm as installed"]
         rate = row["worked out of tokens/s"]
         lines.append(
-            f"{'mlx-lm as installed':20} whole {row['whole']:.0f} s, worked out of {rate:.1f} tokens/s"
+            f"{'mlx-lm as installed':28} whole {row['whole']:.0f} s, worked out of {rate:.1f} tokens/s"
         )
     lines += [f"{name}: {value:.4g}" for name, value in result["ratios"].items()]
     return "\n".join(lines)

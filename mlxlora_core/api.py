@@ -26,7 +26,7 @@ from mlxlora_core.machine.memory import free_in_groups_bytes
 from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.options import NoOptions, option, parse
 from mlxlora_core.plugins.progress import report_note, report_progress
-from mlxlora_core.runtime_started import RuntimeStarted
+from mlxlora_core.runtime_started import LayerOperations, RuntimeStarted
 from mlxlora_core.series import Series, figures, flat_settings
 from mlxlora_core.specs import (
     Adapter,
@@ -79,6 +79,7 @@ __all__ = [
     "ForeignAdapter",
     "ForeignModel",
     "ForeignTensor",
+    "LayerOperations",
     "Layout",
     "LazyTensor",
     "LowRank",

@@ -13,6 +13,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class LayerOperations:
+    """What a transformer layer computes beside its products, in one pass through memory each.
+
+    All arrays are float32 on the CPU, with 1 to 2**31 - 1 numbers; mlxlora never differentiates
+    what comes. ``y`` and ``dy`` are used up: a result may take their memory.
+
+    Attributes:
+        silu_times: ``(gate, y)`` -> ``silu(gate) · y``.
+        silu_slope: ``(gate, y)`` -> ``silu'(gate) · y``.
+        normalise: ``(x, eps)`` -> ``x / sqrt(mean(x²) + eps)`` along the last axis.
+        normalise_back: ``(x, dy, eps)`` -> the gradient of ``normalise`` for x.
+        rotation: ``(cosines, sines)``, each (T, E), -> a function that turns neighbouring numbers of
+            (..., T, E): ``x · cosines`` plus each one's neighbour times ``sines``.
+        softmax_back: ``(e, dy)`` -> ``e (dy - sum(e · dy) / sum(e))`` along the last axis.
+    """
+
+    silu_times: Callable[[mx.array, mx.array], mx.array]
+    silu_slope: Callable[[mx.array, mx.array], mx.array]
+    normalise: Callable[[mx.array, float], mx.array]
+    normalise_back: Callable[[mx.array, mx.array, float], mx.array]
+    rotation: Callable[[mx.array, mx.array], Callable[[mx.array], mx.array]]
+    softmax_back: Callable[[mx.array, mx.array], mx.array]
+
+
+@dataclass(frozen=True)
 class RuntimeStarted:
     """What a runtime has to say, in one line.
 
@@ -23,12 +48,12 @@ class RuntimeStarted:
             on, where the runtime can; mlxlora calls it between computations.
         exp: the exponential of a float32 array of any shape on the CPU, where the
             runtime has a faster one than MLX's; mlxlora never differentiates it.
-        sigmoid: the same for 1 / (1 + exp(-x)).
         exp_rows: the same for ``(x, queries)`` -> ``exp(x - x.max(-1))`` along the last axis.
             ``queries`` is 0, or rows come in groups of so many, of which the last sees all
             numbers of its row, the one before all but one, and so on; the rest is 0.
         log_softmax: float32 (N, V) less the logarithm of the sum of the exponentials of each row.
         scaled_exp: ``factors · exp(x)`` of float32 (N, V) and (N, 1).
+        layers: what a transformer layer computes beside its products.
         packed_product: makes, of the words, scales and biases of :func:`mlx.core.quantize` and
             its ``group_size`` and ``bits``, products with them in float32 that are faster than
             MLX on the CPU, or None where it cannot; mlxlora never differentiates them.
@@ -47,10 +72,10 @@ class RuntimeStarted:
     warning: bool = False
     set_threads: Callable[[int], None] | None = None
     exp: Callable[[mx.array], mx.array] | None = None
-    sigmoid: Callable[[mx.array], mx.array] | None = None
     exp_rows: Callable[[mx.array, int], mx.array] | None = None
     log_softmax: Callable[[mx.array], mx.array] | None = None
     scaled_exp: Callable[[mx.array, mx.array], mx.array] | None = None
+    layers: LayerOperations | None = None
     packed_product: Callable[..., PackedProduct | None] | None = None
     set_precision: Callable[[str], None] | None = None
     alternatives: Callable[[], Sequence[Mapping[str, str]]] | None = None

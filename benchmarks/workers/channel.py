@@ -39,6 +39,8 @@ class Job:
         epochs: how many are asked for; the sample after the last is a validation.
         learning_rate: of ``epochs``.
         reuse: of ``epochs``, whether mlxlora keeps what enters the lowest adapted layer: ``auto`` or ``off``.
+        order: of ``epochs`` by PyTorch, JSON file with the rows of each step, epoch by epoch; without it the
+            order is random.
     """
 
     task: str
@@ -60,11 +62,17 @@ class Job:
     epochs: int = 0
     learning_rate: float = 1e-5
     reuse: str = "off"
+    order: str = ""
 
     def read_valid(self) -> list[list[int]]:
         """The token rows to validate on."""
         rows: list[list[int]] = json.loads(Path(self.valid).read_text())
         return rows
+
+    def read_order(self) -> list[list[list[int]]] | None:
+        """The rows of each step, epoch by epoch, where they are given."""
+        steps: list[list[list[int]]] = json.loads(Path(self.order).read_text()) if self.order else None
+        return steps
 
     def read_rows(self) -> list[list[int]]:
         """The token rows."""

@@ -42,7 +42,7 @@ def _start(component: Component) -> RuntimeStarted | None:
         use_for_products(note.set_threads)
     if note.set_precision is not None:
         use_for_precision(note.set_precision)
-    for name in ("exp", "sigmoid", "exp_rows", "log_softmax", "scaled_exp", "packed_product"):
+    for name in ("exp", "exp_rows", "log_softmax", "scaled_exp", "layers", "packed_product"):
         if getattr(note, name) is not None:
             lend(name, getattr(note, name))
     return replace(note, text=one_line(note.text))

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from mlxlora_core.files.input_file import open_regular
 from mlxlora_core.files.row_messages import RowFault
 from mlxlora_core.files.row_shapes import read_row
 from mlxlora_core.runs.folder import DATA, METRICS, RECORD, SAMPLES, file_stat
-from mlxlora_core.runs.listed import ListedRun, listed, marked, told_by
+from mlxlora_core.runs.listed import ListedRun, listed, marked, state_of, told_by
 from mlxlora_core.runs.report.curves import Curves, thinned
 from mlxlora_core.runs.report.facts import Facts, read_facts
 from mlxlora_core.training.metrics import REPORT_FORM
@@ -47,22 +47,25 @@ class Reading:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._facts: Facts | None = None
+        self._read: tuple[Facts, ListedRun] | None = None
         self._due, self._stat = 0.0, file_stat(folder / RECORD)
 
-    def facts(self) -> Facts:
-        """What was read last, which is not old.
+    def told(self) -> tuple[Facts, ListedRun]:
+        """What was read last, which is not old, and the run by it, as it stands now.
 
         Raises:
             DataError: it is no run folder.
         """
         began, stat = time.monotonic(), file_stat(self.folder / RECORD)
-        if self._facts is None or began >= self._due or stat != self._stat:  # a stage was begun or done
+        if self._read is None or began >= self._due or stat != self._stat:  # a stage was begun or done
             self._stat = stat
-            self._facts = read_facts(self.folder)
+            facts = read_facts(self.folder)
+            self._read = facts, told_by(self.folder, facts)
             now = time.monotonic()
             self._due = now + _SHARE * (now - began)
-        return self._facts
+        facts, run = self._read
+        state, fault = state_of(self.folder, facts)
+        return facts, replace(run, state=state, fault=fault)
 
 
 def look(reading: Reading, cursor: str = "") -> dict[str, Any]:
@@ -79,8 +82,8 @@ def look(reading: Reading, cursor: str = "") -> dict[str, Any]:
     Raises:
         DataError: it is no run folder.
     """
-    facts, folder = reading.facts(), reading.folder
-    run = told_by(folder, facts)
+    facts, run = reading.told()
+    folder = reading.folder
     reports, cursor, anew = _reports(folder / METRICS, facts, cursor)
     stages = list(facts.record["inputs"])
     open_stages = [stage for stage in stages if stage not in facts.results]

@@ -23,9 +23,9 @@ from mlxlora_core.training.update import is_compiled
 
 _OPTIMIZER_BYTES = 16  # a weight, its gradient and two moments, each float32
 #: of what goes into and comes out of a layer's linears, the share that is kept for the gradient
-_KEPT_WIDTH, _KEPT_INPUTS = 0.85, 0.3
+_KEPT_WIDTH, _KEPT_INPUTS = 0.7, 0.25
 #: words of logits that stand in memory at once, and scores of the layer whose gradient is computed
-_LOGITS, _SCORES, _WIDTH = 5, 1.5, 1.5
+_LOGITS, _SCORES, _WIDTH = 5, 1.5, 1.2
 
 _SWITCH = "--grad-checkpoint on"
 FIX = "lower --batch-size, --max-seq-length or --lora-layers"

@@ -43,11 +43,13 @@ static const uint32_t TOO_LARGE = 0x7f7f8000;
 
 /* --- packing ------------------------------------------------------------------------------------------ */
 
-/* op(A) or op(B) as it is stored: the terms of a row or column stand side by side, or else its neighbours. */
+/* op(A) or op(B) as it is stored: the terms of a row or column stand side by side, or else its neighbours.
+   op(B) may be a packed weight, whose numbers are made when they are packed into panels. */
 struct operand {
     const float *numbers;
     size_t step;
     int terms_inside;
+    const struct header *weight; /* or NULL */
 };
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
@@ -91,10 +93,41 @@ INLINE void transpose(void *tile) {
     }
 }
 
-/* One tile of `count` rows or columns and `terms` terms of each, the rest of it 0. In a tile for op(A) a row is
-   a row of it; in one for op(B) it is two terms of all columns, which is the same turned around. */
-INLINE void pack_tile(char *tile, const float *x, size_t step, int terms_inside, int for_a, int count, int terms,
-                      int parts, __m512i *largest) {
+/* Number `at` of what a packed weight has one of for each group. */
+INLINE __m512 of_group(const void *numbers, size_t at, int type) {
+    const uint16_t half = ((const uint16_t *)numbers)[at * (type != FLOAT32)];
+    if (type == FLOAT32) return _mm512_set1_ps(((const float *)numbers)[at]);
+    if (type == BFLOAT16) return (__m512)_mm512_set1_epi32(half << 16);
+    return _mm512_cvtph_ps(_mm256_set1_epi16((short)half));
+}
+
+/* 16 numbers of a packed weight, as packed.c expands them; `column` is a multiple of 16. */
+INLINE __m512 expanded(const struct header *weight, size_t row, size_t column) {
+    const int bits = weight->bits;
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i first_bits = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(bits));
+    const uint32_t *from = weight->words + (row * (size_t)weight->inputs + column) * (size_t)bits / 32;
+    const __m512i words = _mm512_maskz_loadu_epi32(first(bits / 2), from);
+    const __m512i of_lane = _mm512_permutexvar_epi32(_mm512_srli_epi32(first_bits, 5), words);
+    const __m512i values = _mm512_and_si512(
+        _mm512_srlv_epi32(of_lane, _mm512_and_si512(first_bits, _mm512_set1_epi32(31))),
+        _mm512_set1_epi32((1 << bits) - 1));
+    const size_t group = row * (size_t)(weight->inputs / weight->group) + column / (size_t)weight->group;
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(values), of_group(weight->scales, group, weight->type),
+                           of_group(weight->biases, group, weight->type));
+}
+
+/* Numbers of a row as it is stored, from a column on; 0 where the mask says so. */
+INLINE __m512 numbers_at(const struct operand *o, int is_packed, size_t row, size_t column, __mmask16 mask) {
+    if (!is_packed) return _mm512_maskz_loadu_ps(mask, o->numbers + row * o->step + column);
+    return mask ? expanded(o->weight, row, column) : _mm512_setzero_ps();
+}
+
+/* One tile of `count` rows or columns from `at` on, and of `terms` terms of each from `from` on, the rest of it 0.
+   In a tile for op(A) a row is a row of it; in one for op(B) it is two terms of all columns, which is the same
+   turned around. */
+INLINE void pack_tile(char *tile, const struct operand *o, int terms_inside, int for_a, int is_packed, int at, int count,
+                      int from, int terms, int parts, __m512i *largest) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     const __m512i beside = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
                                             22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -103,10 +136,10 @@ INLINE void pack_tile(char *tile, const float *x, size_t step, int terms_inside,
     for (int i = 0; i < 16; i++) {
         __m512i high = _mm512_setzero_si512(), low = high;
         if (i < rows) {
-            const float *from = terms_inside ? x + i * step : x + 2 * i * step;
-            __m512 even = _mm512_maskz_loadu_ps(left, from);
-            __m512 odd = terms_inside ? _mm512_maskz_loadu_ps(first(terms - 16), from + 16)
-                         : 2 * i + 1 < terms ? _mm512_maskz_loadu_ps(left, from + step)
+            const size_t row = terms_inside ? at + i : from + 2 * i, column = terms_inside ? from : at;
+            __m512 even = numbers_at(o, is_packed, row, column, left);
+            __m512 odd = terms_inside ? numbers_at(o, is_packed, row, column + 16, first(terms - 16))
+                         : 2 * i + 1 < terms ? numbers_at(o, is_packed, row + 1, column, left)
                                              : _mm512_setzero_ps();
             *largest = _mm512_max_epu32(*largest, _mm512_and_si512((__m512i)even, magnitude));
             *largest = _mm512_max_epu32(*largest, _mm512_and_si512((__m512i)odd, magnitude));
@@ -125,35 +158,37 @@ INLINE void pack_tile(char *tile, const float *x, size_t step, int terms_inside,
     }
 }
 
-/* Panels one after the other, `size` bytes each: `count` rows or columns, and `terms` terms of them. Where
-   neighbours stand side by side, they are read along them. */
-INLINE void pack_as(char *panels, size_t size, const float *x, size_t step, int terms_inside, int for_a, int count,
-                    int terms, int parts, __m512i *largest) {
+/* Panels one after the other, `size` bytes each: `count` rows or columns from `at` on, and `terms` terms of them from
+   `from` on. Where neighbours stand side by side, they are read along them. */
+INLINE void pack_as(char *panels, size_t size, const struct operand *o, int terms_inside, int for_a, int is_packed,
+                    int at, int count, int from, int terms, int parts, __m512i *largest) {
     const int tiles = (count + 15) / 16, times = (terms + TERMS - 1) / TERMS;
     for (int i = 0; i < tiles * times; i++) {
         const int tile = terms_inside ? i / times : i % tiles, time = terms_inside ? i % times : i / tiles;
-        const int at = tile * 16, from = time * TERMS;
-        pack_tile(panels + tile / 2 * size + (time * 2 * parts + tile % 2) * TILE_BYTES,
-                  terms_inside ? x + at * step + from : x + from * step + at, step, terms_inside, for_a,
-                  smaller(16, count - at), smaller(TERMS, terms - from), parts, largest);
+        pack_tile(panels + tile / 2 * size + (time * 2 * parts + tile % 2) * TILE_BYTES, o, terms_inside, for_a,
+                  is_packed, at + tile * 16, smaller(16, count - tile * 16), from + time * TERMS,
+                  smaller(TERMS, terms - time * TERMS), parts, largest);
     }
 }
 
-/* As pack_as, of the rows or columns of an operand from `at` on, and of their terms from `from` on. */
+/* As pack_as, whatever the operand is. */
 TARGET static void pack(char *panels, size_t size, const struct operand *o, int for_a, int at, int count, int from,
                         int terms, int parts, __m512i *largest) {
-    const float *x = o->numbers + (o->terms_inside ? at * o->step + from : from * o->step + at);
-#define PACK(inside, a, p) \
-    if (o->terms_inside == inside && for_a == a && parts == p) \
-        pack_as(panels, size, x, o->step, inside, a, count, terms, p, largest)
-    PACK(1, 1, 1);
-    PACK(1, 1, 2);
-    PACK(1, 0, 1);
-    PACK(1, 0, 2);
-    PACK(0, 1, 1);
-    PACK(0, 1, 2);
-    PACK(0, 0, 1);
-    PACK(0, 0, 2);
+#define PACK(inside, a, packed, p) \
+    if (o->terms_inside == inside && for_a == a && (o->weight != NULL) == packed && parts == p) \
+        pack_as(panels, size, o, inside, a, packed, at, count, from, terms, p, largest)
+    PACK(1, 1, 0, 1);
+    PACK(1, 1, 0, 2);
+    PACK(1, 0, 0, 1);
+    PACK(1, 0, 0, 2);
+    PACK(0, 1, 0, 1);
+    PACK(0, 1, 0, 2);
+    PACK(0, 0, 0, 1);
+    PACK(0, 0, 0, 2);
+    PACK(1, 0, 1, 1);
+    PACK(1, 0, 1, 2);
+    PACK(0, 0, 1, 1);
+    PACK(0, 0, 1, 2);
 #undef PACK
 }
 
@@ -309,8 +344,8 @@ static int take_memory(struct work *w, int rows) {
     return 1;
 }
 
-/* The rows of C from `at` on, where `to` is the place of the first. */
-TARGET static void multiply_rows(struct work *w, int at, int rows, int n, const struct place *to) {
+/* The rows of C from `at` on, and its columns from `first_column` on, where `to` is the place of the first. */
+TARGET static void multiply_rows(struct work *w, int at, int rows, int first_column, int n, const struct place *to) {
     const int panels = (rows + SIDE - 1) / SIDE;
     for (int t = 0; t < w->blocks; t++)
         pack(w->a + t * panels * w->panel, w->panel, &w->left, 1, at, rows, t * w->terms,
@@ -319,7 +354,7 @@ TARGET static void multiply_rows(struct work *w, int at, int rows, int n, const 
         for (int t = 0; t < w->blocks; t++) {
             const int columns = smaller(COLUMNS, n - j), terms = smaller(w->terms, w->k - t * w->terms);
             float *sums = w->sums;
-            pack(w->b, w->panel, &w->right, 0, j, columns, t * w->terms, terms, w->parts, &w->largest);
+            pack(w->b, w->panel, &w->right, 0, first_column + j, columns, t * w->terms, terms, w->parts, &w->largest);
             for (int p = 0; p < panels; p++)
                 for (int q = 0; q < columns; q += SIDE, sums += SIDE * SIDE) {
                     struct place here = *to;
@@ -332,26 +367,42 @@ TARGET static void multiply_rows(struct work *w, int at, int rows, int n, const 
         }
 }
 
+/* All rows of a product whose operands are set; whether no number was too large. */
+TARGET static int multiply(struct work *w, int m, int first_column, int n, struct place to) {
+    const int rows = smaller(m, MOST_ROWS);
+    w->largest = _mm512_setzero_si512();
+    if (!take_memory(w, rows)) return 0;
+    take_tiles();
+    for (int i = 0; i < m; i += rows, to.c += rows * to.step)
+        multiply_rows(w, i, smaller(rows, m - i), first_column, n, &to);
+    _tile_release();
+    return all_fit(w->largest);
+}
+
 /* See products.h. */
 TARGET int amx_product(int parts, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a, int lda,
                        const float *b, int ldb, float beta, float *c, int ldc) {
     const int a_plain = trans_a == PLAIN, b_plain = trans_b == PLAIN;
     if (m <= 0 || n <= 0 || k <= 0) return 0;
-    struct work w = {.left = {a, (size_t)lda, a_plain},
-                     .right = {b, (size_t)ldb, !b_plain},
+    struct work w = {.left = {a, (size_t)lda, a_plain, NULL},
+                     .right = {b, (size_t)ldb, !b_plain, NULL},
                      .parts = parts,
-                     .k = k,
-                     .largest = _mm512_setzero_si512()};
-    const int rows = smaller(m, MOST_ROWS);
-    if (!take_memory(&w, rows)) return 0;
+                     .k = k};
     if (beta != 0 && !(matrix_fits(a, w.left.step, a_plain ? m : k, a_plain ? k : m) &&
                        matrix_fits(b, w.right.step, b_plain ? k : n, b_plain ? n : k)))
         return 0;
-    struct place to = {.alpha = alpha, .beta = beta, .c = c, .step = (size_t)ldc};
-    take_tiles();
-    for (int i = 0; i < m; i += rows, to.c += rows * to.step) multiply_rows(&w, i, smaller(rows, m - i), n, &to);
-    _tile_release();
-    return all_fit(w.largest);
+    return multiply(&w, m, 0, n, (struct place){.alpha = alpha, .beta = beta, .c = c, .step = (size_t)ldc});
+}
+
+/* See products.h. */
+TARGET int amx_packed_product(int parts, int back, int m, int start, int end, const float *x,
+                              const struct header *weight, float *y) {
+    const int terms = back ? weight->outputs : weight->inputs, sides = back ? weight->inputs : weight->outputs;
+    struct work w = {.left = {x, (size_t)terms, 1, NULL},
+                     .right = {NULL, 0, !back, weight},
+                     .parts = parts,
+                     .k = terms};
+    return multiply(&w, m, start, end - start, (struct place){.alpha = 1, .c = y + start, .step = (size_t)sides});
 }
 
 /* --- whether there are tiles -------------------------------------------------------------------------- */
@@ -386,6 +437,12 @@ int amx_product(int parts, int trans_a, int trans_b, int m, int n, int k, float 
                 const float *b, int ldb, float beta, float *c, int ldc) {
     (void)parts, (void)trans_a, (void)trans_b, (void)m, (void)n, (void)k, (void)alpha, (void)a, (void)lda;
     (void)b, (void)ldb, (void)beta, (void)c, (void)ldc;
+    return 0;
+}
+
+int amx_packed_product(int parts, int back, int m, int start, int end, const float *x, const struct header *weight,
+                       float *y) {
+    (void)parts, (void)back, (void)m, (void)start, (void)end, (void)x, (void)weight, (void)y;
     return 0;
 }
 

@@ -1,64 +1,12 @@
 /* The exponential of an array: MLX computes it a number at a time. */
 
+#include "exp_loop.h"
 #include "products.h"
 
 #include <math.h>
 
-union word {
-    float number;
-    uint32_t bits;
-};
-
-/* y = exp(x - less), to 1.2 units in the last place.
-
-   With x - less = n ln 2 + r and |r| <= ln 2 / 2, exp(x) is 2^n exp(r), and exp(r) its Taylor series up to r^7,
-   which leaves out less than 2^-27 of it. There is no branch, so that compilers make vectors of the loop. */
-static inline __attribute__((always_inline)) void exp_loop(size_t count, const float *restrict x, float less,
-                                                           float *restrict y) {
-    const float whole = 0x1.8p23f;                                  /* added to this, a float is rounded */
-    const float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f; /* n ln2_high is exact */
-    const float highest = 89, lowest = -104;                        /* beyond them lie infinity and 0 */
-    for (size_t i = 0; i < count; i++) {
-        float given = x[i] - less;
-        float within = highest < given ? highest : given; /* this way round, NaN stays NaN */
-        within = lowest > within ? lowest : within;
-        union word rounded = {.number = within * 0x1.715476p0f + whole};
-        float n = rounded.number - whole;
-        float r = within - n * ln2_high - n * ln2_low;
-        float sum = 1.0f / 5040;
-        sum = sum * r + 1.0f / 720;
-        sum = sum * r + 1.0f / 120;
-        sum = sum * r + 1.0f / 24;
-        sum = sum * r + 1.0f / 6;
-        sum = sum * r + 0.5f;
-        sum = sum * r + 1;
-        sum = sum * r + 1;
-        /* 2^n in two factors, for it may be no float itself; 0x4b400000 are the bits of `whole`. */
-        uint32_t exponent = rounded.bits - 0x4b400000u + 2 * 127;
-        union word half = {.bits = (exponent / 2) << 23};
-        union word rest = {.bits = (exponent - exponent / 2) << 23};
-        /* Masked keys are -inf, and a product that underflows is slow: their 0 comes without one. */
-        y[i] = sum * half.number * (given <= lowest ? 0 : rest.number);
-    }
-}
-
-/* Sigmoids of x. */
-static inline __attribute__((always_inline)) void sigmoid_loop(size_t count, const float *restrict x,
-                                                               float *restrict y) {
-    enum { AT_A_TIME = 512 };
-    float negative[AT_A_TIME];
-    for (size_t start = 0; start < count; start += AT_A_TIME) {
-        const size_t length = count - start < AT_A_TIME ? count - start : AT_A_TIME;
-        for (size_t i = 0; i < length; i++)
-            negative[i] = -x[start + i];
-        exp_loop(length, negative, 0, y + start);
-        for (size_t i = 0; i < length; i++)
-            y[start + i] = 1 / (1 + y[start + i]);
-    }
-}
-
 /* The highest of x; NaN is not found. */
-static inline __attribute__((always_inline)) float highest_of(size_t count, const float *x) {
+LOOP float highest_of(size_t count, const float *x) {
     enum { LANES = 16 };
     float highest[LANES];
     size_t i = 0;
@@ -75,13 +23,12 @@ static inline __attribute__((always_inline)) float highest_of(size_t count, cons
 }
 
 /* exp(x - the highest x) of a row; where x has NaN, so has y. */
-static inline __attribute__((always_inline)) void row_loop(size_t count, const float *restrict x,
-                                                           float *restrict y) {
+LOOP void row_loop(size_t count, const float *restrict x, float *restrict y) {
     exp_loop(count, x, highest_of(count, x), y);
 }
 
 /* x less the logarithm of the sum of exp(x), in place. */
-static inline __attribute__((always_inline)) void log_softmax_loop(size_t count, float *x) {
+LOOP void log_softmax_loop(size_t count, float *x) {
     enum { LANES = 16, AT_A_TIME = 512 };
     const float highest = highest_of(count, x);
     float powers[AT_A_TIME];
@@ -104,7 +51,7 @@ static inline __attribute__((always_inline)) void log_softmax_loop(size_t count,
 }
 
 /* factor exp(x), in place. */
-static inline __attribute__((always_inline)) void scaled_exp_loop(size_t count, float factor, float *x) {
+LOOP void scaled_exp_loop(size_t count, float factor, float *x) {
     enum { AT_A_TIME = 512 };
     float powers[AT_A_TIME];
     for (size_t start = 0; start < count; start += AT_A_TIME) {
@@ -120,9 +67,6 @@ static inline __attribute__((always_inline)) void scaled_exp_loop(size_t count, 
     target static void exp_##suffix(size_t count, const float *restrict x, float *restrict y) {             \
         exp_loop(count, x, 0, y);                                                                           \
     }                                                                                                       \
-    target static void sigmoid_##suffix(size_t count, const float *restrict x, float *restrict y) {         \
-        sigmoid_loop(count, x, y);                                                                          \
-    }                                                                                                       \
     target static void row_##suffix(size_t count, const float *restrict x, float *restrict y) {             \
         row_loop(count, x, y);                                                                              \
     }                                                                                                       \
@@ -130,7 +74,7 @@ static inline __attribute__((always_inline)) void scaled_exp_loop(size_t count, 
     target static void scaled_exp_##suffix(size_t count, float factor, float *x) {                          \
         scaled_exp_loop(count, factor, x);                                                                  \
     }                                                                                                       \
-    static const struct exponentials loops_##suffix = {exp_##suffix, sigmoid_##suffix, row_##suffix,          \
+    static const struct exponentials loops_##suffix = {exp_##suffix, row_##suffix,          \
                                                        log_softmax_##suffix, scaled_exp_##suffix};
 
 LOOPS(any, )

@@ -10,7 +10,7 @@
    right, meets the numbers that belong to its lowest values side by side.
 
    For many rows, pieces of the weight become float32 in the cache, one after the other, and are multiplied there
-   by the BLAS. Every sum is taken in an order that the weight alone decides. */
+   by the BLAS; or panels of bfloat16, and are multiplied by tiles (amx.c). Every sum is taken in an order that the weight alone decides. */
 
 #include "products.h"
 
@@ -301,6 +301,7 @@ struct many {
     const struct header *weight;
     sgemm_function *sgemm;
     const struct loops *loops;
+    int parts;            /* bfloat16 that stand for a number where tiles multiply, or 0 */
     int rows, back, side; /* of x; whether the weight is turned around; numbers of a row of y in a part */
     const float *x;
     float *y;
@@ -314,6 +315,9 @@ static void do_many(const void *given, int part) {
     const int terms = back ? weight->outputs : weight->inputs, deepest = least(terms, PIECE_TERMS);
     const int widest = PIECE_NUMBERS / deepest / PIECE_SIDE * PIECE_SIDE, start = part * work->side;
     const int end = least(sides, start + work->side);
+    if (work->parts && work->rows >= LEAST_SIDE && end - start >= LEAST_SIDE && terms >= LEAST_TERMS &&
+        amx_packed_product(work->parts, back, work->rows, start, end, work->x, weight, work->y))
+        return;
     float *piece = scratch(FOR_EXPANDED, sizeof(float) * PIECE_NUMBERS);
     for (int row = 0; !piece && row < work->rows; row++)
         for (int side = start; side < end; side++)
@@ -330,22 +334,25 @@ static void do_many(const void *given, int part) {
         }
 }
 
-static void many_rows(sgemm_function *sgemm, int back, int m, const float *x, const struct header *weight, float *y) {
+static void many_rows(sgemm_function *sgemm, int parts_of_a_number, int back, int m, const float *x,
+                      const struct header *weight, float *y) {
     const int sides = back ? weight->inputs : weight->outputs;
     const double worth = (double)m * weight->inputs * weight->outputs / PART_PRODUCTS;
     const int most = pool_threads(), parts = worth > most ? most : worth < 1 ? 1 : (int)worth;
-    struct many work = {.weight = weight, .sgemm = sgemm, .rows = m, .back = back, .loops = fastest(), .x = x, .y = y};
+    struct many work = {.weight = weight, .sgemm = sgemm, .parts = parts_of_a_number, .rows = m, .back = back,
+                        .loops = fastest(), .x = x, .y = y};
     work.side = count(count(sides, parts), PIECE_SIDE) * PIECE_SIDE;
     pool_run(do_many, &work, count(sides, work.side));
 }
 
-void packed_product(sgemm_function *sgemm, int m, const float *x, const struct header *weight, float *y) {
+void packed_product(sgemm_function *sgemm, int parts, int m, const float *x, const struct header *weight, float *y) {
     if (m > FEW_ROWS)
-        many_rows(sgemm, 0, m, x, weight, y);
+        many_rows(sgemm, parts, 0, m, x, weight, y);
     else
         few_rows(m, x, weight, y);
 }
 
-void packed_product_back(sgemm_function *sgemm, int m, const float *x, const struct header *weight, float *y) {
-    many_rows(sgemm, 1, m, x, weight, y);
+void packed_product_back(sgemm_function *sgemm, int parts, int m, const float *x, const struct header *weight,
+                         float *y) {
+    many_rows(sgemm, parts, 1, m, x, weight, y);
 }

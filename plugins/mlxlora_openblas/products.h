@@ -27,7 +27,7 @@ typedef void sgemv_function(int order, int trans, int rows, int columns, float a
 typedef void exp_function(size_t count, const float *restrict x, float *restrict y);
 
 struct exponentials {
-    exp_function *exp, *sigmoid;
+    exp_function *exp;
     exp_function *row; /* exp(x - the highest x) */
     void (*log_softmax)(size_t count, float *x);
     void (*scaled_exp)(size_t count, float factor, float *x);
@@ -35,6 +35,20 @@ struct exponentials {
 
 /* The fastest loops for this processor. */
 const struct exponentials *fastest_exponentials(void);
+
+/* --- layers.c ---------------------------------------------------------------------------------------- */
+
+struct layer_loops {
+    void (*silu_times)(size_t count, const float *x, float *y);
+    void (*silu_slope)(size_t count, const float *x, float *y);
+    void (*normalise)(size_t count, float eps, const float *x, float *y);
+    void (*normalise_back)(size_t count, float eps, const float *x, float *y);
+    void (*rotate)(size_t count, const float *x, const float *cosines, const float *sines, float *y);
+    void (*softmax_back)(size_t count, const float *x, float *y);
+};
+
+/* The fastest loops for this processor. */
+const struct layer_loops *fastest_layer_loops(void);
 
 /* --- scratch.c --------------------------------------------------------------------------------------- */
 
@@ -46,7 +60,19 @@ void *scratch(enum scratch_use use, size_t size);
 
 /* --- special.c --------------------------------------------------------------------------------------- */
 
-enum kind { PACKED = 1, SIGMOIDS, ROWS, PACKED_BACK, LOG_SOFTMAX, SCALED_EXP };
+enum kind {
+    PACKED = 1,
+    PACKED_BACK,
+    ROWS,
+    LOG_SOFTMAX,
+    SCALED_EXP,
+    SILU_TIMES,
+    SILU_SLOPE,
+    NORMALISE,
+    NORMALISE_BACK,
+    ROTATE,
+    SOFTMAX_BACK
+};
 enum type { FLOAT32, FLOAT16, BFLOAT16 };
 
 /* What a product stands for, as special.py writes it. */
@@ -59,13 +85,17 @@ struct header {
     int32_t length, queries;
     /* PACKED and PACKED_BACK: a weight as of mlx.core.quantize. */
     int32_t outputs, inputs, group, bits, type;
+    /* NORMALISE and NORMALISE_BACK: added to the mean square of a row, of `length` numbers. */
+    float eps;
     const uint32_t *words;       /* (outputs, inputs * bits / 32) */
     const void *scales, *biases; /* (outputs, inputs / group) */
+    /* ROTATE: of `length` numbers, which repeat. */
+    const float *cosines, *sines;
 };
 
-/* Do what the matrix b (1, n) stands for with x (m, 1), and say whether it stood for anything. `sgemm` is what
-   multiplies matrices. */
-int special(const struct exponentials *loops, sgemm_function *sgemm, int m, int n, const float *x, const float *b,
+/* Do what the matrix b (1, n) stands for with x (m, 1), and say whether it stood for anything. Matrices are
+   multiplied by `sgemm`, or large ones by tiles where `parts` is not 0. */
+int special(const struct exponentials *loops, sgemm_function *sgemm, int parts, int m, int n, const float *x, const float *b,
             float *y);
 
 /* The same for what the matrix stands for that changes y (m, n) in place: LOG_SOFTMAX of each row, or SCALED_EXP
@@ -80,6 +110,8 @@ int amx_present(void);
 /* Ask the system that this process may use them; whether it may. Not by two threads at a time. */
 int amx_start(void);
 
+enum { LEAST_SIDE = 32, LEAST_TERMS = 128 }; /* of a product for tiles */
+
 /* An sgemm, row-major, by one thread with tiles, where 1 or 2 bfloat16 stand for a number; after amx_start.
 
    Returns 0 where a number is not finite, or too large for bfloat16, or there is no memory: then C is as it was,
@@ -87,14 +119,20 @@ int amx_start(void);
 int amx_product(int parts, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a, int lda,
                 const float *b, int ldb, float beta, float *c, int ldc);
 
+/* The same of x (m, terms) with a packed weight: some of its outputs are the columns start to end of y, or with
+   `back` some of its inputs are. */
+int amx_packed_product(int parts, int back, int m, int start, int end, const float *x, const struct header *weight,
+                       float *y);
+
 /* --- packed.c ---------------------------------------------------------------------------------------- */
 
-/* y (m, outputs) = x (m, inputs) times the packed weight, which `sgemm` may be used for; NaN where there is no
-   memory. */
-void packed_product(sgemm_function *sgemm, int m, const float *x, const struct header *weight, float *y);
+/* y (m, outputs) = x (m, inputs) times the packed weight, by tiles where `parts` is not 0 and they pay, or by
+   `sgemm`; NaN where there is no memory. */
+void packed_product(sgemm_function *sgemm, int parts, int m, const float *x, const struct header *weight, float *y);
 
 /* y (m, inputs) = x (m, outputs) times the packed weight, turned around: what its gradient takes. */
-void packed_product_back(sgemm_function *sgemm, int m, const float *x, const struct header *weight, float *y);
+void packed_product_back(sgemm_function *sgemm, int parts, int m, const float *x, const struct header *weight,
+                         float *y);
 
 /* --- pool.c ------------------------------------------------------------------------------------------ */
 

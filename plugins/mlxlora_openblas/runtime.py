@@ -113,13 +113,15 @@ def _prefer(variables: Mapping[str, str]) -> None:
 def _special() -> dict[str, Any]:
     """What special.c computes right, by the names of :class:`RuntimeStarted`."""
     from mlxlora_openblas import special
-    from mlxlora_openblas.check import exponentials_work, packed_works, rows_work
+    from mlxlora_openblas.check import exponentials_work, layers_work, packed_works, rows_work
 
     right: dict[str, Any] = {}
-    if exponentials_work(special.sigmoid, special.exp_rows):
-        right |= {"sigmoid": special.sigmoid, "exp_rows": special.exp_rows}
+    if exponentials_work(special.exp_rows):
+        right["exp_rows"] = special.exp_rows
     if rows_work(special.log_softmax, special.scaled_exp):
         right |= {"log_softmax": special.log_softmax, "scaled_exp": special.scaled_exp}
+    if layers_work(special.LAYERS):
+        right["layers"] = special.LAYERS
     if packed_works(special.packed_product):
         right["packed_product"] = special.packed_product
     return right

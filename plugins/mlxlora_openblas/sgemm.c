@@ -26,8 +26,6 @@ static const float *token;
 static const struct exponentials *loops;
 static int parts; /* bfloat16 that stand for a number in large products; 0 is float32 */
 
-enum { LEAST_SIDE = 32, LEAST_TERMS = 128 }; /* of a product for tiles */
-
 /* Which text of the C files the library was made from; SOURCE is its digest. */
 EXPORT const char mlxlora_source[] = SOURCE;
 
@@ -73,7 +71,7 @@ EXPORT void mlxlora_cblas_sgemm(int order, int trans_a, int trans_b, int m, int 
         lda == 1 && ldb == 1 && beta == 0 && ldc == 1)
         loops->exp((size_t)m, a, c);
     else if (order == ROW_MAJOR && a_plain && b_plain && k == 1 && alpha == 1 && lda == 1 && ldc == n &&
-             ((beta == 0 && special(loops, fastest, m, n, a, b, c)) ||
+             ((beta == 0 && special(loops, sgemm, parts, m, n, a, b, c)) ||
               (beta == 1 && special_in_place(loops, m, n, a, b, c))))
         return;
     else if (to_vector && m == 1 && (a_plain || lda == 1)) /* C' = op(B)' A' */

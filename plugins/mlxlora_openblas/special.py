@@ -7,17 +7,19 @@ one that is asked for is NaN.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
 
-from mlxlora_core.api import PackedProduct
+from mlxlora_core.api import LayerOperations, PackedProduct
 from mlxlora_openblas.sgemm import MOST
 
 #: as in products.h and special.c
 _MAGIC, _MOST_INPUTS = 0x7FC1A6E5, 1 << 15
-_PACKED, _SIGMOIDS, _ROWS, _PACKED_BACK, _LOG_SOFTMAX, _SCALED_EXP = range(1, 7)
+_PACKED, _PACKED_BACK, _ROWS, _LOG_SOFTMAX, _SCALED_EXP = range(1, 6)
+_SILU_TIMES, _SILU_SLOPE, _NORMALISE, _NORMALISE_BACK, _ROTATE, _SOFTMAX_BACK = range(6, 12)
 _TYPES = {mx.float32: 0, mx.float16: 1, mx.bfloat16: 2}
 _BITS = (2, 4, 8)
 
@@ -30,15 +32,9 @@ class _Header(ctypes.Structure):
         ("self", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("kind", "length", "queries")),
         *((name, ctypes.c_int32) for name in ("outputs", "inputs", "group", "bits", "type")),
-        *((name, ctypes.c_void_p) for name in ("words", "scales", "biases")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("words", "scales", "biases", "cosines", "sines")),
     )
-
-
-def sigmoid(x: mx.array) -> mx.array:
-    """``1 / (1 + exp(-x))`` of float32 of any shape."""
-    if x.size > MOST:
-        return mx.sigmoid(x)
-    return (x.reshape(-1, 1) @ _sigmoids()).reshape(x.shape)
 
 
 def exp_rows(x: mx.array, queries: int = 0) -> mx.array:
@@ -77,6 +73,74 @@ def _changed(kind: int, x: mx.array, factors: mx.array) -> mx.array:
 @lru_cache(maxsize=8)
 def _rows_of(kind: int, length: int) -> mx.array:
     return _header(kind, length, outputs=length)
+
+
+def silu_times(gate: mx.array, y: mx.array) -> mx.array:
+    """``silu(gate) · y`` of float32 of the same shape; in the memory of ``y`` if that is free."""
+    return _in_place(_of_length(_SILU_TIMES, 1), gate, y)
+
+
+def silu_slope(gate: mx.array, y: mx.array) -> mx.array:
+    """``silu'(gate) · y`` of float32 of the same shape; in the memory of ``y`` if that is free.
+
+    The slope is ``s (1 + gate (1 - s))`` with the sigmoid s.
+    """
+    return _in_place(_of_length(_SILU_SLOPE, 1), gate, y)
+
+
+def normalise(x: mx.array, eps: float) -> mx.array:
+    """``x · f`` with ``f = 1 / sqrt(mean(x²) + eps)`` along the last axis (D) of float32."""
+    return (x.reshape(-1, 1) @ _norm(_NORMALISE, x.shape[-1], eps)).reshape(x.shape)
+
+
+def normalise_back(x: mx.array, dy: mx.array, eps: float) -> mx.array:
+    """The gradient of :func:`normalise` for x: ``(dy - x · sum(x · dy) f² / D) f``."""
+    return _in_place(_norm(_NORMALISE_BACK, x.shape[-1], eps), x, dy)
+
+
+def rotation(cosines: mx.array, sines: mx.array) -> Callable[[mx.array], mx.array]:
+    """What turns neighbours in float32 (..., T, E): ``x · cosines`` plus its neighbour times ``sines``.
+
+    Args:
+        cosines: float32 (T, E).
+        sines: float32 (T, E), each with its sign.
+    """
+    tables = [mx.contiguous(cosines), mx.contiguous(sines)]
+    mx.eval(tables)
+    places = dict(zip(("cosines", "sines"), map(_address, tables), strict=True))
+    header = _header(_ROTATE, 1, length=cosines.size, **places)
+
+    def rotate(x: mx.array) -> mx.array:
+        turned: mx.array = mx.depends(x.reshape(-1, 1) @ header, tables)
+        return turned.reshape(x.shape)
+
+    return rotate
+
+
+def softmax_back(x: mx.array, dy: mx.array) -> mx.array:
+    """Of rows x = exp(scores), and the gradient of their shares over their sums, that of the scores.
+
+    That is ``x (dy - sum(x · dy) / sum(x))`` along the last axis, in the memory of ``dy`` if that is free.
+    """
+    return _in_place(_of_length(_SOFTMAX_BACK, x.shape[-1]), x, dy)
+
+
+LAYERS = LayerOperations(silu_times, silu_slope, normalise, normalise_back, rotation, softmax_back)
+
+
+def _in_place(header: mx.array, x: mx.array, y: mx.array) -> mx.array:
+    """What becomes of ``y`` by ``x``, of the same shape: a product that is added to it stands for that."""
+    return mx.addmm(y.reshape(-1, 1), x.reshape(-1, 1), header).reshape(y.shape)
+
+
+@lru_cache(maxsize=64)
+def _norm(kind: int, length: int, eps: float) -> mx.array:
+    return _header(kind, 1, length=length, eps=eps)
+
+
+@lru_cache(maxsize=256)
+def _of_length(kind: int, length: int) -> mx.array:
+    return _header(kind, 1, length=length)
 
 
 def packed_product(
@@ -118,17 +182,12 @@ def packed_product(
     return PackedProduct(lambda x: product(x, inputs, header), lambda x: product(x, outputs, back))
 
 
-@lru_cache(maxsize=1)
-def _sigmoids() -> mx.array:
-    return _header(_SIGMOIDS, 1)
-
-
 @lru_cache(maxsize=256)
 def _rows(length: int, queries: int) -> mx.array:
     return _header(_ROWS, 1, length=length, queries=queries)
 
 
-def _header(kind: int, numbers: int, **fields: int) -> mx.array:
+def _header(kind: int, numbers: int, **fields: float) -> mx.array:
     """A matrix (1, numbers) that begins with a header, or is its first part."""
     room = max(numbers, ctypes.sizeof(_Header) // 4)
     memory = mx.array(np.zeros(room, np.float32))

@@ -298,25 +298,42 @@ import numpy as np
 import torch
 from mlxlora_core.machine import device
 from mlxlora_core.model import ops
+from mlxlora_core.api import LayerOperations
 from mlxlora_core.plugins import load, start_runtimes
 start_runtimes(load(environ={{"MLXLORA_PLUGINS": ""}}))
-used = {{"exp"}} if {alone} else {{"exp_rows", "sigmoid", "log_softmax", "scaled_exp"}}
+LAYERS = {{}} if {alone} else vars(device._lent["layers"])
+used = {{"exp"}} if {alone} else {{"exp_rows", "log_softmax", "scaled_exp", *LAYERS}}
 calls = set()
-lent = {{name: device._lent[name] for name in used}}
+
+def counted(name, function):
+    return lambda *given: calls.add(name) or function(*given)
+
+lent = {{name: device._lent[name] for name in used - LAYERS.keys()}}
 device._lent.clear()
-for name, function in lent.items():
-    device._lent[name] = lambda *given, name=name, function=function: calls.add(name) or function(*given)
+device._lent.update({{name: counted(name, function) for name, function in lent.items()}})
+if LAYERS:
+    device._lent["layers"] = LayerOperations(**{{name: counted(name, f) for name, f in LAYERS.items()}})
 rng = np.random.default_rng(0)
 q, k, v, up = (rng.standard_normal((2, 4, 90, 24)).astype(np.float32) for _ in range(4))
-targets = rng.integers(0, 24, 720)
+targets, weight = rng.integers(0, 24, 720), rng.standard_normal(24).astype(np.float32)
+turned = np.arange(90)[:, None] * 100.0 ** (-np.arange(0, 24, 2) / 24)
+cosine, sine = torch.tensor(np.cos(turned)), torch.tensor(np.sin(turned))
+
+def rotated(x):
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack([a * cosine - b * sine, a * sine + b * cosine], -1).flatten(-2)
 
 def ours(q, k, v, up):
+    q, k = (ops.rotate(x, 0, 100.0) for x in (q, k))
     out = ops.silu_times(ops.attention(q, k, v, 0.2, "causal"), up)
+    out = ops.rms_norm(out, mx.array(weight), 1e-5)
     return ops.cross_entropy(out.reshape(-1, 24), mx.array(targets))
 
 def theirs(q, k, v, up):
+    q, k = rotated(q), rotated(k)
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2)
     out = torch.nn.functional.silu(out) * up
+    out = torch.nn.functional.rms_norm(out, (24,), torch.tensor(weight, dtype=torch.float64), 1e-5)
     return torch.nn.functional.cross_entropy(out.reshape(-1, 24), torch.tensor(targets), reduction="sum")
 
 value, gradients = mx.value_and_grad(ours, argnums=(0, 1, 2, 3))(*map(mx.array, (q, k, v, up)))

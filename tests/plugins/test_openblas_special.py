@@ -1,4 +1,4 @@
-"""What a header stands for: packed weights, sigmoids, exponentials of rows; through MLX in children."""
+"""What a header stands for: packed weights, exponentials, parts of layers; through MLX in children."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlxlora_openblas import special
 from mlxlora_openblas.runtime import start
 {library}
 note = start()
-assert not note.warning and note.packed_product and note.exp_rows and note.sigmoid, note
+assert not note.warning and note.packed_product and note.exp_rows and note.layers, note
 rng = np.random.default_rng(0)
 
 def packed(outputs, inputs, group, bits, dtype=mx.float32):
@@ -202,7 +202,85 @@ assert note.packed_product(words[None], scales[None], biases[None], group_size=6
     )
 
 
-def test_exponentials_of_rows_and_sigmoids_are_those_of_numpy(built: Path) -> None:
+def test_packed_products_by_tiles_keep_within_their_bound(built: Path) -> None:
+    """Where there are tiles: all bits, groups and types, odd sides, both ways, one thread and three."""
+    run(
+        built,
+        """
+tried = [(bits, dtype) for bits in (2, 4, 8) for dtype in (mx.float32, mx.float16, mx.bfloat16)]
+for compute, share in (("bfloat16", 2.0**-7), ("bfloat16x3", 3 * 2.0**-18)) if note.set_precision else ():
+    for (bits, dtype), (outputs, inputs, group, rows) in zip(
+        tried * 2, ((301, 160, 32, 33), (161, 2304, 64, 70), (1500, 256, 128, 47)) * 6
+    ):
+        parts, whole, size = packed(outputs, inputs, group, bits, dtype)
+        product = note.packed_product(*parts, group_size=group, bits=bits)
+        for multiply, right, most in ((product.times, whole.T, size.T), (product.times_back, whole, size)):
+            x = rng.standard_normal((rows, len(right))).astype(np.float32)
+            found = []
+            for threads in (1, 3):
+                note.set_threads(threads)
+                note.set_precision(compute)
+                found.append(np.array(multiply(mx.array(x))))
+                note.set_precision("float32")
+            bound = (share + 2.0**-23 * len(right)) * (np.abs(x) @ most)
+            assert (np.abs(found[0] - x @ right) <= bound).all(), (compute, bits, dtype, outputs, inputs)
+            np.testing.assert_array_equal(*found)
+            assert np.any(found[0] != np.array(multiply(mx.array(x))))
+    words, scales, biases = parts
+    product = note.packed_product(words, scales * 3e38, biases, group_size=group, bits=bits)
+    note.set_precision(compute)
+    got = np.array(product.times(mx.array(x[:, :256])))
+    note.set_precision("float32")
+    np.testing.assert_array_equal(got, np.array(product.times(mx.array(x[:, :256]))))
+""",
+    )
+
+
+def test_parts_of_layers_are_those_of_numpy(built: Path) -> None:
+    """Every length of a row around that of a vector, with one thread and with three; each row by itself."""
+    run(
+        built,
+        """
+layers, eps = note.layers, 1e-3
+for shape in ((1, 2), (3, 14), (5, 16), (2, 7, 18), (2, 3, 700, 34), (40, 1030)):
+    for threads in (1, 3):
+        note.set_threads(threads)
+        x, dy, cosines = (rng.standard_normal(shape).astype(np.float32) * 3 for _ in range(3))
+        wide, d = x.astype(np.float64), dy.astype(np.float64)
+        s = 1 / (1 + np.exp(-wide))
+        f = 1 / np.sqrt((wide**2).mean(-1, keepdims=True) + eps)
+        powers = np.exp(wide)
+        turned = cosines[0] if len(shape) > 2 else cosines
+        while turned.ndim > 2:
+            turned = turned[0]
+        beside = wide.reshape(-1, 2)[:, ::-1].reshape(shape)
+        pull = (wide * d).mean(-1, keepdims=True) * f**2
+        mean = (powers * d).sum(-1, keepdims=True) / powers.sum(-1, keepdims=True)
+        gate, slope = mx.array(x), mx.array(dy)
+        for got, want in (
+            (layers.silu_times(gate, slope), wide * s * d),
+            (layers.silu_slope(gate, slope), s * (1 + wide * (1 - s)) * d),
+            (layers.normalise(gate, eps), wide * f),
+            (layers.normalise_back(gate, slope, eps), (d - wide * pull) * f),
+            (layers.rotation(mx.array(turned), mx.array(-turned))(gate), (wide - beside) * turned),
+            (layers.softmax_back(mx.array(powers.astype(np.float32)), slope), powers * (d - mean)),
+        ):
+            size = np.abs(want).max()
+            np.testing.assert_allclose(np.array(got), want, rtol=1e-5, atol=4e-6 * size)
+        assert np.array_equal(np.array(gate), x) and np.array_equal(np.array(slope), dy)
+        rows = layers.normalise(gate, eps).reshape(-1, shape[-1])
+        assert mx.array_equal(rows[-1:], layers.normalise(gate.reshape(-1, shape[-1])[-1:], eps))
+ends, one = mx.array([-math.inf, math.inf, math.nan, -200.0, 200.0]), mx.ones(5)
+got = np.array(layers.silu_times(ends, one)), np.array(layers.silu_slope(ends, one))
+assert got[0][1] == math.inf and list(got[0][3:]) == [0, 200] and list(got[1][3:]) == [0, 1], got
+assert np.isnan([got[0][2], got[1][2]]).all()
+view = mx.array(rng.standard_normal((6, 20, 30)).astype(np.float32)).swapaxes(0, 2)
+assert mx.allclose(layers.silu_times(view, view), view * view * mx.sigmoid(view), atol=1e-6)
+""",
+    )
+
+
+def test_exponentials_of_rows_are_those_of_numpy(built: Path) -> None:
     run(
         built,
         """
@@ -219,10 +297,6 @@ for shape, queries in shapes:
         got = np.array(note.exp_rows(mx.array(x), queries))
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-38)
         assert not queries or np.array_equal(got == 0, want < 1e-45) or (got[want == 0] == 0).all()
-        got = np.array(note.sigmoid(mx.array(x)))
-        np.testing.assert_allclose(got, 1 / (1 + np.exp(-x.astype(np.float64))), rtol=4e-7, atol=1e-38)
-ends = np.array(note.sigmoid(mx.array([-math.inf, math.inf, math.nan, -200.0, 200.0])))
-assert list(ends[:2]) == [0, 1] and math.isnan(ends[2]) and list(ends[3:]) == [0, 1]
 x = rng.standard_normal((4, 50)).astype(np.float32)
 x[1, 0] = x[2, 49] = x[3, 20] = math.nan
 x[0, :10] = -math.inf

@@ -1,7 +1,7 @@
 """The parts of a transformer that are not linears, each by the fastest exact way of the device.
 
 On Metal and CUDA these are MLX's own operations. On a CPU large arrays in
-float32 go the ways that are written out in :mod:`mlxlora_core.model.ops.cpu`.
+float32 go the ways that are written out in :mod:`mlxlora_core.model.ops.cpu` and ``cpu_attention``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlora_core.machine.device import on_cpu
-from mlxlora_core.model.ops import cpu
+from mlxlora_core.model.ops import cpu, cpu_attention
 from mlxlora_core.model.ops.capped import capped_attention
 from mlxlora_core.model.ops.ragged import Positions, RaggedCache
 from mlxlora_core.model.ops.rows import Mask, Rows, apart, together
@@ -153,14 +153,14 @@ def attention(
         _check_mask(mask, (*queries.shape[:3], keys.shape[2]), queries.dtype)
     if isinstance(mask, Rows):
         if cap is None and _pays(queries):
-            return cpu.attention_of_rows(queries, keys, values, scale, mask)
+            return cpu_attention.attention_of_rows(queries, keys, values, scale, mask)
         return _attention_apart(queries, keys, values, scale, mask, cap)
     if cap is not None:
         return capped_attention(queries, keys, values, scale, mask, cap)
     if length == 1 and mask is None and on_cpu():
-        return cpu.attention_of_one(queries, keys, values, scale)
+        return cpu_attention.attention_of_one(queries, keys, values, scale)
     if _pays(queries):
-        return cpu.attention(queries, keys, values, scale, mask)
+        return cpu_attention.attention(queries, keys, values, scale, mask)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 

@@ -9,37 +9,25 @@ written out. All arrays are in float32.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
-import numpy as np
 
 from mlxlora_core.machine.device import lent
 from mlxlora_core.model.ops.angles import angles, angles_at, angles_of_rows, turn
+from mlxlora_core.model.ops.lent import exp, layers_for, lent_layers, row_sums
 from mlxlora_core.model.ops.ragged import Positions
 from mlxlora_core.model.ops.rows import Rows
 
 _Pair: TypeAlias = tuple[mx.array, mx.array]
 
-# e to less than this is far below the last bit of any sum with a 1 in it, and slow to compute.
-_LOWEST = -80.0
-
-# Causal attention takes so many queries at a time, or an eighth of them where that is more.
-_TILE = 64
-
-# Or so many where a runtime has one operation for all that is done to scores: fewer and larger ones pay then.
-_FUSED_TILE = 128
-
-# What a score becomes where a query does not see a key: a row of nothing else has a mean, not NaN.
-_UNSEEN = float(np.finfo(np.float32).min)
-
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """See :func:`mlxlora_core.model.ops.rms_norm`."""
+    if layers_for(x) is not None:
+        return cast(mx.array, _normalise(eps)(x)) * weight
     return cast(_Pair, _rms_norm(eps)(x, weight))[0]
 
 
@@ -51,14 +39,16 @@ def rotate(
     if isinstance(offset, Positions):
         return cast(mx.array, _rotate(x, *angles_at(offset.each, width, theta, factor)))
     if isinstance(offset, Rows):
-        return cast(mx.array, _rotate(x, *angles_of_rows(offset.lengths, width, theta, factor)))
+        return _turned(x, angles_of_rows, offset.lengths, width, theta, factor)
     if length == 1:  # one product takes 6 us, the dozens of operations behind mx.fast.rope 125
         return x @ turn(offset, width, theta, factor)
-    return cast(mx.array, _rotate(x, *angles(offset, length, width, theta, factor)))
+    return _turned(x, angles, offset, length, width, theta, factor)
 
 
 def silu_times(gate: mx.array, up: mx.array) -> mx.array:
     """See :func:`mlxlora_core.model.ops.silu_times`."""
+    if layers_for(gate) is not None and gate.shape == up.shape:
+        return cast(mx.array, _silu_times_lent(gate, up))
     return cast(_Pair, _silu_times(gate, up))[0]
 
 
@@ -69,52 +59,19 @@ def cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array | None)
     return cast(_Pair, _cross_entropy(logits, targets, weights))[0]
 
 
-def attention_of_one(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-    """Attention (B, H, 1, E) of one query a head that sees all keys; of any type."""
-    group, seen = queries.shape[1] // keys.shape[1], keys.shape[2]
-    rows = _rows(queries * scale, group, _Tile(0, 1, seen, None))  # (B, K, H / K, E)
-    weights = mx.softmax(rows @ keys.swapaxes(-1, -2), axis=-1, precise=True)  # (B, K, H / K, S)
-    return (weights @ values).reshape(queries.shape)  # (B, H, 1, E)
+@cache
+def _normalise(eps: float) -> Callable[..., Any]:
+    """The function of x that :class:`LayerOperations` calls so, with its gradient."""
 
+    @mx.custom_function
+    def norm(x: mx.array) -> mx.array:
+        return lent_layers().normalise(x, eps)
 
-def attention(
-    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
-) -> mx.array:
-    """See :func:`mlxlora_core.model.ops.attention`; the mask is one that fits."""
-    heads, length = queries.shape[1:3]
-    kv_heads, seen = keys.shape[1:3]
-    if isinstance(mask, mx.array):
-        added = mx.where(mask, 0.0, _UNSEEN) if mask.dtype == mx.bool_ else mask.astype(mx.float32)
-        bias = _grouped(added, heads, kv_heads, length)  # (·, ·, H / K · T, S)
-        whole = [_Tile(0, length, seen, None)]
-        return cast(mx.array, _attention(whole, scale)(queries, keys, values, bias)[0])
-    if mask is None:
-        tiles = [_Tile(0, length, seen, None)]
-    else:
-        # No work on the keys that none of a tile's queries sees: nearly half of all.
-        size = _TILE if lent("exp_rows") is None else _FUSED_TILE
-        tiles = _causal_tiles(length, seen, max(size, -(-length // 8)))
-    return cast(mx.array, _attention(tiles, scale)(queries, keys, values)[0])
+    @norm.vjp
+    def norm_vjp(x: mx.array, dy: mx.array, _: mx.array) -> mx.array:
+        return lent_layers().normalise_back(x, dy, eps)
 
-
-def attention_of_rows(
-    queries: mx.array, keys: mx.array, values: mx.array, scale: float, rows: Rows
-) -> mx.array:
-    """Attention (1, H, T, E) within each of some rows that stand one after the other."""
-    return cast(mx.array, _attention(_tiles_of_rows(rows), scale)(queries, keys, values)[0])
-
-
-def _exp(x: mx.array) -> mx.array:
-    """``exp(x)``, but ``exp(-80)`` below that, where nothing faster is at hand."""
-    exp = lent("exp")
-    if exp is not None:
-        return cast(mx.array, exp(x))
-    return mx.power(math.e, mx.maximum(x, _LOWEST))
-
-
-def _row_sums(x: mx.array) -> mx.array:
-    """Sums over the last axis, which stays with length 1."""
-    return x @ mx.ones((x.shape[-1], 1))
+    return cast(Callable[..., Any], norm)
 
 
 def _rms_norm(eps: float) -> Callable[..., Any]:
@@ -122,7 +79,7 @@ def _rms_norm(eps: float) -> Callable[..., Any]:
 
     @mx.custom_function
     def norm(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
-        factor = mx.rsqrt(_row_sums(x * x) * (1.0 / x.shape[-1]) + eps)
+        factor = mx.rsqrt(row_sums(x * x) * (1.0 / x.shape[-1]) + eps)
         return x * factor * weight, factor
 
     @norm.vjp
@@ -134,6 +91,23 @@ def _rms_norm(eps: float) -> Callable[..., Any]:
         return (dy * weight - x * pull) * factor, (factor.reshape(1, -1) @ rows).reshape(-1)  # (..., D), (D,)
 
     return cast(Callable[..., Any], norm)
+
+
+def _turned(x: mx.array, table: Callable[..., _Pair], *arguments: Any) -> mx.array:
+    """``x`` turned by the angles of a table (T, E) of :mod:`angles`."""
+    if layers_for(x) is None:
+        return cast(mx.array, _rotate(x, *table(*arguments)))
+    return cast(mx.array, _rotation(table, *arguments)(x))
+
+
+@lru_cache(maxsize=16)
+def _rotation(table: Callable[..., _Pair], *arguments: Any) -> Callable[..., Any]:
+    """The function of x that turns it by the angles of a table, with its gradient: the way back."""
+    cosine, sine = table(*arguments)
+    turn, turn_back = (lent_layers().rotation(cosine, sign * sine) for sign in (1, -1))
+    rotate: Any = mx.custom_function(turn)
+    rotate.vjp(lambda x, dy, y: turn_back(dy))
+    return cast(Callable[..., Any], rotate)
 
 
 def _rotated(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
@@ -154,189 +128,10 @@ def _rotate_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
     return _rotated(cotangents, cosine, -sine), mx.zeros_like(cosine), mx.zeros_like(sine)
 
 
-@dataclass(frozen=True)
-class _Tile:
-    """Queries ``start`` to ``stop``, and which keys they see: ``first`` up to, not including, ``keys``.
-
-    ``bias`` (stop - start, keys - first) is added to their scores, where it is given.
-    ``causal`` says that it is of the plain kind: the last query sees all keys, the one before all but one.
-    """
-
-    start: int
-    stop: int
-    keys: int
-    bias: mx.array | None
-    first: int = 0
-    causal: bool = False
-
-    def seen(self, x: mx.array) -> mx.array:
-        """Of (B, K, S, E) what its queries see."""
-        return x[:, :, self.first : self.keys]
-
-
-def _causal_tiles(length: int, seen: int, size: int) -> list[_Tile]:
-    """Tiles of at most ``size`` queries, the last of which stands at the last key."""
-    tiles = []
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        keys = seen - length + stop
-        query = mx.arange(keys - (stop - start), keys)[:, None]  # (t, 1)
-        bias = mx.where(query >= mx.arange(keys), 0.0, -mx.inf)  # (t, keys)
-        tiles.append(_Tile(start, stop, keys, bias, causal=True))
-    return tiles
-
-
-@lru_cache(maxsize=8)
-def _tiles_of_rows(rows: Rows) -> list[_Tile]:
-    """Tiles of queries of one row, or of some short rows whole, on the keys that any of them sees."""
-    tiles = []
-    row = np.repeat(np.arange(len(rows.lengths)), rows.lengths)  # (T,)
-    for begin, end in _together(rows.lengths, _TILE):
-        size = max(_TILE, -(-(end - begin) // 8))
-        for start in range(begin, end, size):
-            stop = min(start + size, end)
-            first = begin if rows.window is None else max(begin, start - rows.window + 1)
-            query, key = np.arange(start, stop)[:, None], np.arange(first, stop)
-            seen = (row[query] == row[key]) & (key <= query)  # (t, keys)
-            if rows.window is not None:
-                seen &= key > query - rows.window
-            bias = mx.array(np.where(seen, np.float32(0), np.float32(-np.inf)))
-            tiles.append(_Tile(start, stop, stop, bias, first))
-    return tiles
-
-
-def _together(lengths: tuple[int, ...], most: int) -> list[tuple[int, int]]:
-    """Where each row begins and ends; neighbours of no more than ``most`` tokens in all count as one."""
-    spans = [(0, 0)]
-    for length in lengths:
-        begin, end = spans[-1]
-        if end + length - begin <= most:
-            spans[-1] = (begin, end + length)
-        else:
-            spans.append((end, end + length))
-    return [span for span in spans if span[1] > span[0]]
-
-
-def _grouped(bias: mx.array, heads: int, kv_heads: int, length: int) -> mx.array:
-    """What broadcasts to (B, H, T, S), as what does to (B, K, H / K · T, S)."""
-    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
-    batch, own_heads, rows, keys = bias.shape
-    group = heads // kv_heads
-    if own_heads == 1:
-        return mx.concatenate([bias] * group, axis=2) if rows > 1 and group > 1 else bias
-    each = mx.broadcast_to(bias, (batch, heads, length, keys))
-    return each.reshape(batch, kv_heads, group * length, keys)
-
-
-def _attention(tiles: list[_Tile], scale: float) -> Callable[..., Any]:
-    """The function of (queries, keys, values): the result, and what its gradient is made of.
-
-    That is, for each tile, the exponentials (B, K, H / K · t, S) and one over
-    their sums. Queries that share a kv head stand under each other: one
-    product, and no copy of the keys. A fourth argument, which broadcasts to
-    (B, K, H / K · T, S), is added to the scores of the only tile.
-    """
-
-    @mx.custom_function
-    def attend(queries: mx.array, keys: mx.array, values: mx.array, *bias: mx.array) -> tuple[mx.array, ...]:
-        group = queries.shape[1] // keys.shape[1]
-        queries, keys, values = queries * scale, mx.contiguous(keys), mx.contiguous(values)
-        parts, kept = [], []
-        for tile in tiles:
-            rows = _rows(queries, group, tile)  # (B, K, H / K · t, E)
-            scores = rows @ tile.seen(keys).swapaxes(-1, -2)  # (B, K, H / K · t, S)
-            e = _exp_scores(scores, tile, group, bias)
-            inverse = 1.0 / _row_sums(e)  # (B, K, H / K · t, 1)
-            parts.append((e @ tile.seen(values)) * inverse)  # (B, K, H / K · t, E)
-            kept += [e, inverse]
-        return _join(parts, group), *kept
-
-    @attend.vjp
-    def attend_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        queries, keys, values, *bias = primals
-        dy, kept = cotangents[0], outputs[1:]  # (B, H, T, E)
-        group = queries.shape[1] // keys.shape[1]
-        keys, values = mx.contiguous(keys), mx.contiguous(values)
-        along = _row_sums(dy * outputs[0])  # (B, H, T, 1)
-        parts: list[mx.array] = []
-        dk, dv = _Sum(), _Sum()
-        for tile, e, inverse in zip(tiles, kept[::2], kept[1::2], strict=True):
-            dout = _rows(dy, group, tile) * inverse  # (B, K, H / K · t, E)
-            de = dout @ tile.seen(values).swapaxes(-1, -2)  # (B, K, H / K · t, S)
-            dscores = e * (de - _rows(along, group, tile) * inverse)
-            parts.append(dscores @ tile.seen(keys))  # (B, K, H / K · t, E)
-            dk.add(tile.first, dscores.swapaxes(-1, -2) @ _rows(queries, group, tile))  # (B, K, S, E)
-            dv.add(tile.first, e.swapaxes(-1, -2) @ dout)  # (B, K, S, E)
-        dq = _join(parts, group) * scale
-        return dq, dk.whole() * scale, dv.whole(), *(_summed_to(added, dscores) for added in bias)
-
-    return cast(Callable[..., Any], attend)
-
-
-def _exp_scores(scores: mx.array, tile: _Tile, group: int, added: Sequence[mx.array]) -> mx.array:
-    """Exponentials of scores (B, K, H / K · t, S) and what is added to them, less the highest of each row."""
-    exp_rows = lent("exp_rows")
-    if exp_rows is not None and tile.causal:
-        return cast(mx.array, exp_rows(scores, tile.stop - tile.start))
-    if tile.bias is not None:
-        scores = scores + mx.concatenate([tile.bias] * group)
-    for bias in added:
-        scores = scores + bias
-    if exp_rows is not None:
-        return cast(mx.array, exp_rows(scores, 0))
-    return _exp(scores - scores.max(axis=-1, keepdims=True))
-
-
-def _summed_to(target: mx.array, x: mx.array) -> mx.array:
-    """``x`` summed over the axes along which ``target`` was broadcast to it."""
-    axes = [axis for axis, size in enumerate(target.shape) if size != x.shape[axis]]
-    return x.sum(axis=axes, keepdims=True) if axes else x
-
-
-def _rows(x: mx.array, group: int, tile: _Tile) -> mx.array:
-    """The tile's rows of (B, H, T, E), heads of a group under each other: (B, K, H / K · t, E)."""
-    batch, heads, _, width = x.shape
-    return x[:, :, tile.start : tile.stop].reshape(batch, heads // group, -1, width)
-
-
-def _join(parts: list[mx.array], group: int) -> mx.array:
-    """The tiles (B, K, H / K · t, E), one after the other, as (B, H, T, E)."""
-    batch, kv_heads, _, width = parts[0].shape
-    split = [part.reshape(batch, kv_heads * group, -1, width) for part in parts]  # (B, H, t, E) each
-    return split[0] if len(split) == 1 else mx.concatenate(split, axis=2)
-
-
-class _Sum:
-    """A sum of parts (B, K, ·, E) that each begin at some key; neither their beginnings nor ends go back."""
-
-    def __init__(self) -> None:
-        self._done: list[mx.array] = []  # what no part will add to
-        self._open: mx.array | None = None
-        self._begin = 0  # of what is open
-
-    def add(self, first: int, part: mx.array) -> None:
-        """Add a part that begins at key ``first``."""
-        if self._open is not None:
-            held = self._open.shape[2]
-            cut = min(first - self._begin, held)
-            if cut:
-                self._done.append(self._open[:, :, :cut])
-            both = held - cut
-            sums = self._open[:, :, cut:] + part[:, :, :both] if both else part[:, :, :0]
-            part = mx.concatenate([sums, part[:, :, both:]], axis=2)
-        self._open, self._begin = part, first
-
-    def whole(self) -> mx.array:
-        """The sum, from the first key to the last."""
-        assert self._open is not None
-        return mx.concatenate([*self._done, self._open], axis=2) if self._done else self._open
-
-
 @mx.custom_function
 def _silu_times(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
     """The product, and the sigmoid that its gradient is made of."""
-    lent_sigmoid = lent("sigmoid")
-    sigmoid = 1.0 / (1.0 + _exp(-gate)) if lent_sigmoid is None else lent_sigmoid(gate)
+    sigmoid = 1.0 / (1.0 + exp(-gate))
     return sigmoid * gate * up, sigmoid
 
 
@@ -348,12 +143,23 @@ def _silu_times_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
 
 
 @mx.custom_function
+def _silu_times_lent(gate: mx.array, up: mx.array) -> mx.array:
+    return lent_layers().silu_times(gate, up)
+
+
+@_silu_times_lent.vjp
+def _silu_times_lent_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+    (gate, up), layers = primals, lent_layers()
+    return layers.silu_slope(gate, cotangents * up), layers.silu_times(gate, cotangents)
+
+
+@mx.custom_function
 def _cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
     """The sum, and the logarithms of the probabilities (N, V) that its gradient is made of."""
     log_softmax = lent("log_softmax")
     if log_softmax is None:
         highest = logits.max(axis=-1, keepdims=True)
-        logarithms = logits - (highest + mx.log(_row_sums(_exp(logits - highest))))
+        logarithms = logits - (highest + mx.log(row_sums(exp(logits - highest))))
     else:
         logarithms = log_softmax(logits)
     chosen = mx.take_along_axis(logarithms, targets[:, None], axis=-1).squeeze(-1)  # (N,)
@@ -364,7 +170,7 @@ def _cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> tu
 def _cross_entropy_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
     (_, ids, weights), logarithms = primals, outputs[1]
     scaled_exp, factors = lent("scaled_exp"), (cotangents[0] * weights)[:, None]  # (N, 1)
-    gradient = _exp(logarithms) * factors if scaled_exp is None else scaled_exp(logarithms, factors)
+    gradient = exp(logarithms) * factors if scaled_exp is None else scaled_exp(logarithms, factors)
     at_target = mx.take_along_axis(gradient, ids[:, None], axis=-1) - factors
     gradient = mx.put_along_axis(gradient, ids[:, None], at_target, axis=-1)
     return gradient, mx.zeros_like(ids), mx.zeros_like(weights)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mlxlora_core.model import ops
-from mlxlora_core.model.ops import cpu
+from mlxlora_core.model.ops import cpu_attention
 from mlxlora_core.model.ops.rows import Rows, apart, together
 
 HEADS, KV_HEADS, WIDTH, THETA = 4, 2, 16, 500.0
@@ -113,11 +113,11 @@ def test_what_stands_in_another_row_changes_no_bit(way: str) -> None:
 
 def test_tiles_are_no_larger_than_they_must_be() -> None:
     """No query computes a score with a key of another row, but for rows so short that they share a tile."""
-    tiles = cpu._tiles_of_rows(Rows((150, 700, 20, 30, 40), None))
+    tiles = cpu_attention._tiles_of_rows(Rows((150, 700, 20, 30, 40), None))
     pairs = sum((tile.stop - tile.start) * (tile.keys - tile.first) for tile in tiles)
     assert [tile.start for tile in tiles] == [0, 64, 128, *range(150, 850, 88), 850, 900]
     assert pairs < 0.6 * (150**2 + 700**2) + 50**2 + 40**2
-    within = cpu._tiles_of_rows(Rows((700,), 64))
+    within = cpu_attention._tiles_of_rows(Rows((700,), 64))
     assert max(tile.keys - tile.first for tile in within) == 88 + 63
 
 

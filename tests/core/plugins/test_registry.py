@@ -718,9 +718,9 @@ def test_what_a_runtime_sets_the_precision_with_is_kept(monkeypatch: pytest.Monk
 def test_what_else_a_runtime_computes_is_lent_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_lent", {})
     start_runtimes(
-        runtimes(lambda: RuntimeStarted("fast", sigmoid=abs), lambda: RuntimeStarted("more", exp_rows=max))
+        runtimes(lambda: RuntimeStarted("fast", scaled_exp=abs), lambda: RuntimeStarted("more", exp_rows=max))
     )
-    assert device.lent("sigmoid") is abs and device.lent("exp_rows") is max
+    assert device.lent("scaled_exp") is abs and device.lent("exp_rows") is max
     assert device.lent("packed_product") is None
 
 

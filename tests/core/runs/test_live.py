@@ -121,10 +121,10 @@ def test_a_log_is_not_read_again_and_again_but_a_change_of_the_record_is_seen(
     true_read = live.read_facts
     monkeypatch.setattr(live, "read_facts", lambda path: (read.append(path), true_read(path))[1])
     reading = live.Reading(folder)
-    reading.facts()
+    reading.told()
     with open(folder / LOG, "a") as log:
         log.write(line(21))
-    reading.facts()
+    reading.told()
     assert len(read) == 1
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**record, "ended": "failed: it did"}))
