@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from mlxlora_core.files.forms import UNSOUND, Table, Text, Whole, sound
 from mlxlora_core.files.input_file import open_regular
 from mlxlora_core.files.row_messages import RowFault
 from mlxlora_core.files.row_shapes import read_row
-from mlxlora_core.runs.folder import DATA, METRICS, RECORD, SAMPLES
-from mlxlora_core.runs.listed import ListedRun, listed, marked, told_by
+from mlxlora_core.runs.folder import DATA, METRICS, RECORD, SAMPLES, file_stat
+from mlxlora_core.runs.listed import ListedRun, listed, marked, state_of, told_by
 from mlxlora_core.runs.report.curves import Curves, thinned
 from mlxlora_core.runs.report.facts import Facts, read_facts
 from mlxlora_core.training.metrics import REPORT_FORM
@@ -31,7 +31,7 @@ _SAMPLE_BYTES = 4 << 20
 _SAMPLES = 200
 _ROWS, _ROW_BYTES, _TEXT_LETTERS = 6, 1 << 16, 2000
 _BESIDE = 40  # runs
-_SHARE = 30  # so many times as long as reading took, nothing is read again
+_SHARE = 200  # so many times as long as reading took, nothing is read again
 _SAMPLE_FORM = Table({"kind": Text(("sample",)), "step": Whole(), "prompt": Text(), "text": Text()})
 
 
@@ -47,21 +47,25 @@ class Reading:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._facts: Facts | None = None
-        self._due = 0.0
+        self._read: tuple[Facts, ListedRun] | None = None
+        self._due, self._stat = 0.0, file_stat(folder / RECORD)
 
-    def facts(self) -> Facts:
-        """What was read last, which is not old.
+    def told(self) -> tuple[Facts, ListedRun]:
+        """What was read last, which is not old, and the run by it, as it stands now.
 
         Raises:
             DataError: it is no run folder.
         """
-        began = time.monotonic()
-        if self._facts is None or began >= self._due:
-            self._facts = read_facts(self.folder)
+        began, stat = time.monotonic(), file_stat(self.folder / RECORD)
+        if self._read is None or began >= self._due or stat != self._stat:  # a stage was begun or done
+            self._stat = stat
+            facts = read_facts(self.folder)
+            self._read = facts, told_by(self.folder, facts)
             now = time.monotonic()
             self._due = now + _SHARE * (now - began)
-        return self._facts
+        facts, run = self._read
+        state, fault = state_of(self.folder, facts)
+        return facts, replace(run, state=state, fault=fault)
 
 
 def look(reading: Reading, cursor: str = "") -> dict[str, Any]:
@@ -73,14 +77,13 @@ def look(reading: Reading, cursor: str = "") -> dict[str, Any]:
 
     Returns:
         ``run`` (as :class:`~mlxlora_core.runs.listed.ListedRun`), ``reports`` that are new,
-        ``cursor``, ``anew`` (whether they are all that there are), ``stage``, ``stages``, and
-        ``seconds_left`` (or None).
+        ``cursor``, ``anew`` (whether they are all that there are), ``stage`` and ``stages``.
 
     Raises:
         DataError: it is no run folder.
     """
-    facts, folder = reading.facts(), reading.folder
-    run = told_by(folder, facts)
+    facts, run = reading.told()
+    folder = reading.folder
     reports, cursor, anew = _reports(folder / METRICS, facts, cursor)
     stages = list(facts.record["inputs"])
     open_stages = [stage for stage in stages if stage not in facts.results]
@@ -91,7 +94,6 @@ def look(reading: Reading, cursor: str = "") -> dict[str, Any]:
         "anew": anew,
         "stages": stages,
         "stage": open_stages[0] if open_stages else None,
-        "seconds_left": _seconds_left(facts, run) if open_stages[:1] == ["train"] else None,
     }
 
 
@@ -192,12 +194,6 @@ def _reported(lines: list[bytes]) -> Iterator[dict[str, Any]]:
             continue
         if report is not UNSOUND and report["loss"] is not None:
             yield dict(report)
-
-
-def _seconds_left(facts: Facts, run: ListedRun) -> float | None:
-    """How long the training goes on, by its last report."""
-    speed = facts.train[-1].get("steps_per_second", 0.0) if facts.train else 0.0
-    return (run.steps - run.step) / speed if speed > 0 else None
 
 
 def _sample(line: bytes) -> dict[str, Any] | None:

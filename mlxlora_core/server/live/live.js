@@ -53,19 +53,21 @@ function add(reports, report) {
   reports.push(report);
 }
 
-function head({ run, stage, stages, seconds_left: left }) {
+function head({ run, stage, stages }) {
   byId("name").textContent = visible(run.name);
-  document.title = `${Math.floor(100 * run.step / (run.steps || 1))} % · ${visible(run.name)} · mlxlora run`;
+  const newest = here.train.at(-1);
+  const step = newest?.step ?? run.step;
+  document.title = `${Math.floor(100 * step / (run.steps || 1))} % · ${visible(run.name)} · mlxlora run`;
   const state = byId("state");
   if (state.textContent !== run.state) state.textContent = run.state;
   state.className = `tag ${run.state}`;
-  const step = Math.max(run.step, here.train.at(-1)?.step ?? 0);
   const said = [`step ${step.toLocaleString("en")} of ${run.steps.toLocaleString("en")}`];
   if (run.state === "running" && stage) {
     said.unshift(`stage ${stages.indexOf(stage) + 1} of ${stages.length} (${stage})`);
-    if (left !== null && left > 0) said.push(`about ${duration(left)} left`);
+    const left = stage === "train" && newest?.steps_per_second ? (run.steps - step) / newest.steps_per_second : 0;
+    if (left > 0) said.push(`about ${duration(left)} left`);
   } else if (run.seconds) said.push(`training took ${duration(run.seconds)}`);
-  const speed = here.train.at(-1)?.tokens_per_second;
+  const speed = newest?.tokens_per_second;
   if (run.state === "running" && speed) said.push(`${Math.round(speed).toLocaleString("en")} tokens/s`);
   byId("where").textContent = visible(said.join(", ") + (run.fault ? `: ${run.fault}` : ""));
   byId("progress").max = run.steps || 1;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from made_run import LONG, write_run
 
 from mlxlora_core.files import lock
 
+ROOT = Path(__file__).parents[4]
 VIEWS = [(width, dark) for width in (390, 1280) for dark in (False, True)]
 READY = "document.querySelector('#loss svg path') && document.querySelector('#beside table')"
 OUTSIDE = """
@@ -82,6 +84,13 @@ PAYLOADS = [
     "\\u003cscript\\u003ewindow.pwned=1\\u003c/script\\u003e",
     "\u202e<script>window.pwned=1</script>\u2066\u0000\u2028",
 ]
+
+AXE = [Path(os.environ.get("MLXLORA_AXE", "")), ROOT / "node_modules" / "axe-core" / "axe.min.js"]
+FAULTS = """
+axe.run(document, {resultTypes: ['violations']}).then(({violations}) => violations
+  .filter(({impact}) => impact === 'serious' || impact === 'critical')
+  .flatMap(({id, nodes}) => nodes.map((one) => `${id}: ${one.html.slice(0, 160)} ${one.failureSummary}`)))
+"""
 
 
 def add(folder: Path, step: int, loss: float, kind: str = "train") -> None:
@@ -260,3 +269,15 @@ def test_a_key_is_asked_for_where_one_is_wanted(tab: Page, runs: Path, serving: 
         tab.press("Enter")
         tab.wait_for("document.querySelector('#loss svg path')")
         tab.script("sessionStorage.clear()")
+
+
+@pytest.mark.parametrize(("width", "dark"), VIEWS)
+def test_axe_finds_no_serious_fault(tab: Page, runs: Path, serving: Any, width: int, dark: bool) -> None:
+    program = next((path for path in AXE if path.is_file()), None)
+    if program is None:
+        pytest.skip("needs axe-core: npm install axe-core in the checkout, or MLXLORA_AXE=…/axe.min.js")
+    with serving(runs / "a") as url:
+        tab.open(f"{url}/run", width=width, dark=dark)
+        tab.wait_for(READY)
+        tab.script(f"{program.read_text('utf-8')}; 0")
+        assert tab.script(FAULTS) == []
