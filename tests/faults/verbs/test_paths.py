@@ -115,6 +115,10 @@ def runs(base: Base) -> dict[str, Any]:
     return {"folders": "."}
 
 
+def serve(base: Base) -> dict[str, Any]:
+    return {"model": base.model, "port": 0}
+
+
 def run(base: Base) -> dict[str, Any]:
     path = Path("recipe.toml")
     path.write_text(RECIPE.format(checkpoint=base.checkpoint, rows=base.rows))
@@ -123,7 +127,7 @@ def run(base: Base) -> dict[str, Any]:
 
 WORKING: dict[str, Callable[[Base], dict[str, Any]]] = {
     verb.__name__: verb
-    for verb in (convert, data, train, evaluate, generate, chat, fuse, export, adapters, report, run, runs)
+    for verb in (convert, data, train, evaluate, generate, chat, fuse, export, adapters, report, run, runs, serve)
 }
 
 
@@ -295,6 +299,13 @@ def faults(what: str, arguments: list[str], capfd: pytest.CaptureFixture[str]) -
     return []
 
 
+def stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a server that is ready stop without a signal."""
+    from mlxlora_core.server import run as server
+
+    monkeypatch.setattr(server, "serve", lambda *given, stop, **more: stop())
+
+
 def precious(place: Path) -> None:
     """Fail where a file that was there has gone or has changed."""
     for path in (*place.glob("file*"), *place.glob("folder*/notes.txt")):
@@ -312,11 +323,15 @@ def test_each_option_of_each_verb_at_each_path(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     found = []
+    stop_at_once(monkeypatch)
     for name, make in chosen(path_options().index((verb, option))):
         place = tmp_path / name
         place.mkdir()
         monkeypatch.chdir(place)
-        given = WORKING[verb](base) | {option: make(".safetensors" if "adapter" in option else "")}
+        working = WORKING[verb](base)
+        if (verb, option) == ("serve", "run"):
+            del working["model"]  # a run folder says which
+        given = working | {option: make(".safetensors" if "adapter" in option else "")}
         found += faults(name, line(verb, given), capfd)
         precious(place)
     assert not found, "\n".join(found)
