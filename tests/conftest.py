@@ -301,3 +301,10 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def servers_stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``mlxlora serve`` stop without a signal as soon as it is ready."""
+    server = pytest.importorskip("mlxlora_core.server.run")
+    monkeypatch.setattr(server, "serve", lambda *given, stop, **more: stop())

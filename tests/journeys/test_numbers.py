@@ -63,6 +63,8 @@ COMMANDS = {
     "components": "",
     "options": "sampler top-p",
     "doctor": "",
+    "runs": "$FOLDER",
+    "serve": "--model $MODEL --port 0",
 }
 
 RECIPE = """
@@ -88,7 +90,12 @@ def places(tmp_path: Path, tiny_model: Path, tiny_checkpoint: Path, tiny_data: P
 
 
 @pytest.fixture
-def run(places: dict[str, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(
+    places: dict[str, Path],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    servers_stop_at_once: None,
+) -> Run:
     """A verb with the shortest command line and something behind it: its exit code and lines of stderr."""
     monkeypatch.setenv("MLXLORA_PLUGINS", "")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))  # of chat

@@ -127,7 +127,21 @@ def run(base: Base) -> dict[str, Any]:
 
 WORKING: dict[str, Callable[[Base], dict[str, Any]]] = {
     verb.__name__: verb
-    for verb in (convert, data, train, evaluate, generate, chat, fuse, export, adapters, report, run, runs, serve)
+    for verb in (
+        convert,
+        data,
+        train,
+        evaluate,
+        generate,
+        chat,
+        fuse,
+        export,
+        adapters,
+        report,
+        run,
+        runs,
+        serve,
+    )
 }
 
 
@@ -299,13 +313,6 @@ def faults(what: str, arguments: list[str], capfd: pytest.CaptureFixture[str]) -
     return []
 
 
-def stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a server that is ready stop without a signal."""
-    from mlxlora_core.server import run as server
-
-    monkeypatch.setattr(server, "serve", lambda *given, stop, **more: stop())
-
-
 def precious(place: Path) -> None:
     """Fail where a file that was there has gone or has changed."""
     for path in (*place.glob("file*"), *place.glob("folder*/notes.txt")):
@@ -321,9 +328,9 @@ def test_each_option_of_each_verb_at_each_path(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    servers_stop_at_once: None,
 ) -> None:
     found = []
-    stop_at_once(monkeypatch)
     for name, make in chosen(path_options().index((verb, option))):
         place = tmp_path / name
         place.mkdir()
