@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,23 +53,34 @@ def wandb_records(folder: Path) -> list[Any]:
     parts of records, each behind a checksum (4 bytes), a length (2) and a kind (1;
     1 and 4 end a record).
     """
-    record = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
     found = []
-    files = sorted(folder.glob("wandb/*run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-    for path in files:
-        data, at, held = path.read_bytes(), 7, b""
-        assert data[:4] == b":W&B"
-        while at + 7 <= len(data):
-            left = 32768 - at % 32768
-            if left < 7:
-                at += left
-                continue
-            size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-            held += data[at + 7 : at + 7 + size]
-            at += 7 + size
-            if kind in (1, 4):
-                found.append(record.FromString(held))
-                held = b""
+    for path in sorted(folder.glob("wandb/*run-*/*.wandb")):  # their names begin with the time
+        records, end = wandb_file(path), time.monotonic() + 20
+        while not any(each.WhichOneof("record_type") == "exit" for each in records):
+            assert time.monotonic() < end, f"{path} has no end"
+            time.sleep(0.05)  # a process of W&B's own writes it
+            records = wandb_file(path)
+        found += records
+    return found
+
+
+def wandb_file(path: Path) -> list[Any]:
+    """The records that a file of W&B has by now."""
+    record = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
+    data, at, held, found = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + 7 + size > len(data):
+            break
+        held += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):
+            found.append(record.FromString(held))
+            held = b""
     return found
 
 
