@@ -9,8 +9,6 @@ import hmac
 import html
 import secrets
 from collections.abc import Callable, Mapping
-from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from starlette.routing import BaseRoute, Route
 
 from mlxlora_core.errors import MlxloraError
 from mlxlora_core.runs import live
+from mlxlora_core.server.assets import asset, read_asset
 
 #: what a browser needs before its reader can type a key; nothing there tells of the run
 OPEN_PATHS = ("/run", "/run/")
@@ -47,7 +46,7 @@ def live_routes(folder: Path, stop: Callable[[], None] | None = None) -> list[Ba
     reading, token = live.Reading(folder), secrets.token_urlsafe(24)
     return [
         _page(token, stoppable=stop is not None),
-        *(_file(f"/run/{name}", *place) for name, place in _ASSETS.items()),
+        *(asset(f"/run/{name}", *place) for name, place in _ASSETS.items()),
         _told("/api/run", lambda asked: live.look(reading, asked.get("cursor", ""))),
         _told("/api/run/samples", lambda asked: live.samples(folder)),
         _told("/api/run/rows", lambda asked: live.rows(folder)),
@@ -72,7 +71,7 @@ def _told(path: str, tell: Callable[[Mapping[str, str]], Any]) -> Route:
 
 def _page(token: str, *, stoppable: bool) -> Route:
     """The page, with the token of this server where it has a button."""
-    text = _bytes("mlxlora_core.server", "live/live.html").decode()
+    text = read_asset("mlxlora_core.server", "live/live.html").decode()
     content = text.replace("{{token}}", html.escape(token if stoppable else "", quote=True)).encode()
 
     async def send(request: Request) -> Response:
@@ -95,21 +94,3 @@ def _stop(token: str, stop: Callable[[], None]) -> Route:
         return JSONResponse({"stopping": True}, 202, headers=_FRESH)
 
     return Route("/api/run/stop", answer, methods=["POST"])
-
-
-def _file(path: str, package: str, name: str, media_type: str) -> Route:
-    """A file of the page; a browser that has it already is told so."""
-    content = _bytes(package, name)
-    tag = f'"{sha256(content).hexdigest()[:32]}"'
-    headers = {"ETag": tag, "Cache-Control": "no-cache"}
-
-    async def send(request: Request) -> Response:
-        if tag in request.headers.get("if-none-match", ""):
-            return Response(status_code=304, headers=headers)
-        return Response(content, media_type=media_type, headers=headers)
-
-    return Route(path, send)
-
-
-def _bytes(package: str, name: str) -> bytes:
-    return files(package).joinpath(name).read_bytes()

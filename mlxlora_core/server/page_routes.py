@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from hashlib import sha256
-from importlib.resources import files
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
+
+from mlxlora_core.server.assets import asset
+
+_PACKAGE = "mlxlora_core.server"
 
 #: file name -> its content type; the modules import each other by these names
 ASSETS = {
@@ -50,22 +52,7 @@ def page_routes(facts: Mapping[str, Any]) -> list[BaseRoute]:
         return JSONResponse(told, headers={"Cache-Control": "no-store"})
 
     return [
-        _file("/", "index.html", "text/html; charset=utf-8"),
-        *(_file(f"/page/{name}", name, kind) for name, kind in ASSETS.items()),
+        asset("/", _PACKAGE, "page/index.html", "text/html; charset=utf-8"),
+        *(asset(f"/page/{name}", _PACKAGE, f"page/{name}", kind) for name, kind in ASSETS.items()),
         Route("/api/page", tell),
     ]
-
-
-def _file(path: str, name: str, media_type: str) -> Route:
-    """A file of the page; a browser that has it already is told so."""
-    content = files("mlxlora_core.server").joinpath("page", name).read_bytes()
-    tag = f'"{sha256(content).hexdigest()[:32]}"'
-    headers = {"ETag": tag, "Cache-Control": "no-cache"}
-
-    async def send(request: Request) -> Response:
-        known = request.headers.get("if-none-match", "")
-        if tag in (each.strip().removeprefix("W/") for each in known.split(",")):
-            return Response(status_code=304, headers=headers)
-        return Response(content, media_type=media_type, headers=headers)
-
-    return Route(path, send)

@@ -1,6 +1,7 @@
 /* The exponential of an array: MLX computes it a number at a time. */
 
 #include "exp_loop.h"
+#include "processor.h"
 #include "products.h"
 
 #include <math.h>
@@ -74,26 +75,13 @@ LOOP void scaled_exp_loop(size_t count, float factor, float *x) {
     target static void scaled_exp_##suffix(size_t count, float factor, float *x) {                          \
         scaled_exp_loop(count, factor, x);                                                                  \
     }                                                                                                       \
-    static const struct exponentials loops_##suffix = {exp_##suffix, row_##suffix,          \
-                                                       log_softmax_##suffix, scaled_exp_##suffix};
+    static const struct exponentials loops_##suffix = {exp_##suffix, row_##suffix, log_softmax_##suffix,      \
+                                                       scaled_exp_##suffix};
 
 LOOPS(any, )
-
-#if defined(__x86_64__) && !defined(PORTABLE)
-LOOPS(avx2, __attribute__((target("avx2,fma"))))
-
-#ifndef AT_MOST_AVX2 /* which a test says, to see that loop too */
-LOOPS(avx512, __attribute__((target("avx512f,avx512dq,avx512vl,fma"))))
+#ifdef X86_LOOPS
+LOOPS(avx2, AVX2)
+LOOPS(avx512, AVX512)
 #endif
 
-const struct exponentials *fastest_exponentials(void) {
-#ifndef AT_MOST_AVX2
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return &loops_avx512;
-#endif
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &loops_avx2 : &loops_any;
-}
-#else
-const struct exponentials *fastest_exponentials(void) { return &loops_any; }
-#endif
+const struct exponentials *fastest_exponentials(void) { return FASTEST(loops); }

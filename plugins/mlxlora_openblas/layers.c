@@ -2,6 +2,7 @@
    formula. The formulas, and those of their gradients, stand in special.py, which asks for them. */
 
 #include "exp_loop.h"
+#include "processor.h"
 #include "products.h"
 
 #include <math.h>
@@ -128,22 +129,9 @@ LOOP void softmax_back_loop(size_t count, const float *restrict x, float *restri
                                                       rotate_##suffix,         softmax_back_##suffix};
 
 LOOPS(any, )
-
-#if defined(__x86_64__) && !defined(PORTABLE)
-LOOPS(avx2, __attribute__((target("avx2,fma"))))
-
-#ifndef AT_MOST_AVX2
-LOOPS(avx512, __attribute__((target("avx512f,avx512dq,avx512vl,fma"))))
+#ifdef X86_LOOPS
+LOOPS(avx2, AVX2)
+LOOPS(avx512, AVX512)
 #endif
 
-const struct layer_loops *fastest_layer_loops(void) {
-#ifndef AT_MOST_AVX2
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return &loops_avx512;
-#endif
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &loops_avx2 : &loops_any;
-}
-#else
-const struct layer_loops *fastest_layer_loops(void) { return &loops_any; }
-#endif
+const struct layer_loops *fastest_layer_loops(void) { return FASTEST(loops); }

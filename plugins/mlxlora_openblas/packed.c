@@ -12,6 +12,7 @@
    For many rows, pieces of the weight become float32 in the cache, one after the other, and are multiplied there
    by the BLAS; or panels of bfloat16, and are multiplied by tiles (amx.c). Every sum is taken in an order that the weight alone decides. */
 
+#include "processor.h"
 #include "products.h"
 
 #include <stdlib.h>
@@ -226,25 +227,12 @@ struct loops {
     static const struct loops loops_##name = {outputs_##name, expand_##name};
 
 LOOPS(any, 4, )
-#if defined(__x86_64__) && !defined(PORTABLE)
-LOOPS(avx2, 4, __attribute__((target("avx2,fma"))))
-#ifndef AT_MOST_AVX2
-LOOPS(avx512, 8, __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma"))))
-#endif
+#ifdef X86_LOOPS
+LOOPS(avx2, 4, AVX2)
+LOOPS(avx512, 8, AVX512)
 #endif
 
-static const struct loops *fastest(void) {
-#if defined(__x86_64__) && !defined(PORTABLE)
-#ifndef AT_MOST_AVX2
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
-        return &loops_avx512;
-#endif
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return &loops_avx2;
-#endif
-    return &loops_any;
-}
+static const struct loops *fastest(void) { return FASTEST(loops); }
 
 /* --- a few rows --------------------------------------------------------------------------------------- */
 

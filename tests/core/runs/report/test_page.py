@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from chromium import PROGRAMS, Page, browser, program
 from made_run import LONG, write_run
+from page_trials import FAINT
 
 from mlxlora_core.runs.report import write_report
 
@@ -36,29 +37,6 @@ Object.fromEntries([...document.querySelectorAll("[data-chart]")].map((place) =>
   const wide = Math.max(...boxes.map((box) => box.right)) - Math.min(...boxes.map((box) => box.left));
   return [place.dataset.chart, [place.clientWidth, boxes.length, wide]];
 }))
-"""
-# WCAG 2.2, success criterion 1.4.3: text stands out 4.5 to 1.
-FAINT = """
-(() => {
-  const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
-  const light = (rgb) => {
-    const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    const [r, g, b] = rgb.map((v) => linear(v / 255));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = (one) => {
-    for (let at = one; at; at = at.parentElement) {
-      const colour = parts(getComputedStyle(at).backgroundColor);
-      if (colour.length === 3) return colour;
-    }
-  };
-  return [...document.querySelectorAll("main *")].filter((one) =>
-    !one.closest("svg") && [...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim())
-  ).filter((one) => {
-    const both = [light(parts(getComputedStyle(one).color).slice(0, 3)), light(behind(one))];
-    return (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05) < 4.5;
-  }).map((one) => one.outerHTML.slice(0, 80));
-})()
 """
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import pytest
 from chromium import Page
 from made_run import LONG, write_run
+from page_trials import AXE_FAULTS, FAINT, PAYLOADS, axe_core
 
 from mlxlora_core.files import lock
 
-ROOT = Path(__file__).parents[4]
 VIEWS = [(width, dark) for width in (390, 1280) for dark in (False, True)]
 READY = "document.querySelector('#loss svg path') && document.querySelector('#beside table')"
 OUTSIDE = """
@@ -26,70 +25,6 @@ OUTSIDE = """
     return box.width > 0 && !one.closest(".wide *") && (box.left < -0.5 || box.right > width + 0.5);
   }).map((one) => one.outerHTML.slice(0, 80));
 })()
-"""
-# WCAG 2.2, success criterion 1.4.3: text stands out 4.5 to 1.
-FAINT = """
-(() => {
-  const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
-  const light = (rgb) => {
-    const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    const [r, g, b] = rgb.map((v) => linear(v / 255));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = (one) => {
-    for (let at = one; at; at = at.parentElement) {
-      const colour = parts(getComputedStyle(at).backgroundColor);
-      if (colour.length === 3) return colour;
-    }
-  };
-  return [...document.querySelectorAll("main *")].filter((one) => !one.closest("svg") && one.offsetParent
-    && [...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim())
-  ).filter((one) => {
-    const both = [light(parts(getComputedStyle(one).color).slice(0, 3)), light(behind(one))];
-    return (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05) < 4.5;
-  }).map((one) => one.outerHTML.slice(0, 80));
-})()
-"""
-PAYLOADS = [
-    "<script>window.pwned=1</script>",
-    "</script><script>window.pwned=1</script>",
-    "<img src=x onerror='window.pwned=1'>",
-    "<svg onload=window.pwned=1>",
-    "<svg><script>window.pwned=1</script></svg>",
-    "<iframe srcdoc='<script>parent.pwned=1</script>'></iframe>",
-    "<iframe src=javascript:parent.pwned=1>",
-    "<body onload=window.pwned=1>",
-    "<details open ontoggle=window.pwned=1>",
-    "<input autofocus onfocus=window.pwned=1>",
-    "<a href='javascript:window.pwned=1'>x</a>",
-    "<style>@import 'https://example.invalid/x.css';</style>",
-    "<link rel=stylesheet href=https://example.invalid/x.css>",
-    "<meta http-equiv=refresh content='0;url=https://example.invalid'>",
-    "<object data=https://example.invalid></object>",
-    "<embed src=https://example.invalid>",
-    "<video src=https://example.invalid autoplay onerror=window.pwned=1></video>",
-    "<form action=https://example.invalid><button>x</button></form>",
-    "<base href=https://example.invalid>",
-    '"><script>window.pwned=1</script>',
-    "'><script>window.pwned=1</script>",
-    "--><script>window.pwned=1</script>",
-    "]]><script>window.pwned=1</script>",
-    "</title><script>window.pwned=1</script>",
-    "</textarea><script>window.pwned=1</script>",
-    "{{constructor.constructor('window.pwned=1')()}}",
-    "${window.pwned=1}",
-    "javascript:window.pwned=1",
-    "data:text/html,<script>window.pwned=1</script>",
-    "<math><mtext><style><img src=x onerror=window.pwned=1>",
-    "\\u003cscript\\u003ewindow.pwned=1\\u003c/script\\u003e",
-    "\u202e<script>window.pwned=1</script>\u2066\u0000\u2028",
-]
-
-AXE = [Path(os.environ.get("MLXLORA_AXE", "")), ROOT / "node_modules" / "axe-core" / "axe.min.js"]
-FAULTS = """
-axe.run(document, {resultTypes: ['violations']}).then(({violations}) => violations
-  .filter(({impact}) => impact === 'serious' || impact === 'critical')
-  .flatMap(({id, nodes}) => nodes.map((one) => `${id}: ${one.html.slice(0, 160)} ${one.failureSummary}`)))
 """
 
 
@@ -273,11 +208,9 @@ def test_a_key_is_asked_for_where_one_is_wanted(tab: Page, runs: Path, serving: 
 
 @pytest.mark.parametrize(("width", "dark"), VIEWS)
 def test_axe_finds_no_serious_fault(tab: Page, runs: Path, serving: Any, width: int, dark: bool) -> None:
-    program = next((path for path in AXE if path.is_file()), None)
-    if program is None:
-        pytest.skip("needs axe-core: npm install axe-core in the checkout, or MLXLORA_AXE=…/axe.min.js")
+    program = axe_core()
     with serving(runs / "a") as url:
         tab.open(f"{url}/run", width=width, dark=dark)
         tab.wait_for(READY)
-        tab.script(f"{program.read_text('utf-8')}; 0")
-        assert tab.script(FAULTS) == []
+        tab.script(f"{program}; 0")
+        assert tab.script(AXE_FAULTS) == []

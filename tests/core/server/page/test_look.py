@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from canned_server import Canned, serving
 from chromium import Page
+from page_trials import AXE_FAULTS, axe_core
 from test_talking import DONE, QUESTIONS, start
 
-ROOT = Path(__file__).parents[4]
-AXE = (os.environ.get("MLXLORA_AXE"), ROOT / "node_modules" / "axe-core" / "axe.min.js")
 LONG = "x" * 300
 HARD = f"""# A heading of {LONG}
 
@@ -118,39 +115,26 @@ def test_on_paper_there_are_answers_and_no_controls(tab: Page, plain: str) -> No
 
 # --- axe-core -----------------------------------------------------------------
 
-FAULTS = """
-axe.run(document, {resultTypes: ['violations']}).then(({violations}) => violations
-  .filter(({impact}) => impact === 'serious' || impact === 'critical')
-  .flatMap(({id, nodes}) => nodes.map((one) => `${id}: ${one.html.slice(0, 160)} ${one.failureSummary}`)))
-"""
-
-
-def axe_core() -> Path:
-    found = [Path(path) for path in AXE if path and Path(path).is_file()]
-    if not found:
-        pytest.skip("needs axe-core: npm install axe-core in the checkout, or MLXLORA_AXE=…/axe.min.js")
-    return found[0]
-
 
 @pytest.mark.parametrize(("width", "dark"), VIEWS)
 def test_axe_finds_no_serious_fault(tab: Page, plain: str, width: int, dark: bool) -> None:
-    program = axe_core().read_text("utf-8")
+    program = axe_core()
     start(tab, plain, "#unsure=shown", width=width, dark=dark)
     tab.script(f"{program}; 0")
-    assert tab.script(FAULTS) == [], "empty"
+    assert tab.script(AXE_FAULTS) == [], "empty"
     tab.script("document.querySelector('#question-list li:last-child button').click()")
     tab.wait_for(DONE)
     tab.script("document.querySelector('.token').focus()")
-    assert tab.script(FAULTS) == [], "with answers"
+    assert tab.script(AXE_FAULTS) == [], "with answers"
     if width == 390:
         tab.script("document.getElementById('open-settings').click()")
-        assert tab.script(FAULTS) == [], "with settings"
+        assert tab.script(AXE_FAULTS) == [], "with settings"
 
 
 def test_axe_sees_a_fault(tab: Page, plain: str) -> None:
-    program = axe_core().read_text("utf-8")
+    program = axe_core()
     start(tab, plain)
     tab.script(f"{program}; 0")
     tab.script("document.querySelector('label[for=prompt]').remove()")
     tab.script("document.getElementById('prompt').removeAttribute('placeholder')")
-    assert [one for one in tab.script(FAULTS) if 'id="prompt"' in one]
+    assert [one for one in tab.script(AXE_FAULTS) if 'id="prompt"' in one]

@@ -7,46 +7,9 @@ import json
 import pytest
 from canned_server import Canned, serving
 from chromium import Page
+from page_trials import PAYLOADS
 from test_talking import DONE, ask, start
 
-PAYLOADS = [
-    "<script>window.pwned=1</script>",
-    "</script><script>window.pwned=1</script>",
-    "<img src=x onerror='window.pwned=1'>",
-    "<svg onload=window.pwned=1>",
-    "<svg><script>window.pwned=1</script></svg>",
-    "<iframe srcdoc='<script>parent.pwned=1</script>'></iframe>",
-    "<iframe src=javascript:parent.pwned=1>",
-    "<body onload=window.pwned=1>",
-    "<details open ontoggle=window.pwned=1>",
-    "<input autofocus onfocus=window.pwned=1>",
-    "<a href='javascript:window.pwned=1'>x</a>",
-    "<style>@import 'https://example.invalid/x.css';</style>",
-    "<link rel=stylesheet href=https://example.invalid/x.css>",
-    "<meta http-equiv=refresh content='0;url=https://example.invalid'>",
-    "<base href=https://example.invalid/>",
-    "<form action=https://example.invalid><button>x</button></form>",
-    "<math><mtext></form><form><mglyph><style></math><img src onerror=window.pwned=1>",
-    "<template><img src=x onerror=window.pwned=1></template>",
-    "<object data=javascript:window.pwned=1>",
-    "<video><source onerror=window.pwned=1></video>",
-    "[x](javascript:window.pwned=1)",
-    "[x](JaVaScRiPt:window.pwned=1)",
-    "[x](&#106;avascript:window.pwned=1)",
-    "[x](data:text/html,<script>window.pwned=1</script>)",
-    "[x](vbscript:window.pwned=1)",
-    "[x](https://example.invalid/\"onmouseover=\"window.pwned=1)",
-    "![x](https://example.invalid/x.png)",
-    "![x\" onerror=\"window.pwned=1](x)",
-    "<javascript:window.pwned=1>",
-    "[x]( javascript:window.pwned=1)",
-    "```html\n<script>window.pwned=1</script>\n```",
-    "``` \"onload=window.pwned=1\nx\n```",
-    "| <img src=x onerror=window.pwned=1> | b |\n|---|---|\n| <script>window.pwned=1</script> | c |",
-    "> <img src=x onerror=window.pwned=1>\n> - **<svg onload=window.pwned=1>**",
-    "{{constructor.constructor('window.pwned=1')()}} ${window.pwned=1}",
-    "\u202e<script>window.pwned=1</script>\x1b[2J\x00",
-]  # fmt: skip
 #: what markdown may become, beside the pieces of text that tokens and marks are
 ALLOWED = {
     *("p", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "hr", "pre", "code", "div", "span", "mark"),
