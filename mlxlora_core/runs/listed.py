@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mlxlora_core.errors import MlxloraError
+from mlxlora_core.errors import DataError, MlxloraError
 from mlxlora_core.files.lock import is_held
 from mlxlora_core.runs.folder import RECORD
 from mlxlora_core.runs.observing import DONE, FAILED, INTERRUPTED
@@ -57,7 +57,15 @@ class ListedRun:
 
 
 def list_runs(paths: Iterable[Path]) -> list[ListedRun]:
-    """The runs in these folders, each a run folder or one to look through, with what differs marked."""
+    """The runs in these folders, each a run folder or one to look through, with what differs marked.
+
+    Raises:
+        DataError: one of them is no folder.
+    """
+    paths = list(paths)
+    for path in paths:
+        if not os.path.isdir(path):
+            raise DataError("there is no such folder", where=path)
     found = {os.path.realpath(path): path for each in paths for path in _run_folders(each)}
     return marked([listed(path) for path in found.values()])
 

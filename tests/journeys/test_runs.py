@@ -19,6 +19,8 @@ def test_runs_beside_each_other(mlxlora: Mlxlora, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     none = mlxlora("runs")
     assert (none.code, none.out) == (0, "") and "no run folder here" in none.err
+    wrong = mlxlora("runs", "nowhere")
+    assert (wrong.code, wrong.out, wrong.err) == (3, "", "mlxlora: nowhere: there is no such folder\n")
     write_run(Path("a"), name="first", steps=20)
     write_run(Path("b"), name="second", steps=40, done=3)
     Path("bad").mkdir()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from made_run import write_run
 
+from mlxlora_core.errors import DataError
 from mlxlora_core.files import lock
 from mlxlora_core.runs.listed import DAMAGED, RUNNING, list_runs
 
@@ -83,4 +84,5 @@ def test_it_looks_below_and_not_into_runs(tmp_path: Path) -> None:
     write_run(tmp_path / "x" / "y" / "z" / "far", steps=20)
     os.symlink(tmp_path, tmp_path / "x" / "loop")
     assert [str(run.path.relative_to(tmp_path)) for run in list_runs([tmp_path])] == ["x/a"]
-    assert list_runs([tmp_path / "not there"]) == []
+    with pytest.raises(DataError, match="there is no such folder"):
+        list_runs([tmp_path / "not there"])
