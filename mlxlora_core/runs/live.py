@@ -43,10 +43,15 @@ class Reading:
 
     Args:
         folder: of the run.
+
+    Attributes:
+        log: which log was read, by its number in the file system, and how long it was before: what was
+            written while it was read is told twice rather than never.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.log = _log(folder)
         self._read: tuple[Facts, ListedRun] | None = None
         self._due, self._stat = 0.0, file_stat(folder / RECORD)
 
@@ -56,9 +61,11 @@ class Reading:
         Raises:
             DataError: it is no run folder.
         """
-        began, stat = time.monotonic(), file_stat(self.folder / RECORD)
-        if self._read is None or began >= self._due or stat != self._stat:  # a stage was begun or done
-            self._stat = stat
+        began, stat, log = time.monotonic(), file_stat(self.folder / RECORD), _log(self.folder)
+        is_other = log[0] != self.log[0] or log[1] < self.log[1]  # a training that goes on cuts its log
+        # The record changes when a stage is begun or done.
+        if self._read is None or began >= self._due or stat != self._stat or is_other:
+            self._stat, self.log = stat, log
             facts = read_facts(self.folder)
             self._read = facts, told_by(self.folder, facts)
             now = time.monotonic()
@@ -84,7 +91,7 @@ def look(reading: Reading, cursor: str = "") -> dict[str, Any]:
     """
     facts, run = reading.told()
     folder = reading.folder
-    reports, cursor, anew = _reports(folder / METRICS, facts, cursor)
+    reports, cursor, anew = _reports(folder / METRICS, facts, reading.log, cursor)
     stages = list(facts.record["inputs"])
     open_stages = [stage for stage in stages if stage not in facts.results]
     return {
@@ -155,31 +162,46 @@ def _drawn(found: Curves) -> dict[str, Any]:
     return {"train": list(thinned(found.train)), "valid": list(thinned(found.valid, ("loss",)))}
 
 
-def _reports(path: Path, facts: Facts, cursor: str) -> tuple[list[dict[str, Any]], str, bool]:
-    """Reports behind a cursor, the cursor behind them, and whether they are all."""
+def _log(folder: Path) -> tuple[int, int]:
+    """The number of the log in the file system, and its bytes; 0 for no log."""
     try:
-        stat = path.stat()
+        stat = (folder / METRICS).stat()
     except OSError:
-        return [], "", True
+        return 0, 0
+    return stat.st_ino, stat.st_size
+
+
+def _reports(
+    path: Path, facts: Facts, read: tuple[int, int], cursor: str
+) -> tuple[list[dict[str, Any]], str, bool]:
+    """Reports behind a cursor, the cursor behind them, and whether they are all.
+
+    Args:
+        path: of the log.
+        facts: with all reports of the log.
+        read: which log they are of, and how long it was, as of :class:`Reading`.
+        cursor: of an earlier look.
+    """
+    number, size = _log(path.parent)
     file, _, place = cursor.partition(":")
     offset = int(place) if place.isascii() and place.isdecimal() and len(place) < 19 else -1
-    if file == str(stat.st_ino) and 0 <= offset <= stat.st_size <= offset + _NEW_BYTES:
-        lines, read = _whole_lines(path, offset)
-        return list(_reported(lines)), f"{stat.st_ino}:{offset + read}", False
-    # The size is taken before the log is read: what is written meanwhile comes twice rather than never.
-    _, read = _whole_lines(path, max(0, stat.st_size - _NEW_BYTES))
-    end = max(0, stat.st_size - _NEW_BYTES) + read
+    if file == str(number) and 0 <= offset <= size <= offset + _NEW_BYTES:
+        lines, length = _whole_lines(path, offset, _NEW_BYTES)
+        return list(_reported(lines)), f"{number}:{offset + length}", False
+    number, size = read
+    start = max(0, size - _NEW_BYTES)
+    _, length = _whole_lines(path, start, size - start)
     drawn = _drawn(facts.curves)
     both = [{"kind": kind, **report} for kind, reports in drawn.items() for report in reports]
-    return sorted(both, key=lambda report: report["step"]), f"{stat.st_ino}:{end}", True
+    return sorted(both, key=lambda report: report["step"]), f"{number}:{start + length}", True
 
 
-def _whole_lines(path: Path, offset: int) -> tuple[list[bytes], int]:
-    """The lines from an offset on that are at their end, and their bytes."""
+def _whole_lines(path: Path, offset: int, most: int) -> tuple[list[bytes], int]:
+    """The lines of so many bytes from an offset on that are at their end, and their bytes."""
     try:
         with open_regular(path, DataError) as file:
             file.seek(offset)
-            data = file.read(_NEW_BYTES)
+            data = file.read(most)
     except (DataError, OSError):
         return [], 0
     whole = data[: data.rfind(b"\n") + 1]

@@ -53,6 +53,26 @@ def test_a_log_that_was_begun_anew_is_told_whole(tmp_path: Path) -> None:
     assert shorter["anew"] and steps(shorter) == [("train", 1)]
 
 
+def test_nothing_is_lost_where_what_was_read_is_not_read_again(tmp_path: Path) -> None:
+    """However long ago that was: lines that came since, and a log that was begun anew."""
+    folder = write_run(tmp_path / "a", steps=20, done=3)
+    reading = live.Reading(folder)
+    cursor = live.look(reading)["cursor"]
+    reading._due = float("inf")  # as after a log that takes minutes to read
+    with open(folder / LOG, "a") as log:
+        log.write(line(21))
+    late = live.look(reading)  # another page, which has no cursor yet
+    assert late["anew"] and ("train", 21) not in steps(late)
+    assert steps(live.look(reading, late["cursor"])) == [("train", 21)]
+    (folder / "new").write_text(line(1))
+    os.replace(folder / "new", folder / LOG)
+    told = live.look(reading, cursor)
+    assert told["anew"] and steps(told) == [("train", 1)]
+    with open(folder / LOG, "a") as log:
+        log.write(line(2))
+    assert steps(live.look(reading, told["cursor"])) == [("train", 2)]
+
+
 @pytest.mark.parametrize("cursor", ["x", ":", "1:-1", "1:" + "9" * 30, "\u0663:\u0663", "a" * 1000])
 def test_an_odd_cursor_is_none(tmp_path: Path, cursor: str) -> None:
     folder = write_run(tmp_path / "a", steps=20, done=3)
