@@ -69,6 +69,7 @@ class Page:
         mobile: bool = False,
     ) -> None:
         """Load a file, or what an address leads to, and let its charts settle."""
+        self._go("about:blank")  # what the page before asks for still is not this one's
         self.requests.clear()
         self.complaints.clear()
         self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
@@ -77,14 +78,18 @@ class Page:
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri())
+        self._go(path if isinstance(path, str) else path.resolve().as_uri())
+        if scripts:
+            self.script("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    def _go(self, address: str) -> None:
+        """Load what an address leads to."""
+        self.call("Page.navigate", url=address)
         while True:
             event = self._next()
             self._note(event)
             if event.get("method") == "Page.loadEventFired":
                 break
-        if scripts:
-            self.script("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def script(self, expression: str) -> Any:
         """The value of an expression in the page."""
