@@ -39,8 +39,7 @@ class Job:
         epochs: how many are asked for; the sample after the last is a validation.
         learning_rate: of ``epochs``.
         reuse: of ``epochs``, whether mlxlora keeps what enters the lowest adapted layer: ``auto`` or ``off``.
-        order: of ``epochs`` by PyTorch, JSON file with the rows of each step, epoch by epoch; without it the
-            order is random.
+        order: of ``epochs`` by PyTorch, JSON file with the rows of each step, epoch by epoch.
     """
 
     task: str
@@ -69,9 +68,9 @@ class Job:
         rows: list[list[int]] = json.loads(Path(self.valid).read_text())
         return rows
 
-    def read_order(self) -> list[list[list[int]]] | None:
-        """The rows of each step, epoch by epoch, where they are given."""
-        steps: list[list[list[int]]] = json.loads(Path(self.order).read_text()) if self.order else None
+    def read_order(self) -> list[list[list[int]]]:
+        """The rows of each step, epoch by epoch."""
+        steps: list[list[list[int]]] = json.loads(Path(self.order).read_text())
         return steps
 
     def read_rows(self) -> list[list[int]]:

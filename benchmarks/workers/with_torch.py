@@ -95,16 +95,14 @@ def _train(work: Job, model: Any, given: list[list[int]]) -> Iterator[float]:
 
 def _epochs(work: Job, model: Any, rows: list[list[int]]) -> Iterator[float]:
     """Seconds of each epoch, each batch padded to its longest row; then of a validation."""
-    given = work.read_order()
+    order = work.read_order()
     optimizer = torch.optim.Adam(
         [p for p in model.parameters() if p.requires_grad], lr=work.learning_rate, betas=(0.9, 0.999)
     )
     for epoch in range(work.epochs):
         began = time.perf_counter()
         model.train()
-        drawn = torch.randperm(len(rows)).tolist()
-        random = [drawn[start : start + work.batch] for start in range(0, len(rows), work.batch)]
-        for step in given[epoch] if given else random:
+        for step in order[epoch]:
             total, count = _padded(model, [rows[i] for i in step])
             (total / count).backward()
             optimizer.step()

@@ -150,15 +150,27 @@ def longest_of(examples: Sequence[Example]) -> int:
     return max((len(example.tokens) for example in examples), default=1)
 
 
-def epoch_order(examples: Sequence[Example], rows_a_step: int, seed: int, epoch: int) -> list[list[int]]:
-    """The rows of each step of one epoch: every row once, rows of like length together.
+def epoch_order(
+    examples: Sequence[Example], rows_a_step: int, seed: int, epoch: int, by_length: bool = False
+) -> list[list[int]]:
+    """The rows of each step of one epoch, in order of length: every row once.
 
     A function of (seed, epoch) alone; where it becomes another one, ``identity.ORDER_OF_ROWS``
-    grows. Lengths are jittered before they are sorted, so that the company a row keeps changes
-    from epoch to epoch.
+    grows.
+
+    Args:
+        examples: of which each comes once.
+        rows_a_step: of which the last step has fewer where they do not come out even.
+        seed: of the training.
+        epoch: counted from 0.
+        by_length: whether rows of like length come together. Lengths are jittered before they are
+            sorted then, so that the company a row keeps changes from epoch to epoch.
     """
     random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     lengths = np.array([len(example.tokens) for example in examples])
+    if not by_length:
+        drawn = _parts(random.permutation(len(lengths)).tolist(), rows_a_step)
+        return [sorted(step, key=lambda row: (lengths[row], row)) for step in drawn]
     order = np.argsort(lengths * random.uniform(1.0, 1.05, len(lengths)), kind="stable")
     steps = list(_parts(order.tolist(), rows_a_step))
     return [steps[i] for i in random.permutation(len(steps))]
@@ -170,12 +182,12 @@ def steps_an_epoch(rows: int, rows_a_step: int) -> int:
 
 
 def steps_from(
-    examples: Sequence[Example], rows_a_step: int, seed: int, cursor: int = 0
+    examples: Sequence[Example], rows_a_step: int, seed: int, cursor: int = 0, by_length: bool = False
 ) -> Iterator[list[int]]:
-    """The rows of step ``cursor``, of the one after it, and so on without end."""
+    """The rows of step ``cursor``, of the one after it, and so on without end; see :func:`epoch_order`."""
     epoch, start = divmod(cursor, steps_an_epoch(len(examples), rows_a_step))
     while True:
-        yield from epoch_order(examples, rows_a_step, seed, epoch)[start:]
+        yield from epoch_order(examples, rows_a_step, seed, epoch, by_length)[start:]
         epoch, start = epoch + 1, 0
 
 

@@ -28,13 +28,14 @@ BEFORE: Mapping[str, Any] = {
     "compile": "off",
     "compute": "float32",
     "grad_checkpoint": "off",
-    "packing": False,
+    "group_by_length": True,
+    "packing": "off",
     "prefix_type": "compute",
     "reuse_prefix": "off",
 }
 
 #: of :func:`~mlxlora_core.training.batches.epoch_order`
-ORDER_OF_ROWS = "2"
+ORDER_OF_ROWS = "3"
 
 SOURCE = "source of plugin "  # before the name of one whose code is told
 _ABSENT = "none"
@@ -120,7 +121,10 @@ class Identity:
 
 def settings_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """The settings that a checkpoint was made with."""
-    return {**BEFORE, **checkpoint.manifest["settings"]}
+    settings = {**BEFORE, **checkpoint.manifest["settings"]}
+    if isinstance(settings["packing"], bool):  # as it was told before it could be left to itself
+        settings["packing"] = "on" if settings["packing"] else "off"
+    return settings
 
 
 def identify(
@@ -145,6 +149,7 @@ def identify(
         components.append(model.quantization.component)
     settings = plain(training.config) | {
         "compile": "on" if training.compiled else "off",
+        "packing": "on" if training.packed else "off",
         "reuse_prefix": "on" if training.prefix is not None and training.prefix.reuse.on else "off",
         "seed": training.seed,
         "adapter": adapter.component.id,

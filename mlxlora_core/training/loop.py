@@ -33,7 +33,7 @@ from mlxlora_core.training.prefix import Prefix
 from mlxlora_core.training.progress import SPIKE_STEPS, Progress, Window
 from mlxlora_core.training.settings import TrainConfig
 from mlxlora_core.training.shapes import shapes_of
-from mlxlora_core.training.update import Update, Updates, is_clipped, is_compiled
+from mlxlora_core.training.update import Update, Updates, is_clipped, is_compiled, is_packed
 
 SPIKE_FACTOR = 10  # a loss that many times the median of the last ones is told
 
@@ -71,6 +71,7 @@ class Training:
 
     Attributes:
         compiled: whether the step is compiled.
+        packed: whether rows stand one after the other, and are not padded.
         validation_bytes: of memory that a validation may take; None is what is free.
         prefix: as given.
         recompute: as given.
@@ -94,37 +95,37 @@ class Training:
     ) -> None:
         if config.patience is not None and not valid_set:
             raise UsageError("patience needs rows to validate on", fix="leave it out, or add valid.jsonl")
-        if config.packing and not takes(model, "lengths"):
+        if config.packing == "on" and not takes(model, "lengths"):
             raise UsageError(
                 "packing needs an architecture whose run takes the lengths of rows, and this one takes none",
-                fix="leave --packing out: rows are padded then",
+                fix="leave --packing at auto: rows are padded then",
             )
         self.config, self.seed = config, seed
         self.validation_bytes: int | None = None
         self._model, self._train_set, self._valid_set = model, train_set, valid_set
         self.prefix, self.recompute = prefix, recompute
-        collate, self._collate_valid = (
-            prefix.collator(split, config.packing) if prefix and rows else Collator(rows, config.packing)
+        self._collate, self._collate_valid = (
+            prefix.collator(split) if prefix and rows else Collator(rows)
             for split, rows in (("train", train_set), ("valid", valid_set))
         )
-        self._collate = collate
         module: Any = model
         self._module = module
         self._optimizer = make_optimizer(config, model, factors)
         self._optimizer.init(self._module.trainable_parameters())
         self._ahead = runs_ahead()
-        self.compile_step(is_compiled(config))
+        self.arrange(is_compiled(config), is_packed(model, config))
         self._progress = Progress()
         self._pending: _Pending | None = None
         self._spikes: tuple[SpikeReport, ...] = ()
         self._seconds, self._last = 0.0, (math.nan, math.nan)
 
-    def compile_step(self, compiled: bool) -> None:
-        """Let steps be compiled from now on, or not."""
-        config, self.compiled = self.config, compiled
-        few = compiled and not config.packing
+    def arrange(self, compiled: bool, packed: bool) -> None:
+        """Let steps be compiled from now on, or not, and rows be packed or padded."""
+        config, self.compiled, self.packed = self.config, compiled, packed
+        few = compiled and not packed  # packed rows make a new shape each time
         shapes = shapes_of(self._train_set, config.batch_size) if few else None
-        self._collate = replace(self._collate, shapes=shapes)
+        self._collate = replace(self._collate, packing=packed, shapes=shapes)
+        self._collate_valid = replace(self._collate_valid, packing=packed)
         self._updates = Updates(self._model, self._collate, self._optimizer, config, compiled, self.recompute)
 
     @property
@@ -202,7 +203,7 @@ class Training:
 
     def _difference(self) -> str:
         """What it changes that hidden states are kept in half precision, in words."""
-        rows = next(steps_from(self._train_set, self.config.rows_a_step, self.seed))[: self.config.batch_size]
+        rows = next(self._rows(0))[: self.config.batch_size]
         batch = self._collate(rows)
         exact = nats(self._model, replace(batch, hidden=None, first=0)).item() / batch.counted_tokens
         changed = nats(self._model, batch).item() / batch.counted_tokens - exact
@@ -210,8 +211,13 @@ class Training:
             f"{self.config.prefix_type} changes the loss of the first batch, {exact:.4f}, by {changed:+.1e}"
         )
 
+    def _rows(self, cursor: int) -> Iterator[list[int]]:
+        """The rows of the step after ``cursor``, and of those after it."""
+        config = self.config
+        return steps_from(self._train_set, config.rows_a_step, self.seed, cursor, config.group_by_length)
+
     def __iter__(self) -> Iterator[tuple[Report, ...]]:
-        rows = steps_from(self._train_set, self.config.rows_a_step, self.seed, self.step)
+        rows = self._rows(self.step)
         try:
             if self._valid_set and self.step == 0:
                 with product_precision(self.config.compute):

@@ -64,7 +64,7 @@ _ELEMENTWISE = 0.25
 def split_rows(rows: Sequence[int]) -> list[Sequence[int]]:
     """``rows`` of a batch in parts to compute side by side; all of them in one where that is faster.
 
-    A part takes every n-th row, so that rows in order of length make parts of like work.
+    Rows are dealt to the parts there and back, so that rows in order of length make parts of like work.
     """
     cores = thread_count()
     count = min(cores, len(rows))
@@ -72,4 +72,12 @@ def split_rows(rows: Sequence[int]) -> list[Sequence[int]]:
         return [rows]
     apart = -(-len(rows) // count) / len(rows)
     together = (1 - _ELEMENTWISE) / cores + _ELEMENTWISE if products_have_threads() else 1.0
-    return [rows[i::count] for i in range(count)] if apart < together else [rows]
+    return deal(rows, count) if apart < together else [rows]
+
+
+def deal(rows: Sequence[int], parts: int) -> list[Sequence[int]]:
+    """``rows`` dealt to so many parts there and back: 0, 1, 2, 2, 1, 0, 0, 1, ... for three of them."""
+    turn = 2 * parts
+    return [
+        [row for i, row in enumerate(rows) if i % turn in (part, turn - 1 - part)] for part in range(parts)
+    ]

@@ -95,9 +95,9 @@ class Prefix:
         self._where: dict[tuple[str, int], tuple[_Group, int]] = {}
         self._notes: list[str] = []
 
-    def collator(self, split: str, packing: bool = False) -> Collator:
+    def collator(self, split: str) -> Collator:
         """Makes batches of the rows of a split, with what was kept of them."""
-        return Collator(self._splits[split], packing, partial(self.entering, split), self.reuse.first)
+        return Collator(self._splits[split], entering=partial(self.entering, split), first=self.reuse.first)
 
     def settle(self, need: int) -> int:
         """Settle how much is kept in memory beside work that needs ``need`` bytes; how much that will be."""

@@ -96,7 +96,7 @@ class CheckpointFolder:
         What is settled by itself may depend on settings that may change, and has to stay as it was.
         """
         config = self._training.config
-        names = [name for name in ("compile", "reuse_prefix") if getattr(config, name) == "auto"]
+        names = [name for name in ("compile", "packing", "reuse_prefix") if getattr(config, name) == "auto"]
         return self._identity.going_on_from(checkpoint, names)
 
     def _begin(self, found: Found) -> list[str]:
@@ -117,9 +117,10 @@ class CheckpointFolder:
         refuse_strange([folder for folder in found.strange if step_of(folder.name) > newest.step])
         self._identity = self._as(newest)
         notes = [*found.notes, *self._identity.compare(newest, fix)]
-        training.compile_step(self._identity.settings["compile"] == "on")
+        settings = self._identity.settings
+        training.arrange(settings["compile"] == "on", settings["packing"] == "on")
         if training.prefix is not None:
-            training.prefix.go_on(self._identity.settings["reuse_prefix"] == "on")
+            training.prefix.go_on(settings["reuse_prefix"] == "on")
         progress, self._resumed = read_progress(newest.state), list(newest.state["resumed"])
         adapters.fill(newest.folder / ADAPTER, self._model, self._adapted)
         tensors, _ = tensor_file.load(newest.folder / OPTIMIZER)

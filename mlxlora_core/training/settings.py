@@ -28,7 +28,14 @@ class TrainConfig(BatchConfig):
 
     iters: int = option(1000, help="optimizer updates", unit="steps", minimum=1)
     grad_accumulation: int = option(1, help="batches a step", minimum=1)
-    packing: bool = option(False, help="rows of a batch one after the other, without padding")
+    packing: str = option(
+        "auto",
+        help="rows of a batch one after the other, without padding; auto does on a CPU alone",
+        choices=("auto", "on", "off"),
+    )
+    group_by_length: bool = option(
+        False, help="draw rows of like length into a step: less padding, but a step is of one kind of rows"
+    )
     optimizer: str = option("adam", help="the optimizer", choices=("adam", "adamw", "muon"))
     learning_rate: float = option(1e-5, help="peak learning rate", above=0)
     weight_decay: float = option(
@@ -154,7 +161,8 @@ class TrainOptions(BatchOptions, total=False):
 
     iters: int
     grad_accumulation: int
-    packing: bool
+    packing: str
+    group_by_length: bool
     optimizer: str
     learning_rate: float
     weight_decay: float

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlxlora_core.machine.device import runs_ahead
-from mlxlora_core.model.language_model import LanguageModel
+from mlxlora_core.model.language_model import LanguageModel, takes
 from mlxlora_core.training.batches import Collator
 from mlxlora_core.training.gradient import Gradients, Sums, mean_of, norm_squared
 from mlxlora_core.training.settings import TrainConfig
@@ -65,8 +65,7 @@ class Updates:
         module: Any = model
         self._module, self._optimizer = module, optimizer
         self._limit, self._compiled, self._compiles = config.grad_clip, compiled, 0
-        # Packed rows make a new shape each time.
-        few = compiled and not config.packing
+        few = compiled and not collate.packing
         self._gradients = Gradients(model, collate, config.batch_size, few, recompute)
 
     @property
@@ -127,6 +126,13 @@ class Updates:
 def is_compiled(config: TrainConfig) -> bool:
     """Whether a training compiles its step from the start."""
     return config.compile == "on" or (config.compile == "auto" and runs_ahead())
+
+
+def is_packed(model: LanguageModel, config: TrainConfig) -> bool:
+    """Whether a training packs its rows from the start; a compiled step takes padded ones."""
+    if config.packing == "auto":
+        return not runs_ahead() and not is_compiled(config) and takes(model, "lengths")
+    return config.packing == "on"
 
 
 def _copied(tree: Any) -> Any:

@@ -129,7 +129,7 @@ def test_it_goes_on_to_the_same_bits_with_and_without_recomputation(
     assert rest == whole
 
 
-@pytest.mark.parametrize("values", [{"packing": True}, {"compile": "on"}, {"grad_accumulation": 2}])
+@pytest.mark.parametrize("values", [{"packing": "on"}, {"compile": "on"}, {"grad_accumulation": 2}])
 def test_both_go_with_what_else_there_is(
     opened: Callable[..., TrainingSession], monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
 ) -> None:

@@ -192,13 +192,16 @@ def test_what_was_settled_at_the_start_stays(
 def test_a_checkpoint_of_before_goes_on_without(
     opened: Callable[..., TrainingSession], tmp_path: Path
 ) -> None:
-    curve(opened(checkpoints=tmp_path, patience=None, iters=8, reuse_prefix="off"))
+    grouped = {"checkpoints": tmp_path, "patience": None, "group_by_length": True}  # as it was then
+    curve(opened(**grouped, iters=8, reuse_prefix="off"))
     for path in tmp_path.glob("step-*/MANIFEST.json"):
         manifest = json.loads(path.read_text())
         del manifest["sha256"]
         manifest["settings"] = {n: v for n, v in manifest["settings"].items() if n not in BEFORE}
         path.write_text(json.dumps({**manifest, "sha256": digest(manifest)}))
     with pytest.raises(SettingsChanged, match="packing"):
-        curve(opened(checkpoints=tmp_path, patience=None, packing=True), Start.RESUME)
-    _, said = curve(opened(checkpoints=tmp_path, patience=None), Start.RESUME)
+        curve(opened(**grouped, packing="on"), Start.RESUME)
+    with pytest.raises(SettingsChanged, match="group_by_length"):
+        curve(opened(**grouped | {"group_by_length": False}), Start.RESUME)
+    _, said = curve(opened(**grouped), Start.RESUME)
     assert said == ["every step computes all 2 layers: it was begun so"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterable
 from itertools import islice, pairwise
@@ -68,10 +69,12 @@ def waste(examples: list[Example], steps: Iterable[list[int]]) -> float:
 
 def test_an_epoch_has_every_row_once_also_when_the_last_step_is_short() -> None:
     for count, rows_a_step in ((1, 4), (3, 4), (4, 4), (1001, 8)):
-        steps = epoch_order(flat_examples(skewed(count)), rows_a_step, seed=0, epoch=0)
-        assert sorted(row for step in steps for row in step) == list(range(count))
-        assert len(steps) == -(-count // rows_a_step)
-        assert max(map(len, steps)) <= rows_a_step
+        for by_length in (False, True):
+            examples = flat_examples(skewed(count))
+            steps = epoch_order(examples, rows_a_step, seed=0, epoch=0, by_length=by_length)
+            assert sorted(row for step in steps for row in step) == list(range(count))
+            assert len(steps) == -(-count // rows_a_step)
+            assert max(map(len, steps)) <= rows_a_step
 
 
 def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
@@ -87,17 +90,32 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
     assert len({json.dumps(order) for order in orders.values()}) == len(orders)
 
 
+def test_any_two_rows_meet_in_a_step_equally_often_whatever_their_lengths() -> None:
+    """Two of 16 rows in steps of 4 meet in one epoch of five; in a step they stand in order of length."""
+    lengths = [3 + 40 * (row % 2) + row for row in range(16)]  # short and long ones in turns
+    epochs = 2000
+    meet = np.zeros((16, 16), int)
+    for epoch in range(epochs):
+        for step in epoch_order(flat_examples(lengths), 4, seed=5, epoch=epoch):
+            assert [lengths[row] for row in step] == sorted(lengths[row] for row in step)
+            meet[np.ix_(step, step)] += 1
+    shares = meet[np.triu_indices(16, 1)] / epochs
+    assert abs(shares.mean() - 0.2) < 1e-9
+    assert abs(shares - 0.2).max() < 5 * math.sqrt(0.2 * 0.8 / epochs)
+
+
 def test_rows_of_like_length_go_together_in_changing_company() -> None:
     lengths = skewed()
     examples = flat_examples(lengths)
-    order = epoch_order(examples, 8, seed=0, epoch=0)
+    order = epoch_order(examples, 8, seed=0, epoch=0, by_length=True)
     draw = random.Random(0)
     shuffled = draw.sample(range(len(examples)), len(examples))
     in_steps = [shuffled[i : i + 8] for i in range(0, len(shuffled), 8)]
     assert waste(examples, in_steps) > 1.0
     assert waste(examples, order) < 0.12
     company = [
-        {frozenset(step) for step in epoch_order(examples, 8, seed=0, epoch=epoch)} for epoch in (0, 1)
+        {frozenset(step) for step in epoch_order(examples, 8, seed=0, epoch=epoch, by_length=True)}
+        for epoch in (0, 1)
     ]
     assert len(company[0] & company[1]) < len(order) / 10
     # Short and long steps come in no order.

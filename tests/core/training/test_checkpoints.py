@@ -209,7 +209,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "compiled, packed, kept": {
         "compile": "on",
-        "packing": True,
+        "packing": "on",
         "reuse_prefix": "on",
         "lora": {"dropout": 0.0},
     },
@@ -447,10 +447,10 @@ def test_another_order_of_rows_is_told_of_a_checkpoint_of_before(
     folder = only(trained, tmp_path, 3)
     (manifest,) = folder.glob("*/MANIFEST.json")
     held = json.loads(manifest.read_text())
-    assert held["versions"].pop("order of rows") == "2"
+    assert held["versions"].pop("order of rows") == "3"
     del held["sha256"]
     manifest.write_text(json.dumps({**held, "sha256": checkpoints.digest(held)}))
-    assert "exact across order of rows of before -> 2" in "".join(go_on(start(folder)))
+    assert "exact across order of rows of before -> 3" in "".join(go_on(start(folder)))
 
 
 def test_other_code_of_a_plugin_is_told_and_makes_a_training_another_one(

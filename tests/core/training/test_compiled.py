@@ -240,8 +240,8 @@ def test_packed_rows_are_of_too_many_shapes_to_be_compiled(
     base: Callable[..., Model], make_examples: MakeExamples
 ) -> None:
     examples = make_examples(lengths(7))
-    plain = reports(training(base().language_model, examples, packing=True))
-    work = training(base().language_model, examples, packing=True, compile="on")
+    plain = reports(training(base().language_model, examples, packing="on"))
+    work = training(base().language_model, examples, packing="on", compile="on")
     compiled = reports(work)
     assert work.compiles == 1
     assert [r.loss for r in compiled] == pytest.approx([r.loss for r in plain], rel=CLOSE)

@@ -71,7 +71,7 @@ def test_parts_are_on_streams_of_their_own(told: list[int], make_examples: Any) 
         return batch.inputs.sum()
 
     parts = side_by_side(look, Collator(make_examples([5, 6, 7, 8, 9])), [0, 1, 2, 3, 4])
-    assert [batch.inputs.shape for batch, _ in parts] == [(2, 8), (1, 5), (1, 6), (1, 7)]
+    assert [batch.inputs.shape for batch, _ in parts] == [(1, 4), (1, 5), (1, 6), (2, 8)]
     assert len({str(stream) for stream in streams}) == 4
     assert mx.default_stream(mx.default_device()) not in streams
     assert told == [1, 4]

@@ -69,7 +69,7 @@ def train(bench: Bench, folder: Path, *more: object) -> list[object]:
 
 
 #: all that saves work and must change nothing
-SAVING = ("--packing", "--reuse-prefix", "on", "--compile", "on")
+SAVING = ("--packing", "on", "--reuse-prefix", "on", "--compile", "on")
 
 
 def train_saving(bench: Bench, folder: Path, *more: object) -> list[object]:
