@@ -1,7 +1,7 @@
 """The group of processes that train together, and what goes round between them.
 
 Each is a *rank*, counted from 0. All of them call the same functions here in the same order; one that
-does not come is waited for.
+does not come is waited for. MLX is imported only where something goes round.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import accumulate
 from pathlib import Path
-
-import mlx.core as mx
-import numpy as np
+from typing import TYPE_CHECKING
 
 from mlxlora_core.distributed.environment import is_rank
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -44,35 +46,45 @@ class Group:
         Args:
             arrays: of the same shapes on each rank, not all of them empty.
         """
+        import mlx.core as mx
+
         alone = [x.astype(mx.float32) for x in arrays]
         if self.size == 1:
             return alone
         message = mx.distributed.all_sum(mx.concatenate([x.reshape(-1) for x in alone]))
-        ends = np.cumsum([x.size for x in alone])[:-1].tolist()
+        ends = list(accumulate(x.size for x in alone[:-1]))
         return [part.reshape(x.shape) for part, x in zip(mx.split(message, ends), alone, strict=True)]
 
     def share(self, value: bytes) -> list[bytes]:
         """What each rank gives here, in the order of ranks; two messages."""
         if self.size == 1:
             return [value]
-        lengths = _numbers(mx.distributed.all_gather(mx.array([len(value)], mx.uint32)))
+        import mlx.core as mx
+        import numpy as np
+
+        lengths = np.array(mx.distributed.all_gather(mx.array([len(value)], mx.uint32)))
         most = max(int(lengths.max()), 1)
         padded = np.frombuffer(value.ljust(most, b"\0"), np.uint8)
-        gathered = _numbers(mx.distributed.all_gather(mx.array(padded))).reshape(self.size, most)
+        gathered = np.array(mx.distributed.all_gather(mx.array(padded))).reshape(self.size, most)
         return [row[:length].tobytes() for row, length in zip(gathered, lengths.tolist(), strict=True)]
 
     def broadcast(self, value: bytes = b"") -> bytes:
         """What rank 0 gives here, on every rank; two messages, each as long as that."""
         if self.size == 1:
             return value
+        import mlx.core as mx
+        import numpy as np
+
         given = value if self.leads else b""
-        length = int(_numbers(mx.distributed.all_sum(mx.array([len(given)], mx.uint32)))[0])
+        length = int(np.array(mx.distributed.all_sum(mx.array([len(given)], mx.uint32)))[0])
         # Words of integers, whose sum with zeros is exact.
         words = np.frombuffer(given.ljust(-(-max(length, 1) // 4) * 4, b"\0"), np.uint32)
-        return _numbers(mx.distributed.all_sum(mx.array(words))).tobytes()[:length]
+        return np.array(mx.distributed.all_sum(mx.array(words))).tobytes()[:length]
 
     def wait(self) -> None:
         """Wait until each rank is here."""
+        import mlx.core as mx
+
         mx.eval(self.sum([mx.zeros(1)]))
 
     @cached_property
@@ -108,9 +120,7 @@ def join() -> Group:
     """
     if not is_rank():
         return ALONE
+    import mlx.core as mx
+
     group = mx.distributed.init(strict=True)
     return Group(group.rank(), group.size())
-
-
-def _numbers(array: mx.array) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8 | np.uint32]]:
-    return np.array(array)
