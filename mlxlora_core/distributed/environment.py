@@ -30,12 +30,12 @@ class Meeting:
     """Where the ranks meet before MLX lets them join.
 
     Attributes:
-        host: an address of rank 0.
+        hosts: addresses of rank 0, the likeliest first.
         port: that it listens on; no port that MLX takes.
         proof: by which ranks of one group know each other.
     """
 
-    host: str
+    hosts: tuple[str, ...]
     port: int
     proof: str
 
@@ -81,12 +81,12 @@ def meeting() -> Meeting | None:
         ring = _hosts()
         addresses = [address for rank in ring for address in rank]
         host, port = _address(ring[0][0])
-        return Meeting(host, 1 + max(_address(each)[1] for each in addresses), _proof(json.dumps(ring)))
+        return Meeting((host,), 1 + max(_address(each)[1] for each in addresses), _proof(json.dumps(ring)))
     if DEVICES in os.environ:
         host, port = _address(os.environ.get(COORDINATOR, ""))
     else:
         host, port = os.environ.get(NCCL_HOST, ""), _number(NCCL_PORT)
-    return Meeting(host, port + 1, _proof(f"{host}:{port}:{size()}"))
+    return Meeting((host,), port + 1, _proof(f"{host}:{port}:{size()}"))
 
 
 def _place() -> tuple[int, int]:

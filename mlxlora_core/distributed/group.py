@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxlora_core.distributed.environment import is_rank
+from mlxlora_core.distributed.starting import joining
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -115,12 +116,16 @@ ALONE = Group(0, 1)
 def join() -> Group:
     """The group that this process was started in, joined once; :data:`ALONE` where it was started by itself.
 
+    :func:`~mlxlora_core.distributed.watch.watching` is to follow at once.
+
     Raises:
-        RuntimeError: MLX cannot join it.
+        RankError: another rank has not come in time, or MLX cannot join them.
+        UsageError: the environment contradicts itself, or the port to meet at is taken.
     """
     if not is_rank():
         return ALONE
     import mlx.core as mx
 
-    group = mx.distributed.init(strict=True)
+    with joining():
+        group = mx.distributed.init(strict=True)
     return Group(group.rank(), group.size())
