@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from mlxlora_core.distributed.group import ALONE, Group
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing
 from mlxlora_core.files.tensor_checks import mismatches
 from mlxlora_core.machine.device import product_precision, runs_ahead
@@ -27,13 +28,14 @@ from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.events import Advanced, Note, Report, SpikeReport, TrainReport, ValidReport
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loss import Loss, nats
+from mlxlora_core.training.message import Total, require_same
 from mlxlora_core.training.optimizer import learning_rate
 from mlxlora_core.training.optimizer import make as make_optimizer
 from mlxlora_core.training.prefix import Prefix
 from mlxlora_core.training.progress import SPIKE_STEPS, Progress, Window
 from mlxlora_core.training.settings import TrainConfig
 from mlxlora_core.training.shapes import shapes_of
-from mlxlora_core.training.update import Update, Updates, is_clipped, is_compiled
+from mlxlora_core.training.update import Update, Updates, is_clipped, is_compiled, rows_a_batch
 
 SPIKE_FACTOR = 10  # a loss that many times the median of the last ones is told
 
@@ -64,6 +66,8 @@ class Training:
         factors: parameter -> factor on its learning rate, of those that have one.
         prefix: what is kept of the rows, where something is.
         recompute: whether layers keep only their input for the gradient.
+        group: the ranks that train together; each iterates in step with the others, and gets the
+            same reports.
 
     On a GPU the loss of a step is read while the device computes the next one, unless something
     is due after it. State and :attr:`progress` are those of the last step all the same; a spike
@@ -74,11 +78,14 @@ class Training:
         validation_bytes: of memory that a validation may take; None is what is free.
         prefix: as given.
         recompute: as given.
+        group: as given.
+        signum: asks for the signal that this process has got, or None; see :attr:`stopped_by`.
 
     Raises:
         UsageError: patience without rows to validate on, or packing of a model that cannot.
         DivergedError: while iterating: a loss or a gradient is not finite; the
             update was not made and the state is that before the step.
+        RankError: while iterating: the ranks hold different parameters.
     """
 
     def __init__(
@@ -91,6 +98,7 @@ class Training:
         factors: Mapping[str, float] = MappingProxyType({}),
         prefix: Prefix | None = None,
         recompute: bool = False,
+        group: Group = ALONE,
     ) -> None:
         if config.patience is not None and not valid_set:
             raise UsageError("patience needs rows to validate on", fix="leave it out, or add valid.jsonl")
@@ -102,7 +110,9 @@ class Training:
         self.config, self.seed = config, seed
         self.validation_bytes: int | None = None
         self._model, self._train_set, self._valid_set = model, train_set, valid_set
-        self.prefix, self.recompute = prefix, recompute
+        self.prefix, self.recompute, self.group = prefix, recompute, group
+        self.signum: Callable[[], int | None] = lambda: None
+        self._signum: int | None = None  # that all ranks know of
         collate, self._collate_valid = (
             prefix.collator(split, config.packing) if prefix and rows else Collator(rows, config.packing)
             for split, rows in (("train", train_set), ("valid", valid_set))
@@ -123,9 +133,11 @@ class Training:
         """Let steps be compiled from now on, or not."""
         config, self.compiled = self.config, compiled
         few = compiled and not config.packing
-        shapes = shapes_of(self._train_set, config.batch_size) if few else None
+        shapes = shapes_of(self._train_set, rows_a_batch(config, self.group)) if few else None
         self._collate = replace(self._collate, shapes=shapes)
-        self._updates = Updates(self._model, self._collate, self._optimizer, config, compiled, self.recompute)
+        self._updates = Updates(
+            self._model, self._collate, self._optimizer, config, compiled, self.recompute, self.group
+        )
 
     @property
     def progress(self) -> Progress:
@@ -157,6 +169,11 @@ class Training:
     def stopped_early(self) -> bool:
         """Whether patience is at its end."""
         return self.config.patience is not None and self._progress.worse >= self.config.patience
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal after which no step is to follow; of several ranks all have it after the same step."""
+        return self.signum() if self.group.size == 1 else self._signum
 
     def optimizer_tensors(self) -> dict[str, mx.array]:
         """The state of the optimizer, by name."""
@@ -233,7 +250,7 @@ class Training:
         rate = learning_rate(config, step)
         self._module.train()
         mx.random.seed(self.seed * 2**32 + step)
-        update = self._updates.make_update(rows, rate)
+        update = self._updates.make_update(rows, rate, self.signum())
         self._seconds += time.perf_counter() - started
         yield from self.settle()
         self._updates.take_update(update)
@@ -262,8 +279,12 @@ class Training:
         if pending is None:
             return spikes
         started = time.perf_counter()
-        loss, norm = pending.update.sums.loss, float(pending.update.norm)
+        sums = pending.update.sums
+        loss, norm = sums.loss, float(pending.update.norm)
         mx.eval(self._module.trainable_parameters(), self._optimizer.state)
+        if isinstance(sums, Total):
+            require_same(sums.checksums, pending.step)
+            self._signum = sums.signum
         self._seconds += time.perf_counter() - started
         sound, before = math.isfinite(loss.nats) and math.isfinite(norm), self._progress.recent
         if not sound and self.config.on_nonfinite == "stop":
@@ -325,6 +346,7 @@ class Training:
                 self.config.val_batches,
                 self.validation_bytes,
                 self._collate_valid,
+                self.group,
             )
         except DivergedError:  # the update before it was sound, so that the next step has the last word
             return ValidReport(step, math.nan, 0, time.perf_counter() - started)
