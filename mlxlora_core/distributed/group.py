@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxlora_core.distributed.environment import is_rank
+from mlxlora_core.distributed.watch import meet
+from mlxlora_core.errors import UsageError
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -116,11 +118,16 @@ def join() -> Group:
     """The group that this process was started in, joined once; :data:`ALONE` where it was started by itself.
 
     Raises:
-        RuntimeError: MLX cannot join it.
+        RankError: a rank has not come in time.
+        UsageError: the environment contradicts itself, or MLX cannot do what it says.
     """
     if not is_rank():
         return ALONE
+    meet()
     import mlx.core as mx
 
-    group = mx.distributed.init(strict=True)
+    try:
+        group = mx.distributed.init(strict=True)
+    except (RuntimeError, ValueError) as fault:
+        raise UsageError(f"MLX cannot join the ranks: {fault}", fix="see docs/several-machines.md") from fault
     return Group(group.rank(), group.size())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora_core.distributed.group import Group
@@ -49,18 +50,22 @@ class Total:
     @property
     def loss(self) -> Loss:
         """Nats and counts on the host, which waits for them."""
-        counts = [int(low) + _HALF * int(high) for low, high in self.halves.tolist()]  # type: ignore[union-attr]
-        return Loss(float(self.total), *counts)
+        return Loss(float(self.total), *_whole(self.halves, _HALF))
 
     @property
     def signum(self) -> int | None:
         """The signal that ends the training: that of the lowest rank that has got one."""
-        return next((int(signum) for signum in self.signals.tolist() if signum), None)  # type: ignore[union-attr]
+        return next((int(signum) for signum in np.array(self.signals) if signum), None)
 
     @property
     def checksums(self) -> list[int]:
         """Of the parameters of each rank, in order."""
-        return [int(low) + 2**16 * int(high) for low, high in self.checks.tolist()]  # type: ignore[union-attr]
+        return _whole(self.checks, 2**16)
+
+
+def _whole(halves: mx.array, base: int) -> list[int]:
+    """The whole numbers of which there are halves, (N, 2)."""
+    return [int(low) + base * int(high) for low, high in np.array(halves)]
 
 
 def add_up(group: Group, sums: Sums, parameters: Any, signum: int | None) -> Total:
@@ -73,8 +78,8 @@ def add_up(group: Group, sums: Sums, parameters: Any, signum: int | None) -> Tot
         signum: a signal that this one has got.
     """
     without = sums.gradient is None
-    named = list(tree_flatten(parameters if without else sums.gradient))
-    leaves = [mx.zeros_like(leaf) if without else leaf for _, leaf in named]
+    named = dict(tree_flatten(parameters if without else sums.gradient))
+    leaves = [mx.zeros_like(leaf) if without else leaf for leaf in named.values()]
     numbers = (sums.counts.tokens, sums.counts.positions, sums.counts.padding)
     mine, check = mx.arange(group.size) == group.rank, checksum(parameters)
     small = [
@@ -84,13 +89,14 @@ def add_up(group: Group, sums: Sums, parameters: Any, signum: int | None) -> Tot
         mine[:, None] * mx.stack([check & 0xFFFF, check >> 16]),
     ]
     total, halves, signals, checks, *summed = group.sum([*small, *leaves])
-    tree = tree_unflatten([(n, leaf.astype(own.dtype)) for (n, own), leaf in zip(named, summed, strict=True)])
+    own = zip(named.items(), summed, strict=True)
+    tree = tree_unflatten([(name, leaf.astype(part.dtype)) for (name, part), leaf in own])
     return Total(total, tree, halves, signals, checks)
 
 
 def checksum(parameters: Any) -> mx.array:
     """The sum of the bits of all numbers of a tree, uint32."""
-    leaves = [leaf for _, leaf in tree_flatten(parameters)]
+    leaves = dict(tree_flatten(parameters)).values()
     return mx.stack([leaf.view(_WORDS[leaf.dtype.size]).astype(mx.uint32).sum() for leaf in leaves]).sum()
 
 

@@ -16,11 +16,13 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlxlora_core.distributed.group import ALONE, Group
+from mlxlora_core.errors import DivergedError, listing
 from mlxlora_core.machine.device import runs_ahead
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.training.batches import Collator
 from mlxlora_core.training.dealing import deal
 from mlxlora_core.training.gradient import Gradients, Sums, mean_of, norm_squared
+from mlxlora_core.training.loss import Loss
 from mlxlora_core.training.message import Total, add_up
 from mlxlora_core.training.settings import TrainConfig
 
@@ -89,9 +91,8 @@ class Updates:
             signum: a signal that this rank has got, told to the others.
         """
         parameters, state = self._module.trainable_parameters(), self._optimizer.state
-        sums: Sums | Total = self._gradients(self._own(rows))
-        if self._group.size > 1:
-            sums = add_up(self._group, sums, parameters, signum)
+        own = self._gradients(self._own(rows))
+        sums = own if self._group.size == 1 else add_up(self._group, own, parameters, signum)
         numbers = (sums.total, sums.tokens, mx.array(rate))
         try:
             made = self._update(parameters, _copied(state), sums.gradient, *numbers)
@@ -162,3 +163,21 @@ def _copied(tree: Any) -> Any:
 def is_clipped(norm: float, limit: float | None) -> bool:
     """Whether a gradient of this norm was shrunk to the limit."""
     return limit is not None and math.isfinite(norm) and norm > limit
+
+
+def diverged(loss: Loss, step: int, rows: Sequence[int], recent: Sequence[float]) -> DivergedError:
+    """What there is to say of a step whose loss or gradient is not finite.
+
+    Args:
+        loss: of the step.
+        step: which.
+        rows: that it was made of.
+        recent: the losses of the steps before.
+    """
+    what = "gradient" if math.isfinite(loss.nats) else "loss"
+    last = f"{recent[-1]:.4g}" if recent else "none"
+    return DivergedError(
+        f"the {what} of step {step} is not finite (rows {listing(rows)}; last finite loss {last}); "
+        "the update was not made",
+        fix="lower --learning-rate, set --grad-clip 1, or go on without such steps: --on-nonfinite skip",
+    )
