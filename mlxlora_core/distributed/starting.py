@@ -55,7 +55,7 @@ def joining() -> Iterator[None]:
     with guard:  # its input ends with the block
         try:
             yield
-        except RuntimeError as fault:
+        except (RuntimeError, ValueError) as fault:
             raise RankError(f"the ranks cannot join: {fault}", fix=_FIX) from fault
 
 
