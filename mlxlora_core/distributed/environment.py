@@ -19,6 +19,8 @@ from mlxlora_core.errors import UsageError, short
 RANK = "MLX_RANK"
 HOSTFILE, WORLD_SIZE, DEVICES = "MLX_HOSTFILE", "MLX_WORLD_SIZE", "MLX_IBV_DEVICES"
 COORDINATOR, NCCL_HOST, NCCL_PORT = "MLX_JACCL_COORDINATOR", "NCCL_HOST_IP", "NCCL_PORT"
+#: the process that has started the ranks of this machine, where that is mlxlora
+LAUNCHER = "MLXLORA_LAUNCHER"
 
 #: variables of MPI that say rank and size: Open MPI's, and those of PMI, which Slurm has too
 _MPI = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
@@ -87,6 +89,11 @@ def meeting() -> Meeting | None:
     else:
         host, port = os.environ.get(NCCL_HOST, ""), _number(NCCL_PORT)
     return Meeting((host,), port + 1, _proof(f"{host}:{port}:{size()}"))
+
+
+def launcher() -> int:
+    """The number of the process that has started this rank, where that is mlxlora; else 0."""
+    return int(os.environ.get(LAUNCHER) or 0) if is_rank() else 0
 
 
 def _place() -> tuple[int, int]:

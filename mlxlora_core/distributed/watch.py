@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import selectors
+import signal
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from mlxlora_core.distributed import starting
+from mlxlora_core.distributed import environment, starting
 from mlxlora_core.distributed.line import Line
 from mlxlora_core.distributed.meeting import Ranks
 from mlxlora_core.errors import ExitCode, MlxloraError, RankError, bounded
@@ -93,6 +94,7 @@ class _Watching(Watch):
         self._phase, self._moves, self._since = "the start", 0, time.monotonic()
         #: this rank needs nobody any more; it ends by itself; it has lost a connection, and only waits
         self._finished, self._left, self._broken = False, False, False
+        self._launcher = environment.launcher()
         self._over = threading.Event()  # no rank needs another
         self._pace = _Pace()
         self._fault, self._grace = "", _Grace()
@@ -189,6 +191,9 @@ class _Watching(Watch):
 
     def _judge(self, seconds: float) -> None:
         """Look at what was heard in the last seconds."""
+        if self._launcher and os.getppid() != self._launcher:  # it was killed: nobody shows this any more
+            self._launcher = 0
+            os.kill(os.getpid(), signal.SIGTERM)
         for line in self._lines:
             line.silent_seconds += seconds
             if line.silent_seconds > SILENCE_SECONDS and not line.done:
@@ -198,9 +203,10 @@ class _Watching(Watch):
             self._end(self._fault)
         if self._rank == 0 and self._stalls(seconds):
             places = ", ".join(f"{self._called(line.rank)} at {line.phase}" for line in self._lines)
-            what = f"no rank gets on, and each waits for another: {self._called(0)} at {self._phase}, {places}"
+            what = f"each rank waits for another: {self._called(0)} at {self._phase}, {places}"
+            what += ". Fix: see to the network between them, and go on with --resume"
             self._tell(lost=what)
-            self._end(f"{what}. Fix: see to the network between them, and go on with --resume")
+            self._end(what)
 
     def _stalls(self, seconds: float) -> bool:
         """Whether all wait for one another: the network is cut for MLX alone, or one of them hangs."""
