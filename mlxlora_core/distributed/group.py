@@ -6,6 +6,7 @@ does not come is waited for. MLX is imported only where something goes round.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,6 +85,8 @@ class Group:
 
     def wait(self) -> None:
         """Wait until each rank is here."""
+        if self.size == 1:
+            return
         import mlx.core as mx
 
         mx.eval(self.sum([mx.zeros(1)]))
@@ -93,6 +96,13 @@ class Group:
         """What tells the machine of each rank from others; the first that ask do so on every rank."""
         boot = _BOOT.read_text("ascii").strip() if _BOOT.is_file() else ""
         return tuple(name.decode() for name in self.share(f"{platform.node()} {boot}".encode()))
+
+    def sharing_processors(self) -> int:
+        """How many ranks compute on processors of this one, itself among them."""
+        mine = _processors()
+        everybody = [set(map(int, part.split())) for part in self.share(" ".join(map(str, mine)).encode())]
+        here = zip(self.machines, everybody, strict=True)
+        return sum(name == self.machines[self.rank] and bool(mine & theirs) for name, theirs in here)
 
     @contextmanager
     def first_of_machine(self) -> Iterator[None]:
@@ -106,6 +116,13 @@ class Group:
         yield
         if not waits:
             self.wait()
+
+
+def _processors() -> set[int]:
+    """Numbers of the processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 #: a process by itself

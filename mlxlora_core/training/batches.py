@@ -38,6 +38,7 @@ class Batch:
         lengths: packed, inputs of each row; None where rows are side by side.
         hidden: what enters layer ``first``, (B, T, D), where that is known already.
         first: the lowest layer to run.
+        places: what each place in ``inputs`` draws by, (B, T, 2) uint32, where something is drawn.
     """
 
     inputs: mx.array
@@ -49,6 +50,7 @@ class Batch:
     lengths: tuple[int, ...] | None = None
     hidden: mx.array | None = None
     first: int = 0
+    places: mx.array | None = None
 
     @property
     def counted_tokens(self) -> int:

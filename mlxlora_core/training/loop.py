@@ -227,6 +227,7 @@ class Training:
     def _hear(self) -> None:
         """Let all ranks know of a signal that one has got, where no step tells them."""
         if self.group.size > 1:
+            self.watch.phase("reading the rows that are kept")
             given = self.group.share(bytes([self.signum() or 0]))
             self._stopped_by = next((number for (number,) in given if number), None)
 

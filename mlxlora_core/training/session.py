@@ -320,6 +320,8 @@ class TrainingSession:
         step = self.training.progress.step
         if step == 0:
             return "interrupted before the first step; nothing was saved"
+        if not self.training.group.leads:
+            return f"interrupted at step {step}; rank 0 says what is saved"
         if self.checkpoints is None:
             return f"interrupted at step {step}; nothing was saved"
         return f"interrupted; step {step} is saved. Go on with: {self._outputs.resume_command}"
