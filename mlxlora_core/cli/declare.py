@@ -204,8 +204,8 @@ def flags(
 ) -> Callable[[Any], Any]:
     """A decorator that adds one option for each field of ``config`` that ``beside`` does not have.
 
-    With ``letters`` off, none gets its letter, which means something else in this verb. Values arrive as None when the user said nothing, so that defaults stay the
-    dataclass's own.
+    With ``letters`` off, none gets its letter, which means something else in this verb.
+    Values arrive as None when the user said nothing, so that defaults stay the dataclass's own.
     """
 
     def decorate(function: Any) -> Any:

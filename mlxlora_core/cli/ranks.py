@@ -1,27 +1,21 @@
-"""A verb whose work several processes share: the options that start them, and what each of them begins with."""
+"""A verb whose work several processes share: the options that start them."""
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from mlxlora_core.cli import declare, streams
+from mlxlora_core.cli import declare
 from mlxlora_core.distributed.environment import is_rank, size
-from mlxlora_core.distributed.group import ALONE, Group, join
-from mlxlora_core.distributed.watch import Watch, watching
 from mlxlora_core.errors import UsageError
-from mlxlora_core.machine.device import prepare_device
 
 if TYPE_CHECKING:
     from mlxlora_core.distributed.hosts import Hosts
 
-RANKS_OPTIONS = declare.section(
+OPTIONS = declare.section(
     "Several machines",
     click.option(
         "-n",
@@ -33,8 +27,8 @@ RANKS_OPTIONS = declare.section(
     click.option(
         "--hosts",
         type=declare.INPUT,
-        help="Share it out to the machines in this file, as mlx.launch --hostfile reads it: a process on each, "
-        "by ssh. This machine comes first.",
+        help="Share it out to the machines in this file, as mlx.launch --hostfile reads it: a process on "
+        "each, by ssh. This machine comes first.",
     ),
 )
 
@@ -66,25 +60,3 @@ def _asked(ranks: int | None, hosts: Path | None) -> Hosts | None:
     if ranks is not None and hosts is not None:
         raise UsageError("-n shares work out on this machine and --hosts to several; give one of them")
     return here(ranks) if ranks is not None else read_hosts(hosts) if hosts is not None else None
-
-
-@contextmanager
-def joined() -> Iterator[tuple[Group, Watch]]:
-    """The group that this process is one of, and the watch over it until the block ends.
-
-    Ranks other than 0 say nothing in the block; what ends one is told after it.
-
-    Raises:
-        RankError: another rank has not come, or is lost.
-    """
-    if not is_rank():
-        yield ALONE, Watch()
-        return
-    prepare_device()
-    group = join()
-    with watching(group) as watch:
-        if group.leads:
-            yield group, watch
-            return
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, streams.silenced(nowhere):
-            yield group, watch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxlora_core.cli import declare, show, streams
+from mlxlora_core.cli import declare, ranks, show, streams
 from mlxlora_core.errors import SettingsChanged, bounded, listing
 from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_device
@@ -82,6 +82,11 @@ def verb(
         def call(plugins: Sequence[str], **arguments: Any) -> Any:
             from mlxlora_core.distributed.environment import rank
 
+            if (
+                ranked
+                and (code := ranks.launched(arguments.pop("ranks"), arguments.pop("hosts"))) is not None
+            ):
+                return code
             with show.silence(ranked and rank() > 0):
                 return work(open_registry(plugins, tolerant), **arguments)
 
@@ -94,7 +99,12 @@ def verb(
                 show.changes(fault.rows)
                 raise
 
-        for decorator in (DEBUG_OPTION, PLUGIN_OPTION, *reversed(decorators)):
+        for decorator in (
+            DEBUG_OPTION,
+            PLUGIN_OPTION,
+            *((ranks.OPTIONS,) if ranked else ()),
+            *reversed(decorators),
+        ):
             call = decorator(call)
         from mlxlora_core.cli.verbs import CONTEXT
 

@@ -135,7 +135,7 @@ if TYPE_CHECKING:
         click.option("-p", "--prompt", help="Continue this prompt."),
         declare.SAMPLER,
         declare.TEMP,
-        declare.flags(GenerateConfig),
+        declare.flags(GenerateConfig, letters=False),
     ),
     SETS_OPTION,
     JSON_OPTION,
@@ -164,10 +164,11 @@ def command(
     checkpoints = checkpoints_of(adapter_file)
     asked = _check(registry, checkpoints, given, speaks=prompt is not None)
     outputs = Outputs(adapter_file, checkpoints, metrics_file, asked.save, resume_command(resume=True))
-    place = located(model)
-    written = _written(outputs, asked.how, inputs_of(place.path, data, resume_adapter_file))
-    rows = _rows(data, asked.columns, test=test)
     with joined() as (group, watch):
+        with group.first_of_machine():
+            place = located(model)
+        written = _written(outputs, asked.how, inputs_of(place.path, data, resume_adapter_file))
+        rows = _rows(data, asked.columns, test=test)
         runtimes = start(registry)
         from mlxlora_core.model.generate import fitting_ids
         from mlxlora_core.training.session import open_training
@@ -177,7 +178,7 @@ def command(
         with group.first_of_machine():
             base = load_base(place, registry, asked.quantization)
         test_rows = rows.pop("test") if test else None
-        if prompt is not None:  # one that does not fit is told now, too
+        if prompt is not None and group.leads:  # one that does not fit is told now, too
             fitting_ids(base.language_model, base.tokenizer, asked.generate.asked(given_text(prompt)))
         adapter, config = _adapter(asked, resume_adapter_file), asked.train
         also: Any = {"outputs": outputs, "runtimes": runtimes, "group": group, "watch": watch}
@@ -185,7 +186,9 @@ def command(
             session = open_training(base, adapter, rows, config, registry, seed=seed, **also)
         rows.clear()  # of which there are tokens now
         held_out = read_test(base, test_rows, config) if test_rows is not None else None
-        events: Iterator[TrainEvent | ObserverFailed] = session.start(asked.how, written.found if written else None)
+        events: Iterator[TrainEvent | ObserverFailed] = session.start(
+            asked.how, written.found if written else None
+        )
         if written is not None:
             facts = circumstances(adapter_file.stem, seed, _origins(given), registry, runtimes)
             lengths = length_counts(session.rows["train"].lengths)

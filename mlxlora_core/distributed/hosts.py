@@ -47,7 +47,7 @@ class Hosts:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def ring(self) -> list[list[str]]:
-        """``host:port`` of each connection of each rank, and the port after them free too, as far as is known.
+        """``host:port`` of each connection of each rank; the port after them is free too, as far as is known.
 
         Raises:
             UsageError: there are not enough free ports.

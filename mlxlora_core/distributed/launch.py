@@ -6,6 +6,7 @@ This process waits for them, passes signals on, and ends those that are left whe
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -25,7 +26,6 @@ from mlxlora_core.errors import ExitCode, RankError
 from mlxlora_core.files import durable
 from mlxlora_core.machine import signals
 from mlxlora_core.machine.children import safe_environment, safe_python
-from mlxlora_core.machine.processors import THREADS, thread_count
 
 #: how long ranks may go on by themselves when another has failed, and when rank 0 has ended
 FAILED_SECONDS, ENDED_SECONDS = 24.0, 8.0
@@ -110,18 +110,11 @@ def _command(
 ) -> tuple[list[str], dict[str, str]]:
     """What starts a rank, and its variables."""
     program = [*safe_python("-m", "mlxlora_core"), *arguments]
-    neighbours = sum(host.name == hosts.ranks[number].name for host in hosts.ranks)
-    variables = {
-        **hosts.environment,
-        environment.RANK: str(number),
-        THREADS: os.environ.get(THREADS) or str(max(1, thread_count() // neighbours)),
-    }
+    variables = {**hosts.environment, environment.RANK: str(number)}
     if hosts.ranks[number].is_here:
         local = {environment.HOSTFILE: str(hostfile), environment.LAUNCHER: str(os.getpid())}
         return program, {**safe_environment(), **variables, **local}
     passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-    if THREADS not in os.environ:
-        del variables[THREADS]  # that machine has processors of its own
     script = _script(program, {**passed, **variables}, ring)
     return ["ssh", "-tt", "-o", "BatchMode=yes", hosts.ranks[number].name, script], dict(os.environ)
 
@@ -163,14 +156,15 @@ def _pass_on(ranks: Sequence[_Rank], signum: int) -> None:
 
 def _wait(ranks: Sequence[_Rank]) -> None:
     """Wait until all have ended, or for long enough after one of them has."""
-    left: float | None = None
-    while any(code is None for code in (codes := [rank.process.poll() for rank in ranks])):
-        ended = codes[0] is not None
-        if ended or any(codes):
-            now = time.monotonic()
-            left = min(left or now + FAILED_SECONDS, now + ENDED_SECONDS if ended else now + FAILED_SECONDS)
-            if now > left:
-                return
+    left = math.inf
+    while time.monotonic() < left:
+        codes = [rank.process.poll() for rank in ranks]
+        if None not in codes:
+            return
+        if codes[0] is not None:
+            left = min(left, time.monotonic() + ENDED_SECONDS)
+        elif any(codes):
+            left = min(left, time.monotonic() + FAILED_SECONDS)
         time.sleep(_LOOK_SECONDS)
 
 
