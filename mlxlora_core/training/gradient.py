@@ -32,7 +32,7 @@ class Sums:
     Attributes:
         nats: of each batch, or part of one, in order.
         counts: of tokens and positions; its own nats are 0.
-        gradient: of all nats, as a tree like that of the parameters that train.
+        gradient: of all nats, as a tree like that of the parameters that train; None of no rows.
     """
 
     nats: tuple[mx.array, ...]
@@ -43,6 +43,16 @@ class Sums:
     def loss(self) -> Loss:
         """Added up on the host, which waits for it."""
         return replace(self.counts, nats=sum(float(value) for value in self.nats))
+
+    @property
+    def total(self) -> mx.array:
+        """The nats added up on the device."""
+        return self.nats[0] if len(self.nats) == 1 else mx.stack(list(self.nats)).sum()
+
+    @property
+    def tokens(self) -> mx.array:
+        """How many counted."""
+        return mx.array(float(self.counts.tokens))
 
 
 class Gradients:

@@ -105,7 +105,9 @@ def test_a_head_in_chunks_drops_the_same(trained: Any) -> None:
 def test_it_drops_something_and_the_state_of_mlx_has_no_part_in_it(trained: Any) -> None:
     _, plain = trained()
     _, without = trained(dropout=0.0)
-    assert plain[0][0] != pytest.approx(without[0][0], rel=1e-3) or plain[0][1] != pytest.approx(without[0][1])
+    assert plain[0][0] != pytest.approx(without[0][0], rel=1e-3) or plain[0][1] != pytest.approx(
+        without[0][1]
+    )
     session, _ = trained()
     model = session.model.language_model
     model.train()
