@@ -10,7 +10,8 @@
     ├── ResourceError   6  disk, memory and limits
     ├── DivergedError   7  a loss, a gradient or logits that are not finite
     ├── PluginError     8  a plugin is missing, broken or incompatible
-    └── LockedError     9  another run holds the folder
+    ├── LockedError     9  another run holds the folder
+    └── RankError      10  another rank of the same training is lost, or differs from this one
 
 Anything else that reaches the command line is a defect of mlxlora (70); a
 signal n ends a run with 128 + n.
@@ -39,6 +40,7 @@ class ExitCode(IntEnum):
     DIVERGED = 7
     PLUGIN = 8
     LOCKED = 9
+    RANK = 10
     DEFECT = 70
 
 
@@ -109,6 +111,12 @@ class LockedError(MlxloraError):
     """Another run holds the folder."""
 
     exit_code = ExitCode.LOCKED
+
+
+class RankError(MlxloraError):
+    """Another rank of the same training that is lost, has failed, or differs from this one."""
+
+    exit_code = ExitCode.RANK
 
 
 def one_line(text: object) -> str:

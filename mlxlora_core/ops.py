@@ -5,6 +5,7 @@ Heavy: take it inside the function that uses it, or in a module that only such f
 
 from mlxlora_core.machine.device import on_cpu, on_cuda, packed_product
 from mlxlora_core.model.cache import KVCache
+from mlxlora_core.model.dropout import Dropout
 from mlxlora_core.model.foreign_updates import updates_there, vectors_there
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.layers import GatedFeedForward, RMSNorm
@@ -23,6 +24,7 @@ from mlxlora_core.model.ops.ragged import Positions
 from mlxlora_core.model.ops.rows import Mask, Rows
 
 __all__ = [
+    "Dropout",
     "GatedFeedForward",
     "KVCache",
     "LanguageModel",

@@ -199,18 +199,20 @@ def sections(command: click.Command, ctx: click.Context) -> dict[str, list[click
     return {title: by_title[title] for title in sorted(by_title, key=lambda title: title == COMMON)}
 
 
-def flags(config: type[Any], beside: type[Any] | None = None) -> Callable[[Any], Any]:
+def flags(
+    config: type[Any], beside: type[Any] | None = None, *, letters: bool = True
+) -> Callable[[Any], Any]:
     """A decorator that adds one option for each field of ``config`` that ``beside`` does not have.
 
-    Values arrive as None when the user said nothing, so that defaults stay the
-    dataclass's own.
+    With ``letters`` off, none gets its letter, which means something else in this verb.
+    Values arrive as None when the user said nothing, so that defaults stay the dataclass's own.
     """
 
     def decorate(function: Any) -> Any:
         others = {known.name for known in explain(beside)} if beside else set()
         for known in reversed(explain(config)):
             if known.name not in others:
-                function = _flag(known)(function)
+                function = _flag(known, letters)(function)
         return function
 
     return decorate
@@ -232,8 +234,8 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _flag(known: Option) -> Callable[[Any], Any]:
-    names = [flag_name(known.name), *([f"-{known.letter}"] if known.letter else [])]
+def _flag(known: Option, letters: bool) -> Callable[[Any], Any]:
+    names = [flag_name(known.name), *([f"-{known.letter}"] if known.letter and letters else [])]
     help_text = _sentence(known)
     if known.type is bool:
         return click.option(*names, known.name, is_flag=True, default=None, help=help_text)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.cli import show
 from mlxlora_core.cli.declare import DEFAULT_ADAPTER_FILE, flag_name
+from mlxlora_core.distributed.group import ALONE, Group
 from mlxlora_core.errors import ModelError, UsageError, listing
 from mlxlora_core.model.located import LocatedModel, is_path, locate_model
 from mlxlora_core.options import explain
@@ -185,17 +186,22 @@ def read_test(model: Model, rows: SplitRows, batches: BatchConfig) -> Examples:
 
 
 def measure(
-    model: Model, rows: Examples, batches: BatchConfig, config: EvaluateConfig, *, quiet: bool
+    model: Model,
+    rows: Examples,
+    batches: BatchConfig,
+    config: EvaluateConfig,
+    group: Group = ALONE,
+    *,
+    quiet: bool,
 ) -> dict[str, Any]:
-    """Loss on the test set; printed unless ``quiet``."""
+    """Loss on the test set, measured by the ranks of a group; printed unless ``quiet``."""
     from mlxlora_core.training.evaluation import evaluating, room_for
 
     language_model = model.language_model
     most, said = room_for(language_model, rows.examples, batches.batch_size)
     show.progress(said)
-    events = evaluating(
-        "test loss", language_model, rows.examples, batches.batch_size, config.test_batches, most
-    )
+    size, count = batches.batch_size, config.test_batches
+    events = evaluating("test loss", language_model, rows.examples, size, count, most, group=group)
     loss = show.to_its_end(events)
     if not quiet:
         perplexity = f"{loss.perplexity:.3f}" if math.isfinite(loss.perplexity) else "infinite"

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxlora_core.cli import declare, show, streams
+from mlxlora_core.cli import declare, ranks, show, streams
 from mlxlora_core.errors import SettingsChanged, bounded, listing
 from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_device
+from mlxlora_core.machine.processors import THREADS, thread_count
 from mlxlora_core.plugins import Registry, load, start_runtimes
 from mlxlora_core.plugins.blame import told
 from mlxlora_core.plugins.surroundings import kept
+
+if TYPE_CHECKING:
+    from mlxlora_core.distributed.group import Group
+    from mlxlora_core.distributed.watch import Watch
 
 PLUGIN_OPTION = click.option(
     "-P",
@@ -58,7 +65,7 @@ class Verb(click.Command):
 
 
 def verb(
-    *decorators: Callable[[Any], Any], tolerant: bool = False
+    *decorators: Callable[[Any], Any], tolerant: bool = False, ranked: bool = False
 ) -> Callable[[Callable[..., Any]], click.Command]:
     """A command with ``-P`` and ``--debug``; its function gets the loaded registry first.
 
@@ -66,12 +73,24 @@ def verb(
         decorators: arguments and options of its own.
         tolerant: whether it goes on when ``MLXLORA_PLUGINS`` names what is not
             there, with a warning: the verbs by which that is found out.
+        ranked: whether processes that were started together do it together, of which the first
+            alone shows anything.
     """
 
     def wrap(function: Callable[..., Any]) -> click.Command:
         @functools.wraps(function)
         def call(plugins: Sequence[str], **arguments: Any) -> Any:
-            registry = open_registry(plugins, tolerant)
+            from mlxlora_core.distributed.environment import rank
+
+            if (
+                ranked
+                and (code := ranks.launched(arguments.pop("ranks"), arguments.pop("hosts"))) is not None
+            ):
+                return code
+            with show.silence(ranked and rank() > 0):
+                return work(open_registry(plugins, tolerant), **arguments)
+
+        def work(registry: Registry, **arguments: Any) -> Any:
             try:
                 foreign = listing([p for p in registry.plugins if p.components and p.origin != "built-in"])
                 with streams.apart(), told(registry.plugins), kept(f"one of {foreign}", foreign != "none"):
@@ -80,7 +99,12 @@ def verb(
                 show.changes(fault.rows)
                 raise
 
-        for decorator in (DEBUG_OPTION, PLUGIN_OPTION, *reversed(decorators)):
+        for decorator in (
+            DEBUG_OPTION,
+            PLUGIN_OPTION,
+            *((ranks.OPTIONS,) if ranked else ()),
+            *reversed(decorators),
+        ):
             call = decorator(call)
         from mlxlora_core.cli.verbs import CONTEXT
 
@@ -108,6 +132,29 @@ def hold(target: Path) -> None:
         LockedError: another one has it.
     """
     click.get_current_context().with_resource(lock.hold(target))
+
+
+@contextmanager
+def joined() -> Iterator[tuple[Group, Watch]]:
+    """Inside, this process is one of those that it was started with, and they watch one another.
+
+    Alone, it is a group of its own. Ranks that compute on the same processors get a part of them each.
+
+    Raises:
+        RankError: a rank has not come in time, or is lost.
+        UsageError: the environment contradicts itself, or MLX has no backend here.
+    """
+    from mlxlora_core.distributed.environment import is_rank
+    from mlxlora_core.distributed.group import join
+    from mlxlora_core.distributed.watch import watching
+
+    if is_rank():
+        prepare_device()  # before anything is computed, and so before anything goes round
+    group = join()
+    with watching(group) as watch:
+        if group.size > 1 and not os.environ.get(THREADS):
+            os.environ[THREADS] = str(max(1, thread_count() // group.sharing_processors()))
+        yield group, watch
 
 
 def start(registry: Registry) -> list[str]:

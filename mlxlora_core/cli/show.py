@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,9 +35,24 @@ T = TypeVar("T")
 _CELL_LETTERS = 300  # of a setting that is told
 SECONDS_A_LINE = 30  # between two lines of progress, where there is no terminal
 
+_silent = False  # whether another process shows all of it
+
+
+@contextmanager
+def silence(silent: bool) -> Iterator[None]:
+    """Inside, nothing is shown where ``silent``: of processes that do the same, one does."""
+    global _silent
+    before, _silent = _silent, silent
+    try:
+        yield
+    finally:
+        _silent = before
+
 
 def result(text: object = "", end: str = "\n") -> None:
     """Print a result on stdout, a line unless ``end`` says otherwise; a terminal gets it at once."""
+    if _silent:
+        return
     stream = streams.results()
     stream.write(f"{text}{end}")
     if stream.isatty() or not end:
@@ -69,6 +84,8 @@ def changes(rows: Iterable[tuple[str, str, str]]) -> None:
 
 def progress(line: str) -> None:
     """Print one line of progress on stderr, control characters made visible."""
+    if _silent:
+        return
     sys.stderr.write(f"{bounded(line)}\n")
     sys.stderr.flush()
 
@@ -214,7 +231,7 @@ class Bar:
     def _begin(self, what: str, *, counted: bool) -> None:
         self.end()
         self._what, self._told = what, time.monotonic()
-        if not sys.stderr.isatty():
+        if _silent or not sys.stderr.isatty():
             return
         from rich.progress import (
             BarColumn,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +21,15 @@ from mlxlora_core.cli.model import (
     measure,
     read_test,
 )
-from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, joined, start, verb
+from mlxlora_core.distributed.environment import rank
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import explain, plain
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.progress import progress_shown
 from mlxlora_core.plugins.sections import AdapterConfig, Quantization
-from mlxlora_core.runs.folder import REPORT
+from mlxlora_core.runs.folder import REPORT, RunFolder
 from mlxlora_core.runs.observing import ObserverFailed, event_values, observed
 from mlxlora_core.runs.pipeline import circumstances
 from mlxlora_core.runs.recipe import (
@@ -42,7 +43,7 @@ from mlxlora_core.runs.recipe import (
 from mlxlora_core.runs.report import length_counts
 from mlxlora_core.runs.samplers import check_samplers
 from mlxlora_core.runs.training_record import TrainingRecord, open_folder
-from mlxlora_core.training.checkpoints import Start, check_plugins, find, find_for
+from mlxlora_core.training.checkpoints import Found, Start, check_plugins, find, find_for
 from mlxlora_core.training.events import TrainEvent, TrainResult
 from mlxlora_core.training.outputs import (
     Outputs,
@@ -63,6 +64,7 @@ from mlxlora_core.training.sources import SplitRows, read_data
 from mlxlora_core.values import RunInfo
 
 if TYPE_CHECKING:
+    from mlxlora_core.distributed.group import Group
     from mlxlora_core.model.adapters import AdapterFile
     from mlxlora_core.model.loading import Model
     from mlxlora_core.training.examples import Examples
@@ -133,10 +135,11 @@ if TYPE_CHECKING:
         click.option("-p", "--prompt", help="Continue this prompt."),
         declare.SAMPLER,
         declare.TEMP,
-        declare.flags(GenerateConfig),
+        declare.flags(GenerateConfig, letters=False),
     ),
     SETS_OPTION,
     JSON_OPTION,
+    ranked=True,
 )
 def command(
     registry: Registry,
@@ -161,40 +164,68 @@ def command(
     checkpoints = checkpoints_of(adapter_file)
     asked = _check(registry, checkpoints, given, speaks=prompt is not None)
     outputs = Outputs(adapter_file, checkpoints, metrics_file, asked.save, resume_command(resume=True))
-    click.get_current_context().with_resource(held(outputs))
-    place = located(model)
-    check_outputs(outputs, inputs_of(place.path, data, resume_adapter_file))
-    found, folder = find_for(asked.how, checkpoints), open_folder(checkpoints)
-    refuse_finished(adapter_file, asked.how)
-    rows = _rows(data, asked.columns, test=test)
-    runtimes = start(registry)
-    from mlxlora_core.model.generate import fitting_ids
-    from mlxlora_core.training.session import open_training
+    with joined() as (group, watch):
+        with group.first_of_machine():
+            place = located(model)
+        written = _written(outputs, asked.how, inputs_of(place.path, data, resume_adapter_file))
+        rows = _rows(data, asked.columns, test=test)
+        runtimes = start(registry)
+        from mlxlora_core.model.generate import fitting_ids
+        from mlxlora_core.training.session import open_training
 
-    # A sampler that is faulty is told now and not when hours of training are over.
-    check_samplers(asked.samplers)
-    base = load_base(place, registry, asked.quantization)
-    test_rows = rows.pop("test") if test else None
-    if prompt is not None:  # one that does not fit is told now, too
-        fitting_ids(base.language_model, base.tokenizer, asked.generate.asked(given_text(prompt)))
-    adapter = _adapter(asked, resume_adapter_file)
-    with show.Bar() as bar, progress_shown(bar.move):
-        session = open_training(
-            base, adapter, rows, asked.train, registry, seed=seed, outputs=outputs, runtimes=runtimes
+        # A sampler that is faulty is told now and not when hours of training are over.
+        check_samplers(asked.samplers)
+        with group.first_of_machine():
+            base = load_base(place, registry, asked.quantization)
+        test_rows = rows.pop("test") if test else None
+        if prompt is not None and group.leads:  # one that does not fit is told now, too
+            fitting_ids(base.language_model, base.tokenizer, asked.generate.asked(given_text(prompt)))
+        adapter, config = _adapter(asked, resume_adapter_file), asked.train
+        also: Any = {"outputs": outputs, "runtimes": runtimes, "group": group, "watch": watch}
+        with show.Bar() as bar, progress_shown(bar.move):
+            session = open_training(base, adapter, rows, config, registry, seed=seed, **also)
+        rows.clear()  # of which there are tokens now
+        held_out = read_test(base, test_rows, config) if test_rows is not None else None
+        events: Iterator[TrainEvent | ObserverFailed] = session.start(
+            asked.how, written.found if written else None
         )
-    rows.clear()  # of which there are tokens now
-    held_out = read_test(base, test_rows, asked.train) if test_rows is not None else None
-    facts = circumstances(adapter_file.stem, seed, _origins(given), registry, runtimes)
-    lengths = length_counts(session.rows["train"].lengths)
-    record = TrainingRecord(folder, facts, _settings(asked, place.name, data, seed), lengths)
-    events = record.keep(session.start(asked.how, found))
-    info = _info(adapter_file, place.name, data, asked)
-    trained = _follow(observed(events, asked.observers, info, event_values))
-    of_best = f", of step {trained.adapter_step}, the best" if asked.train.patience is not None else ""
-    show.progress(f"{adapter_file} written{of_best}; {checkpoints / REPORT} shows the training")
-    after = _after(base, held_out, prompt, asked, seed, quiet=as_json)
+        if written is not None:
+            facts = circumstances(adapter_file.stem, seed, _origins(given), registry, runtimes)
+            lengths = length_counts(session.rows["train"].lengths)
+            record = TrainingRecord(written.folder, facts, _settings(asked, place.name, data, seed), lengths)
+            info = _info(adapter_file, place.name, data, asked)
+            events = observed(record.keep(events), asked.observers, info, event_values)
+        trained = _follow(events)
+        of_best = f", of step {trained.adapter_step}, the best" if config.patience is not None else ""
+        show.progress(f"{adapter_file} written{of_best}; {checkpoints / REPORT} shows the training")
+        after = _after(base, held_out, prompt, asked, seed, group, quiet=as_json)
     if as_json:
         show.as_json({"adapter_file": str(adapter_file), **asdict(trained), **after})
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What stands where a training writes.
+
+    Attributes:
+        found: its checkpoints.
+        folder: that its record goes into.
+    """
+
+    found: Found
+    folder: RunFolder
+
+
+def _written(outputs: Outputs, how: Start, inputs: Sequence[Path]) -> _Written | None:
+    """What stands where a training writes, held until this verb ends; None on a rank that does not write."""
+    if rank() > 0:
+        return None
+    click.get_current_context().with_resource(held(outputs))
+    check_outputs(outputs, inputs)
+    assert outputs.checkpoints is not None, "a verb writes some"
+    written = _Written(find_for(how, outputs.checkpoints), open_folder(outputs.checkpoints))
+    refuse_finished(outputs.adapter_file, how)
+    return written
 
 
 @dataclass(frozen=True)
@@ -260,13 +291,20 @@ def _rows(data: Path, columns: Mapping[str, str], *, test: bool) -> dict[str, Sp
 
 
 def _after(
-    base: Model, held_out: Examples | None, prompt: str | None, asked: _Asked, seed: int, *, quiet: bool
+    base: Model,
+    held_out: Examples | None,
+    prompt: str | None,
+    asked: _Asked,
+    seed: int,
+    group: Group,
+    *,
+    quiet: bool,
 ) -> dict[str, Any]:
-    """What comes after a training: the loss on the test set, and the answer to a prompt."""
+    """What comes after a training: the loss on the test set, and the answer to a prompt, of one rank."""
     result: dict[str, Any] = {}
     if held_out is not None:
-        result["test"] = measure(base, held_out, asked.train, asked.evaluate, quiet=quiet)
-    if prompt is not None:
+        result["test"] = measure(base, held_out, asked.train, asked.evaluate, group, quiet=quiet)
+    if prompt is not None and group.leads:
         said = continue_prompt(base, given_text(prompt), asked.samplers, asked.generate, seed, quiet=quiet)
         result |= {"text": said.text, "finish": said.finish}
     return result

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -71,6 +72,11 @@ def group() -> None:
     """
 
 
+def is_debugged(arguments: Sequence[str]) -> bool:
+    """Whether a command line, or the environment, asks for tracebacks."""
+    return "--debug" in arguments or os.environ.get(DEBUG, "") not in ("", "0")
+
+
 def execute(arguments: list[str]) -> int:
     """The exit code of a command line; every failure is one line on stderr.
 
@@ -78,7 +84,7 @@ def execute(arguments: list[str]) -> int:
         Interrupted: a signal came.
         KeyboardInterrupt: a SIGINT came, where its handler is Python's own.
     """
-    debug = "--debug" in arguments or os.environ.get(DEBUG, "") not in ("", "0")
+    debug = is_debugged(arguments)
     try:
         result: Any = group.main(arguments, prog_name="mlxlora", standalone_mode=False)
         sys.stdout.flush()

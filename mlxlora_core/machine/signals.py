@@ -111,6 +111,20 @@ def noted(signum: int = signal.SIGINT) -> Iterator[Pending]:
         _put(before)
 
 
+@contextmanager
+def forwarded(pass_on: Callable[[int], None]) -> Iterator[None]:
+    """Call a function with the number of each signal that comes, for work that others do.
+
+    Call it in the main thread. One that is ignored stays so, and is not passed on.
+    """
+    before = _handlers()
+    _handle(lambda signum, _: pass_on(signum))
+    try:
+        yield
+    finally:
+        _put(before)
+
+
 def changes() -> int:
     """How often handlers were changed here; other changes are not ours."""
     return _changes

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from mlxlora_core.distributed.group import ALONE, Group
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.shapes import Shapes
 
@@ -37,6 +38,7 @@ class Batch:
         lengths: packed, inputs of each row; None where rows are side by side.
         hidden: what enters layer ``first``, (B, T, D), where that is known already.
         first: the lowest layer to run.
+        places: what each place in ``inputs`` draws by, (B, T, 2) uint32, where something is drawn.
     """
 
     inputs: mx.array
@@ -48,6 +50,7 @@ class Batch:
     lengths: tuple[int, ...] | None = None
     hidden: mx.array | None = None
     first: int = 0
+    places: mx.array | None = None
 
     @property
     def counted_tokens(self) -> int:
@@ -191,15 +194,19 @@ def steps_from(
         epoch, start = epoch + 1, 0
 
 
-def fixed_rows(examples: Sequence[Example], batch_size: int, batches: int) -> Iterator[Sequence[int]]:
+def fixed_rows(
+    examples: Sequence[Example], batch_size: int, batches: int, group: Group = ALONE
+) -> Iterator[Sequence[int]]:
     """The rows of the same batches each time, tail included: ``batches`` of them, or for -1 all rows.
 
     Where that is not all rows, they are taken at even distances, so that they
-    stand for the whole file.
+    stand for the whole file. Each rank of a group gets batches of its share of those
+    rows: of rows in order of length, every one for the next rank.
     """
     count = len(examples) if batches < 0 else min(len(examples), batches * batch_size)
     rows = (i * len(examples) // count for i in range(count))
-    return _parts(sorted(rows, key=lambda row: len(examples[row].tokens)), batch_size)
+    ordered = sorted(rows, key=lambda row: len(examples[row].tokens))
+    return _parts(ordered[group.rank :: group.size], batch_size)
 
 
 def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

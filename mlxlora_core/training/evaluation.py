@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 
+from mlxlora_core.distributed.group import ALONE, Group
 from mlxlora_core.errors import DivergedError
 from mlxlora_core.machine.memory import free_memory_bytes
 from mlxlora_core.model.language_model import LanguageModel
@@ -18,6 +20,7 @@ from mlxlora_core.training.parallel import side_by_side
 
 #: of the memory that is free, what may be taken where not all is enough for a batch
 SHARE = 0.7
+_FORM = "<d3q"  # of a loss on its way to other ranks
 
 
 def room_for(model: LanguageModel, examples: Sequence[Example], batch_size: int) -> tuple[int, str]:
@@ -44,9 +47,10 @@ def evaluate(
     batches: int = -1,
     most_bytes: int | None = None,
     collate: Collator | None = None,
+    group: Group = ALONE,
 ) -> Loss:
     """The loss of a model on examples; see :func:`evaluating`, which has the same arguments."""
-    work = evaluating("", model, examples, batch_size, batches, most_bytes, collate)
+    work = evaluating("", model, examples, batch_size, batches, most_bytes, collate, group)
     while True:
         try:
             next(work)
@@ -63,6 +67,7 @@ def evaluating(
     batches: int = -1,
     most_bytes: int | None = None,
     collate: Collator | None = None,
+    group: Group = ALONE,
 ) -> Generator[Advanced, None, Loss]:
     """The loss of a model on examples, as the value of the generator; how far it is after each batch.
 
@@ -75,6 +80,7 @@ def evaluating(
         most_bytes: of memory that it may take; fewer rows at a time are measured where a batch
             takes more, but one at least. None is what :func:`room_for` finds.
         collate: makes batches of the rows where something of them is known already.
+        group: the ranks that share the rows; each calls this, and gets the loss of all of them.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -87,20 +93,30 @@ def evaluating(
     model.eval()
     total, collate = Loss(0.0, 0), collate or Collator(examples)
     try:
-        parts = list(fixed_rows(examples, batch_size, batches))
+        parts = list(fixed_rows(examples, batch_size, batches, group))
         for done, rows in enumerate(parts, start=1):
             for few in _that_fit(sizes, examples, rows, most_bytes):
-                for part, value in side_by_side(partial(nats, model), collate, few):
+                lengths = [len(examples[row].tokens) for row in few]
+                for part, value in side_by_side(partial(nats, model), collate, few, lengths):
                     total += Loss.of(part, float(value))
             yield Advanced(what, done, len(parts))
     finally:
         model.train(was_training)
+    total = _of_all(group, total)
     if not math.isfinite(total.nats):
         raise DivergedError(
             "the loss of the model is not finite",
             fix="check the weights, or train with a lower --learning-rate",
         )
     return total
+
+
+def _of_all(group: Group, loss: Loss) -> Loss:
+    """The sum of what each rank has measured, the same to the bit on all of them."""
+    if group.size == 1:
+        return loss
+    given = group.share(struct.pack(_FORM, loss.nats, loss.tokens, loss.positions, loss.padding))
+    return sum((Loss(*struct.unpack(_FORM, part)) for part in given), Loss(0.0, 0))
 
 
 def _that_fit(

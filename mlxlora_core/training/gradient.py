@@ -12,11 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from mlxlora_core.model.dropout import drops, name_dropouts
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import bind_products
 from mlxlora_core.training.batches import Batch, Collator
 from mlxlora_core.training.loss import Loss, nats
 from mlxlora_core.training.parallel import side_by_side
+from mlxlora_core.training.places import places_of, step_key
 from mlxlora_core.training.reuse import draws_below
 
 #: nats of a batch, and their gradient as a tree like that of the parameters that train
@@ -30,7 +32,7 @@ class Sums:
     Attributes:
         nats: of each batch, or part of one, in order.
         counts: of tokens and positions; its own nats are 0.
-        gradient: of all nats, as a tree like that of the parameters that train.
+        gradient: of all nats, as a tree like that of the parameters that train; None of no rows.
     """
 
     nats: tuple[mx.array, ...]
@@ -42,6 +44,16 @@ class Sums:
         """Added up on the host, which waits for it."""
         return replace(self.counts, nats=sum(float(value) for value in self.nats))
 
+    @property
+    def total(self) -> mx.array:
+        """The nats added up on the device."""
+        return self.nats[0] if len(self.nats) == 1 else mx.stack(list(self.nats)).sum()
+
+    @property
+    def tokens(self) -> mx.array:
+        """How many counted."""
+        return mx.array(float(self.counts.tokens))
+
 
 class Gradients:
     """Sums of nats, and of their gradients, over rows.
@@ -51,7 +63,7 @@ class Gradients:
         collate: makes the batches; for a compiled one, of as few shapes as possible.
         batch_size: rows of a batch.
         compiled: whether nats and gradient of a batch are one compiled function of its arrays.
-        recompute: whether layers keep only their input for the gradient. Where they draw at random
+        recompute: whether layers keep only their input for the gradient. Where they draw from ``mx.random``
             then, which they have to do twice alike, nothing is compiled.
 
     Attributes:
@@ -69,13 +81,17 @@ class Gradients:
         self._model, self._collate, self._batch_size = model, collate, batch_size
         self._recompute = recompute
         self._module: Any = model
-        drawing = compiled and recompute and draws_below(model, len(model.layers))
+        self._drops = drops(self._module)
+        name_dropouts(self._module)
+        drawing = compiled and recompute and draws_below(model, len(model.layers), by_row=True)
         self._compiled, self.compiles = compiled and not drawing, 0
         self._begun: Any = None
+        self._key = 0
 
     def __call__(self, rows: Sequence[int]) -> Sums:
         """Over some rows. All batches but the last are left to the device before it returns."""
         total: Any = None
+        self._key = step_key()
         values, counts = [], Loss(0.0, 0)
         for start in range(0, len(rows), self._batch_size):
             if total is not None:
@@ -90,9 +106,10 @@ class Gradients:
     def _parts(self, rows: Sequence[int]) -> Iterator[tuple[Batch, Summed]]:
         """The parts that a batch is computed in, with their sums."""
         if not self._compiled:
-            yield from side_by_side(self._plain, self._collate, rows)
+            lengths = [len(self._collate.examples[row].tokens) for row in rows]
+            yield from side_by_side(self._plain, self._batch, rows, lengths)
             return
-        batch = self._collate(rows)
+        batch = self._batch(rows)
         arrays: dict[str, Any] = {n: x for n, x in vars(batch).items() if isinstance(x, mx.array)}
         trained = self._module.trainable_parameters()
         try:
@@ -100,6 +117,11 @@ class Gradients:
         finally:
             self._module.update(trained)  # what it was traced with is in their places
         yield batch, summed
+
+    def _batch(self, rows: Sequence[int]) -> Batch:
+        """The batch of some rows, with what they draw by where the model drops something."""
+        batch = self._collate(rows)
+        return replace(batch, places=places_of(self._key, rows, batch)) if self._drops else batch
 
     def _begin(self, total: Any) -> None:
         """Let the device begin with a batch as soon as it is through with the one before.

@@ -37,6 +37,9 @@ BEFORE: Mapping[str, Any] = {
 #: of :func:`~mlxlora_core.training.batches.epoch_order`
 ORDER_OF_ROWS = "3"
 
+#: of what rows drop, where anything does; before there was this number, a batch drew as a whole
+DROPOUT = "2"
+
 SOURCE = "source of plugin "  # before the name of one whose code is told
 _ABSENT = "none"
 
@@ -143,6 +146,8 @@ def identify(
         splits: ``train`` and, where there is one, ``valid``.
         runtimes: what the runtimes said of themselves.
     """
+    from mlxlora_core.model.dropout import drops
+
     adapter = adapted.choice
     components = [adapter.component, model.architecture]
     if model.quantization is not None:
@@ -176,6 +181,7 @@ def identify(
             "processor": platform.processor() or platform.machine(),
             "cores": str(thread_count()),  # which rows are dealt to
             "order of rows": ORDER_OF_ROWS,
+            **({"dropout": DROPOUT} if drops(model.module) else {}),
             "runtimes": "; ".join(runtimes),
         },
     )

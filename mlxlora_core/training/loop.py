@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -18,22 +18,33 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing
+from mlxlora_core.distributed.group import ALONE, Group
+from mlxlora_core.distributed.watch import Watch
+from mlxlora_core.errors import DivergedError, ModelError, UsageError
 from mlxlora_core.files.tensor_checks import mismatches
 from mlxlora_core.machine.device import product_precision, runs_ahead
-from mlxlora_core.model.language_model import LanguageModel, takes
+from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.training.batches import Collator, steps_from
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.events import Advanced, Note, Report, SpikeReport, TrainReport, ValidReport
 from mlxlora_core.training.examples import Example
-from mlxlora_core.training.loss import Loss, nats
+from mlxlora_core.training.loss import Loss
+from mlxlora_core.training.message import Total, require_same
 from mlxlora_core.training.optimizer import learning_rate
 from mlxlora_core.training.optimizer import make as make_optimizer
 from mlxlora_core.training.prefix import Prefix
 from mlxlora_core.training.progress import SPIKE_STEPS, Progress, Window
 from mlxlora_core.training.settings import TrainConfig
 from mlxlora_core.training.shapes import shapes_of
-from mlxlora_core.training.update import Update, Updates, is_clipped, is_compiled, is_packed
+from mlxlora_core.training.update import (
+    Update,
+    Updates,
+    diverged,
+    is_clipped,
+    is_compiled,
+    is_packed,
+    rows_a_batch,
+)
 
 SPIKE_FACTOR = 10  # a loss that many times the median of the last ones is told
 
@@ -64,6 +75,8 @@ class Training:
         factors: parameter -> factor on its learning rate, of those that have one.
         prefix: what is kept of the rows, where something is.
         recompute: whether layers keep only their input for the gradient.
+        group: the ranks that train together; each iterates in step with the others, and gets the
+            same reports.
 
     On a GPU the loss of a step is read while the device computes the next one, unless something
     is due after it. State and :attr:`progress` are those of the last step all the same; a spike
@@ -75,11 +88,15 @@ class Training:
         validation_bytes: of memory that a validation may take; None is what is free.
         prefix: as given.
         recompute: as given.
+        group: as given.
+        signum: asks for the signal that this process has got, or None; see :attr:`stopped_by`.
+        watch: is told what this process is at.
 
     Raises:
         UsageError: patience without rows to validate on, or packing of a model that cannot.
         DivergedError: while iterating: a loss or a gradient is not finite; the
             update was not made and the state is that before the step.
+        RankError: while iterating: the ranks hold different parameters.
     """
 
     def __init__(
@@ -92,18 +109,18 @@ class Training:
         factors: Mapping[str, float] = MappingProxyType({}),
         prefix: Prefix | None = None,
         recompute: bool = False,
+        group: Group = ALONE,
     ) -> None:
         if config.patience is not None and not valid_set:
             raise UsageError("patience needs rows to validate on", fix="leave it out, or add valid.jsonl")
-        if config.packing == "on" and not takes(model, "lengths"):
-            raise UsageError(
-                "packing needs an architecture whose run takes the lengths of rows, and this one takes none",
-                fix="leave --packing at auto: rows are padded then",
-            )
         self.config, self.seed = config, seed
         self.validation_bytes: int | None = None
         self._model, self._train_set, self._valid_set = model, train_set, valid_set
-        self.prefix, self.recompute = prefix, recompute
+        self.prefix, self.recompute, self.group = prefix, recompute, group
+        self.signum: Callable[[], int | None] = lambda: None
+        self.watch = Watch()
+        self._heard: int | None = None  # a signal of any rank
+        self._stopped_by: int | None = None
         self._collate, self._collate_valid = (
             prefix.collator(split) if prefix and rows else Collator(rows)
             for split, rows in (("train", train_set), ("valid", valid_set))
@@ -122,11 +139,13 @@ class Training:
     def arrange(self, compiled: bool, packed: bool) -> None:
         """Let steps be compiled from now on, or not, and rows be packed or padded."""
         config, self.compiled, self.packed = self.config, compiled, packed
-        few = compiled and not packed  # packed rows make a new shape each time
-        shapes = shapes_of(self._train_set, config.batch_size) if few else None
+        few = compiled and not packed  # else nearly every batch has a shape of its own
+        shapes = shapes_of(self._train_set, rows_a_batch(config, self.group)) if few else None
         self._collate = replace(self._collate, packing=packed, shapes=shapes)
         self._collate_valid = replace(self._collate_valid, packing=packed)
-        self._updates = Updates(self._model, self._collate, self._optimizer, config, compiled, self.recompute)
+        self._updates = Updates(
+            self._model, self._collate, self._optimizer, config, compiled, self.recompute, self.group
+        )
 
     @property
     def progress(self) -> Progress:
@@ -159,6 +178,11 @@ class Training:
         """Whether patience is at its end."""
         return self.config.patience is not None and self._progress.worse >= self.config.patience
 
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal after which no step is to follow; of several ranks all have it after the same step."""
+        return self.signum() if self.group.size == 1 else self._stopped_by
+
     def optimizer_tensors(self) -> dict[str, mx.array]:
         """The state of the optimizer, by name."""
         return dict(tree_flatten(self._optimizer.state))
@@ -187,34 +211,34 @@ class Training:
         if prefix is None or self.finished:
             return
         self._module.eval()
+        self.watch.phase("reading the rows that are kept")
         prefix.look()
         if self.config.reuse_prefix == "on" and not prefix.reuse.on:
             raise UsageError(f"reuse_prefix cannot be on: {prefix.reuse.why_not}", fix="leave it at auto")
         yield Note(prefix.words)
         with product_precision(self.config.compute):
-            yield from prefix.fill()
+            for advanced in prefix.fill():
+                self._hear()
+                yield advanced
         yield from map(Note, self.notes())
         if prefix.reuse.on and prefix.reuse.stored != prefix.reuse.computed:
-            yield Note(self._difference())
+            yield Note(prefix.difference(self._collate(next(self._rows(0))[: self.config.batch_size])))
 
     def notes(self) -> list[str]:
         """What there is to tell of what is kept of the rows, since this was asked last."""
         return self.prefix.notes() if self.prefix is not None else []
 
-    def _difference(self) -> str:
-        """What it changes that hidden states are kept in half precision, in words."""
-        rows = next(self._rows(0))[: self.config.batch_size]
-        batch = self._collate(rows)
-        exact = nats(self._model, replace(batch, hidden=None, first=0)).item() / batch.counted_tokens
-        changed = nats(self._model, batch).item() / batch.counted_tokens - exact
-        return (
-            f"{self.config.prefix_type} changes the loss of the first batch, {exact:.4f}, by {changed:+.1e}"
-        )
+    def _hear(self) -> None:
+        """Let all ranks know of a signal that one has got, where no step tells them."""
+        if self.group.size > 1:
+            self.watch.phase("reading the rows that are kept")
+            given = self.group.share(bytes([self.signum() or 0]))
+            self._stopped_by = next((number for (number,) in given if number), None)
 
     def _rows(self, cursor: int) -> Iterator[list[int]]:
         """The rows of the step after ``cursor``, and of those after it."""
-        config = self.config
-        return steps_from(self._train_set, config.rows_a_step, self.seed, cursor, config.group_by_length)
+        rows_a_step, by_length = self.config.rows_a_step, self.config.group_by_length
+        return steps_from(self._train_set, rows_a_step, self.seed, cursor, by_length)
 
     def __iter__(self) -> Iterator[tuple[Report, ...]]:
         rows = self._rows(self.step)
@@ -236,10 +260,11 @@ class Training:
         """Make one step; its reports, and what the one before has left to report."""
         started = time.perf_counter()
         step, config = self.step + 1, self.config
+        self.watch.phase(f"step {step}")
         rate = learning_rate(config, step)
         self._module.train()
         mx.random.seed(self.seed * 2**32 + step)
-        update = self._updates.make_update(rows, rate)
+        update = self._updates.make_update(rows, rate, self.signum())
         self._seconds += time.perf_counter() - started
         yield from self.settle()
         self._updates.take_update(update)
@@ -256,6 +281,8 @@ class Training:
             yield self._report()
         if valid is not None:
             yield valid
+        # Not where it is heard: whoever saves waits for a step sooner than other ranks.
+        self._stopped_by = self._heard
 
     def settle(self) -> tuple[SpikeReport, ...]:
         """Wait for the step that the device is at, and note it; the spikes that nobody was told yet.
@@ -268,12 +295,16 @@ class Training:
         if pending is None:
             return spikes
         started = time.perf_counter()
-        loss, norm = pending.update.sums.loss, float(pending.update.norm)
+        sums = pending.update.sums
+        loss, norm = sums.loss, float(pending.update.norm)
         mx.eval(self._module.trainable_parameters(), self._optimizer.state)
+        if isinstance(sums, Total):
+            require_same(sums.checksums, pending.step)
+            self._heard = sums.signum
         self._seconds += time.perf_counter() - started
         sound, before = math.isfinite(loss.nats) and math.isfinite(norm), self._progress.recent
         if not sound and self.config.on_nonfinite == "stop":
-            raise _diverged(loss, pending.step, pending.update.rows, before)
+            raise diverged(loss, pending.step, pending.update.rows, before)
         self._count(pending.step, loss, sound, is_clipped(norm, self.config.grad_clip), self._seconds)
         self._seconds, self._last = 0.0, (pending.rate, norm)
         if sound and len(before) == SPIKE_STEPS and loss.mean > SPIKE_FACTOR * statistics.median(before):
@@ -323,6 +354,7 @@ class Training:
 
     def _validate(self, step: int) -> ValidReport:
         started = time.perf_counter()
+        self.watch.phase(f"validation after step {step}")
         try:
             loss = evaluate(
                 self._model,
@@ -331,6 +363,7 @@ class Training:
                 self.config.val_batches,
                 self.validation_bytes,
                 self._collate_valid,
+                self.group,
             )
         except DivergedError:  # the update before it was sound, so that the next step has the last word
             return ValidReport(step, math.nan, 0, time.perf_counter() - started)
@@ -361,13 +394,3 @@ def train(
 def _rate(count: int, seconds: float) -> float:
     """How many a second; NaN where the clock stood still or went back."""
     return count / seconds if seconds > 0 else math.nan
-
-
-def _diverged(loss: Loss, step: int, rows: Sequence[int], recent: Sequence[float]) -> DivergedError:
-    what = "gradient" if math.isfinite(loss.nats) else "loss"
-    last = f"{recent[-1]:.4g}" if recent else "none"
-    return DivergedError(
-        f"the {what} of step {step} is not finite (rows {listing(rows)}; last finite loss {last}); "
-        "the update was not made",
-        fix="lower --learning-rate, set --grad-clip 1, or go on without such steps: --on-nonfinite skip",
-    )

@@ -67,7 +67,7 @@ def decide_recompute(model: Model, rows: Examples, config: TrainConfig) -> bool:
     """Whether layers keep only their input for the gradient: where that is asked for, or memory is short.
 
     Where a training goes on it may come to something else, for it changes no number; where it would,
-    in a compiled step that draws at random, it is left alone.
+    in a compiled step that draws from ``mx.random``, it is left alone.
 
     Args:
         model: with the adapter that trains.
@@ -85,7 +85,9 @@ def decide_recompute(model: Model, rows: Examples, config: TrainConfig) -> bool:
         )
     if config.grad_checkpoint != "auto" or not possible:
         return config.grad_checkpoint == "on"
-    if is_compiled(config) and draws_below(model.language_model, len(model.language_model.layers)):
+    if is_compiled(config) and draws_below(
+        model.language_model, len(model.language_model.layers), by_row=True
+    ):
         return False
     plain, less = (training_bytes(model, rows, config.batch_size, way) for way in (False, True))
     return less < plain and not has_room(plain)

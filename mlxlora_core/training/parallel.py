@@ -17,25 +17,30 @@ import mlx.core as mx
 from mlxlora_core.machine.device import on_cpu, product_threads, products_have_threads
 from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.training.batches import Batch
+from mlxlora_core.training.dealing import deal
 
 T = TypeVar("T")
 
 
 def side_by_side(
-    compute: Callable[[Batch], T], collate: Callable[[Sequence[int]], Batch], rows: Sequence[int]
+    compute: Callable[[Batch], T],
+    collate: Callable[[Sequence[int]], Batch],
+    rows: Sequence[int],
+    lengths: Sequence[int],
 ) -> list[tuple[Batch, T]]:
     """``compute`` of each part that some rows are dealt into, evaluated, with the part.
 
-    On a CPU the parts are computed at the same time; the number of cores alone
-    decides what they are, so that sums over them are the same in every run. On
-    a GPU there is one part.
+    On a CPU the parts are computed at the same time; the number of cores and the
+    lengths alone decide what they are, so that sums over them are the same in every
+    run. On a GPU there is one part.
 
     Args:
         compute: gives arrays, or a tree of them, that add up over the rows of a batch.
         collate: makes the batch of a part; called for one after the other.
         rows: one at least.
+        lengths: in tokens, of each of them.
     """
-    parts = split_rows(rows) if on_cpu() else [rows]
+    parts = split_rows(rows, lengths) if on_cpu() else [rows]
     if len(parts) == 1:
         batch = collate(rows)
         result = compute(batch)
@@ -61,10 +66,12 @@ def _streams(count: int) -> list[mx.ThreadLocalStream]:
 _ELEMENTWISE = 0.25
 
 
-def split_rows(rows: Sequence[int]) -> list[Sequence[int]]:
+def split_rows(rows: Sequence[int], lengths: Sequence[int]) -> Sequence[Sequence[int]]:
     """``rows`` of a batch in parts to compute side by side; all of them in one where that is faster.
 
-    Rows are dealt to the parts there and back, so that rows in order of length make parts of like work.
+    Args:
+        rows: one at least.
+        lengths: in tokens, of each of them.
     """
     cores = thread_count()
     count = min(cores, len(rows))
@@ -72,12 +79,4 @@ def split_rows(rows: Sequence[int]) -> list[Sequence[int]]:
         return [rows]
     apart = -(-len(rows) // count) / len(rows)
     together = (1 - _ELEMENTWISE) / cores + _ELEMENTWISE if products_have_threads() else 1.0
-    return deal(rows, count) if apart < together else [rows]
-
-
-def deal(rows: Sequence[int], parts: int) -> list[Sequence[int]]:
-    """``rows`` dealt to so many parts there and back: 0, 1, 2, 2, 1, 0, 0, 1, ... for three of them."""
-    turn = 2 * parts
-    return [
-        [row for i, row in enumerate(rows) if i % turn in (part, turn - 1 - part)] for part in range(parts)
-    ]
+    return deal(rows, lengths, count) if apart < together else [rows]

@@ -5,7 +5,9 @@ output depends on the row alone: later steps and validations begin where it
 was kept. Known from small networks: Matsutani et al. 2024, arXiv:2410.21073.
 
 The rows are read in an order and in batches that the data alone decides, so that
-a training that is resumed fills the same numbers in again.
+a training that is resumed fills the same numbers in again. Several ranks share them out: each
+computes every so-many-th group of rows, and all of them keep all, since rows go from rank to rank
+with every epoch. A token takes a few kilobytes on the way, and computing it on each rank far longer.
 """
 
 from __future__ import annotations
@@ -15,25 +17,30 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
+from importlib.metadata import version
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlxlora_core.distributed.group import ALONE, Group
 from mlxlora_core.errors import UsageError
 from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.machine.limits import readable_bytes
 from mlxlora_core.machine.memory import free_memory_bytes
 from mlxlora_core.model.language_model import LanguageModel, takes
+from mlxlora_core.model.loading import Model
 from mlxlora_core.model.memory import Sizes, reused_bytes
 from mlxlora_core.training.batches import Batch, Collator, make_batch
 from mlxlora_core.training.events import Advanced
-from mlxlora_core.training.examples import Example
+from mlxlora_core.training.examples import Example, Examples
 from mlxlora_core.training.kept import Kept, Numbers, Place
+from mlxlora_core.training.loss import nats
 from mlxlora_core.training.parallel import side_by_side
-from mlxlora_core.training.reuse import Reuse
+from mlxlora_core.training.reuse import Reuse, decide
+from mlxlora_core.training.settings import TrainConfig
 
 #: tokens that are read at a time at most, unless a row has more
 TOKENS = 2048
@@ -72,7 +79,9 @@ class Prefix:
         reuse: what is kept of them, and whether.
         belongs: what else the numbers depend on: fingerprint of the base, versions of plugins.
         folder: below which files go; None is a temporary place.
-        memory_mb: what is kept in memory at most; None is a quarter of what is free.
+        memory_mb: what is kept in memory at most; None is a quarter of what is free, of which the ranks
+            of one machine get a part each.
+        group: the ranks that share the work.
 
     Attributes:
         reuse: as given; a training that is resumed may change whether.
@@ -86,7 +95,9 @@ class Prefix:
         belongs: Sequence[str] = (),
         folder: Path | None = None,
         memory_mb: int | None = None,
+        group: Group = ALONE,
     ) -> None:
+        self._group = group
         self.reuse, self._model, self._splits = reuse, model, splits
         self._packing = takes(model, "lengths")
         self._belongs, self._folder = "\n".join(belongs), folder
@@ -104,7 +115,9 @@ class Prefix:
         if self._budget is None:
             free = free_memory_bytes()
             if free is not None:
-                self._budget = max(0, min(int(_SHARE * free), free - need - reused_bytes(need)))
+                ranks = self._group.machines.count(self._group.machines[self._group.rank])
+                room = min(int(_SHARE * free), free - ranks * (need + reused_bytes(need)))
+                self._budget = max(0, room // ranks)
         total = self.reuse.number_bytes if self.reuse.on else 0
         return total if self._budget is None else min(total, self._budget)
 
@@ -168,12 +181,14 @@ class Prefix:
         self._kept = Kept(self._budget, self._folder)
         what = f"what enters layer {self.reuse.first + 1}"
         count, done = sum(map(len, self.reuse.rows.values())), 0
-        for split, rows in self._parts():
-            group = _Group(split, rows)
-            if not self._kept.fault:
-                group.place = self._kept.keep(self._key(group), self._compute(split, rows))
-            self._where |= {(split, row): (group, index) for index, row in enumerate(rows)}
-            done += len(rows)
+        groups = self._parts()
+        while parts := list(islice(groups, self._group.size)):
+            for (split, rows), numbers in zip(parts, self._shared_out(parts), strict=True):
+                group = _Group(split, rows)
+                if not self._kept.fault:
+                    group.place = self._kept.keep(self._key(group), numbers)
+                self._where |= {(split, row): (group, index) for index, row in enumerate(rows)}
+                done += len(rows)
             yield Advanced(what, done, count)
         if self._kept.fault:
             lost = sum(group.place is None for group, _ in self._where.values())
@@ -220,6 +235,18 @@ class Prefix:
                 yield split, rows[:count]
                 rows = rows[count:]
 
+    def _shared_out(self, parts: Sequence[tuple[str, Sequence[int]]]) -> list[Sequence[Numbers]]:
+        """The numbers of groups of rows, one for each rank at most, which computes it for all."""
+        if self._group.size == 1:  # nothing is computed for which there is no room
+            return [() if self._kept and self._kept.fault else self._compute(*part) for part in parts]
+        own = [self._compute(*part) for part in parts[self._group.rank : self._group.rank + 1]]
+        given = self._group.share(b"".join(row.tobytes() for rows in own for row in rows))
+        shared: list[Sequence[Numbers]] = []
+        for part, content in zip(parts, given, strict=False):
+            numbers = np.frombuffer(content, _WORDS[self.reuse.stored.size]).reshape(-1, self.reuse.width)
+            shared.append(np.split(numbers, list(accumulate(self._tokens(*part)))[:-1]))
+        return shared
+
     def _tokens(self, split: str, rows: Sequence[int]) -> list[int]:
         return [len(self._splits[split][row].tokens) - 1 for row in rows]
 
@@ -232,13 +259,21 @@ class Prefix:
             return make_batch(self._splits[split], part, self._packing)
 
         found: dict[int, Numbers] = {}
-        for part, (batch, hidden) in zip(parts, side_by_side(self._below, collate, rows), strict=True):
+        computed = side_by_side(self._below, collate, rows, self._tokens(split, rows))
+        for part, (batch, hidden) in zip(parts, computed, strict=True):
             stored = self._stored(hidden).reshape(-1, self.reuse.width)
             words = np.array(stored.view(_MLX_WORDS[stored.dtype.size]))
             counts = self._tokens(split, part)
             places = zip(part, batch.starts, counts, strict=True)
             found |= {row: words[start : start + count] for row, start, count in places}
         return [np.ascontiguousarray(found[row]) for row in rows]
+
+    def difference(self, batch: Batch) -> str:
+        """What it changes of the loss of a batch that states are kept in half precision, in words."""
+        exact = nats(self._model, replace(batch, hidden=None, first=0)).item() / batch.counted_tokens
+        changed = nats(self._model, batch).item() / batch.counted_tokens - exact
+        kept = str(self.reuse.stored).removeprefix("mlx.core.")
+        return f"{kept} changes the loss of the first batch, {exact:.4f}, by {changed:+.1e}"
 
     def _below(self, batch: Batch) -> mx.array:
         lengths: dict[str, Any] = {"lengths": batch.lengths} if batch.lengths else {}
@@ -288,3 +323,29 @@ class Prefix:
             tokens = self._splits[group.split][row].tokens
             digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes())
         return digest.digest()
+
+
+def prefix_of(
+    model: Model,
+    splits: Mapping[str, Examples],
+    config: TrainConfig,
+    folder: Path | None = None,
+    group: Group = ALONE,
+) -> Prefix:
+    """What can be kept of the rows of a training, and whether it is.
+
+    Args:
+        model: with the adapter that trains.
+        splits: ``train`` and, where there is one, ``valid``.
+        config: how it trains.
+        folder: as :class:`Prefix` has it.
+        group: as :class:`Prefix` has it.
+
+    Raises:
+        UsageError: it is to be kept, and cannot be.
+    """
+    examples = {name: split.examples for name, split in splits.items()}
+    reuse = decide(model.language_model, config, examples)
+    components = [model.architecture, *([model.quantization.component] if model.quantization else [])]
+    belongs = [model.fingerprint, version("mlx"), *(str(component.plugin) for component in components)]
+    return Prefix(model.language_model, examples, reuse, belongs, folder, config.prefix_memory_mb, group)

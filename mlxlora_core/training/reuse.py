@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxlora_core.errors import UsageError, listing
+from mlxlora_core.model.dropout import drawn_by
 from mlxlora_core.model.language_model import LanguageModel, takes
 from mlxlora_core.model.linears import layers_by_path
 from mlxlora_core.training.batches import fixed_rows, steps_an_epoch
@@ -124,12 +125,19 @@ def lowest_layer(model: LanguageModel) -> tuple[int, str]:
     return first, ""
 
 
-def draws_below(model: LanguageModel, first: int) -> bool:
-    """Whether layers below ``first`` draw random numbers in training, as dropout does; none is run."""
+def draws_below(model: LanguageModel, first: int, by_row: bool = False) -> bool:
+    """Whether layers below ``first`` draw random numbers in training, as dropout does; none is run.
+
+    Args:
+        model: that it is asked of.
+        first: the lowest layer that may.
+        by_row: whether what each row draws by itself is left out.
+    """
     state: Any = mx.random.state
     before, was_training = state[0], model.training
     model.train()
-    model.run(model.embed(mx.zeros((1, 2), mx.uint32)), last=first)
+    with drawn_by(mx.zeros((1, 2, 2), mx.uint32) if by_row else None):
+        model.run(model.embed(mx.zeros((1, 2), mx.uint32)), last=first)
     model.train(was_training)
     return not mx.array_equal(before, state[0]).item()
 

@@ -8,12 +8,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
-from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
+from mlxlora_core.distributed.group import ALONE, Group
+from mlxlora_core.distributed.watch import Watch
 from mlxlora_core.errors import DivergedError, UsageError
 from mlxlora_core.files import durable
 from mlxlora_core.machine import signals
@@ -24,6 +24,7 @@ from mlxlora_core.model.loading import Model
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.sections import AdapterConfig
 from mlxlora_core.training import metrics
+from mlxlora_core.training.agreement import hand_on, hand_on_adapter, require_agreement
 from mlxlora_core.training.checkpoints import Found, Start
 from mlxlora_core.training.events import (
     Advanced,
@@ -38,13 +39,12 @@ from mlxlora_core.training.events import (
     report_line,
 )
 from mlxlora_core.training.examples import Examples, make_examples
-from mlxlora_core.training.identity import identify
+from mlxlora_core.training.identity import Identity, identify
 from mlxlora_core.training.loop import Training
 from mlxlora_core.training.memory import decide_recompute, training_memory
 from mlxlora_core.training.optimizer import factors_of
 from mlxlora_core.training.outputs import Outputs, check_outputs, inputs_of, refuse_finished
-from mlxlora_core.training.prefix import Prefix
-from mlxlora_core.training.reuse import decide
+from mlxlora_core.training.prefix import prefix_of
 from mlxlora_core.training.saving import CheckpointFolder
 from mlxlora_core.training.settings import BatchConfig, SaveConfig, TrainConfig
 from mlxlora_core.training.sources import SplitRows
@@ -79,6 +79,8 @@ def open_training(
     seed: int = 0,
     outputs: Outputs | None = None,
     runtimes: Sequence[str] = (),
+    group: Group = ALONE,
+    watch: Watch | None = None,
 ) -> TrainingSession:
     """Put an adapter on a base and make ready to train it; :meth:`TrainingSession.start` trains.
 
@@ -89,8 +91,10 @@ def open_training(
         config: how to train.
         registry: where plugins are looked up.
         seed: of the adapter's initial values, of the order of rows and of dropout.
-        outputs: what to write; nothing when left out.
+        outputs: what to write; nothing when left out. Of several ranks, the first alone writes.
         runtimes: what the runtimes said, for the record.
+        group: the ranks that train together; each opens the same training, and starts it.
+        watch: is told what this rank is at.
 
     Raises:
         DataError: rows that are not there, or that cannot be used.
@@ -102,6 +106,8 @@ def open_training(
     with product_precision(config.compute):
         pass  # what cannot be is told before any work
     outputs = outputs or Outputs()
+    if not group.leads:
+        outputs = Outputs(saving=outputs.saving)
     named = adapter.path if isinstance(adapter, AdapterFile) else None
     read = [path for source in rows.values() if isinstance(source, SplitRows) for path in source.files]
     check_outputs(outputs, inputs_of(model.folder, None, named, *read))
@@ -109,29 +115,19 @@ def open_training(
     adapted = _put_on(model, adapter, registry, seed)
     valid = splits["valid"].examples if "valid" in splits else ()
     factors = factors_of(model, adapted)
-    prefix = _prefix(model, splits, config, outputs.checkpoints)
+    prefix = prefix_of(model, splits, config, outputs.checkpoints, group)
     recompute = decide_recompute(model, splits["train"], config)
     train = splits["train"].examples
-    training = Training(model.language_model, train, valid, config, seed, factors, prefix, recompute)
-    folder = None
-    if outputs.checkpoints is not None:
+    training = Training(model.language_model, train, valid, config, seed, factors, prefix, recompute, group)
+    if watch is not None:
+        training.watch = watch
+    folder = identity = None
+    if outputs.checkpoints is not None or group.size > 1:
         examples = {name: split.examples for name, split in splits.items()}
         identity = identify(model, adapted, training, examples, runtimes)
+    if outputs.checkpoints is not None and identity is not None:
         folder = CheckpointFolder(outputs.checkpoints, training, model, adapted, identity)
-    return TrainingSession(model, adapted, splits, training, outputs, folder)
-
-
-def _prefix(model: Model, splits: Mapping[str, Examples], config: TrainConfig, folder: Path | None) -> Prefix:
-    """What can be kept of the rows of a training, and whether it is.
-
-    Raises:
-        UsageError: it is to be kept, and cannot be.
-    """
-    examples = {name: split.examples for name, split in splits.items()}
-    reuse = decide(model.language_model, config, examples)
-    components = [model.architecture, *([model.quantization.component] if model.quantization else [])]
-    belongs = [model.fingerprint, version("mlx"), *(str(component.plugin) for component in components)]
-    return Prefix(model.language_model, examples, reuse, belongs, folder, config.prefix_memory_mb)
+    return TrainingSession(model, adapted, splits, training, outputs, folder, identity)
 
 
 def examples_of(source: Source, model: Model, config: BatchConfig) -> Examples:
@@ -177,7 +173,9 @@ class TrainingSession:
         training: Training,
         outputs: Outputs,
         checkpoints: CheckpointFolder | None,
+        identity: Identity | None,
     ) -> None:
+        self._identity = identity
         self.model, self.adapted, self.rows, self.training = model, adapted, rows, training
         self.checkpoints, self._outputs = checkpoints, outputs
         self._best: dict[str, mx.array] = {}  # the adapter of the best validation, where no folder keeps it
@@ -197,6 +195,7 @@ class TrainingSession:
             SafetyError: one that has not ended, or an adapter that is there, would be lost.
             Interrupted: a signal came; the step it came in is done and saved.
             DivergedError: a loss or a gradient is not finite; the state before it is saved.
+            RankError: the ranks do not train the same, or have come to different parameters.
             PluginError: the base has changed.
             ResourceError: too little memory, or a file cannot be written; checkpoints before are as
                 they were.
@@ -209,6 +208,8 @@ class TrainingSession:
 
     def _start(self, how: Start, found: Found | None) -> Iterator[TrainEvent]:
         """As :meth:`start`, which gives back what is kept of the rows."""
+        if self._identity is not None:
+            require_agreement(self.training.group, self._identity)
         refuse_finished(self._outputs.adapter_file, how)
         for split, rows in self.rows.items():
             yield from map(Note, rows.words(split))
@@ -222,12 +223,16 @@ class TrainingSession:
             yield Note(said)
             for text in self._take_up(how, found):
                 yield Note(text)
+            hand_on(training.group, training, self.model)
             yield TrainingStarted(self.training.progress.step, self.training.config.iters)
             yield from self._train()
         yield from self._warning()
         if self.training.compiled:
             yield Note(f"the step was compiled {self.training.compiles} times, for as many shapes of batches")
+        self.training.watch.phase("the end")
         adapter_step = self._take_best()
+        if training.config.patience is not None:
+            adapter_step = hand_on_adapter(training.group, adapter_step, self.model)
         if self._outputs.adapter_file is not None:
             record = self.checkpoints.record(adapter_step) if self.checkpoints is not None else None
             adapters.save(self._outputs.adapter_file, self.model, self.adapted, record)
@@ -235,6 +240,8 @@ class TrainingSession:
 
     def _take_up(self, how: Start, found: Found | None) -> list[str]:
         """Put the training where it begins or goes on; what there is to tell."""
+        if not self.training.group.leads:
+            return []
         if self.checkpoints is not None:
             return self.checkpoints.start(how, found)
         if how is Start.RESUME:
@@ -247,10 +254,10 @@ class TrainingSession:
         if log is not None:
             metrics.trim(log, self.training.progress.step)
         with signals.deferred() as pending:
+            self.training.signum = lambda: pending.signum
             for event in self.training.prepare():
                 yield event
-                if pending.signum is not None:
-                    raise signals.Interrupted(pending.signum, self._farewell())
+                self._end_if_told()
             saved_at = time.monotonic()
             try:
                 for reports in self.training:
@@ -260,15 +267,24 @@ class TrainingSession:
                         yield report
                     yield Advanced("training", self.training.step, self.training.config.iters)
                     waited = time.monotonic() - saved_at
-                    if pending.signum is not None or self._due(saving, waited):
+                    if self.training.stopped_by is not None or self._due(saving, waited):
                         yield from self._save()
                         saved_at = time.monotonic()
-                    if pending.signum is not None:
-                        raise signals.Interrupted(pending.signum, self._farewell())
+                    self._end_if_told()
             except DivergedError:
                 with suppress(DivergedError):  # of a state that is not sound itself
                     yield from self._save()
                 raise
+
+    def _end_if_told(self) -> None:
+        """End here where a signal has come.
+
+        Raises:
+            Interrupted: it has.
+        """
+        signum = self.training.stopped_by
+        if signum is not None:
+            raise signals.Interrupted(signum, self._farewell())
 
     def _note(self, report: Report) -> None:
         """Keep a report: in the log, and the last losses for the result."""
@@ -294,6 +310,7 @@ class TrainingSession:
             self._note(report)
             yield report
         progress = self.training.progress
+        self.training.watch.phase(f"saving step {progress.step}")
         if self.checkpoints is not None:
             yield from self.checkpoints.save(self._outputs.saving.keep)
         elif progress.best_step == progress.step:
@@ -303,6 +320,8 @@ class TrainingSession:
         step = self.training.progress.step
         if step == 0:
             return "interrupted before the first step; nothing was saved"
+        if not self.training.group.leads:
+            return f"interrupted at step {step}; rank 0 says what is saved"
         if self.checkpoints is None:
             return f"interrupted at step {step}; nothing was saved"
         return f"interrupted; step {step} is saved. Go on with: {self._outputs.resume_command}"

@@ -15,10 +15,15 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from mlxlora_core.distributed.group import ALONE, Group
+from mlxlora_core.errors import DivergedError, UsageError, listing
 from mlxlora_core.machine.device import runs_ahead
 from mlxlora_core.model.language_model import LanguageModel, takes
 from mlxlora_core.training.batches import Collator
+from mlxlora_core.training.dealing import deal
 from mlxlora_core.training.gradient import Gradients, Sums, mean_of, norm_squared
+from mlxlora_core.training.loss import Loss
+from mlxlora_core.training.message import Total, add_up
 from mlxlora_core.training.settings import TrainConfig
 
 
@@ -27,7 +32,7 @@ class Update:
     """A step that may be still to compute.
 
     Attributes:
-        rows: that it is made of.
+        rows: that it is made of, over all ranks.
         sums: of their nats; the gradient is left out.
         norm: of the mean gradient before clipping.
         parameters: that train, after it.
@@ -35,7 +40,7 @@ class Update:
     """
 
     rows: Sequence[int]
-    sums: Sums
+    sums: Sums | Total
     norm: mx.array
     parameters: Any
     state: Any
@@ -51,6 +56,7 @@ class Updates:
         config: how to train.
         compiled: whether the gradient of a batch, and the update, are compiled.
         recompute: whether layers keep only their input for the gradient.
+        group: the ranks that the rows of an update are dealt out to.
     """
 
     def __init__(
@@ -61,24 +67,32 @@ class Updates:
         config: TrainConfig,
         compiled: bool,
         recompute: bool = False,
+        group: Group = ALONE,
     ) -> None:
         module: Any = model
+        self._group, self._collate = group, collate
         self._module, self._optimizer = module, optimizer
         self._limit, self._compiled, self._compiles = config.grad_clip, compiled, 0
         few = compiled and not collate.packing
-        self._gradients = Gradients(model, collate, config.batch_size, few, recompute)
+        self._gradients = Gradients(model, collate, rows_a_batch(config, group), few, recompute)
 
     @property
     def compiles(self) -> int:
         """How often anything was compiled."""
         return self._compiles + self._gradients.compiles
 
-    def make_update(self, rows: Sequence[int], rate: float) -> Update:
-        """The update from some rows at a learning rate; model and optimizer stay as they are."""
-        sums = self._gradients(rows)
+    def make_update(self, rows: Sequence[int], rate: float, signum: int | None = None) -> Update:
+        """The update from some rows at a learning rate; model and optimizer stay as they are.
+
+        Args:
+            rows: those of all ranks.
+            rate: the learning rate.
+            signum: a signal that this rank has got, told to the others.
+        """
         parameters, state = self._module.trainable_parameters(), self._optimizer.state
-        nats = sums.nats[0] if len(sums.nats) == 1 else mx.stack(list(sums.nats)).sum()
-        numbers = (nats, mx.array(float(sums.counts.tokens)), mx.array(rate))
+        own = self._gradients(self._own(rows))
+        sums = own if self._group.size == 1 else add_up(self._group, own, parameters, signum)
+        numbers = (sums.total, sums.tokens, mx.array(rate))
         try:
             made = self._update(parameters, _copied(state), sums.gradient, *numbers)
         finally:
@@ -89,7 +103,14 @@ class Updates:
         """Put an update into model and optimizer, and let the device begin with it."""
         self._module.update(update.parameters)
         self._optimizer.state = update.state
-        mx.async_eval(update.parameters, update.state, update.norm, update.sums.nats)
+        mx.async_eval(update.parameters, update.state, update.norm, update.sums.total)
+
+    def _own(self, rows: Sequence[int]) -> Sequence[int]:
+        """The rows of a step that this rank computes."""
+        if self._group.size == 1:
+            return rows
+        lengths = [len(self._collate.examples[row].tokens) for row in rows]
+        return deal(rows, lengths, self._group.size)[self._group.rank]
 
     @cached_property
     def _update(self) -> Any:
@@ -123,15 +144,29 @@ class Updates:
         return norm, tree_map(kept, updated, parameters), tree_map(kept, self._optimizer.state, state)
 
 
+def rows_a_batch(config: TrainConfig, group: Group) -> int:
+    """Rows that a rank computes at once: those of a batch, or its share of a step where that is less."""
+    return min(config.batch_size, -(-config.rows_a_step // group.size))
+
+
 def is_compiled(config: TrainConfig) -> bool:
     """Whether a training compiles its step from the start."""
     return config.compile == "on" or (config.compile == "auto" and runs_ahead())
 
 
 def is_packed(model: LanguageModel, config: TrainConfig) -> bool:
-    """Whether a training packs its rows from the start; a compiled step takes padded ones."""
+    """Whether a training packs its rows from the start; a compiled step takes padded ones.
+
+    Raises:
+        UsageError: it is asked for, and the model cannot.
+    """
     if config.packing == "auto":
         return not runs_ahead() and not is_compiled(config) and takes(model, "lengths")
+    if config.packing == "on" and not takes(model, "lengths"):
+        raise UsageError(
+            "packing needs an architecture whose run takes the lengths of rows, and this one takes none",
+            fix="leave --packing at auto: rows are padded then",
+        )
     return config.packing == "on"
 
 
@@ -143,3 +178,21 @@ def _copied(tree: Any) -> Any:
 def is_clipped(norm: float, limit: float | None) -> bool:
     """Whether a gradient of this norm was shrunk to the limit."""
     return limit is not None and math.isfinite(norm) and norm > limit
+
+
+def diverged(loss: Loss, step: int, rows: Sequence[int], recent: Sequence[float]) -> DivergedError:
+    """What there is to say of a step whose loss or gradient is not finite.
+
+    Args:
+        loss: of the step.
+        step: which.
+        rows: that it was made of.
+        recent: the losses of the steps before.
+    """
+    what = "gradient" if math.isfinite(loss.nats) else "loss"
+    last = f"{recent[-1]:.4g}" if recent else "none"
+    return DivergedError(
+        f"the {what} of step {step} is not finite (rows {listing(rows)}; last finite loss {last}); "
+        "the update was not made",
+        fix="lower --learning-rate, set --grad-clip 1, or go on without such steps: --on-nonfinite skip",
+    )

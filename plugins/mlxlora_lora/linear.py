@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora_core.api import LowRank, UsageError
-from mlxlora_core.ops import linear_shape
+from mlxlora_core.ops import Dropout, linear_shape
 
 
 class LoRALinear(nn.Module):
@@ -38,7 +38,7 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.linear.freeze()
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.lora_a = mx.random.uniform(-edge, edge, (inputs, rank))
         self.lora_b = mx.zeros((rank, outputs))
 

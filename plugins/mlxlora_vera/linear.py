@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora_core.api import LowRank
-from mlxlora_core.ops import linear_shape
+from mlxlora_core.ops import Dropout, linear_shape
 
 _BLOCK = 256  # rows that are drawn with one key, so that a longer projection begins as a shorter one
 
@@ -37,7 +37,7 @@ class VeRALinear(nn.Module):
         outputs, inputs = linear_shape(linear)
         self.linear = linear
         self.linear.freeze()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.vera_a, self.vera_b = _first(seed, inputs, rank), _second(seed, outputs, rank)
         self.lambda_d = mx.full((rank,), d_initial)
         self.lambda_b = mx.zeros((outputs,))

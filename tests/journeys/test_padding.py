@@ -13,8 +13,8 @@ import pytest
 from mlxlora_core import plugins
 from mlxlora_core.model.tokenizers import open_tokenizer
 from mlxlora_core.training.batches import Batch, Collator, epoch_order
+from mlxlora_core.training.dealing import deal
 from mlxlora_core.training.examples import Examples, make_examples
-from mlxlora_core.training.parallel import deal
 
 TOKENIZER = Path(mlxlora_demo.__file__).parent / "base" / "tokenizer.model"
 
@@ -46,7 +46,11 @@ def test_an_epoch_has_little_padding_and_a_packed_one_none(rows: Examples, cores
     assert len(examples) > 500
     for seed, epoch in ((0, 0), (0, 1), (7, 5)):
         steps = epoch_order(examples, 4, seed, epoch, by_length=True)
-        parts = [part for step in steps for part in deal(step, min(cores, len(step)))]
+        parts = [
+            part
+            for step in steps
+            for part in deal(step, [len(examples[row].tokens) for row in step], min(cores, len(step)))
+        ]
         padded, packed = (share(map(Collator(examples, packing), parts)) for packing in (False, True))
         assert 0 < padded <= (0.03 if cores == 1 else 0.02)
         assert packed == 0

@@ -441,16 +441,17 @@ def test_other_versions_are_told_and_recorded(start: MakeWork, tmp_path: Path, t
     assert record["step"] == 3 and record["versions"]["mlx"] == "0.99.0"
 
 
-def test_another_order_of_rows_is_told_of_a_checkpoint_of_before(
-    start: MakeWork, tmp_path: Path, trained: Path
+@pytest.mark.parametrize(("what", "now"), [("order of rows", "3"), ("dropout", "2")])
+def test_what_rows_do_otherwise_is_told_of_a_checkpoint_of_before(
+    start: MakeWork, tmp_path: Path, trained: Path, what: str, now: str
 ) -> None:
     folder = only(trained, tmp_path, 3)
     (manifest,) = folder.glob("*/MANIFEST.json")
     held = json.loads(manifest.read_text())
-    assert held["versions"].pop("order of rows") == "3"
+    assert held["versions"].pop(what) == now
     del held["sha256"]
     manifest.write_text(json.dumps({**held, "sha256": checkpoints.digest(held)}))
-    assert "exact across order of rows of before -> 3" in "".join(go_on(start(folder)))
+    assert f"exact across {what} of before -> {now}" in "".join(go_on(start(folder)))
 
 
 def test_other_code_of_a_plugin_is_told_and_makes_a_training_another_one(

@@ -45,11 +45,11 @@ def test_rows_are_measured_fewer_at_a_time_where_a_batch_takes_more_than_it_may(
     model, examples = stand_in(), make_examples(lengths(53))
     whole, seen = evaluate(model, examples, 16), []
 
-    def watched(compute: Any, collate: Any, rows: Any) -> Any:
+    def watched(compute: Any, collate: Any, rows: Any, lengths: Any) -> Any:
         seen.append(
             (len(rows), measuring_bytes(sizes_of(model), len(rows), longest_of([examples[r] for r in rows])))
         )
-        return side_by_side(compute, collate, rows)
+        return side_by_side(compute, collate, rows, lengths)
 
     monkeypatch.setattr(evaluation, "side_by_side", watched)
     row = measuring_bytes(sizes_of(model), 1, 60)

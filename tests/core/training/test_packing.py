@@ -259,7 +259,7 @@ def test_the_share_of_padding_is_that_of_what_was_computed(
     told = [report.padding for report in reports if isinstance(report, TrainReport)]
     rows = list(islice(steps_from(examples, 3, 0), 4))
     for share, steps in zip(told, (rows[:2], rows[2:]), strict=True):
-        parts = [part for step in steps for part in split_rows(step)]
+        parts = [part for step in steps for part in split_rows(step, [LENGTHS[row] for row in step])]
         wide = [len(part) * (max(len(examples[row].tokens) for row in part) - 1) for part in parts]
         inputs = sum(len(examples[row].tokens) - 1 for step in steps for row in step)
         assert share == pytest.approx(1 - inputs / sum(wide))

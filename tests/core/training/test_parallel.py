@@ -41,7 +41,7 @@ def test_every_row_is_dealt_once(
 ) -> None:
     monkeypatch.setenv(THREADS, str(count))
     monkeypatch.setattr(device, "_setters", [print] if threads_in_products else [])
-    parts = parallel.split_rows(range(100, 100 + rows))
+    parts = parallel.split_rows(range(100, 100 + rows), [9] * rows)
     assert sorted(row for part in parts for row in part) == list(range(100, 100 + rows))
     assert len(parts) <= count
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -50,7 +50,7 @@ def test_every_row_is_dealt_once(
 
 
 def test_products_get_all_cores_where_parts_would_leave_them_idle(told: list[int]) -> None:
-    assert [len(parallel.split_rows(range(rows))) for rows in (1, 2, 3, 4, 8)] == [1, 1, 3, 4, 4]
+    assert [len(parallel.split_rows(range(rows), [9] * rows)) for rows in (1, 2, 3, 4, 8)] == [1, 1, 3, 4, 4]
 
 
 def test_a_product_takes_one_thread_inside_and_all_cores_after_it(told: list[int]) -> None:
@@ -70,8 +70,9 @@ def test_parts_are_on_streams_of_their_own(told: list[int], make_examples: Any) 
         threads.append(len(told))
         return batch.inputs.sum()
 
-    parts = side_by_side(look, Collator(make_examples([5, 6, 7, 8, 9])), [0, 1, 2, 3, 4])
-    assert [batch.inputs.shape for batch, _ in parts] == [(1, 4), (1, 5), (1, 6), (2, 8)]
+    lengths = [5, 6, 7, 8, 9]
+    parts = side_by_side(look, Collator(make_examples(lengths)), [0, 1, 2, 3, 4], lengths)
+    assert [batch.inputs.shape for batch, _ in parts] == [(1, 8), (1, 7), (1, 6), (2, 5)]
     assert len({str(stream) for stream in streams}) == 4
     assert mx.default_stream(mx.default_device()) not in streams
     assert told == [1, 4]

@@ -1,0 +1,1 @@
+"""Several processes that train together: the group, how it is started, and who watches it."""

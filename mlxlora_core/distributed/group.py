@@ -1,0 +1,148 @@
+"""The group of processes that train together, and what goes round between them.
+
+Each is a *rank*, counted from 0. All of them call the same functions here in the same order; one that
+does not come is waited for. MLX is imported only where something goes round.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlxlora_core.distributed.environment import is_rank
+from mlxlora_core.distributed.starting import joining
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks that there are, seen from one of them.
+
+    Attributes:
+        rank: of this process.
+        size: how many there are.
+    """
+
+    rank: int
+    size: int
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which alone prints and writes."""
+        return self.rank == 0
+
+    def sum(self, arrays: Sequence[mx.array]) -> list[mx.array]:
+        """The sums of arrays over all ranks, as float32, in one message that may be still to come.
+
+        Args:
+            arrays: of the same shapes on each rank, not all of them empty.
+        """
+        import mlx.core as mx
+
+        alone = [x.astype(mx.float32) for x in arrays]
+        if self.size == 1:
+            return alone
+        message = mx.distributed.all_sum(mx.concatenate([x.reshape(-1) for x in alone]))
+        ends = list(accumulate(x.size for x in alone[:-1]))
+        return [part.reshape(x.shape) for part, x in zip(mx.split(message, ends), alone, strict=True)]
+
+    def share(self, value: bytes) -> list[bytes]:
+        """What each rank gives here, in the order of ranks; two messages."""
+        if self.size == 1:
+            return [value]
+        import mlx.core as mx
+        import numpy as np
+
+        lengths = np.array(mx.distributed.all_gather(mx.array([len(value)], mx.uint32)))
+        most = max(int(lengths.max()), 1)
+        padded = np.frombuffer(value.ljust(most, b"\0"), np.uint8)
+        gathered = np.array(mx.distributed.all_gather(mx.array(padded))).reshape(self.size, most)
+        return [row[:length].tobytes() for row, length in zip(gathered, lengths.tolist(), strict=True)]
+
+    def broadcast(self, value: bytes = b"") -> bytes:
+        """What rank 0 gives here, on every rank; two messages, each as long as that."""
+        if self.size == 1:
+            return value
+        import mlx.core as mx
+        import numpy as np
+
+        given = value if self.leads else b""
+        length = int(np.array(mx.distributed.all_sum(mx.array([len(given)], mx.uint32)))[0])
+        # Words of integers, whose sum with zeros is exact.
+        words = np.frombuffer(given.ljust(-(-max(length, 1) // 4) * 4, b"\0"), np.uint32)
+        return np.array(mx.distributed.all_sum(mx.array(words))).tobytes()[:length]
+
+    def wait(self) -> None:
+        """Wait until each rank is here."""
+        if self.size == 1:
+            return
+        import mlx.core as mx
+
+        mx.eval(self.sum([mx.zeros(1)]))
+
+    @cached_property
+    def machines(self) -> tuple[str, ...]:
+        """What tells the machine of each rank from others; the first that ask do so on every rank."""
+        boot = _BOOT.read_text("ascii").strip() if _BOOT.is_file() else ""
+        return tuple(name.decode() for name in self.share(f"{platform.node()} {boot}".encode()))
+
+    def sharing_processors(self) -> int:
+        """How many ranks compute on processors of this one, itself among them."""
+        mine = _processors()
+        everybody = [set(map(int, part.split())) for part in self.share(" ".join(map(str, mine)).encode())]
+        here = zip(self.machines, everybody, strict=True)
+        return sum(name == self.machines[self.rank] and bool(mine & theirs) for name, theirs in here)
+
+    @contextmanager
+    def first_of_machine(self) -> Iterator[None]:
+        """Let the first rank of each machine go through this block, and then its others.
+
+        What it reads from a disk or fetches is at hand for them then.
+        """
+        waits = self.machines[self.rank] in self.machines[: self.rank]
+        if waits:
+            self.wait()
+        yield
+        if not waits:
+            self.wait()
+
+
+def _processors() -> set[int]:
+    """Numbers of the processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+#: a process by itself
+ALONE = Group(0, 1)
+
+
+@cache
+def join() -> Group:
+    """The group that this process was started in, joined once; :data:`ALONE` where it was started by itself.
+
+    :func:`~mlxlora_core.distributed.watch.watching` is to follow at once.
+
+    Raises:
+        RankError: another rank has not come in time, or MLX cannot join them.
+        UsageError: the environment contradicts itself, or the port to meet at is taken.
+    """
+    if not is_rank():
+        return ALONE
+    import mlx.core as mx
+
+    with joining():
+        group = mx.distributed.init(strict=True)
+    return Group(group.rank(), group.size())

@@ -1,0 +1,189 @@
+"""This command line again as several processes: rank 0 here, and each of the others here or by ssh.
+
+This process waits for them, passes signals on, and ends those that are left when one has failed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mlxlora_core.distributed import environment
+from mlxlora_core.distributed.hosts import Host, Hosts
+from mlxlora_core.errors import ExitCode, RankError
+from mlxlora_core.files import durable
+from mlxlora_core.machine import signals
+from mlxlora_core.machine.children import safe_environment, safe_python
+
+#: how long ranks may go on by themselves when another has failed, and when rank 0 has ended
+FAILED_SECONDS, ENDED_SECONDS = 24.0, 8.0
+_LOOK_SECONDS = 0.05
+_LINES = 20  # of what a rank says that are kept
+#: variables that ranks on other machines get too, by how their names begin
+_PASSED_ON = ("MLX", "HF_", "OMP_", "OPENBLAS_")
+
+
+def launch(hosts: Hosts, arguments: Sequence[str], *, debug: bool = False) -> int:
+    """Run ``mlxlora`` with these arguments once a rank; the exit code of rank 0.
+
+    Args:
+        hosts: where each rank runs.
+        arguments: of the command line.
+        debug: whether all that ranks other than 0 say is shown.
+
+    Raises:
+        RankError: rank 0 was ended from outside.
+        UsageError: there are no ports for them.
+    """
+    with tempfile.TemporaryDirectory(prefix="mlxlora-") as folder:
+        ring = hosts.ring()
+        hostfile = Path(folder) / "hosts.json"
+        durable.write_json(hostfile, ring)
+        with _ended() as ranks, signals.forwarded(lambda signum: _pass_on(ranks, signum)):
+            for number, host in enumerate(hosts.ranks):
+                command, variables = _command(number, hosts, ring, hostfile, arguments)
+                ranks.append(_Rank(number, host, command, variables, debug=debug))
+            _wait(ranks)
+        return _result(ranks)
+
+
+class _Rank:
+    """The process of one rank, or the ssh that leads to it."""
+
+    def __init__(
+        self, number: int, host: Host, command: Sequence[str], variables: Mapping[str, str], *, debug: bool
+    ) -> None:
+        self.number, self.host, self._debug = number, host, debug
+        self.said: deque[str] = deque(maxlen=_LINES)
+        first = number == 0
+        reads = first and sys.stdin is not None and not sys.stdin.isatty()
+        self.process = subprocess.Popen(
+            command,
+            env=variables,
+            stdin=None if reads else subprocess.DEVNULL,
+            stdout=None if first else subprocess.DEVNULL if host.is_here else subprocess.PIPE,
+            stderr=None if first else subprocess.PIPE if host.is_here else subprocess.STDOUT,
+            process_group=0,  # Ctrl-C comes to this process alone, which passes it on once
+        )
+        if not first:
+            self._listener = threading.Thread(target=self._listen, daemon=True)
+            self._listener.start()
+
+    def _listen(self) -> None:
+        pipe = self.process.stderr or self.process.stdout
+        assert pipe is not None
+        for line in pipe:
+            text = line.decode(errors="replace").strip()
+            if text:
+                self.said.append(text)
+            if self._debug:
+                sys.stderr.write(f"{self}: {text}\n")
+
+    def __str__(self) -> str:
+        return f"rank {self.number} on {self.host.name}"
+
+    def signal(self, signum: int) -> None:
+        """Send a signal, while there is somebody to get it."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(signum)
+
+    def last_words(self) -> str:
+        """The last line that it has said."""
+        self._listener.join(1)
+        return self.said[-1] if self.said else f"it ended with exit code {self.process.returncode}"
+
+
+def _command(
+    number: int, hosts: Hosts, ring: list[list[str]], hostfile: Path, arguments: Sequence[str]
+) -> tuple[list[str], dict[str, str]]:
+    """What starts a rank, and its variables."""
+    program = [*safe_python("-m", "mlxlora_core"), *arguments]
+    variables = {**hosts.environment, environment.RANK: str(number)}
+    if hosts.ranks[number].is_here:
+        local = {environment.HOSTFILE: str(hostfile), environment.LAUNCHER: str(os.getpid())}
+        return program, {**safe_environment(), **variables, **local}
+    passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+    script = _script(program, {**passed, **variables}, ring)
+    return ["ssh", "-tt", "-o", "BatchMode=yes", hosts.ranks[number].name, script], dict(os.environ)
+
+
+def _script(program: Sequence[str], variables: Mapping[str, str], ring: list[list[str]]) -> str:
+    """What a shell on another machine does: the same folder, the same command."""
+    lines = [
+        f"cd {shlex.quote(os.getcwd())} || exit {int(ExitCode.USAGE)}",
+        "hosts=$(mktemp) || exit 6",
+        f"printf %s {shlex.quote(json.dumps(ring))} > $hosts",
+        *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+        f"{environment.HOSTFILE}=$hosts {shlex.join(program)} < /dev/null",
+        "code=$?",
+        "rm -f $hosts",
+        "exit $code",
+    ]
+    return f"sh -c {shlex.quote('; '.join(lines))}"
+
+
+@contextmanager
+def _ended() -> Iterator[list[_Rank]]:
+    """Ranks, of which none is left when the block ends."""
+    ranks: list[_Rank] = []
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.signal(signal.SIGKILL)
+        for rank in ranks:
+            rank.process.wait()
+
+
+def _pass_on(ranks: Sequence[_Rank], signum: int) -> None:
+    """Give a signal to the ranks here, which agree with the others on the step that they end at."""
+    for rank in ranks:
+        if rank.host.is_here:
+            rank.signal(signum)
+
+
+def _wait(ranks: Sequence[_Rank]) -> None:
+    """Wait until all have ended, or for long enough after one of them has."""
+    left = math.inf
+    while time.monotonic() < left:
+        codes = [rank.process.poll() for rank in ranks]
+        if None not in codes:
+            return
+        if codes[0] is not None:
+            left = min(left, time.monotonic() + ENDED_SECONDS)
+        elif any(codes):
+            left = min(left, time.monotonic() + FAILED_SECONDS)
+        time.sleep(_LOOK_SECONDS)
+
+
+def _result(ranks: Sequence[_Rank]) -> int:
+    """The exit code of rank 0, and what others have said that it cannot know.
+
+    Raises:
+        RankError: it did not end by itself.
+    """
+    code: int = ranks[0].process.returncode
+    if code >= 0 and code != ExitCode.RANK:
+        return code
+    # Those that have failed for a reason of their own, before they could tell it to the others.
+    told = [r for r in ranks[1:] if r.process.returncode > 0 and r.process.returncode != ExitCode.RANK]
+    if code >= 0:
+        for rank in told:
+            sys.stderr.write(f"mlxlora: {rank}: {rank.last_words().removeprefix('mlxlora: ')}\n")
+        return code
+    witnesses = told or [r for r in ranks[1:] if r.process.returncode == ExitCode.RANK]
+    if witnesses:
+        raise RankError(witnesses[0].last_words().removeprefix("mlxlora: "))
+    raise RankError(f"{ranks[0]} was ended by {signal.Signals(-code).name}", fix="go on with --resume")

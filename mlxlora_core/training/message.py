@@ -1,0 +1,123 @@
+"""What goes round between the ranks in a step, in one message: gradients, nats, counts, and a word of each.
+
+Numbers are float32 on the way, which hold whole numbers up to 2**24. So those that may be larger go in
+two halves, of which as many as there are ranks ever add up exactly.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxlora_core.distributed.group import Group
+from mlxlora_core.errors import RankError, listing
+from mlxlora_core.training.gradient import Sums
+from mlxlora_core.training.loss import Loss
+
+_HALF = 2**12  # of a count below 2**36; sums over 2**12 ranks are exact
+_WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+
+
+@dataclass(frozen=True)
+class Total:
+    """What the ranks have come to in a step together; its arrays may be still to compute.
+
+    Attributes:
+        total: nats, summed over all ranks.
+        gradient: of them, as a tree like that of the parameters that train.
+        halves: of the tokens, the positions and the padding, (3, 2).
+        signals: that each rank has got, 0 for none, (R,).
+        checks: of what each rank's parameters were before the step, in halves of 16 bits, (R, 2).
+    """
+
+    total: mx.array
+    gradient: Any
+    halves: mx.array
+    signals: mx.array
+    checks: mx.array
+
+    @property
+    def tokens(self) -> mx.array:
+        """How many counted, rounded to float32."""
+        return self.halves[0, 0] + _HALF * self.halves[0, 1]
+
+    @property
+    def loss(self) -> Loss:
+        """Nats and counts on the host, which waits for them."""
+        return Loss(float(self.total), *_whole(self.halves, _HALF))
+
+    @property
+    def signum(self) -> int | None:
+        """The signal that ends the training: that of the lowest rank that has got one."""
+        return next((int(signum) for signum in np.array(self.signals) if signum), None)
+
+    @property
+    def checksums(self) -> list[int]:
+        """Of the parameters of each rank, in order."""
+        return _whole(self.checks, 2**16)
+
+
+def _whole(halves: mx.array, base: int) -> list[int]:
+    """The whole numbers of which there are halves, (N, 2)."""
+    return [int(low) + base * int(high) for low, high in np.array(halves)]
+
+
+def add_up(group: Group, sums: Sums, parameters: Any, signum: int | None) -> Total:
+    """What all ranks have come to, in one message.
+
+    Args:
+        group: the ranks.
+        sums: of the rows of this one, which may be none.
+        parameters: that train, as they are before the step.
+        signum: a signal that this one has got.
+    """
+    without = sums.gradient is None
+    named = dict(tree_flatten(parameters if without else sums.gradient))
+    leaves = [mx.zeros_like(leaf) if without else leaf for leaf in named.values()]
+    numbers = (sums.counts.tokens, sums.counts.positions, sums.counts.padding)
+    mine, check = mx.arange(group.size) == group.rank, checksum(parameters)
+    small = [
+        mx.array(0.0) if without else sums.total,
+        mx.array([[number % _HALF, number // _HALF] for number in numbers]),
+        mine * (signum or 0),
+        mine[:, None] * mx.stack([check & 0xFFFF, check >> 16]),
+    ]
+    total, halves, signals, checks, *summed = group.sum([*small, *leaves])
+    own = zip(named.items(), summed, strict=True)
+    tree = tree_unflatten([(name, leaf.astype(part.dtype)) for (name, part), leaf in own])
+    return Total(total, tree, halves, signals, checks)
+
+
+def checksum(parameters: Any) -> mx.array:
+    """The sum of the bits of all numbers of a tree, uint32."""
+    leaves = dict(tree_flatten(parameters)).values()
+    return mx.stack([leaf.view(_WORDS[leaf.dtype.size]).astype(mx.uint32).sum() for leaf in leaves]).sum()
+
+
+def require_same(checksums: Sequence[int], step: int) -> None:
+    """Refuse ranks whose parameters are not the same.
+
+    Args:
+        checksums: of the parameters of each rank, in order.
+        step: that they were before.
+
+    Raises:
+        RankError: naming those that differ from most, or all where no value has most of them.
+    """
+    if len(set(checksums)) == 1:
+        return
+    most, count = Counter(checksums).most_common(1)[0]
+    odd = [rank for rank, total in enumerate(checksums) if total != most]
+    who = f"rank {listing(odd)} has" if 2 * count > len(checksums) else "the ranks have"
+    sums = listing(f"{rank}: {total:08x}" for rank, total in enumerate(checksums))
+    raise RankError(
+        f"{who} diverged: before step {step} the adapter has not the same bits everywhere ({sums}); the "
+        "step was not saved",
+        fix="go on with --resume; where it happens again, look for faulty memory or another version of MLX",
+    )
