@@ -36,7 +36,7 @@ from mlxlora_core.training.prefix import Prefix
 from mlxlora_core.training.progress import SPIKE_STEPS, Progress, Window
 from mlxlora_core.training.settings import TrainConfig
 from mlxlora_core.training.shapes import shapes_of
-from mlxlora_core.training.update import Update, Updates, diverged, is_clipped, is_compiled, rows_a_batch
+from mlxlora_core.training.update import Update, Updates, diverged, is_clipped, is_compiled, of_rank
 
 SPIKE_FACTOR = 10  # a loss that many times the median of the last ones is told
 
@@ -137,7 +137,7 @@ class Training:
         """Let steps be compiled from now on, or not."""
         config, self.compiled = self.config, compiled
         few = compiled and not config.packing
-        shapes = shapes_of(self._train_set, rows_a_batch(config, self.group)) if few else None
+        shapes = shapes_of(self._train_set, of_rank(config, self.group).batch_size) if few else None
         self._collate = replace(self._collate, shapes=shapes)
         self._updates = Updates(
             self._model, self._collate, self._optimizer, config, compiled, self.recompute, self.group
