@@ -11,8 +11,9 @@ import click
 
 from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.command_line import question_command, resume_command
-from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, start, verb
+from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, hold, joined, start, verb
 from mlxlora_core.cli.watch import DEFAULT_PORT, watched
+from mlxlora_core.distributed.environment import rank
 from mlxlora_core.errors import one_line
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.defaults import DEFAULT_RECIPE
@@ -51,6 +52,7 @@ LINE = 100  # columns of what --dry-run shows
     ),
     SETS_OPTION,
     JSON_OPTION,
+    ranked=True,
 )
 def command(
     registry: Registry,
@@ -72,13 +74,31 @@ def command(
         check_samplers(resolved.sampler)
         _dry_run(pinned(resolved, fetch=False)[0], as_json)
         return
-    hold(resolved.folder)
-    if watch:
+    leads = rank() == 0  # which alone writes
+    if leads:
+        hold(resolved.folder)
+    if leads and watch:
         click.get_current_context().with_resource(watched(resolved.folder, watch_port))
-    runtimes = start(registry)
-    check_samplers(resolved.sampler)
     started = time.perf_counter()
-    _follow(pipeline.run(resolved, registry, runtimes, resume_command(resume=False), watched=watch))
+    with joined() as (group, seen):
+        runtimes = start(registry)
+        check_samplers(resolved.sampler)
+        if leads:
+            work = pipeline.run(
+                resolved,
+                registry,
+                runtimes,
+                resume_command(resume=False),
+                watched=watch,
+                group=group,
+                watch=seen,
+            )
+            _follow(work)
+        else:
+            for _ in pipeline.assist(resolved, registry, runtimes, group, seen):
+                pass
+    if not leads:
+        return
     record = RunFolder(resolved.folder).record
     if as_json:
         show.as_json(record)

@@ -6,6 +6,8 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxlora_core.distributed.group import ALONE, Group
+from mlxlora_core.distributed.watch import Watch
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.base import base_of
 from mlxlora_core.runs.folder import ADAPTER, DATA, MODEL, RunFolder
@@ -32,6 +34,8 @@ class Context:
         runtimes: what the runtimes said, for the record.
         resume_command: the command that goes on with this run.
         watched: whether somebody looks on, for whom the model is asked on its way.
+        group: the ranks that share the work; each has a context of its own.
+        watch: is told what this rank is at.
 
     Attributes:
         adapted: the adapter that is on the base, once there is one.
@@ -45,7 +49,10 @@ class Context:
         runtimes: Sequence[str],
         resume_command: str,
         watched: bool = False,
+        group: Group = ALONE,
+        watch: Watch | None = None,
     ) -> None:
+        self.group, self.watch = group, watch or Watch()
         self.recipe, self.registry, self.folder = recipe, registry, folder
         self.runtimes, self.resume_command, self.watched = runtimes, resume_command, watched
         self.adapted: Adapted | None = None
@@ -60,13 +67,15 @@ class Context:
     def load_base(self) -> Generator[Note, None, Model]:
         """The base as the value of the generator; what there is to tell of it when it is loaded.
 
-        Once an adapter is on it, it is no base any more: see :attr:`adapted`.
+        Once an adapter is on it, it is no base any more: see :attr:`adapted`. Several ranks ask for it
+        in the same stage, and the first of each machine reads it first.
         """
         from mlxlora_core.model import loading
 
         if self._model is None:
             path, quantization = base_of(self.recipe, self.path / MODEL)
-            self._model = loading.load(path, self.registry, quantization)
+            with self.group.first_of_machine():
+                self._model = loading.load(path, self.registry, quantization)
             for note in (*self._model.notes, *([self._model.note] if self._model.note else [])):
                 yield Note(note)
         return self._model

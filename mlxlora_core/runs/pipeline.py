@@ -6,12 +6,16 @@ A stage whose output carries the fingerprint of its inputs (see
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from mlxlora_core.distributed.group import ALONE, Group
+from mlxlora_core.distributed.watch import Watch
+from mlxlora_core.errors import RankError
 from mlxlora_core.files import leftovers
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.base import pinned
@@ -28,6 +32,8 @@ from mlxlora_core.runs.stages import STAGES
 from mlxlora_core.values import RunInfo
 from mlxlora_core.version import __version__
 
+_DONE = b"done"  # in the place of the name of a stage
+
 
 def run(
     recipe: Recipe,
@@ -36,8 +42,12 @@ def run(
     resume_command: str = "mlxlora run",
     *,
     watched: bool = False,
+    group: Group = ALONE,
+    watch: Watch | None = None,
 ) -> Iterator[Event]:
     """Do what a recipe says, stage by stage; what is done already is skipped.
+
+    Of several ranks the first calls this, and the others :func:`assist`.
 
     Args:
         recipe: with every value filled in.
@@ -45,6 +55,8 @@ def run(
         runtimes: what the runtimes said, for the record.
         resume_command: the command that goes on with this run.
         watched: whether the model is to be asked on its way, for whoever looks on.
+        group: the ranks that share the work.
+        watch: is told what this rank is at.
 
     Raises:
         UsageError: the run would write over what it reads.
@@ -61,7 +73,7 @@ def run(
     folder.begin(facts | {"inputs": marks}, recipe.values())
     unsound = (f"warning: not sound, and taken as not done: {fault}" for fault in folder.faults)
     yield RunStarted((*runtimes, *said, *unsound))
-    context = Context(recipe, registry, folder, runtimes, resume_command, watched)
+    context = Context(recipe, registry, folder, runtimes, resume_command, watched, group, watch)
     info = RunInfo(folder.path, recipe.name, recipe.values())
     yield from observed(_do_all(context, marks), recipe.observe, info, event_values)
 
@@ -92,10 +104,38 @@ def _do_stages(context: Context, marks: Mapping[str, str]) -> Iterator[Event]:
         if skipped:
             continue
         folder.start(stage.name, mark)
+        context.watch.phase(f"stage {stage.name}")
+        context.group.broadcast(json.dumps([stage.name, mark]).encode())
         for event in stage.work(context):
             if isinstance(event, StageDone):
                 folder.keep(stage.name, mark, stage.outputs(folder.path), event.result)
             yield event
+    context.group.broadcast(_DONE)
+
+
+def assist(
+    recipe: Recipe, registry: Registry, runtimes: Sequence[str], group: Group, watch: Watch
+) -> Iterator[Event]:
+    """Do the part of another rank than the first, in each stage that the first does; see :func:`run`.
+
+    Raises:
+        RankError: the run folder of the first rank is not to be seen here.
+        MlxloraError: as the stages raise.
+    """
+    context: Context | None = None
+    while (told := group.broadcast()) != _DONE:
+        name, mark = json.loads(told)
+        watch.phase(f"stage {name}")
+        if RunFolder(recipe.folder).record.get("started", {}).get(name) != mark:
+            raise RankError(
+                "is not the folder that rank 0 writes the run into",
+                where=recipe.folder,
+                fix="name a folder that all machines share, or train with mlxlora train, which needs none",
+            )
+        if context is None:  # rank 0 has fetched by now what is on the Hub
+            folder = RunFolder(recipe.folder)
+            context = Context(pinned(recipe)[0], registry, folder, runtimes, "", group=group, watch=watch)
+        yield from next(stage for stage in STAGES if stage.name == name).assist(context)
 
 
 def circumstances(

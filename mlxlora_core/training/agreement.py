@@ -25,7 +25,7 @@ from mlxlora_core.training.progress import read_progress
 
 #: of what the ranks have in common, what may differ: what computes a number, and where
 _OF_A_MACHINE = {"python", "system", "processor", "cores", "runtimes"}
-_LETTERS = 40  # of a value that is told
+_MOST, _LETTERS = 3, 40  # of items that are told, and of a value
 _OPTIMIZER = "optimizer:"  # before the names of its tensors
 _HEAD_BYTES = 8  # the length of what stands before tensors
 
@@ -42,9 +42,10 @@ def require_agreement(group: Group, identity: Identity) -> None:
     names = sorted({name for items in given for name in items})
     faults = [name for name in names if any(items.get(name) != given[0].get(name) for items in given)]
     if faults:
-        told = listing((_told(name, [items.get(name, "none") for items in given]) for name in faults), 3)
+        told = [_told(name, [items.get(name, "none") for items in given]) for name in faults]
+        more = f"; and {len(told) - _MOST} more" if len(told) > _MOST else ""
         raise RankError(
-            f"the ranks do not train the same: {told}",
+            f"the ranks do not train the same: {'; '.join(told[:_MOST])}{more}",
             fix="give every rank the same base, rows, settings, and versions of mlxlora, MLX and plugins",
         )
 

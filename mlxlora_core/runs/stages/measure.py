@@ -57,15 +57,17 @@ class MeasureStage(Stage):
         expected = find_expected(context.path / DATA, prompts, model.tokenizer, ask)
         if self.is_first:
             yield from map(Note, _words(model, context, expected))
-        losses = {}
-        for split in (*HELD_OUT, GENERAL):
-            if context.has_rows(split):
-                losses[split] = yield from _loss(model, split, context)
+        losses = yield from _losses(model, context)
         answers = []
         for prompt in prompts:
             answers.append(_graded(model, prompt, context.recipe, expected.get(prompt)))
             yield Advanced("answering", len(answers), len(prompts))
         yield StageDone(self.name, {"losses": losses, "answers": answers})
+
+    def assist(self, context: Context) -> Iterator[Event]:
+        """Measure a part of the rows."""
+        model = yield from self.model(context)
+        yield from _losses(model, context)
 
     def fits(self, result: Mapping[str, Any], recipe: Recipe) -> bool:
         """Whether it has an answer to each prompt."""
@@ -98,6 +100,16 @@ def _shortened(prompt: str) -> str:
     return repr(prompt if len(prompt) <= _PROMPT_LETTERS else f"...{prompt[-_PROMPT_LETTERS:]}")
 
 
+def _losses(model: Model, context: Context) -> Generator[Event, None, dict[str, Any]]:
+    """The loss on each held-out split, as the value of the generator."""
+    losses = {}
+    for split in (*HELD_OUT, GENERAL):
+        if context.has_rows(split):
+            context.watch.phase(f"measuring the {split} loss")
+            losses[split] = yield from _loss(model, split, context)
+    return losses
+
+
 def _loss(model: Model, split: str, context: Context) -> Generator[Event, None, dict[str, Any]]:
     """The loss on the rows of a split, as the value of the generator."""
     from mlxlora_core.training.evaluation import evaluating
@@ -109,6 +121,7 @@ def _loss(model: Model, split: str, context: Context) -> Generator[Event, None, 
         rows.examples,
         recipe.train.batch_size,
         recipe.evaluate.test_batches,
+        group=context.group,
     )
     return {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens}
 

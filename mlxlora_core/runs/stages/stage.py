@@ -50,6 +50,14 @@ class Stage(ABC):
             MlxloraError: it cannot be done.
         """
 
+    def assist(self, context: Context) -> Iterator[Event]:
+        """Do the part of another rank than the first, which does :meth:`work`: nothing, unless it is shared.
+
+        Raises:
+            MlxloraError: it cannot be done.
+        """
+        yield from ()
+
     def fits(self, result: Mapping[str, Any], recipe: Recipe) -> bool:
         """Whether a result that was read back can be one of this recipe; else the stage is done again."""
         return True

@@ -18,7 +18,10 @@ from mlxlora_core.training.checkpoints import Start
 from mlxlora_core.training.events import TrainingStarted, TrainResult, ValidReport
 
 if TYPE_CHECKING:
+    from mlxlora_core.model.loading import Model
     from mlxlora_core.runs.context import Context
+    from mlxlora_core.training.outputs import Outputs
+    from mlxlora_core.training.session import TrainingSession
 
 
 class TrainStage(Stage):
@@ -42,29 +45,18 @@ class TrainStage(Stage):
     def work(self, context: Context) -> Iterator[Event]:
         """Train to the end, saving on the way."""
         from mlxlora_core.training.outputs import Outputs, held
-        from mlxlora_core.training.session import NewAdapter, open_training
 
-        recipe, path = context.recipe, context.path
+        path = context.path
         model = yield from context.load_base()
         outputs = Outputs(
             adapter_file=path / ADAPTER,
             checkpoints=path / CHECKPOINTS,
             metrics=path / METRICS,
-            saving=recipe.checkpoints,
+            saving=context.recipe.checkpoints,
             resume_command=context.resume_command,
         )
         with held(outputs):
-            session = open_training(
-                model,
-                NewAdapter(recipe.adapter, recipe.adapter_config),
-                {s: context.rows(s, model) for s in ("train", "valid") if context.has_rows(s)},
-                recipe.train,
-                context.registry,
-                seed=recipe.run.seed,
-                outputs=outputs,
-                runtimes=context.runtimes,
-            )
-            context.adapted = session.adapted
+            session = _open(context, model, outputs)
             samples = Samples(context, model)
             for event in session.start(Start.CONTINUE):
                 yield event
@@ -76,7 +68,33 @@ class TrainStage(Stage):
                     lengths = length_counts(session.rows["train"].lengths)
                     yield StageDone(self.name, asdict(event) | {"lengths": lengths})
 
+    def assist(self, context: Context) -> Iterator[Event]:
+        """Make the same steps, of other rows."""
+        model = yield from context.load_base()
+        yield from _open(context, model).start(Start.CONTINUE)
+
     def words(self, result: Mapping[str, Any]) -> list[str]:
         """How far the training came, and which of its adapters it was for."""
         best = f"; the adapter is that of step {result['adapter_step']}, the best"
         return [f"{result['steps']} steps" + (best if result["adapter_step"] != result["steps"] else "")]
+
+
+def _open(context: Context, model: Model, outputs: Outputs | None = None) -> TrainingSession:
+    """The training of a run, of which one rank writes something."""
+    from mlxlora_core.training.session import NewAdapter, open_training
+
+    recipe = context.recipe
+    session = open_training(
+        model,
+        NewAdapter(recipe.adapter, recipe.adapter_config),
+        {split: context.rows(split, model) for split in ("train", "valid") if context.has_rows(split)},
+        recipe.train,
+        context.registry,
+        seed=recipe.run.seed,
+        outputs=outputs,
+        runtimes=context.runtimes,
+        group=context.group,
+        watch=context.watch,
+    )
+    context.adapted = session.adapted
+    return session
