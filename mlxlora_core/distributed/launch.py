@@ -27,9 +27,12 @@ from mlxlora_core.files import durable
 from mlxlora_core.machine import signals
 from mlxlora_core.machine.children import safe_environment, safe_python
 
-#: how long ranks may go on when one has failed, which they see to themselves, such as by saving; and when
-#: rank 0 has ended or one is lost
-FAILED_SECONDS, ENDED_SECONDS = 600.0, 8.0
+#: how long ranks may go on when one has failed, which they see to themselves, such as by saving
+FAILED_SECONDS = 600.0
+#: and when one is lost, or rank 0 is done
+ENDED_SECONDS = 8.0
+#: and when rank 0 has failed, which alone has something to lose
+VAIN_SECONDS = 1.0
 _LOOK_SECONDS = 0.05
 _LINES = 20  # of what a rank says that are kept
 #: variables that ranks on other machines get too, by how their names begin; a command line is seen by others
@@ -162,7 +165,9 @@ def _wait(ranks: Sequence[_Rank]) -> None:
         codes = [rank.process.poll() for rank in ranks]
         if None not in codes:
             return
-        if codes[0] is not None or ExitCode.RANK in codes:
+        if codes[0] not in (None, ExitCode.OK, ExitCode.RANK):
+            left = min(left, time.monotonic() + VAIN_SECONDS)
+        elif codes[0] is not None or ExitCode.RANK in codes:
             left = min(left, time.monotonic() + ENDED_SECONDS)
         elif any(codes):
             left = min(left, time.monotonic() + FAILED_SECONDS)
