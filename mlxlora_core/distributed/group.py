@@ -53,9 +53,10 @@ class Group:
         alone = [x.astype(mx.float32) for x in arrays]
         if self.size == 1:
             return alone
-        message = mx.distributed.all_sum(mx.concatenate([x.reshape(-1) for x in alone]))
-        ends = list(accumulate(x.size for x in alone[:-1]))
-        return [part.reshape(x.shape) for part, x in zip(mx.split(message, ends), alone, strict=True)]
+        ends = list(accumulate(x.size for x in alone))
+        parts = [*(x.reshape(-1) for x in alone), mx.zeros(spare_numbers(ends[-1], self.size))]
+        *summed, _ = mx.split(mx.distributed.all_sum(mx.concatenate(parts)), ends)
+        return [part.reshape(x.shape) for part, x in zip(summed, alone, strict=True)]
 
     def share(self, value: bytes) -> list[bytes]:
         """What each rank gives here, in the order of ranks; two messages."""
@@ -123,6 +124,16 @@ def _processors() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
+
+
+def spare_numbers(numbers: int, ranks: int) -> int:
+    """How many zeros a message ends with, so that MLX's ring cuts it into equal parts.
+
+    It halves it for two directions, each half into a segment for each rank, and each segment into two
+    packets. Of an odd segment one number is left, which is a packet of its own and waits as long as the
+    others do: between four ranks 20 ms apart a message then took 183 ms instead of 122.
+    """
+    return -numbers % (4 * ranks)
 
 
 #: a process by itself

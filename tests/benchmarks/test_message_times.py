@@ -56,9 +56,7 @@ def test_a_number_too_many_makes_a_third_packet_whose_delay_nothing_hides() -> N
     assert seconds(odd, 4, 0.02, QUICK) == pytest.approx(1.5 * seconds(even, 4, 0.02, QUICK), rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("segments", "trips"), [(1, 0), (5, 0), (11, 1), (30, 1), (31, 2), (70, 2), (71, 3)]
-)
+@pytest.mark.parametrize(("segments", "trips"), [(1, 0), (5, 0), (11, 1), (30, 1), (31, 2), (70, 2), (71, 3)])
 def test_after_idle_a_message_waits_for_windows_that_double(segments: int, trips: int) -> None:
     """10 segments of TCP at once, then 20, 40, ...; in the first of two rounds the window has grown."""
     numbers = 2 * segments * 1448 // 4  # two ranks, of which each sends one packet in each of two rounds
