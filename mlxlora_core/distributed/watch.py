@@ -34,7 +34,8 @@ _GPU_STALL_SECONDS = 300.0  # where processors have nothing to do in a long step
 #: for how long a rank may still end by a fault of its own after another: idle, and in all
 GRACE_SECONDS, MOST_GRACE_SECONDS = 5.0, 20.0
 _WORKING = 0.05  # of the time that has passed, in processor time
-_SAVING = "saving"  # the first word of the phase in which nobody is waited for
+#: first words of phases: of the one in which nobody is waited for, and of those that all are in together
+_SAVING, _TOGETHER = "saving", ("step", "validation")
 
 _FIX = "see there what became of it, and go on with --resume"
 _end = os._exit  # as it is before plugins are kept from it
@@ -253,11 +254,12 @@ class _Pace:
 
     def stalls(self, seconds: float, moves: int, working: bool, phase: str) -> bool:
         """Whether nobody has worked or begun a phase for longer than phases like this one take."""
-        if self.working or working or moves != self._seen:
+        kind = phase.partition(" ")[0]
+        if self.working or working or moves != self._seen or kind not in _TOGETHER:
             self._idle_seconds, self._seen = 0.0, moves
             return False
         self._idle_seconds += seconds
-        longest = self._longest.get(phase.partition(" ")[0], max(self._longest.values(), default=0.0))
+        longest = self._longest.get(kind, max(self._longest.values(), default=0.0))
         return self._idle_seconds > (STALL_SECONDS if _on_cpu() else _GPU_STALL_SECONDS) + 3 * longest
 
 
