@@ -33,6 +33,7 @@ WORDS = {
     "server": "the OpenAI protocol",
     "serving": "many requests at once",
     "model": "linears, adapters, folders, text",
+    "distributed": "several processes as one",
     "plugins": "found, checked, looked up",
     "chat": "templates in a sandbox",
     "files": "bytes in and out",

@@ -13,15 +13,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
 
 from mlxlora_core.distributed import environment
 from mlxlora_core.distributed.environment import Meeting
+from mlxlora_core.distributed.group import ALONE, Group
 from mlxlora_core.distributed.meeting import Ranks, go, listening, own_addresses, receive
 from mlxlora_core.errors import RankError, bounded
-
-if TYPE_CHECKING:
-    from mlxlora_core.distributed.group import Group
 
 #: for which MLX may take to join ranks that are there
 JOIN_SECONDS = 20.0
@@ -35,6 +32,25 @@ if not select.select([0], [], [], seconds)[0] and os.getppid() == parent:
     os.write(2, line.encode())
     os.kill(parent, 9)
 """
+
+
+@cache
+def join() -> Group:
+    """The group that this process was started in, joined once; :data:`ALONE` where it was started by itself.
+
+    :func:`~mlxlora_core.distributed.watch.watching` is to follow at once.
+
+    Raises:
+        RankError: another rank has not come in time, or MLX cannot join them.
+        UsageError: the environment contradicts itself, or the port to meet at is taken.
+    """
+    if not environment.is_rank():
+        return ALONE
+    import mlx.core as mx
+
+    with joining():
+        group = mx.distributed.init(strict=True)
+    return Group(group.rank(), group.size())
 
 
 @contextmanager

@@ -25,12 +25,16 @@ from typing import Any
 SECONDS = 120
 
 
-def start(count: int, job: Path, seed: int = 0) -> list[subprocess.Popen[bytes]]:
-    """So many ranks on the loopback address, at work on a job."""
-    hosts = job.with_name(f"hosts-{count}-{seed}.json")
+def work_on(job: Path) -> list[str]:
+    """The command of a rank that is at work on a job."""
+    return [sys.executable, __file__, str(job)]
+
+
+def start(count: int, command: Sequence[str], folder: Path) -> list[subprocess.Popen[bytes]]:
+    """So many ranks on the loopback address; what they need is written into a folder."""
+    hosts = folder / f"hosts-{count}.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _ports(count)]))
     here = {k: v for k, v in os.environ.items() if not k.startswith(("MLX_", "OMPI_", "PMI_"))}
-    command = [sys.executable, __file__, str(job)]
     return [
         subprocess.Popen(
             command,
@@ -72,7 +76,7 @@ class _Work:
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         from mlxlora_core import plugins
-        from mlxlora_core.distributed.group import join
+        from mlxlora_core.distributed.starting import join
 
         self.job, self.registry, self.group = job, plugins.load(environ={"MLXLORA_PLUGINS": ""}), join()
         self.messages: list[int] = []  # bytes of each

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import rank_work
 
+from mlxlora_core.distributed.group import spare_numbers
+
 ALL = os.environ.get("MLXLORA_TEST_ALL", "") not in ("", "0")
 STEPS = 50
 _DRAW = random.Random(0)
@@ -94,7 +96,7 @@ def trained(job: Callable[..., Path]) -> Trained:
     @cache
     def done(count: int) -> Path:
         written = job({name: CASES[name] for name in NAMES})
-        for code, told in rank_work.finish(rank_work.start(count, written)):
+        for code, told in run(written, count):
             assert code == 0, told
         return written
 
@@ -102,7 +104,7 @@ def trained(job: Callable[..., Path]) -> Trained:
 
 
 def run(job: Path, count: int) -> list[tuple[int, str]]:
-    return rank_work.finish(rank_work.start(count, job))
+    return rank_work.finish(rank_work.start(count, rank_work.work_on(job), job.parent))
 
 
 def assert_alike(one: tuple[Any, Any], other: tuple[Any, Any]) -> None:
