@@ -76,7 +76,7 @@ class _Work:
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         from mlxlora_core import plugins
-        from mlxlora_core.distributed.starting import join
+        from mlxlora_core.distributed.group import join
 
         self.job, self.registry, self.group = job, plugins.load(environ={"MLXLORA_PLUGINS": ""}), join()
         self.messages: list[int] = []  # bytes of each
