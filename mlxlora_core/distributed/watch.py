@@ -38,6 +38,7 @@ _GPU_STALL_SECONDS = 300.0  # where processors have nothing to do in a long step
 #: for how long a rank may still end by a fault of its own after another: idle, and in all
 GRACE_SECONDS, MOST_GRACE_SECONDS = 5.0, 20.0
 _TELL_SECONDS = 2.0
+_NOISE_SECONDS = 0.3  # in which MLX says, piece by piece, that a connection broke
 _WORKING = 0.05  # of the time that has passed, in processor time
 #: first words of phases: of the one in which nobody is waited for, and of those that all are in together
 _SAVING, _TOGETHER = "saving", ("step", "validation")
@@ -240,6 +241,7 @@ class _Watching(Watch):
         """End this process with a line, unless it does so by itself."""
         if self._left or self._over.is_set():
             return
+        time.sleep(_NOISE_SECONDS)
         line = f"mlxlora: {bounded(what)}\n"
         teller = threading.Thread(target=sys.stderr.write, args=[line], daemon=True)
         teller.start()
