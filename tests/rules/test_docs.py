@@ -313,6 +313,6 @@ def test_the_commands_for_several_machines_are_there() -> None:
     assert len(lines) >= 7
     for line in lines:
         verb, *words = line.split()
-        command = group().get_command(click.Context(group()), verb)
+        command = group.get_command(click.Context(group), verb)
         assert command is not None, verb
         command.make_parser(click.Context(command, info_name=verb)).parse_args(words)
