@@ -26,7 +26,7 @@ from workers.message_time import Network, Overhead, message_seconds
 
 HERE = Path(__file__).parent / "workers"
 FIRST_PORT = 20000
-#: what the script can resolve: delays are at least that of the switch itself
+#: of the switch itself, in seconds; it comes to what is added
 LEAST_DELAY = 0.05e-3
 
 

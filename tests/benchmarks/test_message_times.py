@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +21,8 @@ FIGURES = json.loads((BENCHMARKS / "results" / "network-amd-epyc-2.json").read_t
 NONE = Overhead(0.0, 0.0)
 WIRE = (1448 + 132) / 1448  # with its headers
 QUICK = 1e15
+PROGRAM = BENCHMARKS / "network.py"
+ALL = os.environ.get("MLXLORA_TEST_ALL", "") not in ("", "0")
 
 
 def seconds(numbers: int, ranks: int, delay: float, rate: float, after_idle: bool = False) -> float:
@@ -90,3 +94,24 @@ def test_the_model_gives_what_was_measured(point: dict[str, float]) -> None:
         )
         assert got == pytest.approx(point["reckoned_ms"][way], rel=0.01)  # type: ignore[index]
         assert got == pytest.approx(point["measured_ms"][way], rel=0.2, abs=1.5)  # type: ignore[index]
+
+
+# --- the program that measures ------------------------------------------------
+
+
+def test_help_of_the_program() -> None:
+    done = subprocess.run([sys.executable, PROGRAM, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--delays" in done.stdout
+
+
+@pytest.mark.skipif(not ALL, reason="takes ten seconds of waiting; MLXLORA_TEST_ALL=1 does it")
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/net/tun").exists(), reason="needs root and tun")
+def test_it_measures_and_leaves_no_namespace(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    few = ["--ranks", "2", "--delays", "1", "--rates", "1", "--numbers", "10000", "--repeats", "1"]
+    done = subprocess.run([sys.executable, PROGRAM, *few, "--out", out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (point,) = json.loads(out.read_text("utf-8"))["points"]
+    assert set(point["measured_ms"]) == set(point["reckoned_ms"]) == {"after_idle", "in_a_row"}
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    assert "mlxlora" not in left
