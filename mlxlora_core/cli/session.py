@@ -146,8 +146,9 @@ def joined() -> Iterator[tuple[Group, Watch]]:
         prepare_device()  # before anything is computed, and so before anything goes round
     group = join()
     with watching(group) as watch:
-        if group.size > 1 and not os.environ.get(THREADS):
-            os.environ[THREADS] = str(max(1, thread_count() // group.sharing_processors()))
+        sharing = group.sharing_processors() if group.size > 1 else 1  # all ask, whatever they are told
+        if sharing > 1 and not os.environ.get(THREADS):
+            os.environ[THREADS] = str(max(1, thread_count() // sharing))
         yield group, watch
 
 

@@ -136,7 +136,7 @@ class _Work:
             saving = SaveConfig(save_every=case.get("save_every", 1000))
             outputs = Outputs(checkpoints=Path(case["checkpoints"]), saving=saving)
         return open_training(
-            loading.load(Path(self.job["model"]), self.registry),
+            loading.load(Path(case.get("model", self.job["model"])), self.registry),
             NewAdapter(*configure(adapter, case.get("options", {}))),
             read_data(case.get("rows", self.job["rows"]), ("train",), ("valid",)),
             TrainConfig(**{**self.job["settings"], **case.get("settings", {})}),

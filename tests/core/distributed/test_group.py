@@ -14,15 +14,16 @@ import rank_work
 from mlxlora_core.distributed.group import ALONE, join
 
 WORK = """
-import json, sys
+import json, pathlib, sys
 import mlx.core as mx
 from mlxlora_core.distributed.group import join
 
 group = join()
 rank = group.rank
-order = []
+mark = pathlib.Path(f"{sys.argv[1]}.first")
 with group.first_of_machine():
-    order.append(rank)
+    second = mark.exists()
+    mark.touch()
 sums = group.sum([mx.full((2, 3), rank + 1, mx.float16), mx.arange(4) * rank, mx.array(2.0**-20)])
 found = {
     "size": group.size,
@@ -33,6 +34,7 @@ found = {
     "types": sorted({str(x.dtype) for x in sums}),
     "machines": len(set(group.machines)),
     "sharing": group.sharing_processors(),
+    "second": second == (rank > 0),
 }
 open(f"{sys.argv[1]}.{rank}", "w").write(json.dumps(found))
 """
@@ -52,6 +54,7 @@ def test_every_rank_gets_what_each_has_given(tmp_path: Path, count: int) -> None
         "types": ["mlx.core.float32"],
         "machines": 1,
         "sharing": count,
+        "second": True,
     }
     assert [json.loads((tmp_path / f"found.{rank}").read_text()) for rank in range(count)] == [want] * count
 

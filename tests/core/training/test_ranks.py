@@ -161,10 +161,13 @@ FAULTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def failed(job: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
-    """A function that gives what three ranks find of one of :data:`FAULTS`."""
+def failed(
+    job: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]
+) -> Callable[[str], Found]:
+    """A function that gives what three ranks find of one of :data:`FAULTS`, or of another base on one."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    written = job({name: {**case, "checkpoints": str(folder / name)} for name, case in FAULTS.items()})
+    cases = FAULTS | {"base": {"of_rank": {"2": {"model": str(model_folder(seed=5))}}}}
+    written = job({name: {**case, "checkpoints": str(folder / name)} for name, case in cases.items()})
     for code, told in run(written, 3):
         assert code == 0, told
     return lambda case: found(written, case, 3)
@@ -191,6 +194,7 @@ def test_a_signal_that_one_rank_gets_ends_all_after_the_same_step(
     [
         ("seeds", "seed is 3 on ranks 0, 2 and 4 on rank 1"),
         ("rows", "train rows is "),
+        ("base", "base is "),
         ("settings", "iters is 60 on rank 0 and 50 on ranks 1, 2; learning_rate is 0.5 on rank 0 and 0.001"),
     ],
 )
