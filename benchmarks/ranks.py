@@ -22,9 +22,8 @@ from typing import Any
 import click
 import mlx.core as mx
 
-from mlxlora_core.distributed.group import Group
+from mlxlora_core.distributed.group import Group, join
 from mlxlora_core.distributed.hosts import here
-from mlxlora_core.distributed.starting import join
 from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.plugins import load, start_runtimes

@@ -139,7 +139,7 @@ def joined() -> Iterator[tuple[Group, Watch]]:
         UsageError: the environment contradicts itself, or MLX has no backend here.
     """
     from mlxlora_core.distributed.environment import is_rank
-    from mlxlora_core.distributed.starting import join
+    from mlxlora_core.distributed.group import join
     from mlxlora_core.distributed.watch import watching
 
     if is_rank():

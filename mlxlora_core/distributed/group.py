@@ -11,10 +11,13 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mlxlora_core.distributed.environment import is_rank
+from mlxlora_core.distributed.starting import joining
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -135,3 +138,22 @@ def spare_numbers(numbers: int, ranks: int) -> int:
 
 #: a process by itself
 ALONE = Group(0, 1)
+
+
+@cache
+def join() -> Group:
+    """The group that this process was started in, joined once; :data:`ALONE` where it was started by itself.
+
+    :func:`~mlxlora_core.distributed.watch.watching` is to follow at once.
+
+    Raises:
+        RankError: another rank has not come in time, or MLX cannot join them.
+        UsageError: the environment contradicts itself, or the port to meet at is taken.
+    """
+    if not is_rank():
+        return ALONE
+    import mlx.core as mx
+
+    with joining():
+        group = mx.distributed.init(strict=True)
+    return Group(group.rank(), group.size())

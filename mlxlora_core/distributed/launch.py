@@ -104,9 +104,10 @@ class _Rank:
             self.process.send_signal(signum)
 
     def last_words(self) -> str:
-        """The last line that it has said."""
+        """The last line that it has said, without who says it."""
         self._listener.join(1)
-        return self.said[-1] if self.said else f"it ended with exit code {self.process.returncode}"
+        last = self.said[-1] if self.said else f"it ended with exit code {self.process.returncode}"
+        return last.rpartition("mlxlora: ")[2]  # MLX may have begun the line
 
 
 def _command(
@@ -187,9 +188,9 @@ def _result(ranks: Sequence[_Rank]) -> int:
     told = [r for r in ranks[1:] if r.process.returncode > 0 and r.process.returncode != ExitCode.RANK]
     if code >= 0:
         for rank in told:
-            sys.stderr.write(f"mlxlora: {rank}: {rank.last_words().removeprefix('mlxlora: ')}\n")
+            sys.stderr.write(f"mlxlora: {rank}: {rank.last_words()}\n")
         return code
     witnesses = told or [r for r in ranks[1:] if r.process.returncode == ExitCode.RANK]
     if witnesses:
-        raise RankError(witnesses[0].last_words().removeprefix("mlxlora: "))
+        raise RankError(witnesses[0].last_words())
     raise RankError(f"{ranks[0]} was ended by {signal.Signals(-code).name}", fix="go on with --resume")

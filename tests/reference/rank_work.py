@@ -76,7 +76,7 @@ class _Work:
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         from mlxlora_core import plugins
-        from mlxlora_core.distributed.starting import join
+        from mlxlora_core.distributed.group import join
 
         self.job, self.registry, self.group = job, plugins.load(environ={"MLXLORA_PLUGINS": ""}), join()
         self.messages: list[int] = []  # bytes of each
@@ -102,11 +102,19 @@ class _Work:
 
         found: dict[str, Any] = {"losses": [], "messages": []}
         session = None
+        plain = [
+            (m, m.on_cpu) for n, m in sys.modules.items() if n.startswith("mlxlora") and hasattr(m, "on_cpu")
+        ]
+        for module, on_cpu in plain:  # MLX computes on the CPU what is done on a GPU all the same
+            module.on_cpu = (lambda: False) if case.get("as_on_a_gpu") else on_cpu
         try:
             session = self._open({**case, **case.get("of_rank", {}).get(str(self.group.rank), {})})
             self._follow(session, case, found)
         except (MlxloraError, Interrupted) as fault:
             found |= {"fault": str(fault), "code": int(fault.exit_code)}
+        finally:
+            for module, on_cpu in plain:
+                module.on_cpu = on_cpu
         if session is not None:
             found |= self._state(name, session)
         self._path(f"{name}.{self.group.rank}.json").write_text(json.dumps(found))

@@ -11,13 +11,12 @@ import mlx.core as mx
 import pytest
 import rank_work
 
-from mlxlora_core.distributed.group import ALONE
-from mlxlora_core.distributed.starting import join
+from mlxlora_core.distributed.group import ALONE, join
 
 WORK = """
 import json, sys
 import mlx.core as mx
-from mlxlora_core.distributed.starting import join
+from mlxlora_core.distributed.group import join
 
 group = join()
 rank = group.rank
@@ -68,7 +67,7 @@ def test_a_process_by_itself_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_group_of_one_loads_no_mlx() -> None:
     program = (
-        "import sys; from mlxlora_core.distributed.starting import join; join().wait(); "
+        "import sys; from mlxlora_core.distributed.group import join; join().wait(); "
         "sys.exit('mlx' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -60,9 +60,14 @@ CASES: dict[str, dict[str, Any]] = {
     "reused": {"settings": {"reuse_prefix": "on"}, "options": {"layers": 1}},
     "patient": {"settings": {"patience": 2, "steps_per_eval": 2, "learning_rate": 0.02}, "rows": UNLIKE},
     "fewer rows than ranks": {"settings": {"batch_size": 2}},
+    "ahead": {
+        "as_on_a_gpu": True,
+        "options": {"rank": 2, "dropout": 0.2},
+        "settings": {"steps_per_report": 7},
+    },
 }
 COUNTS = (2, 3, 4) if ALL else (3,)
-BY_DAY = ("lora", "vera", "reused", "patient", "fewer rows than ranks")
+BY_DAY = ("lora", "vera", "reused", "patient", "fewer rows than ranks", "ahead")
 NAMES = tuple(CASES) if ALL else BY_DAY
 
 Found = list[tuple[dict[str, Any], dict[str, Any]]]  # of each rank
@@ -148,6 +153,7 @@ def test_a_step_sends_one_message_and_a_validation_two(trained: Trained, count: 
 FAULTS: dict[str, dict[str, Any]] = {
     "changed": {"at": {"5 2": "change"}},
     "stopped": {"at": {"7 1": "SIGTERM"}},
+    "stopped ahead": {"at": {"8 1": "SIGTERM"}, "as_on_a_gpu": True, "settings": {"steps_per_report": 4}},
     "seeds": {"of_rank": {"1": {"seed": 4}}},
     "rows": {"of_rank": {"2": {"rows": {**ROWS, "train": ROWS["train"][1:]}}}},
     "settings": {"of_rank": {"0": {"settings": {"learning_rate": 0.5, "iters": 60}}}},
@@ -170,10 +176,14 @@ def test_a_rank_that_has_diverged_is_named_by_all(failed: Callable[[str], Found]
         assert told["step"] == 5
 
 
-def test_a_signal_that_one_rank_gets_ends_all_after_the_same_step(failed: Callable[[str], Found]) -> None:
-    ranks = failed("stopped")
-    assert {told["code"] for told, _ in ranks} == {128 + 15} and {told["step"] for told, _ in ranks} == {8}
-    assert "step 8 is saved" in ranks[0][0]["fault"]
+@pytest.mark.parametrize(("case", "step"), [("stopped", 8), ("stopped ahead", 10)])
+def test_a_signal_that_one_rank_gets_ends_all_after_the_same_step(
+    failed: Callable[[str], Found], case: str, step: int
+) -> None:
+    ranks = failed(case)
+    assert {told["code"] for told, _ in ranks} == {128 + 15}
+    assert {told["step"] for told, _ in ranks} == {step}
+    assert f"step {step} is saved" in ranks[0][0]["fault"]
 
 
 @pytest.mark.parametrize(
