@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.distributed.environment import is_rank
 from mlxlora_core.distributed.starting import joining
@@ -65,10 +65,10 @@ class Group:
         import mlx.core as mx
         import numpy as np
 
-        lengths = np.array(mx.distributed.all_gather(mx.array([len(value)], mx.uint32)))
+        lengths = _numbers(mx.distributed.all_gather(mx.array([len(value)], mx.uint32)))
         most = max(int(lengths.max()), 1)
         padded = np.frombuffer(value.ljust(most, b"\0"), np.uint8)
-        gathered = np.array(mx.distributed.all_gather(mx.array(padded))).reshape(self.size, most)
+        gathered = _numbers(mx.distributed.all_gather(mx.array(padded))).reshape(self.size, most)
         return [row[:length].tobytes() for row, length in zip(gathered, lengths.tolist(), strict=True)]
 
     def broadcast(self, value: bytes = b"") -> bytes:
@@ -79,10 +79,10 @@ class Group:
         import numpy as np
 
         given = value if self.leads else b""
-        length = int(np.array(mx.distributed.all_sum(mx.array([len(given)], mx.uint32)))[0])
+        length = int(_numbers(mx.distributed.all_sum(mx.array([len(given)], mx.uint32)))[0])
         # Words of integers, whose sum with zeros is exact.
         words = np.frombuffer(given.ljust(-(-max(length, 1) // 4) * 4, b"\0"), np.uint32)
-        return np.array(mx.distributed.all_sum(mx.array(words))).tobytes()[:length]
+        return _numbers(mx.distributed.all_sum(mx.array(words))).tobytes()[:length]
 
     def wait(self) -> None:
         """Wait until each rank is here."""
@@ -117,6 +117,19 @@ class Group:
         yield
         if not waits:
             self.wait()
+
+
+def _numbers(message: mx.array) -> Any:
+    """A message as an array of numpy, once it is whole.
+
+    Numpy asks MLX for the memory of an array, and gets it with anything at all in it where the message
+    failed; :func:`mx.eval` raises then.
+    """
+    import mlx.core as mx
+    import numpy as np
+
+    mx.eval(message)
+    return np.array(message)
 
 
 def _processors() -> set[int]:
