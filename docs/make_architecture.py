@@ -35,6 +35,7 @@ WORDS = {
     "model": "linears, adapters, folders, text",
     "plugins": "found, checked, looked up",
     "chat": "templates in a sandbox",
+    "distributed": "ranks: started, joined, watched",
     "files": "bytes in and out",
     "machine": "processors, memory, device",
     "the door": "what plugins import",

@@ -95,6 +95,8 @@ _MEANINGS = {
     ExitCode.DIVERGED: "diverged: a loss, a gradient or logits that are not finite",
     ExitCode.PLUGIN: "plugin: missing, broken or incompatible",
     ExitCode.LOCKED: "locked: another run holds the folder",
+    ExitCode.RANK: "another [rank](several-machines.md#when-a-rank-is-lost) of the same training is lost, "
+    "has failed, or differs",
     ExitCode.DEFECT: "a defect of mlxlora",
 }
 

@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from workers import cables  # noqa: E402  # from where it stands
 from workers.message_time import Network, Overhead, message_seconds  # noqa: E402  # from where it stands
 
 PICTURE = Path(__file__).with_name("network.svg")
@@ -36,6 +37,8 @@ NETWORKS = (
     Network("two sites, 1 Gbit/s", 10e-3, 1e9),
     Network("the same, `tcp_slow_start_after_idle=0`", 10e-3, 1e9),
 )
+#: what machines take themselves, as two ranks on one loopback address do: 40 µs for a number, 0.4 ms for all
+MACHINES = Overhead(packet=20e-6, byte=0.6e-9)
 RANKS = (2, 4, 8, 16, 32, 64)
 #: seconds of a step on one machine
 STEPS = (1, 10, 60)
@@ -50,9 +53,7 @@ LEAST_MS, MOST_MS = 1.0, 4000.0
 def reckoned_ms(figures: dict[str, Any], network: Network, ranks: int) -> float:
     """The message of a step, in milliseconds."""
     idle = not network.name.endswith("=0`")
-    return 1e3 * message_seconds(
-        figures["numbers"], ranks, network, Overhead(**figures["overhead"]), after_idle=idle
-    )
+    return 1e3 * message_seconds(figures["numbers"], ranks, network, MACHINES, after_idle=idle)
 
 
 def most_ranks(figures: dict[str, Any], network: Network, seconds: float) -> int:
@@ -110,8 +111,12 @@ def draw(figures: dict[str, Any]) -> str:
     """The picture as SVG."""
     parts = [*_axes()]
     for (delay, rate), colour in zip(SHOWN, COLOURS, strict=True):
-        network = Network("", delay / 1e3 + figures["least_delay"], rate * 1e9)
-        line = [(ranks, reckoned_ms(figures, network, ranks)) for ranks in range(2, max(RANKS) + 1)]
+        network = Network("", delay / 1e3 + figures["least_delay"], rate * 1e9, cables.headers(rate * 1e9))
+        overhead = Overhead(**figures["overhead"])
+        line = [
+            (ranks, 1e3 * message_seconds(figures["numbers"], ranks, network, overhead))
+            for ranks in range(2, max(RANKS) + 1)
+        ]
         path = " ".join(f"{_x(ranks):.1f},{_y(value):.1f}" for ranks, value in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for point in figures["points"]:

@@ -24,6 +24,7 @@ _CSUM, _TSO4 = 1, 2
 _HEADER = 10  # bytes before a packet that say how it is cut into segments
 _DESTINATION = _HEADER + 16  # of an address of IPv4
 _LARGEST = 1 << 17
+_LARGE_PACKET = 70_000  # with headers
 #: what may wait for a cable: more than any message here has, so that nothing is lost
 _WAITING_BYTES = 64 << 20
 
@@ -36,6 +37,16 @@ def namespace(rank: int) -> str:
 def address(rank: int) -> str:
     """The address of a rank."""
     return f"10.77.0.{rank + 1}"
+
+
+def is_cut(bits_per_second: float) -> bool:
+    """Whether ``tc`` cuts the large packets that the kernel makes into those of the cable; it costs time."""
+    return bits_per_second < 3e8
+
+
+def headers(bits_per_second: float) -> float:
+    """Bytes that count for the rate with each segment, acknowledgements too; a large packet has them once."""
+    return 78 if is_cut(bits_per_second) else 78 * 1448 / (1 << 16)
 
 
 class Switch:
@@ -53,8 +64,7 @@ class Switch:
 
     def set_rate(self, bits_per_second: float) -> None:
         """Let each cable carry so much, in each direction."""
-        # What may go at once: little, but where that is quick, the large packets that the kernel makes.
-        burst = 4096 if bits_per_second < 3e8 else 70_000
+        burst = 4096 if is_cut(bits_per_second) else _LARGE_PACKET
         for rank in range(len(self._cables)):
             limit = ("rate", f"{bits_per_second:.0f}bit", "burst", str(burst), "limit", str(_WAITING_BYTES))
             _ip(

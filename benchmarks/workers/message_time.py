@@ -17,8 +17,8 @@ from itertools import accumulate
 
 #: of MLX's ring: numbers of a packet at least and at most, and bytes from which on both directions are used
 _FEWEST, _MOST, _ONE_WAY_BYTES = 32768, 2 << 20, 262144
-#: of TCP on Ethernet: bytes of a segment, those of its headers on the wire, and segments sent at first
-_SEGMENT, _HEADERS, _FIRST = 1448, 90, 10
+#: of TCP on Ethernet: bytes of a segment, and segments that are sent at first
+_SEGMENT, _FIRST = 1448, 10
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,14 @@ class Network:
         name: in words.
         delay: seconds from one machine to the next, one way.
         rate: bits a second that a machine can send, and at the same time receive.
+        headers: bytes on the wire with each segment of TCP: of Ethernet (38), IP and TCP (52), and half an
+            acknowledgement (84) of what comes the other way.
     """
 
     name: str
     delay: float
     rate: float
+    headers: float = 132
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def message_seconds(
     """
     one, directions = packets_of(numbers, ranks)
     packets = one * (2 * (ranks - 1))
-    byte = 8 * directions / network.rate * (1 + _HEADERS / _SEGMENT)  # directions share the wire
+    byte = 8 * directions / network.rate * (1 + network.headers / _SEGMENT)  # directions share the wire
     arrived: list[float] = []
     acknowledged: list[float] = []  # for each segment of TCP, when its sender knows that it has come
     free = 0.0  # the wire

@@ -82,10 +82,8 @@ def verb(
         def call(plugins: Sequence[str], **arguments: Any) -> Any:
             from mlxlora_core.distributed.environment import rank
 
-            if (
-                ranked
-                and (code := ranks.launched(arguments.pop("ranks"), arguments.pop("hosts"))) is not None
-            ):
+            code = ranks.launched(arguments.pop("ranks"), arguments.pop("hosts")) if ranked else None
+            if code is not None:
                 return code
             with show.silence(ranked and rank() > 0):
                 return work(open_registry(plugins, tolerant), **arguments)
@@ -99,12 +97,8 @@ def verb(
                 show.changes(fault.rows)
                 raise
 
-        for decorator in (
-            DEBUG_OPTION,
-            PLUGIN_OPTION,
-            *((ranks.OPTIONS,) if ranked else ()),
-            *reversed(decorators),
-        ):
+        more = (ranks.OPTIONS,) if ranked else ()
+        for decorator in (DEBUG_OPTION, PLUGIN_OPTION, *more, *reversed(decorators)):
             call = decorator(call)
         from mlxlora_core.cli.verbs import CONTEXT
 
@@ -152,8 +146,9 @@ def joined() -> Iterator[tuple[Group, Watch]]:
         prepare_device()  # before anything is computed, and so before anything goes round
     group = join()
     with watching(group) as watch:
-        if group.size > 1 and not os.environ.get(THREADS):
-            os.environ[THREADS] = str(max(1, thread_count() // group.sharing_processors()))
+        sharing = group.sharing_processors() if group.size > 1 else 1  # all ask, whatever they are told
+        if sharing > 1 and not os.environ.get(THREADS):
+            os.environ[THREADS] = str(max(1, thread_count() // sharing))
         yield group, watch
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.distributed.environment import is_rank
 from mlxlora_core.distributed.starting import joining
@@ -53,9 +53,10 @@ class Group:
         alone = [x.astype(mx.float32) for x in arrays]
         if self.size == 1:
             return alone
-        message = mx.distributed.all_sum(mx.concatenate([x.reshape(-1) for x in alone]))
-        ends = list(accumulate(x.size for x in alone[:-1]))
-        return [part.reshape(x.shape) for part, x in zip(mx.split(message, ends), alone, strict=True)]
+        ends = list(accumulate(x.size for x in alone))
+        parts = [*(x.reshape(-1) for x in alone), mx.zeros(spare_numbers(ends[-1], self.size))]
+        *summed, _ = mx.split(mx.distributed.all_sum(mx.concatenate(parts)), ends)
+        return [part.reshape(x.shape) for part, x in zip(summed, alone, strict=True)]
 
     def share(self, value: bytes) -> list[bytes]:
         """What each rank gives here, in the order of ranks; two messages."""
@@ -64,10 +65,10 @@ class Group:
         import mlx.core as mx
         import numpy as np
 
-        lengths = np.array(mx.distributed.all_gather(mx.array([len(value)], mx.uint32)))
+        lengths = _numbers(mx.distributed.all_gather(mx.array([len(value)], mx.uint32)))
         most = max(int(lengths.max()), 1)
         padded = np.frombuffer(value.ljust(most, b"\0"), np.uint8)
-        gathered = np.array(mx.distributed.all_gather(mx.array(padded))).reshape(self.size, most)
+        gathered = _numbers(mx.distributed.all_gather(mx.array(padded))).reshape(self.size, most)
         return [row[:length].tobytes() for row, length in zip(gathered, lengths.tolist(), strict=True)]
 
     def broadcast(self, value: bytes = b"") -> bytes:
@@ -78,10 +79,10 @@ class Group:
         import numpy as np
 
         given = value if self.leads else b""
-        length = int(np.array(mx.distributed.all_sum(mx.array([len(given)], mx.uint32)))[0])
+        length = int(_numbers(mx.distributed.all_sum(mx.array([len(given)], mx.uint32)))[0])
         # Words of integers, whose sum with zeros is exact.
         words = np.frombuffer(given.ljust(-(-max(length, 1) // 4) * 4, b"\0"), np.uint32)
-        return np.array(mx.distributed.all_sum(mx.array(words))).tobytes()[:length]
+        return _numbers(mx.distributed.all_sum(mx.array(words))).tobytes()[:length]
 
     def wait(self) -> None:
         """Wait until each rank is here."""
@@ -118,11 +119,34 @@ class Group:
             self.wait()
 
 
+def _numbers(message: mx.array) -> Any:
+    """A message as an array of numpy, once it is whole.
+
+    Numpy asks MLX for the memory of an array, and gets it with anything at all in it where the message
+    failed; :func:`mx.eval` raises then.
+    """
+    import mlx.core as mx
+    import numpy as np
+
+    mx.eval(message)
+    return np.array(message)
+
+
 def _processors() -> set[int]:
     """Numbers of the processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
+
+
+def spare_numbers(numbers: int, ranks: int) -> int:
+    """How many zeros a message ends with, so that MLX's ring cuts it into equal parts.
+
+    It halves it for two directions, each half into a segment for each rank, and each segment into two
+    packets. Of an odd segment one number is left, which is a packet of its own and waits as long as the
+    others do: between four ranks 20 ms apart a message then took 183 ms instead of 122.
+    """
+    return -numbers % (4 * ranks)
 
 
 #: a process by itself

@@ -35,8 +35,11 @@ class Host:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is this machine."""
-        return self.name in (_LOOPBACK, "localhost", "::1", socket.gethostname())
+        """Whether it is this machine: by its name, or as one of its addresses is."""
+        own = socket.gethostname()
+        if self.name in (_LOOPBACK, "localhost", "::1", own, own.partition(".")[0]):
+            return True
+        return any(not ipaddress.ip_address(a).is_loopback and _is_own(a) for a in self.addresses)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,16 @@ def _is_address(text: Any) -> bool:
     try:
         return isinstance(text, str) and bool(ipaddress.ip_address(text))
     except ValueError:
+        return False
+
+
+def _is_own(address: str) -> bool:
+    """Whether an address is one of this machine, which alone can listen there."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+            probe.bind((address, 0))
+            return True
+    except OSError:
         return False
 
 

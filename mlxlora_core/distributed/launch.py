@@ -27,12 +27,16 @@ from mlxlora_core.files import durable
 from mlxlora_core.machine import signals
 from mlxlora_core.machine.children import safe_environment, safe_python
 
-#: how long ranks may go on by themselves when another has failed, and when rank 0 has ended
-FAILED_SECONDS, ENDED_SECONDS = 24.0, 8.0
+#: how long ranks may go on when one has failed, which they see to themselves, such as by saving
+FAILED_SECONDS = 600.0
+#: and when one is lost, or rank 0 is done
+ENDED_SECONDS = 8.0
+#: and when rank 0 has failed, which alone has something to lose
+VAIN_SECONDS = 1.0
 _LOOK_SECONDS = 0.05
 _LINES = 20  # of what a rank says that are kept
-#: variables that ranks on other machines get too, by how their names begin
-_PASSED_ON = ("MLX", "HF_", "OMP_", "OPENBLAS_")
+#: variables that ranks on other machines get too, by how their names begin; a command line is seen by others
+_PASSED_ON, _SECRET = ("MLX", "HF_"), "TOKEN"
 
 
 def launch(hosts: Hosts, arguments: Sequence[str], *, debug: bool = False) -> int:
@@ -100,9 +104,10 @@ class _Rank:
             self.process.send_signal(signum)
 
     def last_words(self) -> str:
-        """The last line that it has said."""
+        """The last line that it has said, without who says it."""
         self._listener.join(1)
-        return self.said[-1] if self.said else f"it ended with exit code {self.process.returncode}"
+        last = self.said[-1] if self.said else f"it ended with exit code {self.process.returncode}"
+        return last.rpartition("mlxlora: ")[2]  # MLX may have begun the line
 
 
 def _command(
@@ -114,7 +119,7 @@ def _command(
     if hosts.ranks[number].is_here:
         local = {environment.HOSTFILE: str(hostfile), environment.LAUNCHER: str(os.getpid())}
         return program, {**safe_environment(), **variables, **local}
-    passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+    passed = {n: v for n, v in os.environ.items() if n.startswith(_PASSED_ON) and _SECRET not in n}
     script = _script(program, {**passed, **variables}, ring)
     return ["ssh", "-tt", "-o", "BatchMode=yes", hosts.ranks[number].name, script], dict(os.environ)
 
@@ -161,7 +166,9 @@ def _wait(ranks: Sequence[_Rank]) -> None:
         codes = [rank.process.poll() for rank in ranks]
         if None not in codes:
             return
-        if codes[0] is not None:
+        if codes[0] not in (None, ExitCode.OK, ExitCode.RANK):
+            left = min(left, time.monotonic() + VAIN_SECONDS)
+        elif codes[0] is not None or ExitCode.RANK in codes:
             left = min(left, time.monotonic() + ENDED_SECONDS)
         elif any(codes):
             left = min(left, time.monotonic() + FAILED_SECONDS)
@@ -181,9 +188,9 @@ def _result(ranks: Sequence[_Rank]) -> int:
     told = [r for r in ranks[1:] if r.process.returncode > 0 and r.process.returncode != ExitCode.RANK]
     if code >= 0:
         for rank in told:
-            sys.stderr.write(f"mlxlora: {rank}: {rank.last_words().removeprefix('mlxlora: ')}\n")
+            sys.stderr.write(f"mlxlora: {rank}: {rank.last_words()}\n")
         return code
     witnesses = told or [r for r in ranks[1:] if r.process.returncode == ExitCode.RANK]
     if witnesses:
-        raise RankError(witnesses[0].last_words().removeprefix("mlxlora: "))
+        raise RankError(witnesses[0].last_words())
     raise RankError(f"{ranks[0]} was ended by {signal.Signals(-code).name}", fix="go on with --resume")

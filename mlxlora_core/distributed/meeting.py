@@ -10,8 +10,8 @@ import itertools
 import selectors
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,9 +71,9 @@ def receive(server: socket.socket, size: int, proof: str) -> Ranks:
         RankError: some have not, within :data:`START_SECONDS`; those that have are told.
     """
     lines: dict[int, Line] = {}
-    with server, selectors.DefaultSelector() as selector:
+    with server, selectors.DefaultSelector() as selector, _kept(lines) as came:
         selector.register(server, selectors.EVENT_READ)
-        for line, message in _arrivals(selector, server, time.monotonic() + START_SECONDS):
+        for line, message in _arrivals(selector, server, time.monotonic() + START_SECONDS, came):
             number = message.get("rank")
             if message.get("proof") == proof and isinstance(number, int) and 0 < number < size:
                 line.rank, line.host = number, short(message.get("host", ""), 100)
@@ -86,6 +86,7 @@ def receive(server: socket.socket, size: int, proof: str) -> Ranks:
         what = f"{ranks} of {size} did not come within {START_SECONDS:.0f} s of the start"
         for line in lines.values():
             line.send(lost=what)
+            line.close()
         raise RankError(what, fix=_FIX)
     hosts = [socket.gethostname(), *(lines[number].host for number in range(1, size))]
     for line in lines.values():
@@ -93,15 +94,28 @@ def receive(server: socket.socket, size: int, proof: str) -> Ranks:
     return Ranks(0, hosts, [lines[number] for number in range(1, size)])
 
 
+@contextmanager
+def _kept(lines: Mapping[int, Line]) -> Iterator[list[Line]]:
+    """A list of all connections, of which only those in ``lines`` are open after the block."""
+    came: list[Line] = []
+    try:
+        yield came
+    finally:
+        for line in came:
+            if line not in lines.values():
+                line.close()
+
+
 def _arrivals(
-    selector: selectors.BaseSelector, server: socket.socket, deadline: float
+    selector: selectors.BaseSelector, server: socket.socket, deadline: float, came: list[Line]
 ) -> Iterator[tuple[Line, dict[str, Any]]]:
-    """Each connection with the first message on it."""
+    """Each connection with the first message on it; all of them are put into ``came``."""
     while (left := deadline - time.monotonic()) > 0:
         for key, _ in selector.select(left):
             if key.fileobj is server:
                 connection, _address = server.accept()
                 line = Line(connection)
+                came.append(line)
                 selector.register(line, selectors.EVENT_READ, line)
                 continue
             messages = key.data.received()
@@ -124,9 +138,26 @@ def go(meeting: Meeting, rank: int) -> Ranks:
     if line is None:
         raise late
     line.send(rank=rank, proof=meeting.proof, host=socket.gethostname())
+    try:
+        hosts = _told_hosts(line, deadline + _AFTERWARDS_SECONDS, place)
+        if hosts is None:
+            raise late
+    except RankError:
+        line.close()
+        raise
+    line.rank, line.host = 0, hosts[0]
+    return Ranks(rank, hosts, [line])
+
+
+def _told_hosts(line: Line, deadline: float, place: str) -> list[str] | None:
+    """The machines of all ranks, as rank 0 tells them; None when it says nothing.
+
+    Raises:
+        RankError: some have not come, or rank 0 has ended.
+    """
     with selectors.DefaultSelector() as selector:
         selector.register(line, selectors.EVENT_READ)
-        while (left := deadline + _AFTERWARDS_SECONDS - time.monotonic()) > 0:
+        while (left := deadline - time.monotonic()) > 0:
             selector.select(left)
             messages = line.received()
             if messages is None:
@@ -135,10 +166,8 @@ def go(meeting: Meeting, rank: int) -> Ranks:
                 if "lost" in message:
                     raise RankError(str(message["lost"]), fix=_FIX)
                 if "hosts" in message:
-                    hosts = [str(host) for host in message["hosts"]]
-                    line.rank, line.host = 0, hosts[0]
-                    return Ranks(rank, hosts, [line])
-    raise late
+                    return [str(host) for host in message["hosts"]]
+    return None
 
 
 def _connected(meeting: Meeting, deadline: float) -> Line | None:

@@ -5,23 +5,16 @@ MLX waits for ever for a rank that does not come, and lets nothing else be done 
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
 
 from mlxlora_core.distributed import environment
-from mlxlora_core.distributed.environment import Meeting
-from mlxlora_core.distributed.meeting import Ranks, go, listening, own_addresses, receive
+from mlxlora_core.distributed.meeting import Ranks, go, listening, receive
 from mlxlora_core.errors import RankError, bounded
-
-if TYPE_CHECKING:
-    from mlxlora_core.distributed.group import Group
 
 #: for which MLX may take to join ranks that are there
 JOIN_SECONDS = 20.0
@@ -47,7 +40,7 @@ def joining() -> Iterator[None]:
         RankError: one of them has not come in time, or MLX cannot join them.
         UsageError: the environment contradicts itself, or the port to meet at is taken.
     """
-    _met_before()
+    met_before()
     what = f"the ranks did not join within {JOIN_SECONDS:.0f} s"
     line = f"mlxlora: {bounded(f'{what}. Fix: {_FIX}')}\n"
     command = [sys.executable, "-I", "-S", "-c", _GUARD, str(os.getpid()), str(JOIN_SECONDS), line]
@@ -59,18 +52,14 @@ def joining() -> Iterator[None]:
             raise RankError(f"the ranks cannot join: {fault}", fix=_FIX) from fault
 
 
-def met(group: Group) -> Ranks:
-    """The other ranks of a group that this process has joined.
+@cache
+def met_before() -> Ranks | None:
+    """The ranks met at the place that the environment names; None where it names none.
 
     Raises:
         RankError: as :func:`joining`.
+        UsageError: as :func:`joining`.
     """
-    return _met_before() or _meet_by_message(group)
-
-
-@cache
-def _met_before() -> Ranks | None:
-    """The ranks met at the place that the environment names; None where it names none."""
     place = environment.meeting()
     if place is None:
         return None
@@ -78,14 +67,3 @@ def _met_before() -> Ranks | None:
     if rank != 0:
         return go(place, rank)
     return receive(listening(place.hosts[0], place.port), environment.size(), place.proof)
-
-
-def _meet_by_message(group: Group) -> Ranks:
-    """The ranks met at a place that rank 0 tells by a message of MLX."""
-    if group.rank != 0:
-        told = json.loads(group.share(b"")[0])
-        return go(Meeting(tuple(told["hosts"]), told["port"], told["proof"]), group.rank)
-    server, proof = listening("", 0), secrets.token_hex(16)
-    port = server.getsockname()[1]
-    group.share(json.dumps({"hosts": own_addresses(), "port": port, "proof": proof}).encode())
-    return receive(server, group.size, proof)

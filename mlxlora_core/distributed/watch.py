@@ -6,19 +6,23 @@ what it does. A process that waits for others in MLX cannot be interrupted, so t
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import selectors
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mlxlora_core.distributed import environment, starting
+from mlxlora_core.distributed import environment
+from mlxlora_core.distributed.environment import Meeting
 from mlxlora_core.distributed.line import Line
-from mlxlora_core.distributed.meeting import Ranks
+from mlxlora_core.distributed.meeting import Ranks, go, listening, own_addresses, receive
+from mlxlora_core.distributed.starting import met_before
 from mlxlora_core.errors import ExitCode, MlxloraError, RankError, bounded
 from mlxlora_core.machine.signals import Interrupted
 
@@ -33,8 +37,11 @@ STALL_SECONDS = 15.0
 _GPU_STALL_SECONDS = 300.0  # where processors have nothing to do in a long step
 #: for how long a rank may still end by a fault of its own after another: idle, and in all
 GRACE_SECONDS, MOST_GRACE_SECONDS = 5.0, 20.0
+_TELL_SECONDS = 2.0
+_NOISE_SECONDS = 0.3  # in which MLX says, piece by piece, that a connection broke
 _WORKING = 0.05  # of the time that has passed, in processor time
-_SAVING = "saving"  # the first word of the phase in which nobody is waited for
+#: first words of phases: of the one in which nobody is waited for, and of those that all are in together
+_SAVING, _TOGETHER = "saving", ("step", "validation")
 
 _FIX = "see there what became of it, and go on with --resume"
 _end = os._exit  # as it is before plugins are kept from it
@@ -74,7 +81,7 @@ def watching(group: Group) -> Iterator[Watch]:
     if group.size == 1:
         yield Watch()
         return
-    watch = _Watching(starting.met(group))
+    watch = _Watching(met_before() or _meet_by_message(group))
     try:
         yield watch
     except BaseException as fault:
@@ -84,6 +91,17 @@ def watching(group: Group) -> Iterator[Watch]:
             watch.leave(sys.exception() or fault)
         raise
     watch.finish()
+
+
+def _meet_by_message(group: Group) -> Ranks:
+    """The ranks met at a place that rank 0 tells by a message of MLX."""
+    if group.rank != 0:
+        told = json.loads(group.share(b"")[0])
+        return go(Meeting(tuple(told["hosts"]), told["port"], told["proof"]), group.rank)
+    server, proof = listening("", 0), secrets.token_hex(16)
+    port = server.getsockname()[1]
+    group.share(json.dumps({"hosts": own_addresses(), "port": port, "proof": proof}).encode())
+    return receive(server, group.size, proof)
 
 
 class _Watching(Watch):
@@ -223,8 +241,11 @@ class _Watching(Watch):
         """End this process with a line, unless it does so by itself."""
         if self._left or self._over.is_set():
             return
-        with suppress(OSError):
-            os.write(2, f"mlxlora: {bounded(what)}\n".encode())
+        time.sleep(_NOISE_SECONDS)
+        line = f"mlxlora: {bounded(what)}\n"
+        teller = threading.Thread(target=sys.stderr.write, args=[line], daemon=True)
+        teller.start()
+        teller.join(_TELL_SECONDS)  # which nobody may take any more, while this process holds the stream
         _end(ExitCode.RANK)
 
 
@@ -253,11 +274,12 @@ class _Pace:
 
     def stalls(self, seconds: float, moves: int, working: bool, phase: str) -> bool:
         """Whether nobody has worked or begun a phase for longer than phases like this one take."""
-        if self.working or working or moves != self._seen:
+        kind = phase.partition(" ")[0]
+        if self.working or working or moves != self._seen or kind not in _TOGETHER:
             self._idle_seconds, self._seen = 0.0, moves
             return False
         self._idle_seconds += seconds
-        longest = self._longest.get(phase.partition(" ")[0], max(self._longest.values(), default=0.0))
+        longest = self._longest.get(kind, max(self._longest.values(), default=0.0))
         return self._idle_seconds > (STALL_SECONDS if _on_cpu() else _GPU_STALL_SECONDS) + 3 * longest
 
 

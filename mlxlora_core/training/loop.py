@@ -43,7 +43,7 @@ from mlxlora_core.training.update import (
     is_clipped,
     is_compiled,
     is_packed,
-    rows_a_batch,
+    of_rank,
 )
 
 SPIKE_FACTOR = 10  # a loss that many times the median of the last ones is told
@@ -140,7 +140,7 @@ class Training:
         """Let steps be compiled from now on, or not, and rows be packed or padded."""
         config, self.compiled, self.packed = self.config, compiled, packed
         few = compiled and not packed  # else nearly every batch has a shape of its own
-        shapes = shapes_of(self._train_set, rows_a_batch(config, self.group)) if few else None
+        shapes = shapes_of(self._train_set, of_rank(config, self.group).batch_size) if few else None
         self._collate = replace(self._collate, packing=packed, shapes=shapes)
         self._collate_valid = replace(self._collate_valid, packing=packed)
         self._updates = Updates(

@@ -55,7 +55,7 @@ class Total:
     @property
     def signum(self) -> int | None:
         """The signal that ends the training: that of the lowest rank that has got one."""
-        return next((int(signum) for signum in np.array(self.signals) if signum), None)
+        return next((int(signum) for signum in _numbers(self.signals) if signum), None)
 
     @property
     def checksums(self) -> list[int]:
@@ -65,7 +65,13 @@ class Total:
 
 def _whole(halves: mx.array, base: int) -> list[int]:
     """The whole numbers of which there are halves, (N, 2)."""
-    return [int(low) + base * int(high) for low, high in np.array(halves)]
+    return [int(low) + base * int(high) for low, high in _numbers(halves)]
+
+
+def _numbers(message: mx.array) -> Any:
+    """A part of a message for the host; numpy alone would take whatever is there where the message failed."""
+    mx.eval(message)
+    return np.array(message)
 
 
 def add_up(group: Group, sums: Sums, parameters: Any, signum: int | None) -> Total:

@@ -48,6 +48,7 @@ from mlxlora_core.training.prefix import prefix_of
 from mlxlora_core.training.saving import CheckpointFolder
 from mlxlora_core.training.settings import BatchConfig, SaveConfig, TrainConfig
 from mlxlora_core.training.sources import SplitRows
+from mlxlora_core.training.update import of_rank
 
 # what decides where rows are cut
 CONTEXT, OPTION = "the context of the model", "max_seq_length"
@@ -116,7 +117,7 @@ def open_training(
     valid = splits["valid"].examples if "valid" in splits else ()
     factors = factors_of(model, adapted)
     prefix = prefix_of(model, splits, config, outputs.checkpoints, group)
-    recompute = decide_recompute(model, splits["train"], config)
+    recompute = decide_recompute(model, splits["train"], of_rank(config, group))
     train = splits["train"].examples
     training = Training(model.language_model, train, valid, config, seed, factors, prefix, recompute, group)
     if watch is not None:
@@ -217,7 +218,8 @@ class TrainingSession:
             yield Note("there are no rows to validate on (a file valid.jsonl): training without validation")
         yield from map(Note, (*self.adapted.notes, self._size()))
         training = self.training
-        room = training_memory(self.model, self.rows, training.config, training.prefix, training.recompute)
+        config = of_rank(training.config, training.group)
+        room = training_memory(self.model, self.rows, config, training.prefix, training.recompute)
         with room as (need, said):
             self.training.validation_bytes = need
             yield Note(said)

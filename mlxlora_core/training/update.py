@@ -74,7 +74,7 @@ class Updates:
         self._module, self._optimizer = module, optimizer
         self._limit, self._compiled, self._compiles = config.grad_clip, compiled, 0
         few = compiled and not collate.packing
-        self._gradients = Gradients(model, collate, rows_a_batch(config, group), few, recompute)
+        self._gradients = Gradients(model, collate, of_rank(config, group).batch_size, few, recompute)
 
     @property
     def compiles(self) -> int:
@@ -144,9 +144,9 @@ class Updates:
         return norm, tree_map(kept, updated, parameters), tree_map(kept, self._optimizer.state, state)
 
 
-def rows_a_batch(config: TrainConfig, group: Group) -> int:
-    """Rows that a rank computes at once: those of a batch, or its share of a step where that is less."""
-    return min(config.batch_size, -(-config.rows_a_step // group.size))
+def of_rank(config: TrainConfig, group: Group) -> TrainConfig:
+    """How a rank computes its part: in batches, or all of its share of a step where that is less."""
+    return replace(config, batch_size=min(config.batch_size, -(-config.rows_a_step // group.size)))
 
 
 def is_compiled(config: TrainConfig) -> bool:

@@ -25,12 +25,16 @@ from typing import Any
 SECONDS = 120
 
 
-def start(count: int, job: Path, seed: int = 0) -> list[subprocess.Popen[bytes]]:
-    """So many ranks on the loopback address, at work on a job."""
-    hosts = job.with_name(f"hosts-{count}-{seed}.json")
+def work_on(job: Path) -> list[str]:
+    """The command of a rank that is at work on a job."""
+    return [sys.executable, __file__, str(job)]
+
+
+def start(count: int, command: Sequence[str], folder: Path) -> list[subprocess.Popen[bytes]]:
+    """So many ranks on the loopback address; what they need is written into a folder."""
+    hosts = folder / f"hosts-{count}.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _ports(count)]))
     here = {k: v for k, v in os.environ.items() if not k.startswith(("MLX_", "OMPI_", "PMI_"))}
-    command = [sys.executable, __file__, str(job)]
     return [
         subprocess.Popen(
             command,
@@ -98,11 +102,19 @@ class _Work:
 
         found: dict[str, Any] = {"losses": [], "messages": []}
         session = None
+        plain = [
+            (m, m.on_cpu) for n, m in sys.modules.items() if n.startswith("mlxlora") and hasattr(m, "on_cpu")
+        ]
+        for module, on_cpu in plain:  # MLX computes on the CPU what is done on a GPU all the same
+            module.on_cpu = (lambda: False) if case.get("as_on_a_gpu") else on_cpu
         try:
             session = self._open({**case, **case.get("of_rank", {}).get(str(self.group.rank), {})})
             self._follow(session, case, found)
         except (MlxloraError, Interrupted) as fault:
             found |= {"fault": str(fault), "code": int(fault.exit_code)}
+        finally:
+            for module, on_cpu in plain:
+                module.on_cpu = on_cpu
         if session is not None:
             found |= self._state(name, session)
         self._path(f"{name}.{self.group.rank}.json").write_text(json.dumps(found))
@@ -124,7 +136,7 @@ class _Work:
             saving = SaveConfig(save_every=case.get("save_every", 1000))
             outputs = Outputs(checkpoints=Path(case["checkpoints"]), saving=saving)
         return open_training(
-            loading.load(Path(self.job["model"]), self.registry),
+            loading.load(Path(case.get("model", self.job["model"])), self.registry),
             NewAdapter(*configure(adapter, case.get("options", {}))),
             read_data(case.get("rows", self.job["rows"]), ("train",), ("valid",)),
             TrainConfig(**{**self.job["settings"], **case.get("settings", {})}),

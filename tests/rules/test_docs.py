@@ -297,3 +297,22 @@ def test_the_answers_of_the_floor_plan_are_files_that_are_there() -> None:
     assert len(answers) == 12
     for answer in answers:
         assert (DOCS.parent / "mlxlora_core" / answer).exists(), answer
+
+
+# --- several machines ---------------------------------------------------------
+
+
+def test_the_tables_and_the_picture_of_networks_are_those_of_the_figures_and_the_model() -> None:
+    program = [sys.executable, str(DOCS / "make_network.py"), "--check"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr or "run: python docs/make_network.py"
+
+
+def test_the_commands_for_several_machines_are_there() -> None:
+    lines = re.findall(r"^\$ (?:.* )?mlxlora (.*?)(?: +#.*)?$", page("several-machines.md"), re.MULTILINE)
+    assert len(lines) >= 7
+    for line in lines:
+        verb, *words = line.split()
+        command = group.get_command(click.Context(group), verb)
+        assert command is not None, verb
+        command.make_parser(click.Context(command, info_name=verb)).parse_args(words)

@@ -28,7 +28,7 @@ HEAVY = {
 DOORS = {"mlxlora_core.api", "mlxlora_core.ops", "mlxlora_core.files", "mlxlora_core.chat"}
 
 #: the rooms of core that every verb may import; the empty one is the door
-LIGHT_ROOMS = {"", "plugins", "files", "machine", "runs", "cli", "python"}
+LIGHT_ROOMS = {"", "plugins", "files", "machine", "distributed", "runs", "cli", "python"}
 #: what reads or computes with tensors in them
 HEAVY_IN_LIGHT_ROOMS = {
     "mlxlora_core.ops",

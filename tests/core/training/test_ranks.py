@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import rank_work
 
+from mlxlora_core.distributed.group import spare_numbers
+
 ALL = os.environ.get("MLXLORA_TEST_ALL", "") not in ("", "0")
 STEPS = 50
 _DRAW = random.Random(0)
@@ -58,9 +60,14 @@ CASES: dict[str, dict[str, Any]] = {
     "reused": {"settings": {"reuse_prefix": "on"}, "options": {"layers": 1}},
     "patient": {"settings": {"patience": 2, "steps_per_eval": 2, "learning_rate": 0.02}, "rows": UNLIKE},
     "fewer rows than ranks": {"settings": {"batch_size": 2}},
+    "ahead": {
+        "as_on_a_gpu": True,
+        "options": {"rank": 2, "dropout": 0.2},
+        "settings": {"steps_per_report": 7},
+    },
 }
 COUNTS = (2, 3, 4) if ALL else (3,)
-BY_DAY = ("lora", "vera", "reused", "patient", "fewer rows than ranks")
+BY_DAY = ("lora", "vera", "reused", "patient", "fewer rows than ranks", "ahead")
 NAMES = tuple(CASES) if ALL else BY_DAY
 
 Found = list[tuple[dict[str, Any], dict[str, Any]]]  # of each rank
@@ -94,7 +101,7 @@ def trained(job: Callable[..., Path]) -> Trained:
     @cache
     def done(count: int) -> Path:
         written = job({name: CASES[name] for name in NAMES})
-        for code, told in rank_work.finish(rank_work.start(count, written)):
+        for code, told in run(written, count):
             assert code == 0, told
         return written
 
@@ -102,7 +109,7 @@ def trained(job: Callable[..., Path]) -> Trained:
 
 
 def run(job: Path, count: int) -> list[tuple[int, str]]:
-    return rank_work.finish(rank_work.start(count, job))
+    return rank_work.finish(rank_work.start(count, rank_work.work_on(job), job.parent))
 
 
 def assert_alike(one: tuple[Any, Any], other: tuple[Any, Any]) -> None:
@@ -136,8 +143,9 @@ def test_a_step_sends_one_message_and_a_validation_two(trained: Trained, count: 
     for told, arrays in trained(count, "lora"):
         sizes = told["messages"][1:]  # before the first step others come
         assert sum(map(len, sizes)) == STEPS - 1 + 2 * (STEPS // 25)
-        numbers = sum(array.size for array in arrays.values())
-        assert max(size for step in sizes for size in step) == 4 * (numbers + 7 + 3 * count)
+        numbers = sum(array.size for array in arrays.values()) + 7 + 3 * count
+        whole = numbers + spare_numbers(numbers, count)
+        assert max(size for step in sizes for size in step) == 4 * whole
 
 
 # --- what goes wrong ----------------------------------------------------------
@@ -145,6 +153,7 @@ def test_a_step_sends_one_message_and_a_validation_two(trained: Trained, count: 
 FAULTS: dict[str, dict[str, Any]] = {
     "changed": {"at": {"5 2": "change"}},
     "stopped": {"at": {"7 1": "SIGTERM"}},
+    "stopped ahead": {"at": {"8 1": "SIGTERM"}, "as_on_a_gpu": True, "settings": {"steps_per_report": 4}},
     "seeds": {"of_rank": {"1": {"seed": 4}}},
     "rows": {"of_rank": {"2": {"rows": {**ROWS, "train": ROWS["train"][1:]}}}},
     "settings": {"of_rank": {"0": {"settings": {"learning_rate": 0.5, "iters": 60}}}},
@@ -152,10 +161,13 @@ FAULTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def failed(job: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
-    """A function that gives what three ranks find of one of :data:`FAULTS`."""
+def failed(
+    job: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]
+) -> Callable[[str], Found]:
+    """A function that gives what three ranks find of one of :data:`FAULTS`, or of another base on one."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    written = job({name: {**case, "checkpoints": str(folder / name)} for name, case in FAULTS.items()})
+    cases = FAULTS | {"base": {"of_rank": {"2": {"model": str(model_folder(seed=5))}}}}
+    written = job({name: {**case, "checkpoints": str(folder / name)} for name, case in cases.items()})
     for code, told in run(written, 3):
         assert code == 0, told
     return lambda case: found(written, case, 3)
@@ -167,10 +179,14 @@ def test_a_rank_that_has_diverged_is_named_by_all(failed: Callable[[str], Found]
         assert told["step"] == 5
 
 
-def test_a_signal_that_one_rank_gets_ends_all_after_the_same_step(failed: Callable[[str], Found]) -> None:
-    ranks = failed("stopped")
-    assert {told["code"] for told, _ in ranks} == {128 + 15} and {told["step"] for told, _ in ranks} == {8}
-    assert "step 8 is saved" in ranks[0][0]["fault"]
+@pytest.mark.parametrize(("case", "step"), [("stopped", 8), ("stopped ahead", 10)])
+def test_a_signal_that_one_rank_gets_ends_all_after_the_same_step(
+    failed: Callable[[str], Found], case: str, step: int
+) -> None:
+    ranks = failed(case)
+    assert {told["code"] for told, _ in ranks} == {128 + 15}
+    assert {told["step"] for told, _ in ranks} == {step}
+    assert f"step {step} is saved" in ranks[0][0]["fault"]
 
 
 @pytest.mark.parametrize(
@@ -178,6 +194,7 @@ def test_a_signal_that_one_rank_gets_ends_all_after_the_same_step(failed: Callab
     [
         ("seeds", "seed is 3 on ranks 0, 2 and 4 on rank 1"),
         ("rows", "train rows is "),
+        ("base", "base is "),
         ("settings", "iters is 60 on rank 0 and 50 on ranks 1, 2; learning_rate is 0.5 on rank 0 and 0.001"),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import socket
@@ -106,10 +107,10 @@ class Ranks:
             time.sleep(0.01)
 
     def said(self, rank: int | None = None) -> list[str]:
-        """The lines of mlxlora that a rank has written, or all of them."""
+        """The lines of mlxlora that a rank has written, or all of them; MLX may have begun one."""
         ranks = range(len(self.processes)) if rank is None else [rank]
         texts = [(self.folder / f"err-{r}").read_text("utf-8", "replace") for r in ranks]
-        return [line for text in texts for line in text.splitlines() if line.startswith("mlxlora: ")]
+        return re.findall(r"mlxlora: .*", "\n".join(texts))
 
 
 def train(model: Path, data: Path, folder: Path, *more: object) -> list[str]:
