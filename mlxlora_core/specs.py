@@ -268,10 +268,11 @@ class Sampler(Spec):
         build: a function ``transform(logits, tokens)`` from logits (B, V) in
             float32 and the ids so far to logits (B, V) in float32, of which -inf
             forbids a token. It is called once a text, so that what it gives may
-            keep state; it draws nothing at random itself.
+            keep state; it draws nothing at random itself. One that has a second
+            parameter ``tokenizer`` is given the tokenizer of the model too.
     """
 
-    build: Callable[[Any], Transform]
+    build: Callable[[Any], Transform] | Callable[[Any, Tokenizer], Transform]
 
 
 # --- exporters ----------------------------------------------------------------

@@ -174,6 +174,7 @@ def command(
     # A sampler that is faulty is told now and not when hours of training are over.
     check_samplers(asked.samplers)
     base = load_base(place, registry, asked.quantization)
+    check_samplers(asked.samplers, base.tokenizer)
     test_rows = rows.pop("test") if test else None
     if prompt is not None:  # one that does not fit is told now, too
         fitting_ids(base.language_model, base.tokenizer, asked.generate.asked(given_text(prompt)))
