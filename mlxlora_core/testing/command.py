@@ -52,7 +52,9 @@ class CommandSuite:
 
     def call(self, words: Sequence[str]) -> int:
         """Run the command as ``mlxlora NAME WORDS`` does; its exit code."""
-        parent = click.Context(click.Group("mlxlora"), info_name="mlxlora", help_option_names=["-h", "--help"])
+        parent = click.Context(
+            click.Group("mlxlora"), info_name="mlxlora", help_option_names=["-h", "--help"]
+        )
         command = self.spec.command()
         try:
             with command.make_context(self.spec.name, [*words], parent=parent) as ctx:
@@ -120,9 +122,7 @@ class CommandSuite:
         assert self.call(words) == 0
         self.check(words, capfd.readouterr().out)
 
-    def test_lines_that_it_refuses(
-        self, bad_words: Sequence[str], capfd: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_lines_that_it_refuses(self, bad_words: Sequence[str], capfd: pytest.CaptureFixture[str]) -> None:
         """By an error of click or of mlxlora's, and with nothing on stdout."""
         with pytest.raises((click.ClickException, MlxloraError)):
             self.call(bad_words)

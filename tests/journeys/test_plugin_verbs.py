@@ -86,13 +86,15 @@ def test_whatever_goes_wrong_is_one_line(capfd: Capfd, plugin: Path, end: str, c
     assert (got, out) == (code, "hello\n")
     assert len(err) == bool(line) and line in "".join(err)
     if code == 8:
-        assert any("Traceback" in one for one in ended(capfd, "say", "--end", end, "-P", plugin, "--debug")[2])
+        assert any(
+            "Traceback" in one for one in ended(capfd, "say", "--end", end, "-P", plugin, "--debug")[2]
+        )
 
 
 def test_a_signal_ends_it_as_any_verb(plugin: Path) -> None:
     line = [sys.executable, "-m", "mlxlora_core", "say", "--end", "interrupt", "-P", str(plugin)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=50)
-    assert (done.returncode, done.stderr) == (130, "mlxlora: interrupted by SIGINT\n")
+    assert (done.returncode, done.stderr) == (130, "mlxlora: interrupted\n")
 
 
 def test_a_wrong_line_names_the_help_of_the_verb(capfd: Capfd, plugin: Path) -> None:
@@ -105,7 +107,9 @@ def test_what_is_no_command_is_named_with_its_plugin(capfd: Capfd, plugin: Path)
     code, _, err = ended(capfd, "three", "-P", plugin)
     assert (code, err) == (8, ["mlxlora: command words:three: command gives int, wanted Command"])
     code, _, err = ended(capfd, "unfit", "-P", plugin)
-    assert code == 8 and len(err) == 1 and "words (file) failed in the command words:unfit: TypeError" in err[0]
+    assert (
+        code == 8 and len(err) == 1 and "words (file) failed in the command words:unfit: TypeError" in err[0]
+    )
 
 
 def test_a_verb_of_mlxlora_cannot_be_taken_over(capfd: Capfd, plugin: Path) -> None:
