@@ -48,9 +48,11 @@ class Verbs(click.Group):
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """The command of a verb."""
+        """The command of a verb; one that is not ours may be a plugin's, which shows when it is called."""
         if name not in VERBS:
-            return None
+            from mlxlora_core.cli.plugin_verb import PluginVerb
+
+            return PluginVerb(name, VERBS)
         module = importlib.import_module(f"mlxlora_core.cli.{name}")
         command: click.Command = module.command
         return command
@@ -67,7 +69,8 @@ def group() -> None:
     """Fine-tune Llama- and Mistral-style models with LoRA and QLoRA on MLX.
 
     Every part is a plugin. Without a recipe, `mlxlora run` shows the whole of
-    it on a small model that comes along.
+    it on a small model that comes along. Plugins may bring more verbs: see
+    `mlxlora components command`.
     """
 
 

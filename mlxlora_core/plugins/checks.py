@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "wrote": ("path",),
     },
     "observer": {"start": ("run", "options")},
+    "evaluator": {"score": ("answer", "options"), "prepare": ("options",)},
+    "command": {"command": ()},
     "runtime": {"start": ()},
     "recipe": {},
 }
@@ -260,6 +263,20 @@ def transform_of(component: Component, options: Any, tokenizer: Tokenizer | None
     build = component.spec.build
     given = build(options, tokenizer) if asks_for("tokenizer", build) else build(options)
     return check_call(component, "build", given, "logits", "tokens")
+
+
+def checked_score(component: Component, score: Any) -> float:
+    """``score``, which an evaluator has given.
+
+    Raises:
+        PluginError: it is no number from 0 to 1.
+    """
+    if not isinstance(score, Real):
+        raise component.breach("score", type(score).__name__, "a number from 0 to 1")
+    number = float(score)
+    if not 0 <= number <= 1:  # nor one that is not finite
+        raise component.breach("score", repr(number), "a number from 0 to 1")
+    return number
 
 
 def other_arguments(function: Callable[..., Any], arguments: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Samplers in a row, and observers side by side: how they are named, and to whom an option goes.
+"""Samplers in a row, observers and evaluators side by side: how they are named, and to whom an option goes.
 
 An option goes to the sampler that has it. Where several have it, it is written
 ``SAMPLER.OPTION``, but for ``temp``: logits are heated once, by the first sampler
@@ -170,3 +170,15 @@ def check_samplers(choices: Iterable[Choice], tokenizer: Tokenizer | None = None
         asks = asks_for("tokenizer", component.spec.build)
         if component.plugin.origin != "built-in" and asks == (tokenizer is not None):
             transform_of(component, options, tokenizer)
+
+
+def prepare_evaluators(choices: Iterable[Choice]) -> None:
+    """Let evaluators refuse before the work what they know to fail.
+
+    Raises:
+        UsageError: an option that an evaluator refuses.
+        MlxloraError: as it raises.
+    """
+    for choice in choices:
+        if choice.component.spec.prepare is not None:
+            choice.component.spec.prepare(choice.options)

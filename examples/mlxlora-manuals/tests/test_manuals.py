@@ -336,7 +336,7 @@ def test_what_is_not_read_is_told(tmp_path: Path) -> None:
 def test_pages_that_are_not_read_at_all(tmp_path: Path) -> None:
     """Lines that are too long for docutils, and lists that nest without end."""
     (tmp_path / "a.rst").write_text("Title\n=====\n\n" + "x" * 20_000)
-    deep = "".join("  " * depth + "- x\n\n" for depth in range(150))
+    deep = "".join("  " * depth + "- x\n\n" for depth in range(400))
     (tmp_path / "b.rst").write_text(deep)
     (tmp_path / "c.md").write_text("# A\n\nx\n")
     found = rows.rows(tmp_path, "prompt", (), 99)
