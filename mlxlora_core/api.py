@@ -10,6 +10,7 @@ safe reading of files in ``mlxlora_core.files``.
 
 from __future__ import annotations
 
+from mlxlora_core.answer import Answer
 from mlxlora_core.errors import (
     DataError,
     MlxloraError,
@@ -46,7 +47,6 @@ from mlxlora_core.specs import (
     WeightLoader,
 )
 from mlxlora_core.values import (
-    Answer,
     Cache,
     ExportAdapter,
     ExportSource,

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxlora_core.answer import Answer
 from mlxlora_core.options import NoOptions
 from mlxlora_core.runtime_started import RuntimeStarted
 from mlxlora_core.values import (
-    Answer,
     ExportSource,
     ForeignAdapter,
     ForeignModel,
