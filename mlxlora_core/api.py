@@ -10,7 +10,6 @@ safe reading of files in ``mlxlora_core.files``.
 
 from __future__ import annotations
 
-from mlxlora_core.answer import Answer
 from mlxlora_core.errors import (
     DataError,
     MlxloraError,
@@ -28,7 +27,7 @@ from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.options import NoOptions, option, parse
 from mlxlora_core.plugins.progress import report_note, report_progress
 from mlxlora_core.runtime_started import LayerOperations, RuntimeStarted
-from mlxlora_core.series import Series, figures, flat_settings
+from mlxlora_core.series import RunInfo, Series, Watcher, figures, flat_settings
 from mlxlora_core.specs import (
     Adapter,
     AdapterLoader,
@@ -47,6 +46,7 @@ from mlxlora_core.specs import (
     WeightLoader,
 )
 from mlxlora_core.values import (
+    Answer,
     Cache,
     ExportAdapter,
     ExportSource,
@@ -61,12 +61,10 @@ from mlxlora_core.values import (
     Place,
     Row,
     Rows,
-    RunInfo,
     Skipped,
     Tokenizer,
     TokenizerFiles,
     Transform,
-    Watcher,
 )
 
 __all__ = [

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxlora_core.answer import Answer
 from mlxlora_core.options import NoOptions
 from mlxlora_core.runtime_started import RuntimeStarted
+from mlxlora_core.series import RunInfo, Watcher
 from mlxlora_core.values import (
+    Answer,
     ExportSource,
     ForeignAdapter,
     ForeignModel,
@@ -28,11 +29,9 @@ from mlxlora_core.values import (
     PackedProduct,
     Place,
     Rows,
-    RunInfo,
     Tokenizer,
     TokenizerFiles,
     Transform,
-    Watcher,
 )
 
 if TYPE_CHECKING:

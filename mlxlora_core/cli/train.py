@@ -42,6 +42,7 @@ from mlxlora_core.runs.recipe import (
 from mlxlora_core.runs.report import length_counts
 from mlxlora_core.runs.samplers import check_samplers
 from mlxlora_core.runs.training_record import TrainingRecord, open_folder
+from mlxlora_core.series import RunInfo
 from mlxlora_core.training.checkpoints import Start, check_plugins, find, find_for
 from mlxlora_core.training.events import TrainEvent, TrainResult
 from mlxlora_core.training.outputs import (
@@ -60,7 +61,6 @@ from mlxlora_core.training.settings import (
     TrainConfig,
 )
 from mlxlora_core.training.sources import SplitRows, read_data
-from mlxlora_core.values import RunInfo
 
 if TYPE_CHECKING:
     from mlxlora_core.model.adapters import AdapterFile

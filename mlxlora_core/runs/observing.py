@@ -31,8 +31,8 @@ from mlxlora_core.runs.watching import (
     Worker,
     wait_for_all,
 )
+from mlxlora_core.series import RunInfo
 from mlxlora_core.training.events import Advanced, SpikeReport, TrainReport, ValidReport, report_line
-from mlxlora_core.values import RunInfo
 
 T = TypeVar("T")
 

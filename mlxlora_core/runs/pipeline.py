@@ -25,7 +25,7 @@ from mlxlora_core.runs.plan import fingerprints, is_done
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.report import write_report
 from mlxlora_core.runs.stages import STAGES
-from mlxlora_core.values import RunInfo
+from mlxlora_core.series import RunInfo
 from mlxlora_core.version import __version__
 
 

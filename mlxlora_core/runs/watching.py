@@ -16,7 +16,7 @@ from typing import Any
 
 from mlxlora_core.plugins import Choice, Component
 from mlxlora_core.plugins.checks import other_arguments
-from mlxlora_core.values import RunInfo, Watcher
+from mlxlora_core.series import RunInfo, Watcher
 
 START_SECONDS = 2.0  # so long the start of an observer is waited for
 EVENT_SECONDS = 0.05  # so long it is waited for at an event, where it is not behind already

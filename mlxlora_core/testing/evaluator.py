@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 
-from mlxlora_core.answer import Answer
 from mlxlora_core.errors import UsageError
 from mlxlora_core.options import parse
 from mlxlora_core.plugins import Component, Plugin
 from mlxlora_core.plugins.checks import checked_score
 from mlxlora_core.specs import Evaluator
+from mlxlora_core.values import Answer
 
 
 def answer(text: str, expected: str, *, prompt: str = "Which colour? ", ended: bool = True) -> Answer:

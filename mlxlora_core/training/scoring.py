@@ -10,14 +10,13 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlxlora_core.answer import Answer
 from mlxlora_core.errors import DataError
 from mlxlora_core.plugins import Choice
 from mlxlora_core.plugins.checks import checked_score
 from mlxlora_core.training.events import Advanced
 from mlxlora_core.training.settings import ScoreConfig
 from mlxlora_core.training.sources import SplitRows
-from mlxlora_core.values import Tokenizer
+from mlxlora_core.values import Answer, Tokenizer
 
 if TYPE_CHECKING:
     from mlxlora_core.model.loading import Model

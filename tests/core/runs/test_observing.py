@@ -18,9 +18,9 @@ from mlxlora_core.plugins.surroundings import kept
 from mlxlora_core.runs import observing
 from mlxlora_core.runs.events import StageDone, StageStarted
 from mlxlora_core.runs.observing import ObserverFailed, event_values, observed
+from mlxlora_core.series import RunInfo
 from mlxlora_core.specs import NoOptions, Observer
 from mlxlora_core.training.events import Advanced, CheckpointSaved, Note, SpikeReport, TrainingStarted
-from mlxlora_core.values import RunInfo
 
 OWNER = Plugin("seen", "seen", "1", "installed", "seen")
 
