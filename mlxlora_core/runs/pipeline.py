@@ -63,7 +63,7 @@ def run(
     yield RunStarted((*runtimes, *said, *unsound))
     context = Context(recipe, registry, folder, runtimes, resume_command, watched)
     info = RunInfo(folder.path, recipe.name, recipe.values())
-    yield from observed(_do_all(context, marks), recipe.observe, info, event_values)
+    yield from observed(_do_all(context, marks), recipe.observe, info, event_values, context.written_bytes)
 
 
 def _do_all(context: Context, marks: Mapping[str, str]) -> Iterator[Event]:
