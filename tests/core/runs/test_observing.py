@@ -309,16 +309,18 @@ def test_all_calls_come_in_one_thread() -> None:
 
 def test_stdout_is_as_it_was_after_one_that_was_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observing, "START_SECONDS", 0.01)
-    go, stdout = threading.Event(), sys.stdout
+    go, left, stdout = threading.Event(), threading.Event(), sys.stdout
 
     def start(run: RunInfo, options: Any) -> Any:
         with kept("the observer", look=False):  # as functions of plugins are called
             assert go.wait(60)
+        left.set()
         return Recorder()
 
     events = run(observer("slow", start))
     assert next(events) == 0
     go.set()
+    assert left.wait(60) and sys.stdout is stdout
     assert list(events) == [1, 2, 3, 4] and sys.stdout is stdout
 
 
