@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ from mlxlora_core.runs.recipe import (
 from mlxlora_core.runs.report import length_counts
 from mlxlora_core.runs.samplers import check_samplers
 from mlxlora_core.runs.training_record import TrainingRecord, open_folder
+from mlxlora_core.series import RunInfo
 from mlxlora_core.training.checkpoints import Start, check_plugins, find, find_for
 from mlxlora_core.training.events import TrainEvent, TrainResult
 from mlxlora_core.training.outputs import (
@@ -60,7 +62,6 @@ from mlxlora_core.training.settings import (
     TrainConfig,
 )
 from mlxlora_core.training.sources import SplitRows, read_data
-from mlxlora_core.values import RunInfo
 
 if TYPE_CHECKING:
     from mlxlora_core.model.adapters import AdapterFile
@@ -170,6 +171,7 @@ def command(
     runtimes = start(registry)
     from mlxlora_core.model.generate import fitting_ids
     from mlxlora_core.training.session import open_training
+    from mlxlora_core.training.written import written_bytes
 
     # A sampler that is faulty is told now and not when hours of training are over.
     check_samplers(asked.samplers)
@@ -190,7 +192,8 @@ def command(
     record = TrainingRecord(folder, facts, _settings(asked, place.name, data, seed), lengths)
     events = record.keep(session.start(asked.how, found))
     info = _info(adapter_file, place.name, data, asked)
-    trained = _follow(observed(events, asked.observers, info, event_values))
+    need = partial(written_bytes, base, asked.save)
+    trained = _follow(observed(events, asked.observers, info, event_values, need))
     of_best = f", of step {trained.adapter_step}, the best" if asked.train.patience is not None else ""
     show.progress(f"{adapter_file} written{of_best}; {checkpoints / REPORT} shows the training")
     after = _after(base, held_out, prompt, asked, seed, quiet=as_json)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from mlxlora_core.errors import UsageError
+from mlxlora_core.errors import DataError, UsageError
 from mlxlora_core.options import parse
 from mlxlora_core.plugins import Component, Plugin
 from mlxlora_core.plugins.checks import checked_score
@@ -94,22 +94,34 @@ class EvaluatorSuite:
         if self.spec.prepare is not None:
             self.spec.prepare(options)
 
+    def outcome(self, one: Answer, options: Any) -> float | None:
+        """The score of an answer; None where the row is refused, as one that no answer could be right for."""
+        try:
+            return self.score(one, options)
+        except DataError:
+            return None
+
     # --- the tests ---
 
     def test_scores_are_numbers_from_0_to_1(self, options: Any) -> None:
-        """Whatever a model says, and whatever the row says."""
+        """Whatever a model says, and whatever the row says; or the row is refused, whatever a model says."""
         self.prepare(options)
         for what, one in ANSWERS.items():
+            asked = (one, *(replace(one, text=text) for text in ("", one.expected, "something else")))
             try:
-                self.score(one, options)
+                refused = [self.outcome(each, options) is None for each in asked]
             except Exception as fault:
                 pytest.fail(f"{what} ({one.text[:40]!r} for {one.expected[:40]!r}): {fault!r}")
+            if len(set(refused)) > 1:
+                pytest.fail(
+                    f"{what}: the row ({one.expected[:40]!r}) is refused for some answers to it alone"
+                )
 
     def test_a_score_depends_on_the_answer_alone(self, options: Any) -> None:
         """The same answer gets the same score, whatever came before it."""
         self.prepare(options)
-        first = {what: self.score(one, options) for what, one in ANSWERS.items()}
-        again = {what: self.score(one, options) for what, one in reversed([*ANSWERS.items()])}
+        first = {what: self.outcome(one, options) for what, one in ANSWERS.items()}
+        again = {what: self.outcome(one, options) for what, one in reversed([*ANSWERS.items()])}
         assert again == first
 
     def test_answers_are_left_as_they_are(self, options: Any) -> None:
@@ -117,13 +129,13 @@ class EvaluatorSuite:
         self.prepare(options)
         for one in ANSWERS.values():
             given = replace(one, row=copy.deepcopy(dict(one.row)))
-            self.score(given, options)
+            self.outcome(given, options)
             assert given == one
 
     def test_stdout_is_not_its_own(self, options: Any, capfd: pytest.CaptureFixture[str]) -> None:
         """It prints nothing where results go."""
         self.prepare(options)
-        self.score(ANSWERS["the row's own"], options)
+        self.outcome(ANSWERS["the row's own"], options)
         assert capfd.readouterr().out == ""
 
     def test_known_scores(self, example: tuple[Answer, Mapping[str, Any], float]) -> None:

@@ -28,7 +28,7 @@ class Question:
 
     Attributes:
         ids: that the model is asked with.
-        prompt: the same in words, as :class:`~mlxlora_core.values.Answer` has it.
+        prompt: the same in words, as :class:`~mlxlora_core.api.Answer` has it.
         expected: as there.
         row: as there.
     """

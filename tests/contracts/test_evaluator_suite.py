@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mlxlora_core import plugins as registry
-from mlxlora_core.errors import UsageError
+from mlxlora_core.errors import DataError, UsageError
 from mlxlora_core.specs import Evaluator
 from mlxlora_core.testing.evaluator import ANSWERS, EvaluatorSuite, answer
 
@@ -168,6 +168,25 @@ def test_faults_are_found(capfd: pytest.CaptureFixture[str]) -> None:
         suite(lambda one, _: 1).test_known_scores((answer("red", "blue"), {}, 0.0))
     with pytest.raises(pytest.fail.Exception):
         suite(lambda one, _: 1).test_bad_options_are_refused({})
+
+
+def test_a_row_may_be_refused_but_not_for_what_is_answered() -> None:
+    def refuse_rows(one: Any, _: Any) -> float:
+        if one.expected != "blue":
+            raise DataError("no colour")
+        return one.text == "blue"
+
+    def refuse_answers(one: Any, _: Any) -> float:
+        if one.text != "blue":
+            raise DataError("no colour")
+        return 1
+
+    made = suite(refuse_rows)
+    made.test_scores_are_numbers_from_0_to_1(None)
+    made.test_a_score_depends_on_the_answer_alone(None)
+    made.test_answers_are_left_as_they_are(None)
+    with pytest.raises(pytest.fail.Exception, match="is refused for some answers"):
+        suite(refuse_answers).test_scores_are_numbers_from_0_to_1(None)
 
 
 def test_answers_of_the_suite_are_of_both_shapes() -> None:

@@ -92,8 +92,9 @@ def test_it_is_found(environment: Any, tmp_path: Path, name: str) -> None:
     shown = environment.forked("options", kind, component, cwd=tmp_path)
     assert (shown.returncode, shown.stderr) == (0, "")
     readme = (EXAMPLES / f"mlxlora-{name}" / "README.md").read_text("utf-8")
-    table = shown.stdout.partition("\n\n")[0].splitlines()[2:]
-    options = [line.split()[0] for line in table]
+    table = shown.stdout.splitlines()[2:]
+    end = next((i for i, line in enumerate(table) if line.startswith("In the section")), len(table))
+    options = [line.split()[0] for line in table[:end]]
     assert options and all(f"| `{option}` |" in readme for option in options), "the README has all options"
 
 
