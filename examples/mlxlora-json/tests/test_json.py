@@ -143,6 +143,16 @@ def test_the_least_is_the_least() -> None:
             assert form.least(state) == shortest(form, state)
 
 
+@pytest.mark.parametrize(
+    "text", ['["\\', '["\\u', '["\\ud', '["\\u0', '["\\ud0', '["\\u00', '["\\u000', "[-", "[1e", "[tr"]
+)
+def test_the_least_in_the_middle_of_a_symbol(text: str) -> None:
+    """Of escapes, numbers and words."""
+    form = grammar(form="array")
+    state = read(form, text)
+    assert state is not None and form.least(state) == shortest(form, state)
+
+
 def steps(form: Grammar, state: State) -> list[str]:
     """The letters that may come."""
     return [letter for letter in map(chr, range(32, 127)) if form.step(state, letter) is not None]

@@ -135,6 +135,15 @@ def test_sections_of_both(tmp_path: Path, name: str, text: str) -> None:
     assert texts == [{"text": row["prompt"] + row["completion"]} for row in got]
 
 
+@pytest.mark.parametrize("form", ["text", "prompt", "code"])
+def test_what_is_said_twice_is_one_group(tmp_path: Path, form: str) -> None:
+    """So that it stands in one split."""
+    page = "# A\n\n```\nx\n```\n\n# B\n\n```\nx\n```\n\n# C\n\n```\ny\n```\n"
+    (tmp_path / "a.md").write_text(page)
+    groups = [row.group for row in rows.rows(tmp_path, form, (), 99).rows]
+    assert groups[0] == groups[1] != groups[2] and all(groups)
+
+
 def test_other_languages_and_long_blocks_are_skipped(tmp_path: Path) -> None:
     """With their line and the reason."""
     got, skipped = made(tmp_path, "a.md", MARKDOWN, "code", "Python")

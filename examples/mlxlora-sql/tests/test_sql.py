@@ -52,6 +52,7 @@ class TestSqlite(EvaluatorSuite):
         (answer(f"```sql\n{NAMES}\n```\nThat is it.", NAMES), {"database": str(SHOP)}, 1.0),
         (answer("SELECT 'Ada'", NAMES), {"database": str(SHOP)}, 0.0),
         (answer("", NAMES), {"database": str(SHOP)}, 0.0),
+        (answer("DROP TABLE customers", NAMES), {"database": str(SHOP)}, 0.0),
     )
 
 
@@ -169,7 +170,6 @@ HARM = {
     "gives rows without end": f"{ENDLESS} SELECT i FROM n",
     "joins without end": "SELECT count(*) FROM " + ", ".join(f"orders o{number}" for number in range(12)),
     "makes long texts": f"{ENDLESS} SELECT printf('%.*c', 900000, 'x') FROM n",
-    "matches without end": f"SELECT '{'a' * 90}' LIKE '{'%a' * 60}%b'",
     "says nothing": "-- nothing",
     "is no SQL": "the answer is 3",
     "has a zero byte": "SELECT 1 \x00",
@@ -192,20 +192,30 @@ def shop(request: Any, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("sql", HARM.values(), ids=HARM)
 def test_a_query_only_reads_and_ends(shop: Path, tmp_path: Path, sql: str) -> None:
-    """It scores 0; the database and its folder are as before, and the next query is answered."""
+    """It is refused; the database and its folder are as before, and the next query is answered."""
     before = {path: path.read_bytes() for path in shop.parent.glob("shop*")}
     query, folder = sql.replace("{folder}", str(tmp_path)), sorted(tmp_path.iterdir())
-    assert scored(query, ALL, database=shop, seconds=0.2) == 0
+    with pytest.raises(databases.QueryError):
+        databases.rows_of(shop, query, 0.2, 10_000)
     assert {path: path.read_bytes() for path in shop.parent.glob("shop*")} == before
     assert sorted(tmp_path.iterdir()) == folder
     assert scored(ALL, ALL, database=shop) == 1
 
 
-def test_a_query_that_sqlite_cannot_stop() -> None:
-    """3.40 takes 15 s until it finds that text too long, and looks at no clock meanwhile."""
-    scored(ALL, ALL)
+def worker() -> subprocess.Popen[str]:
+    """The process that answers now."""
+    assert scored(ALL, ALL) == 1
     process = databases._WORKER._process
     assert process is not None
+    return process
+
+
+def test_a_query_that_sqlite_cannot_stop() -> None:
+    """3.40 takes 15 s until it finds that text too long, and looks at no clock meanwhile."""
+    process = worker()
+    with pytest.raises(databases.QueryError, match="interrupted"):
+        databases.rows_of(SHOP, HARM["never ends"], 0.1, 1)
+    assert worker() is process, "SQLite has ended the query itself"
     assert scored("SELECT printf('%.*c', 1000000000, 'x')", ALL, seconds=0.1) == 0
     assert process.returncode in (-signal.SIGXCPU, -signal.SIGKILL), "the system has ended it"
     assert scored(ALL, ALL) == 1
@@ -213,9 +223,7 @@ def test_a_query_that_sqlite_cannot_stop() -> None:
 
 def test_a_worker_that_is_gone_is_started_again() -> None:
     """Whoever has ended it."""
-    scored(ALL, ALL)
-    process = databases._WORKER._process
-    assert process is not None
+    process = worker()
     process.kill()
     process.wait()
     assert scored(ALL, ALL) == 1
