@@ -171,7 +171,6 @@ def command(
     runtimes = start(registry)
     from mlxlora_core.model.generate import fitting_ids
     from mlxlora_core.training.session import open_training
-    from mlxlora_core.training.written import written_bytes
 
     # A sampler that is faulty is told now and not when hours of training are over.
     check_samplers(asked.samplers)
@@ -192,8 +191,7 @@ def command(
     record = TrainingRecord(folder, facts, _settings(asked, place.name, data, seed), lengths)
     events = record.keep(session.start(asked.how, found))
     info = _info(adapter_file, place.name, data, asked)
-    need = partial(written_bytes, base, asked.save)
-    trained = _follow(observed(events, asked.observers, info, event_values, need))
+    trained = _follow(_watched(events, info, base, asked))
     of_best = f", of step {trained.adapter_step}, the best" if asked.train.patience is not None else ""
     show.progress(f"{adapter_file} written{of_best}; {checkpoints / REPORT} shows the training")
     after = _after(base, held_out, prompt, asked, seed, quiet=as_json)
@@ -322,6 +320,15 @@ def _info(adapter_file: Path, model: str, data: Path, asked: _Asked) -> RunInfo:
         "checkpoints": plain(asked.save),
     }
     return RunInfo(adapter_file.parent, adapter_file.stem, settings, stem=adapter_file.stem)
+
+
+def _watched(
+    events: Iterator[TrainEvent], info: RunInfo, base: Model, asked: _Asked
+) -> Iterator[TrainEvent | ObserverFailed]:
+    """What a training tells, told to its observers too, none of whom takes its room on the disk."""
+    from mlxlora_core.training.written import written_bytes
+
+    return observed(events, asked.observers, info, event_values, partial(written_bytes, base, asked.save))
 
 
 def _follow(events: Iterator[TrainEvent | ObserverFailed]) -> TrainResult:

@@ -109,7 +109,9 @@ def test_means_over_the_rows(model: Model, registry: plugins.Registry) -> None:
     told: list[Answer] = []
     keep = evaluator(lambda answer: told.append(answer) or 0.1)
     result = scored(model, registry, rows, keep, evaluator(lambda answer: answer.prompt == "b"))
-    assert result == Scored((pytest.approx(0.1, abs=1e-15), pytest.approx(1 / 3, abs=1e-15)), 3, 0)  # type: ignore[arg-type]
+    assert result.means == pytest.approx((0.1, 1 / 3), abs=1e-15) and result.rows == 3
+    assert [scores for _, scores in result.answers] == [(0.1, 0.0), (0.1, 1.0), (0.1, 0.0)]
+    assert [answer for answer, _ in result.answers] == told
     assert [answer.prompt for answer in told] == ["a", "b", "a"] and told[0] == told[2]
     assert list(words_on(result)) == []
 
@@ -121,7 +123,7 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted(
     long = {"prompt": "word " * 50, "completion": "c"}
     rows, _ = asking(rows_of({"prompt": "a", "completion": "c"}, long), ScoreConfig())
     result = scored(model, registry, rows, evaluator(lambda answer: answer.prompt == "a"))
-    assert result == Scored((1.0,), 1, 1)
+    assert (result.means, result.rows, result.too_long) == ((1.0,), 1, 1)
     (words,) = words_on(result)
     assert words.startswith("warning: 1 of 2 prompts of test rows do not fit into the context of the model")
     with pytest.raises(DataError, match="none of the 1 prompts"):
