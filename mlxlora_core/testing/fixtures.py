@@ -109,8 +109,8 @@ def tiny_model(folder: Path, architecture: str = "llama", args: Mapping[str, Any
 def tiny_tokenizer(folder: Path) -> Path:
     """The files of a byte-level tokenizer with a chat template, as the library ``tokenizers`` reads them.
 
-    Any text comes back as it was. There are :data:`VOCAB_SIZE` tokens: :data:`SPECIALS`, the 256 bytes, and what
-    makes a token each of :data:`WORDS`, of which :func:`tiny_rows` are made.
+    Any text comes back as it was. There are :data:`VOCAB_SIZE` tokens: :data:`SPECIALS`, the 256 bytes,
+    and what makes a token of each of :data:`WORDS`, of which :func:`tiny_rows` are made.
 
     Args:
         folder: to write into; made where it is absent.
