@@ -32,7 +32,9 @@ from mlxlora_core.specs import (
     Adapter,
     AdapterLoader,
     Architecture,
+    Command,
     DatasetBuilder,
+    Evaluator,
     Exporter,
     Layout,
     Observer,
@@ -44,6 +46,7 @@ from mlxlora_core.specs import (
     WeightLoader,
 )
 from mlxlora_core.values import (
+    Answer,
     Cache,
     ExportAdapter,
     ExportSource,
@@ -69,10 +72,13 @@ from mlxlora_core.values import (
 __all__ = [
     "Adapter",
     "AdapterLoader",
+    "Answer",
     "Architecture",
     "Cache",
+    "Command",
     "DataError",
     "DatasetBuilder",
+    "Evaluator",
     "ExportAdapter",
     "ExportSource",
     "Exporter",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import traceback
@@ -10,6 +9,7 @@ from typing import Any
 
 import click
 
+from mlxlora_core.cli.groups import CONTEXT, LazyGroup
 from mlxlora_core.errors import ExitCode, MlxloraError, bounded
 from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.machine.signals import Interrupted
@@ -37,31 +37,9 @@ VERBS = {
 }
 
 DEBUG = "MLXLORA_DEBUG"
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-class Verbs(click.Group):
-    """A group that knows its commands by name and imports the one that is called."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """All verbs, in the order in which a newcomer meets them."""
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """The command of a verb."""
-        if name not in VERBS:
-            return None
-        module = importlib.import_module(f"mlxlora_core.cli.{name}")
-        command: click.Command = module.command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the verbs without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
-
-
-@click.group(cls=Verbs, context_settings=CONTEXT)
+@click.group(cls=LazyGroup, summaries=VERBS, modules="mlxlora_core.cli.", context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="mlxlora", message="%(prog)s %(version)s")
 def group() -> None:
     """Fine-tune Llama- and Mistral-style models with LoRA and QLoRA on MLX.

@@ -56,6 +56,8 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "wrote": ("path",),
     },
     "observer": {"start": ("run", "options")},
+    "evaluator": {"score": ("answer", "options"), "prepare": ("options",)},
+    "command": {"command": ()},
     "runtime": {"start": ()},
     "recipe": {},
 }
