@@ -157,7 +157,7 @@ def test_a_plugin_of_a_stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     registry = plugins.load([str(tmp_path / "strange.py")], environ={plugins.ALLOW_LIST: ""})
     text = page(find_plugin("strange", registry), registry)
     check(text, registry, tmp_path, monkeypatch)
-    assert 'use = "strange:top-k"' in text and "--sampler strange:top-k --set sampler.k=3" in text
+    assert 'use = "strange:top-k"' in text and "$ mlxlora generate --sampler strange:top-k" in text
     assert ["builder", "`strange`", "odd | rows"] in rows(text)
     assert "\x1b" not in text and r"a\|b\n\n\x1b[31m" not in text and r"a\|b\n\x1b[31m" in text
     (recipe,) = [block for block in blocks(text, "toml") if "data" in block]
