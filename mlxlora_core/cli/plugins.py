@@ -11,6 +11,7 @@ from mlxlora_core.plugins import Registry
 BELOW = {
     "new": "Write a distribution with a plugin that works, to begin your own with.",
     "check": "Try plugins as their kinds promise, without a test of yours.",
+    "docs": "Write the page of a plugin in Markdown: what it gives, its options, and how they are used.",
 }
 
 

@@ -43,8 +43,10 @@ from mlxlora_core.plugins import load as load_plugins
 from mlxlora_core.plugins.sections import configure
 from mlxlora_core.values import LazyTensor
 
+VOCAB_SIZE = 307  # V: tokens of the tiny tokenizer
 #: what an argument of an architecture is in a tiny model, by its name
 ARGS: Mapping[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
     "dim": 64,
     "n_layers": 2,
     "head_dim": 16,
@@ -69,12 +71,13 @@ SPLITS = {"train": 20, "valid": 5, "test": 5}  # rows
 def tiny_model(folder: Path, architecture: str = "llama", args: Mapping[str, Any] | None = None) -> Path:
     """A model folder with random weights in float32 and the tokenizer of :func:`tiny_tokenizer`.
 
-    Two layers, D 64, H 4, K 2, E 16, F 128, V that of the tokenizer: half a megabyte.
+    Two layers, D 64, H 4, K 2, E 16, F 128, V 307: half a megabyte.
 
     Args:
         folder: to write into; made where it is absent.
         architecture: name of one that is registered.
-        args: arguments of the architecture beside :data:`ARGS`, or instead of them.
+        args: arguments of the architecture beside :data:`ARGS`, or instead of them. Its vocabulary must
+            be :data:`VOCAB_SIZE`, or larger.
 
     Returns:
         The folder.
@@ -84,9 +87,7 @@ def tiny_model(folder: Path, architecture: str = "llama", args: Mapping[str, Any
         PluginError: no such architecture, or one that breaks its contract.
     """
     component = load_plugins().find("architecture", architecture)
-    vocabulary = json.loads(tokenizer_json())["model"]["vocab"]
-    types = component.spec.model_types
-    given = {**ARGS, "vocab_size": len(vocabulary), "model_type": types[0], **(args or {})}
+    given = {**ARGS, "model_type": component.spec.model_types[0], **(args or {})}
     known = {option.name for option in explain(component.spec.args)}
     odd = [name for name in args or {} if name not in known]
     if odd:
@@ -108,8 +109,8 @@ def tiny_model(folder: Path, architecture: str = "llama", args: Mapping[str, Any
 def tiny_tokenizer(folder: Path) -> Path:
     """The files of a byte-level tokenizer with a chat template, as the library ``tokenizers`` reads them.
 
-    Any text comes back as it was. There are some 300 tokens: :data:`SPECIALS`, the 256 bytes, and what
-    makes a token each of :data:`WORDS`, of which :func:`tiny_rows` are made.
+    Any text comes back as it was. There are :data:`VOCAB_SIZE` tokens: :data:`SPECIALS`, the 256 bytes,
+    and what makes a token of each of :data:`WORDS`, of which :func:`tiny_rows` are made.
 
     Args:
         folder: to write into; made where it is absent.
