@@ -31,8 +31,8 @@ class Checked:
     Attributes:
         plugins: one a plugin: ``name``, ``distribution``, ``version``, ``components``, ``import_ms``
             and ``heavy``, the heavy modules that its import brings.
-        checks: one a thing that was tried: ``plugin``, ``component``, ``kind``, ``test``, ``tried``, ``result``
-            of :data:`RESULTS`, ``times`` and ``failures``, and ``got``, ``want``, ``where`` and ``why``.
+        checks: one a thing that was tried: ``plugin``, ``component``, ``kind``, ``test``, ``tried``,
+            ``result`` of :data:`RESULTS`, ``times``, ``failures``, ``got``, ``want``, ``where`` and ``why``.
     """
 
     plugins: list[dict[str, Any]]
