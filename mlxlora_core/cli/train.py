@@ -35,7 +35,7 @@ from mlxlora_core.runs.recipe import (
     DEFAULT,
     check_sections,
     choose,
-    choose_observers,
+    choose_beside,
     overrides,
     without_none,
 )
@@ -242,7 +242,7 @@ def _check(registry: Registry, checkpoints: Path, given: dict[str, Any], *, spea
         samplers=chosen_samplers(registry, given["sampler"], given["temp"], sets.get("sampler", {}))
         if speaks
         else (),
-        observers=choose_observers(given["observers"], sets.get("observe", {}), registry),
+        observers=choose_beside("observer", given["observers"], sets.get("observe", {}), registry),
         train=declare.config_from(TrainConfig, given),
         save=declare.config_from(SaveConfig, given),
         evaluate=declare.config_from(EvaluateConfig, given),

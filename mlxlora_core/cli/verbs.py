@@ -39,13 +39,26 @@ VERBS = {
 DEBUG = "MLXLORA_DEBUG"
 
 
-@click.group(cls=LazyGroup, summaries=VERBS, modules="mlxlora_core.cli.", context_settings=CONTEXT)
+class Verbs(LazyGroup):
+    """The verbs of mlxlora, and those that plugins bring."""
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The command of a verb; one that is not ours may be a plugin's, which shows when it is called."""
+        if name not in VERBS:
+            from mlxlora_core.cli.plugin_verb import PluginVerb
+
+            return PluginVerb(name, VERBS)
+        return super().get_command(ctx, name)
+
+
+@click.group(cls=Verbs, summaries=VERBS, modules="mlxlora_core.cli.", context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="mlxlora", message="%(prog)s %(version)s")
 def group() -> None:
     """Fine-tune Llama- and Mistral-style models with LoRA and QLoRA on MLX.
 
     Every part is a plugin. Without a recipe, `mlxlora run` shows the whole of
-    it on a small model that comes along.
+    it on a small model that comes along. Plugins may bring more verbs: see
+    `mlxlora components command`.
     """
 
 

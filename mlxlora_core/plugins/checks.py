@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,20 @@ def check_call(component: Component, function: str, given: Any, *arguments: str)
         raise component.breach(function, f"a function {takes}", want)
     checked: Callable[..., Any] = given
     return checked
+
+
+def checked_score(component: Component, score: Any) -> float:
+    """``score``, which an evaluator has given.
+
+    Raises:
+        PluginError: it is no number from 0 to 1.
+    """
+    if not isinstance(score, Real):
+        raise component.breach("score", type(score).__name__, "a number from 0 to 1")
+    number = float(score)
+    if not 0 <= number <= 1:  # nor one that is not finite
+        raise component.breach("score", repr(number), "a number from 0 to 1")
+    return number
 
 
 def other_arguments(function: Callable[..., Any], arguments: Sequence[str]) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from mlxlora_core.errors import DataError
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.base import base_of
 from mlxlora_core.runs.folder import ADAPTER, DATA, MODEL, RunFolder
 from mlxlora_core.runs.grading import GENERAL
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.training.events import Note
+from mlxlora_core.training.scoring import asking
 from mlxlora_core.training.sources import read_data
 
 if TYPE_CHECKING:
@@ -89,6 +91,19 @@ class Context:
         """Whether there is a row in a split."""
         path = self.rows_file(split)
         return path.is_file() and path.stat().st_size > 0
+
+    def scored_rows(self) -> tuple[list[tuple[str, Mapping[str, Any]]], list[str]]:
+        """The test rows that evaluators score, and what there is to tell of the others; none for none.
+
+        Raises:
+            DataError: there are evaluators, and no row that asks anything.
+        """
+        if not self.recipe.evaluator:
+            return [], []
+        if not self.has_rows("test"):
+            fix = "raise [data] test_set_size, or name no evaluator"
+            raise DataError("there is no test row for evaluators to score", where=self.path / DATA, fix=fix)
+        return asking(read_data(self.rows_file("test"), ("test",))["test"], self.recipe.evaluate)
 
     def rows(self, split: str, model: Model) -> Examples:
         """The rows of a split, tokenized for the model once.

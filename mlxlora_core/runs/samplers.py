@@ -1,4 +1,4 @@
-"""Samplers in a row, and observers side by side: how they are named, and to whom an option goes.
+"""Samplers in a row, observers and evaluators side by side: how they are named, and to whom an option goes.
 
 An option goes to the sampler that has it. Where several have it, it is written
 ``SAMPLER.OPTION``, but for ``temp``: logits are heated once, by the first sampler
@@ -164,3 +164,15 @@ def check_samplers(choices: Iterable[Choice]) -> None:
     for component, options in ((choice.component, choice.options) for choice in choices):
         if component.plugin.origin != "built-in":
             check_call(component, "build", component.spec.build(options), "logits", "tokens")
+
+
+def prepare_evaluators(choices: Iterable[Choice]) -> None:
+    """Let evaluators refuse before the work what they know to fail.
+
+    Raises:
+        UsageError: an option that an evaluator refuses.
+        MlxloraError: as it raises.
+    """
+    for choice in choices:
+        if choice.component.spec.prepare is not None:
+            choice.component.spec.prepare(choice.options)
