@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -116,31 +116,12 @@ class TestTinyTokenizer(TokenizerSuite):
         assert library.token_to_id("<s>") == 0 and library.token_to_id("<|im_end|>") == 2
 
 
-AUTHOR = """
-import json
-from pathlib import Path
-
-import pytest
-
-pytest_plugins = ["mlxlora_core.testing.fixtures"]
-
-
-def test_all(tiny_model, tiny_tokenizer, tiny_rows, tiny_adapter):
-    assert json.loads((tiny_model / "config.json").read_text())["model_type"] == "llama"
-    assert (tiny_tokenizer / "tokenizer.json").is_file()
-    assert (tiny_rows / "train.jsonl").is_file()
-    assert tiny_adapter.name == "adapters.safetensors"
-
-
-@pytest.mark.parametrize("tiny_model", ["phi3"], indirect=True)
-def test_of_another(tiny_model, tiny_adapter):
-    assert json.loads((tiny_model / "config.json").read_text())["model_type"] == "phi3"
-    assert tiny_adapter.is_file()
-"""
-
-
 def test_an_author_has_them_as_fixtures(tmp_path: Path) -> None:
-    (tmp_path / "test_mine.py").write_text(AUTHOR)
+    """The test file on the page of the door passes as it stands there."""
+    page = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if "pytest_plugins" in block]
+    (tmp_path / "test_mine.py").write_text(block)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
-    done: Any = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr

@@ -30,6 +30,7 @@ CALLED_BY = {
     "sampler": "--sampler",
     "export": "--to",
     "observe": "--observer",
+    "evaluator": "--evaluator",
 }
 REST = {
     "model": '[model]\ntorch_path = "base"\n',
