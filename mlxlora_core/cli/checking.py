@@ -14,6 +14,7 @@ from typing import Any
 
 from mlxlora_core.cli import show
 from mlxlora_core.errors import PluginError
+from mlxlora_core.files import durable
 from mlxlora_core.machine.children import safe_environment, safe_python
 from mlxlora_core.plugins import ALLOW_LIST, GROUP
 from mlxlora_core.plugins.targets import PROJECT, Target
@@ -59,7 +60,7 @@ def _findings(targets: Sequence[Target], folder: Path) -> Iterator[Finding]:
     plugins = [{"name": t.name, "distribution": t.distribution, "value": t.value} for t in targets]
     tests = list(dict.fromkeys(str(t.tests) for t in targets if t.tests is not None))
     settings = str(_settings(targets, folder))
-    job.write_text(json.dumps({"plugins": plugins, "tests": tests, "settings": settings, "out": writer}))
+    durable.write_json(job, {"plugins": plugins, "tests": tests, "settings": settings, "out": writer})
     command = safe_python("-m", "mlxlora_core.testing.check", str(job))
     with (folder / "stderr").open("w+b") as stderr, show.Bar() as bar:
         process = subprocess.Popen(
@@ -96,7 +97,7 @@ def _settings(targets: Sequence[Target], folder: Path) -> Path:
     only = folders.pop() if len(folders) == 1 else None
     if only is not None and (only / PROJECT).is_file():
         return only / PROJECT
-    (folder / "pytest.ini").write_text("[pytest]\n")
+    durable.write_text(folder / "pytest.ini", "[pytest]\n")
     return folder / "pytest.ini"
 
 
@@ -119,10 +120,9 @@ def _installed_in(folder: Path, target: Target) -> str:
     """A folder that says of a target what pip would when it has installed it."""
     info = folder / f"{target.distribution.replace('-', '_')}-{target.version}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {target.distribution}\nVersion: {target.version}\n", encoding="utf-8"
-    )
-    (info / "entry_points.txt").write_text(f"[{GROUP}]\n{target.name} = {target.value}\n", encoding="utf-8")
+    told = f"Metadata-Version: 2.1\nName: {target.distribution}\nVersion: {target.version}\n"
+    durable.write_text(info / "METADATA", told)
+    durable.write_text(info / "entry_points.txt", f"[{GROUP}]\n{target.name} = {target.value}\n")
     return str(folder)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from mlxlora_core.cli import show
+from mlxlora_core.cli import declare, show
 from mlxlora_core.cli.checking import Checked, check
 from mlxlora_core.cli.groups import CONTEXT
 from mlxlora_core.cli.session import DEBUG_OPTION, JSON_OPTION, Verb
@@ -20,7 +20,7 @@ from mlxlora_core.plugins.targets import find_targets
 
 
 @click.command("check", cls=Verb, context_settings=CONTEXT)
-@click.argument("targets", nargs=-1, metavar="[NAME|PATH]...")
+@click.argument("targets", nargs=-1, type=declare.NAME_OR_PATH, metavar="[NAME|PATH]...")
 @JSON_OPTION
 @DEBUG_OPTION
 def command(targets: Sequence[str], as_json: bool) -> None:

@@ -62,6 +62,19 @@ def group() -> None:
     """
 
 
+def commands() -> dict[str, click.Command]:
+    """Every verb, and those below one as ``VERB NAME``, in the order of the listings."""
+    found: dict[str, click.Command] = {}
+    for verb in VERBS:
+        command = group.get_command(click.Context(group), verb)
+        assert command is not None
+        found[verb] = command
+        if isinstance(command, LazyGroup):
+            below = {name: command.get_command(click.Context(command), name) for name in command.summaries}
+            found |= {f"{verb} {name}": one for name, one in below.items() if one is not None}
+    return found
+
+
 def execute(arguments: list[str]) -> int:
     """The exit code of a command line; every failure is one line on stderr.
 

@@ -15,6 +15,7 @@ from mlxlora_core.errors import UsageError, listing, nearest
 from mlxlora_core.files.documents import parse_toml
 from mlxlora_core.files.input_file import read_whole
 from mlxlora_core.plugins.discovery import GROUP, discover
+from mlxlora_core.plugins.plugin import Plugin
 
 PROJECT = "pyproject.toml"
 _TESTS, _SOURCES = "tests", ("", "src")
@@ -69,10 +70,7 @@ def find_targets(text: str) -> list[Target]:
             f"no plugin '{text}' ({nearest(text, names)}there is {listing(names, 30)}), and no such folder",
             fix="name a plugin of mlxlora plugins, a folder with a pyproject.toml, or a file .py",
         )
-    return [
-        Target(p.name, p.distribution, p.version, p.value, folder=_edited_folder(p.distribution))
-        for p in found
-    ]
+    return [Target(p.name, p.distribution, p.version, p.value, folder=_edited_folder(p)) for p in found]
 
 
 def _of_file(path: Path) -> Target:
@@ -120,10 +118,14 @@ def _root(folder: Path, entry: str, value: str) -> Path:
     )
 
 
-def _edited_folder(distribution: str) -> Path | None:
-    """The folder that a distribution was installed from by ``pip install -e``, where it was."""
+def _edited_folder(plugin: Plugin) -> Path | None:
+    """The folder of a plugin of somebody else that was installed by ``pip install -e``."""
+    if plugin.origin == "built-in":
+        return None
     with suppress(importlib.metadata.PackageNotFoundError, ValueError, TypeError):
-        said = json.loads(importlib.metadata.distribution(distribution).read_text("direct_url.json") or "{}")
+        said = json.loads(
+            importlib.metadata.distribution(plugin.distribution).read_text("direct_url.json") or "{}"
+        )
         url = urlsplit(said.get("url", ""))
         if said.get("dir_info", {}).get("editable") and url.scheme == "file":
             return Path(url2pathname(url.path))

@@ -48,7 +48,18 @@ def main(job: Path) -> int:
     from mlxlora_core.testing.findings import Findings
 
     prepare_device()
-    quiet = ("-c", given["settings"], "-p", "no:cacheprovider", "-o", "addopts=", "-W", "ignore")
+    quiet = (
+        "-c",
+        given["settings"],
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-o",
+        "addopts=",
+        "-W",
+        "ignore",
+    )
     files = (str(checked.__file__), *given["tests"])
     code = pytest.main([*quiet, *files], plugins=[Findings(components, tell)])
     return 0 if code in (0, 1, 2, 5) else int(code)

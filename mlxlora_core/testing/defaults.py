@@ -23,7 +23,9 @@ from mlxlora_core.model.adapters import own, trainable
 from mlxlora_core.model.linears import parameters
 from mlxlora_core.options import Option, explain, parse
 from mlxlora_core.plugins import Component
+from mlxlora_core.plugins import load as load_plugins
 from mlxlora_core.testing import fixtures
+from mlxlora_core.testing.exporter import ADAPTED, CONFIG, SHAPES
 from mlxlora_core.values import Place
 
 #: kind -> the suite that its components are tried by
@@ -188,13 +190,7 @@ def _architecture(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         built.eval()
         return built
 
-    def missing(name: str) -> property:
-        def get(self: Any) -> Any:
-            raise NotImplementedError(name)
-
-        return property(get)
-
-    return {"model": model} | {name: missing(name) for name in ("raw", "checkpoint", "sizes")}
+    return {"model": model} | {name: _missing(name) for name in ("raw", "checkpoint", "sizes", "smooth")}
 
 
 def _random(model: nn.Module, draw: np.random.Generator) -> Any:
@@ -207,10 +203,41 @@ def _random(model: nn.Module, draw: np.random.Generator) -> Any:
     return tree_unflatten(found)
 
 
+def _exporter(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A small Llama as the layout spells it that the exporter asks for."""
+    if not spec.layout:
+        return {}
+    family = load_plugins().find("architecture", "llama:llama").spec
+    layout = family.layouts.get(spec.layout)
+    if layout is None or layout.write is None:
+        return {"config": _missing("config")}
+    args = parse(family.args, {**CONFIG, "max_seq_len": 64}, owner=spec.name)
+    table = {entry.name: entry for entry in layout.table(args)}
+    adapted = table[f"{ADAPTED}.weight"]
+    return {
+        "config": dict(layout.write(args)),
+        "shapes": {table[name].foreign: shape for name, shape in SHAPES.items()},
+        "foreign": adapted.foreign,
+        "rows": adapted.rows,
+        "packed": (adapted.foreign,),
+        "tokenizer": {name: text.encode() for name, text in fixtures.tokenizer_files().items()},
+    }
+
+
+def _missing(name: str) -> property:
+    """An attribute that nobody can guess."""
+
+    def get(self: Any) -> Any:
+        raise NotImplementedError(name)
+
+    return property(get)
+
+
 _GUESSES: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
     "adapter": _adapter,
     "quantizer": _quantizer,
     "builder": _builder,
     "tokenizer": _tokenizer,
     "architecture": _architecture,
+    "exporter": _exporter,
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlxlora_core.errors import short
+from mlxlora_core.errors import UsageError, short
 from mlxlora_core.plugins import KINDS, Component
 from mlxlora_core.testing import checked
 from mlxlora_core.testing.defaults import guessed_suite, suite_of
@@ -86,20 +86,18 @@ class Findings:
             assert component is not None
             told = {"component": component.id, "kind": component.kind, "tried": _tried(item)}
             told |= {"test": item.name, "suite": "guessed" if _is_guessed(item) else "the author's"}
-            self._tell(told | self._ending(report, call))
+            needs = getattr(component.spec, "needs", {})
+            self._tell(told | (_left_out(call, needs, _is_guessed(item)) or self._ending(call)))
         return report
 
-    def _ending(self, report: pytest.TestReport, call: pytest.CallInfo[None]) -> dict[str, str]:
-        """The outcome of a test, with what was got and wanted of one that has failed."""
+    def _ending(self, call: pytest.CallInfo[None]) -> dict[str, str]:
+        """The result of a test, with what was got and wanted of one that has failed."""
         if call.excinfo is None:
             return {"result": "passed"}
         fault = call.excinfo.value
         if isinstance(fault, pytest.skip.Exception):
             return {"result": "does not apply", "why": str(fault)}
         last = call.excinfo.traceback[-1]
-        if isinstance(fault, NotImplementedError) and str(last.path).startswith(_HERE):
-            name = str(fault) or last.name
-            return {"result": "left out", "why": f"only a suite of your own can say: {name}"}
         got = short(f"{type(fault).__name__}: {fault}", _LETTERS)
         if isinstance(fault, AssertionError):
             text = str(fault).splitlines() or ["an assertion fails"]
@@ -108,6 +106,27 @@ class Findings:
                 return {"result": "failed", "got": self._compared[0], "want": self._compared[1]}
         place = f"{Path(last.path).name}:{last.lineno + 1}"
         return {"result": "failed", "got": got, "where": place}
+
+
+def _left_out(call: pytest.CallInfo[None], needs: Mapping[str, str], guessed: bool) -> dict[str, str] | None:
+    """Why a test could not be tried, where that is so: the author has said too little, or a library is absent.
+
+    Args:
+        call: of the test.
+        needs: libraries that the component is installed without, and what pip is told.
+        guessed: whether the suite is not the author's.
+    """
+    if call.excinfo is None:
+        return None
+    fault, why = call.excinfo.value, ""
+    last = call.excinfo.traceback[-1]
+    if isinstance(fault, NotImplementedError) and str(last.path).startswith(_HERE):
+        why = f"only a suite of your own can say: {str(fault) or last.name}"
+    elif isinstance(fault, ImportError) and (fault.name or "").partition(".")[0] in needs:
+        why = f"it needs {fault.name}: pip install {needs[(fault.name or '').partition('.')[0]]}"
+    elif guessed and isinstance(fault, UsageError):  # it refuses options that are only a guess
+        why = f"only a suite of your own can say which options: {fault}"
+    return {"result": "left out", "why": why} if why else None
 
 
 def _is_guessed(item: pytest.Item) -> bool:
