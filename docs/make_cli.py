@@ -25,6 +25,7 @@ Made by `python docs/make_cli.py`; change the commands, not this page.
 stdout holds the result, stderr the progress and the errors. With `--json`, where a verb has it, stdout is
 one JSON document. A component is named by its name or by its full id `PLUGIN:NAME`
 ([plugins](plugins.md#names)). `--set` is explained in [recipes](kinds/recipes.md#the-command-line).
+Plugins may bring verbs of their own ([commands](kinds/commands.md)).
 
 ## Exit codes
 

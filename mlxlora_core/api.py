@@ -27,7 +27,7 @@ from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.options import NoOptions, option, parse
 from mlxlora_core.plugins.progress import report_note, report_progress
 from mlxlora_core.runtime_started import LayerOperations, RuntimeStarted
-from mlxlora_core.series import Series, figures, flat_settings
+from mlxlora_core.series import RunInfo, Series, Watcher, figures, flat_settings
 from mlxlora_core.specs import (
     Adapter,
     AdapterLoader,
@@ -61,12 +61,10 @@ from mlxlora_core.values import (
     Place,
     Row,
     Rows,
-    RunInfo,
     Skipped,
     Tokenizer,
     TokenizerFiles,
     Transform,
-    Watcher,
 )
 
 __all__ = [

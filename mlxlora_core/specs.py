@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.options import NoOptions
 from mlxlora_core.runtime_started import RuntimeStarted
+from mlxlora_core.series import RunInfo, Watcher
 from mlxlora_core.values import (
     Answer,
     ExportSource,
@@ -28,11 +29,9 @@ from mlxlora_core.values import (
     PackedProduct,
     Place,
     Rows,
-    RunInfo,
     Tokenizer,
     TokenizerFiles,
     Transform,
-    Watcher,
 )
 
 if TYPE_CHECKING:

@@ -383,30 +383,3 @@ class Answer:
     text: str
     ended: bool
     row: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """A training that begins.
-
-    Attributes:
-        folder: where a file of the observer's own goes.
-        name: of the recipe, or of the adapter file.
-        config: every setting, section by section, as plain values.
-        stem: what a file of the observer's own is called, without an ending.
-    """
-
-    folder: Path
-    name: str
-    config: Mapping[str, Any]
-    stem: str = "metrics"
-
-
-class Watcher(Protocol):
-    """What an observer starts: it is told of one run."""
-
-    def event(self, event: Mapping[str, Any]) -> None:
-        """Something has happened: a mapping of plain values with ``kind``."""
-
-    def end(self, how: str) -> None:
-        """The run has ended: ``done``, ``interrupted`` or ``failed: ...``. Called once, at last."""

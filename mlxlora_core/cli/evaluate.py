@@ -100,7 +100,7 @@ def command(
     base, said = load_adapted(model, asked, registry, quantization)
     result = measure(base, read_test(base, rows, batches), batches, config, quiet=as_json)
     if scoring is not None:
-        result["scores"] = scoring.scores(base, quiet=as_json)
+        result |= scoring.scores(base, quiet=as_json)
     show.progress(said)
     if as_json:
         show.as_json({"adapter_file": asked and str(asked.path), **result})
@@ -155,7 +155,7 @@ class _Scoring:
         self.rows = tuple(found)
 
     def scores(self, model: Model, *, quiet: bool) -> dict[str, Any]:
-        """evaluator -> its mean score, and of how many rows; printed unless ``quiet``."""
+        """The mean score of each evaluator, printed unless ``quiet``, and the answers with theirs."""
         work = scoring(
             "answering test rows",
             model,
@@ -170,7 +170,19 @@ class _Scoring:
             show.progress(text)
         names = labels([evaluator.component for evaluator in self.evaluators])
         count = f"{scored.rows} test row{'s'[: scored.rows - 1]}"
-        for name, mean in zip(names, scored.means, strict=True):
-            if not quiet:
-                show.result(f"{name} {mean:.4f} on {count}")
-        return {name: {"score": m, "rows": scored.rows} for name, m in zip(names, scored.means, strict=True)}
+        means = dict(zip(names, scored.means, strict=True))
+        for name, mean in () if quiet else means.items():
+            show.result(f"{name} {mean:.4f} on {count}")
+        return {
+            "scores": {name: {"score": mean, "rows": scored.rows} for name, mean in means.items()},
+            "answers": [
+                {
+                    "prompt": answer.prompt,
+                    "expected": answer.expected,
+                    "text": answer.text,
+                    "ended": answer.ended,
+                    "scores": dict(zip(names, each, strict=True)),
+                }
+                for answer, each in scored.answers
+            ],
+        }

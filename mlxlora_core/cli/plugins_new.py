@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import keyword
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,16 +53,13 @@ _PREFIX = "mlxlora-"
 def command(kind: str, name: str, folder: Path | None) -> None:
     """Write a distribution with a plugin that works, to begin your own with.
 
-    KIND is one of those that `mlxlora components` lists, and of loader, adapter-loader,
-    evaluator and command where there is none yet. NAME is that of the component; the
-    distribution is called mlxlora-NAME.
+    KIND is one of loader, tokenizer, architecture, adapter, adapter-loader, quantizer,
+    builder, sampler, exporter, observer, evaluator, command, runtime and recipe. NAME is
+    that of the component; the distribution is called mlxlora-NAME.
     """
     name = name.removeprefix(_PREFIX)
     if not _NAME.fullmatch(name) or name == "none":
         raise UsageError(f"name {name!r}: wanted lower case letters, digits and hyphens", where="NAME")
-    module = _module(name)
-    if keyword.iskeyword(module):
-        raise UsageError(f"{module} is a word of Python", where="NAME")
     target = folder if folder is not None else Path(f"{_PREFIX}{name}")
     files = dict(distribution(kind, name))
     with durable.new_folder(target) as made:
@@ -71,7 +68,7 @@ def command(kind: str, name: str, folder: Path | None) -> None:
             durable.write_text(made / path, text)
     for path in sorted(files):
         show.result(target / path)
-    show.progress(f"try it: mlxlora plugins check {target}")
+    show.progress(f"try it: mlxlora plugins check {shlex.quote(str(target))}")
 
 
 def distribution(kind: str, name: str) -> Iterator[tuple[str, str]]:

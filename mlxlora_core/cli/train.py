@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ from mlxlora_core.runs.recipe import (
 from mlxlora_core.runs.report import length_counts
 from mlxlora_core.runs.samplers import check_samplers
 from mlxlora_core.runs.training_record import TrainingRecord, open_folder
+from mlxlora_core.series import RunInfo
 from mlxlora_core.training.checkpoints import Start, check_plugins, find, find_for
 from mlxlora_core.training.events import TrainEvent, TrainResult
 from mlxlora_core.training.outputs import (
@@ -60,7 +62,6 @@ from mlxlora_core.training.settings import (
     TrainConfig,
 )
 from mlxlora_core.training.sources import SplitRows, read_data
-from mlxlora_core.values import RunInfo
 
 if TYPE_CHECKING:
     from mlxlora_core.model.adapters import AdapterFile
@@ -189,7 +190,7 @@ def command(
     record = TrainingRecord(folder, facts, _settings(asked, place.name, data, seed), lengths)
     events = record.keep(session.start(asked.how, found))
     info = _info(adapter_file, place.name, data, asked)
-    trained = _follow(observed(events, asked.observers, info, event_values))
+    trained = _follow(_watched(events, info, base, asked))
     of_best = f", of step {trained.adapter_step}, the best" if asked.train.patience is not None else ""
     show.progress(f"{adapter_file} written{of_best}; {checkpoints / REPORT} shows the training")
     after = _after(base, held_out, prompt, asked, seed, quiet=as_json)
@@ -318,6 +319,15 @@ def _info(adapter_file: Path, model: str, data: Path, asked: _Asked) -> RunInfo:
         "checkpoints": plain(asked.save),
     }
     return RunInfo(adapter_file.parent, adapter_file.stem, settings, stem=adapter_file.stem)
+
+
+def _watched(
+    events: Iterator[TrainEvent], info: RunInfo, base: Model, asked: _Asked
+) -> Iterator[TrainEvent | ObserverFailed]:
+    """What a training tells, told to its observers too, none of whom takes its room on the disk."""
+    from mlxlora_core.training.written import written_bytes
+
+    return observed(events, asked.observers, info, event_values, partial(written_bytes, base, asked.save))
 
 
 def _follow(events: Iterator[TrainEvent | ObserverFailed]) -> TrainResult:

@@ -82,6 +82,12 @@ class Context:
             self.adapted = adapters.load(self.path / ADAPTER, model, self.registry)
         return model
 
+    def written_bytes(self) -> int:
+        """How many bytes the training writes at most, once its adapter is on the base."""
+        from mlxlora_core.training.written import written_bytes
+
+        return written_bytes(self._model, self.recipe.checkpoints) if self._model is not None else 0
+
     def rows_file(self, split: str) -> Path:
         """Where the rows of a split are, or those that stand in no split."""
         general = self.recipe.evaluate.general_rows

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from mlxlora_core.errors import MlxloraError
 from mlxlora_core.files.documents import finite
+from mlxlora_core.files.room import Room
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component
@@ -31,8 +32,15 @@ from mlxlora_core.runs.watching import (
     Worker,
     wait_for_all,
 )
-from mlxlora_core.training.events import Advanced, SpikeReport, TrainReport, ValidReport, report_line
-from mlxlora_core.values import RunInfo
+from mlxlora_core.series import RunInfo
+from mlxlora_core.training.events import (
+    Advanced,
+    SpikeReport,
+    TrainingStarted,
+    TrainReport,
+    ValidReport,
+    report_line,
+)
 
 T = TypeVar("T")
 
@@ -51,6 +59,7 @@ def observed(
     observers: Sequence[Choice],
     info: RunInfo,
     values: Callable[[T], Mapping[str, Any] | None],
+    written_bytes: Callable[[], int] = lambda: 0,
 ) -> Iterator[T | ObserverFailed]:
     """The events as they come, each told to the observers before it is passed on.
 
@@ -59,14 +68,18 @@ def observed(
         observers: each with its options.
         info: what each is started with.
         values: an event in plain values with a ``kind``, or None for one that is not told.
+        written_bytes: what a training writes, asked for when it starts: so much room is held for it.
 
     Raises:
         BaseException: what ``events`` raises; the observers are told that first.
     """
-    watchers = _Watchers()
+    room = Room()
+    watchers = _Watchers(room)
     yield from watchers.start(observers, info)
     try:
         for event in events:
+            if observers and isinstance(event, TrainingStarted):
+                room.hold(info.folder, written_bytes())
             told = values(event)
             if told is not None:
                 yield from watchers.tell(told)
@@ -77,6 +90,8 @@ def observed(
     except BaseException as fault:
         yield from watchers.end(how_ended(fault))
         raise
+    finally:
+        room.release()
     yield from watchers.end(DONE)
 
 
@@ -97,15 +112,16 @@ def event_values(event: object) -> dict[str, Any] | None:
 class _Watchers:
     """The observers that have not failed."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: Room) -> None:
         self._active: list[Worker] = []
+        self._room = room
 
     def start(self, observers: Iterable[Choice], info: RunInfo) -> Iterator[ObserverFailed]:
         """Start each, and wait a moment for it."""
         for choice in observers:
             with _apart(choice.component, START):
                 try:
-                    worker = Worker(choice, info)
+                    worker = Worker(choice, info, self._room)
                 except RuntimeError as fault:  # no thread can be had
                     yield _failed(choice.component.id, START, fault)
                     continue
@@ -125,6 +141,7 @@ class _Watchers:
             if behind >= MOST_EVENTS:
                 self._active.remove(worker)
                 yield _left_out(worker, f"is {behind} events behind")
+        self._room.release_where_full()
         yield from self._faults()
 
     def end(self, how: str) -> Iterator[ObserverFailed]:

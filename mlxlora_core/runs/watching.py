@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mlxlora_core.files.room import Room, is_full
 from mlxlora_core.plugins import Choice, Component
 from mlxlora_core.plugins.checks import other_arguments
-from mlxlora_core.values import RunInfo, Watcher
+from mlxlora_core.series import RunInfo, Watcher
 
 START_SECONDS = 2.0  # so long the start of an observer is waited for
 EVENT_SECONDS = 0.05  # so long it is waited for at an event, where it is not behind already
@@ -29,13 +30,18 @@ START, EVENT, END = "start", "event", "end"
 class Worker:
     """One observer and its thread.
 
+    Args:
+        choice: the observer with its options.
+        info: what it is started with.
+        room: held on the disk, and let go where the observer finds none.
+
     Attributes:
         component: the observer.
         fault: what it did wrong and in which of its functions, once it has; it is told nothing more.
     """
 
-    def __init__(self, choice: Choice, info: RunInfo) -> None:
-        self.component = choice.component
+    def __init__(self, choice: Choice, info: RunInfo, room: Room) -> None:
+        self.component, self._room = choice.component, room
         self.fault: tuple[str, BaseException] | None = None
         self._watcher: Watcher | None = None
         self._told = threading.Condition()  # guards what follows
@@ -90,6 +96,8 @@ class Worker:
                 call()
             except BaseException as raised:  # a signal comes to the main thread alone
                 fault = what, raised
+                if is_full(raised):
+                    self._room.release()  # at once: the training may be writing now
             with self._told:
                 self.fault = fault
                 self._open -= 1

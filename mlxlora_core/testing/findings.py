@@ -12,7 +12,6 @@ import pytest
 from mlxlora_core.errors import UsageError, short
 from mlxlora_core.plugins import KINDS, Component
 from mlxlora_core.testing import checked
-from mlxlora_core.testing.defaults import guessed_suite, suite_of
 
 Tell = Callable[[Mapping[str, Any]], None]
 
@@ -34,10 +33,18 @@ class Findings:
         self._components, self._tell = {(c.kind, c.spec.name): c for c in components}, tell
         self._compared: tuple[str, str] | None = None
         self._count = self._done = 0
-        for number, component in enumerate(self._components.values()):
-            setattr(checked, f"Test{number}", guessed_suite(component))
+        self._suites: dict[str, type[Any]] = {}
 
     # --- which tests there are ---
+
+    def pytest_configure(self) -> None:
+        """Make the suites: not before pytest is there, so that their assertions explain themselves."""
+        pytest.register_assert_rewrite(checked.__package__)
+        from mlxlora_core.testing import defaults
+
+        for number, component in enumerate(self._components.values()):
+            self._suites[component.kind] = defaults.suite_of(component.kind)
+            setattr(checked, f"Test{number}", defaults.guessed_suite(component))
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -53,7 +60,7 @@ class Findings:
         spec = getattr(cls, "spec", None)
         for (kind, name), component in self._components.items():
             if name == getattr(spec, "name", None) and isinstance(spec, KINDS[kind][1]):
-                return component if issubclass(cls, suite_of(kind)) else None
+                return component if issubclass(cls, self._suites[kind]) else None
         return None
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -98,18 +105,17 @@ class Findings:
         if isinstance(fault, pytest.skip.Exception):
             return {"result": "does not apply", "why": str(fault)}
         last = call.excinfo.traceback[-1]
-        got = short(f"{type(fault).__name__}: {fault}", _LETTERS)
-        if isinstance(fault, AssertionError):
-            text = str(fault).splitlines() or ["an assertion fails"]
-            got = short(text[0], _LETTERS)
-            if self._compared is not None and text[0].startswith("assert "):
-                return {"result": "failed", "got": self._compared[0], "want": self._compared[1]}
-        place = f"{Path(last.path).name}:{last.lineno + 1}"
-        return {"result": "failed", "got": got, "where": place}
+        told = {"result": "failed", "where": f"{Path(last.path).name}:{last.lineno + 1}"}
+        if not isinstance(fault, AssertionError):
+            return told | {"got": short(f"{type(fault).__name__}: {fault}", _LETTERS)}
+        text = (str(fault).splitlines() or ["an assertion fails"])[0]
+        if self._compared is not None and text.startswith("assert "):
+            return told | {"got": self._compared[0], "want": self._compared[1]}
+        return told | {"got": short(text, _LETTERS)}
 
 
 def _left_out(call: pytest.CallInfo[None], needs: Mapping[str, str], guessed: bool) -> dict[str, str] | None:
-    """Why a test could not be tried, where that is so: the author has said too little, or a library is absent.
+    """Why a test could not be tried, where that is so: the author says too little, or a library is absent.
 
     Args:
         call: of the test.
@@ -118,12 +124,12 @@ def _left_out(call: pytest.CallInfo[None], needs: Mapping[str, str], guessed: bo
     """
     if call.excinfo is None:
         return None
-    fault, why = call.excinfo.value, ""
-    last = call.excinfo.traceback[-1]
+    fault, last, why = call.excinfo.value, call.excinfo.traceback[-1], ""
+    library = (fault.name or "").partition(".")[0] if isinstance(fault, ImportError) else ""
     if isinstance(fault, NotImplementedError) and str(last.path).startswith(_HERE):
         why = f"only a suite of your own can say: {str(fault) or last.name}"
-    elif isinstance(fault, ImportError) and (fault.name or "").partition(".")[0] in needs:
-        why = f"it needs {fault.name}: pip install {needs[(fault.name or '').partition('.')[0]]}"
+    elif library in needs:
+        why = f"it needs {library}: pip install {needs[library]}"
     elif guessed and isinstance(fault, UsageError):  # it refuses options that are only a guess
         why = f"only a suite of your own can say which options: {fault}"
     return {"result": "left out", "why": why} if why else None

@@ -28,7 +28,7 @@ class Question:
 
     Attributes:
         ids: that the model is asked with.
-        prompt: the same in words, as :class:`~mlxlora_core.values.Answer` has it.
+        prompt: the same in words, as :class:`~mlxlora_core.api.Answer` has it.
         expected: as there.
         row: as there.
     """
@@ -44,14 +44,23 @@ class Scored:
     """What came of it.
 
     Attributes:
-        means: of each evaluator, in their order: the mean of its scores over the rows.
-        rows: how many were scored.
-        too_long: how many more there were whose prompt does not fit into the context of the model.
+        answers: to the rows, each with the score that each evaluator has given it, in their order.
+        too_long: how many more rows there were whose prompt does not fit into the context of the model.
     """
 
-    means: tuple[float, ...]
-    rows: int
-    too_long: int
+    answers: tuple[tuple[Answer, tuple[float, ...]], ...]
+    too_long: int = 0
+
+    @property
+    def rows(self) -> int:
+        """How many were scored."""
+        return len(self.answers)
+
+    @property
+    def means(self) -> tuple[float, ...]:
+        """Of each evaluator: the mean of its scores over the rows."""
+        columns = zip(*(scores for _, scores in self.answers), strict=True)
+        return tuple(math.fsum(column) / self.rows for column in columns)
 
 
 def asking(rows: SplitRows, config: ScoreConfig) -> tuple[list[tuple[str, Mapping[str, Any]]], list[str]]:
@@ -112,7 +121,7 @@ def scoring(
     """
     from mlxlora_core.model.generate import PromptTooLong
 
-    scores: list[list[float]] = []
+    answers: list[tuple[Answer, tuple[float, ...]]] = []
     too_long = 0
     for done, (place, row) in enumerate(rows, start=1):
         question = question_of(row, model.tokenizer, place)
@@ -121,12 +130,11 @@ def scoring(
         except PromptTooLong:
             too_long += 1
         else:
-            scores.append([_score(evaluator, answer) for evaluator in evaluators])
+            answers.append((answer, tuple(_score(evaluator, answer) for evaluator in evaluators)))
         yield Advanced(what, done, len(rows))
-    if not scores:
+    if not answers:
         raise DataError(f"none of the {too_long} prompts of test rows fits into the context of the model")
-    means = tuple(math.fsum(column) / len(scores) for column in zip(*scores, strict=True))
-    return Scored(means, len(scores), too_long)
+    return Scored(tuple(answers), too_long)
 
 
 def question_of(row: Mapping[str, Any], tokenizer: Tokenizer, place: str) -> Question:

@@ -48,7 +48,9 @@ class ProgramOptions:
     program: str = option(
         "", help="command line without a shell: gets a line of JSON on stdin, prints a number from 0 to 1"
     )
-    seconds: float = option(10.0, help="time that it may take for an answer", unit="seconds", above=0)
+    seconds: float = option(
+        10.0, help="time that it may take for an answer", unit="seconds", above=0, maximum=86400
+    )
 
 
 def match(answer: Answer, options: MatchOptions) -> float:

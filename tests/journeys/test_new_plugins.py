@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mlxlora_core import cli
 from mlxlora_core.plugins import KINDS
 
 ALL = os.environ.get("MLXLORA_TEST_ALL", "") not in ("", "0")
@@ -55,9 +55,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a distribution of each kind, as the verb has written them."""
     folder = tmp_path_factory.mktemp("sources")
     for kind in KINDS:
-        command = [sys.executable, "-m", "mlxlora_core", "plugins", "new", kind, name_of(kind)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        target = folder / f"mlxlora-{name_of(kind)}"
+        assert cli.execute(["plugins", "new", kind, name_of(kind), "--folder", str(target)]) == 0
     return folder
 
 
@@ -72,7 +71,7 @@ def environment(sources: Path, make_environment: Callable[[str], Any]) -> Any:
 
 def checked(environment: Any, cwd: Path, *targets: object) -> tuple[int, dict[str, Any], str]:
     """Exit code, what is found, and stderr of checking some plugins."""
-    done = environment.forked("plugins", "check", "--json", *targets, cwd=cwd)
+    done = environment.mlxlora("plugins", "check", "--json", *targets, cwd=cwd)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, json.loads(done.stdout or "{}"), done.stderr
 
@@ -95,7 +94,7 @@ def test_there_is_a_fault_for_every_kind() -> None:
 
 
 def test_each_is_found(environment: Any, tmp_path: Path) -> None:
-    done = environment.forked("components", "--json", cwd=tmp_path)
+    done = environment.mlxlora("components", "--json", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     found = {(row["kind"], row["id"]) for row in json.loads(done.stdout)}
     assert {(kind, f"{name_of(kind)}:{name_of(kind)}") for kind in KINDS} <= found
@@ -152,3 +151,56 @@ def test_each_alone_installed_as_users_do(
     options = ("-q", "-p", "no:cacheprovider")
     tests = environment.run(environment.python, "-m", "pytest", *options, folder, cwd=tmp_path)
     assert tests.returncode == 0, tests.stdout
+
+
+# --- what plugins new says ----------------------------------------------------
+
+
+def ended(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str], list[str]]:
+    """Exit code and the lines of stdout and stderr."""
+    capfd.readouterr()
+    code = int(cli.execute(["plugins", "new", *words]))
+    out, err = capfd.readouterr()
+    return code, out.splitlines(), err.splitlines()
+
+
+def test_it_lists_what_it_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = ended(capfd, "sampler", "mlxlora-top-a")
+    assert (code, err) == (0, ["try it: mlxlora plugins check mlxlora-top-a"])
+    files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert out == files
+    assert "mlxlora-top-a/mlxlora_top_a/__init__.py" in files
+    assert "mlxlora-top-a/tests/test_mlxlora_top_a.py" in files
+    assert "mlxlora-top-a/.github/workflows/test.yml" in files
+    texts = [path.read_text("utf-8") for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any("PLUGIN_" in text for text in texts), "every word is filled in"
+
+
+def test_what_is_there_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ended(capfd, "adapter", "mine")[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, out, err = ended(capfd, "adapter", "mine")
+    assert (code, out) == (5, []) and "was left alone" in err[0]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["Top", "top_a", "-a", "a-", "none", "", "ä", "a b", "../a"])
+def test_a_name_that_a_component_cannot_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = ended(capfd, "sampler", "--", name)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_its_help_names_every_kind(capfd: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = ended(capfd, "--help")
+    words = set(re.findall(r"[\w-]+", " ".join(out)))
+    assert KINDS.keys() <= words

@@ -204,6 +204,7 @@ USERS = {
     "builder": ("data", "--builder", "data"),
     "exporter": ("export", "--to", "export"),
     "observer": ("train", "--observer", "observe"),
+    "evaluator": ("evaluate", "--evaluator", "evaluator"),
 }
 
 COMPONENT_OPTIONS = [
@@ -222,7 +223,7 @@ def test_components_with_numbers_are_found() -> None:
         ("builder", "jsonl", "write_batch_size"),
     }
     assert wanted <= set(COMPONENT_OPTIONS)
-    assert {"adapter", "quantizer", "sampler", "builder", "exporter", "observer"} <= KINDS.keys()
+    assert {"adapter", "quantizer", "sampler", "builder", "exporter", "observer", "evaluator"} <= KINDS.keys()
 
 
 @pytest.mark.parametrize(("kind", "name", "option"), COMPONENT_OPTIONS)

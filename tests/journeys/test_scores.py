@@ -81,7 +81,10 @@ def test_each_row_is_answered_as_generate_answers_it(bench: Path, capfd: Capfd) 
     assert [one["expected"] for one in told] == [row["completion"] for row in asked]
     assert [one["row"] for one in told] == asked
     wanted = sum(len(one["text"]) % 3 / 2 for one in told) / 3
-    assert json.loads(out)["scores"] == {"keep": {"score": pytest.approx(wanted), "rows": 3}}
+    result = json.loads(out)
+    assert result["scores"] == {"keep": {"score": pytest.approx(wanted), "rows": 3}}
+    scored = [{**one, "scores": {"keep": len(one["text"]) % 3 / 2}} for one in told]
+    assert [{**one, "row": row} for one, row in zip(result["answers"], asked, strict=True)] == scored
     for one in told:
         line = ("generate", "--model", bench / "model", "--no-adapter", "-n", 7, "--sampler", "greedy")
         assert cli.execute([*map(str, (*line, "-p", one["prompt"], "--json"))]) == 0

@@ -15,8 +15,7 @@ from mlxlora_core import plugins as registry
 from mlxlora_core.errors import PluginError, UsageError
 from mlxlora_core.options import parse
 from mlxlora_core.runs.recipe import choose_beside
-from mlxlora_core.series import Series, figures, flat_settings
-from mlxlora_core.values import RunInfo
+from mlxlora_core.series import RunInfo, Series, figures, flat_settings
 
 SETTINGS = {"train": {"iters": 40, "rate": 0.5, "packed": True, "patience": None}, "adapter": {"on": ["a"]}}
 FLAT = {"train.iters": 40, "train.rate": 0.5, "train.packed": True, "adapter.on": '["a"]'}

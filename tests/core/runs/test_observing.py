@@ -18,9 +18,9 @@ from mlxlora_core.plugins.surroundings import kept
 from mlxlora_core.runs import observing
 from mlxlora_core.runs.events import StageDone, StageStarted
 from mlxlora_core.runs.observing import ObserverFailed, event_values, observed
+from mlxlora_core.series import RunInfo
 from mlxlora_core.specs import NoOptions, Observer
 from mlxlora_core.training.events import Advanced, CheckpointSaved, Note, SpikeReport, TrainingStarted
-from mlxlora_core.values import RunInfo
 
 OWNER = Plugin("seen", "seen", "1", "installed", "seen")
 
@@ -309,16 +309,18 @@ def test_all_calls_come_in_one_thread() -> None:
 
 def test_stdout_is_as_it_was_after_one_that_was_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observing, "START_SECONDS", 0.01)
-    go, stdout = threading.Event(), sys.stdout
+    go, left, stdout = threading.Event(), threading.Event(), sys.stdout
 
     def start(run: RunInfo, options: Any) -> Any:
         with kept("the observer", look=False):  # as functions of plugins are called
             assert go.wait(60)
+        left.set()
         return Recorder()
 
     events = run(observer("slow", start))
     assert next(events) == 0
     go.set()
+    assert left.wait(60) and sys.stdout is stdout
     assert list(events) == [1, 2, 3, 4] and sys.stdout is stdout
 
 
