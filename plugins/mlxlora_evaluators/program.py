@@ -39,17 +39,17 @@ def score(answer: Answer, options: ProgramOptions) -> float:
         )
     except OSError as fault:
         raise UsageError(f"the program {words[0]!r} cannot be started: {fault.strerror}") from fault
-    try:
-        out, err = process.communicate(line, options.seconds)
-    except subprocess.TimeoutExpired as fault:
-        raise UsageError(
-            f"the program {words[0]!r} took more than {options.seconds:g} s for an answer",
-            fix="--set evaluator.seconds=…",
-        ) from fault
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with process:
+        try:
+            out, err = process.communicate(line, options.seconds)
+        except subprocess.TimeoutExpired as fault:
+            raise UsageError(
+                f"the program {words[0]!r} took more than {options.seconds:g} s for an answer",
+                fix="--set evaluator.seconds=…",
+            ) from fault
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         last = (err.strip().splitlines() or ["without a word"])[-1]
         raise UsageError(f"the program {words[0]!r} ended with {process.returncode}: {last}")
