@@ -143,11 +143,19 @@ def check(step: Command, done: Any) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """The file for CI runs what the page says that it runs."""
+    """The file for CI runs what the page says that it runs; the page changes two lines of pyproject.toml."""
     (workflow,) = (folder / ".github" / "workflows").iterdir()
     text = workflow.read_text("utf-8")
     for words in ("push", "ubuntu", "macos", "mlxlora plugins check", "python -m pytest"):
         assert words in text
+    (page,) = [
+        step.text
+        for step in steps(PAGE.read_text("utf-8"))
+        if isinstance(step, File) and step.name == "pyproject.toml"
+    ]
+    written = (folder / "pyproject.toml").read_text("utf-8").splitlines()
+    changed = [line.split(" = ")[0] for line in page.splitlines() if line not in written]
+    assert changed == ["description", "license"] and len(page.splitlines()) == len(written) + 1
 
 
 def check_published(index: loopback_index.Index, folder: Path) -> None:
