@@ -15,7 +15,7 @@ from warm import Warm
 from mlxlora_core import plugins
 from mlxlora_core.cli.plugin_page import MARK, find_plugin, page
 from mlxlora_core.cli.verbs import group
-from mlxlora_core.options import explain
+from mlxlora_core.options import convert, explain
 from mlxlora_core.plugins import KINDS
 from mlxlora_core.plugins.sections import config_of
 from mlxlora_core.runs.recipe import CHOICES, check_sections, overrides
@@ -92,6 +92,13 @@ def test_the_page_of_every_built_in_plugin(
         assert [row[0] for row in own[2:]] == [f"`{option.name}`" for option in known]
         for option, row in zip(known, own[2:], strict=True):
             assert row[1] == option.type_name and row[3] == option.allowed and row[4].startswith(option.help)
+            if row[2] == "empty":
+                assert option.default in ("", ())
+            elif row[2] not in ("required", "none"):
+                assert convert(row[2].strip("`"), option.type) == option.default
+            assert (row[2] == "required") == option.required and (row[2] == "none") == (
+                option.default is None
+            )
         for option in explain(config_of(component.kind)):
             assert f"`{option.name}`" in [row[0] for row in table]
 
