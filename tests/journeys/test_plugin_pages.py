@@ -209,3 +209,14 @@ def test_what_has_no_page_is_one_line(name: str, line: str, warm: Warm, tmp_path
     assert done.returncode == 8
     assert done.stderr.startswith(f"mlxlora: {line}") and len(done.stderr.splitlines()) == 1
     assert name != "csv" or "disabled" in done.stderr
+
+
+def test_a_command_that_cannot_be_made_is_one_line_that_names_it(warm: Warm, tmp_path: Path) -> None:
+    code = STRANGE.replace("command=lambda: greet", "command=lambda: print('noise') or 1 / 0")
+    (tmp_path / "strange.py").write_text(code)
+    words = ("plugins", "docs", "strange", "-P", "./strange.py", "--output", "page.md")
+    done = warm.run(*words, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (8, "")
+    noise, line = done.stderr.splitlines()
+    assert noise == "noise" and "in command of command 'greet': ZeroDivisionError" in line
+    assert not (tmp_path / "page.md").exists()
