@@ -49,22 +49,30 @@ class Index:
     def put_installed(self, requirement: str) -> None:
         """Add a wheel of what is installed here, and of all that it needs."""
         wanted = Requirement(requirement)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            return
-        if canonicalize_name(wanted.name) in self.files:
-            return
-        path = wheel_of_installed(wanted.name, self.folder)
-        self.put(path.name, path.read_bytes())
-        for needed in distribution(wanted.name).requires or ():
-            self.put_installed(needed)
+        if canonicalize_name(wanted.name) not in self.files:
+            path = wheel_of_installed(wanted.name, self.folder)
+            self.put(path.name, path.read_bytes())
+            self.put_needed(requirement)
+        elif wanted.extras:
+            self.put_needed(requirement)
+
+    def put_needed(self, requirement: str) -> None:
+        """Add all that something needs, with its extras, which is installed here."""
+        wanted = Requirement(requirement)
+        for text in distribution(wanted.name).requires or ():
+            marker = Requirement(text).marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in wanted.extras or {""}):
+                self.put_installed(text)
 
 
 def wheel_of_installed(name: str, folder: Path) -> Path:
-    """A wheel of an installed distribution in pure Python, made of the files that its record names."""
+    """A wheel of an installed distribution, made of the files of its record but its programs."""
     found = distribution(name)
-    wheel = f"{re.sub(r'[-_.]+', '_', found.name)}-{found.version}-py3-none-any.whl"
+    tags = re.findall(r"^Tag: (.*?)-(.*?)-(.*)$", found.read_text("WHEEL") or "", re.MULTILINE)
+    tag = "-".join(".".join(dict.fromkeys(parts)) for parts in zip(*tags, strict=True))
+    wheel = f"{re.sub(r'[-_.]+', '_', found.name)}-{found.version}-{tag}.whl"
     (info,) = {file.parts[0] for file in found.files or () if file.parts[0].endswith(".dist-info")}
-    with zipfile.ZipFile(folder / wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(folder / wheel, "w") as archive:
         record = ""
         for file in found.files or ():
             if ".." in file.parts or file.suffix == ".pyc" or file.name in _OF_INSTALLERS:

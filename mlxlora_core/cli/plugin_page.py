@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, metadata
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +99,12 @@ def _about(plugin: Plugin) -> Iterator[str]:
         name = one_line(Path(plugin.value).name)
         yield f"A plugin for mlxlora in one file: `-P ./{name}` adds it to a command."
         return
-    with suppress(PackageNotFoundError):
-        said = metadata(plugin.distribution)
-        if plugin.origin == "installed" and "Summary" in said:
-            yield one_line(said["Summary"])
     if plugin.origin == "built-in":
         yield "A plugin that comes with mlxlora."
         return
-    yield f"A plugin for mlxlora. To have it, version {one_line(plugin.version)}:"
+    said = metadata(plugin.distribution)
+    yield one_line(said["Summary"]) if "Summary" in said else "A plugin for mlxlora."
+    yield f"Version {one_line(plugin.version)} is installed by:"
     yield f"```console\n$ python -m pip install {one_line(plugin.distribution)}\n```"
 
 
@@ -145,8 +142,11 @@ def _use(component: Component, name: str, own: Sequence[Option]) -> Iterator[str
         yield "On the command line:"
         yield f"```console\n$ {' '.join([_CALLS[kind].format(name), *sets])}\n```"
     if kind == "architecture":
-        types = ", ".join(map(_code, component.spec.model_types))
+        types = _codes(component.spec.model_types)
         yield f"It builds every model whose `config.json` says `model_type` {types}."
+        for layout, spelt in component.spec.layouts.items():
+            called = _codes(spelt.model_types)
+            yield f"In the layout {_code(layout)}, it reads models that are called {called}."
     if kind in _BY_ITSELF:
         yield _BY_ITSELF[kind]
     if kind == "command":
@@ -230,6 +230,11 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
     cells = ([one_line(cell).replace("|", r"\|") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _codes(texts: Iterable[str]) -> str:
+    """Names as code, one after the other."""
+    return ", ".join(map(_code, texts))
 
 
 def _code(text: str) -> str:

@@ -44,19 +44,19 @@ from mlxlora_core.plugins.sections import configure
 from mlxlora_core.values import LazyTensor
 
 VOCAB_SIZE = 307  # V: tokens of the tiny tokenizer
-#: what an argument of an architecture is in a tiny model, by its name
+#: what an argument of an architecture is in a tiny model, by the names that people give it
 ARGS: Mapping[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "dim": 64,
-    "n_layers": 2,
+    **dict.fromkeys(("vocab_size", "vocabulary"), VOCAB_SIZE),
+    **dict.fromkeys(("dim", "width", "hidden_size"), 64),
+    **dict.fromkeys(("n_layers", "layers", "num_hidden_layers"), 2),
     "head_dim": 16,
-    "hidden_dim": 128,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "norm_eps": 1e-5,
+    **dict.fromkeys(("hidden_dim", "hidden", "intermediate_size"), 128),
+    **dict.fromkeys(("n_heads", "heads", "num_attention_heads"), 4),
+    **dict.fromkeys(("n_kv_heads", "kv_heads", "num_key_value_heads"), 2),
+    **dict.fromkeys(("norm_eps", "rms_norm_eps"), 1e-5),
     "rope_theta": 1e4,
     "query_pre_attn_scalar": 16.0,
-    "max_seq_len": 256,
+    **dict.fromkeys(("max_seq_len", "max_position_embeddings"), 256),
 }
 SPECIALS = ("<s>", "<|im_start|>", "<|im_end|>")  # ids 0 to 2; 0 begins a text, 2 ends one
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from mlxlora_core import cli
 from mlxlora_core.plugins import KINDS
+from mlxlora_core.testing import fixtures
 
 ALL = os.environ.get("MLXLORA_TEST_ALL", "") not in ("", "0")
 
@@ -151,6 +153,58 @@ def test_each_alone_installed_as_users_do(
     options = ("-q", "-p", "no:cacheprovider")
     tests = environment.run(environment.python, "-m", "pytest", *options, folder, cwd=tmp_path)
     assert tests.returncode == 0, tests.stdout
+
+
+# --- what else mlxlora makes of them -------------------------------------------
+
+
+def test_each_has_a_page_whose_recipe_is_read(environment: Any, tmp_path: Path) -> None:
+    rest = {
+        "model": '[model]\ntorch_path = "base"\n',
+        "data": '[data]\nuse = "jsonl"\noptions.path = "rows"\n',
+    }
+    fixtures.tiny_rows(tmp_path / "rows")
+    (tmp_path / "PATH").mkdir()  # what stands on a page for a path
+    (tmp_path / "PATH" / "a.txt").write_text("A paragraph.\n\nAnother one.\n")
+    shown = set()
+    for kind in KINDS:
+        done = environment.forked("plugins", "docs", name_of(kind), cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        assert f"\n## {kind} `{name_of(kind)}`\n" in done.stdout
+        assert f"$ python -m pip install mlxlora-{name_of(kind)}\n" in done.stdout
+        for block in re.findall(r"^```toml\n(.*?)^```$", done.stdout, re.MULTILINE | re.DOTALL):
+            (section,) = tomllib.loads(block)
+            more = [text for name, text in rest.items() if name != section]
+            (tmp_path / f"{kind}.toml").write_text("\n".join([block, *more]))
+            read = environment.forked("run", f"{kind}.toml", "--dry-run", cwd=tmp_path)
+            assert read.returncode == 0 and f"{name_of(kind)}:{name_of(kind)}" in read.stdout, read.stderr
+            shown.add(kind)
+    assert shown >= {
+        "loader",
+        "quantizer",
+        "builder",
+        "adapter",
+        "sampler",
+        "exporter",
+        "observer",
+        "evaluator",
+    }
+
+
+TINY = """
+from pathlib import Path
+from mlxlora_core.testing.fixtures import tiny_adapter, tiny_model
+tiny_adapter(Path("adapter"), tiny_model(Path("model"), "my-architecture"))
+"""
+
+
+def test_a_tiny_model_of_an_architecture_of_ones_own(environment: Any, tmp_path: Path) -> None:
+    made = environment.run(environment.python, "-c", TINY, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    adapter = ("--adapter-file", "adapter/adapters.safetensors")
+    words = ("generate", "--model", "model", *adapter, "-p", "What is", "-n", "3", "--json")
+    done = environment.forked(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 # --- what plugins new says ----------------------------------------------------

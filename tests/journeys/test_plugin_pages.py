@@ -15,7 +15,7 @@ from warm import Warm
 from mlxlora_core import plugins
 from mlxlora_core.cli.plugin_page import MARK, find_plugin, page
 from mlxlora_core.cli.verbs import group
-from mlxlora_core.options import explain
+from mlxlora_core.options import convert, explain
 from mlxlora_core.plugins import KINDS
 from mlxlora_core.plugins.sections import config_of
 from mlxlora_core.runs.recipe import CHOICES, check_sections, overrides
@@ -92,6 +92,13 @@ def test_the_page_of_every_built_in_plugin(
         assert [row[0] for row in own[2:]] == [f"`{option.name}`" for option in known]
         for option, row in zip(known, own[2:], strict=True):
             assert row[1] == option.type_name and row[3] == option.allowed and row[4].startswith(option.help)
+            if row[2] == "empty":
+                assert option.default in ("", ())
+            elif row[2] not in ("required", "none"):
+                assert convert(row[2].strip("`"), option.type) == option.default
+            assert (row[2] == "required") == option.required and (row[2] == "none") == (
+                option.default is None
+            )
         for option in explain(config_of(component.kind)):
             assert f"`{option.name}`" in [row[0] for row in table]
 
@@ -202,3 +209,14 @@ def test_what_has_no_page_is_one_line(name: str, line: str, warm: Warm, tmp_path
     assert done.returncode == 8
     assert done.stderr.startswith(f"mlxlora: {line}") and len(done.stderr.splitlines()) == 1
     assert name != "csv" or "disabled" in done.stderr
+
+
+def test_a_command_that_cannot_be_made_is_one_line_that_names_it(warm: Warm, tmp_path: Path) -> None:
+    code = STRANGE.replace("command=lambda: greet", "command=lambda: print('noise') or 1 / 0")
+    (tmp_path / "strange.py").write_text(code)
+    words = ("plugins", "docs", "strange", "-P", "./strange.py", "--output", "page.md")
+    done = warm.run(*words, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (8, "")
+    noise, line = done.stderr.splitlines()
+    assert noise == "noise" and "in command of command 'greet': ZeroDivisionError" in line
+    assert not (tmp_path / "page.md").exists()
