@@ -74,7 +74,7 @@ def commands(readme: Path) -> list[list[str]]:
     """The command lines of mlxlora in a README."""
     lines = readme.read_text("utf-8").splitlines()
     found = [shlex.split(line)[2:] for line in lines if line.startswith("$ mlxlora ")]
-    assert len(found) >= 2 and found[-1][0] == "run"
+    assert {"run", "plugins"} < {command[0] for command in found}
     return found
 
 
@@ -144,3 +144,17 @@ def test_queries_that_are_run(records: Mapping[str, Any], sources: Path) -> None
 def scores(record: Mapping[str, Any], stage: str) -> dict[str, float]:
     """evaluator -> mean score in a stage."""
     return {name: found["score"] for name, found in record["stages"][stage]["result"]["scores"].items()}
+
+
+def test_a_sampler_that_the_tokenizer_has_to_tell_of_refuses_before_a_training(
+    environment: Any, records: Mapping[str, Any], sources: Path, tmp_path: Path
+) -> None:
+    """It is built when the model is open, and no step is done."""
+    folder = sources / "json"
+    asked = ("--prompt", "Ada", "--sampler", "json", "--set", "sampler.fields=name:string")
+    files = ("--model", "DIR", "--data", "rows.jsonl", "--adapter-file", tmp_path / "adapter.safetensors")
+    done = environment.forked("train", *files, *asked, "--set", "sampler.within=5", cwd=folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    last = done.stderr.splitlines()[-1]
+    assert "sampler json: the shortest text takes 12 tokens, within is 5. Fix: set within=12" in last
+    assert "step" not in done.stderr and not (tmp_path / "adapter.safetensors").exists()
