@@ -128,6 +128,7 @@ class SamplerSuite:
         """
         row, tokens = self.logits(kind), _ids(history, self.logits(kind))
         free = self.change(values, [[0.0] * len(row)], tokens)[0] if self._asks() else np.zeros(len(row))
+        assert (free > -_INF).any(), "forbids every token where all may come"
         leaves = ((free > -_INF) & (np.array(row) > -_INF)).any()
         for count in (1, 3):
             logits = _float32([row] * count)
