@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from mlxlora_core.cli import declare
-from mlxlora_core.cli.verbs import VERBS, group
+from mlxlora_core.cli.verbs import commands
 from mlxlora_core.errors import ExitCode
 
 PAGE = Path(__file__).with_name("cli.md")
@@ -25,6 +25,7 @@ Made by `python docs/make_cli.py`; change the commands, not this page.
 stdout holds the result, stderr the progress and the errors. With `--json`, where a verb has it, stdout is
 one JSON document. A component is named by its name or by its full id `PLUGIN:NAME`
 ([plugins](plugins.md#names)). `--set` is explained in [recipes](kinds/recipes.md#the-command-line).
+Plugins may bring verbs of their own ([commands](kinds/commands.md)).
 
 ## Exit codes
 
@@ -104,13 +105,11 @@ _MEANINGS = {
 def text() -> str:
     """The whole page."""
     codes = "".join(f"- {int(code)}: {_MEANINGS[code]}\n" for code in ExitCode)
-    return HEAD + codes + TAIL + "".join(verb(name) for name in VERBS)
+    return HEAD + codes + TAIL + "".join(verb(name, command) for name, command in commands().items())
 
 
-def verb(name: str) -> str:
+def verb(name: str, command: click.Command) -> str:
     """The part about one verb: usage, what it does, and every option."""
-    command = group.get_command(click.Context(group), name)
-    assert command is not None
     ctx = click.Context(command, info_name=f"mlxlora {name}", **command.context_settings)
     usage = " ".join([ctx.command_path, *command.collect_usage_pieces(ctx)])
     lines = [f"\n## mlxlora {name}\n", f"```\n{usage}\n```\n", inspect.cleandoc(command.help or "") + "\n"]

@@ -27,12 +27,14 @@ from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.options import NoOptions, option, parse
 from mlxlora_core.plugins.progress import report_note, report_progress
 from mlxlora_core.runtime_started import LayerOperations, RuntimeStarted
-from mlxlora_core.series import Series, figures, flat_settings
+from mlxlora_core.series import RunInfo, Series, Watcher, figures, flat_settings
 from mlxlora_core.specs import (
     Adapter,
     AdapterLoader,
     Architecture,
+    Command,
     DatasetBuilder,
+    Evaluator,
     Exporter,
     Layout,
     Observer,
@@ -44,6 +46,7 @@ from mlxlora_core.specs import (
     WeightLoader,
 )
 from mlxlora_core.values import (
+    Answer,
     Cache,
     ExportAdapter,
     ExportSource,
@@ -58,21 +61,22 @@ from mlxlora_core.values import (
     Place,
     Row,
     Rows,
-    RunInfo,
     Skipped,
     Tokenizer,
     TokenizerFiles,
     Transform,
-    Watcher,
 )
 
 __all__ = [
     "Adapter",
     "AdapterLoader",
+    "Answer",
     "Architecture",
     "Cache",
+    "Command",
     "DataError",
     "DatasetBuilder",
+    "Evaluator",
     "ExportAdapter",
     "ExportSource",
     "Exporter",

@@ -15,7 +15,9 @@ from mlxlora_core.specs import (
     Adapter,
     AdapterLoader,
     Architecture,
+    Command,
     DatasetBuilder,
+    Evaluator,
     Exporter,
     Observer,
     Quantizer,
@@ -81,6 +83,16 @@ def mlxlora_exporters() -> Iterable[Exporter]:  # type: ignore[empty-body]  # a 
 @hookspec
 def mlxlora_observers() -> Iterable[Observer]:  # type: ignore[empty-body]  # a hook
     """Watchers of a training: told of its reports, stages and checkpoints as they happen."""
+
+
+@hookspec
+def mlxlora_evaluators() -> Iterable[Evaluator]:  # type: ignore[empty-body]  # a hook
+    """Measures of answers to the test rows: an answer, and what the row says -> a number from 0 to 1."""
+
+
+@hookspec
+def mlxlora_commands() -> Iterable[Command]:  # type: ignore[empty-body]  # a hook
+    """Verbs of the command line: a name -> a click command that is made when it is called."""
 
 
 @hookspec

@@ -1,4 +1,4 @@
-"""For observers: the numbers of a report by name, the settings of a run as a flat table, and which are new.
+"""For observers: what they are told of; numbers by name, settings as a flat table, and which are new.
 
 Light: it loads neither mlx nor numpy.
 """
@@ -9,8 +9,9 @@ import json
 import math
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mlxlora_core.errors import MlxloraError, UsageError
 from mlxlora_core.files.documents import read_form
@@ -22,6 +23,33 @@ Scalar = str | bool | int | float
 _REPORTS = ("train", "valid", "spike")
 _FORM = Table({"run": Text(), "steps": Map(Whole())})
 _BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A training that begins.
+
+    Attributes:
+        folder: where a file of the observer's own goes.
+        name: of the recipe, or of the adapter file.
+        config: every setting, section by section, as plain values.
+        stem: what a file of the observer's own is called, without an ending.
+    """
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+    stem: str = "metrics"
+
+
+class Watcher(Protocol):
+    """What an observer starts: it is told of one run."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Something has happened: a mapping of plain values with ``kind``."""
+
+    def end(self, how: str) -> None:
+        """The run has ended: ``done``, ``interrupted`` or ``failed: ...``. Called once, at last."""
 
 
 def figures(event: Mapping[str, Any]) -> dict[str, float]:

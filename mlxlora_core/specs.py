@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.options import NoOptions
 from mlxlora_core.runtime_started import RuntimeStarted
+from mlxlora_core.series import RunInfo, Watcher
 from mlxlora_core.values import (
+    Answer,
     ExportSource,
     ForeignAdapter,
     ForeignModel,
@@ -27,14 +29,13 @@ from mlxlora_core.values import (
     PackedProduct,
     Place,
     Rows,
-    RunInfo,
     Tokenizer,
     TokenizerFiles,
     Transform,
-    Watcher,
 )
 
 if TYPE_CHECKING:
+    import click
     import mlx.core as mx
     import mlx.nn as nn
 
@@ -268,10 +269,11 @@ class Sampler(Spec):
         build: a function ``transform(logits, tokens)`` from logits (B, V) in
             float32 and the ids so far to logits (B, V) in float32, of which -inf
             forbids a token. It is called once a text, so that what it gives may
-            keep state; it draws nothing at random itself.
+            keep state; it draws nothing at random itself. One that has a second
+            parameter ``tokenizer`` is given the tokenizer of the model too.
     """
 
-    build: Callable[[Any], Transform]
+    build: Callable[[Any], Transform] | Callable[[Any, Tokenizer], Transform]
 
 
 # --- exporters ----------------------------------------------------------------
@@ -325,6 +327,41 @@ class Observer(Spec):
 
     start: Callable[[RunInfo, Any], Watcher]
     needs: Mapping[str, str] = field(default_factory=dict)
+
+
+# --- evaluators ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator(Spec):
+    """Says how good answers are.
+
+    Attributes:
+        score: how good an answer is, from 0 to 1, larger is better. What is reported is the
+            mean over the rows. The same answer gets the same score, whatever came before it.
+        prepare: called once before any work, to refuse with a UsageError what can be known to
+            fail; None where there is nothing of that kind.
+        needs: as that of :class:`Observer`.
+    """
+
+    score: Callable[[Answer, Any], float]
+    prepare: Callable[[Any], None] | None = None
+    needs: Mapping[str, str] = field(default_factory=dict)
+
+
+# --- commands -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(Spec):
+    """A verb of the command line: ``mlxlora NAME``.
+
+    Attributes:
+        command: the click command, or group of commands, made when the verb is called. Its own
+            parameters take the place of ``options``.
+    """
+
+    command: Callable[[], click.Command]
 
 
 # --- runtimes and recipes -----------------------------------------------------

@@ -365,27 +365,21 @@ class ExportSource:
 
 
 @dataclass(frozen=True)
-class RunInfo:
-    """A training that begins.
+class Answer:
+    """What a model says to a test row, for evaluators.
 
     Attributes:
-        folder: where a file of the observer's own goes.
-        name: of the recipe, or of the adapter file.
-        config: every setting, section by section, as plain values.
-        stem: what a file of the observer's own is called, without an ending.
+        prompt: what was asked: the prompt of a ``{prompt, completion}`` row, or the last that was
+            said before the answer in a ``{messages}`` row.
+        expected: what the row says, as the tokenizer can say it: what a model that has learned
+            the row answers to the letter.
+        text: what the model says.
+        ended: whether the model ended it, rather than the limit on its tokens.
+        row: the row, in one of the two shapes.
     """
 
-    folder: Path
-    name: str
-    config: Mapping[str, Any]
-    stem: str = "metrics"
-
-
-class Watcher(Protocol):
-    """What an observer starts: it is told of one run."""
-
-    def event(self, event: Mapping[str, Any]) -> None:
-        """Something has happened: a mapping of plain values with ``kind``."""
-
-    def end(self, how: str) -> None:
-        """The run has ended: ``done``, ``interrupted`` or ``failed: ...``. Called once, at last."""
+    prompt: str
+    expected: str
+    text: str
+    ended: bool
+    row: Mapping[str, Any]

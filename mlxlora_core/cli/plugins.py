@@ -7,8 +7,15 @@ from mlxlora_core.cli.session import JSON_OPTION, verb
 from mlxlora_core.errors import one_line
 from mlxlora_core.plugins import Registry
 
+#: verb below this one -> what its help says of it
+BELOW = {
+    "new": "Write a distribution with a plugin that works, to begin your own with.",
+    "check": "Try plugins as their kinds promise, without a test of yours.",
+    "docs": "Write the page of a plugin in Markdown: what it gives, its options, and how they are used.",
+}
 
-@verb(JSON_OPTION, tolerant=True)
+
+@verb(JSON_OPTION, tolerant=True, below=BELOW)
 def command(registry: Registry, as_json: bool) -> None:
     """List plugins, and why those that are not active are not."""
     if as_json:

@@ -27,7 +27,7 @@ from mlxlora_core.runs.observing import ObserverFailed
 from mlxlora_core.runs.plan import plan
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.recipe_source import find_recipe, read
-from mlxlora_core.runs.samplers import check_samplers
+from mlxlora_core.runs.samplers import check_samplers, prepare_evaluators
 from mlxlora_core.runs.stages import STAGES
 from mlxlora_core.training.events import Note
 
@@ -70,6 +70,7 @@ def command(
     for the same inputs is skipped.
     """
     resolved = read(find_recipe(recipe or DEFAULT_RECIPE, registry), sets, registry)
+    prepare_evaluators(resolved.evaluator)
     if dry_run:
         check_samplers(resolved.sampler)
         _dry_run(pinned(resolved, fetch=False)[0], as_json)
@@ -167,6 +168,9 @@ def _summary(recipe: Recipe, record: dict[str, Any]) -> None:
             f"{describe_rows(split)}, {after['losses'][split]['tokens']} tokens): {loss['before']:.4f} -> "
             f"{loss['after']:.4f} nats a token ({describe_change(loss['change'])})"
         )
+    for name, score in summary.get("scores", {}).items():
+        rows = f"{score['rows']} test row{'s'[: score['rows'] - 1]}"
+        show.result(f"{name} on {rows}: {score['before']:.4f} -> {score['after']:.4f}")
     for test, meaning in (
         ("memory", "about training rows (memory)"),
         ("held_out", "about held-out rows (generalises)"),

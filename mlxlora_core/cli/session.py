@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from mlxlora_core.cli import declare, ranks, show, streams
+from mlxlora_core.cli.groups import CONTEXT, LazyGroup
 from mlxlora_core.errors import SettingsChanged, bounded, listing
 from mlxlora_core.files import lock
 from mlxlora_core.machine.device import prepare_device
@@ -64,8 +66,20 @@ class Verb(click.Command):
                 formatter.write_dl(records)
 
 
+class VerbGroup(LazyGroup, Verb):
+    """A verb that does something by itself, and has others below it."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write its own options, and list the verbs below it."""
+        Verb.format_options(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
 def verb(
-    *decorators: Callable[[Any], Any], tolerant: bool = False, ranked: bool = False
+    *decorators: Callable[[Any], Any],
+    tolerant: bool = False,
+    ranked: bool = False,
+    below: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., Any]], click.Command]:
     """A command with ``-P`` and ``--debug``; its function gets the loaded registry first.
 
@@ -75,6 +89,8 @@ def verb(
             there, with a warning: the verbs by which that is found out.
         ranked: whether processes that were started together do it together, of which the first
             alone shows anything.
+        below: the verbs that stand below it, ``VERB NAME`` in the module ``VERB_NAME``, with
+            what its help says of each; its function is not called when one of them is.
     """
 
     def wrap(function: Callable[..., Any]) -> click.Command:
@@ -82,6 +98,8 @@ def verb(
         def call(plugins: Sequence[str], **arguments: Any) -> Any:
             from mlxlora_core.distributed.environment import rank
 
+            if click.get_current_context().invoked_subcommand is not None:
+                return _refuse_options()
             code = ranks.launched(arguments.pop("ranks"), arguments.pop("hosts")) if ranked else None
             if code is not None:
                 return code
@@ -100,12 +118,23 @@ def verb(
         more = (ranks.OPTIONS,) if ranked else ()
         for decorator in (DEBUG_OPTION, PLUGIN_OPTION, *more, *reversed(decorators)):
             call = decorator(call)
-        from mlxlora_core.cli.verbs import CONTEXT
-
         name = function.__module__.rpartition(".")[2]
-        return click.command(name, cls=Verb, context_settings=CONTEXT)(call)
+        if below is None:
+            return click.command(name, cls=Verb, context_settings=CONTEXT)(call)
+        settings = {"summaries": below, "modules": f"{function.__module__}_", "context_settings": CONTEXT}
+        return click.command(name, cls=VerbGroup, invoke_without_command=True, **settings)(call)
 
     return wrap
+
+
+def _refuse_options() -> None:
+    """Options that stand between a verb and one below it are not read by that one, and so are an error."""
+    ctx = click.get_current_context()
+    for option in ctx.command.params:
+        if ctx.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"{option.opts[-1]} stands before '{ctx.invoked_subcommand}', which does not read it", ctx
+            )
 
 
 def open_registry(plugins: Sequence[str], tolerant: bool = False) -> Registry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +37,14 @@ from mlxlora_core.runs.recipe import (
     DEFAULT,
     check_sections,
     choose,
-    choose_observers,
+    choose_beside,
     overrides,
     without_none,
 )
 from mlxlora_core.runs.report import length_counts
 from mlxlora_core.runs.samplers import check_samplers
 from mlxlora_core.runs.training_record import TrainingRecord, open_folder
+from mlxlora_core.series import RunInfo
 from mlxlora_core.training.checkpoints import Found, Start, check_plugins, find, find_for
 from mlxlora_core.training.events import TrainEvent, TrainResult
 from mlxlora_core.training.outputs import (
@@ -61,7 +63,6 @@ from mlxlora_core.training.settings import (
     TrainConfig,
 )
 from mlxlora_core.training.sources import SplitRows, read_data
-from mlxlora_core.values import RunInfo
 
 if TYPE_CHECKING:
     from mlxlora_core.distributed.group import Group
@@ -177,6 +178,7 @@ def command(
         check_samplers(asked.samplers)
         with group.first_of_machine():
             base = load_base(place, registry, asked.quantization)
+        check_samplers(asked.samplers, base.tokenizer)
         test_rows = rows.pop("test") if test else None
         if prompt is not None and group.leads:  # one that does not fit is told now, too
             fitting_ids(base.language_model, base.tokenizer, asked.generate.asked(given_text(prompt)))
@@ -186,15 +188,14 @@ def command(
             session = open_training(base, adapter, rows, config, registry, seed=seed, **also)
         rows.clear()  # of which there are tokens now
         held_out = read_test(base, test_rows, config) if test_rows is not None else None
-        events: Iterator[TrainEvent | ObserverFailed] = session.start(
-            asked.how, written.found if written else None
-        )
+        told = session.start(asked.how, written.found if written else None)
+        events: Iterator[TrainEvent | ObserverFailed] = told
         if written is not None:
             facts = circumstances(adapter_file.stem, seed, _origins(given), registry, runtimes)
             lengths = length_counts(session.rows["train"].lengths)
             record = TrainingRecord(written.folder, facts, _settings(asked, place.name, data, seed), lengths)
             info = _info(adapter_file, place.name, data, asked)
-            events = observed(record.keep(events), asked.observers, info, event_values)
+            events = _watched(record.keep(told), info, base, asked)
         trained = _follow(events)
         of_best = f", of step {trained.adapter_step}, the best" if config.patience is not None else ""
         show.progress(f"{adapter_file} written{of_best}; {checkpoints / REPORT} shows the training")
@@ -273,7 +274,7 @@ def _check(registry: Registry, checkpoints: Path, given: dict[str, Any], *, spea
         samplers=chosen_samplers(registry, given["sampler"], given["temp"], sets.get("sampler", {}))
         if speaks
         else (),
-        observers=choose_observers(given["observers"], sets.get("observe", {}), registry),
+        observers=choose_beside("observer", given["observers"], sets.get("observe", {}), registry),
         train=declare.config_from(TrainConfig, given),
         save=declare.config_from(SaveConfig, given),
         evaluate=declare.config_from(EvaluateConfig, given),
@@ -356,6 +357,15 @@ def _info(adapter_file: Path, model: str, data: Path, asked: _Asked) -> RunInfo:
         "checkpoints": plain(asked.save),
     }
     return RunInfo(adapter_file.parent, adapter_file.stem, settings, stem=adapter_file.stem)
+
+
+def _watched(
+    events: Iterator[TrainEvent], info: RunInfo, base: Model, asked: _Asked
+) -> Iterator[TrainEvent | ObserverFailed]:
+    """What a training tells, told to its observers too, none of whom takes its room on the disk."""
+    from mlxlora_core.training.written import written_bytes
+
+    return observed(events, asked.observers, info, event_values, partial(written_bytes, base, asked.save))
 
 
 def _follow(events: Iterator[TrainEvent | ObserverFailed]) -> TrainResult:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import traceback
@@ -11,6 +10,7 @@ from typing import Any
 
 import click
 
+from mlxlora_core.cli.groups import CONTEXT, LazyGroup
 from mlxlora_core.errors import ExitCode, MlxloraError, bounded
 from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.machine.signals import Interrupted
@@ -38,43 +38,47 @@ VERBS = {
 }
 
 DEBUG = "MLXLORA_DEBUG"
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-class Verbs(click.Group):
-    """A group that knows its commands by name and imports the one that is called."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """All verbs, in the order in which a newcomer meets them."""
-        return list(VERBS)
+class Verbs(LazyGroup):
+    """The verbs of mlxlora, and those that plugins bring."""
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """The command of a verb."""
+        """The command of a verb; one that is not ours may be a plugin's, which shows when it is called."""
         if name not in VERBS:
-            return None
-        module = importlib.import_module(f"mlxlora_core.cli.{name}")
-        command: click.Command = module.command
-        return command
+            from mlxlora_core.cli.plugin_verb import PluginVerb
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the verbs without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+            return PluginVerb(name, VERBS)
+        return super().get_command(ctx, name)
 
 
-@click.group(cls=Verbs, context_settings=CONTEXT)
+@click.group(cls=Verbs, summaries=VERBS, modules="mlxlora_core.cli.", context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="mlxlora", message="%(prog)s %(version)s")
 def group() -> None:
     """Fine-tune Llama- and Mistral-style models with LoRA and QLoRA on MLX.
 
     Every part is a plugin. Without a recipe, `mlxlora run` shows the whole of
-    it on a small model that comes along.
+    it on a small model that comes along. Plugins may bring more verbs: see
+    `mlxlora components command`.
     """
 
 
 def is_debugged(arguments: Sequence[str]) -> bool:
     """Whether a command line, or the environment, asks for tracebacks."""
     return "--debug" in arguments or os.environ.get(DEBUG, "") not in ("", "0")
+
+
+def commands() -> dict[str, click.Command]:
+    """Every verb, and those below one as ``VERB NAME``, in the order of the listings."""
+    found: dict[str, click.Command] = {}
+    for verb in VERBS:
+        command = group.get_command(click.Context(group), verb)
+        assert command is not None
+        found[verb] = command
+        if isinstance(command, LazyGroup):
+            below = {name: command.get_command(click.Context(command), name) for name in command.summaries}
+            found |= {f"{verb} {name}": one for name, one in below.items() if one is not None}
+    return found
 
 
 def execute(arguments: list[str]) -> int:

@@ -12,8 +12,9 @@ import numpy as np
 
 from mlxlora_core.errors import DivergedError
 from mlxlora_core.machine.device import runs_ahead
-from mlxlora_core.plugins import Component, check_call
+from mlxlora_core.plugins import Component, transform_of
 from mlxlora_core.plugins.surroundings import kept
+from mlxlora_core.values import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,17 @@ class Drawing:
         samplers: (component, its options) of each, in the order in which they
             change the logits. They are built here, for this text alone.
         seed: from 0 to 2**32 - 1.
+        tokenizer: of the model, for samplers that ask for it; None where none does.
 
     Raises:
         PluginError: a sampler builds no function of logits and ids.
     """
 
-    def __init__(self, samplers: Iterable[tuple[Component, Any]], seed: int) -> None:
+    def __init__(
+        self, samplers: Iterable[tuple[Component, Any]], seed: int, tokenizer: Tokenizer | None = None
+    ) -> None:
         self._transforms = [
-            (component, check_call(component, "build", component.spec.build(options), "logits", "tokens"))
-            for component, options in samplers
+            (component, transform_of(component, options, tokenizer)) for component, options in samplers
         ]
         self._seed = seed
         # Looking around after each token would cost too much; once must do.

@@ -145,7 +145,7 @@ def follow(
     end, limit = LENGTH, model.context_tokens
     if limit is not None and num_tokens > limit - len(ids):
         end, num_tokens = CONTEXT, limit - len(ids)
-    drawing = Drawing(samplers, seed)
+    drawing = Drawing(samplers, seed, tokenizer)
 
     def draw(logits: mx.array, tokens: Sequence[int]) -> int | Drawn:
         return drawing.soon(

@@ -1,6 +1,6 @@
 """Plugins: found, loaded in isolation, checked, and looked up by kind and name."""
 
-from mlxlora_core.plugins.checks import check_call
+from mlxlora_core.plugins.checks import asks_for, transform_of
 from mlxlora_core.plugins.discovery import ALLOW_LIST, GROUP, load
 from mlxlora_core.plugins.lookup import Registry
 from mlxlora_core.plugins.plugin import KINDS, Choice, Component, Plugin
@@ -14,7 +14,8 @@ __all__ = [
     "Component",
     "Plugin",
     "Registry",
-    "check_call",
+    "asks_for",
     "load",
     "start_runtimes",
+    "transform_of",
 ]

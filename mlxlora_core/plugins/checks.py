@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlxlora_core.errors import PluginError, bounded, listing, nearest
 from mlxlora_core.options import check_declaration, explain
 from mlxlora_core.plugins.plugin import KINDS, Component
 from mlxlora_core.plugins.sections import config_of
+from mlxlora_core.values import Tokenizer, Transform
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _PART = re.compile(r"(?!bias$)[A-Za-z][A-Za-z0-9_]*")
@@ -56,9 +58,14 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "wrote": ("path",),
     },
     "observer": {"start": ("run", "options")},
+    "evaluator": {"score": ("answer", "options"), "prepare": ("options",)},
+    "command": {"command": ()},
     "runtime": {"start": ()},
     "recipe": {},
 }
+
+#: kind -> function -> what it is called with besides, where it has a parameter of that name
+_ASKED = {"sampler": {"build": "tokenizer"}}
 
 #: annotation of a spec's field -> what its value must be, in words and as a test
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -147,8 +154,11 @@ def _check(kind: str, spec: Any) -> None:
     if not isinstance(spec.name, str) or not _NAME.fullmatch(spec.name) or spec.name == "none":
         raise PluginError(f"{hook}: name {spec.name!r} does not match {_NAME.pattern}, or is 'none'")
     for member in fields(wanted):
-        arguments = FUNCTIONS[kind].get(member.name)
         value = getattr(spec, member.name)
+        arguments = FUNCTIONS[kind].get(member.name)
+        asked = _ASKED.get(kind, {}).get(member.name)
+        if arguments is not None and asked is not None and asks_for(asked, value):
+            arguments = (*arguments, asked)
         optional = member.default == "" and value == ""
         fault = "" if optional else _field_fault(str(member.type), arguments, value)
         if fault:
@@ -229,6 +239,44 @@ def check_call(component: Component, function: str, given: Any, *arguments: str)
         raise component.breach(function, f"a function {takes}", want)
     checked: Callable[..., Any] = given
     return checked
+
+
+def asks_for(name: str, function: Any) -> bool:
+    """Whether ``function`` has a parameter of that name."""
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some built-in functions tell nothing
+        return False
+
+
+def transform_of(component: Component, options: Any, tokenizer: Tokenizer | None) -> Transform:
+    """What a sampler builds for one text.
+
+    Args:
+        component: the sampler.
+        options: of it.
+        tokenizer: of the model; None where the sampler does not ask for it.
+
+    Raises:
+        PluginError: it is no function of logits and ids.
+    """
+    build = component.spec.build
+    given = build(options, tokenizer) if asks_for("tokenizer", build) else build(options)
+    return check_call(component, "build", given, "logits", "tokens")
+
+
+def checked_score(component: Component, score: Any) -> float:
+    """``score``, which an evaluator has given.
+
+    Raises:
+        PluginError: it is no number from 0 to 1.
+    """
+    if not isinstance(score, Real):
+        raise component.breach("score", type(score).__name__, "a number from 0 to 1")
+    number = float(score)
+    if not 0 <= number <= 1:  # nor one that is not finite
+        raise component.breach("score", repr(number), "a number from 0 to 1")
+    return number
 
 
 def other_arguments(function: Callable[..., Any], arguments: Sequence[str]) -> str:

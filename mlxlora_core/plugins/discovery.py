@@ -59,7 +59,7 @@ def load(
     """
     environ = os.environ if environ is None else environ
     wanted, banned, files = _selection(select)
-    found = sorted(_discover(), key=lambda f: (f[0].origin != "built-in", _order(f[0])))
+    found = _installed()
     _check_selection([plugin for plugin, _ in found], wanted, banned)
     allowed = _allow_list(environ)
     fault = _allow_list_fault([plugin for plugin, _ in found], allowed or ())
@@ -90,6 +90,16 @@ def load(
 
 
 # --- phase one: metadata ------------------------------------------------------
+
+
+def discover() -> list[Plugin]:
+    """The plugins that are installed, built-in ones first, by their metadata alone."""
+    return [plugin for plugin, _ in _installed()]
+
+
+def _installed() -> list[tuple[Plugin, Callable[[], Any]]]:
+    """Every plugin in order, and how to import it."""
+    return sorted(_discover(), key=lambda f: (f[0].origin != "built-in", _order(f[0])))
 
 
 def _discover() -> list[tuple[Plugin, Callable[[], Any]]]:

@@ -23,6 +23,8 @@ KINDS: dict[str, tuple[str, type[specs.Spec]]] = {
     "sampler": ("mlxlora_samplers", specs.Sampler),
     "exporter": ("mlxlora_exporters", specs.Exporter),
     "observer": ("mlxlora_observers", specs.Observer),
+    "evaluator": ("mlxlora_evaluators", specs.Evaluator),
+    "command": ("mlxlora_commands", specs.Command),
     "runtime": ("mlxlora_runtimes", specs.Runtime),
     "recipe": ("mlxlora_recipes", specs.RecipeFile),
 }

@@ -18,7 +18,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -71,6 +71,8 @@ class Watch:
 def kept(who: str, look: bool = True) -> Iterator[Watch]:
     """Inside, prints go to stderr; what has been changed around the block is put back when it is left.
 
+    In another thread than the main one it does neither.
+
     Args:
         who: the plugin, and what of it is called.
         look: whether to look for changes, which takes a fraction of a millisecond.
@@ -82,11 +84,12 @@ def kept(who: str, look: bool = True) -> Iterator[Watch]:
         PluginError: standard streams were closed beyond recall.
     """
     watch, process = Watch(), os.getpid()
-    # Other threads have no signals, and the main one may change the rest meanwhile.
-    look = look and threading.current_thread() is threading.main_thread()
+    # Other threads have no signals, and the main one may change the rest meanwhile, stdout among it.
+    is_main = threading.current_thread() is threading.main_thread()
+    look = look and is_main
     before = _Before() if look else None
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr) if is_main else nullcontext():
             yield watch
     finally:
         if os.getpid() != process:  # a child that a plugin has forked, and that would do all the rest again

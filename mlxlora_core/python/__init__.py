@@ -338,6 +338,7 @@ def run(
         with told(found.plugins), lock.hold(resolved.folder):
             notes = prepare(found)
             samplers.check_samplers(resolved.sampler)
+            samplers.prepare_evaluators(resolved.evaluator)
             yield from followed(pipeline.run(resolved, found, notes, "run(…)"))
 
     return events()

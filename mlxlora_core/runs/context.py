@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.distributed.group import ALONE, Group
 from mlxlora_core.distributed.watch import Watch
+from mlxlora_core.errors import DataError
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.base import base_of
 from mlxlora_core.runs.folder import ADAPTER, DATA, MODEL, RunFolder
 from mlxlora_core.runs.grading import GENERAL
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.training.events import Note
+from mlxlora_core.training.scoring import asking
 from mlxlora_core.training.sources import read_data
 
 if TYPE_CHECKING:
@@ -89,6 +91,12 @@ class Context:
             self.adapted = adapters.load(self.path / ADAPTER, model, self.registry)
         return model
 
+    def written_bytes(self) -> int:
+        """How many bytes the training writes at most, once its adapter is on the base."""
+        from mlxlora_core.training.written import written_bytes
+
+        return written_bytes(self._model, self.recipe.checkpoints) if self._model is not None else 0
+
     def rows_file(self, split: str) -> Path:
         """Where the rows of a split are, or those that stand in no split."""
         general = self.recipe.evaluate.general_rows
@@ -98,6 +106,19 @@ class Context:
         """Whether there is a row in a split."""
         path = self.rows_file(split)
         return path.is_file() and path.stat().st_size > 0
+
+    def scored_rows(self) -> tuple[list[tuple[str, Mapping[str, Any]]], list[str]]:
+        """The test rows that evaluators score, and what there is to tell of the others; none for none.
+
+        Raises:
+            DataError: there are evaluators, and no row that asks anything.
+        """
+        if not self.recipe.evaluator:
+            return [], []
+        if not self.has_rows("test"):
+            fix = "raise [data] test_set_size, or name no evaluator"
+            raise DataError("there is no test row for evaluators to score", where=self.path / DATA, fix=fix)
+        return asking(read_data(self.rows_file("test"), ("test",))["test"], self.recipe.evaluate)
 
     def rows(self, split: str, model: Model) -> Examples:
         """The rows of a split, tokenized for the model once.

@@ -175,7 +175,8 @@ def summarize(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, 
 
     Returns:
         ``losses`` (held-out: split -> nats a counted token ``before``, ``after``,
-        and ``change``, relative to before, or None where that is no finite number) and
+        and ``change``, relative to before, or None where that is no finite number),
+        ``scores`` where there are evaluators (name -> ``rows``, and the mean ``before`` and ``after``) and
         ``questions`` (``memory`` about rows to train on, ``held_out`` about others,
         ``no_row``: how many there are, and how many were answered with the exact
         first sentence and exactly to the end).
@@ -197,7 +198,14 @@ def summarize(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, 
                 questions[test][mark] = {
                     name: sum(answer[mark] for answer in answers) for name, answers in asked.items()
                 }
-    return {"losses": losses, "questions": questions}
+    found = {"losses": losses, "questions": questions}
+    old, new = before.get("scores", {}), after.get("scores", {})
+    scores = {
+        name: {"rows": score["rows"], "before": old[name]["score"], "after": score["score"]}
+        for name, score in new.items()
+        if name in old
+    }
+    return found | ({"scores": scores} if scores else {})
 
 
 def change(before: float, after: float) -> float | None:

@@ -29,7 +29,7 @@ from mlxlora_core.runs.plan import fingerprints, is_done
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.report import write_report
 from mlxlora_core.runs.stages import STAGES
-from mlxlora_core.values import RunInfo
+from mlxlora_core.series import RunInfo
 from mlxlora_core.version import __version__
 
 _DONE = b"done"  # in the place of the name of a stage
@@ -75,7 +75,7 @@ def run(
     yield RunStarted((*runtimes, *said, *unsound))
     context = Context(recipe, registry, folder, runtimes, resume_command, watched, group, watch)
     info = RunInfo(folder.path, recipe.name, recipe.values())
-    yield from observed(_do_all(context, marks), recipe.observe, info, event_values)
+    yield from observed(_do_all(context, marks), recipe.observe, info, event_values, context.written_bytes)
 
 
 def _do_all(context: Context, marks: Mapping[str, str]) -> Iterator[Event]:

@@ -27,7 +27,7 @@ from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.sections import AdapterConfig, Quantization, QuantizeConfig, SplitConfig, configure
 from mlxlora_core.runs import samplers
 from mlxlora_core.runs.requirements import PluginsConfig, check_libraries
-from mlxlora_core.training.settings import ChatConfig, EvaluateConfig, SaveConfig, TrainConfig
+from mlxlora_core.training.settings import ChatConfig, EvaluateConfig, SaveConfig, ScoreConfig, TrainConfig
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -73,8 +73,8 @@ class AskConfig(ChatConfig):
 
 
 @dataclass(frozen=True)
-class MeasureConfig(EvaluateConfig):
-    """How losses are measured before and after, and on what beside the held-out rows."""
+class MeasureConfig(ScoreConfig, EvaluateConfig):
+    """What is measured before and after: losses, on what beside the held-out rows, and scores."""
 
     general_rows: Path | None = option(
         None, help="file of rows of another kind: their loss, before and after, shows what was forgotten"
@@ -103,6 +103,7 @@ class Recipe:
     train: TrainConfig
     checkpoints: SaveConfig
     evaluate: MeasureConfig
+    evaluator: tuple[Choice, ...]
     sampler: tuple[Choice, ...]
     generate: AskConfig
     export: Choice | None
@@ -158,12 +159,13 @@ CHOICES: dict[str, tuple[str, str, bool]] = {
     "data": ("builder", NONE, True),
     "adapter": ("adapter", DEFAULT_ADAPTER, True),
     "sampler": ("sampler", "greedy", True),
+    "evaluator": ("evaluator", NONE, False),
     "export": ("exporter", NONE, False),
     "observe": ("observer", NONE, False),
 }
 SECTIONS = (*PLAIN, *CHOICES)
 #: the sections that may name several components
-CHAINS = ("sampler", "observe")
+CHAINS = ("sampler", "evaluator", "observe")
 
 
 def overrides(sets: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -211,18 +213,18 @@ def choose_samplers(use: str, values: Mapping[str, Any], registry: Registry) -> 
     return tuple(configure(c, row)[0] for c, row in zip(components, rows, strict=True))
 
 
-def choose_observers(
-    names: Sequence[str], values: Mapping[str, Any], registry: Registry
+def choose_beside(
+    kind: str, names: Sequence[str], values: Mapping[str, Any], registry: Registry
 ) -> tuple[Choice, ...]:
-    """The observers of these names, with options made of ``values``.
+    """The observers or evaluators of these names, with options made of ``values``.
 
     Raises:
-        PluginError: no such observer, or one whose library is not installed.
-        UsageError: one is named twice; options without an observer, or as :func:`choose_samplers`.
+        PluginError: no such component, or one whose library is not installed.
+        UsageError: one is named twice; options, but no component; or as :func:`choose_samplers`.
     """
-    components = registry.find_all([("observer", name) for name in names])
+    components = registry.find_all([(kind, name) for name in names])
     if values and not components:
-        raise UsageError(f"options of an observer ({listing(values)}), but none is named", fix="name it")
+        raise UsageError(f"options of an {kind} ({listing(values)}), but none is named", fix="name it")
     rows = samplers.deal(values, components)
     for component in components:
         check_libraries(component)

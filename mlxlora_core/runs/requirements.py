@@ -58,7 +58,7 @@ def check_requirements(require: Sequence[str], registry: Registry, where: str = 
 
 
 def check_libraries(component: Component) -> None:
-    """Refuse an observer whose library is not installed; nothing is imported.
+    """Refuse an observer or evaluator whose library is not installed; nothing is imported.
 
     Raises:
         PluginError: with what pip is to be told.

@@ -40,7 +40,8 @@ _ANSWER = Table(
         "first_sentence": Maybe(Flag()),
     }
 )
-_MEASURED = Table({"losses": Map(_LOSS), "answers": Items(_ANSWER)})
+_SCORE = Table({"score": Number(), "rows": Whole(least=1)})
+_MEASURED = Table({"losses": Map(_LOSS), "answers": Items(_ANSWER), "scores": Option(Map(_SCORE))})
 _LENGTHS = Table(
     {
         "bin_tokens": Whole(least=1),
@@ -91,6 +92,7 @@ _ASKED = Table({"questions": Whole(), "first_sentence": _COUNTS, "exact": _COUNT
 SUMMARY_FORM = Table(
     {
         "losses": Map(Table({"before": Number(), "after": Number(), "change": Maybe(Number())})),
+        "scores": Option(Map(Table({"rows": Whole(least=1), "before": Number(), "after": Number()}))),
         "questions": Table({"memory": _ASKED, "held_out": _ASKED, "no_row": Table({"questions": Whole()})}),
     }
 )

@@ -1,4 +1,4 @@
-"""Samplers in a row, and observers side by side: how they are named, and to whom an option goes.
+"""Samplers in a row, observers and evaluators side by side: how they are named, and to whom an option goes.
 
 An option goes to the sampler that has it. Where several have it, it is written
 ``SAMPLER.OPTION``, but for ``temp``: logits are heated once, by the first sampler
@@ -12,8 +12,9 @@ from typing import Any
 
 from mlxlora_core.errors import UsageError, listing, nearest
 from mlxlora_core.options import explain
-from mlxlora_core.plugins import Choice, Component, check_call
+from mlxlora_core.plugins import Choice, Component, asks_for, transform_of
 from mlxlora_core.plugins.defaults import DEFAULT_SAMPLER
+from mlxlora_core.values import Tokenizer
 
 TEMPERATURE = "temp"
 
@@ -152,15 +153,32 @@ def _fault(key: str, takers: Sequence[int], components: Sequence[Component]) -> 
     return f"{kind}s {listing(called)} have no option '{name}' ({there_is})"
 
 
-def check_samplers(choices: Iterable[Choice]) -> None:
+def check_samplers(choices: Iterable[Choice], tokenizer: Tokenizer | None = None) -> None:
     """Build the samplers of others once, so that what they refuse is told before the work and not after it.
 
     The options of those that come along are known to be good, and they need MLX.
+
+    Args:
+        choices: samplers and their options.
+        tokenizer: of the model, once it is open: those that ask for it are built then, the others before.
 
     Raises:
         UsageError: an option that a sampler refuses.
         PluginError: one that builds no function of logits and ids.
     """
     for component, options in ((choice.component, choice.options) for choice in choices):
-        if component.plugin.origin != "built-in":
-            check_call(component, "build", component.spec.build(options), "logits", "tokens")
+        asks = asks_for("tokenizer", component.spec.build)
+        if component.plugin.origin != "built-in" and asks == (tokenizer is not None):
+            transform_of(component, options, tokenizer)
+
+
+def prepare_evaluators(choices: Iterable[Choice]) -> None:
+    """Let evaluators refuse before the work what they know to fail.
+
+    Raises:
+        UsageError: an option that an evaluator refuses.
+        MlxloraError: as it raises.
+    """
+    for choice in choices:
+        if choice.component.spec.prepare is not None:
+            choice.component.spec.prepare(choice.options)

@@ -47,7 +47,7 @@ class Job:
         self.submitted, self.first = time.monotonic(), 0.0
         self.finish: str | None = None
         self.max_tokens, self._full = _most_tokens(request, context_tokens)
-        self._stops, self._vocab_size = tokenizer.stops, tokenizer.vocab_size
+        self._tokenizer, self._stops, self._vocab_size = tokenizer, tokenizer.stops, tokenizer.vocab_size
         self._text = Text(tokenizer, request.stop)
         self._drawing: Drawing | None = None
         self._untold: list[Token] = []
@@ -73,7 +73,7 @@ class Job:
         logits = logits[:, : self._vocab_size]  # ids beyond it are padding, and no text
         try:
             if self._drawing is None:
-                self._drawing = Drawing(self.request.samplers, self.request.seed)
+                self._drawing = Drawing(self.request.samplers, self.request.seed, self._tokenizer)
             token = self._drawing(self._changed(logits), self.tokens)
         except MlxloraError as fault:
             self.fail(fault)

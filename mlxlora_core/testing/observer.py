@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from mlxlora_core.options import parse
+from mlxlora_core.series import RunInfo, Watcher
 from mlxlora_core.specs import Observer
-from mlxlora_core.values import RunInfo, Watcher
 
 Event = Mapping[str, Any]
 

@@ -8,6 +8,8 @@ Subclass :class:`SamplerSuite` in a test file and run it with pytest::
         bad_options = ({"temp": -1},)
 
         def probabilities(self, logits, tokens, options): ...
+
+One that asks for the tokenizer is given a small one, and logits over its ids.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ import pytest
 from mlxlora_core.errors import UsageError
 from mlxlora_core.model.drawing import Drawing
 from mlxlora_core.options import parse
-from mlxlora_core.plugins import Component, Plugin
+from mlxlora_core.plugins import Component, Plugin, asks_for, transform_of
 from mlxlora_core.specs import Sampler
-from mlxlora_core.values import Transform
+from mlxlora_core.testing.small_tokenizer import SmallTokenizer
+from mlxlora_core.values import Tokenizer, Transform
 
 _INF = math.inf
 _LONGEST = 24  # tokens of the longest text that is drawn
@@ -57,12 +60,14 @@ class SamplerSuite:
         spec: the sampler.
         option_sets: option values to try.
         bad_options: option values that must be refused.
+        tokenizer: what it is given where it asks for one.
         draws: tokens that a distribution is judged by.
     """
 
     spec: Sampler
     option_sets: Sequence[Mapping[str, Any]] = ({},)
     bad_options: Sequence[Mapping[str, Any]] = ()
+    tokenizer: Tokenizer = SmallTokenizer()
     draws = 8000
 
     def probabilities(self, logits: np.ndarray, tokens: Sequence[int], options: Any) -> np.ndarray | None:
@@ -91,7 +96,7 @@ class SamplerSuite:
 
     def build(self, values: Mapping[str, Any]) -> Transform:
         """A transform for one text."""
-        return self.spec.build(self.options(values))
+        return transform_of(self._component(), self.options(values), self.tokenizer)
 
     def change(self, values: Mapping[str, Any], logits: Any, tokens: Sequence[int]) -> np.ndarray:
         """Logits (B, V) as a sampler that is built for them changes them."""
@@ -99,12 +104,16 @@ class SamplerSuite:
 
     def drawing(self, values: Mapping[str, Any], seed: int = 0) -> Drawing:
         """What mlxlora draws the tokens of a text with; it checks what the functions give."""
-        plugin = Plugin("suite", "suite", "", "file", "suite")
-        return Drawing([(Component("sampler", self.spec, plugin), self.options(values))], seed)
+        return Drawing([(self._component(), self.options(values))], seed, self.tokenizer)
 
     def text(self, values: Mapping[str, Any], length: int, seed: int = 0) -> list[int]:
         """So many ids, drawn one after the other from logits that depend on the one before."""
-        return _grown([self.drawing(values, seed)], length)[0]
+        return self._grown([self.drawing(values, seed)], length)[0]
+
+    def logits(self, kind: str) -> Sequence[float]:
+        """A row of :data:`LOGITS`, repeated to the length of the vocabulary where it asks for a tokenizer."""
+        row = LOGITS[kind]
+        return list(np.resize(row, self.tokenizer.vocab_size)) if self._asks() else row
 
     # --- the tests ---
 
@@ -113,8 +122,14 @@ class SamplerSuite:
     def test_gives_logits_that_leave_a_token(
         self, values: Mapping[str, Any], kind: str, history: str
     ) -> None:
-        """Logits (B, V) in float32, for one row or several; what was ruled out stays so."""
-        row, tokens = LOGITS[kind], _ids(history, LOGITS[kind])
+        """Logits (B, V) in float32, for one row or several; what was ruled out stays so.
+
+        One that knows the tokenizer may leave none where all that it lets come were ruled out.
+        """
+        row, tokens = self.logits(kind), _ids(history, self.logits(kind))
+        free = self.change(values, [[0.0] * len(row)], tokens)[0] if self._asks() else np.zeros(len(row))
+        assert (free > -_INF).any(), "forbids every token where all may come"
+        leaves = ((free > -_INF) & (np.array(row) > -_INF)).any()
         for count in (1, 3):
             logits = _float32([row] * count)
             changed = self.build(values)(logits, tokens)
@@ -122,13 +137,15 @@ class SamplerSuite:
             assert (changed.shape, changed.dtype) == (logits.shape, mx.float32)
             got = np.array(changed)
             assert not np.isnan(got).any() and not np.isposinf(got).any(), f"gives {got}"
-            assert (got > -_INF).any(axis=-1).all(), "forbids every token"
+            assert (got > -_INF).any(axis=-1).all() == leaves, "forbids every token"
             assert not (got[:, np.array(row) == -_INF] > -_INF).any(), "allows what was forbidden"
-        assert row[self.drawing(values)(_float32([row]), tokens)] > -_INF
+        if leaves:
+            assert row[self.drawing(values)(_float32([row]), tokens)] > -_INF
 
     def test_every_row_is_changed_by_itself(self, values: Mapping[str, Any]) -> None:
         """A row of a batch comes out as it does alone."""
-        rows = [LOGITS["spread"], LOGITS["spread"][::-1], [0.0] * len(LOGITS["spread"])]
+        spread = self.logits("spread")
+        rows = [spread, spread[::-1], [0.0] * len(spread)]
         tokens = HISTORIES["some tokens"]
         together = self.change(values, rows, tokens)
         alone = [self.change(values, [row], tokens)[0] for row in rows]
@@ -136,7 +153,7 @@ class SamplerSuite:
 
     def test_nothing_is_random_in_it(self, values: Mapping[str, Any]) -> None:
         """The same logits and ids give the same: only mlxlora draws, by the seed."""
-        row, tokens = [LOGITS["spread"]], HISTORIES["some tokens"]
+        row, tokens = [self.logits("spread")], HISTORIES["some tokens"]
         first = self.change(values, row, tokens)
         for seed in (1, 2, 3):
             mx.random.seed(seed)
@@ -153,18 +170,18 @@ class SamplerSuite:
         """Two texts that grow by turns are those that grow one after the other: state belongs to a text."""
         seeds = (3, 4)
         one_by_one = [self.text(values, _LONGEST, seed) for seed in seeds]
-        assert _grown([self.drawing(values, seed) for seed in seeds], _LONGEST) == one_by_one
+        assert self._grown([self.drawing(values, seed) for seed in seeds], _LONGEST) == one_by_one
 
     @pytest.mark.parametrize("kind", LOGITS)
     def test_temperature_zero_is_the_most_likely(self, values: Mapping[str, Any], kind: str) -> None:
         """With ``temp`` 0 the most likely token alone is left."""
         if "temp" not in {field.name for field in dataclasses.fields(self.spec.options)}:
             pytest.skip("it has no option temp")
-        row = LOGITS[kind]
+        row = self.logits(kind)
         for logits in (row, row[::-1]):
             changed = self.change({**values, "temp": 0}, [logits], _ids("a begin token", row))[0]
             left = [value for value, after in zip(logits, changed, strict=True) if after > -_INF]
-            assert left == [max(row)]
+            assert len(left) == 1 and (self._asks() or left == [max(row)])
 
     @pytest.mark.parametrize("history", HISTORIES)
     @pytest.mark.parametrize("kind", LOGITS)
@@ -178,7 +195,7 @@ class SamplerSuite:
         if want is None:
             pytest.skip("the suite says no probabilities")
         assert math.isclose(want.sum(), 1, rel_tol=1e-9)
-        changed = self.change(values, [LOGITS[kind]], _ids(history, LOGITS[kind]))
+        changed = self.change(values, [self.logits(kind)], _ids(history, self.logits(kind)))
         ids = mx.random.categorical(mx.array(changed[0]), num_samples=self.draws, key=mx.random.key(7))
         counts = np.bincount(np.array(ids), minlength=len(want))
         assert counts[want == 0].sum() == 0, f"drew a token of no probability: {counts}, wanted {want}"
@@ -191,8 +208,24 @@ class SamplerSuite:
             self.options(bad)
 
     def _chances(self, kind: str, history: str, values: Mapping[str, Any]) -> np.ndarray | None:
-        row = LOGITS[kind]
+        row = self.logits(kind)
         return self.probabilities(np.array(row, np.float64), _ids(history, row), self.options(values))
+
+    def _component(self) -> Component:
+        return Component("sampler", self.spec, Plugin("suite", "suite", "", "file", "suite"))
+
+    def _asks(self) -> bool:
+        return asks_for("tokenizer", self.spec.build)
+
+    def _grown(self, drawings: Sequence[Drawing], length: int) -> list[list[int]]:
+        """Texts of so many ids, a token of each by turns, from logits that depend on the last id."""
+        size = self.tokenizer.vocab_size if self._asks() else 12
+        table = np.random.default_rng(0).normal(0, 1.5, (size, size)).astype(np.float32)
+        texts = [[1] for _ in drawings]
+        for _ in range(length):
+            for drawing, tokens in zip(drawings, texts, strict=True):
+                tokens.append(drawing(mx.array(table[tokens[-1] : tokens[-1] + 1]), tokens))
+        return [tokens[1:] for tokens in texts]
 
 
 def _float32(logits: Any) -> mx.array:
@@ -202,16 +235,6 @@ def _float32(logits: Any) -> mx.array:
 def _ids(history: str, row: Sequence[float]) -> tuple[int, ...]:
     """A history, in ids of the vocabulary that ``row`` has."""
     return tuple(token % len(row) for token in HISTORIES[history])
-
-
-def _grown(drawings: Sequence[Drawing], length: int) -> list[list[int]]:
-    """Texts of so many ids, a token of each by turns, from logits that depend on the last id."""
-    table = np.random.default_rng(0).normal(0, 1.5, (12, 12)).astype(np.float32)
-    texts = [[1] for _ in drawings]
-    for _ in range(length):
-        for drawing, tokens in zip(drawings, texts, strict=True):
-            tokens.append(drawing(mx.array(table[tokens[-1] : tokens[-1] + 1]), tokens))
-    return [tokens[1:] for tokens in texts]
 
 
 def _chi_square(counts: np.ndarray, want: np.ndarray) -> tuple[float, int]:

@@ -120,6 +120,22 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class ScoreConfig:
+    """Which test rows are answered for evaluators."""
+
+    score_rows: int | None = option(
+        None, help="test rows that evaluators score, at even distances; none is all", unit="rows", minimum=1
+    )
+
+
+@dataclass(frozen=True)
+class AnswerConfig(ScoreConfig):
+    """How test rows are answered for evaluators."""
+
+    num_tokens: int = option(100, help="tokens of an answer at most", unit="tokens", minimum=1, letter="n")
+
+
+@dataclass(frozen=True)
 class ChatConfig:
     """Whether a prompt is a text to continue, or what a user says to a model that chats."""
 

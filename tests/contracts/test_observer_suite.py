@@ -12,10 +12,9 @@ import observers_read
 import pytest
 
 from mlxlora_core import plugins as registry
-from mlxlora_core.series import figures
+from mlxlora_core.series import RunInfo, figures
 from mlxlora_core.specs import Observer
 from mlxlora_core.testing.observer import ObserverSuite
-from mlxlora_core.values import RunInfo
 
 OBSERVERS = {c.spec.name: c.spec for c in registry.load(environ={registry.ALLOW_LIST: ""}).of("observer")}
 

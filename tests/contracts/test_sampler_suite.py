@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from mlxlora_core import plugins as registry
-from mlxlora_core.api import NoOptions, PluginError, Sampler, Transform, option
+from mlxlora_core.api import DataError, NoOptions, PluginError, Sampler, Transform, option
 from mlxlora_core.testing.sampler import SamplerSuite
+from mlxlora_core.testing.small_tokenizer import SmallTokenizer
 
 SAMPLERS = {c.spec.name: c.spec for c in registry.load(environ={registry.ALLOW_LIST: ""}).of("sampler")}
 
@@ -243,3 +244,57 @@ def test_the_same_call_passes_what_is_sound(test: str) -> None:
     given = {"values": {"temp": 1.0}, "kind": "spread", "history": "some tokens"}
     wanted = inspect.signature(function).parameters
     function(**{key: value for key, value in given.items() if key in wanted})
+
+
+# --- samplers that ask for the tokenizer --------------------------------------
+
+
+def _vowels(options: Any, tokenizer: Any) -> Any:
+    """Texts of vowels; anything where a text is to end."""
+    texts = ["".join(tokenizer.stream([token])) for token in range(tokenizer.vocab_size)]
+    good = mx.array([text in "aeiou" and bool(text) for text in texts])
+    return lambda logits, tokens: mx.where(good, logits, -mx.inf)
+
+
+class TestVowels(SamplerSuite):
+    """One that lets few tokens come, so that others may have left it none."""
+
+    spec = Sampler(name="vowels", summary="vowels alone", build=_vowels)
+
+    def test_it_was_given_logits_over_the_vocabulary(self) -> None:
+        assert len(self.text({}, 9)) == 9
+        assert set(self.tokenizer.decode(self.text({}, 9))) <= set("aeiou")
+
+
+def _nothing(options: Any, tokenizer: Any) -> Any:
+    return lambda logits, tokens: mx.full(logits.shape, -mx.inf)
+
+
+def _more(options: Any, tokenizer: Any) -> Any:
+    return lambda logits, tokens: mx.zeros(logits.shape)
+
+
+@pytest.mark.parametrize(
+    ("build", "kind"), [(_nothing, "spread"), (_nothing, "one left"), (_more, "ruled out")]
+)
+def test_the_suite_fails_those_that_are_broken(build: Any, kind: str) -> None:
+    class Broken(SamplerSuite):
+        spec = Sampler(name="broken", summary="s", build=build)
+
+    with pytest.raises(AssertionError):
+        Broken().test_gives_logits_that_leave_a_token({}, kind, "some tokens")
+
+
+def test_the_small_tokenizer_is_one() -> None:
+    """Texts come back, streams are texts, an answer follows what asks for it."""
+    small = SmallTokenizer()
+    text = 'SELECT a FROM t;\n\n{"a": true}, the end\t~'
+    ids = small.encode(text, eos=True)
+    assert (ids[0], ids[-1]) == (small.bos, *small.stops) and all(0 <= i < small.vocab_size for i in ids)
+    assert small.decode(ids) == text and len(ids) < len(text)
+    assert list(small.stream(ids, 4)) != [text] and "".join(small.stream(ids, 4)) == text
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    asked, whole = ([i for piece in small.render(part) for i in piece.ids] for part in (talk[:1], talk))
+    assert whole[: len(asked)] == asked and small.render(talk)[-1].answer
+    with pytest.raises(DataError):
+        small.encode("é")

@@ -17,7 +17,7 @@ import click
 import pytest
 
 from mlxlora_core import cli
-from mlxlora_core.cli.verbs import VERBS, group
+from mlxlora_core.cli.verbs import commands
 from mlxlora_core.options import explain
 from mlxlora_core.plugins import KINDS, load
 from mlxlora_core.plugins.sections import config_of
@@ -59,6 +59,9 @@ COMMANDS = {
     "fuse": "--model $MODEL --adapter-file $ADAPTER --save-path $FOLDER/fused --overwrite",
     "export": "--model $MODEL --to npz --out $FOLDER/out --overwrite",
     "plugins": "",
+    "plugins new": "sampler mine",
+    "plugins check": "$FOLDER",
+    "plugins docs": "lora",
     "adapters": "$FOLDER",
     "components": "",
     "options": "sampler top-p",
@@ -108,7 +111,7 @@ def run(
         stopping = ["-P", str(stop), "--observer", "stop"] if stops else []
         capfd.readouterr()
         begin = filled(COMMANDS[verb] if command is None else command, places)
-        code = cli.execute([verb, *begin.split(), *stopping, *more])
+        code = cli.execute([*verb.split(), *begin.split(), *stopping, *more])
         return code, capfd.readouterr().err.splitlines()
 
     return call
@@ -127,12 +130,10 @@ def filled(text: str, places: dict[str, Path]) -> str:
 
 def options(verb: str) -> list[str]:
     """The options of a verb that take a value, as they are written."""
-    command = group.get_command(click.Context(group), verb)
-    assert command is not None
-    return [p.opts[0] for p in command.params if isinstance(p, click.Option) and not p.is_flag]
+    return [p.opts[0] for p in commands()[verb].params if isinstance(p, click.Option) and not p.is_flag]
 
 
-ALL_OPTIONS = [(verb, option) for verb in VERBS for option in options(verb)]
+ALL_OPTIONS = [(verb, option) for verb in commands() for option in options(verb)]
 
 
 def check(code: int, lines: list[str], what: str) -> None:
@@ -151,7 +152,7 @@ def check(code: int, lines: list[str], what: str) -> None:
 
 
 def test_every_verb_has_a_command_line_here() -> None:
-    assert COMMANDS.keys() == VERBS.keys()
+    assert COMMANDS.keys() == commands().keys()
 
 
 def test_what_takes_a_number_is_found(run: Run) -> None:
@@ -203,6 +204,7 @@ USERS = {
     "builder": ("data", "--builder", "data"),
     "exporter": ("export", "--to", "export"),
     "observer": ("train", "--observer", "observe"),
+    "evaluator": ("evaluate", "--evaluator", "evaluator"),
 }
 
 COMPONENT_OPTIONS = [
@@ -221,7 +223,7 @@ def test_components_with_numbers_are_found() -> None:
         ("builder", "jsonl", "write_batch_size"),
     }
     assert wanted <= set(COMPONENT_OPTIONS)
-    assert {"adapter", "quantizer", "sampler", "builder", "exporter", "observer"} <= KINDS.keys()
+    assert {"adapter", "quantizer", "sampler", "builder", "exporter", "observer", "evaluator"} <= KINDS.keys()
 
 
 @pytest.mark.parametrize(("kind", "name", "option"), COMPONENT_OPTIONS)

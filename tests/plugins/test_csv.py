@@ -12,9 +12,9 @@ from mlxlora_csv import start
 from mlxlora_csv.table import COLUMNS, OLDER
 
 from mlxlora_core.errors import UsageError
+from mlxlora_core.series import RunInfo
 from mlxlora_core.specs import NoOptions
 from mlxlora_core.training.session import report_line
-from mlxlora_core.values import RunInfo
 
 
 def watch(folder: Path, stem: str = "metrics") -> Any:

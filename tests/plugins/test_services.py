@@ -14,9 +14,8 @@ import pytest
 from mlxlora_core import plugins as registry
 from mlxlora_core.errors import PluginError, UsageError
 from mlxlora_core.options import parse
-from mlxlora_core.runs.recipe import choose_observers
-from mlxlora_core.series import Series, figures, flat_settings
-from mlxlora_core.values import RunInfo
+from mlxlora_core.runs.recipe import choose_beside
+from mlxlora_core.series import RunInfo, Series, figures, flat_settings
 
 SETTINGS = {"train": {"iters": 40, "rate": 0.5, "packed": True, "patience": None}, "adapter": {"on": ["a"]}}
 FLAT = {"train.iters": 40, "train.rate": 0.5, "train.packed": True, "adapter.on": '["a"]'}
@@ -36,7 +35,7 @@ def test_without_its_library_one_line_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == module else True)
     with pytest.raises(PluginError) as told:
-        choose_observers([name], {}, registry.load(environ={registry.ALLOW_LIST: ""}))
+        choose_beside("observer", [name], {}, registry.load(environ={registry.ALLOW_LIST: ""}))
     assert "\n" not in str(told.value)
     assert f"needs {module}" in str(told.value) and f"pip install 'mlxlora[{name}]'" in str(told.value)
 

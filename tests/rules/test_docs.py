@@ -17,7 +17,8 @@ import pytest
 
 from mlxlora_core import api, errors, files, hookspecs, ops, specs
 from mlxlora_core import plugins as registry
-from mlxlora_core.cli.verbs import VERBS, group
+from mlxlora_core.cli.groups import LazyGroup
+from mlxlora_core.cli.verbs import VERBS, commands, group
 from mlxlora_core.errors import ExitCode
 from mlxlora_core.options import Option, explain
 from mlxlora_core.plugins.sections import CONFIGS, config_of
@@ -35,6 +36,8 @@ PAGES = {
     "sampler": "samplers.md",
     "exporter": "exporters.md",
     "observer": "observers.md",
+    "evaluator": "evaluators.md",
+    "command": "commands.md",
     "runtime": "runtimes.md",
     "recipe": "recipes.md",
 }
@@ -102,7 +105,7 @@ HANDED_OVER = (
     "Place",
 )
 FOREIGN = ("ForeignAdapter",)
-GIVEN = ("ExportSource", "ExportAdapter", "RunInfo")
+GIVEN = ("ExportSource", "ExportAdapter", "RunInfo", "Answer")
 
 
 @pytest.mark.parametrize("name", [*HANDED_OVER, *FOREIGN, *GIVEN])
@@ -128,7 +131,8 @@ def test_every_kind_has_a_page_that_the_door_links(kind: str) -> None:
 
 def test_every_kind_of_component_is_looked_at() -> None:
     assert PAGES.keys() == registry.KINDS.keys()
-    assert {component.kind for component in BUILT_IN} == set(PAGES), "each kind has a built-in component"
+    kinds = {component.kind for component in BUILT_IN}
+    assert kinds == PAGES.keys() - {"command"}, "each kind has a built-in component, or mlxlora has verbs"
 
 
 @pytest.mark.parametrize("component", BUILT_IN, ids=lambda c: f"{c.kind} {c.id}")
@@ -205,12 +209,12 @@ def test_the_page_of_the_command_line_is_what_the_commands_say() -> None:
     assert page("cli.md") == module.text(), "run: python docs/make_cli.py"
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", commands())
 def test_every_flag_of_a_verb_is_there_with_its_meaning(verb: str) -> None:
     """Looked up without the program that writes the page."""
     text = part(page("cli.md"), f"## mlxlora {verb}")
-    command = group.get_command(click.Context(group), verb)
-    assert command is not None and command.help
+    command = commands()[verb]
+    assert command.help
     assert command.help.split("\n")[0] in text
     for parameter in command.params:
         if isinstance(parameter, click.Option):
@@ -220,10 +224,14 @@ def test_every_flag_of_a_verb_is_there_with_its_meaning(verb: str) -> None:
 
 
 def test_help_lists_every_verb_as_its_page_begins() -> None:
-    for verb, summary in VERBS.items():
-        command = group.get_command(click.Context(group), verb)
-        assert command is not None and command.help is not None
-        assert command.help.startswith(summary), "one sentence for one thing"
+    summaries = dict(VERBS)
+    for verb, command in commands().items():
+        if isinstance(command, LazyGroup):
+            summaries |= {f"{verb} {name}": summary for name, summary in command.summaries.items()}
+    assert summaries.keys() == commands().keys()
+    for verb, command in commands().items():
+        assert command.help is not None
+        assert command.help.startswith(summaries[verb]), "one sentence for one thing"
 
 
 def test_exit_codes_are_the_same_wherever_they_are_listed() -> None:

@@ -45,6 +45,7 @@ LIGHT_IN_HEAVY_ROOMS = {
     "mlxlora_core.model.special_texts",
     "mlxlora_core.model.stop_texts",
     "mlxlora_core.server.settings",
+    "mlxlora_core.training.scoring",
     "mlxlora_core.training.settings",
     "mlxlora_core.training.sources",
     "mlxlora_core.training.dataset",

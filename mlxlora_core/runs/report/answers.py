@@ -39,9 +39,24 @@ def _carried_over(facts: Facts) -> Html:
         table("Loss in nats a counted token", ("rows", "before", "after", "change"), rows, numbers=(1, 2, 3))
         if rows
         else element("p", "Nothing measured yet." if before is None else "Nothing was held out."),
+        _scores(facts),
         held_out,
         class_="card",
     )
+
+
+def _scores(facts: Facts) -> Html | None:
+    """What evaluators say of the answers to the test rows, before and after."""
+    before, after = (facts.results.get(stage, {}).get("scores", {}) for stage in ("before", "after"))
+    if not before:
+        return None
+    rows = [
+        (name, f"{score['score']:.4f}", f"{after[name]['score']:.4f}" if name in after else "…")
+        for name, score in before.items()
+    ]
+    count = counted(next(iter(before.values()))["rows"], "test row")
+    caption = f"Scores of the answers to {count}, from 0 to 1"
+    return table(caption, ("evaluator", "before", "after"), rows, numbers=(1, 2))
 
 
 def _held_out(facts: Facts) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlxlora_core.files.fingerprints import content_digest
@@ -12,8 +12,10 @@ from mlxlora_core.runs.events import Event, StageDone
 from mlxlora_core.runs.folder import DATA
 from mlxlora_core.runs.grading import GENERAL, Expected, find_expected, grade
 from mlxlora_core.runs.recipe import Recipe
+from mlxlora_core.runs.samplers import labels
 from mlxlora_core.runs.stages.stage import Stage, identity_of
 from mlxlora_core.training.events import Advanced, Note
+from mlxlora_core.training.scoring import scoring, words_on
 
 if TYPE_CHECKING:
     from mlxlora_core.model.loading import Model
@@ -39,30 +41,36 @@ class MeasureStage(Stage):
 
     def inputs(self, recipe: Recipe) -> Mapping[str, Any]:
         """How rows are read and prompts are asked."""
-        train = recipe.train
+        train, evaluate = recipe.train, plain(recipe.evaluate)
+        scored = {"score_rows": evaluate.pop("score_rows")}  # which matters to evaluators alone
+        scored |= {"evaluator": [identity_of(evaluator) for evaluator in recipe.evaluator]}
         return {
             "reading": {"max_seq_length": train.max_seq_length, "mask_prompt": train.mask_prompt},
             "batch_size": train.batch_size,
-            "evaluate": plain(recipe.evaluate),
+            "evaluate": evaluate,
             "general": content_digest(recipe.evaluate.general_rows) if recipe.evaluate.general_rows else None,
             "generate": plain(recipe.generate),
             "sampler": [identity_of(sampler) for sampler in recipe.sampler],
             "seed": recipe.run.seed,
-        }
+        } | (scored if recipe.evaluator else {})
 
     def work(self, context: Context) -> Iterator[Event]:
-        """Measure the loss of each held-out split, and ask each prompt."""
+        """Measure the loss of each held-out split, ask each prompt, and score the answers to test rows."""
+        rows, words = context.scored_rows()
         model = yield from self.model(context)
         prompts, ask = context.recipe.generate.prompts, context.recipe.generate
         expected = find_expected(context.path / DATA, prompts, model.tokenizer, ask)
         if self.is_first:
-            yield from map(Note, _words(model, context, expected))
+            yield from map(Note, (*_words(model, context, expected), *words))
         losses = yield from _losses(model, context)
         answers = []
         for prompt in prompts:
             answers.append(_graded(model, prompt, context.recipe, expected.get(prompt)))
             yield Advanced("answering", len(answers), len(prompts))
-        yield StageDone(self.name, {"losses": losses, "answers": answers})
+        result: dict[str, Any] = {"losses": losses, "answers": answers}
+        if context.recipe.evaluator:
+            result["scores"] = yield from _scores(model, rows, context.recipe, told=self.is_first)
+        yield StageDone(self.name, result)
 
     def assist(self, context: Context) -> Iterator[Event]:
         """Measure a part of the rows."""
@@ -70,12 +78,42 @@ class MeasureStage(Stage):
         yield from _losses(model, context)
 
     def fits(self, result: Mapping[str, Any], recipe: Recipe) -> bool:
-        """Whether it has an answer to each prompt."""
-        return tuple(answer["prompt"] for answer in result["answers"]) == recipe.generate.prompts
+        """Whether it has an answer to each prompt, and the score of each evaluator."""
+        asked = tuple(answer["prompt"] for answer in result["answers"])
+        return asked == recipe.generate.prompts and [*result.get("scores", ())] == _names(recipe)
 
     def words(self, result: Mapping[str, Any]) -> list[str]:
-        """The losses."""
-        return [f"{split} loss {loss['loss']:.4f}" for split, loss in result["losses"].items()]
+        """The losses and the scores."""
+        losses = [f"{split} loss {loss['loss']:.4f}" for split, loss in result["losses"].items()]
+        scores = result.get("scores", {}).items()
+        return losses + [
+            f"{name} {score['score']:.4f} on {score['rows']} test row{'s'[: score['rows'] - 1]}"
+            for name, score in scores
+        ]
+
+
+def _names(recipe: Recipe) -> list[str]:
+    """What the evaluators of a recipe are called."""
+    return labels([evaluator.component for evaluator in recipe.evaluator])
+
+
+def _scores(
+    model: Model, rows: Sequence[tuple[str, Mapping[str, Any]]], recipe: Recipe, *, told: bool
+) -> Generator[Event, None, dict[str, Any]]:
+    """What each evaluator says of the answers to test rows, as the value of the generator."""
+    scored = yield from scoring(
+        "answering test rows",
+        model,
+        rows,
+        recipe.evaluator,
+        recipe.sampler,
+        num_tokens=recipe.generate.num_tokens,
+        seed=recipe.run.seed,
+    )
+    if told:
+        yield from map(Note, words_on(scored))
+    means = zip(_names(recipe), scored.means, strict=True)
+    return {name: {"score": mean, "rows": scored.rows} for name, mean in means}
 
 
 def _words(model: Model, context: Context, expected: Mapping[str, Expected]) -> Iterator[str]:

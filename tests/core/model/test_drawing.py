@@ -42,6 +42,22 @@ def test_one_token_that_may_come_is_the_draw() -> None:
         assert Drawing([], 0)(logits, [1]) == token == int(mx.random.categorical(logits))
 
 
+def test_a_sampler_that_asks_is_given_the_tokenizer() -> None:
+    """By the name of its parameter; another one is not."""
+    tokenizer: Any = object()
+    seen: list[Any] = []
+
+    def build(options: Any, tokenizer: Any) -> Any:
+        seen.append(tokenizer)
+        return as_it_is
+
+    spec = Sampler(name="asks", summary="s", build=build)
+    asks = Component("sampler", spec, Plugin("box", "box", "1", "installed", "box"))
+    logits = mx.random.normal((1, 320), key=mx.random.key(1))
+    token = Drawing([(asks, None), sampler(as_it_is)], 3, tokenizer)(logits, [1])
+    assert seen == [tokenizer] and token == Drawing([], 3)(logits, [1])
+
+
 # --- what a sampler should not give -------------------------------------------
 
 FAULTS: dict[str, tuple[Any, str]] = {

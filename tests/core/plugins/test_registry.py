@@ -19,7 +19,7 @@ from mlxlora_core.errors import PluginError, ResourceError, UsageError
 from mlxlora_core.machine import device
 from mlxlora_core.options import explain
 from mlxlora_core.plugins import ALLOW_LIST, Component, Plugin, Registry, load, start_runtimes
-from mlxlora_core.plugins.checks import FUNCTIONS
+from mlxlora_core.plugins.checks import FUNCTIONS, check_call
 from mlxlora_core.runtime_started import RuntimeStarted
 
 HEAD = """
@@ -420,7 +420,7 @@ def test_a_defect_of_a_built_in_plugin_is_not_blamed_on_a_plugin() -> None:
 def test_a_function_that_a_function_gives_is_checked(given: object, got: str) -> None:
     component = load(environ={ALLOW_LIST: ""}).find("sampler", "greedy")
     with pytest.raises(PluginError) as caught:
-        registry.check_call(component, "build", given, "logits", "tokens")
+        check_call(component, "build", given, "logits", "tokens")
     want = f"sampler samplers:greedy: build gives {got}, wanted a function (logits, tokens)"
     assert str(caught.value) == want
 
@@ -428,7 +428,26 @@ def test_a_function_that_a_function_gives_is_checked(given: object, got: str) ->
 @pytest.mark.parametrize("given", [lambda a, b: None, lambda *all: None, lambda a, b, c=1: None, max, dict])
 def test_a_function_that_can_be_called_so_is_given_back(given: object) -> None:
     component = load(environ={ALLOW_LIST: ""}).find("sampler", "greedy")
-    assert registry.check_call(component, "build", given, "logits", "tokens") is given
+    assert check_call(component, "build", given, "logits", "tokens") is given
+
+
+@pytest.mark.parametrize(
+    ("takes", "said"),
+    [
+        ("(options)", ""),
+        ("(options, tokenizer)", ""),
+        ("(options, tokenizer=None)", ""),
+        ("(options, words)", "takes (options, words), wanted (options)"),
+        ("(options, *, tokenizer)", "takes (options, *, tokenizer), wanted (options, tokenizer)"),
+        ("(options, tokenizer, seed)", "takes (options, tokenizer, seed), wanted (options, tokenizer)"),
+    ],
+)
+def test_a_sampler_asks_for_the_tokenizer_by_the_name_of_a_parameter(
+    shelf: Shelf, takes: str, said: str
+) -> None:
+    shelf.add("asks", HEAD + RAISING.format(body="pass", function="build").replace("(options)", takes))
+    reason = plugin(load(environ={}), "asks").reason
+    assert said in reason and bool(said) == bool(reason)
 
 
 # --- names --------------------------------------------------------------------

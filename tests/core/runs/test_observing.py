@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ import pytest
 from mlxlora_core.errors import DivergedError, UsageError
 from mlxlora_core.machine.signals import Interrupted
 from mlxlora_core.plugins import Choice, Component, Plugin
+from mlxlora_core.plugins.surroundings import kept
+from mlxlora_core.runs import observing
 from mlxlora_core.runs.events import StageDone, StageStarted
 from mlxlora_core.runs.observing import ObserverFailed, event_values, observed
+from mlxlora_core.series import RunInfo
 from mlxlora_core.specs import NoOptions, Observer
 from mlxlora_core.training.events import Advanced, CheckpointSaved, Note, SpikeReport, TrainingStarted
-from mlxlora_core.values import RunInfo
 
 OWNER = Plugin("seen", "seen", "1", "installed", "seen")
 
@@ -201,22 +205,123 @@ def test_what_is_no_watcher_is_told(watcher: Any, words: str) -> None:
 
 @pytest.mark.parametrize("call", ["start", "event", "end"])
 def test_interrupting_is_no_fault_of_an_observer(call: str) -> None:
+    def interrupt() -> None:
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)
+
     class Slow(Recorder):
         def event(self, event: dict[str, Any]) -> None:
             if call == "event":
-                raise KeyboardInterrupt
+                interrupt()
 
         def end(self, how: str) -> None:
             if call == "end":
-                raise KeyboardInterrupt
+                interrupt()
 
     def start(run: RunInfo, options: Any) -> Any:
         if call == "start":
-            raise KeyboardInterrupt
+            interrupt()
         return Slow()
 
     with pytest.raises(KeyboardInterrupt):
         list(run(observer("slow", start)))
+
+
+class Stuck(Recorder):
+    """Hangs in the call of that number until it is let go."""
+
+    def __init__(self, call: int) -> None:
+        super().__init__()
+        self.call, self.go = call, threading.Event()
+
+    def _tell(self, what: Any) -> None:
+        super()._tell(what)
+        if len(self.told) == self.call:
+            assert self.go.wait(60)
+
+
+def test_one_that_hangs_holds_up_nothing_and_is_told_all_when_it_goes_on() -> None:
+    stuck, good = Stuck(1), Recorder()
+    events = run(watching("stuck", stuck), watching("good", good), count=200)
+    assert [next(events) for _ in range(199)] == [*range(199)], "steps go on while it hangs"
+    assert len(stuck.told) == 1 and len(good.told) == 99, "and the others are told"
+    stuck.go.set()
+    assert list(events) == [199]
+    assert stuck.told == good.told and stuck.told[-1] == "done"
+
+
+@pytest.mark.parametrize("call", ["start", "event", "end"])
+def test_one_that_never_goes_on_is_left_behind_with_one_warning(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observing, "END_SECONDS", 0.3)
+    monkeypatch.setattr(observing, "START_SECONDS", 0.1)
+    go, good = threading.Event(), Recorder()
+    stuck = Stuck({"start": 0, "event": 2, "end": 3}[call])
+
+    def start(run: RunInfo, options: Any) -> Any:
+        assert call != "start" or go.wait(60)
+        return stuck
+
+    told = list(run(observer("stuck", start), watching("good", good)))
+    assert told[:-1] == [0, 1, 2, 3, 4] and good.told[-1] == "done"
+    assert told[-1].text == "observer seen:stuck is still at work 0.3 s after the end and is left out"
+    go.set(), stuck.go.set()
+
+
+def test_one_that_is_far_behind_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observing, "MOST_EVENTS", 5)
+    stuck, good = Stuck(1), Recorder()
+    told = list(run(watching("stuck", stuck), watching("good", good), count=40))
+    warnings = [event.text for event in told if isinstance(event, ObserverFailed)]
+    assert warnings == ["observer seen:stuck is 5 events behind and is left out"]
+    assert len(good.told) == 21
+    stuck.go.set()
+
+
+def test_a_fault_that_comes_late_is_told_once() -> None:
+    stuck, good = Stuck(1), Recorder()
+    stuck.fails = {2: OSError("x")}
+    events = run(watching("stuck", stuck), watching("good", good), count=20)
+    told = [next(events) for _ in range(11)]
+    stuck.go.set()
+    told += events
+    assert [type(event) for event in told].count(ObserverFailed) == 1
+    assert len(stuck.told) == 2 and good.told[-1] == "done"
+
+
+def test_all_calls_come_in_one_thread() -> None:
+    """Libraries that observers use may rely on it."""
+    threads = []
+
+    class Here(Recorder):
+        def _tell(self, what: Any) -> None:
+            threads.append(threading.get_ident())
+
+    def start(run: RunInfo, options: Any) -> Any:
+        threads.append(threading.get_ident())
+        return Here()
+
+    list(run(observer("here", start)))
+    assert len(threads) == 4 and len({*threads}) == 1 and threads[0] != threading.get_ident()
+
+
+def test_stdout_is_as_it_was_after_one_that_was_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observing, "START_SECONDS", 0.01)
+    go, left, stdout = threading.Event(), threading.Event(), sys.stdout
+
+    def start(run: RunInfo, options: Any) -> Any:
+        with kept("the observer", look=False):  # as functions of plugins are called
+            assert go.wait(60)
+        left.set()
+        return Recorder()
+
+    events = run(observer("slow", start))
+    assert next(events) == 0
+    go.set()
+    assert left.wait(60) and sys.stdout is stdout
+    assert list(events) == [1, 2, 3, 4] and sys.stdout is stdout
 
 
 def test_what_it_prints_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:

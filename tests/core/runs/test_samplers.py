@@ -19,7 +19,7 @@ from mlxlora_core.plugins import Choice, Component, Plugin, Registry
 from mlxlora_core.runs.plan import fingerprints
 from mlxlora_core.runs.recipe import COMMAND_LINE, DEFAULT, Recipe, choose_samplers
 from mlxlora_core.runs.recipe_source import read
-from mlxlora_core.runs.samplers import chain
+from mlxlora_core.runs.samplers import chain, check_samplers
 from mlxlora_core.specs import Sampler
 
 
@@ -294,3 +294,27 @@ def test_faults_have_a_place(recipe: Callable[..., Recipe], text: str, words: st
         recipe("[sampler]\n" + text)
     assert words in str(caught.value)
     assert "mine.toml" in str(caught.value)
+
+
+def test_samplers_are_built_once_the_tokenizer_that_they_ask_for_is_there() -> None:
+    seen: list[Any] = []
+
+    def build(options: Any) -> Any:
+        seen.append("plain")
+        return lambda logits, tokens: logits
+
+    def asking(options: Any, tokenizer: Any) -> Any:
+        seen.append(tokenizer)
+        return 3
+
+    plugin = Plugin("box", "box", "1", "installed", "box")
+    choices = [
+        Choice(Component("sampler", Sampler(name="s", summary="s", build=function), plugin), None)
+        for function in (build, asking)
+    ]
+    check_samplers(choices)
+    assert seen == ["plain"]
+    tokenizer: Any = object()
+    with pytest.raises(PluginError, match="sampler box:s: build gives int, wanted a function"):
+        check_samplers(choices, tokenizer)
+    assert seen == ["plain", tokenizer]

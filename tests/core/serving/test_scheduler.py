@@ -60,6 +60,21 @@ def test_the_text_is_what_generate_gives(served: Served, registry: Registry) -> 
         assert parts[-1].finish == want.finish
 
 
+def test_a_sampler_that_asks_is_given_the_tokenizer_of_the_model(served: Served) -> None:
+    seen: list[Any] = []
+
+    def build(options: Any, tokenizer: Any) -> Any:
+        seen.append(tokenizer)
+        return lambda logits, tokens: logits
+
+    spec = Sampler(name="asks", summary="s", build=build)
+    asks = Component("sampler", spec, Plugin("box", "box", "1", "installed", "box"))
+    steps = Steps(served)
+    job = steps.submit(Request([5, 6], samplers=[(asks, None)], max_tokens=2))
+    steps.run()
+    assert seen == [served.tokenizer] and told(job)[-1].finish == "length"
+
+
 # --- steps --------------------------------------------------------------------
 
 

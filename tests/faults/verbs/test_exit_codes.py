@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlxlora_core import cli
-from mlxlora_core.cli.verbs import VERBS
+from mlxlora_core.cli.verbs import commands
 from mlxlora_core.errors import ResourceError
 from mlxlora_core.files import tensor_file
 
@@ -48,10 +48,10 @@ def test_a_wrong_command_line_names_the_help_of_its_verb(capfd: Capfd, line: str
     assert ended(capfd, *line.split()) == (2, [f"mlxlora: {said}"])
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", commands())
 def test_every_verb_is_named_by_what_is_wrong_with_its_options(capfd: Capfd, verb: str) -> None:
     for wrong in ("--nonsense", "--plugin", "--debug=1", "-P"):
-        code, lines = ended(capfd, verb, wrong)
+        code, lines = ended(capfd, *verb.split(), wrong)
         assert code == 2 and len(lines) == 1 and lines[0].endswith(f" See: mlxlora {verb} --help")
         assert "?." not in lines[0]
 

@@ -21,7 +21,7 @@ import pytest
 
 from mlxlora_core import cli
 from mlxlora_core.cli.declare import PathType
-from mlxlora_core.cli.verbs import VERBS, group
+from mlxlora_core.cli.verbs import commands
 from mlxlora_core.errors import ExitCode
 from mlxlora_core.options import explain
 from mlxlora_core.plugins import load
@@ -107,6 +107,18 @@ def adapters(base: Base) -> dict[str, Any]:
     return {"paths": base.adapter, "models": base.model}
 
 
+def plugins_new(base: Base) -> dict[str, Any]:
+    return {"kind": "sampler", "name": "mine", "folder": "out"}
+
+
+def plugins_check(base: Base) -> dict[str, Any]:
+    return {}
+
+
+def plugins_docs(base: Base) -> dict[str, Any]:
+    return {"name": "lora", "output": "out.md"}
+
+
 def report(base: Base) -> dict[str, Any]:
     return {}
 
@@ -126,7 +138,7 @@ def run(base: Base) -> dict[str, Any]:
 
 
 WORKING: dict[str, Callable[[Base], dict[str, Any]]] = {
-    verb.__name__: verb
+    verb.__name__.replace("_", " "): verb
     for verb in (
         convert,
         data,
@@ -137,6 +149,9 @@ WORKING: dict[str, Callable[[Base], dict[str, Any]]] = {
         fuse,
         export,
         adapters,
+        plugins_new,
+        plugins_check,
+        plugins_docs,
         report,
         run,
         runs,
@@ -147,17 +162,15 @@ WORKING: dict[str, Callable[[Base], dict[str, Any]]] = {
 
 def command(verb: str) -> click.Command:
     """The command of a verb."""
-    found = group.get_command(click.Context(group), verb)
-    assert found is not None
-    return found
+    return commands()[verb]
 
 
 def path_options() -> list[tuple[str, str]]:
     """(verb, parameter) of each that takes a path."""
     return [
         (verb, param.name)
-        for verb in VERBS
-        for param in command(verb).params
+        for verb, known in commands().items()
+        for param in known.params
         if isinstance(param.type, PathType) and param.name is not None
     ]
 
@@ -182,7 +195,7 @@ def recipe_options() -> list[str]:
 
 def line(verb: str, given: dict[str, Any]) -> list[str]:
     """The command line with these values."""
-    written = [verb]
+    written = verb.split()
     for param in command(verb).params:
         if param.name in given and isinstance(param, click.Option):
             written += [param.opts[0], str(given[param.name])]

@@ -19,14 +19,14 @@ from test_paths import ALL, WORKING, Base, base, command, faults, line
 
 from mlxlora_core import cli
 from mlxlora_core.cli.declare import PathType
-from mlxlora_core.cli.verbs import VERBS
+from mlxlora_core.cli.verbs import commands
 
 __all__ = ["base"]
 
 OUTPUTS = [
     (verb, param.name, param.type.writes)
-    for verb in VERBS
-    for param in command(verb).params
+    for verb, known in commands().items()
+    for param in known.params
     if isinstance(param.type, PathType) and param.type.writes and param.name is not None
 ]
 
@@ -261,7 +261,7 @@ def test_what_is_ours_is_replaced_where_that_is_said(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for verb in sorted({verb for verb, _, _ in OUTPUTS}):
+    for verb in sorted({verb for verb, _, _ in OUTPUTS if "--overwrite" in overwriting(verb, [])}):
         (tmp_path / verb).mkdir()
         monkeypatch.chdir(tmp_path / verb)
         given = WORKING[verb](base) | ({"metrics_file": "m.jsonl"} if verb == "train" else {})

@@ -1,0 +1,55 @@
+-- A small shop: who buys, what there is, and what was bought.
+CREATE TABLE customers (id INTEGER PRIMARY KEY, name TEXT, city TEXT);
+CREATE TABLE products (id INTEGER PRIMARY KEY, name TEXT, kind TEXT, price REAL);
+CREATE TABLE orders (id INTEGER PRIMARY KEY, customer INTEGER REFERENCES customers, product INTEGER REFERENCES products, pieces INTEGER);
+INSERT INTO customers VALUES
+  (1, 'Ada', 'Cork'),
+  (2, 'Bo', 'Rome'),
+  (3, 'Cleo', 'Lima'),
+  (4, 'Dora', 'Rome'),
+  (5, 'Emil', 'Lima'),
+  (6, 'Finn', 'Lima'),
+  (7, 'Greta', 'Lima'),
+  (8, 'Hugo', 'Cork'),
+  (9, 'Ines', 'Oslo'),
+  (10, 'Jon', 'Paris'),
+  (11, 'Karl', 'Bern'),
+  (12, 'Lena', 'Lima');
+INSERT INTO products VALUES
+  (1, 'pen', 'paper', 2.5),
+  (2, 'book', 'paper', 12.0),
+  (3, 'map', 'paper', 9.0),
+  (4, 'cup', 'kitchen', 6.0),
+  (5, 'pan', 'kitchen', 24.0),
+  (6, 'bowl', 'kitchen', 8.0),
+  (7, 'lamp', 'home', 30.0),
+  (8, 'rug', 'home', 55.0),
+  (9, 'vase', 'home', 18.0),
+  (10, 'rope', 'garden', 7.0),
+  (11, 'spade', 'garden', 21.0),
+  (12, 'seed', 'garden', 1.5);
+INSERT INTO orders VALUES
+  (1, 1, 3, 2),
+  (2, 6, 8, 4),
+  (3, 7, 9, 2),
+  (4, 10, 4, 1),
+  (5, 12, 4, 7),
+  (6, 5, 3, 7),
+  (7, 3, 2, 3),
+  (8, 10, 10, 8),
+  (9, 3, 3, 1),
+  (10, 1, 4, 4),
+  (11, 3, 3, 5),
+  (12, 6, 4, 9),
+  (13, 11, 11, 4),
+  (14, 3, 12, 4),
+  (15, 7, 5, 1),
+  (16, 6, 7, 3),
+  (17, 3, 5, 2),
+  (18, 6, 5, 1),
+  (19, 10, 11, 6),
+  (20, 2, 5, 6),
+  (21, 5, 8, 6),
+  (22, 3, 8, 8),
+  (23, 12, 3, 1),
+  (24, 5, 1, 6);

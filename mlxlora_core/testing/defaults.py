@@ -1,0 +1,243 @@
+"""The suite of a component whose author has written none: what it needs is guessed, or left out.
+
+A test that needs what nobody can guess, such as files that a loader of a
+format of its own reads, raises NotImplementedError by a method of the suite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from mlxlora_core.errors import MlxloraError
+from mlxlora_core.model.adapters import own, trainable
+from mlxlora_core.model.linears import parameters
+from mlxlora_core.options import Option, explain, parse
+from mlxlora_core.plugins import Component
+from mlxlora_core.plugins import load as load_plugins
+from mlxlora_core.testing import fixtures
+from mlxlora_core.testing.exporter import ADAPTED, CONFIG, SHAPES
+from mlxlora_core.values import Place
+
+#: kind -> the suite that its components are tried by
+SUITES = {
+    "loader": "weight_loader:WeightLoaderSuite",
+    "tokenizer": "tokenizer:TokenizerSuite",
+    "architecture": "architecture:ArchitectureSuite",
+    "adapter": "adapter:AdapterSuite",
+    "adapter-loader": "adapter_loader:AdapterLoaderSuite",
+    "quantizer": "quantizer:QuantizerSuite",
+    "builder": "dataset_builder:DatasetBuilderSuite",
+    "sampler": "sampler:SamplerSuite",
+    "exporter": "exporter:ExporterSuite",
+    "observer": "observer:ObserverSuite",
+    "evaluator": "evaluator:EvaluatorSuite",
+    "command": "command:CommandSuite",
+    "runtime": "runtime:RuntimeSuite",
+    "recipe": "recipe:RecipeSuite",
+}
+
+
+def suite_of(kind: str) -> type[Any]:
+    """The suite of a kind."""
+    module, _, name = SUITES[kind].partition(":")
+    found: type[Any] = getattr(importlib.import_module(f"mlxlora_core.testing.{module}"), name)
+    return found
+
+
+def guessed_suite(component: Component) -> type[Any]:
+    """A suite for one component, with what can be guessed of what its author would state."""
+    spec = component.spec
+    members: dict[str, Any] = {"spec": spec, "option_sets": (_values(spec.options),)}
+    guess = _GUESSES.get(component.kind)
+    members |= guess(spec, members["option_sets"][0]) if guess else {}
+    return type(f"Test {component.kind} {spec.name}", (suite_of(component.kind),), members)
+
+
+def _values(options: type[Any]) -> dict[str, Any]:
+    """A value for each option that must be given; nothing is dropped out at random."""
+    rules = {field.name: field.metadata for field in dataclasses.fields(options)}
+    values = {o.name: _value(o, rules[o.name]) for o in explain(options) if o.required}
+    return values | ({"dropout": 0.0} if "dropout" in rules else {})
+
+
+def _value(option: Option, rules: Mapping[str, Any]) -> Any:
+    """A value that an option may have, as far as its declaration tells."""
+    if rules.get("choices"):
+        return rules["choices"][0]
+    if option.type_name in ("integer", "number"):
+        lowest, above, highest = (rules.get(key) for key in ("minimum", "above", "maximum"))
+        return next((v for v in (lowest, above and above + 1, highest) if v is not None), 1)
+    return {"true/false": True, "text": "text", "path": "path"}.get(option.type_name, [])
+
+
+# --- kind by kind -------------------------------------------------------------
+
+
+def _adapter(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether it goes on embeddings, and what of it does not train, by trying."""
+    options = parse(spec.options, values, owner=spec.name)
+
+    def frozen(module: nn.Module | None) -> set[str]:
+        return own(module).keys() - set(trainable(module)) if module is not None else set()
+
+    try:
+        linear = spec.wrap(nn.Linear(64, 32), Place("layers.0.attention.wq", 0, (32, 64)), options)
+        place = Place("tok_embeddings", None, (50, 64), "embedding")
+        embedding = spec.wrap(nn.Embedding(50, 64), place, options)
+        return {"embeds": embedding is not None, "frozen": tuple(sorted(frozen(linear)))}
+    except Exception:  # the suite will meet it, and tell it
+        return {}
+
+
+def _quantizer(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """No weight may be further off than the largest one of its row: it could as well be forgotten."""
+
+    def error_bound(self: Any, weight: np.ndarray, parts: Any, options: Any) -> np.ndarray:
+        largest: np.ndarray = np.abs(weight).max(axis=-1, keepdims=True)
+        return largest * 1.001 + 1e-37
+
+    return {"error_bound": error_bound}
+
+
+def _builder(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Files of many kinds, for the option that is a path."""
+    paths = [option.name for option in explain(spec.options) if "path" in option.type_name]
+
+    def options(folder: Path) -> dict[str, Any]:
+        if len(paths) != 1:
+            raise NotImplementedError("sources")
+        return {**values, paths[0]: str(folder)}
+
+    def sources(self: Any, folder: Path) -> Mapping[str, Any]:
+        write_samples(folder)
+        try:
+            spec.build(parse(spec.options, options(folder), owner=spec.name))
+        except MlxloraError:
+            raise NotImplementedError("sources") from None
+        return options(folder)
+
+    def empty_sources(self: Any, folder: Path) -> Mapping[str, Any]:
+        return options(folder)
+
+    def change(self: Any, folder: Path) -> None:
+        for path in folder.iterdir():
+            with path.open("a", encoding="utf-8") as file:
+                file.write(_MORE[path.suffix])
+
+    return {"sources": sources, "empty_sources": empty_sources, "change": change}
+
+
+_LINES = [(f"Question {i}", f"The answer to question {i} is {i * i}.") for i in range(12)]
+_MORE = {
+    ".md": "\n# One more\n\nOne more text.\n",
+    ".txt": "\nOne more text.\n",
+    ".rst": "\nOne more\n========\n\nOne more text.\n",
+    ".csv": "One more,One more text.\n",
+    ".jsonl": '{"text": "One more text."}\n',
+}
+
+
+def write_samples(folder: Path) -> None:
+    """Write the same dozen of texts as Markdown, plain text, reStructuredText, CSV and JSON Lines."""
+    texts = {
+        ".md": "".join(f"# {title}\n\n{text}\n\n" for title, text in _LINES),
+        ".txt": "".join(f"{title}\n{text}\n\n" for title, text in _LINES),
+        ".rst": "".join(f"{title}\n{'=' * len(title)}\n\n{text}\n\n" for title, text in _LINES),
+        ".csv": "prompt,completion\n" + "".join(f"{title},{text}\n" for title, text in _LINES),
+        ".jsonl": "".join(json.dumps({"text": f"{title} {text}"}) + "\n" for title, text in _LINES),
+    }
+    for ending, text in texts.items():
+        (folder / f"sample{ending}").write_text(text, encoding="utf-8")
+
+
+def _tokenizer(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The files of the tokenizer of the fixtures, where it opens those."""
+
+    def write(self: Any, folder: Path) -> Mapping[str, Path]:
+        fixtures.tiny_tokenizer(folder)
+        files = {name: folder / name for name in fixtures.tokenizer_files()}
+        if not spec.detect(files):
+            raise NotImplementedError("write")
+        return files
+
+    return {"write": write}
+
+
+def _architecture(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A model of the arguments that tiny models have, with random weights; it comes from no checkpoint."""
+
+    def model(self: Any) -> Any:
+        known = {option.name for option in explain(spec.args)}
+        given = {**fixtures.ARGS, "vocab_size": 50, "model_type": spec.model_types[0]}
+        try:
+            chosen = {name: value for name, value in given.items() if name in known}
+            args = parse(spec.args, chosen, owner=spec.name)
+        except MlxloraError:
+            raise NotImplementedError("raw") from None
+        built = spec.build(args)
+        draw = np.random.default_rng(5)
+        built.update(_random(built, draw))
+        built.eval()
+        return built
+
+    return {"model": model} | {name: _missing(name) for name in ("raw", "checkpoint", "sizes", "smooth")}
+
+
+def _random(model: nn.Module, draw: np.random.Generator) -> Any:
+    """Parameters of a model, drawn anew."""
+    found = []
+    for name, tensor in parameters(model).items():
+        noise = np.asarray(draw.standard_normal(tensor.shape))
+        scaled = 1 + 0.2 * noise if len(tensor.shape) == 1 else noise * 1.5 / tensor.shape[-1] ** 0.5
+        found.append((name, mx.array(scaled.astype(np.float32))))
+    return tree_unflatten(found)
+
+
+def _exporter(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A small Llama as the layout spells it that the exporter asks for."""
+    if not spec.layout:
+        return {}
+    family = load_plugins().find("architecture", "llama:llama").spec
+    layout = family.layouts.get(spec.layout)
+    if layout is None or layout.write is None:
+        return {"config": _missing("config")}
+    args = parse(family.args, {**CONFIG, "max_seq_len": 64}, owner=spec.name)
+    table = {entry.name: entry for entry in layout.table(args)}
+    adapted = table[f"{ADAPTED}.weight"]
+    return {
+        "config": dict(layout.write(args)),
+        "shapes": {table[name].foreign: shape for name, shape in SHAPES.items()},
+        "foreign": adapted.foreign,
+        "rows": adapted.rows,
+        "packed": (adapted.foreign,),
+        "tokenizer": {name: text.encode() for name, text in fixtures.tokenizer_files().items()},
+    }
+
+
+def _missing(name: str) -> property:
+    """An attribute that nobody can guess."""
+
+    def get(self: Any) -> Any:
+        raise NotImplementedError(name)
+
+    return property(get)
+
+
+_GUESSES: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
+    "adapter": _adapter,
+    "quantizer": _quantizer,
+    "builder": _builder,
+    "tokenizer": _tokenizer,
+    "architecture": _architecture,
+    "exporter": _exporter,
+}
