@@ -172,6 +172,9 @@ def test_what_an_import_costs(tmp_path: Path, capfd: Capfd) -> None:
     assert plugins["heavy"]["heavy"] == ["mlx", "numpy"]
     (one,) = [one for one in found["checks"] if one["result"] == "failed"]
     assert (one["plugin"], one["test"], one["got"]) == ("heavy", "import", "mlx, numpy")
+    # Both call their sampler the same, and each has been tried.
+    tried = {one["component"] for one in found["checks"] if one["result"] == "passed"}
+    assert tried >= {"light:odd", "heavy:odd"}
 
 
 @pytest.mark.parametrize(
@@ -278,6 +281,14 @@ def test_a_test_file_that_cannot_be_read_is_told(distribution: Path, capfd: Capf
     assert code == 8
     (one,) = [one for one in found["checks"] if one["result"] == "failed"]
     assert "test_plain.py" in one["test"] and "no_such_module" in one["got"]
+
+
+def test_a_conftest_that_fails_is_one_line(distribution: Path, capfd: Capfd) -> None:
+    (distribution / "tests").mkdir()
+    (distribution / "tests" / "conftest.py").write_text("import no_such_module\n")
+    code, _, lines = check(capfd, distribution)
+    assert code == 8 and len(lines) == 1
+    assert "the process that checks has ended with 4" in lines[0] and "no_such_module" in lines[0]
 
 
 def test_what_is_printed(distribution: Path, capfd: Capfd) -> None:
