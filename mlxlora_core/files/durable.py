@@ -23,6 +23,7 @@ from mlxlora_core.errors import SafetyError
 from mlxlora_core.files.exchange import exchange
 from mlxlora_core.files.flushing import disk_faults, flush_folder, flush_to_disk
 from mlxlora_core.files.leftovers import GONE, NEW, OLD, beside, clear_leftovers
+from mlxlora_core.files.room import written
 
 
 @contextmanager
@@ -58,8 +59,12 @@ def new_file(path: Path, check: Callable[[Path], object] = lambda _: None) -> It
 
 def write_file(path: Path, content: bytes) -> None:
     """Write ``content`` as a file; see :func:`new_file`."""
-    with new_file(path) as file:
-        file.write(content)
+
+    def write() -> None:
+        with new_file(path) as file:
+            file.write(content)
+
+    written(write)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,8 +79,17 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Add ``line`` and a line feed to a log in a single write, so that a reader never sees a part of it."""
-    with disk_faults(path), open(path, "ab") as file:
-        file.write(utf8(line) + b"\n")
+    end: list[int] = []
+
+    def write() -> None:
+        with disk_faults(path), open(path, "ab", buffering=0) as file:
+            if end:  # what a write has left that found the disk full
+                file.truncate(end[0])
+            end.append(file.tell())
+            if file.write(content := utf8(line) + b"\n") < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    written(write)
 
 
 def copy_file(source: Path | bytes, target: Path) -> None:

@@ -6,14 +6,23 @@ import errno
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
+
+from mlxlora_core.errors import ResourceError
+
+T = TypeVar("T")
 
 LEAST_SHARE = 3  # so many times as much must be free, or holding would take what it is held for
 FULL_BYTES = 4 << 20  # with less than that free, a disk is full
+SETTLE_SECONDS = 0.1  # until who fills a disk has found out, too, that it is full
 
 _PART = bytes(1 << 20)
+_rooms: list[Room] = []  # that are held
+_released = 0  # how often some was let go
 
 
 class Room:
@@ -38,6 +47,7 @@ class Room:
             if shutil.disk_usage(folder).free < LEAST_SHARE * count:
                 return
             self._file, self._folder = tempfile.TemporaryFile(dir=folder), folder  # noqa: SIM115 - stays open
+            _rooms.append(self)
             try:
                 _fill(self._file, count)
             except OSError:
@@ -46,9 +56,12 @@ class Room:
 
     def release(self) -> None:
         """Let them go, from whatever thread."""
+        global _released
         file, self._file = self._file, None
         if file is not None:
+            _rooms.remove(self)
             file.close()
+            _released += 1
 
     def release_where_full(self) -> None:
         """Let them go where the disk is full."""
@@ -56,6 +69,27 @@ class Room:
             with suppress(OSError):
                 if shutil.disk_usage(self._folder).free < FULL_BYTES:
                     self.release()
+
+
+def written(write: Callable[[], T]) -> T:
+    """What some writing gives; it is done once more where it fails and there was room held for it.
+
+    Args:
+        write: leaves nothing behind where it fails.
+
+    Raises:
+        ResourceError: as ``write`` raises.
+    """
+    before = _released
+    try:
+        return write()
+    except ResourceError:
+        if not _rooms and _released == before:
+            raise
+    time.sleep(SETTLE_SECONDS)
+    for room in list(_rooms):
+        room.release()
+    return write()
 
 
 def is_full(fault: BaseException) -> bool:

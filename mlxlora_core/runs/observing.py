@@ -141,8 +141,9 @@ class _Watchers:
             if behind >= MOST_EVENTS:
                 self._active.remove(worker)
                 yield _left_out(worker, f"is {behind} events behind")
-        self._room.release_where_full()
         yield from self._faults()
+        if not any(worker.behind for worker in self._active):  # or one that fills it would have the room too
+            self._room.release_where_full()
 
     def end(self, how: str) -> Iterator[ObserverFailed]:
         """Tell all of them that it is over, and wait for what they still have to do."""

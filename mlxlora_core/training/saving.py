@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import mlx.core as mx
 
 from mlxlora_core.errors import DivergedError, PluginError, ResourceError, listing
 from mlxlora_core.files import durable, leftovers, tensor_file
+from mlxlora_core.files.room import written
 from mlxlora_core.files.tensor_checks import is_finite
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapter_record import TrainingRecord
@@ -148,7 +150,7 @@ class CheckpointFolder:
         started = time.perf_counter()
         self.check_state()
         try:
-            self._write(step)
+            written(partial(self._write, step))
         except ResourceError:
             if not leftovers.clear_leftovers(self.path, "*"):
                 raise

@@ -16,6 +16,7 @@ from mlx.utils import tree_unflatten
 
 from mlxlora_core.errors import DivergedError, UsageError
 from mlxlora_core.files import durable
+from mlxlora_core.files.room import written
 from mlxlora_core.machine import signals
 from mlxlora_core.machine.device import product_precision
 from mlxlora_core.model import adapters
@@ -230,7 +231,8 @@ class TrainingSession:
         adapter_step = self._take_best()
         if self._outputs.adapter_file is not None:
             record = self.checkpoints.record(adapter_step) if self.checkpoints is not None else None
-            adapters.save(self._outputs.adapter_file, self.model, self.adapted, record)
+            path = self._outputs.adapter_file
+            written(lambda: adapters.save(path, self.model, self.adapted, record))
         yield self._result(adapter_step)
 
     def _take_up(self, how: Start, found: Found | None) -> list[str]:

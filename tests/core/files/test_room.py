@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mlxlora_core.errors import ResourceError
+from mlxlora_core.files import durable
 from mlxlora_core.files import room as room_module
-from mlxlora_core.files.room import Room, is_full
+from mlxlora_core.files.room import Room, is_full, written
 
 COUNT = 3 << 20
 
@@ -76,6 +80,68 @@ def test_a_disk_that_turns_out_to_be_full_holds_none(tmp_path: Path, monkeypatch
     room = Room()
     room.hold(tmp_path, COUNT)
     assert not room.held
+
+
+class Full:
+    """A disk that is full so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.times, self.calls = times, 0
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.calls <= self.times:
+            raise ResourceError("full")
+        return "written"
+
+
+def test_what_finds_the_disk_full_is_written_into_the_room_that_was_held(tmp_path: Path) -> None:
+    once = Full(1)
+    with pytest.raises(ResourceError):
+        written(once)
+    assert once.calls == 1, "no room was held"
+    room = Room()
+    room.hold(tmp_path, COUNT)
+    once = Full(1)
+    assert written(once) == "written" and once.calls == 2 and not room.held
+    room.hold(tmp_path, COUNT)
+    with pytest.raises(ResourceError):
+        written(Full(2))
+
+    def meanwhile() -> str:  # somebody else lets it go
+        if room.held:
+            room.release()
+            raise ResourceError("full")
+        return "written"
+
+    room.hold(tmp_path, COUNT)
+    assert written(meanwhile) == "written"
+
+
+def test_a_line_that_found_half_of_its_room_is_not_there_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a line of a log, of which the disk took the first bytes."""
+    log, room = tmp_path / "log", Room()
+    durable.append_line(log, "one")
+    room.hold(tmp_path, COUNT)
+    opened = open
+
+    def halving(*given: Any, **named: Any) -> Any:
+        file = opened(*given, **named)
+        if not room.held:
+            return file
+        whole = file.write
+        wrapped = io.BytesIO()
+        wrapped.write = lambda content: whole(content[: len(content) // 2])  # type: ignore[method-assign]
+        wrapped.tell, wrapped.close = file.tell, file.close  # type: ignore[method-assign]
+        return wrapped
+
+    monkeypatch.setattr(durable, "open", halving, raising=False)
+    durable.append_line(log, "two and more")
+    assert log.read_text() == "one\ntwo and more\n"
+    durable.append_line(log, "three")
+    assert log.read_text() == "one\ntwo and more\nthree\n"
 
 
 def test_which_faults_say_that_a_disk_is_full() -> None:
