@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -97,8 +98,7 @@ class Findings:
             assert component is not None
             told = {"component": component.id, "kind": component.kind, "tried": _tried(item)}
             told |= {"test": item.name, "suite": "guessed" if _is_guessed(item) else "the author's"}
-            needs = getattr(component.spec, "needs", {})
-            self._tell(told | (_left_out(call, needs, _is_guessed(item)) or self._ending(call)))
+            self._tell(told | (_left_out(call, component, _is_guessed(item)) or self._ending(call)))
         return report
 
     def _ending(self, call: pytest.CallInfo[None]) -> dict[str, str]:
@@ -122,23 +122,25 @@ class Findings:
         return told | {"got": short(text, _LETTERS)}
 
 
-def _left_out(call: pytest.CallInfo[None], needs: Mapping[str, str], guessed: bool) -> dict[str, str] | None:
+def _left_out(call: pytest.CallInfo[None], component: Component, guessed: bool) -> dict[str, str] | None:
     """Why a test could not be tried, where that is so: the author says too little, or a library is absent.
 
     Args:
         call: of the test.
-        needs: libraries that the component is installed without, and what pip is told.
+        component: that it tries.
         guessed: whether the suite is not the author's.
     """
     if call.excinfo is None:
         return None
     fault, last, why = call.excinfo.value, call.excinfo.traceback[-1], ""
+    needs: Mapping[str, str] = getattr(component.spec, "needs", {})
     library = (fault.name or "").partition(".")[0] if isinstance(fault, ImportError) else ""
     if isinstance(fault, NotImplementedError) and str(last.path).startswith(_HERE):
         why = f"only a suite of your own can say: {str(fault) or last.name}"
     elif library in needs:
         why = f"it needs {library}: pip install {needs[library]}"
-    elif guessed and isinstance(fault, UsageError):  # it refuses options that are only a guess
+    elif guessed and isinstance(fault, UsageError) and dataclasses.fields(component.spec.options):
+        # It refuses options that are only a guess.
         why = f"only a suite of your own can say which options: {fault}"
     return {"result": "left out", "why": why} if why else None
 
