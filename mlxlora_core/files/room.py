@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-import time
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,9 +18,10 @@ T = TypeVar("T")
 
 LEAST_SHARE = 3  # so many times as much must be free, or holding would take what it is held for
 FULL_BYTES = 4 << 20  # with less than that free, a disk is full
-SETTLE_SECONDS = 0.1  # until who fills a disk has found out, too, that it is full
+SETTLE_SECONDS = 5.0  # so long is waited for who may be filling the disk
 
 _PART = bytes(1 << 20)
+_lock = threading.Lock()  # for what follows
 _rooms: list[Room] = []  # that are held
 _released = 0  # how often some was let go
 
@@ -29,9 +30,14 @@ class Room:
     """Bytes of the disk that a folder is on; none at first.
 
     They are a file without a name: whatever ends the process, they are free again.
+
+    Args:
+        settle: waits until whoever may be filling the disk has found out that it is full, or that many
+            seconds; else the room would be filled too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, settle: Callable[[float], object] = lambda seconds: None) -> None:
+        self.settle = settle
         self._file: IO[bytes] | None = None
         self._folder = Path()
 
@@ -57,11 +63,12 @@ class Room:
     def release(self) -> None:
         """Let them go, from whatever thread."""
         global _released
-        file, self._file = self._file, None
-        if file is not None:
-            _rooms.remove(self)
-            file.close()
-            _released += 1
+        with _lock:  # until the disk has the bytes, which takes a moment
+            file, self._file = self._file, None
+            if file is not None:
+                _rooms.remove(self)
+                file.close()
+                _released += 1
 
     def release_where_full(self) -> None:
         """Let them go where the disk is full."""
@@ -84,10 +91,12 @@ def written(write: Callable[[], T]) -> T:
     try:
         return write()
     except ResourceError:
-        if not _rooms and _released == before:
+        with _lock:
+            there_is_some = bool(_rooms) or _released != before
+        if not there_is_some:
             raise
-    time.sleep(SETTLE_SECONDS)
     for room in list(_rooms):
+        room.settle(SETTLE_SECONDS)
         room.release()
     return write()
 

@@ -73,8 +73,8 @@ def observed(
     Raises:
         BaseException: what ``events`` raises; the observers are told that first.
     """
-    room = Room()
-    watchers = _Watchers(room)
+    watchers = _Watchers()
+    room = watchers.room
     yield from watchers.start(observers, info)
     try:
         for event in events:
@@ -110,18 +110,22 @@ def event_values(event: object) -> dict[str, Any] | None:
 
 
 class _Watchers:
-    """The observers that have not failed."""
+    """The observers that have not failed, and the room that is held on the disk for the training.
 
-    def __init__(self, room: Room) -> None:
+    Attributes:
+        room: nothing at first.
+    """
+
+    def __init__(self) -> None:
         self._active: list[Worker] = []
-        self._room = room
+        self.room = Room(lambda seconds: wait_for_all(self._active, seconds))
 
     def start(self, observers: Iterable[Choice], info: RunInfo) -> Iterator[ObserverFailed]:
         """Start each, and wait a moment for it."""
         for choice in observers:
             with _apart(choice.component, START):
                 try:
-                    worker = Worker(choice, info, self._room)
+                    worker = Worker(choice, info, self.room)
                 except RuntimeError as fault:  # no thread can be had
                     yield _failed(choice.component.id, START, fault)
                     continue
@@ -143,7 +147,7 @@ class _Watchers:
                 yield _left_out(worker, f"is {behind} events behind")
         yield from self._faults()
         if not any(worker.behind for worker in self._active):  # or one that fills it would have the room too
-            self._room.release_where_full()
+            self.room.release_where_full()
 
     def end(self, how: str) -> Iterator[ObserverFailed]:
         """Tell all of them that it is over, and wait for what they still have to do."""

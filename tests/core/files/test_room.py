@@ -6,6 +6,8 @@ import errno
 import io
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,41 @@ def test_what_finds_the_disk_full_is_written_into_the_room_that_was_held(tmp_pat
 
     room.hold(tmp_path, COUNT)
     assert written(meanwhile) == "written"
+
+
+def test_who_fills_the_disk_is_waited_for_before_the_room_is_let_go(tmp_path: Path) -> None:
+    seen: list[bool] = []
+    room = Room(lambda seconds: seen.append(room.held))
+    room.hold(tmp_path, COUNT)
+    assert written(Full(1)) == "written" and seen == [True] and not room.held
+
+
+def test_room_that_is_being_let_go_is_waited_for(tmp_path: Path) -> None:
+    """The disk has the bytes when the file is closed, and not before."""
+    room, begun, free = Room(), threading.Event(), []
+    room.hold(tmp_path, COUNT)
+
+    class Slow:
+        def close(self) -> None:
+            begun.set()
+            time.sleep(0.2)
+            free.append(True)
+
+    assert room._file is not None
+    room._file.close()
+    room._file = Slow()  # type: ignore[assignment]
+    other = threading.Thread(target=room.release)
+
+    def write() -> str:
+        if not begun.is_set():
+            other.start()
+            begun.wait(60)
+        if not free:
+            raise ResourceError("full")
+        return "written"
+
+    assert written(write) == "written"
+    other.join()
 
 
 def test_a_line_that_found_half_of_its_room_is_not_there_twice(
