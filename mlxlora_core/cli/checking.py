@@ -110,9 +110,10 @@ def _environment(targets: Iterable[Target], folder: Path) -> dict[str, str]:
     for number, target in enumerate(targets):
         if target.root is not None:
             roots += [_installed_in(folder / str(number), target), str(target.root)]
-    entries = [*dict.fromkeys(roots), variables["PYTHONPATH"]]
+    # The process works in another folder, where a relative entry would stand for something else.
+    others = [os.path.abspath(e) for e in variables["PYTHONPATH"].split(os.pathsep) if e]
     return variables | {
-        "PYTHONPATH": os.pathsep.join(filter(None, entries)),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys([*roots, *others])),
         "PYTHONDONTWRITEBYTECODE": "1",  # the author's folders stay as they are
     }
 

@@ -271,7 +271,11 @@ def test_a_folder_need_not_be_installed_and_stays_as_it_is(
     distribution: Path, capfd: Capfd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLXLORA_PLUGINS", "")
+    monkeypatch.setenv("PYTHONPATH", "beside")
     monkeypatch.chdir(distribution)
+    (distribution / "beside").mkdir()
+    (distribution / "beside" / "its_library.py").touch()
+    (distribution / "src" / "plain.py").write_text(f"import its_library\n{PLUGIN}")
     before = names_below(distribution)
     code, found, lines = check(capfd)
     assert (code, lines) == (0, [])
