@@ -21,8 +21,8 @@ from mlxlora_core.plugins.targets import PROJECT, Target
 
 Finding = Mapping[str, Any]
 
-#: results, the worst last
-RESULTS = ("passed", "does not apply", "left out", "failed")
+#: results, the one that counts of several last
+RESULTS = ("does not apply", "left out", "passed", "failed")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Checked:
         plugins: one a plugin: ``name``, ``distribution``, ``version``, ``components``, ``import_ms``
             and ``heavy``, the heavy modules that its import brings.
         checks: one a thing that was tried: ``plugin``, ``component``, ``kind``, ``test``, ``tried``,
-            ``result`` of :data:`RESULTS`, ``times``, ``failures``, ``got``, ``want``, ``where`` and ``why``.
+            ``suite``, ``result`` of :data:`RESULTS`, ``times`` and ``failures`` of those that were tried,
+            ``got``, ``want``, ``where`` and ``why``.
     """
 
     plugins: list[dict[str, Any]]
@@ -109,9 +110,10 @@ def _environment(targets: Iterable[Target], folder: Path) -> dict[str, str]:
     for number, target in enumerate(targets):
         if target.root is not None:
             roots += [_installed_in(folder / str(number), target), str(target.root)]
-    entries = [*dict.fromkeys(roots), variables["PYTHONPATH"]]
+    # The process works in another folder, where a relative entry would stand for something else.
+    others = [os.path.abspath(e) for e in variables["PYTHONPATH"].split(os.pathsep) if e]
     return variables | {
-        "PYTHONPATH": os.pathsep.join(filter(None, entries)),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys([*roots, *others])),
         "PYTHONDONTWRITEBYTECODE": "1",  # the author's folders stay as they are
     }
 
@@ -151,13 +153,14 @@ def _gathered(findings: Sequence[Finding]) -> Checked:
 
 
 _OF_PLUGINS = ("distribution", "version", "components", "import_ms", "heavy")
-_TOLD = ("plugin", "component", "kind", "test", "tried", "result", "got", "want", "where", "why")
+_TOLD = ("plugin", "component", "kind", "suite", "test", "tried", "result", "got", "want", "where", "why")
 
 
 def _worse(known: dict[str, Any] | None, one: Finding) -> dict[str, Any]:
-    """One record of what was tried several times: the worst of it, and how often."""
+    """One record of what was tried several times: the result that counts, and how often."""
     told = {key: one.get(key, "") for key in _TOLD}
     if known is not None and RESULTS.index(told["result"]) <= RESULTS.index(known["result"]):
         told = dict(known)
     times, failures = (known["times"], known["failures"]) if known is not None else (0, 0)
-    return told | {"times": times + 1, "failures": failures + (one["result"] == "failed")}
+    tried, failed = one["result"] in ("passed", "failed"), one["result"] == "failed"
+    return told | {"times": times + tried, "failures": failures + failed}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 from contextlib import suppress
@@ -32,7 +33,8 @@ class Target:
         version: of the distribution.
         value: what the entry point names.
         root: the folder that its module is looked for in, where it need not be installed.
-        folder: of the distribution, whose tests and settings of pytest count, where there is one.
+        folder: of the distribution, whose settings of pytest count, where there is one.
+        tests: the folder of its author's tests, where there is one.
     """
 
     name: str
@@ -41,12 +43,7 @@ class Target:
     value: str
     root: Path | None = None
     folder: Path | None = None
-
-    @property
-    def tests(self) -> Path | None:
-        """The folder of its author's tests, where there is one."""
-        tests = self.folder / _TESTS if self.folder is not None else None
-        return tests if tests is not None and tests.is_dir() else None
+    tests: Path | None = None
 
 
 def find_targets(text: str) -> list[Target]:
@@ -70,7 +67,14 @@ def find_targets(text: str) -> list[Target]:
             f"no plugin '{text}' ({nearest(text, names)}there is {listing(names, 30)}), and no such folder",
             fix="name a plugin of mlxlora plugins, a folder with a pyproject.toml, or a file .py",
         )
-    return [Target(p.name, p.distribution, p.version, p.value, folder=_edited_folder(p)) for p in found]
+    return [_of_installed(plugin) for plugin in found]
+
+
+def _of_installed(plugin: Plugin) -> Target:
+    """A plugin that pip has installed; its tests are in the folder that it is edited in, or ship with it."""
+    folder = _edited_folder(plugin)
+    tests = _tests_in(folder) if folder is not None else _shipped_tests(plugin)
+    return Target(plugin.name, plugin.distribution, plugin.version, plugin.value, folder=folder, tests=tests)
 
 
 def _of_file(path: Path) -> Target:
@@ -100,7 +104,7 @@ def _of_folder(folder: Path) -> list[Target]:
         )
     name, version = str(project.get("name", folder.name)), str(project.get("version", "0"))
     return [
-        Target(entry, name, version, str(value), root=_root(folder, entry, str(value)), folder=folder)
+        Target(entry, name, version, str(value), _root(folder, entry, str(value)), folder, _tests_in(folder))
         for entry, value in sorted(entries.items())
     ]
 
@@ -116,6 +120,20 @@ def _root(folder: Path, entry: str, value: str) -> Path:
         where=folder / PROJECT,
         fix="correct the entry point, or pip install -e the distribution and check it by its name",
     )
+
+
+def _tests_in(folder: Path) -> Path | None:
+    """The tests in a folder, where there are any."""
+    return folder / _TESTS if (folder / _TESTS).is_dir() else None
+
+
+def _shipped_tests(plugin: Plugin) -> Path | None:
+    """The tests that ship within the package of a plugin of somebody else, where there are any."""
+    with suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec(plugin.value.partition(":")[0].partition(".")[0])
+        places = (spec.submodule_search_locations or ()) if spec and plugin.origin != "built-in" else ()
+        return next(filter(None, map(_tests_in, map(Path, places))), None)
+    return None
 
 
 def _edited_folder(plugin: Plugin) -> Path | None:

@@ -60,7 +60,7 @@ def main(job: Path) -> int:
         "-W",
         "ignore",
     )
-    files = (str(checked.__file__), *given["tests"])
+    files = (f"--basetemp={job.parent / 'trials'}", str(checked.__file__), *given["tests"])
     code = pytest.main([*quiet, *files], plugins=[Findings(components, tell)])
     return 0 if code in (0, 1, 2, 5) else int(code)
 

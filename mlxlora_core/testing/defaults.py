@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mlxlora_core.options import Option, explain, parse
 from mlxlora_core.plugins import Component
 from mlxlora_core.plugins import load as load_plugins
 from mlxlora_core.testing import fixtures
-from mlxlora_core.testing.exporter import ADAPTED, CONFIG, SHAPES
+from mlxlora_core.testing.exporter import ADAPTED, CONFIG, SHAPES, ExporterSuite
 from mlxlora_core.values import Place
 
 #: kind -> the suite that its components are tried by
@@ -204,24 +205,46 @@ def _random(model: nn.Module, draw: np.random.Generator) -> Any:
 
 
 def _exporter(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A small Llama as the layout spells it that the exporter asks for."""
+    """A small Llama as the layout spells it that the exporter asks for, read by what opens it again."""
+    members = {"read": _read_again(spec), "error_bound": lambda self, options: 2.0**-8}  # bfloat16 at worst
     if not spec.layout:
-        return {}
+        return members
     family = load_plugins().find("architecture", "llama:llama").spec
     layout = family.layouts.get(spec.layout)
     if layout is None or layout.write is None:
-        return {"config": _missing("config")}
-    args = parse(family.args, {**CONFIG, "max_seq_len": 64}, owner=spec.name)
+        return members | {"config": _missing("config")}
+    words = len(json.loads(fixtures.tokenizer_json())["model"]["vocab"])
+    args = parse(family.args, {**CONFIG, "max_seq_len": 64, "vocab_size": words}, owner=spec.name)
     table = {entry.name: entry for entry in layout.table(args)}
     adapted = table[f"{ADAPTED}.weight"]
-    return {
+    return members | {
         "config": dict(layout.write(args)),
-        "shapes": {table[name].foreign: shape for name, shape in SHAPES.items()},
+        "shapes": {table[name].foreign: _as_high(shape, words) for name, shape in SHAPES.items()},
+        "source": lambda self, *given: replace(ExporterSuite.source(self, *given), vocab_size=words),
         "foreign": adapted.foreign,
         "rows": adapted.rows,
         "packed": (adapted.foreign,),
         "tokenizer": {name: text.encode() for name, text in fixtures.tokenizer_files().items()},
     }
+
+
+def _as_high(shape: tuple[int, ...], words: int) -> tuple[int, ...]:
+    """The shape of a weight of a small Llama with so many words."""
+    return (words, *shape[1:]) if shape[0] == CONFIG["vocab_size"] else shape
+
+
+def _read_again(spec: Any) -> Callable[[Any, Path, Any], Mapping[str, np.ndarray]]:
+    """The tensors of an export of a model by the one weight loader that knows its form."""
+
+    def read(self: Any, folder: Path, options: Any) -> Mapping[str, np.ndarray]:
+        path = next(folder.iterdir()) if spec.ending else folder
+        there = [c.spec for c in load_plugins().of("loader") if spec.opens == "model" and c.spec.detect(path)]
+        if len(there) != 1:
+            raise NotImplementedError("read")
+        tensors = there[0].open(path, there[0].options()).tensors
+        return {name: np.array(tensor.read().astype(mx.float32)) for name, tensor in tensors.items()}
+
+    return read
 
 
 def _missing(name: str) -> property:

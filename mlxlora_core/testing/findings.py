@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from mlxlora_core.errors import UsageError, short
-from mlxlora_core.plugins import KINDS, Component
+from mlxlora_core.plugins import Component
 from mlxlora_core.testing import checked
 
 Tell = Callable[[Mapping[str, Any]], None]
@@ -30,7 +31,7 @@ class Findings:
     """
 
     def __init__(self, components: Sequence[Component], tell: Tell) -> None:
-        self._components, self._tell = {(c.kind, c.spec.name): c for c in components}, tell
+        self._components, self._tell = components, tell
         self._compared: tuple[str, str] | None = None
         self._count = self._done = 0
         self._suites: dict[str, type[Any]] = {}
@@ -42,7 +43,7 @@ class Findings:
         pytest.register_assert_rewrite(checked.__package__)
         from mlxlora_core.testing import defaults
 
-        for number, component in enumerate(self._components.values()):
+        for number, component in enumerate(self._components):
             self._suites[component.kind] = defaults.suite_of(component.kind)
             setattr(checked, f"Test{number}", defaults.guessed_suite(component))
 
@@ -58,10 +59,14 @@ class Findings:
         """What a test tries, if it is one of a suite over a component."""
         cls: Any = getattr(item, "cls", None)
         spec = getattr(cls, "spec", None)
-        for (kind, name), component in self._components.items():
-            if name == getattr(spec, "name", None) and isinstance(spec, KINDS[kind][1]):
-                return component if issubclass(cls, self._suites[kind]) else None
-        return None
+        alike = [
+            component
+            for component in self._components
+            if (type(component.spec), component.spec.name) == (type(spec), getattr(spec, "name", None))
+            and issubclass(cls, self._suites[component.kind])
+        ]
+        # Two plugins may give one name: a spec that is made anew at each call is equal to none.
+        return next((c for c in alike if c.spec is spec or c.spec == spec), alike[0] if alike else None)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Tell of a test file of the author's that cannot be read."""
@@ -93,8 +98,7 @@ class Findings:
             assert component is not None
             told = {"component": component.id, "kind": component.kind, "tried": _tried(item)}
             told |= {"test": item.name, "suite": "guessed" if _is_guessed(item) else "the author's"}
-            needs = getattr(component.spec, "needs", {})
-            self._tell(told | (_left_out(call, needs, _is_guessed(item)) or self._ending(call)))
+            self._tell(told | (_left_out(call, component, _is_guessed(item)) or self._ending(call)))
         return report
 
     def _ending(self, call: pytest.CallInfo[None]) -> dict[str, str]:
@@ -103,7 +107,11 @@ class Findings:
             return {"result": "passed"}
         fault = call.excinfo.value
         if isinstance(fault, pytest.skip.Exception):
-            return {"result": "does not apply", "why": str(fault)}
+            empty = str(fault).startswith("got empty parameter set")  # in pytest's words
+            return {
+                "result": "does not apply",
+                "why": "the suite states nothing to try" if empty else str(fault),
+            }
         last = call.excinfo.traceback[-1]
         told = {"result": "failed", "where": f"{Path(last.path).name}:{last.lineno + 1}"}
         if not isinstance(fault, AssertionError):
@@ -114,23 +122,25 @@ class Findings:
         return told | {"got": short(text, _LETTERS)}
 
 
-def _left_out(call: pytest.CallInfo[None], needs: Mapping[str, str], guessed: bool) -> dict[str, str] | None:
+def _left_out(call: pytest.CallInfo[None], component: Component, guessed: bool) -> dict[str, str] | None:
     """Why a test could not be tried, where that is so: the author says too little, or a library is absent.
 
     Args:
         call: of the test.
-        needs: libraries that the component is installed without, and what pip is told.
+        component: that it tries.
         guessed: whether the suite is not the author's.
     """
     if call.excinfo is None:
         return None
     fault, last, why = call.excinfo.value, call.excinfo.traceback[-1], ""
+    needs: Mapping[str, str] = getattr(component.spec, "needs", {})
     library = (fault.name or "").partition(".")[0] if isinstance(fault, ImportError) else ""
     if isinstance(fault, NotImplementedError) and str(last.path).startswith(_HERE):
         why = f"only a suite of your own can say: {str(fault) or last.name}"
     elif library in needs:
         why = f"it needs {library}: pip install {needs[library]}"
-    elif guessed and isinstance(fault, UsageError):  # it refuses options that are only a guess
+    elif guessed and isinstance(fault, UsageError) and dataclasses.fields(component.spec.options):
+        # It refuses options that are only a guess.
         why = f"only a suite of your own can say which options: {fault}"
     return {"result": "left out", "why": why} if why else None
 

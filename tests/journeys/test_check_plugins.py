@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +148,8 @@ def test_what_ships_in_the_box_passes_without_the_tests_of_its_authors(capfd: Ca
     assert [one for one in found["checks"] if one["result"] == "failed"] == []
     assert code == 0 and not [line for line in lines if line.startswith("mlxlora")]
     assert {"passed", "left out", "does not apply"} >= {one["result"] for one in found["checks"]}
+    written = by_test(found, "exporter")["test_an_independent_reader_finds_every_number"]
+    assert written["result"] == "passed", "what the exporter writes is read by the loader in the box"
 
 
 def test_it_finds_what_is_wrong_without_a_test_of_the_authors(tmp_path: Path, capfd: Capfd) -> None:
@@ -172,6 +178,9 @@ def test_what_an_import_costs(tmp_path: Path, capfd: Capfd) -> None:
     assert plugins["heavy"]["heavy"] == ["mlx", "numpy"]
     (one,) = [one for one in found["checks"] if one["result"] == "failed"]
     assert (one["plugin"], one["test"], one["got"]) == ("heavy", "import", "mlx, numpy")
+    # Both call their sampler the same, and each has been tried.
+    tried = {one["component"] for one in found["checks"] if one["result"] == "passed"}
+    assert tried >= {"light:odd", "heavy:odd"}
 
 
 @pytest.mark.parametrize(
@@ -200,6 +209,23 @@ def test_a_process_that_dies_is_one_line(tmp_path: Path, capfd: Capfd) -> None:
     code, _, lines = check(capfd, write(tmp_path, "dies", sampler(dies)))
     assert code == 8 and len(lines) == 1
     assert "the process that checks has ended by SIGSEGV in test_gives_logits" in lines[0]
+
+
+def test_one_that_hangs_is_ended_by_a_signal(tmp_path: Path) -> None:
+    """And leaves no process behind."""
+    mark = tmp_path / "pid"
+    says = f"Path({str(mark)!r}).write_text(str(os.getpid()))"
+    hangs = f"import time\ndef build(options):\n    {says}\n    time.sleep(600)\n"
+    path = write(tmp_path, "hangs", sampler(hangs))
+    command = [sys.executable, "-m", "mlxlora_core", "plugins", "check", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (mark.exists() and mark.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "") and len(err.splitlines()) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
 
 
 # --- folders ------------------------------------------------------------------
@@ -245,7 +271,11 @@ def test_a_folder_need_not_be_installed_and_stays_as_it_is(
     distribution: Path, capfd: Capfd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLXLORA_PLUGINS", "")
+    monkeypatch.setenv("PYTHONPATH", "beside")
     monkeypatch.chdir(distribution)
+    (distribution / "beside").mkdir()
+    (distribution / "beside" / "its_library.py").touch()
+    (distribution / "src" / "plain.py").write_text(f"import its_library\n{PLUGIN}")
     before = names_below(distribution)
     code, found, lines = check(capfd)
     assert (code, lines) == (0, [])
@@ -278,6 +308,14 @@ def test_a_test_file_that_cannot_be_read_is_told(distribution: Path, capfd: Capf
     assert code == 8
     (one,) = [one for one in found["checks"] if one["result"] == "failed"]
     assert "test_plain.py" in one["test"] and "no_such_module" in one["got"]
+
+
+def test_a_conftest_that_fails_is_one_line(distribution: Path, capfd: Capfd) -> None:
+    (distribution / "tests").mkdir()
+    (distribution / "tests" / "conftest.py").write_text("import no_such_module\n")
+    code, _, lines = check(capfd, distribution)
+    assert code == 8 and len(lines) == 1
+    assert "the process that checks has ended with 4" in lines[0] and "no_such_module" in lines[0]
 
 
 def test_what_is_printed(distribution: Path, capfd: Capfd) -> None:

@@ -164,7 +164,9 @@ def check_published(index: loopback_index.Index, folder: Path) -> None:
     assert (folder / "dist" / wheel).read_bytes() == index.files["mlxlora-top-n-sigma"][wheel]
     with zipfile.ZipFile(folder / "dist" / wheel) as archive:
         held = [name for name in archive.namelist() if ".dist-info/" not in name]
-    assert sorted(held) == ["mlxlora_top_n_sigma/__init__.py", "mlxlora_top_n_sigma/sampling.py"]
+    package = "mlxlora_top_n_sigma"
+    own = ["__init__.py", "sampling.py", f"tests/test_{package}.py"]
+    assert sorted(held) == [f"{package}/{name}" for name in own]
     with tarfile.open(folder / "dist" / source) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"README.md", "pyproject.toml", "tests/test_mlxlora_top_n_sigma.py"} <= names

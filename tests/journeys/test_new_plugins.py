@@ -64,10 +64,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(sources: Path, make_environment: Callable[[str], Any]) -> Any:
-    """An environment in which pip has installed them, so that a change in their folders counts."""
+    """An environment in which pip has installed them, as users do."""
     made = make_environment("kinds")
-    editable = [word for folder in sorted(sources.iterdir()) for word in ("-e", folder)]
-    made.pip("install", "--no-deps", *editable, cwd=sources)
+    made.pip("install", "--no-deps", *sorted(sources.iterdir()), cwd=sources)
     return made
 
 
@@ -83,9 +82,11 @@ def failures(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [(one["kind"], one["test"]) for one in found["checks"] if one["result"] == "failed"]
 
 
-def module_of(sources: Path, kind: str, file: str) -> Path:
-    name = name_of(kind)
-    return sources / f"mlxlora-{name}" / f"mlxlora_{name.replace('-', '_')}" / file
+def module_of(environment: Any, kind: str, file: str) -> Path:
+    """A file of a plugin where pip has put it."""
+    package = f"mlxlora_{name_of(kind).replace('-', '_')}"
+    (found,) = environment.folder.glob(f"lib/python*/site-packages/{package}/{file}")
+    return Path(found)
 
 
 # --- what plugins new writes is found, passes, and fails with one fault --------
@@ -112,9 +113,9 @@ def test_each_passes_and_nothing_that_its_kind_promises_is_left_out(environment:
     assert [p["components"] for p in found["plugins"]] == [[f"{kind}:{name_of(kind)}"] for kind in KINDS]
 
 
-def test_one_fault_of_its_kind_fails(environment: Any, sources: Path, tmp_path: Path) -> None:
+def test_one_fault_of_its_kind_fails(environment: Any, tmp_path: Path) -> None:
     for kind, fault in FAULTS.items():
-        file = module_of(sources, kind, fault.file)
+        file = module_of(environment, kind, fault.file)
         code = file.read_text("utf-8")
         assert code.count(fault.good) == 1, kind
         file.write_text(code.replace(fault.good, fault.bad))
@@ -122,7 +123,7 @@ def test_one_fault_of_its_kind_fails(environment: Any, sources: Path, tmp_path: 
         code, found, stderr = checked(environment, tmp_path, *map(name_of, KINDS))
     finally:
         for kind, fault in FAULTS.items():
-            file = module_of(sources, kind, fault.file)
+            file = module_of(environment, kind, fault.file)
             file.write_text(file.read_text("utf-8").replace(fault.bad, fault.good))
     failed = failures(found)
     for kind, fault in FAULTS.items():
@@ -136,19 +137,18 @@ def test_one_fault_of_its_kind_fails(environment: Any, sources: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", KINDS if ALL else ["sampler"])
-def test_each_alone_installed_as_users_do(
+def test_each_alone_installed_as_its_author_does(
     kind: str, sources: Path, make_environment: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    """Not editable, in an environment of its own; its author's tests run too."""
+    """Editable, in an environment of its own; its tests run by pytest too, and its folder stays as it is."""
     environment = make_environment(kind)
     folder = sources / f"mlxlora-{name_of(kind)}"
     before = sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts)
-    environment.pip("install", "--no-deps", folder, cwd=tmp_path)
-    code, found, stderr = checked(environment, tmp_path, name_of(kind))
-    assert (code, failures(found), stderr) == (0, [], "")
-    code, found, stderr = checked(environment, tmp_path, folder)
-    assert (code, failures(found), stderr) == (0, [], "")
-    assert [one["test"] for one in found["checks"] if one["result"] == "left out"] == []
+    environment.pip("install", "--no-deps", "-e", folder, cwd=tmp_path)
+    for target in (name_of(kind), folder):
+        code, found, stderr = checked(environment, tmp_path, target)
+        assert (code, failures(found), stderr) == (0, [], "")
+        assert [one["test"] for one in found["checks"] if one["result"] == "left out"] == []
     assert sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts) == before
     options = ("-q", "-p", "no:cacheprovider")
     tests = environment.run(environment.python, "-m", "pytest", *options, folder, cwd=tmp_path)
