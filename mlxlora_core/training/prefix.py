@@ -125,9 +125,11 @@ class Prefix:
         if not self.reuse.on:
             return 0
         groups = (self._tokens(split, rows) for split, rows in self._parts())
+        ranks = self._group.size if self._group.size > 1 else 0  # what each gives comes to all, and is copied
         return max(
             2 * len(tokens) * max(tokens) * sizes.dim * sizes.number_bytes
             + sizes.layer_bytes(len(tokens), max(tokens), max(tokens))
+            + 2 * ranks * sum(tokens) * self.reuse.width * self.reuse.stored.size
             for tokens in groups
         )
 
