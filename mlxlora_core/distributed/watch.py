@@ -41,7 +41,7 @@ _NOISE_SECONDS = 0.3  # in which MLX says, piece by piece, that a connection bro
 #: first words of phases: of the one in which nobody is waited for, and of those that all are in together
 _SAVING, _TOGETHER = "saving", ("step", "validation")
 
-_FIX = "see there what became of it, and go on with --resume"
+_FIX = "see there what became of it, and go on: train with --resume, run as before"
 _end = os._exit  # as it is before plugins are kept from it
 
 
@@ -220,7 +220,7 @@ class _Watching(Watch):
         if self._rank == 0 and self._pace.hangs(seconds, moves, self._phase):
             places = ", ".join(f"{self._called(line.rank)} at {line.phase}" for line in self._lines)
             what = f"no rank gets on: {self._called(0)} at {self._phase}, {places}"
-            what += ". Fix: see which one hangs, or to the network between them, and go on with --resume"
+            what += ". Fix: see which one hangs, or to the network between them, and go on as after a kill"
             self._tell(lost=what)
             self._end(what)
 
