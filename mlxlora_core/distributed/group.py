@@ -82,7 +82,7 @@ class Group:
         length = int(_numbers(mx.distributed.all_sum(mx.array([len(given)], mx.uint32)))[0])
         # Words of integers, whose sum with zeros is exact.
         words = np.frombuffer(given.ljust(-(-max(length, 1) // 4) * 4, b"\0"), np.uint32)
-        return _numbers(mx.distributed.all_sum(mx.array(words))).tobytes()[:length]
+        return bytes(_numbers(mx.distributed.all_sum(mx.array(words))).tobytes()[:length])
 
     def wait(self) -> None:
         """Wait until each rank is here."""

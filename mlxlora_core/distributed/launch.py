@@ -193,4 +193,7 @@ def _result(ranks: Sequence[_Rank]) -> int:
     witnesses = told or [r for r in ranks[1:] if r.process.returncode == ExitCode.RANK]
     if witnesses:
         raise RankError(witnesses[0].last_words())
-    raise RankError(f"{ranks[0]} was ended by {signal.Signals(-code).name}", fix="go on with --resume")
+    raise RankError(
+        f"{ranks[0]} was ended by {signal.Signals(-code).name}",
+        fix="go on: train with --resume, run as before",
+    )

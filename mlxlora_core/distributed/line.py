@@ -20,14 +20,13 @@ class Line:
         host: name of its machine.
         phase: what it said that it does.
         moves: how often it has said so.
-        working: whether it computed, when it was last heard.
         silent_seconds: how long nothing was heard of it.
         done: whether it has said that it needs nobody any more.
     """
 
     def __init__(self, connection: socket.socket, rank: int = -1, host: str = "") -> None:
         self.rank, self.host = rank, host
-        self.phase, self.moves, self.working = "the start", 0, True
+        self.phase, self.moves = "the start", 0
         self.silent_seconds, self.done = 0.0, False
         self._socket, self._lock = connection, threading.Lock()
         self._read, self._waiting = b"", b""

@@ -32,18 +32,16 @@ if TYPE_CHECKING:
 BEAT_SECONDS = 1.0
 #: after which a rank that is not heard of is lost
 SILENCE_SECONDS = 15.0
-#: for how long all ranks may wait for one another, beside three times what a step took at most
-STALL_SECONDS = 15.0
-_GPU_STALL_SECONDS = 300.0  # where processors have nothing to do in a long step
-#: for how long a rank may still end by a fault of its own after another: idle, and in all
-GRACE_SECONDS, MOST_GRACE_SECONDS = 5.0, 20.0
+#: for how long no rank may get on, beside five times the longest phase of the kind so far
+HANG_SECONDS = 600.0
+#: for how long a rank may still end by a fault of its own after another has
+GRACE_SECONDS = 10.0
 _TELL_SECONDS = 2.0
 _NOISE_SECONDS = 0.3  # in which MLX says, piece by piece, that a connection broke
-_WORKING = 0.05  # of the time that has passed, in processor time
 #: first words of phases: of the one in which nobody is waited for, and of those that all are in together
 _SAVING, _TOGETHER = "saving", ("step", "validation")
 
-_FIX = "see there what became of it, and go on with --resume"
+_FIX = "see there what became of it, and go on: train with --resume, run as before"
 _end = os._exit  # as it is before plugins are kept from it
 
 
@@ -155,7 +153,7 @@ class _Watching(Watch):
                 line.send(**message)
 
     def _beat(self) -> None:
-        self._tell(phase=self._phase, moves=self._moves, working=self._pace.working)
+        self._tell(phase=self._phase, moves=self._moves)
 
     def _check_done(self) -> None:
         """As rank 0: let all go when nobody needs anybody any more."""
@@ -176,7 +174,6 @@ class _Watching(Watch):
                 passed = time.monotonic() - beaten
                 if passed >= BEAT_SECONDS:
                     beaten += passed
-                    self._pace.look(passed)
                     self._beat()
                     # A process that was stopped itself has not listened for longer than that.
                     self._judge(min(passed, 2 * BEAT_SECONDS))
@@ -193,7 +190,7 @@ class _Watching(Watch):
     def _take(self, line: Line, message: dict[str, Any]) -> None:
         """Do what a message of another rank asks for."""
         line.phase = str(message.get("phase", line.phase))
-        line.moves, line.working = message.get("moves", line.moves), message.get("working", line.working)
+        line.moves = message.get("moves", line.moves)
         if "lost" in message:
             self._end(str(message["lost"]))
         elif "left" in message:
@@ -217,20 +214,15 @@ class _Watching(Watch):
             if line.silent_seconds > SILENCE_SECONDS and not line.done:
                 said = f"nothing was heard of it for {SILENCE_SECONDS:.0f} s"
                 self._lose(line, f"{said}, as when it is stopped or its network is cut")
-        if self._fault and (self._broken or self._grace.is_over(seconds, self._pace.working, self._phase)):
+        if self._fault and (self._broken or self._grace.is_over(seconds, self._phase)):
             self._end(self._fault)
-        if self._rank == 0 and self._stalls(seconds):
+        moves = self._moves + sum(line.moves for line in self._lines)
+        if self._rank == 0 and self._pace.hangs(seconds, moves, self._phase):
             places = ", ".join(f"{self._called(line.rank)} at {line.phase}" for line in self._lines)
-            what = f"each rank waits for another: {self._called(0)} at {self._phase}, {places}"
-            what += ". Fix: see to the network between them, and go on with --resume"
+            what = f"no rank gets on: {self._called(0)} at {self._phase}, {places}"
+            what += ". Fix: see which one hangs, or to the network between them, and go on as after a kill"
             self._tell(lost=what)
             self._end(what)
-
-    def _stalls(self, seconds: float) -> bool:
-        """Whether all wait for one another: the network is cut for MLX alone, or one of them hangs."""
-        moves = self._moves + sum(line.moves for line in self._lines)
-        working = self._finished or any(line.working or line.done for line in self._lines)
-        return self._pace.stalls(seconds, moves, working, self._phase)
 
     def _lose(self, line: Line, why: str) -> None:
         what = f"{self._called(line.rank)} is lost at {line.phase}: {why}. Fix: {_FIX}"
@@ -250,55 +242,44 @@ class _Watching(Watch):
 
 
 class _Pace:
-    """How this rank gets on.
+    """How the ranks get on, in phases that all are in together.
 
-    Attributes:
-        working: whether it computed in the last seconds.
+    MLX waits for a message as busily as it computes, so that only time tells one from the other.
     """
 
     def __init__(self) -> None:
-        self.working = True
-        self._cpu_seconds = time.process_time()
         self._longest: dict[str, float] = {}  # of a phase, by its first word
-        self._idle_seconds, self._seen = 0.0, -1
+        self._seconds, self._seen = 0.0, -1
 
     def took(self, phase: str, seconds: float) -> None:
         """Note how long a phase was."""
         kind = phase.partition(" ")[0]
         self._longest[kind] = max(seconds, self._longest.get(kind, 0.0))
 
-    def look(self, passed: float) -> None:
-        """See how much was computed in the seconds that have passed."""
-        before, self._cpu_seconds = self._cpu_seconds, time.process_time()
-        self.working = self._cpu_seconds - before > _WORKING * passed
+    def hangs(self, seconds: float, moves: int, phase: str) -> bool:
+        """Whether nobody has begun a phase for too long, some seconds later.
 
-    def stalls(self, seconds: float, moves: int, working: bool, phase: str) -> bool:
-        """Whether nobody has worked or begun a phase for longer than phases like this one take."""
+        Args:
+            seconds: since it was asked before.
+            moves: how many phases all ranks have begun.
+            phase: that rank 0 is in.
+        """
         kind = phase.partition(" ")[0]
-        if self.working or working or moves != self._seen or kind not in _TOGETHER:
-            self._idle_seconds, self._seen = 0.0, moves
+        if moves != self._seen or kind not in _TOGETHER or kind not in self._longest:
+            self._seconds, self._seen = 0.0, moves
             return False
-        self._idle_seconds += seconds
-        longest = self._longest.get(kind, max(self._longest.values(), default=0.0))
-        return self._idle_seconds > (STALL_SECONDS if _on_cpu() else _GPU_STALL_SECONDS) + 3 * longest
+        self._seconds += seconds
+        return self._seconds > HANG_SECONDS + 5 * self._longest[kind]
 
 
 class _Grace:
     """How long a rank may still end by itself after another has ended by a fault."""
 
     def __init__(self) -> None:
-        self._idle_seconds, self._seconds = 0.0, 0.0
+        self._seconds = 0.0
 
-    def is_over(self, seconds: float, working: bool, phase: str) -> bool:
+    def is_over(self, seconds: float, phase: str) -> bool:
         """Whether it is, some seconds later; what is being saved is let be saved."""
-        if phase.startswith(_SAVING):
-            return False
-        self._seconds += seconds
-        self._idle_seconds = 0.0 if working else self._idle_seconds + seconds
-        return self._idle_seconds > GRACE_SECONDS or self._seconds > MOST_GRACE_SECONDS
-
-
-def _on_cpu() -> bool:
-    from mlxlora_core.machine.device import on_cpu
-
-    return on_cpu()
+        if not phase.startswith(_SAVING):
+            self._seconds += seconds
+        return self._seconds > GRACE_SECONDS

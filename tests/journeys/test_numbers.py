@@ -52,7 +52,7 @@ COMMANDS = {
     "convert": "--torch-path $CHECKPOINT --mlx-path $FOLDER/model -q --q-group-size 32 --overwrite",
     "data": "--builder jsonl --set path=$ROWS --out $FOLDER/made --overwrite",
     "train": "--model $MODEL --data $ROWS --adapter-file $FOLDER/a.npz --overwrite --iters 2 "
-    "--max-seq-length 32 --steps-per-report 1 --test -p A -n 2",
+    "--max-seq-length 32 --steps-per-report 1 --test -p A --num-tokens 2",
     "evaluate": "--model $MODEL --data $ROWS",
     "generate": "--model $MODEL -p A -n 2",
     "chat": "--model $MODEL -n 2 --no-history",

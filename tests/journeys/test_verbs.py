@@ -73,7 +73,9 @@ def test_train_evaluate_generate_and_fuse(
 ) -> None:
     base = json.loads(mlxlora("evaluate", "--model", model, "--data", tiny_data, "--json").out)
     adapter = tmp_path / f"adapter.{suffix}"
-    result = train(mlxlora, model, tiny_data, adapter, "--test", "-p", "A layer", "-n", 3, "--temp", 0)
+    result = train(
+        mlxlora, model, tiny_data, adapter, "--test", "-p", "A layer", "--num-tokens", 3, "--temp", 0
+    )
     assert result["test"]["loss"] < 0.8 * base["loss"]
     on_base = ("--model", model, "--adapter-file", adapter)
     again = json.loads(mlxlora("evaluate", *on_base, "--data", tiny_data, "--json").out)
@@ -359,6 +361,7 @@ def test_the_help_of_train_is_in_sections(mlxlora: Command) -> None:
         "Training",
         "Checkpoints and reports",
         "After training",
+        "Several machines",
         "Options",
     ]
     flags = [flag for line in shown.splitlines() for flag in re.findall(r"^ +(?:-\w, )?(--[\w-]+)", line)]

@@ -11,7 +11,7 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 PAGE = TESTS / "faults" / "README.md"
-NUMBERS = [*range(1, 123), *range(140, 146)]  # 123 to 139 are the HTTP server
+NUMBERS = [*range(1, 123), *range(140, 151)]  # 123 to 139 are the HTTP server
 ROWS = re.findall(r"^\| (\d+) \| ([^|]+) \| (.+) \|$", PAGE.read_text("utf-8"), re.MULTILINE)
 
 

@@ -142,7 +142,7 @@ def test_closed_streams_are_no_fault(
         for number in closed:
             os.close(number)
 
-    done = run(train(tiny_model, tiny_rows, tmp_path, "-p", "A", "-n", "2"), preexec_fn=close)
+    done = run(train(tiny_model, tiny_rows, tmp_path, "-p", "A", "--num-tokens", "2"), preexec_fn=close)
     assert done.returncode == 0
     # A file that had taken the number of a stream would hold messages.
     from mlxlora_core.files import tensor_file
@@ -213,7 +213,7 @@ def test_a_clock_that_stands_still_or_goes_back_divides_by_nothing(
 ) -> None:
     log = tmp_path / "log.jsonl"
     command = train(
-        tiny_model, tiny_rows, tmp_path, "--metrics-file", str(log), "-p", "A", "-n", "2", "--test"
+        tiny_model, tiny_rows, tmp_path, "--metrics-file", str(log), "-p", "A", "--num-tokens", "2", "--test"
     )
     done = run([sys.executable, "-c", CLOCK, tick, *command[3:]], stderr=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
