@@ -110,7 +110,7 @@ def _tell(fault: BaseException) -> int:
         return ExitCode.USAGE
     if isinstance(fault, click.UsageError):
         command = fault.ctx.command_path if fault.ctx else "mlxlora"
-        what = fault.format_message().rstrip(".")
+        what = fault.format_message().replace("\n\t", " ").rstrip(".")  # click lists choices line by line
         return _say(f"{what}{'' if what.endswith('?') else '.'} See: {command} --help", ExitCode.USAGE)
     known = fault if isinstance(fault, MlxloraError) else exhausted(fault)
     if known is not None:

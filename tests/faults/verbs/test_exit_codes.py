@@ -41,6 +41,11 @@ def ended(capfd: Capfd, *arguments: object) -> tuple[int, list[str]]:
         ("train --resume=3", "Option '--resume' does not take a value. See: mlxlora train --help"),
         ("convert", "Missing option '--torch-path' / '--model'. See: mlxlora convert --help"),
         ("report a b", "Got unexpected extra argument (b). See: mlxlora report --help"),
+        ("plugins nonsense", "No such command 'nonsense'. See: mlxlora plugins --help"),
+        (
+            "plugins --json new sampler a",
+            "--json stands before 'new', which does not read it. See: mlxlora plugins --help",
+        ),
         ("nonsense", "No such command 'nonsense'. See: mlxlora --help"),
     ],
 )
