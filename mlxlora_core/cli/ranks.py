@@ -11,6 +11,7 @@ import click
 from mlxlora_core.cli import declare
 from mlxlora_core.distributed.environment import is_rank, size
 from mlxlora_core.errors import UsageError
+from mlxlora_core.machine.processors import processors
 
 if TYPE_CHECKING:
     from mlxlora_core.distributed.hosts import Hosts
@@ -20,7 +21,7 @@ OPTIONS = declare.section(
     click.option(
         "-n",
         "--ranks",
-        type=click.IntRange(1, 1024),
+        type=click.IntRange(min=1),
         metavar="RANKS",
         help="Share the work out to so many processes on this machine.",
     ),
@@ -31,6 +32,8 @@ OPTIONS = declare.section(
         "each, by ssh. This machine comes first.",
     ),
 )
+
+_RANKS_A_PROCESSOR = 4  # more only wait for one another
 
 
 def launched(ranks: int | None, hosts: Path | None) -> int | None:
@@ -59,4 +62,12 @@ def _asked(ranks: int | None, hosts: Path | None) -> Hosts | None:
 
     if ranks is not None and hosts is not None:
         raise UsageError("-n shares work out on this machine and --hosts to several; give one of them")
-    return here(ranks) if ranks is not None else read_hosts(hosts) if hosts is not None else None
+    if ranks is None:
+        return read_hosts(hosts) if hosts is not None else None
+    most = _RANKS_A_PROCESSOR * processors()
+    if ranks > most:
+        raise UsageError(
+            f"-n asks for {ranks} processes; this machine can use {most} at most ({processors()} processors)",
+            fix="say how many tokens to generate by --num-tokens",
+        )
+    return here(ranks)

@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from mlxlora_core.machine.processors import processors
+
 Command = Callable[..., Any]
 
 RECIPE = """
@@ -333,6 +335,14 @@ def test_generate_and_evaluate_take_the_adapter_that_train_wrote(
     assert mlxlora(*ask).out == mlxlora(*ask, "--adapter-file", "adapters.safetensors").out
     assert mlxlora(*ask).out != mlxlora(*ask, "--no-adapter").out
     both = mlxlora(*ask, "--no-adapter", "--adapter-file", "adapters.safetensors")
+    assert both.code == 2 and "give one of them" in both.error
+
+
+def test_ranks_beyond_what_a_machine_can_use_are_taken_for_tokens(mlxlora: Command) -> None:
+    """``-n`` of ``generate`` is how many tokens, and of ``train`` how many processes."""
+    many = mlxlora("train", "-p", "A layer", "-n", 4 * processors() + 1)
+    assert many.code == 2 and "--num-tokens" in many.error and f"use {4 * processors()} at most" in many.error
+    both = mlxlora("train", "-n", 2, "--hosts", "hosts.json")
     assert both.code == 2 and "give one of them" in both.error
 
 
