@@ -154,6 +154,9 @@ def _import_everything() -> None:
     for name in names:
         with suppress(ImportError):  # what is not installed, and a library that is no module
             importlib.import_module(name)
+    for name in list(sys.modules):  # these read the environment once, as they are imported
+        if name.partition(".")[0] in ("huggingface_hub", "trackio"):
+            del sys.modules[name]
 
 
 def _serve() -> None:

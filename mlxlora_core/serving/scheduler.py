@@ -24,8 +24,9 @@ from mlxlora_core.serving.widths import widths_alike
 
 # Rows of a batch. Up to 16 rows of packed weights are multiplied in one way, so that batches of 1, 2, 4 and 8
 # give the same bits, and one text alone has the speed of a row: 53 ms a token of 135 M at 4 bits on 2 cores,
-# where 8 rows take 91 and 16 take 152. Where 16 have bits of their own, 8 and fewer may have the same.
-_ROWS = (16, 8)
+# where 8 rows take 91 and 16 take 152. Where 16 have bits of their own, or of their place in the batch, as
+# under OpenBLAS's kernels for Haswell, fewer may have the same.
+_ROWS = (16, 8, 4)
 
 # Of free memory, what keys and values may take where nobody says, and of that what is kept of prompts.
 _CACHE_SHARE, _PREFIX_SHARE = 0.5, 0.25
@@ -289,11 +290,11 @@ class Scheduler:
 
 def _widths(model: LanguageModel, selection: Selection, places: int) -> tuple[int, ...]:
     """Rows that batches have, up to the most of which fewer have the same bits."""
-    found = [widths_alike(model, selection, min(_ROWS[0], places))]
-    for widest in _ROWS[1:]:
-        if len(found[-1]) == 1 and found[-1][0] > widest:
-            found.append(widths_alike(model, selection, widest))
-    return max(found, key=len)
+    found: tuple[int, ...] = ()
+    for widest in _ROWS:
+        if len(found) <= 1 and (widest < places or widest == _ROWS[0]):
+            found = max(found, widths_alike(model, selection, min(widest, places)), key=len)
+    return found
 
 
 def _as_error(fault: Exception) -> MlxloraError:

@@ -270,14 +270,16 @@ def _begin_the_rows_again() -> None:
     from mlxlora_core.training import loop
 
     real = loop.steps_from
-    loop.steps_from = lambda examples, rows, seed, cursor=0: real(examples, rows, seed)
+    loop.steps_from = lambda examples, rows, seed, cursor, by_length: real(examples, rows, seed, 0, by_length)
 
 
 def _be_off_by_one_row() -> None:
     from mlxlora_core.training import loop
 
     real = loop.steps_from
-    loop.steps_from = lambda examples, rows, seed, cursor=0: real(examples, rows, seed, cursor + (cursor > 0))
+    loop.steps_from = lambda examples, rows, seed, cursor, by_length: real(
+        examples, rows, seed, cursor + (cursor > 0), by_length
+    )
 
 
 def _forget_the_adapter() -> None:
