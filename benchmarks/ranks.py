@@ -32,6 +32,7 @@ from mlxlora_core.runs.base import base_of
 from mlxlora_core.runs.events import StageDone
 from mlxlora_core.runs.folder import DATA, MODEL
 from mlxlora_core.runs.recipe_source import find_recipe, read
+from mlxlora_core.training.events import Advanced
 
 #: environment variable that tells a process of this script what to do
 JOB = "MLXLORA_BENCHMARK_JOB"
@@ -119,20 +120,22 @@ def work(job: dict[str, Any]) -> None:
         runtimes=runtimes,
         group=group,
     )
-    for _ in session.training.prepare():
-        pass
-    click.echo(json.dumps(timed(session.training, group, job["iters"])))
+    click.echo(json.dumps(timed(session, group, job["iters"])))
 
 
-def timed(training: Any, group: Group, iters: int) -> dict[str, Any]:
+def timed(session: Any, group: Group, iters: int) -> dict[str, Any]:
     """What the steps of a training take, but for the first tenth, and what they send."""
-    messages = counted()
+    messages, training = counted(), session.training
     mark, tokens, losses = (0.0, 0.0), 0, []
-    for _ in training:
+    for event in session.start():
+        if not isinstance(event, Advanced) or event.what != "training":
+            continue
         if training.step == iters // 10:
             mark, tokens = (time.perf_counter(), time.process_time()), training.progress.trained_tokens
             messages.clear()
         losses = list(training.progress.recent)
+        if training.step == iters:
+            break
     seconds, cpu = time.perf_counter() - mark[0], time.process_time() - mark[1]
     steps = iters - iters // 10
     found = {

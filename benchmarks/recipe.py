@@ -2,10 +2,10 @@
 
     python benchmarks/recipe.py --python PEERS/bin/python [--recipe smollm2] [--set adapter.layers=8]
 
-Both take the same base, which mlxlora exports for transformers, the same low-rank adapter, rows, epochs,
-learning rates and clipping, and validate at the end on the same rows; the losses are to be the same. PyTorch
-pads each batch to its longest row. One trains after the other, and the times are those of the whole
-training, from the model in memory on.
+Both take the same base, which mlxlora exports for transformers, the same low-rank adapter with the same
+values at first, rows, epochs, learning rates and clipping, and validate at the end on the same rows; the
+losses are to be the same. PyTorch pads each batch to its longest row. One trains after the other, and the
+times are those of the whole training, from the model in memory on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from peers import check_environment
 from workers.contest import BENCHMARKS
 
@@ -28,6 +29,7 @@ import mlxlora_core
 from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.machine.processors import thread_count
 from mlxlora_core.model import loading
+from mlxlora_core.model.adapters import trainable
 from mlxlora_core.model.located import locate_model
 from mlxlora_core.plugins import Registry, load, start_runtimes
 from mlxlora_core.runs import recipe_source
@@ -40,6 +42,7 @@ from mlxlora_core.training.optimizer import learning_rate
 from mlxlora_core.training.session import NewAdapter, examples_of, open_training
 from mlxlora_core.training.sources import read_data
 
+FIRST = "first.npz"  # what the adapter begins with
 SAME = 0.005  # how far losses of validation may be apart
 
 
@@ -84,6 +87,10 @@ def _ours(recipe: Recipe, registry: Registry, folder: Path) -> tuple[dict[str, E
     adapter = NewAdapter(recipe.adapter, recipe.adapter_config)
     began = time.perf_counter()
     session = open_training(model, adapter, rows, recipe.train, registry, seed=recipe.run.seed)
+    opened = time.perf_counter()
+    first = trainable(model.module)
+    np.savez(folder / FIRST, **{name: np.array(x) for name, x in first.items() if name.endswith("lora_a")})
+    began += time.perf_counter() - opened
     loss = float("nan")
     for event in session.start():
         if isinstance(event, Note):
@@ -104,6 +111,7 @@ def _theirs(peers: str, recipe: Recipe, rows: dict[str, Examples], folder: Path)
     )
     work = {
         "folder": str(folder / "hf"),
+        "first": str(folder / FIRST),
         "threads": thread_count(),
         "rank": recipe.adapter.options.rank,
         "scale": recipe.adapter.options.scale,

@@ -9,11 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+#: mlxlora's linears in transformers
+LINEARS = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+}
 Row = tuple[list[int], list[bool]]
 
 
@@ -27,11 +37,12 @@ def main() -> None:
     lora = LoraConfig(
         r=work["rank"],
         lora_alpha=work["scale"] * work["rank"],
-        target_modules=LINEARS,
+        target_modules=[name.partition(".")[2] for name in LINEARS.values()],
         layers_to_transform=list(range(count - work["layers"], count)) if work["layers"] > 0 else None,
     )
     began = time.perf_counter()
     model = get_peft_model(base, lora)
+    _begin_alike(model, work["first"])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-3)
     for _ in range(work["validations"] - 1):  # all but the last, before the steps: they take as long there
@@ -48,6 +59,16 @@ def main() -> None:
         total.item()
     loss = _validated(model, work)
     sys.stdout.write(json.dumps({"seconds": time.perf_counter() - began, "loss": loss}) + "\n")
+
+
+def _begin_alike(model: Any, path: str) -> None:
+    """Let the adapter begin with mlxlora's values: lora_a (inputs, R) of each linear, and 0."""
+    first = {name: torch.from_numpy(lora_a) for name, lora_a in np.load(path).items()}
+    for name, lora_a in first.items():
+        _, layer, linear = name.removesuffix(".lora_a").split(".", 2)
+        module = model.get_submodule(f"base_model.model.model.layers.{layer}.{LINEARS[linear]}")
+        module.lora_A["default"].weight.data.copy_(lora_a.T)
+    assert len(first) == sum("lora_A" in name for name, _ in model.named_parameters())
 
 
 def _validated(model: Any, work: dict[str, Any]) -> float:

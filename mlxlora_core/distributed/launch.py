@@ -26,6 +26,7 @@ from mlxlora_core.errors import ExitCode, RankError
 from mlxlora_core.files import durable
 from mlxlora_core.machine import signals
 from mlxlora_core.machine.children import safe_environment, safe_python
+from mlxlora_core.machine.processors import THREADS, thread_count
 
 #: how long ranks may go on when one has failed, which they see to themselves, such as by saving
 FAILED_SECONDS = 600.0
@@ -118,10 +119,16 @@ def _command(
     variables = {**hosts.environment, environment.RANK: str(number)}
     if hosts.ranks[number].is_here:
         local = {environment.HOSTFILE: str(hostfile), environment.LAUNCHER: str(os.getpid())}
-        return program, {**safe_environment(), **variables, **local}
+        return program, {**_threads(hosts), **safe_environment(), **variables, **local}
     passed = {n: v for n, v in os.environ.items() if n.startswith(_PASSED_ON) and _SECRET not in n}
     script = _script(program, {**passed, **variables}, ring)
     return ["ssh", "-tt", "-o", "BatchMode=yes", hosts.ranks[number].name, script], dict(os.environ)
+
+
+def _threads(hosts: Hosts) -> dict[str, str]:
+    """A share of the processors for each rank on this machine, where nobody says how many to use."""
+    count = sum(host.is_here for host in hosts.ranks)
+    return {THREADS: str(max(1, thread_count() // count))}
 
 
 def _script(program: Sequence[str], variables: Mapping[str, str], ring: list[list[str]]) -> str:

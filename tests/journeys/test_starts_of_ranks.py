@@ -16,6 +16,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxlora_core.machine.processors import thread_count
+
 HOSTS = [{"ssh": "localhost", "ips": ["127.0.0.1"]}] * 2
 #: as the script that MLX installs does
 LAUNCH = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
@@ -68,3 +70,19 @@ def test_all_come_to_what_one_process_comes_to(train: Callable[[str], dict[str, 
         for name, tensor in tensors.items():
             np.testing.assert_allclose(tensor, alone[name], atol=1e-5, rtol=0, err_msg=f"{start} {name}")
             assert np.array_equal(tensor, found["-n"][name]), f"{start} {name}"
+
+
+def test_ranks_of_a_machine_share_its_cores(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
+    """Each takes its part of them, unless somebody says how many."""
+    cores = {}
+    for said in ({}, {"MLXLORA_THREADS": "3"}):
+        file = tmp_path / f"adapter{len(said)}.safetensors"
+        given = (
+            f"--model {tiny_model} --data {tiny_data} --iters 1 --lora-layers 1 --adapter-file {file} -n 2"
+        )
+        variables = {name: value for name, value in os.environ.items() if name != "MLXLORA_THREADS"}
+        command = [*MLXLORA, "train", *given.split()]
+        subprocess.run(command, env=variables | said, check=True, capture_output=True, timeout=300)
+        (manifest,) = file.with_suffix(".checkpoints").glob("step-*/MANIFEST.json")
+        cores[len(said)] = json.loads(manifest.read_text())["versions"]["cores"]
+    assert cores == {0: str(max(1, thread_count() // 2)), 1: "3"}
