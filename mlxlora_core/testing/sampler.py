@@ -145,7 +145,8 @@ class SamplerSuite:
     def test_every_row_is_changed_by_itself(self, values: Mapping[str, Any]) -> None:
         """A row of a batch comes out as it does alone."""
         spread = self.logits("spread")
-        rows = [spread, spread[::-1], [0.0] * len(spread)]
+        sharp = [9 * logit for logit in spread]  # one token is nearly certain, which no other row may see
+        rows = [spread, spread[::-1], [0.0] * len(spread), sharp]
         tokens = HISTORIES["some tokens"]
         together = self.change(values, rows, tokens)
         alone = [self.change(values, [row], tokens)[0] for row in rows]

@@ -186,6 +186,12 @@ def _row_by_row(logits: mx.array, tokens: Sequence[int]) -> mx.array:
     return mx.where(logits >= logits[:1].max() - 0.5, logits, mx.maximum(logits, -50) - 100)
 
 
+def _across_rows(logits: mx.array, tokens: Sequence[int]) -> mx.array:
+    """Each row by the most likely token of them all."""
+    chances = mx.softmax(logits, axis=-1)
+    return mx.where(chances >= 0.2 * chances.max() ** 2, logits, -mx.inf)
+
+
 def _half(logits: mx.array, tokens: Sequence[int]) -> mx.array:
     """Half of what was allowed is always left out; what was forbidden is allowed."""
     return mx.where(logits == -mx.inf, 0.0, logits)
@@ -204,6 +210,7 @@ BROKEN: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "a key too": (lambda logits, tokens, key: logits, "gives_logits", {}),
     "logits alone": (lambda logits: logits, "gives_logits", {}),
     "one row by another": (_row_by_row, "every_row", {}),
+    "every row by all": (_across_rows, "every_row", {}),
     "chance of its own": (_noisy, "nothing_is_random", {}),
     "chance of its own, in texts": (_noisy, "same_seed", {}),
     "state of all texts, by length": (_remembers, "same_seed", {}),
