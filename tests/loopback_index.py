@@ -6,18 +6,18 @@ import email
 import email.policy
 import html
 import re
-import threading
 import zipfile
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
+from loopback import listening
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -93,16 +93,9 @@ def serving(folder: Path) -> Iterator[Index]:
     class Handler(_Handler):
         state = index
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    index.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with listening(Handler) as url:
+        index.url = url
         yield index
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -95,23 +95,13 @@ def test_a_signal_ends_all_at_one_step_and_saves_it(parts: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("lost", [0, 1] if ALL else [0])
-def test_a_rank_that_is_killed_is_one_line(parts: Path, tmp_path: Path, lost: int) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP] if ALL else [signal.SIGKILL])
+def test_a_rank_that_is_killed_or_stopped_is_one_line(
+    parts: Path, tmp_path: Path, signum: signal.Signals, lost: int
+) -> None:
     with launcher(parts, tmp_path / "run", "-n", 2, phase="step") as ranks:
         ranks.wait_for("reached")
-        os.kill(int((ranks.folder / f"pid-{lost}").read_text()), signal.SIGKILL)
-        (ranks.folder / "go").touch()
-        assert ranks.processes[0].wait(30) == ExitCode.RANK
-        (said,) = ranks.said()
-        assert said.startswith(f"mlxlora: rank {lost} on ")
-        assert are_gone(ranks, 2)
-
-
-@pytest.mark.skipif(not ALL, reason="takes a while; MLXLORA_TEST_ALL=1")
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_rank_that_is_stopped_is_ended(parts: Path, tmp_path: Path, lost: int) -> None:
-    with launcher(parts, tmp_path / "run", "-n", 2, phase="step") as ranks:
-        ranks.wait_for("reached")
-        os.kill(int((ranks.folder / f"pid-{lost}").read_text()), signal.SIGSTOP)
+        os.kill(int((ranks.folder / f"pid-{lost}").read_text()), signum)
         (ranks.folder / "go").touch()
         assert ranks.processes[0].wait(30) == ExitCode.RANK
         (said,) = ranks.said()
