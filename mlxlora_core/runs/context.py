@@ -126,7 +126,7 @@ class Context:
         Raises:
             DataError: they cannot be read.
         """
-        from mlxlora_core.training.session import examples_of
+        from mlxlora_core.training.examples import examples_of
 
         if split not in self._rows:
             # A file by itself is of whatever split is asked for; "general" is none that rows have.

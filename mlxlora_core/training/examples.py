@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlxlora_core.errors import DataError, listing
+from mlxlora_core.model.loading import Model
 from mlxlora_core.model.prompts import continued, is_taken, prompt_ids, reads_as
 from mlxlora_core.model.special_texts import special_texts
 from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.training.findings import Finding, Findings, counted, look, texts
+from mlxlora_core.training.settings import BatchConfig
+from mlxlora_core.training.sources import SplitRows
 from mlxlora_core.values import Piece
 
-LONG_ROW_TOKENS = 2048  # a row longer than that is told
+LONG_ROW_TOKENS = 2048  # a split with a longer row than that gets a warning
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,35 @@ class Examples:
                 ("warning: ", f", though {self.chat_warning}") if self.chat_warning else ("", "")
             )
             yield f"{warning}{counted(self.conversations, split)} of messages in {self.chat_form}{though}"
+
+
+#: the rows of a split: read, or tokenized already
+Source = SplitRows | Examples
+
+
+def examples_of(source: Source, model: Model, config: BatchConfig) -> Examples:
+    """The examples of a split.
+
+    Args:
+        source: its rows.
+        model: whose tokenizer and context they are for.
+        config: how they are cut and masked.
+
+    Raises:
+        DataError: rows that cannot be tokenized, or none that can be used.
+    """
+    if isinstance(source, Examples):
+        return source
+    examples = make_examples(
+        source.rows,
+        source.name,
+        model.tokenizer,
+        max_seq_length=model.sequence_limit(config.max_seq_length),
+        mask_prompt=config.mask_prompt,
+    )
+    by_context = model.sequence_limit(config.max_seq_length) < config.max_seq_length
+    limited_by = "the context of the model" if by_context else "max_seq_length"
+    return replace(examples, notes=source.notes, limited_by=limited_by)
 
 
 def make_examples(

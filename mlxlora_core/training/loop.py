@@ -28,7 +28,6 @@ from mlxlora_core.training.batches import Collator, steps_from
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.events import Advanced, Note, Report, SpikeReport, TrainReport, ValidReport
 from mlxlora_core.training.examples import Example
-from mlxlora_core.training.loss import Loss
 from mlxlora_core.training.message import Total, require_same
 from mlxlora_core.training.optimizer import learning_rate
 from mlxlora_core.training.optimizer import make as make_optimizer
@@ -275,7 +274,7 @@ class Training:
         if self._valid_set and (step % config.steps_per_eval == 0 or step == config.iters):
             yield from self.settle()
             valid = self._validate(step)
-            self._compare(valid)
+            self._progress = self._progress.after_validation(valid.loss)
         if step % config.steps_per_report == 0 or self.finished:
             yield from self.settle()
             yield self._report()
@@ -305,34 +304,12 @@ class Training:
         sound, before = math.isfinite(loss.nats) and math.isfinite(norm), self._progress.recent
         if not sound and self.config.on_nonfinite == "stop":
             raise diverged(loss, pending.step, pending.update.rows, before)
-        self._count(pending.step, loss, sound, is_clipped(norm, self.config.grad_clip), self._seconds)
+        clipped = is_clipped(norm, self.config.grad_clip)
+        self._progress = self._progress.after_step(loss, self._seconds, sound=sound, clipped=clipped)
         self._seconds, self._last = 0.0, (pending.rate, norm)
         if sound and len(before) == SPIKE_STEPS and loss.mean > SPIKE_FACTOR * statistics.median(before):
             spikes = (*spikes, SpikeReport(pending.step, loss.mean, statistics.median(before)))
         return spikes
-
-    def _count(self, step: int, loss: Loss, sound: bool, clipped: bool, seconds: float) -> None:
-        """Note one step."""
-        old, window = self._progress, self._progress.window
-        if sound:
-            window = replace(window, nats=window.nats + loss.nats, tokens=window.tokens + loss.tokens)
-        window = replace(
-            window,
-            steps=window.steps + 1,
-            seconds=window.seconds + seconds,
-            clipped=window.clipped + (sound and clipped),
-            skipped=window.skipped + (not sound),
-            positions=window.positions + loss.positions,
-            padding=window.padding + loss.padding,
-        )
-        self._progress = replace(
-            old,
-            step=step,
-            trained_tokens=old.trained_tokens + (loss.tokens if sound else 0),
-            skipped=old.skipped + (not sound),
-            recent=(*old.recent, loss.mean)[-SPIKE_STEPS:] if sound else old.recent,
-            window=window,
-        )
 
     def _report(self) -> TrainReport:
         """The steps since the last report; counting starts again."""
@@ -369,14 +346,6 @@ class Training:
             return ValidReport(step, math.nan, 0, time.perf_counter() - started)
         seconds = time.perf_counter() - started
         return ValidReport(step, loss.mean, loss.tokens, seconds, loss.padding / loss.positions)
-
-    def _compare(self, valid: ValidReport) -> None:
-        """Note whether a validation is the best; NaN never is."""
-        best = self._progress.best_loss
-        if math.isfinite(valid.loss) and (best is None or valid.loss < best):
-            self._progress = replace(self._progress, best_loss=valid.loss, best_step=valid.step, worse=0)
-        else:
-            self._progress = replace(self._progress, worse=self._progress.worse + 1)
 
 
 def train(

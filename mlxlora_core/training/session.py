@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
@@ -39,7 +39,7 @@ from mlxlora_core.training.events import (
     ValidReport,
     report_line,
 )
-from mlxlora_core.training.examples import Examples, make_examples
+from mlxlora_core.training.examples import Examples, Source, examples_of
 from mlxlora_core.training.identity import Identity, identify
 from mlxlora_core.training.loop import Training
 from mlxlora_core.training.memory import decide_recompute, training_memory
@@ -47,15 +47,9 @@ from mlxlora_core.training.optimizer import factors_of
 from mlxlora_core.training.outputs import Outputs, check_outputs, inputs_of, refuse_finished
 from mlxlora_core.training.prefix import prefix_of
 from mlxlora_core.training.saving import CheckpointFolder
-from mlxlora_core.training.settings import BatchConfig, SaveConfig, TrainConfig
+from mlxlora_core.training.settings import SaveConfig, TrainConfig
 from mlxlora_core.training.sources import SplitRows
 from mlxlora_core.training.update import of_rank
-
-# what decides where rows are cut
-CONTEXT, OPTION = "the context of the model", "max_seq_length"
-
-#: the rows of a split: read, or tokenized already
-Source = SplitRows | Examples
 
 
 @dataclass(frozen=True)
@@ -130,30 +124,6 @@ def open_training(
     if outputs.checkpoints is not None and identity is not None:
         folder = CheckpointFolder(outputs.checkpoints, training, model, adapted, identity)
     return TrainingSession(model, adapted, splits, training, outputs, folder, identity)
-
-
-def examples_of(source: Source, model: Model, config: BatchConfig) -> Examples:
-    """The examples of a split.
-
-    Args:
-        source: its rows.
-        model: whose tokenizer and context they are for.
-        config: how they are cut and masked.
-
-    Raises:
-        DataError: rows that cannot be tokenized, or none that can be used.
-    """
-    if isinstance(source, Examples):
-        return source
-    examples = make_examples(
-        source.rows,
-        source.name,
-        model.tokenizer,
-        max_seq_length=model.sequence_limit(config.max_seq_length),
-        mask_prompt=config.mask_prompt,
-    )
-    context = model.sequence_limit(config.max_seq_length) < config.max_seq_length
-    return replace(examples, notes=source.notes, limited_by=CONTEXT if context else OPTION)
 
 
 class TrainingSession:
