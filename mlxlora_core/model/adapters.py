@@ -29,6 +29,7 @@ from mlxlora_core.model.adapter_record import (
     shared_names,
     with_shared,
 )
+from mlxlora_core.model.adapter_targets import at, choose, options_at, refuse_named, with_targets
 from mlxlora_core.model.foreign_adapters import open_foreign_adapter
 from mlxlora_core.model.linears import (
     is_linear,
@@ -40,7 +41,6 @@ from mlxlora_core.model.linears import (
     weight_shape,
 )
 from mlxlora_core.model.loading import Model
-from mlxlora_core.model.places import at, choose, options_at, refuse_named, with_targets
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.plugins.progress import report_progress

@@ -13,11 +13,11 @@ import mlx.nn as nn
 
 from mlxlora_core.errors import ModelError, UsageError, listing
 from mlxlora_core.files import tensor_file
+from mlxlora_core.model.adapter_targets import at, choose, with_targets
 from mlxlora_core.model.architectures import checked_notes, placed
 from mlxlora_core.model.foreign_linears import Part, parts_of
 from mlxlora_core.model.linears import is_linear, layers_by_path
 from mlxlora_core.model.loading import Model
-from mlxlora_core.model.places import at, choose, with_targets
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.plugins.sections import AdapterConfig, configure

@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora_core.machine.device import on_cpu
-from mlxlora_core.model.dropout import at_places
+from mlxlora_core.model.dropout import at_positions
 from mlxlora_core.model.expansion import expanded_once
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import layers_by_path
@@ -59,7 +59,7 @@ def head_nats(
 
     def nats_of(rows: mx.array, chunk: slice) -> mx.array:
         weight = None if weights is None else weights[chunk]
-        with at_places(chunk):
+        with at_positions(chunk):
             return cross_entropy(model.head(rows), targets[chunk], weight)
 
     with expanded_once():

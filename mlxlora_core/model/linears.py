@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora_core.machine.device import compute_dtype, on_cpu
-from mlxlora_core.model.bound import Bound
+from mlxlora_core.model.bound_products import BoundProduct
 from mlxlora_core.model.expansion import times_chosen, times_expanded
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.plugins import Choice
@@ -71,7 +71,7 @@ class Quantized(nn.Module):
         super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self.quantization = quantization
         self._shape = tuple(shape)
-        self._bound: Bound | None = None
+        self._bound: BoundProduct | None = None
         for name, part in parts.items():
             self[name] = part
         self.freeze()
@@ -101,9 +101,9 @@ class Quantized(nn.Module):
         """Whether no product expands the weight, be it for a gradient."""
         return len(self._shape) == 2 and self.bind().for_all
 
-    def bind(self) -> Bound:
+    def bind(self) -> BoundProduct:
         """What the quantizer binds to the parts, made when it is asked for first."""
-        self._bound = self._bound or Bound(self.quantization, self.parts, self._shape[-1])
+        self._bound = self._bound or BoundProduct(self.quantization, self.parts, self._shape[-1])
         return self._bound
 
     def _times(self, x: mx.array) -> mx.array:

@@ -93,7 +93,7 @@ class Context:
 
     def written_bytes(self) -> int:
         """How many bytes the training writes at most, once its adapter is on the base."""
-        from mlxlora_core.training.written import written_bytes
+        from mlxlora_core.training.disk import written_bytes
 
         return written_bytes(self._model, self.recipe.checkpoints) if self._model is not None else 0
 

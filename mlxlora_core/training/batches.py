@@ -28,17 +28,18 @@ class Batch:
 
     Attributes:
         inputs: ids (B, T), packed (1, T).
-        positions: the places in ``inputs``, counted through its rows, whose
-            next token counts in the loss, (N,).
+        positions: indices into the flattened ``inputs`` of the positions whose next token counts in
+            the loss, (N,).
         targets: those next tokens, (N,).
-        weights: float32 (N,), 0 for what stands at the end of the positions to make them as
-            many as in other batches, and else 1; None is 1 for all.
+        weights: float32 (N,): 1, and 0 for the positions at the end that only bring N to a fixed
+            number; None is 1 for all.
         counted: how many of the N count; None is all.
-        padding: how many places in ``inputs`` are padding.
-        lengths: packed, inputs of each row; None where rows are side by side.
-        hidden: what enters layer ``first``, (B, T, D), where that is known already.
+        padding: how many positions in ``inputs`` are padding.
+        lengths: of each row in a packed batch, in tokens; None where rows are side by side.
+        hidden: the input of layer ``first``, (B, T, D), if it is already known.
         first: the lowest layer to run.
-        places: what each place in ``inputs`` draws by, (B, T, 2) uint32, where something is drawn.
+        dropout_keys: two words for each position in ``inputs``, (B, T, 2) uint32; None of a model
+            without dropout. See :mod:`mlxlora_core.training.dropout_keys`.
     """
 
     inputs: mx.array
@@ -50,7 +51,7 @@ class Batch:
     lengths: tuple[int, ...] | None = None
     hidden: mx.array | None = None
     first: int = 0
-    places: mx.array | None = None
+    dropout_keys: mx.array | None = None
 
     @property
     def counted_tokens(self) -> int:
@@ -59,7 +60,7 @@ class Batch:
 
     @property
     def starts(self) -> Sequence[int]:
-        """The place of each row's first input, counted through ``inputs``."""
+        """Where each row begins in the flattened ``inputs``."""
         rows, width = self.inputs.shape
         if self.lengths is None:
             return range(0, rows * width, width)

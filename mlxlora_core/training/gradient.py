@@ -16,9 +16,9 @@ from mlxlora_core.model.dropout import drops, name_dropouts
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import bind_products
 from mlxlora_core.training.batches import Batch, Collator
+from mlxlora_core.training.dropout_keys import dropout_keys, step_key
 from mlxlora_core.training.loss import Loss, nats
 from mlxlora_core.training.parallel import side_by_side
-from mlxlora_core.training.places import places_of, step_key
 from mlxlora_core.training.reuse import draws_below
 
 #: nats of a batch, and their gradient as a tree like that of the parameters that train
@@ -119,9 +119,9 @@ class Gradients:
         yield batch, summed
 
     def _batch(self, rows: Sequence[int]) -> Batch:
-        """The batch of some rows, with what they draw by where the model drops something."""
+        """The batch of some rows, with the keys of their dropout where the model has any."""
         batch = self._collate(rows)
-        return replace(batch, places=places_of(self._key, rows, batch)) if self._drops else batch
+        return replace(batch, dropout_keys=dropout_keys(self._key, rows, batch)) if self._drops else batch
 
     def _begin(self, total: Any) -> None:
         """Let the device begin with a batch as soon as it is through with the one before.

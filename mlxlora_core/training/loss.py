@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxlora_core.model.dropout import at_places, drawn_by
+from mlxlora_core.model.dropout import at_positions, using_keys
 from mlxlora_core.model.head_loss import head_nats
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.training.batches import Batch
@@ -68,10 +68,10 @@ def nats(model: LanguageModel, batch: Batch, recompute: bool = False) -> mx.arra
         batch: of rows.
         recompute: whether a layer keeps only its input for the gradient: see :func:`run_recomputed`.
     """
-    with drawn_by(batch.places):
+    with using_keys(batch.dropout_keys):
         hidden = states(model, batch, recompute)
         counted = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
-        with at_places(batch.positions):
+        with at_positions(batch.positions):
             return head_nats(model, counted, batch.targets, batch.weights)
 
 

@@ -36,10 +36,10 @@ from mlxlora_core.model.memory import Sizes, reused_bytes
 from mlxlora_core.training.batches import Batch, Collator, make_batch
 from mlxlora_core.training.events import Advanced
 from mlxlora_core.training.examples import Example, Examples
-from mlxlora_core.training.kept import Kept, Numbers, Place
 from mlxlora_core.training.loss import nats
 from mlxlora_core.training.parallel import side_by_side
 from mlxlora_core.training.reuse import Reuse, decide
+from mlxlora_core.training.row_store import Numbers, RowStore, Stored
 from mlxlora_core.training.settings import TrainConfig
 
 #: tokens that are read at a time at most, unless a row has more
@@ -66,7 +66,7 @@ class _Group:
 
     split: str
     rows: Sequence[int]
-    place: Place | None = None
+    place: Stored | None = None
     renewed: bool = False
 
 
@@ -102,7 +102,7 @@ class Prefix:
         self._packing = takes(model, "lengths")
         self._belongs, self._folder = "\n".join(belongs), folder
         self._budget: int | None = None if memory_mb is None else memory_mb * 10**6
-        self._kept: Kept | None = None
+        self._store: RowStore | None = None
         self._where: dict[tuple[str, int], tuple[_Group, int]] = {}
         self._notes: list[str] = []
 
@@ -180,21 +180,21 @@ class Prefix:
         """
         if not self.reuse.on:
             return
-        self._kept = Kept(self._budget, self._folder)
+        self._store = RowStore(self._budget, self._folder)
         what = f"what enters layer {self.reuse.first + 1}"
         count, done = sum(map(len, self.reuse.rows.values())), 0
         groups = self._parts()
         while parts := list(islice(groups, self._group.size)):
             for (split, rows), numbers in zip(parts, self._shared_out(parts), strict=True):
                 group = _Group(split, rows)
-                if not self._kept.fault:
-                    group.place = self._kept.keep(self._key(group), numbers)
+                if not self._store.fault:
+                    group.place = self._store.keep(self._key(group), numbers)
                 self._where |= {(split, row): (group, index) for index, row in enumerate(rows)}
                 done += len(rows)
             yield Advanced(what, done, count)
-        if self._kept.fault:
+        if self._store.fault:
             lost = sum(group.place is None for group, _ in self._where.values())
-            self._notes.append(f"warning: {lost} of {count} rows have no room ({self._kept.fault}){_LOST}")
+            self._notes.append(f"warning: {lost} of {count} rows have no room ({self._store.fault}){_LOST}")
 
     def entering(self, split: str, rows: Sequence[int], batch: Batch) -> mx.array | None:
         """What enters :attr:`Reuse.first` for a batch, in the layout of its inputs; None where a row is lost.
@@ -223,8 +223,8 @@ class Prefix:
     def close(self) -> None:
         """Give back memory and files."""
         self._where.clear()
-        if self._kept is not None:
-            self._kept.close()
+        if self._store is not None:
+            self._store.close()
 
     def _parts(self) -> Iterator[tuple[str, Sequence[int]]]:
         """The rows in groups that are read together, each with its split: the longest first."""
@@ -240,7 +240,7 @@ class Prefix:
     def _shared_out(self, parts: Sequence[tuple[str, Sequence[int]]]) -> list[Sequence[Numbers]]:
         """The numbers of groups of rows, one for each rank at most, which computes it for all."""
         if self._group.size == 1:  # nothing is computed for which there is no room
-            return [() if self._kept and self._kept.fault else self._compute(*part) for part in parts]
+            return [() if self._store and self._store.fault else self._compute(*part) for part in parts]
         own = [self._compute(*part) for part in parts[self._group.rank : self._group.rank + 1]]
         given = self._group.share(b"".join(row.tobytes() for rows in own for row in rows))
         shared: list[Sequence[Numbers]] = []
@@ -299,20 +299,20 @@ class Prefix:
     def _read(self, split: str, row: int) -> Numbers | None:
         """What was kept of a row."""
         group, index = self._where.get((split, row), (None, 0))
-        if group is None or group.place is None or self._kept is None:
+        if group is None or group.place is None or self._store is None:
             return None
-        found = self._kept.read(group.place, index)
-        return self._renewed(self._kept, group, index) if found is None else found
+        found = self._store.read(group.place, index)
+        return self._renewed(self._store, group, index) if found is None else found
 
-    def _renewed(self, kept: Kept, group: _Group, index: int) -> Numbers | None:
+    def _renewed(self, store: RowStore, group: _Group, index: int) -> Numbers | None:
         """A row of a group whose file is damaged, computed as it was at first; none the second time."""
         what = f"warning: a file of {len(group.rows)} {group.split} rows does not hold what was written"
         group.place = None
-        if not group.renewed and not kept.fault:
+        if not group.renewed and not store.fault:
             group.renewed = True
             rows = self._compute(group.split, group.rows)
-            group.place = kept.keep(self._key(group), rows)
-            self._notes.append(what + ("; it is made again" if group.place else f" ({kept.fault}){_LOST}"))
+            group.place = store.keep(self._key(group), rows)
+            self._notes.append(what + ("; it is made again" if group.place else f" ({store.fault}){_LOST}"))
             return rows[index]
         self._notes.append(f"{what}{_LOST}")
         return None

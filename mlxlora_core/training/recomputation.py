@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxlora_core.model.dropout import as_here
+from mlxlora_core.model.dropout import with_current_keys
 from mlxlora_core.model.language_model import LanguageModel, takes
 from mlxlora_core.model.linears import layers_by_path
 
@@ -49,7 +49,7 @@ def run_recomputed(model: LanguageModel, hidden: mx.array, first: int, more: dic
 
     for layer in range(first, len(model.layers)):
         names = [name for name in trained if layer_of(name) in (layer, None)]  # any may use what none has
-        hidden = _recomputed(as_here(layer_function(layer, names)))(
+        hidden = _recomputed(with_current_keys(layer_function(layer, names)))(
             hidden, *(trained[name] for name in names)
         )
     return hidden

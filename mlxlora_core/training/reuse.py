@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxlora_core.errors import UsageError, listing
-from mlxlora_core.model.dropout import drawn_by
+from mlxlora_core.model.dropout import using_keys
 from mlxlora_core.model.language_model import LanguageModel, takes
 from mlxlora_core.model.linears import layers_by_path
 from mlxlora_core.training.batches import fixed_rows, steps_an_epoch
@@ -136,7 +136,7 @@ def draws_below(model: LanguageModel, first: int, by_row: bool = False) -> bool:
     state: Any = mx.random.state
     before, was_training = state[0], model.training
     model.train()
-    with drawn_by(mx.zeros((1, 2, 2), mx.uint32) if by_row else None):
+    with using_keys(mx.zeros((1, 2, 2), mx.uint32) if by_row else None):
         model.run(model.embed(mx.zeros((1, 2), mx.uint32)), last=first)
     model.train(was_training)
     return not mx.array_equal(before, state[0]).item()

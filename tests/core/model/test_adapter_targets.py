@@ -14,8 +14,8 @@ import pytest
 from mlxlora_core.errors import ModelError, UsageError
 from mlxlora_core.files import tensor_file
 from mlxlora_core.model import adapters, loading
+from mlxlora_core.model.adapter_targets import matches
 from mlxlora_core.model.loading import Model
-from mlxlora_core.model.places import matches
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.sections import AdapterConfig, configure

@@ -12,7 +12,7 @@ from mlxlora_core.plugins import Choice
 from mlxlora_core.values import PackedProduct
 
 
-class Bound:
+class BoundProduct:
     """What a quantizer binds to the parts of a weight (outputs, inputs), if anything.
 
     Args:
