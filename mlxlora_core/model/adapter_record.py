@@ -1,4 +1,4 @@
-"""What an adapter file says of itself: made, read and held against what is wanted."""
+"""The record in an adapter file: written, read, and compared with what the caller wants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products that a quantizer binds to parts that stay as they are, with their gradient."""
+"""Matrix products that a quantizer provides for a packed weight, with their gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output head and cross-entropy at once, some rows at a time where the logits of all would be large.
+"""Output head and cross-entropy in one, in chunks of rows where all logits at once would be large.
 
 Logits are the largest numbers there are in a training with a large vocabulary:
 2048 tokens of 128 000 words are 1 GB, and the cross-entropy with its gradient

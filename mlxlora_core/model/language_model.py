@@ -1,4 +1,4 @@
-"""The base of every model that an architecture builds."""
+"""The base class of every model that an architecture builds."""
 
 from __future__ import annotations
 

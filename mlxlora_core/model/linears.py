@@ -1,4 +1,4 @@
-"""Linears as mlxlora sees them: dense ones of MLX, stacks of them, and quantized ones of any kind.
+"""Linear layers: MLX's dense ones, stacks of them, and quantized ones of any kind.
 
 This is also the one place that knows how a CPU differs from a GPU: there the
 compute type is float32 and a quantized weight is expanded before it multiplies.

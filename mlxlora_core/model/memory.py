@@ -1,4 +1,4 @@
-"""How much memory a model takes at work beside its weights, from the shapes of its linears.
+"""Estimates the memory that a model needs beside its weights, from the shapes of its linears.
 
 The factors are what MLX's own count of its memory came to over models of many
 shapes (``tests/core/model/test_memory.py`` holds them to it). Counts are of

@@ -1,4 +1,4 @@
-"""What a model has computed of a text, for a prompt that begins alike."""
+"""The key-value cache of a text, reused for a prompt that begins the same way."""
 
 from __future__ import annotations
 

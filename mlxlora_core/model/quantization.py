@@ -1,4 +1,4 @@
-"""What a quantizer makes of a model: checked where core takes it, and found again in a model folder."""
+"""What a quantizer makes of weights, checked; and the quantized layers of a model folder, restored."""
 
 from __future__ import annotations
 

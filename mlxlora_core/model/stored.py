@@ -1,7 +1,7 @@
-"""A model as files hold it, its parameters still unread: a model folder, or whatever a weight loader opens.
+"""A model whose tensors are still unread: a model folder, or anything that a weight loader opens.
 
-``path -> StoredModel``; :mod:`mlxlora_core.model.folder` fills it, fusing and
-exporting take its tensors one by one.
+``path -> StoredModel``. :mod:`mlxlora_core.model.loading` reads all of its tensors into a model;
+converting, fusing and exporting take them one by one.
 """
 
 from __future__ import annotations

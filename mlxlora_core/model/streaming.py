@@ -1,4 +1,4 @@
-"""A model that computes without being in memory: each weight is read for its product, and let go.
+"""A model that need not fit in memory: each weight is read for its product and then released.
 
 It computes in float32, whatever the weights are stored in, so that what two models differ by is
 told from what a type rounds. It is slow, and meant for one short text.

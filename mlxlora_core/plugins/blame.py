@@ -1,4 +1,4 @@
-"""Whose fault an exception is: one that arises in a plugin's code becomes an error with the plugin's name."""
+"""Turns an exception that arises in a plugin's code into an error that names the plugin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the section of a component holds beside the component's own options: what core itself decides.
+"""What a component's section of a recipe holds beside its own options: the keys that belong to core.
 
 In a recipe these keys stand beside ``use``; on the command line ``--set
 adapter.layers=4`` sets them as it sets an option.

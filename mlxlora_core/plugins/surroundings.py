@@ -1,4 +1,4 @@
-"""What surrounds a plugin and belongs to the process: the working folder, signals, streams, limits.
+"""The state of the process that a plugin must leave as it is: working folder, signals, streams, limits.
 
 A plugin that changes them, as it is imported or in one of its functions, is
 named in a warning, and they are put back. One that would end the process gets

@@ -1,4 +1,4 @@
-"""What ranks settle between them around their steps: that they train the same, where they begin, what stays.
+"""What ranks agree on around their steps: what they train, where they begin, and which adapter stays.
 
 Rank 0 alone reads checkpoints and writes them; what it has taken up, the others are handed.
 """

@@ -1,4 +1,4 @@
-"""Rows, dealt out by length to ranks, or to the cores of one, so that all of them finish together."""
+"""Deals rows out by length to ranks, or to the cores of one, so that all of them finish together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training tells while it goes on, and what it has come to at its end.
+"""The reports of a training while it runs, and its result.
 
 Light, so that whoever shows or keeps it needs no MLX.
 """

@@ -1,4 +1,4 @@
-"""What goes round between the ranks in a step, in one message: gradients, nats, counts, and a word of each.
+"""The one message that ranks exchange in a step: gradients, nats, counts and signals.
 
 Numbers are float32 on the way, which hold whole numbers up to 2**24. So those that may be larger go in
 two halves, of which as many as there are ranks ever add up exactly.

@@ -1,4 +1,4 @@
-"""The optimizers (Adam, AdamW, Muon with AdamW for what is no matrix), and the learning rate of each step."""
+"""The optimizers (Adam, AdamW, Muon with AdamW for all but matrices), and the learning rate of a step."""
 
 from __future__ import annotations
 

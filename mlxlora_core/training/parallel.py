@@ -1,4 +1,4 @@
-"""A batch in parts, each on a core of its own.
+"""Computes a batch in parts, each on a core of its own.
 
 MLX's CPU backend runs the operations of a stream on one thread; of those, only
 a matrix product can use more, and only under a BLAS that has threads. So rows

@@ -1,4 +1,4 @@
-"""What enters the lowest adapted layer, computed once for each row and kept.
+"""What enters the lowest adapted layer, computed once for each row and reused.
 
 The layers below it are frozen and nothing in them is random, so that their
 output depends on the row alone: later steps and validations begin where it

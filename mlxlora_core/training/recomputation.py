@@ -1,4 +1,4 @@
-"""Gradient checkpointing: a layer keeps only what enters it, and is computed again for the gradient.
+"""Gradient checkpointing: a layer keeps only its input and is computed again in the backward pass.
 
 Source: Chen et al. 2016, arXiv:1604.06174, section 4.1, with a layer for each segment.
 """

@@ -1,4 +1,4 @@
-"""Whether what enters the lowest adapted layer is kept for each row, by model, data and settings alone."""
+"""Decides whether what enters the lowest adapted layer is kept, from model, data and settings alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows -> the few shapes that their batches are brought to, each of which is compiled once."""
+"""The few shapes that batches are padded to, each of which is compiled once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``rows -> gradient -> update``, made by the device without anybody waiting for it.
+"""``rows -> gradient -> update``, computed by the device while the host goes on.
 
 Whether loss and gradient are finite is seen on the device too: where they are
 not, all parameters and the state of the optimizer become what they were.

@@ -1,4 +1,4 @@
-"""The parts of a transformer that are not linears, each by the fastest exact way of the device.
+"""The operations of a transformer that are not linears, each in the fastest exact way of the device.
 
 On Metal and CUDA these are MLX's own operations. On a CPU large arrays in
 float32 go the ways that are written out in :mod:`mlxlora_core.model.ops.cpu` and ``cpu_attention``.

@@ -1,4 +1,4 @@
-"""Attention whose scores are capped, which no operation of MLX does: written out, on every device."""
+"""Attention with capped scores, for which MLX has no operation: written out for every device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operations of a CPU, written out in as few passes through memory as they take.
+"""The operations on a CPU, written out to pass over memory as few times as possible.
 
 MLX's CPU backend takes one pass through memory for each operation of a formula,
 12 ns an element for ``exp``, 4.6 ns for ``power`` and 0.6 ns for a sum along

@@ -1,4 +1,4 @@
-"""Attention on a CPU, written out: queries in tiles, which leave out the keys that none of them sees."""
+"""Attention on a CPU, written out in tiles of queries that skip the keys none of them sees."""
 
 from __future__ import annotations
 

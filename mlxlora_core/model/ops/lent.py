@@ -1,4 +1,4 @@
-"""What the written-out operations of a CPU build on: what runtimes have lent, or MLX's own ways."""
+"""What the operations on a CPU are built from: functions that runtimes have lent, or MLX's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that stand one after the other in a single one, for work that must not cross from one to the next."""
+"""Packed rows: several rows one after the other in a single one, with none reaching into the next."""
 
 from __future__ import annotations
 
