@@ -1,7 +1,6 @@
 """Examples -> batches, in an order that is a function of (seed, epoch) alone.
 
-So a place in training is one integer. The shift by one token happens in one
-line.
+A position in training is therefore one integer. The shift by one token happens in one line.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows side by side, padded on the right; or packed: one after the other in a single one.
+    """Rows side by side, padded on the right; or packed, one after the other in a single row.
 
     Attributes:
         inputs: ids (B, T), packed (1, T).
@@ -73,10 +72,10 @@ def make_batch(
     """The batch of some rows of ``examples``; padding is never among the positions that count.
 
     Args:
-        examples: of which it takes some.
-        rows: which.
-        packing: whether they stand one after the other, and not side by side.
-        shapes: what those side by side are brought to one of, which cannot be seen in their loss.
+        examples: of a split.
+        rows: indices into ``examples``.
+        packing: whether rows are packed one after the other instead of padded.
+        shapes: if given, a padded batch is filled up to one of these; the loss does not change.
     """
     parts = [_shifted(examples[row]) for row in rows]
     lengths = tuple(len(inputs) for inputs, _, _ in parts)
@@ -97,9 +96,9 @@ def make_batch(
 
 
 def _brought_to(shapes: Shapes, batch: Batch) -> Batch:
-    """A batch of one of some widths with as many rows and positions as all of that width.
+    """A batch filled up to the number of rows and positions that all batches of its width have.
 
-    They are more of the first of each, so that nothing can go wrong in them alone.
+    The filling repeats the first row and the first position, so it can hold no fault of its own.
     """
     rows, width = batch.inputs.shape
     count, more = batch.targets.size, shapes.rows - rows
@@ -120,7 +119,7 @@ def _brought_to(shapes: Shapes, batch: Batch) -> Batch:
 
 
 def _shifted(example: Example) -> tuple[Array, Array, Array]:
-    """The inputs of a row, the token that each asks for, and whether that counts."""
+    """The inputs of a row, the target of each, and whether that target counts."""
     return example.tokens[:-1], example.tokens[1:], example.mask[1:]  # the one shift
 
 
@@ -130,10 +129,10 @@ class Collator:
 
     Attributes:
         examples: its rows.
-        packing: whether rows stand one after the other.
-        entering: what enters layer ``first`` for the rows of a batch, where that is kept.
+        packing: whether rows are packed.
+        entering: returns the kept input of layer ``first`` for the rows of a batch, or None.
         first: that layer.
-        shapes: what batches are brought to, where they are to be of few shapes.
+        shapes: the shapes that padded batches are filled up to, if there are to be few.
     """
 
     examples: Sequence[Example]
@@ -150,25 +149,24 @@ class Collator:
 
 
 def longest_of(examples: Sequence[Example]) -> int:
-    """Tokens of the longest of some examples; 1 where there is none."""
+    """Tokens of the longest example; 1 if there are no examples."""
     return max((len(example.tokens) for example in examples), default=1)
 
 
 def epoch_order(
     examples: Sequence[Example], rows_a_step: int, seed: int, epoch: int, by_length: bool = False
 ) -> list[list[int]]:
-    """The rows of each step of one epoch, in order of length: every row once.
+    """The rows of each step of one epoch, every row once; within a step they are in order of length.
 
-    A function of (seed, epoch) alone; where it becomes another one, ``identity.ORDER_OF_ROWS``
-    grows.
+    A function of (seed, epoch) alone. Whoever changes it must increment ``identity.ORDER_OF_ROWS``.
 
     Args:
-        examples: of which each comes once.
-        rows_a_step: of which the last step has fewer where they do not come out even.
+        examples: of the split.
+        rows_a_step: rows in a step; the last step may have fewer.
         seed: of the training.
         epoch: counted from 0.
-        by_length: whether rows of like length come together. Lengths are jittered before they are
-            sorted then, so that the company a row keeps changes from epoch to epoch.
+        by_length: whether rows of similar length share a step. Lengths are jittered before sorting,
+            so that the rows of a step differ from epoch to epoch.
     """
     random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     lengths = np.array([len(example.tokens) for example in examples])
@@ -181,14 +179,14 @@ def epoch_order(
 
 
 def steps_an_epoch(rows: int, rows_a_step: int) -> int:
-    """Steps in which every row comes once; the last of them may have fewer rows."""
+    """Steps in an epoch; the last of them may have fewer rows."""
     return -(-rows // rows_a_step)
 
 
 def steps_from(
     examples: Sequence[Example], rows_a_step: int, seed: int, cursor: int = 0, by_length: bool = False
 ) -> Iterator[list[int]]:
-    """The rows of step ``cursor``, of the one after it, and so on without end; see :func:`epoch_order`."""
+    """The rows of step ``cursor`` (from 0) and of all steps after it, without end; see :func:`epoch_order`."""
     epoch, start = divmod(cursor, steps_an_epoch(len(examples), rows_a_step))
     while True:
         yield from epoch_order(examples, rows_a_step, seed, epoch, by_length)[start:]
@@ -198,11 +196,10 @@ def steps_from(
 def fixed_rows(
     examples: Sequence[Example], batch_size: int, batches: int, group: Group = ALONE
 ) -> Iterator[Sequence[int]]:
-    """The rows of the same batches each time, tail included: ``batches`` of them, or for -1 all rows.
+    """The rows of ``batches`` batches, or of all for -1, the same each time.
 
-    Where that is not all rows, they are taken at even distances, so that they
-    stand for the whole file. Each rank of a group gets batches of its share of those
-    rows: of rows in order of length, every one for the next rank.
+    If that is not all rows, they are taken at even distances, to represent the whole file. Each rank
+    of a group gets batches of its own share: rows sorted by length are dealt out in turn.
     """
     count = len(examples) if batches < 0 else min(len(examples), batches * batch_size)
     rows = (i * len(examples) // count for i in range(count))

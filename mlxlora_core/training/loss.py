@@ -1,6 +1,6 @@
 """The loss: nats summed over counted tokens, and how many there were.
 
-Nothing here divides. A mean is taken once, by whoever has all the sums.
+Nothing here divides: whoever has all the sums takes the mean, once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Loss:
     Attributes:
         nats: summed over the counted tokens.
         tokens: how many counted.
-        positions: for how many positions layers were computed.
+        positions: how many positions were computed.
         padding: how many of these were padding.
     """
 
@@ -54,19 +54,19 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        """``exp`` of the mean; infinite where that overflows."""
+        """``exp`` of the mean; infinite if that overflows."""
         return math.inf if self.mean > 700 else math.exp(self.mean)
 
 
 def nats(model: LanguageModel, batch: Batch, recompute: bool = False) -> mx.array:
     """Cross-entropy of a batch in nats, summed over its counted tokens, float32.
 
-    The head runs only at the positions that count, and layers from the one on whose input is not known.
+    The head runs only at the positions that count, and layers only from ``batch.first`` up.
 
     Args:
-        model: in training mode where its gradient is wanted: see :func:`head_nats`.
+        model: in training mode if the gradient is wanted: see :func:`head_nats`.
         batch: of rows.
-        recompute: whether a layer keeps only its input for the gradient: see :func:`run_recomputed`.
+        recompute: whether a layer keeps only its input for the backward pass: see :func:`run_recomputed`.
     """
     with using_keys(batch.dropout_keys):
         hidden = states(model, batch, recompute)
@@ -76,7 +76,7 @@ def nats(model: LanguageModel, batch: Batch, recompute: bool = False) -> mx.arra
 
 
 def states(model: LanguageModel, batch: Batch, recompute: bool = False) -> mx.array:
-    """What leaves the top layer for each of a batch's inputs, (B, T, D)."""
+    """The output of the top layer for each of a batch's inputs, (B, T, D)."""
     hidden = model.embed(batch.inputs) if batch.hidden is None else batch.hidden
     lengths: dict[str, Any] = {"lengths": batch.lengths} if batch.lengths else {}
     if recompute:
