@@ -186,7 +186,7 @@ def steps_an_epoch(rows: int, rows_a_step: int) -> int:
 def steps_from(
     examples: Sequence[Example], rows_a_step: int, seed: int, cursor: int = 0, by_length: bool = False
 ) -> Iterator[list[int]]:
-    """The rows of step ``cursor`` (from 0) and of all steps after it, without end; see :func:`epoch_order`."""
+    """The rows of step ``cursor``, from 0, and of all steps after it, forever; see :func:`epoch_order`."""
     epoch, start = divmod(cursor, steps_an_epoch(len(examples), rows_a_step))
     while True:
         yield from epoch_order(examples, rows_a_step, seed, epoch, by_length)[start:]
