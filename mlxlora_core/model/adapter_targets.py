@@ -59,7 +59,7 @@ def with_targets(model: Model, config: AdapterConfig, wanted: Sequence[str] = ()
     return dataclasses.replace(config, targets=targets)
 
 
-def choose(model: Model, config: AdapterConfig) -> dict[str, nn.Module]:
+def chosen_modules(model: Model, config: AdapterConfig) -> dict[str, nn.Module]:
     """path -> linear or embedding, for all that ``config`` asks for; it must name targets.
 
     Linears inside layers must be in the top layers that it asks for; embeddings and the output head
@@ -88,7 +88,7 @@ def choose(model: Model, config: AdapterConfig) -> dict[str, nn.Module]:
     return {path: found[path] for path in sorted(chosen)}
 
 
-def at(paths: Iterable[str], model: Model, where: Path) -> dict[str, nn.Module]:
+def modules_at(paths: Iterable[str], model: Model, where: Path) -> dict[str, nn.Module]:
     """path -> linear or embedding, for the paths that an adapter file names.
 
     Raises:

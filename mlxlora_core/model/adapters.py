@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing
 from mlxlora_core.files import tensor_file
 from mlxlora_core.files.targets import is_written
-from mlxlora_core.files.tensor_checks import is_finite, mismatches, type_name
+from mlxlora_core.files.tensor_checks import is_finite, mismatches
 from mlxlora_core.model.adapter_record import METADATA as METADATA
 from mlxlora_core.model.adapter_record import (
     TrainingRecord,
@@ -29,7 +29,13 @@ from mlxlora_core.model.adapter_record import (
     shared_names,
     with_shared,
 )
-from mlxlora_core.model.adapter_targets import at, choose, options_at, refuse_named, with_targets
+from mlxlora_core.model.adapter_targets import (
+    chosen_modules,
+    modules_at,
+    options_at,
+    refuse_named,
+    with_targets,
+)
 from mlxlora_core.model.foreign_adapters import open_foreign_adapter
 from mlxlora_core.model.linears import (
     is_linear,
@@ -37,7 +43,7 @@ from mlxlora_core.model.linears import (
     layers_by_path,
     packed_shape,
     parameters,
-    replace,
+    replace_modules,
     weight_shape,
 )
 from mlxlora_core.model.loading import Model
@@ -103,7 +109,7 @@ def attach(model: Model, choice: Choice, config: AdapterConfig, seed: int) -> Ad
         PluginError: the adapter returns no modules, or modules that break its contract.
     """
     config = with_targets(model, config, choice.component.spec.default_targets)
-    adapted = _wrap(model, choice, config, choose(model, config), seed)
+    adapted = _wrap(model, choice, config, chosen_modules(model, config), seed)
     _settle(model, choice.component, adapted.paths)
     return adapted
 
@@ -119,7 +125,7 @@ def _settle(model: Model, component: Component, paths: Sequence[str]) -> None:
         if component.spec.initialise is not None:
             report_progress("initial values", done - 1, len(paths))
             component.spec.initialise(modules[path])
-        found = own(modules[path])
+        found = adapter_parameters(modules[path])
         made |= {id(t): (t, mx.contiguous(t)) for t in found.values() if id(t) not in made}
         laid = {name: made[id(tensor)][1] for name, tensor in found.items()}
         mx.eval(list(laid.values()))
@@ -148,7 +154,7 @@ def _wrap(
     if not any(trainable(module) for module in wrapped.values()):
         got = "modules without a parameter that trains" if wrapped else f"None for {listing(chosen)}"
         raise choice.component.breach("wrap", got, "a module that trains for at least one linear")
-    replace(model.module, wrapped)
+    replace_modules(model.module, wrapped)
     model.module.eval()  # new modules are in training mode; dropout must be off until training begins
     return Adapted(choice, config, {path: options[path] for path in wrapped})
 
@@ -190,7 +196,7 @@ def save(path: Path, model: Model, adapted: Adapted, training: TrainingRecord | 
         DivergedError: a parameter is not finite; an existing file is left as it is.
     """
     is_written(path, is_ours)
-    tensors = own(model.module, adapted.paths)
+    tensors = adapter_parameters(model.module, adapted.paths)
     poisoned = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if poisoned:
         raise DivergedError(f"the adapter is not finite and was not saved: {listing(poisoned)}", where=path)
@@ -257,7 +263,9 @@ def load(
         raise ModelError(f"holds adapter '{component.id}', wanted '{name}'", where=path)
     choice, config = recorded_choice(record, component, values, path)
     tensors = with_shared(tensors, record, path)
-    return _attach_tensors(path, model, choice, config, at(record["paths"], model, path), tensors, notes)
+    return _attach_tensors(
+        path, model, choice, config, modules_at(record["paths"], model, path), tensors, notes
+    )
 
 
 def load_file(file: AdapterFile, model: Model, registry: Registry) -> Adapted:
@@ -274,52 +282,11 @@ def fill(path: Path, model: Model, adapted: Adapted) -> None:
     tensors, metadata = tensor_file.load(path)
     check_whole(tensors, metadata.get(tensor_file.FINGERPRINT, ""), path)
     tensors = with_shared(tensors, read_record(metadata, path) or {}, path)
-    faults = mismatches(tensors, own(model.module, adapted.paths))
+    faults = mismatches(tensors, adapter_parameters(model.module, adapted.paths))
     if faults:
         raise ModelError("the adapter does not fit this model: " + "; ".join(faults), where=path)
     model.module.update(tree_unflatten(list(tensors.items())))
     mx.eval(list(tensors.values()))
-
-
-def fused_weight(component: Component, wrapped: nn.Module, before: mx.array) -> mx.array:
-    """The weight of a linear with the adapter fused into it, as the adapter computes it.
-
-    Args:
-        component: the adapter.
-        wrapped: the linear with the adapter on it.
-        before: the linear's own weight, float32.
-
-    Raises:
-        PluginError: the result has another shape or type, or values that are not finite.
-    """
-    weight = component.checked("fuse", component.spec.fuse(wrapped, before), mx.array)
-    if weight.shape != before.shape or weight.dtype != mx.float32:
-        got = f"{weight.shape} {type_name(weight.dtype)}"
-        raise component.breach("fuse", got, f"{before.shape} float32")
-    if not is_finite(weight):
-        raise component.breach("fuse", "values that are not finite", "finite ones")
-    return weight
-
-
-def fused_bias(component: Component, wrapped: nn.Module, before: mx.array) -> mx.array:
-    """The bias that goes with a :func:`fused_weight`, in the type of the one before.
-
-    Args:
-        component: the adapter.
-        wrapped: the linear with the adapter on it.
-        before: the linear's own bias.
-
-    Raises:
-        PluginError: the result has another shape, or values that are not finite.
-    """
-    if component.spec.fuse_bias is None:
-        return before
-    given = component.spec.fuse_bias(wrapped, before.astype(mx.float32))
-    bias = component.checked("fuse_bias", given, mx.array).astype(before.dtype)
-    if bias.shape != before.shape or not is_finite(bias):
-        got = f"{bias.shape}" if bias.shape != before.shape else "values that are not finite"
-        raise component.breach("fuse_bias", got, f"{before.shape} finite values")
-    return bias
 
 
 def trainable(module: nn.Module) -> dict[str, mx.array]:
@@ -327,7 +294,7 @@ def trainable(module: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(module.trainable_parameters()))
 
 
-def own(module: nn.Module, paths: Iterable[str] = ("",)) -> dict[str, mx.array]:
+def adapter_parameters(module: nn.Module, paths: Iterable[str] = ("",)) -> dict[str, mx.array]:
     """The parameters of adapters by path, trained or not, without those of the modules that they wrap.
 
     Args:
@@ -373,20 +340,20 @@ def _attach_tensors(
         adapted = _wrap(model, choice, config, chosen, seed=0)
     except UsageError as fault:
         raise ModelError(f"the adapter does not fit this model: {fault.what}", where=path) from fault
-    places = own(model.module, adapted.paths)
+    places = adapter_parameters(model.module, adapted.paths)
     faults = mismatches(tensors, places)
     if not faults:
         try:
             read = {id(t): t.read() if isinstance(t, LazyTensor) else t for t in tensors.values()}
         except BaseException:
-            replace(model.module, dict(chosen))
+            replace_modules(model.module, dict(chosen))
             raise
         cast = {id(tensor): read[id(tensor)].astype(places[n].dtype) for n, tensor in tensors.items()}
         filled = [(name, cast[id(tensor)]) for name, tensor in tensors.items()]
         odd = sorted(name for name, tensor in filled if not is_finite(tensor))
         faults = [f"{len(odd)} not finite: {listing(odd)}"] if odd else []
     if faults:
-        replace(model.module, dict(chosen))
+        replace_modules(model.module, dict(chosen))
         raise ModelError("the adapter does not fit this model: " + "; ".join(faults), where=path)
     model.module.update(tree_unflatten(filled))
     mx.eval(list(cast.values()))

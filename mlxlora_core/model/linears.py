@@ -367,7 +367,7 @@ def layers_by_path(model: LanguageModel) -> Callable[[str], int | None]:
     return layer_of
 
 
-def replace(module: nn.Module, children: Mapping[str, nn.Module]) -> None:
+def replace_modules(module: nn.Module, children: Mapping[str, nn.Module]) -> None:
     """Put ``children`` at their paths inside ``module``."""
     if children:
         module.update_modules(tree_unflatten(list(children.items())))

@@ -23,7 +23,7 @@ from mlxlora_core.model.linears import (
     StoredEmbedding,
     StoredLinear,
     StoredStackedLinear,
-    replace,
+    replace_modules,
 )
 from mlxlora_core.model.stored import StoredModel, bytes_of, open_stored
 from mlxlora_core.model.tokenizers import CheckedTokenizer
@@ -171,7 +171,9 @@ def _keep_stored(module: nn.Module) -> None:
         StackedLinear: StoredStackedLinear,
     }
     found = module.named_modules()
-    replace(module, {path: kinds[type(child)](child) for path, child in found if type(child) in kinds})
+    replace_modules(
+        module, {path: kinds[type(child)](child) for path, child in found if type(child) in kinds}
+    )
 
 
 def _fill(stored: StoredModel) -> dict[str, str]:

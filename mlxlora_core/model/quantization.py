@@ -22,7 +22,7 @@ from mlxlora_core.model.linears import (
     embeddings,
     linear_shape,
     linears,
-    replace,
+    replace_modules,
 )
 from mlxlora_core.options import explain, parse
 from mlxlora_core.plugins import Choice, Component, Registry
@@ -187,7 +187,7 @@ def restore(
             f"{listing(faults)}, have other parts: {first}",
             where=where.parent,
         )
-    replace(module, packed)
+    replace_modules(module, packed)
 
 
 def _packed(

@@ -210,7 +210,7 @@ class Training:
             return
         self._module.eval()
         self.watch.phase("reading the rows that are kept")
-        prefix.look()
+        prefix.check_rows()
         if self.config.reuse_prefix == "on" and not prefix.reuse.on:
             raise UsageError(f"reuse_prefix cannot be on: {prefix.reuse.why_not}", fix="leave it at auto")
         yield Note(prefix.words)

@@ -69,13 +69,13 @@ def nats(model: LanguageModel, batch: Batch, recompute: bool = False) -> mx.arra
         recompute: whether a layer keeps only its input for the backward pass: see :func:`run_recomputed`.
     """
     with using_keys(batch.dropout_keys):
-        hidden = states(model, batch, recompute)
+        hidden = hidden_states(model, batch, recompute)
         counted = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
         with at_positions(batch.positions):
             return head_nats(model, counted, batch.targets, batch.weights)
 
 
-def states(model: LanguageModel, batch: Batch, recompute: bool = False) -> mx.array:
+def hidden_states(model: LanguageModel, batch: Batch, recompute: bool = False) -> mx.array:
     """The output of the top layer for each of a batch's inputs, (B, T, D)."""
     hidden = model.embed(batch.inputs) if batch.hidden is None else batch.hidden
     lengths: dict[str, Any] = {"lengths": batch.lengths} if batch.lengths else {}

@@ -110,7 +110,7 @@ class Prefix:
         """Makes batches of the rows of a split, with their kept hidden states."""
         return Collator(self._splits[split], entering=partial(self.entering, split), first=self.reuse.first)
 
-    def settle(self, need: int) -> int:
+    def budget_memory(self, need: int) -> int:
         """Decide how much to keep in memory beside work that needs ``need`` bytes; returns how many."""
         if self._budget is None:
             free = free_memory_bytes()
@@ -134,7 +134,7 @@ class Prefix:
             for tokens in groups
         )
 
-    def look(self) -> None:
+    def check_rows(self) -> None:
         """Switch off if a row's hidden states depend on the width of its batch.
 
         The shortest row, alone and padded like the longest, shows that.

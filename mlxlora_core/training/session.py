@@ -288,7 +288,7 @@ class TrainingSession:
         if self.checkpoints is not None:
             yield from self.checkpoints.save(self._outputs.saving.keep)
         elif progress.best_step == progress.step:
-            self._best = adapters.own(self.model.module, self.adapted.paths)
+            self._best = adapters.adapter_parameters(self.model.module, self.adapted.paths)
 
     def _farewell(self) -> str:
         step = self.training.progress.step
