@@ -90,7 +90,7 @@ if TYPE_CHECKING:
             f"[default: {DEFAULT_ADAPTER}, or what is resumed]",
         ),
         click.option(
-            "--lora-layers", metavar="LAYERS", help="Adapt the top so many layers; -1 is all. [default: 16]"
+            "--lora-layers", metavar="LAYERS", help="How many top layers to adapt; -1 is all. [default: 16]"
         ),
         click.option(
             "--adapter-file",
