@@ -507,7 +507,7 @@ def test_memory_that_is_left_decides_where_it_is_kept(
 
     def settled(free: int | None, need: int, memory_mb: int | None = None) -> int:
         monkeypatch.setattr(prefix, "free_memory_bytes", lambda: free)
-        return open_prefix(model, splits, None, memory_mb, iters=1000).settle(need)
+        return open_prefix(model, splits, None, memory_mb, iters=1000).budget_memory(need)
 
     whole = 600 * 1999 * 8 * 4
     assert settled(None, 10**9) == settled(10**9, 10**6) == whole
