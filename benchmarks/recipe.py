@@ -38,9 +38,9 @@ from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.training.batches import steps_from
 from mlxlora_core.training.dataset import build_dataset
 from mlxlora_core.training.events import Note, ValidReport
-from mlxlora_core.training.examples import Examples
+from mlxlora_core.training.examples import Examples, examples_of
 from mlxlora_core.training.optimizer import learning_rate
-from mlxlora_core.training.session import NewAdapter, examples_of, open_training
+from mlxlora_core.training.session import NewAdapter, open_training
 from mlxlora_core.training.sources import read_data
 
 FIRST = "first.npz"  # what the adapter begins with

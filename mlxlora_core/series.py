@@ -75,7 +75,7 @@ def flat_settings(config: Mapping[str, Any]) -> dict[str, Scalar]:
     """The settings of a run as ``section.key`` -> value, for whoever keeps them in one table.
 
     Args:
-        config: as of :class:`~mlxlora_core.values.RunInfo`; what is not set is left out, and a list is
+        config: as of :class:`RunInfo`; what is not set is left out, and a list is
             written as JSON.
     """
     found: dict[str, Scalar] = {}

@@ -33,7 +33,7 @@ _FULL = "the context is full: /reset begins anew, and /save FILE keeps what was 
 class AnswerConfig:
     """How long an answer may be, and what it is drawn by."""
 
-    num_tokens: int = option(512, help="tokens of an answer at most", unit="tokens", minimum=1, letter="n")
+    num_tokens: int = option(512, help="most tokens in an answer", unit="tokens", minimum=1, letter="n")
     seed: int = option(0, help="random seed", minimum=0, maximum=2**32 - 1)
 
 

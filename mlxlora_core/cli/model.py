@@ -177,7 +177,7 @@ def put_on(adapters: AdapterSet, files: Mapping[str, Path], registry: Registry, 
 
 def read_test(model: Model, rows: SplitRows, batches: BatchConfig) -> Examples:
     """The test set as examples; what there is to tell of it is told."""
-    from mlxlora_core.training.session import examples_of
+    from mlxlora_core.training.examples import examples_of
 
     examples = examples_of(rows, model, batches)
     for text in examples.words("test"):

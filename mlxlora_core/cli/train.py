@@ -90,7 +90,7 @@ if TYPE_CHECKING:
             f"[default: {DEFAULT_ADAPTER}, or what is resumed]",
         ),
         click.option(
-            "--lora-layers", metavar="LAYERS", help="Adapt the top so many layers; -1 is all. [default: 16]"
+            "--lora-layers", metavar="LAYERS", help="How many top layers to adapt; -1 is all. [default: 16]"
         ),
         click.option(
             "--adapter-file",
@@ -363,7 +363,7 @@ def _watched(
     events: Iterator[TrainEvent], info: RunInfo, base: Model, asked: _Asked
 ) -> Iterator[TrainEvent | ObserverFailed]:
     """What a training tells, told to its observers too, none of whom takes its room on the disk."""
-    from mlxlora_core.training.written import written_bytes
+    from mlxlora_core.training.disk import written_bytes
 
     return observed(events, asked.observers, info, event_values, partial(written_bytes, base, asked.save))
 

@@ -1,4 +1,4 @@
-"""No module of the working folder is run: not in this process, nor in a Python that it starts.
+"""Keeps this process, and every Python that it starts, from importing modules of the working folder.
 
 Only what every Python has loaded when it begins is imported here, for until
 :func:`forget_working_folder` is called it would be looked for there.

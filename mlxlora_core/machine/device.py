@@ -1,4 +1,4 @@
-"""The device that MLX computes on, and what runtimes have lent it.
+"""The device that MLX computes on, and the faster functions that runtimes have lent it.
 
 Half precision and packed weights are slow on a CPU, which is told apart here
 and nowhere else. MLX is imported only where it is asked for.

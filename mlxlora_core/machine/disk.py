@@ -1,4 +1,4 @@
-"""Disk: how much work will need, and how much is free."""
+"""Disk space: how much the work will need, and how much is free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What it looks like to run out of memory, disk or another limit."""
+"""How it shows when memory, disk or another limit runs out."""
 
 from __future__ import annotations
 

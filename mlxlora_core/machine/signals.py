@@ -1,4 +1,4 @@
-"""Signals: the first one ends the work in good order, a second one at once.
+"""Signals: the first one ends the work cleanly, a second one at once.
 
 The order of things is that of an orderly shell program: SIGINT, SIGTERM and
 SIGHUP end a run with 130, 143 and 129. One that was ignored when the process

@@ -1,4 +1,4 @@
-"""What an adapter file says of itself: made, read and held against what is wanted."""
+"""The record in an adapter file: written, read, and compared with what the caller wants."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TRAINING_FORM = Table(
         "settings": Map(Plain()),
     }
 )
-#: what an adapter file says of itself; in files of before, options hold the config
+#: the record in an adapter file; in older files, the options hold the config
 RECORD_FORM = Table(
     {
         "adapter": Text(),
@@ -47,15 +47,15 @@ RECORD_FORM = Table(
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What an adapter file says of the training that it comes from; the same after any resume.
+    """What an adapter file says about its training; the same whether or not that was resumed.
 
     Attributes:
-        step: after which it was taken.
-        train_loss: nats per counted token, the mean of the last finite losses before it; or None.
-        first_valid_loss: that of the validation before the first step, or None.
-        best_valid_loss: the lowest of a validation up to there, or None.
+        step: the step that the adapter is from.
+        train_loss: nats per counted token, the mean of the last finite losses up to that step; or None.
+        first_valid_loss: of the validation before the first step, or None.
+        best_valid_loss: the lowest of any validation up to that step, or None.
         data: split -> fingerprint of its tokens and masks.
-        settings: name -> value of all that could be set.
+        settings: every setting by name.
     """
 
     step: int
@@ -67,21 +67,21 @@ class TrainingRecord:
 
 
 def read_record(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
-    """What the file says of itself, in the form that it has today, or None for nothing."""
+    """The record in the file, in its present form; None if it has none."""
     if METADATA not in metadata:
         return None
     said = metadata[METADATA].encode("utf-8", "surrogatepass")
     record: dict[str, Any] = parse_form(said, RECORD_FORM, f"{path} (what it says of itself)")
-    if "config" not in record:  # written when targets and layers stood among the options
+    if "config" not in record:  # an older file, with targets and layers among the options
         record["config"], record["options"] = divide(record["options"], AdapterConfig)
     return record
 
 
 def of_another_base(base: str, model: Model, path: Path, allowed: bool) -> list[str]:
-    """What to tell of an adapter that was made for another base.
+    """Notes for an adapter that was trained on another base; empty if it is this one.
 
     Raises:
-        ModelError: that is not allowed.
+        ModelError: it is another base, and that is not allowed.
     """
     if base == model.fingerprint:
         return []
@@ -99,7 +99,7 @@ def of_another_base(base: str, model: Model, path: Path, allowed: bool) -> list[
 def recorded_choice(
     record: Mapping[str, Any], component: Component, wanted: Mapping[str, Any], path: Path
 ) -> tuple[Choice, AdapterConfig]:
-    """Options and places in a file, which must be those that the caller insists on."""
+    """The options and the config in a file, which must agree with what the caller wants."""
     try:
         choice, config = configure(component, {**record["options"], **record["config"]})
     except UsageError as fault:
@@ -121,7 +121,7 @@ def check_whole(tensors: Mapping[str, mx.array], stated: str, path: Path) -> Non
 
 
 def shared_names(tensors: Mapping[str, mx.array]) -> dict[str, str]:
-    """name -> the first name of the same tensor, of those that stand in memory under several."""
+    """name -> the first name of the same array, for arrays that have several names."""
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(tensors[name]), name) for name in sorted(tensors)}
     return {name: of for name, of in names.items() if name != of}
@@ -130,10 +130,10 @@ def shared_names(tensors: Mapping[str, mx.array]) -> dict[str, str]:
 def with_shared(
     tensors: Mapping[str, mx.array], record: Mapping[str, Any], path: Path
 ) -> dict[str, mx.array]:
-    """All tensors of an adapter, those that the file holds once for several among them.
+    """All tensors of an adapter, with those that the file holds once for several names under each.
 
     Raises:
-        ModelError: what is shared is not there, or is there twice.
+        ModelError: a shared tensor is missing, or the file holds it twice.
     """
     shared: Mapping[str, str] = record.get("shared") or {}
     odd = sorted(name for name, of in shared.items() if of not in tensors or name in tensors)

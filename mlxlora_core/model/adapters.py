@@ -1,4 +1,4 @@
-"""Put an adapter on a model; keep it in a file that fits only the base it was made for."""
+"""Put an adapter on a model; save it to a file that fits only the base it was trained on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxlora_core.errors import DivergedError, ModelError, UsageError, listing
 from mlxlora_core.files import tensor_file
 from mlxlora_core.files.targets import is_written
-from mlxlora_core.files.tensor_checks import is_finite, mismatches, type_name
+from mlxlora_core.files.tensor_checks import is_finite, mismatches
 from mlxlora_core.model.adapter_record import METADATA as METADATA
 from mlxlora_core.model.adapter_record import (
     TrainingRecord,
@@ -29,6 +29,13 @@ from mlxlora_core.model.adapter_record import (
     shared_names,
     with_shared,
 )
+from mlxlora_core.model.adapter_targets import (
+    chosen_modules,
+    modules_at,
+    options_at,
+    refuse_named,
+    with_targets,
+)
 from mlxlora_core.model.foreign_adapters import open_foreign_adapter
 from mlxlora_core.model.linears import (
     is_linear,
@@ -36,11 +43,10 @@ from mlxlora_core.model.linears import (
     layers_by_path,
     packed_shape,
     parameters,
-    replace,
+    replace_modules,
     weight_shape,
 )
 from mlxlora_core.model.loading import Model
-from mlxlora_core.model.places import at, choose, options_at, refuse_named, with_targets
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.plugins.progress import report_progress
@@ -54,10 +60,10 @@ class Adapted:
     """An adapter that is on a model.
 
     Attributes:
-        choice: which adapter, with which options.
-        config: where it was to go, targets included.
-        options: path of what it wraps -> its options there.
-        notes: what was assumed of its file, and whether it is of another base, in words.
+        choice: the adapter and its options.
+        config: the layers and targets that were asked for.
+        options: path of each module that it wraps -> its options there.
+        notes: what was assumed about its file, and whether it is of another base, in words.
     """
 
     choice: Choice
@@ -67,19 +73,19 @@ class Adapted:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Of the linears and embeddings that it wraps."""
+        """The paths of the linears and embeddings that it wraps."""
         return tuple(self.options)
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter in a file, and what the caller insists on; see :func:`load`.
+    """An adapter in a file, and what the caller requires of it; see :func:`load`.
 
     Attributes:
         path: an adapter file.
-        name: the adapter that the caller insists on, or None.
-        values: options, and keys of :class:`AdapterConfig`, that the caller insists on.
-        any_base: whether it may be put on another base than the one that it was made for.
+        name: the adapter that it must hold, or None for any.
+        values: options, and keys of :class:`AdapterConfig`, that it must have.
+        any_base: whether it may go on another base than the one that it was trained on.
     """
 
     path: Path
@@ -93,33 +99,33 @@ def attach(model: Model, choice: Choice, config: AdapterConfig, seed: int) -> Ad
 
     Args:
         model: changed in place.
-        choice: the adapter.
-        config: where it goes.
-        seed: of its initial values.
+        choice: the adapter and its options.
+        config: which layers and targets it goes on.
+        seed: for its initial values.
 
     Raises:
-        UsageError: a target that matches nothing, with the names that exist, or one that the
-            adapter does not go on; an override that matches nothing.
-        PluginError: the adapter gives no modules, or other ones than it must.
+        UsageError: a target that matches nothing (with the names that exist), or that the adapter
+            does not support; an override that matches nothing.
+        PluginError: the adapter returns no modules, or modules that break its contract.
     """
     config = with_targets(model, config, choice.component.spec.default_targets)
-    adapted = _wrap(model, choice, config, choose(model, config), seed)
+    adapted = _wrap(model, choice, config, chosen_modules(model, config), seed)
     _settle(model, choice.component, adapted.paths)
     return adapted
 
 
 def _settle(model: Model, component: Component, paths: Sequence[str]) -> None:
-    """Compute initial values, and lay them out in memory as those that are read from a file.
+    """Compute initial values, contiguous in memory like those that are read from a file.
 
-    Products round otherwise for another layout, and what goes on must go on to the bit.
+    Products round differently for another layout, and a resumed training must be the same to the bit.
     """
     modules = dict(model.module.named_modules())
-    made: dict[int, tuple[mx.array, mx.array]] = {}  # with what it was made of, whose id it has
+    made: dict[int, tuple[mx.array, mx.array]] = {}  # holding the original keeps its id from being reused
     for done, path in enumerate(paths, start=1):  # one after another: a value may take a dense weight
         if component.spec.initialise is not None:
             report_progress("initial values", done - 1, len(paths))
             component.spec.initialise(modules[path])
-        found = own(modules[path])
+        found = adapter_parameters(modules[path])
         made |= {id(t): (t, mx.contiguous(t)) for t in found.values() if id(t) not in made}
         laid = {name: made[id(tensor)][1] for name, tensor in found.items()}
         mx.eval(list(laid.values()))
@@ -129,7 +135,7 @@ def _settle(model: Model, component: Component, paths: Sequence[str]) -> None:
 def _wrap(
     model: Model, choice: Choice, config: AdapterConfig, chosen: Mapping[str, nn.Module], seed: int
 ) -> Adapted:
-    """Ask the adapter to wrap what was chosen, and put what it gives in their places."""
+    """Ask the adapter to wrap each chosen module, and put the results in their places."""
     options = options_at(chosen, model, choice, config)
     mx.random.seed(seed)
     model.module.freeze()
@@ -148,13 +154,13 @@ def _wrap(
     if not any(trainable(module) for module in wrapped.values()):
         got = "modules without a parameter that trains" if wrapped else f"None for {listing(chosen)}"
         raise choice.component.breach("wrap", got, "a module that trains for at least one linear")
-    replace(model.module, wrapped)
-    model.module.eval()  # modules are made for training: what drops at random must not before it begins
+    replace_modules(model.module, wrapped)
+    model.module.eval()  # new modules are in training mode; dropout must be off until training begins
     return Adapted(choice, config, {path: options[path] for path in wrapped})
 
 
 def _checked(component: Component, linear: nn.Module, module: Any) -> nn.Module:
-    """What ``wrap`` has given for a linear or an embedding, if it is what the contract says."""
+    """What ``wrap`` returned for a linear or an embedding, if it keeps the contract."""
     wrapped = component.checked("wrap", module, nn.Module)
     if wrapped.get("linear") is not linear:
         got = f"a {type(wrapped).__name__} without the linear"
@@ -168,7 +174,7 @@ def _checked(component: Component, linear: nn.Module, module: Any) -> nn.Module:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is an adapter file that mlxlora has written, by what its header tells."""
+    """Whether a file is an adapter file that mlxlora has written, judged by its header."""
     try:
         read_record(tensor_file.stated(path), path)
     except ModelError:
@@ -177,20 +183,20 @@ def is_ours(path: Path) -> bool:
 
 
 def save(path: Path, model: Model, adapted: Adapted, training: TrainingRecord | None = None) -> None:
-    """Write the adapter's parameters, with what they belong to, to ``.safetensors`` or ``.npz``.
+    """Write the adapter's parameters, and a record of what they belong to, to ``.safetensors`` or ``.npz``.
 
     Args:
         path: the file.
         model: with the adapter on it.
         adapted: the adapter.
-        training: that it comes from, where one has made it.
+        training: the training that it comes from, if any.
 
     Raises:
-        SafetyError: a file that is no adapter of ours is there.
-        DivergedError: a parameter is not finite; an older file is left as it is.
+        SafetyError: the path holds a file that is not an adapter file of mlxlora.
+        DivergedError: a parameter is not finite; an existing file is left as it is.
     """
     is_written(path, is_ours)
-    tensors = own(model.module, adapted.paths)
+    tensors = adapter_parameters(model.module, adapted.paths)
     poisoned = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if poisoned:
         raise DivergedError(f"the adapter is not finite and was not saved: {listing(poisoned)}", where=path)
@@ -221,17 +227,17 @@ def load(
     *,
     any_base: bool = False,
 ) -> Adapted:
-    """Put the adapter in a file on the base that it was made for, whole or not at all.
+    """Put the adapter in a file on the base that it was trained on, completely or not at all.
 
     Args:
-        path: an adapter file, or what an adapter loader reads: a folder or a file of another tool.
-        model: changed in place, unless the file does not fit.
+        path: an adapter file, or a folder or file of another tool that an adapter loader reads.
+        model: changed in place; unchanged if the file does not fit.
         registry: where adapters and adapter loaders are looked up.
-        name: the adapter that the caller insists on. What says or shows what it
-            holds must agree; a file that no loader knows is taken for that adapter.
-        values: options, and keys of :class:`AdapterConfig`, that the caller insists on.
-        any_base: whether a base that has the same linears will do, such as the
-            dense model that the base was quantized from.
+        name: the adapter that the file must hold, or None for any. A file that no loader
+            recognizes is read as this adapter.
+        values: options, and keys of :class:`AdapterConfig`, that the file must agree with.
+        any_base: whether another base with the same linears is accepted, such as the dense model
+            that the base was quantized from.
 
     Raises:
         ModelError: a file of another base, kind, rank or set of layers.
@@ -257,7 +263,9 @@ def load(
         raise ModelError(f"holds adapter '{component.id}', wanted '{name}'", where=path)
     choice, config = recorded_choice(record, component, values, path)
     tensors = with_shared(tensors, record, path)
-    return _attach_tensors(path, model, choice, config, at(record["paths"], model, path), tensors, notes)
+    return _attach_tensors(
+        path, model, choice, config, modules_at(record["paths"], model, path), tensors, notes
+    )
 
 
 def load_file(file: AdapterFile, model: Model, registry: Registry) -> Adapted:
@@ -266,7 +274,7 @@ def load_file(file: AdapterFile, model: Model, registry: Registry) -> Adapted:
 
 
 def fill(path: Path, model: Model, adapted: Adapted) -> None:
-    """Give the adapter that is on a model the values in a file of the same adapter.
+    """Replace the values of the adapter on a model by those in a file of the same adapter.
 
     Raises:
         ModelError: the file is damaged or does not fit; the model is left as it was.
@@ -274,52 +282,11 @@ def fill(path: Path, model: Model, adapted: Adapted) -> None:
     tensors, metadata = tensor_file.load(path)
     check_whole(tensors, metadata.get(tensor_file.FINGERPRINT, ""), path)
     tensors = with_shared(tensors, read_record(metadata, path) or {}, path)
-    faults = mismatches(tensors, own(model.module, adapted.paths))
+    faults = mismatches(tensors, adapter_parameters(model.module, adapted.paths))
     if faults:
         raise ModelError("the adapter does not fit this model: " + "; ".join(faults), where=path)
     model.module.update(tree_unflatten(list(tensors.items())))
     mx.eval(list(tensors.values()))
-
-
-def fused_weight(component: Component, wrapped: nn.Module, before: mx.array) -> mx.array:
-    """The weight that an adapter says is that of its linear with the adapter in it.
-
-    Args:
-        component: the adapter.
-        wrapped: the linear with the adapter on it.
-        before: the linear's own weight, float32.
-
-    Raises:
-        PluginError: it gives another shape or type, or values that are not finite.
-    """
-    weight = component.checked("fuse", component.spec.fuse(wrapped, before), mx.array)
-    if weight.shape != before.shape or weight.dtype != mx.float32:
-        got = f"{weight.shape} {type_name(weight.dtype)}"
-        raise component.breach("fuse", got, f"{before.shape} float32")
-    if not is_finite(weight):
-        raise component.breach("fuse", "values that are not finite", "finite ones")
-    return weight
-
-
-def fused_bias(component: Component, wrapped: nn.Module, before: mx.array) -> mx.array:
-    """The bias that goes with a :func:`fused_weight`, in the type of the one before.
-
-    Args:
-        component: the adapter.
-        wrapped: the linear with the adapter on it.
-        before: the linear's own bias.
-
-    Raises:
-        PluginError: it is of another shape, or has values that are not finite.
-    """
-    if component.spec.fuse_bias is None:
-        return before
-    given = component.spec.fuse_bias(wrapped, before.astype(mx.float32))
-    bias = component.checked("fuse_bias", given, mx.array).astype(before.dtype)
-    if bias.shape != before.shape or not is_finite(bias):
-        got = f"{bias.shape}" if bias.shape != before.shape else "values that are not finite"
-        raise component.breach("fuse_bias", got, f"{before.shape} finite values")
-    return bias
 
 
 def trainable(module: nn.Module) -> dict[str, mx.array]:
@@ -327,12 +294,12 @@ def trainable(module: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(module.trainable_parameters()))
 
 
-def own(module: nn.Module, paths: Iterable[str] = ("",)) -> dict[str, mx.array]:
-    """The parameters of adapters, trained or not, by path: all but those of what they wrap.
+def adapter_parameters(module: nn.Module, paths: Iterable[str] = ("",)) -> dict[str, mx.array]:
+    """The parameters of adapters by path, trained or not, without those of the modules that they wrap.
 
     Args:
         module: with the adapters in it.
-        paths: of the wrapped modules; left out, ``module`` is itself one.
+        paths: of the wrapped modules; by default ``module`` is itself one.
     """
     modules = dict(module.named_modules())
     return {
@@ -344,13 +311,13 @@ def own(module: nn.Module, paths: Iterable[str] = ("",)) -> dict[str, mx.array]:
 
 
 def count(model: Model) -> dict[str, int]:
-    """How many parameters there are, packed ones counted as weights, and how many of them train."""
+    """The number of parameters, with packed weights counted as dense ones, and of those that train."""
     packed = {path: child for path, child in model.module.named_modules() if is_packed(child)}
     weights = sum(math.prod(packed_shape(child)) for child in packed.values())
     others = sum(
         tensor.size
         for tensor in {
-            id(tensor): tensor  # one that several modules share counts once
+            id(tensor): tensor  # a tensor that several modules share counts once
             for name, tensor in parameters(model.module).items()
             if name.rpartition(".")[0] not in packed
         }.values()
@@ -368,25 +335,25 @@ def _attach_tensors(
     tensors: Mapping[str, mx.array | LazyTensor],
     notes: Sequence[str],
 ) -> Adapted:
-    """Wrap and fill; when the tensors do not fit, the model is left as it was."""
+    """Wrap the chosen modules and fill in the tensors; if these do not fit, the model is left as it was."""
     try:
         adapted = _wrap(model, choice, config, chosen, seed=0)
     except UsageError as fault:
         raise ModelError(f"the adapter does not fit this model: {fault.what}", where=path) from fault
-    places = own(model.module, adapted.paths)
+    places = adapter_parameters(model.module, adapted.paths)
     faults = mismatches(tensors, places)
     if not faults:
         try:
             read = {id(t): t.read() if isinstance(t, LazyTensor) else t for t in tensors.values()}
         except BaseException:
-            replace(model.module, dict(chosen))
+            replace_modules(model.module, dict(chosen))
             raise
         cast = {id(tensor): read[id(tensor)].astype(places[n].dtype) for n, tensor in tensors.items()}
         filled = [(name, cast[id(tensor)]) for name, tensor in tensors.items()]
         odd = sorted(name for name, tensor in filled if not is_finite(tensor))
         faults = [f"{len(odd)} not finite: {listing(odd)}"] if odd else []
     if faults:
-        replace(model.module, dict(chosen))
+        replace_modules(model.module, dict(chosen))
         raise ModelError("the adapter does not fit this model: " + "; ".join(faults), where=path)
     model.module.update(tree_unflatten(filled))
     mx.eval(list(cast.values()))

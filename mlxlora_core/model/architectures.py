@@ -1,4 +1,4 @@
-"""The architecture of a model: who builds it, its arguments, its tensors and what is built, all checked."""
+"""Finds the architecture of a model, reads its arguments and builds it; checks what the plugin gives."""
 
 from __future__ import annotations
 

@@ -19,12 +19,12 @@ from mlxlora_core.values import Tokenizer
 
 @dataclass(frozen=True)
 class Drawn:
-    """A token that the device may be still drawing.
+    """A token that the device may still be drawing.
 
     Attributes:
         token: its id, (1,).
-        checks: the highest logit of the model, then of all samplers together.
-        refuse: raises the error of logits of which one of these is not finite.
+        checks: the highest logit of the model, and the highest after all samplers.
+        refuse: raises the error for logits whose highest is not finite.
     """
 
     token: mx.array
@@ -32,7 +32,7 @@ class Drawn:
     refuse: Callable[[], None]
 
     def read(self) -> int:
-        """Its id, after waiting for it.
+        """The id, after waiting for the device.
 
         Raises:
             MlxloraError: as :class:`Drawing`.
@@ -46,13 +46,13 @@ class Drawing:
     """Draws the tokens of one text; a token is a function of the seed, its position and the ids before it.
 
     Args:
-        samplers: (component, its options) of each, in the order in which they
-            change the logits. They are built here, for this text alone.
+        samplers: (component, its options) of each, in the order in which they change the logits.
+            They are built here, for this text only.
         seed: from 0 to 2**32 - 1.
-        tokenizer: of the model, for samplers that ask for it; None where none does.
+        tokenizer: of the model, for samplers that ask for it; None if none does.
 
     Raises:
-        PluginError: a sampler builds no function of logits and ids.
+        PluginError: a sampler does not build a function of logits and ids.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Drawing:
             (component, transform_of(component, options, tokenizer)) for component, options in samplers
         ]
         self._seed = seed
-        # Looking around after each token would cost too much; once must do.
+        # Checking the state of the process after each token would cost too much: once must do.
         self._harmless = {c.id for c, _ in self._transforms if c.plugin.origin == "built-in"}
 
     def __call__(self, logits: mx.array, tokens: Sequence[int]) -> int:
@@ -70,11 +70,11 @@ class Drawing:
 
         Args:
             logits: (1, V), float32.
-            tokens: all ids before it, the prompt's included.
+            tokens: all ids before it, including the prompt.
 
         Raises:
             DivergedError: the logits of the model are not finite.
-            PluginError: a sampler does not give logits, or none that leave a token.
+            PluginError: a sampler does not return logits, or leaves no token to draw.
         """
         best = float(np.array(logits).max())
         if not math.isfinite(best):
@@ -88,7 +88,7 @@ class Drawing:
         return int(mx.random.categorical(logits, key=self._key(len(tokens))))
 
     def soon(self, logits: mx.array, tokens: Sequence[int]) -> int | Drawn:
-        """As a call; on a GPU a token that may be still to draw, whose errors come when it is read."""
+        """As a call, but on a GPU without waiting for the token; its errors are raised when it is read."""
         if not runs_ahead():
             return self(logits, tokens)
         best, place = logits.max(), len(tokens) + 1
@@ -101,7 +101,7 @@ class Drawing:
         return Drawn(token, (best, logits.max()), refuse)
 
     def _key(self, place: int) -> mx.array:
-        """Of the random numbers that a token is drawn with that stands behind so many."""
+        """The random key for the token that follows ``place`` others."""
         return mx.random.key((self._seed << 32) + place)
 
     def _changed(self, logits: mx.array, tokens: Sequence[int]) -> tuple[mx.array, list[mx.array]]:
@@ -111,13 +111,13 @@ class Drawing:
             with kept(f"sampler {component.id}", look=component.id not in self._harmless) as watch:
                 changed = transform(logits, history)
             logits = _like(component, changed, logits)
-            highest.append(logits.max())  # computed only where there is a fault to find
+            highest.append(logits.max())  # computed only if there is a fault to find
             if not watch.changed:
                 self._harmless.add(component.id)
         return logits, highest
 
     def _refuse(self, best: float, place: int, highest: Sequence[mx.array]) -> None:
-        """Raise the error of logits of the model whose highest is no number, or else of a sampler."""
+        """Raise the error for the model if its highest logit is not finite, otherwise for a sampler."""
         if not math.isfinite(best):
             raise DivergedError(
                 f"the logits of the model at token {place} are not finite",
@@ -126,7 +126,7 @@ class Drawing:
         self._blame([_number(value) for value in highest])
 
     def _blame(self, highest: Sequence[float]) -> None:
-        """Raise the error of the first sampler whose highest logit is no number."""
+        """Raise the error for the first sampler whose highest logit is not finite."""
         for (component, _), value in zip(self._transforms, highest, strict=True):
             if not math.isfinite(value):
                 got = "no token that may come (all logits are -inf)" if value == -math.inf else str(value)
@@ -134,7 +134,7 @@ class Drawing:
 
 
 def _like(component: Component, logits: Any, before: mx.array) -> mx.array:
-    """``logits``, which a transform has made of ``before``: of the same shape and type."""
+    """``logits``, if a transform returned them in the shape and type of ``before``."""
     checked = component.checked("transform", logits, mx.array)
     if (checked.shape, checked.dtype) != (before.shape, before.dtype):
         raise component.breach("transform", _described(checked), _described(before))

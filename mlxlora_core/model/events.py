@@ -1,4 +1,4 @@
-"""What work on model folders tells while it goes on: events, of which the last is the result."""
+"""The events of work on model folders, such as a conversion; the last one is the result."""
 
 from __future__ import annotations
 

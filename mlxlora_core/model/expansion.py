@@ -1,4 +1,4 @@
-"""Products with a weight that is stored in fewer bytes than it computes in, and so expanded for each."""
+"""Products with a weight that is stored in fewer bytes than it computes in and expanded each time."""
 
 from __future__ import annotations
 

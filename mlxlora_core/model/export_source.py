@@ -150,7 +150,7 @@ def _adapter(exported: Exported, places: Mapping[str, ForeignTensor]) -> ExportA
     metadata = tensor_file.stated(exported.file)
     tensors = {
         name: LazyTensor(tensor.shape, type_name(tensor.dtype), _giver(tensor))
-        for name, tensor in adapters.own(model.module, adapted.paths).items()
+        for name, tensor in adapters.adapter_parameters(model.module, adapted.paths).items()
     }
     weights = {path: f"{path}.weight" for path in adapted.paths}
     common = plain(adapted.choice.options)

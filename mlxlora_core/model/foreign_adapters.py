@@ -13,11 +13,11 @@ import mlx.nn as nn
 
 from mlxlora_core.errors import ModelError, UsageError, listing
 from mlxlora_core.files import tensor_file
+from mlxlora_core.model.adapter_targets import chosen_modules, modules_at, with_targets
 from mlxlora_core.model.architectures import checked_notes, placed
 from mlxlora_core.model.foreign_linears import Part, parts_of
 from mlxlora_core.model.linears import is_linear, layers_by_path
 from mlxlora_core.model.loading import Model
-from mlxlora_core.model.places import at, choose, with_targets
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.plugins.sections import AdapterConfig, configure
@@ -68,7 +68,7 @@ def open_foreign_adapter(
     if name is not None and registry.find("adapter", name) != component:
         raise ModelError(f"holds adapter '{component.id}', wanted '{name}'", where=path)
     parts = placed(path, parts_of, model, found.layout, list(found.linears))
-    linears = at(sorted(part.path for theirs in parts.values() for part in theirs), model, path)
+    linears = modules_at(sorted(part.path for theirs in parts.values() for part in theirs), model, path)
     if found.embedding_alone and not model.language_model.head_path:
         _refuse_embeddings(linears, path)
     choice = _agreed(path, component, found, values)
@@ -113,7 +113,7 @@ def _as_stated(
         raise ModelError(f"no adapter loader knows this file ({known}): it {held}", where=path, fix=fix)
     choice, config = configure(registry.find("adapter", name), values)
     config = with_targets(model, config)
-    return OpenedAdapter(choice, config, choose(model, config), tensors)
+    return OpenedAdapter(choice, config, chosen_modules(model, config), tensors)
 
 
 def open_adapter(loader: Component, path: Path) -> ForeignAdapter:
@@ -248,7 +248,7 @@ def _config(
     """The targets and layers of linears, which must be those that are asked for, if any are."""
     if values.keys() & plain(asked).keys():
         asked = with_targets(model, asked)
-        if choose(model, asked).keys() != linears.keys():
+        if chosen_modules(model, asked).keys() != linears.keys():
             what = f"adapts {listing(linears)}, which are not the targets and layers that are asked for"
             raise ModelError(what, where=path)
         return asked

@@ -29,13 +29,13 @@ class PromptTooLong(UsageError):
 
 @dataclass(frozen=True)
 class Spent:
-    """What a text took.
+    """What generating a text took.
 
     Attributes:
-        prompt_tokens: of the prompt.
-        tokens: drawn for the text, without an end token.
-        first_seconds: until the first of them was there.
-        seconds: until the text had ended.
+        prompt_tokens: tokens of the prompt.
+        tokens: tokens generated, without an end token.
+        first_seconds: time to the first of them.
+        seconds: time to the end of the text.
     """
 
     prompt_tokens: int
@@ -45,7 +45,7 @@ class Spent:
 
     @property
     def rate(self) -> float:
-        """Tokens a second, behind the first; of one token, with the time that the prompt took."""
+        """Tokens per second after the first; for a single token, the time of the prompt is included."""
         count, seconds = max(self.tokens - 1, 0), self.seconds - self.first_seconds
         return count / seconds if count and seconds > 0 else self.tokens / max(self.seconds, 1e-9)
 
@@ -55,12 +55,12 @@ class Segment:
     """A part of a generated text.
 
     Attributes:
-        text: it; of the last one nothing.
+        text: the text; empty in the last segment.
         finish: what ended the text, ``stop`` (an end token or a stop text), ``length``
             (as many tokens as were asked for) or ``context`` (the context of the model
             is full); None while it goes on.
         stop: the stop text that ended it, or None.
-        spent: of the last one, what the text took.
+        spent: in the last segment, what the text took.
     """
 
     text: str
@@ -84,23 +84,22 @@ def generate(
     """The text that follows ``prompt``; the same seed gives the same text, however long.
 
     Args:
-        model: in whatever state; it is put in evaluation mode.
+        model: in any mode; it is put in evaluation mode.
         tokenizer: of the model.
-        prompt: text, with a begin token put in front, or messages in the form of the tokenizer.
-        samplers: (component, its options) of each, in the order in which they
-            change the logits.
-        num_tokens: how many at most; an end token or a full context stops earlier.
+        prompt: a text, which gets a begin token, or messages, which get the tokenizer's chat format.
+        samplers: (component, its options) of each, in the order in which they change the logits.
+        num_tokens: the most tokens to generate; an end token or a full context ends the text earlier.
         seed: of the random keys, from 0 to 2**32 - 1.
-        write_every: tokens a segment.
-        stop: texts before which the text ends, none of them empty; looked for in each segment.
-        told: called with what the prompt needs of memory, in words, before it is read.
+        write_every: tokens per segment.
+        stop: texts, none of them empty, before which the generated text ends; looked for in each segment.
+        told: called with the memory that the prompt needs, in words, before it is read.
 
     Raises:
-        UsageError: the prompt is no valid text, is none in the form of the tokenizer, has no token, or
-            does not fit into the model's context.
-        PluginError: a sampler gives what it should not.
+        UsageError: the prompt is not valid text, does not suit the chat format, has no tokens, or does
+            not fit into the model's context.
+        PluginError: a sampler breaks its contract.
         DivergedError: the logits of the model are not finite.
-        ResourceError: there is too little memory for the prompt, or in the end for the text.
+        ResourceError: there is too little memory for the prompt, or later for the text.
     """
     ids = fitting_ids(model, tokenizer, prompt)
     part, words = room_for_prompt(model, len(ids), num_tokens)
@@ -128,19 +127,19 @@ def follow(
     part_tokens: int = PARTS[0],
     kept: PromptCache | None = None,
 ) -> Iterator[Segment]:
-    """As :func:`generate`, behind the ids of a prompt that has been found to fit.
+    """As :func:`generate`, for the ids of a prompt that is known to fit.
 
     Args:
-        model: as there, like all that is not said here.
+        model: as for :func:`generate`, like every argument with the same name.
         tokenizer: of the model.
-        ids: as :func:`fitting_ids` gives them.
+        ids: of the prompt, from :func:`fitting_ids`.
         samplers: how tokens are drawn.
-        num_tokens: how many at most.
+        num_tokens: the most tokens to generate.
         seed: of the random keys.
-        write_every: tokens a segment.
-        stop: texts before which the text ends.
-        part_tokens: how many of the prompt are read at a time.
-        kept: what was computed of an earlier text, to go on from; it holds this one afterwards.
+        write_every: tokens per segment.
+        stop: texts before which the generated text ends.
+        part_tokens: how many tokens of the prompt are read at a time.
+        kept: the cache of an earlier text, whose common beginning is reused; afterwards, of this one.
     """
     end, limit = LENGTH, model.context_tokens
     if limit is not None and num_tokens > limit - len(ids):
@@ -163,10 +162,10 @@ def follow(
 
 
 def fitting_ids(model: LanguageModel, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """The ids of a prompt that fits into the context of a model with room for a token.
+    """The ids of a prompt, which must leave room for at least one token in the context of the model.
 
     Raises:
-        UsageError: it does not, or is none; as :func:`generate`.
+        UsageError: the prompt does not fit or is not valid; as :func:`generate`.
     """
     try:
         ids = prompt_ids(tokenizer, prompt)
@@ -181,10 +180,10 @@ def fitting_ids(model: LanguageModel, tokenizer: Tokenizer, prompt: Prompt) -> l
 
 
 def require_fit(model: LanguageModel, tokens: int) -> None:
-    """Refuse a prompt of so many tokens where the context of a model has no room for a token behind it.
+    """Refuse a prompt of so many tokens if it leaves no room for another in the context of the model.
 
     Raises:
-        PromptTooLong: with both numbers.
+        PromptTooLong: it names both numbers.
     """
     limit = model.context_tokens
     if limit is not None and tokens >= limit:
@@ -199,8 +198,8 @@ class _Telling:
     Args:
         tokenizer: of the model.
         prompt_tokens: of the prompt.
-        num_tokens: how many come at most.
-        end: what has ended a text of so many.
+        num_tokens: the most tokens that come.
+        end: the reason why a text of that length ends.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_tokens: int, num_tokens: int, end: str) -> None:
@@ -210,7 +209,7 @@ class _Telling:
         self._faults: list[Exception] = []
 
     def segments(self, tokens: Iterator[int], every: int, stops: StopTexts) -> Iterator[Segment]:
-        """The segments of a text, ``every`` so many tokens, up to the first stop text."""
+        """The segments of a text, of ``every`` tokens each, up to the first stop text."""
         self._started = time.perf_counter()
         for text in self._tokenizer.stream(self._counted(tokens), every):
             shown = stops.add(text)
@@ -233,7 +232,7 @@ class _Telling:
                 self._count += 1
                 self._first = self._first or time.perf_counter() - self._started
                 yield token
-        except Exception as fault:  # not through the tokenizer, which has no part in it
+        except Exception as fault:  # raised later: the tokenizer that iterates here is not to blame
             self._faults.append(fault)
 
     def _spent(self) -> Spent:
@@ -242,7 +241,7 @@ class _Telling:
 
 
 def whole(segments: Iterable[Segment]) -> Segment:
-    """All that :func:`generate` gives, as one segment."""
+    """All segments of :func:`generate` joined into one."""
     parts = list(segments)
     return replace(parts[-1], text="".join(part.text for part in parts))
 
@@ -257,22 +256,22 @@ def decode(
     part_tokens: int = PARTS[0],
     kept: PromptCache | None = None,
 ) -> Iterator[int]:
-    """Token ids that follow the ids ``prompt``, up to ``num_tokens`` or one of ``stops``.
+    """Yield the token ids that follow the ids ``prompt``, up to ``num_tokens`` or one of ``stops``.
 
-    Where a token may be still to draw, the model is asked for what follows it before it is given
-    out, so that the device computes that while the token is shown.
+    If ``draw`` returns a token that the device is still drawing, the model is run on it before it is
+    yielded, so that the device computes the next logits while the caller shows the token.
 
     Args:
-        model: in whatever state; it is put in evaluation mode.
-        prompt: one id at least.
-        draw: the id that follows, from logits (1, V) in float32 and all ids before it.
-        num_tokens: how many at most.
-        stops: ids that end the text, and do not come.
-        part_tokens: how many of the prompt are read at a time.
-        kept: what was computed of an earlier text, to go on from; it holds this one afterwards.
+        model: in any mode; it is put in evaluation mode.
+        prompt: at least one id.
+        draw: returns the next id, given logits (1, V) in float32 and all ids so far.
+        num_tokens: the most ids to yield.
+        stops: ids that end the text; they are not yielded.
+        part_tokens: how many tokens of the prompt are read at a time.
+        kept: the cache of an earlier text, whose common beginning is reused; afterwards, of this one.
 
     Raises:
-        ResourceError: the text becomes too long for the memory that is left.
+        ResourceError: the text becomes too long for the free memory.
     """
     model.eval()
     kept = kept or PromptCache()
@@ -298,7 +297,7 @@ def decode(
 def forward(
     model: LanguageModel, tokens: Sequence[int], cache: Sequence[Cache], part_tokens: int = PARTS[0]
 ) -> mx.array:
-    """Logits (1, V), float32, after ``tokens``, of which there is one at least, went into ``cache``."""
+    """Logits (1, V), float32, after putting ``tokens``, at least one, into ``cache``."""
     last = (len(tokens) - 1) // part_tokens * part_tokens
     for start in range(0, last, part_tokens):
         part = mx.array([tokens[start : start + part_tokens]])
@@ -307,6 +306,6 @@ def forward(
 
 
 def _after(model: LanguageModel, tokens: mx.array, cache: Sequence[Cache]) -> mx.array:
-    """Logits (1, V), float32, after ids (1, T) went into ``cache``."""
+    """Logits (1, V), float32, after putting ids (1, T) into ``cache``."""
     hidden = model.run(model.embed(tokens), cache=cache)
     return model.head(hidden[:, -1]).astype(mx.float32)

@@ -1,12 +1,10 @@
-"""Output head and cross-entropy at once, some rows at a time where the logits of all would be large.
+"""Output head and cross-entropy in one, in chunks of rows where all logits at once would be large.
 
-Logits are the largest numbers there are in a training with a large vocabulary:
-2048 tokens of 128 000 words are 1 GB, and the cross-entropy with its gradient
-takes five times that. So where there are many, rows go through the head a
-chunk at a time. In training the gradient of a chunk is computed together with
-its loss, so that nothing is computed twice and nothing stays of its logits
-(as in Hsu et al. 2024, arXiv:2410.10989, section 3.2); the gradient of the
-whole is what that comes to.
+With a large vocabulary, logits are the largest arrays of a training: for 2048 tokens and a
+vocabulary of 128 000 they take 1 GB, and the cross-entropy with its gradient five times that. So
+large ones are computed a chunk of rows at a time. In training, the gradient of a chunk is computed
+together with its loss, so that nothing is computed twice and its logits are not kept (as in Hsu et
+al. 2024, arXiv:2410.10989, section 3.2).
 """
 
 from __future__ import annotations
@@ -18,20 +16,20 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora_core.machine.device import on_cpu
-from mlxlora_core.model.dropout import at_places
+from mlxlora_core.model.dropout import at_positions
 from mlxlora_core.model.expansion import expanded_once
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import layers_by_path
 from mlxlora_core.model.ops import cross_entropy
 
-#: logits of a chunk in bytes of float32, on a CPU for each stream and on a GPU
+#: bytes of a chunk of float32 logits, on a CPU for each stream
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 64 << 20, 256 << 20
-#: from how many chunks on there are any: fewer take too little memory to be worth another rounding
+#: with fewer chunks than this, memory is not worth the other rounding, and there is a single one
 LEAST_CHUNKS = 2
 
 
 def chunk_rows(rows: int, vocab_size: int) -> int:
-    """How many of some rows go through the head at once: all of them, or chunks of like size."""
+    """How many rows go through the head at once: all of them, or chunks of nearly equal size."""
     most = max(1, (CPU_CHUNK_BYTES if on_cpu() else GPU_CHUNK_BYTES) // (4 * vocab_size))
     if rows <= LEAST_CHUNKS * most:
         return rows
@@ -43,12 +41,12 @@ def head_nats(
 ) -> mx.array:
     """Cross-entropy in nats, summed over rows, float32.
 
-    A model in training mode has its gradient computed at once where there are chunks. The
-    gradient is right in evaluation mode as well, but takes the memory of all chunks.
+    If there are chunks and the model is in training mode, the gradient is computed along with the loss.
+    In evaluation mode the gradient is also right, but takes the memory of all chunks.
 
     Args:
-        model: of which the head runs; in that, only parameters outside its layers train.
-        hidden: what leaves the top layer, (N, D).
+        model: whose head runs. Only its parameters outside of the layers get a gradient here.
+        hidden: the output of the top layer, (N, D).
         targets: ids (N,).
         weights: of the rows, float32 (N,); None is 1 for all.
     """
@@ -59,7 +57,7 @@ def head_nats(
 
     def nats_of(rows: mx.array, chunk: slice) -> mx.array:
         weight = None if weights is None else weights[chunk]
-        with at_places(chunk):
+        with at_positions(chunk):
             return cross_entropy(model.head(rows), targets[chunk], weight)
 
     with expanded_once():
@@ -70,7 +68,7 @@ _Nats = Callable[[mx.array, slice], mx.array]
 
 
 def _one_by_one(model: LanguageModel, hidden: mx.array, chunks: list[slice], nats_of: _Nats) -> mx.array:
-    """The sum over the chunks, each of which waits for the one before it."""
+    """The sum over the chunks, each of which waits for the one before."""
     total = nats_of(hidden[chunks[0]], chunks[0])
     for chunk in chunks[1:]:
         total = total + nats_of(mx.depends(hidden[chunk], [total]), chunk)
@@ -78,7 +76,7 @@ def _one_by_one(model: LanguageModel, hidden: mx.array, chunks: list[slice], nat
 
 
 def _with_gradient(model: LanguageModel, hidden: mx.array, chunks: list[slice], nats_of: _Nats) -> mx.array:
-    """The same, with the gradient of each chunk before the next one begins."""
+    """The same, with the gradient of each chunk computed before the next one starts."""
     module: Any = model
     layer_of = layers_by_path(model)
     parameters: dict[str, mx.array] = dict(tree_flatten(module.trainable_parameters()))
@@ -115,4 +113,4 @@ def _with_gradient(model: LanguageModel, hidden: mx.array, chunks: list[slice], 
         total: Any = summed(hidden, *trained.values())
         return cast(mx.array, total[0])
     finally:
-        module.update(tree_unflatten(list(trained.items())))  # in place of what it was traced with
+        module.update(tree_unflatten(list(trained.items())))  # tracing leaves its placeholders in the module

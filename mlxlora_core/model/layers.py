@@ -1,4 +1,4 @@
-"""Parts of a transformer block that many families share; their parameters have the names of Llama's."""
+"""Parts of a transformer block that many families share; parameters are named as in Llama."""
 
 from __future__ import annotations
 

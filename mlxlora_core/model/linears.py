@@ -1,7 +1,7 @@
-"""Linears as mlxlora sees them: dense ones of MLX, stacks of them, and quantized ones of any kind.
+"""Linear layers: MLX's dense ones, stacks of them, and quantized ones of any kind.
 
-This is also the one place that knows how a CPU differs from a GPU: there the
-compute type is float32 and a quantized weight is expanded before it multiplies.
+On a CPU the compute type is float32, and a quantized weight is expanded before it is multiplied
+unless its quantizer has a product for the packed weight.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora_core.machine.device import compute_dtype, on_cpu
-from mlxlora_core.model.bound import Bound
+from mlxlora_core.model.bound_products import BoundProduct
 from mlxlora_core.model.expansion import times_chosen, times_expanded
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.plugins import Choice
 
 
 class StackedLinear(nn.Module):
-    """Linears of one shape in one tensor, of which each row of inputs takes one: the experts of a mixture.
+    """Linears of one shape in one tensor, one of which each row of inputs uses: the experts of a mixture.
 
     ``weight`` is (experts, outputs, inputs) and ``bias`` (experts, outputs).
 
     Args:
-        experts: how many linears.
+        experts: the number of linears.
         inputs: of each.
         outputs: of each.
         bias: whether they have a bias.
@@ -44,26 +44,26 @@ class StackedLinear(nn.Module):
 
         Args:
             x: inputs.
-            indices: which linear each row takes; they broadcast against the axes of
-                ``x`` before its last, so that (B, T, 1, D) and (B, T, K) give (B, T, K, F).
+            indices: which linear each row uses; broadcast against the axes of ``x`` before its last,
+                so that (B, T, 1, D) and (B, T, K) give (B, T, K, F).
         """
         chosen = mx.stop_gradient(indices)
         y = self._product(x, chosen)
         return (y + self.bias[chosen] if "bias" in self else y).astype(x.dtype)
 
     def _product(self, x: mx.array, chosen: mx.array) -> mx.array:
-        """Each row times the weight that it takes."""
+        """Each row times the weight that it uses."""
         return times_chosen(x, self.weight, chosen)
 
 
 class Quantized(nn.Module):
-    """A weight that a quantizer packed, and what multiplies by it. It does not train.
+    """A module with a packed weight, which does not train.
 
-    The parts are parameters by the names that the quantizer gives them.
+    The parts are its parameters, under the names that the quantizer gives them.
 
     Args:
         quantization: the quantizer, and the options that the parts were made with.
-        parts: what it made of the weight.
+        parts: the arrays that stand for the weight.
         shape: of the weight: (outputs, inputs) or (experts, outputs, inputs).
     """
 
@@ -71,39 +71,39 @@ class Quantized(nn.Module):
         super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self.quantization = quantization
         self._shape = tuple(shape)
-        self._bound: Bound | None = None
+        self._bound: BoundProduct | None = None
         for name, part in parts.items():
             self[name] = part
         self.freeze()
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Take another part, which ends a product that is bound to those before."""
+        """Replace a part, and drop the product that was bound to the old ones."""
         super().__setitem__(name, value)
         self._bound = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight: (outputs, inputs), with the experts in front of a stack."""
+        """Of the weight: (outputs, inputs), or (experts, outputs, inputs) for a stack."""
         return self._shape
 
     @property
     def parts(self) -> dict[str, mx.array]:
-        """What stands for the weight, by the quantizer's names."""
+        """The arrays that stand for the weight, by the quantizer's names."""
         return {name: self[name] for name in self.quantization.component.spec.parts}
 
     def dequantize(self) -> mx.array:
-        """The weight, float32, as the parts have it."""
+        """The weight that the parts stand for, float32."""
         weight: mx.array = self.quantization.component.spec.dequantize(self.parts, self.quantization.options)
         return weight
 
     @property
     def stays_packed(self) -> bool:
-        """Whether no product expands the weight, be it for a gradient."""
+        """Whether no product, nor the gradient of one, expands the weight."""
         return len(self._shape) == 2 and self.bind().for_all
 
-    def bind(self) -> Bound:
-        """What the quantizer binds to the parts, made when it is asked for first."""
-        self._bound = self._bound or Bound(self.quantization, self.parts, self._shape[-1])
+    def bind(self) -> BoundProduct:
+        """What the quantizer binds to the parts; made on first use."""
+        self._bound = self._bound or BoundProduct(self.quantization, self.parts, self._shape[-1])
         return self._bound
 
     def _times(self, x: mx.array) -> mx.array:
@@ -118,7 +118,7 @@ class Quantized(nn.Module):
         return self._checked("matmul", matmul(x, self.parts, self.quantization.options), x)
 
     def _checked(self, function: str, y: mx.array, x: mx.array) -> mx.array:
-        """What a function of the quantizer made of ``x``; PluginError where it is no outputs."""
+        """``y``, which the quantizer returned for ``x``; PluginError if its type or shape is wrong."""
         shape = (*x.shape[:-1], self._shape[-2])
         if isinstance(y, mx.array) and y.shape == shape:
             return y
@@ -137,7 +137,7 @@ class QuantizedLinear(Quantized):
 
     Args:
         quantization: the quantizer, and the options that the parts were made with.
-        parts: what it made of the weight.
+        parts: the arrays that stand for the weight.
         shape: of the weight: (outputs, inputs) or (experts, outputs, inputs).
         bias: of the linear, if it has one.
     """
@@ -159,7 +159,7 @@ class QuantizedLinear(Quantized):
 
         Args:
             x: inputs.
-            indices: as for :class:`StackedLinear`, where this is a stack.
+            indices: as for :class:`StackedLinear`, if this is a stack.
         """
         if indices is not None:
             indices = mx.stop_gradient(indices)
@@ -172,7 +172,7 @@ class QuantizedLinear(Quantized):
 
 
 class QuantizedEmbedding(Quantized):
-    """An embedding whose weight (V, D) a quantizer packed; the rows of its parts are those of the weight."""
+    """An embedding with a packed weight (V, D), packed row by row."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Embeddings (..., D) of token ids (...), in the type to compute in."""
@@ -184,17 +184,17 @@ class QuantizedEmbedding(Quantized):
         return weight.reshape(*tokens.shape, self._shape[-1])
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """Logits (..., V) of hidden states (..., D), where the embedding is the output head too."""
+        """Logits (..., V) of hidden states (..., D), for a tied output head."""
         return self._times(x).astype(x.dtype)
 
 
 class StoredLinear(nn.Linear):
-    """A dense linear whose weight stays as it is stored, and is expanded for each product.
+    """A dense linear whose weight stays as it is stored and is expanded for each product.
 
-    It computes the same as one that was expanded when it was loaded, in less memory and more time.
+    It computes the same as a linear that was expanded on loading, in less memory and more time.
 
     Args:
-        linear: whose parameters it takes over.
+        linear: gives its parameters.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -220,7 +220,7 @@ class StoredStackedLinear(StackedLinear):
     """A stack of linears that stays as it is stored; see :class:`StoredLinear`.
 
     Args:
-        linear: whose parameters it takes over.
+        linear: gives its parameters.
     """
 
     def __init__(self, linear: StackedLinear) -> None:
@@ -230,7 +230,7 @@ class StoredStackedLinear(StackedLinear):
             self.bias = linear.bias
 
     def _product(self, x: mx.array, chosen: mx.array) -> mx.array:
-        """Each row times the weight that it takes, expanded."""
+        """Each row times the weight that it uses, expanded."""
         return times_expanded(x, lambda: self.weight, chosen)
 
 
@@ -238,7 +238,7 @@ class StoredEmbedding(nn.Embedding):
     """An embedding that stays as it is stored; see :class:`StoredLinear`.
 
     Args:
-        embedding: whose parameters it takes over.
+        embedding: gives its parameters.
     """
 
     def __init__(self, embedding: nn.Embedding) -> None:
@@ -251,7 +251,7 @@ class StoredEmbedding(nn.Embedding):
         return rows.astype(compute_dtype(rows.dtype))
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """Logits (..., V) of hidden states (..., D), where the embedding is the output head too."""
+        """Logits (..., V) of hidden states (..., D), for a tied output head."""
         return times_expanded(x, self._stored).astype(x.dtype)
 
     def _stored(self) -> mx.array:
@@ -261,7 +261,7 @@ class StoredEmbedding(nn.Embedding):
 
 
 def bind_products(module: nn.Module) -> None:
-    """Make what quantizers bind to the weights in ``module``; inside of a compiled function they cannot."""
+    """Bind the products of all packed weights now, since that cannot be done inside a compiled function."""
     for _, child in module.named_modules():
         if isinstance(child, Quantized) and len(child.shape) == 2:
             child.bind()
@@ -273,7 +273,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether the weight of ``module`` is in fewer bits than a number each."""
+    """Whether ``module`` has a packed weight."""
     return isinstance(module, (Quantized, nn.QuantizedLinear))
 
 
@@ -283,7 +283,7 @@ def is_stored(module: nn.Module) -> bool:
 
 
 def is_expanded(module: nn.Module) -> bool:
-    """Whether products with ``module`` expand its weight for a moment, which takes memory: only on a CPU."""
+    """Whether products with ``module`` expand its weight temporarily, which takes memory; only on a CPU."""
     packed = is_packed(module) and not (isinstance(module, Quantized) and module.stays_packed)
     return on_cpu() and (packed or is_stored(module))
 
@@ -292,7 +292,7 @@ def linear_shape(linear: nn.Module) -> tuple[int, ...]:
     """(outputs, inputs) of a dense or quantized linear, (experts, outputs, inputs) of a stack.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not a linear.
     """
     if not is_linear(linear):
         raise TypeError(f"wanted a dense or quantized linear, got {type(linear).__name__}")
@@ -320,8 +320,8 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
 def dense_weight(linear: nn.Module) -> mx.array:
     """The weight of a linear or embedding, expanded if it is packed, in the shape of :func:`weight_shape`.
 
-    A dense one has the type that it is stored in, a quantized one float32, for
-    a product ``scale * q`` in half precision rounds, and may overflow.
+    A dense weight has the type that it is stored in. A quantized one is float32, since the product
+    ``scale * q`` would be rounded in half precision, and might overflow.
     """
     if isinstance(linear, Quantized):
         return linear.dequantize()
@@ -354,7 +354,7 @@ def linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def layers_by_path(model: LanguageModel) -> Callable[[str], int | None]:
-    """A function that tells which of ``model.layers`` a path leads into, wherever the model keeps them."""
+    """A function from a path to the index of the layer that it is in, or None if it is in no layer."""
     module: Any = model
     numbers = {id(layer): number for number, layer in enumerate(model.layers)}
     places = {path: numbers[id(child)] for path, child in module.named_modules() if id(child) in numbers}
@@ -367,7 +367,7 @@ def layers_by_path(model: LanguageModel) -> Callable[[str], int | None]:
     return layer_of
 
 
-def replace(module: nn.Module, children: Mapping[str, nn.Module]) -> None:
+def replace_modules(module: nn.Module, children: Mapping[str, nn.Module]) -> None:
     """Put ``children`` at their paths inside ``module``."""
     if children:
         module.update_modules(tree_unflatten(list(children.items())))

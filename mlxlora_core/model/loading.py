@@ -23,7 +23,7 @@ from mlxlora_core.model.linears import (
     StoredEmbedding,
     StoredLinear,
     StoredStackedLinear,
-    replace,
+    replace_modules,
 )
 from mlxlora_core.model.stored import StoredModel, bytes_of, open_stored
 from mlxlora_core.model.tokenizers import CheckedTokenizer
@@ -32,27 +32,27 @@ from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.plugins.sections import Quantization
 from mlxlora_core.values import LazyTensor
 
-#: of the free memory, how much the weights may take when they are expanded to float32 on a CPU
+#: the share of the free memory that weights may take when they are expanded to float32 on a CPU
 EXPANDED_SHARE = 0.5
-#: stacks of the four threads that MLX reads files with; where one cannot start, it waits forever
+#: for the stacks of the four threads with which MLX reads files; if one cannot start, MLX waits forever
 READERS_BYTES = 4 * 2**23
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model that was read.
+    """A model in memory.
 
     Attributes:
-        folder: where it was read: a folder or a file.
+        folder: the folder or file that it was read from.
         language_model: with frozen parameters, ready to compute.
         tokenizer: of the model.
-        config: config.json, or what that holds when the model is converted.
-        quantization: how linears were quantized, or None.
-        architecture: who built it.
-        fingerprint: of config, tensors and tokenizer, the same for the same base in any format.
-        note: how the weights are held, where that makes it slower; else nothing.
-        notes: what was assumed of another library's model, or done to it.
-        name: by which it is found again, such as ``org/name@commit``; nothing where that is its path.
+        config: its config.json, or the one that converting it would write.
+        quantization: how its linears are quantized, or None.
+        architecture: the plugin component that built it.
+        fingerprint: of config, tensors and tokenizer; the same for the same base in any format.
+        note: why the way that the weights are held makes it slower, or nothing.
+        notes: what was assumed about another library's model, or changed in it.
+        name: what to find it by again, such as ``org/name@commit``; nothing if that is its path.
     """
 
     folder: Path
@@ -68,7 +68,7 @@ class Model:
 
     @property
     def module(self) -> nn.Module:
-        """The language model as the MLX module that it is."""
+        """The language model, typed as an MLX module."""
         return self.language_model
 
     def sequence_limit(self, max_seq_length: int) -> int:
@@ -82,16 +82,15 @@ def load(path: Path, registry: Registry, quantization: Quantization | None = Non
     Args:
         path: folder or file.
         registry: where plugins are looked up.
-        quantization: how dense linears are quantized, each as it is read; the model is then the one
-            that converting so and loading the folder gives. None to take the weights as they are.
+        quantization: how to quantize dense linears as they are read; the result equals that of
+            converting with the same options and loading the folder. None to take the weights as they are.
 
     Raises:
         UsageError: there is nothing to quantize, or the quantizer takes none of it.
-        ModelError: a part is absent, damaged or does not fit the others (all
-            tensors that do not fit are listed), or the folder was replaced
-            by another one meanwhile.
+        ModelError: a part is missing, damaged or does not fit the others (all tensors that do not fit
+            are listed), or the folder was replaced while it was read.
         SafetyError: a file wants to run code.
-        ResourceError: it does not fit into memory.
+        ResourceError: the model does not fit into memory.
         PluginError: no plugin restores its quantization, or one breaks its contract.
     """
     before = durable.version(path)
@@ -108,7 +107,7 @@ def load(path: Path, registry: Registry, quantization: Quantization | None = Non
 def outline(
     path: Path, registry: Registry, quantization: Quantization | None = None
 ) -> tuple[Model, dict[str, LazyTensor]]:
-    """A model whose parameters hold nothing yet, and the tensors of its files, none of which is kept.
+    """A model with empty parameters, and the tensors of its files, which are read on demand.
 
     The arguments are those of :func:`load`.
 
@@ -122,7 +121,7 @@ def outline(
 
 
 def model_of(stored: StoredModel, fingerprint: str, note: str) -> Model:
-    """A stored model as one whose parameters can be asked for."""
+    """The :class:`Model` of a stored model whose parameters have been filled, or will not be."""
     return Model(
         stored.path,
         stored.language_model,
@@ -137,18 +136,18 @@ def model_of(stored: StoredModel, fingerprint: str, note: str) -> Model:
 
 
 def _computed(stored: mx.Dtype) -> mx.Dtype:
-    """The type in which a stored tensor is held in memory."""
+    """The type in which a stored tensor is kept in memory."""
     return compute_dtype(stored) if mx.issubdtype(stored, mx.floating) else stored
 
 
 def _too_large_to_expand(model: StoredModel) -> str:
-    """Why the weights stay in the type that they are stored in, or nothing when they are expanded once.
+    """Why the weights stay in the type that they are stored in; nothing if they are expanded once.
 
-    A CPU computes in float32. Expanded weights may take :data:`EXPANDED_SHARE`
-    of the memory that is free; the rest is for the work.
+    A CPU computes in float32. Expanded weights may take :data:`EXPANDED_SHARE` of the free memory;
+    the rest is for the work.
 
     Raises:
-        ResourceError: not even what is stored fits.
+        ResourceError: not even the stored weights fit.
     """
     tensors = model.tensors
     stored = sum(map(bytes_of, tensors.values()))
@@ -165,21 +164,23 @@ def _too_large_to_expand(model: StoredModel) -> str:
 
 
 def _keep_stored(module: nn.Module) -> None:
-    """Let dense linears and embeddings keep their weights as they are stored, and expand them on use."""
+    """Make dense linears and embeddings keep their weights as stored, and expand them on each use."""
     kinds: dict[type, Any] = {
         nn.Linear: StoredLinear,
         nn.Embedding: StoredEmbedding,
         StackedLinear: StoredStackedLinear,
     }
     found = module.named_modules()
-    replace(module, {path: kinds[type(child)](child) for path, child in found if type(child) in kinds})
+    replace_modules(
+        module, {path: kinds[type(child)](child) for path, child in found if type(child) in kinds}
+    )
 
 
 def _fill(stored: StoredModel) -> dict[str, str]:
-    """Give every parameter its tensor, in the type to compute with; empties ``stored.tensors``.
+    """Read every parameter, in the type to compute with; empties ``stored.tensors``.
 
     Returns:
-        The digests of the tensors, where they were not known before; else nothing.
+        The digests of the tensors if they were not known before, else nothing.
     """
     owners = dict(stored.module.named_modules())
     tensors, digests, ready = stored.tensors, {}, []
@@ -190,12 +191,12 @@ def _fill(stored: StoredModel) -> dict[str, str]:
             if stored.digests is None:
                 digests[name] = tensor_digest(name, tensor)
             tensor = _prepared(owners.get(owner), part, tensor)
-            # One by one: all at once, the weights as they are stored would stand beside the expanded ones.
+            # One by one: all at once, the stored weights would be in memory together with the expanded ones.
             mx.eval(tensor)
             ready.append((name, tensor))
             del tensors[name]
     except RuntimeError as fault:
-        # Where MLX gets no memory to read into, all it says is that it could not read.
+        # If MLX finds no memory to read into, it only says that it could not read.
         require_memory(sum(map(bytes_of, tensors.values())), "the rest of the model", SMALLER)
         raise ModelError(f"the weights cannot be read: {fault}", where=stored.path) from fault
     stored.module.update(tree_unflatten(ready))

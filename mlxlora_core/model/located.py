@@ -1,4 +1,4 @@
-"""What a model is named by: a path, a file that an installed distribution ships, or a name on the Hub.
+"""Finds a model by its path, by a file that an installed distribution ships, or by its name on the Hub.
 
 ``package:NAME/FILE`` stands for a file, or a folder, of an installed distribution; its
 code is not imported. ``org/name``, ``org/name@revision`` and ``org/name/FILE.gguf``

@@ -1,9 +1,8 @@
-"""How much memory a model takes at work beside its weights, from the shapes of its linears.
+"""Estimates the memory that a model needs beside its weights, from the shapes of its linears.
 
-The factors are what MLX's own count of its memory came to over models of many
-shapes (``tests/core/model/test_memory.py`` holds them to it). Counts are of
-numbers in the type that is computed in: R rows, T tokens a row, S tokens that
-the last of them sees, V words.
+The factors were fitted to MLX's own count of its memory over models of many shapes
+(``tests/core/training/test_training_memory.py`` compares them). Counts are of numbers in the type
+that is computed in: R rows, T tokens a row, S tokens that the last of them sees, V words.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from mlxlora_core.model import adapters
 from mlxlora_core.model.casting import DTYPES, cast
+from mlxlora_core.model.fused_parameters import fused_bias, fused_weight
 from mlxlora_core.model.linears import Quantized, linears
 from mlxlora_core.model.loading import Model
 from mlxlora_core.model.quantization import expanded, repacked
@@ -80,7 +81,7 @@ class Weight:
         if self.adapted is None or self.wrapped is None:
             return weight
         component = self.adapted.choice.component
-        return adapters.fused_weight(component, self.wrapped, weight.astype(mx.float32))
+        return fused_weight(component, self.wrapped, weight.astype(mx.float32))
 
     def bias(self, stored: LazyTensor) -> LazyTensor:
         """The bias that goes with it, of the one that is stored."""
@@ -88,7 +89,7 @@ class Weight:
         if adapted is None or wrapped is None or adapted.choice.component.spec.fuse_bias is None:
             return stored
         component = adapted.choice.component
-        return replace(stored, read=lambda: adapters.fused_bias(component, wrapped, stored.read()))
+        return replace(stored, read=lambda: fused_bias(component, wrapped, stored.read()))
 
     def dense(self, *, exact: bool = False) -> LazyTensor:
         """It as one tensor of the type that it is stored in; ``exact``: of float32 if it would be rounded."""

@@ -1,4 +1,4 @@
-"""What a model has computed of a text, for a prompt that begins alike."""
+"""The key-value cache of a text, reused for a prompt that begins the same way."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mlxlora_core.values import Cache
 
 
 class PromptCache:
-    """Keys and values of one text, by one model under one adapter; one that begins alike goes on from them.
+    """Keys and values of one text, for one model with one adapter; the next text reuses its common beginning.
 
     Attributes:
-        tokens: ids of the text. Who decodes appends to them what is drawn; the cache may hold one
-            less, or one more.
+        tokens: ids of the text. The decoder appends the ids it draws; the cache may hold one id less,
+            or one more.
     """
 
     def __init__(self) -> None:
@@ -28,11 +28,11 @@ class PromptCache:
         """Make ``prompt`` the text.
 
         Args:
-            model: that has computed what is held.
-            prompt: one id at least.
+            model: the one that computed the cache.
+            prompt: at least one id.
 
         Returns:
-            A cache of the first ids of the prompt, and the ids that it lacks, one at least.
+            A cache of the first ids of the prompt, and the remaining ids, at least one.
         """
         # After a fault some layers may have read more than others.
         held = min((entry.offset for entry in self._entries), default=0)
@@ -44,12 +44,12 @@ class PromptCache:
         return self._entries, self.tokens[same:]
 
     def read(self, model: LanguageModel, prompt: Sequence[int], part_tokens: int) -> Iterator[None]:
-        """Read a prompt but for its last id, part after part; whoever iterates may stop between two.
+        """Read a prompt except its last id, in parts; the caller may stop between two of them.
 
         Args:
-            model: in whatever state; it is put in evaluation mode.
-            prompt: one id at least.
-            part_tokens: how many are read at a time.
+            model: in any mode; it is put in evaluation mode.
+            prompt: at least one id.
+            part_tokens: how many tokens are read at a time.
 
         Yields:
             Nothing, after each part.
@@ -63,7 +63,7 @@ class PromptCache:
 
 
 def _cut(entry: Cache, tokens: int) -> bool:
-    """Leave only the first ``tokens`` in the cache of a layer; whether it can be done."""
-    if type(entry) is KVCache:  # what is behind its offset is written over
+    """Cut the cache of a layer to the first ``tokens``; returns whether that was possible."""
+    if type(entry) is KVCache:  # the next tokens overwrite what is behind its offset
         entry.offset = tokens
     return entry.offset == tokens

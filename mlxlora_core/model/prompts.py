@@ -1,9 +1,9 @@
 """What a model is asked, in token ids: the same for training and for generation.
 
-A prompt is a text, or a conversation that waits for an answer. It has the ids that
-it has alone, whatever follows: a tokenizer that would join the end of a prompt and
-the beginning of its completion in one token (``"A: "`` and ``"blue"``) gets the two
-apart, since the completion is not there yet when the prompt is asked.
+A prompt is a text, or a conversation that waits for an answer. Its ids do not depend on what
+follows. A tokenizer might join the end of a prompt and the beginning of its completion in one token
+(``"A: "`` and ``"blue"``); the two are tokenized separately then, because when the prompt is asked
+there is no completion yet.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlxlora_core.values import Tokenizer
 #: a text, or messages, as of :meth:`mlxlora_core.api.Tokenizer.render`, that wait for an answer
 Prompt = str | Sequence[Mapping[str, Any]]
 
-# What a completion is put behind, to see which ids it has where it does not begin a text.
+# Texts to put before a completion, to find the ids that it has when it does not begin a text.
 _BEFORE = ("\n", "x", ".", "0", "\u00e9", "A: ")
 
 
@@ -36,8 +36,8 @@ class Continued:
     """A prompt and what follows it.
 
     Attributes:
-        asked: the ids of the prompt, as :func:`prompt_ids` gives them.
-        answered: the ids behind them, an end id included.
+        asked: the ids of the prompt, from :func:`prompt_ids`.
+        answered: the ids that follow, including an end id.
         apart: whether the tokenizer would have joined the two.
     """
 
@@ -47,16 +47,16 @@ class Continued:
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, tools: Sequence[Any] = ()) -> list[int]:
-    """The ids of what a model is asked, begin id in front.
+    """The ids of a prompt, with the begin id if there is one.
 
     Args:
         tokenizer: turns it into ids.
         prompt: text or messages.
-        tools: that the assistant may call, beside messages.
+        tools: that the assistant may call; for messages only.
 
     Raises:
-        DataError: half a surrogate pair, or a conversation that the tokenizer's form cannot say or
-            that waits for no answer.
+        DataError: half a surrogate pair, or a conversation that the chat format cannot express or
+            that does not wait for an answer.
     """
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
@@ -67,14 +67,14 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, tools: Sequence[Any] = ()) 
 
 
 def checked(prompt: object, config: Asking) -> Prompt:
-    """What somebody gives as a prompt, if it can be one.
+    """A prompt from whatever a caller passes.
 
     Args:
         prompt: a text or messages.
         config: how a text is asked.
 
     Raises:
-        UsageError: neither text nor messages.
+        UsageError: it is neither text nor messages.
     """
     if isinstance(prompt, str):
         return config.asked(prompt)
@@ -93,7 +93,7 @@ def _is_message(value: object) -> bool:
 
 
 def words_on(tokenizer: CheckedTokenizer, prompt: Prompt) -> Iterator[str]:
-    """A line on each reason why a model may be told something else than a prompt seems to say.
+    """A warning for each reason why a model may be told something else than the prompt says.
 
     Raises:
         DataError: half a surrogate pair.
@@ -112,25 +112,24 @@ def words_on(tokenizer: CheckedTokenizer, prompt: Prompt) -> Iterator[str]:
 
 
 def reads_as(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> bool:
-    """Whether the ids of a text are decoded to it again.
+    """Whether decoding the ids of a text gives the text again.
 
-    Where texts begin without an id, nothing tells that a space was put in front of one.
+    Without a begin id, a space that the tokenizer put in front of the text cannot be told from its own.
     """
     found = tokenizer.decode(ids)
     return found == text or (tokenizer.bos is None and found == f" {text}")
 
 
 def is_taken(tokenizer: Tokenizer, special: str) -> bool:
-    """Whether a text that is written as a token is becomes that token, instead of its letters."""
+    """Whether a text that is spelled like a special token becomes that token, and not its letters."""
     ids = tokenizer.encode(special, bos=False)
     return any(tokenizer.decode([token]).strip() == special for token in ids)
 
 
 def continued(tokenizer: Tokenizer, prompt: str, completion: str) -> Continued:
-    """The ids of a prompt and of the completion behind it, end id included.
+    """The ids of a prompt and of the completion that follows it, including the end id.
 
-    Where the prompt keeps its ids in front of the completion, both are encoded as
-    one text, as they would be read.
+    If the prompt keeps its ids in front of the completion, both are encoded as one text.
 
     Raises:
         DataError: half a surrogate pair.
@@ -146,7 +145,7 @@ def continued(tokenizer: Tokenizer, prompt: str, completion: str) -> Continued:
 
 
 def _behind_others(tokenizer: Tokenizer, text: str) -> Iterator[list[int]]:
-    """Ids that a text may have behind others, end id included; last those of a text of its own."""
+    """Ids that a text may have after other texts, with the end id; finally those of the text by itself."""
     for before in _BEFORE:
         ids = tokenizer.encode(before, bos=False)
         both = tokenizer.encode(before + text, bos=False, eos=True)

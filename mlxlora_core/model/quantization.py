@@ -1,4 +1,4 @@
-"""What a quantizer makes of a model: checked where core takes it, and found again in a model folder."""
+"""What a quantizer makes of weights, checked; and the quantized layers of a model folder, restored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mlxlora_core.model.linears import (
     embeddings,
     linear_shape,
     linears,
-    replace,
+    replace_modules,
 )
 from mlxlora_core.options import explain, parse
 from mlxlora_core.plugins import Choice, Component, Registry
@@ -187,7 +187,7 @@ def restore(
             f"{listing(faults)}, have other parts: {first}",
             where=where.parent,
         )
-    replace(module, packed)
+    replace_modules(module, packed)
 
 
 def _packed(

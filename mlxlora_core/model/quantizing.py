@@ -1,4 +1,4 @@
-"""The dense weights of a model in fewer bits, each packed when it is read: to convert and to open it."""
+"""Quantizes the dense weights of a model as each is read, to convert it or to open it."""
 
 from __future__ import annotations
 

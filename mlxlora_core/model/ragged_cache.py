@@ -1,4 +1,4 @@
-"""Keys and values of rows of different lengths that are continued together, by a token each.
+"""The key-value cache of rows of different lengths, each continued by one token a step.
 
 Rows stand on shelves by their length: on a shelf there is room for the same number of tokens in each,
 so that one product serves all rows on it. How wide a row's shelf is depends on the row's own length

@@ -10,7 +10,13 @@ from typing import Any, TypeGuard
 import mlx.core as mx
 
 from mlxlora_core.errors import UsageError
-from mlxlora_core.model.linears import Quantized, QuantizedEmbedding, QuantizedLinear, dense_weight, replace
+from mlxlora_core.model.linears import (
+    Quantized,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    dense_weight,
+    replace_modules,
+)
 from mlxlora_core.model.quantization import pack, packed_config
 from mlxlora_core.model.several import AdapterSet
 from mlxlora_core.options import plain
@@ -71,11 +77,11 @@ def search(several: AdapterSet, types: Mapping[str, mx.Dtype], distance: Callabl
             made = {path: _made(several, path, types[path], choices[path]) for path in packed}
             if not _are_all(made):
                 continue
-            replace(several.model.module, made)
+            replace_modules(several.model.module, made)
             taken = sum(part.nbytes for module in made.values() for part in module.parts.values())
             tried[TriedGroupSize(size, distance(), taken)] = choices
     finally:
-        replace(several.model.module, before)
+        replace_modules(several.model.module, before)
     nearest = min(tried, key=lambda one: (one.distance, one.bytes))
     return Regrouped(tried[nearest], tuple(tried))
 

@@ -13,7 +13,8 @@ import mlx.nn as nn
 from mlxlora_core.errors import UsageError, listing, nearest
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapters import Adapted, AdapterFile
-from mlxlora_core.model.linears import is_linear, replace
+from mlxlora_core.model.fused_parameters import fused_bias, fused_weight
+from mlxlora_core.model.linears import is_linear, replace_modules
 from mlxlora_core.model.loading import Model
 from mlxlora_core.model.stacked_updates import StackedUpdates, Update, mixed
 from mlxlora_core.plugins import Component, Registry
@@ -94,7 +95,7 @@ class AdapterSet:
         """
         if not name or name in self.adapted:
             raise UsageError(f"adapter name {name!r} is {'taken' if name else 'empty'}", fix="give another")
-        replace(self.model.module, {path: place.linear for path, place in self._places.items()})
+        replace_modules(self.model.module, {path: place.linear for path, place in self._places.items()})
         try:
             adapted = adapters.load_file(file, self.model, registry)
             modules = dict(self.model.module.named_modules())
@@ -104,7 +105,7 @@ class AdapterSet:
                 place.held[name] = _Held(adapted.choice.component, wrapped)
             self.adapted[name] = adapted
         finally:
-            replace(
+            replace_modules(
                 self.model.module,
                 {path: _module(place, self._state) for path, place in self._places.items()},
             )
@@ -117,7 +118,7 @@ class AdapterSet:
 
     def take_off(self) -> None:
         """Leave the model as it was before the first adapter."""
-        replace(self.model.module, {path: place.linear for path, place in self._places.items()})
+        replace_modules(self.model.module, {path: place.linear for path, place in self._places.items()})
         self._places.clear()
         self.adapted.clear()
         self._state.change(Selected({}))
@@ -174,11 +175,11 @@ class AdapterSet:
             path: one of :meth:`paths`.
             before: the linear's own weight, float32.
         """
-        return self._fused(path, before, adapters.fused_weight)
+        return self._fused(path, before, fused_weight)
 
     def fused_bias(self, path: str, before: mx.array) -> mx.array:
         """The bias of a linear with the selected shares of all changes in it, in the type of ``before``."""
-        return self._fused(path, before, adapters.fused_bias).astype(before.dtype)
+        return self._fused(path, before.astype(mx.float32), fused_bias).astype(before.dtype)
 
     def _fused(
         self, path: str, before: mx.array, fuse: Callable[[Component, nn.Module, mx.array], mx.array]

@@ -1,4 +1,4 @@
-"""Texts that are written as tokens are that are no text: ``<s>``, ``[INST]``, ``<|eot_id|>``."""
+"""Texts that are spelled like special tokens: ``<s>``, ``[INST]``, ``<|eot_id|>``."""
 
 from __future__ import annotations
 

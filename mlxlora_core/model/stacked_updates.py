@@ -1,4 +1,4 @@
-"""Low-rank updates of one linear beside each other: summed, or chosen for each row of a batch."""
+"""Several low-rank updates of one linear: summed, or chosen for each row of a batch."""
 
 from __future__ import annotations
 

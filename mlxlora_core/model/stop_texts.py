@@ -1,4 +1,4 @@
-"""Texts that end a generated text: found across the borders of tokens, and no part of one is shown."""
+"""Stop texts: found across the borders of tokens, and never shown, not even in part."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A model as files hold it, its parameters still unread: a model folder, or whatever a weight loader opens.
+"""A model whose tensors are still unread: a model folder, or anything that a weight loader opens.
 
-``path -> StoredModel``; :mod:`mlxlora_core.model.folder` fills it, fusing and
-exporting take its tensors one by one.
+``path -> StoredModel``. :mod:`mlxlora_core.model.loading` reads all of its tensors into a model;
+converting, fusing and exporting take them one by one.
 """
 
 from __future__ import annotations
@@ -51,23 +51,23 @@ from mlxlora_core.values import LazyTensor, PackedTensor
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model whose parameters hold nothing yet.
+    """A model with empty parameters, and the tensors to fill them with.
 
     Attributes:
         path: the folder or file.
-        where: what says how it is quantized, for messages.
-        language_model: with places for the parameters, quantized ones where weights are packed.
+        where: the file that says how it is quantized, for messages.
+        language_model: with empty parameters; quantized ones where weights are packed.
         tokenizer: of the model.
         config: config.json of its model folder, or what that would hold.
-        architecture: who built it.
-        tensors: every parameter, as a model folder holds it, still to be read.
-        digests: name -> digest of each tensor, or None where the tensors must be read for them.
-        notes: what was assumed of another library's model, or done to it.
-        quantization: how linears are quantized, or None.
-        packing: what is quantized when the tensors are read, or None.
-        loader: who opened it, or None for a model folder.
-        unread: tensors of another library's model that nobody has read so far; what is left when
-            all of ``tensors`` are read has no use here.
+        architecture: the plugin component that built it.
+        tensors: every parameter as a model folder holds it, still unread.
+        digests: name -> digest of each tensor; None if tensors must be read to compute them.
+        notes: what was assumed about another library's model, or changed in it.
+        quantization: how its linears are quantized, or None.
+        packing: what is quantized as the tensors are read, or None.
+        loader: the plugin component that opened it, or None for a model folder.
+        unread: tensors of another library's model that have not been read; those that remain when all
+            of ``tensors`` are read are not part of the model.
     """
 
     path: Path
@@ -86,14 +86,14 @@ class StoredModel:
 
     @property
     def module(self) -> nn.Module:
-        """The language model as the MLX module that it is."""
+        """The language model, typed as an MLX module."""
         return self.language_model
 
     def fingerprint(self, digests: Mapping[str, str] | None = None) -> str:
         """Of config, tensors and tokenizer: the same for the same base in any format.
 
         Args:
-            digests: those of all tensors, where the caller has read them; else they are read for it.
+            digests: of all tensors, if the caller has read them; otherwise they are read here.
         """
         known = digests or self.digests or {n: tensor_digest(n, t.read()) for n, t in self.tensors.items()}
         parts = [_telling(self.config), combine(known), self.tokenizer.fingerprint]
@@ -108,10 +108,10 @@ def open_stored(
     Args:
         path: folder or file.
         registry: where plugins are looked up.
-        whole: whether all tensors will be read, and kept: those of a model folder are then
-            read from one open file, and held by what is returned.
-        quantization: how dense linears are quantized when they are read, to the bits that converting
-            makes of them; None to take the weights as they are.
+        whole: whether the caller will read and keep all tensors; those of a model folder are then read
+            from one open file, which the result holds.
+        quantization: how to quantize dense linears as they are read, to the same bits as converting
+            does; None to take the weights as they are.
 
     Raises:
         UsageError: there is nothing to quantize, or the quantizer takes none of it.
@@ -139,16 +139,16 @@ def open_to_convert(
     dtype: str | None = None,
     quantization: Quantization | None = None,
 ) -> StoredModel:
-    """Open a model whose tensors are read once, in the types that its model folder will hold.
+    """Open a model to convert it: its tensors are read once, in the types that the new folder will hold.
 
-    A model folder is opened where there is something to change; else no loader knows it.
+    A model folder is only accepted if there is something to change about it.
 
     Args:
         path: folder or file.
         registry: where plugins are looked up.
-        loader: which weight loader; None asks each whether it knows the path.
+        loader: the weight loader to use; None asks each whether it knows the path.
         loader_options: of the loader; None for its defaults.
-        dtype: a type, or ``stored`` for that of each tensor as it is; None for what the loader says.
+        dtype: a type, or ``stored`` to keep the type of each tensor; None for the default of the loader.
         quantization: how to quantize the linears, or None.
 
     Raises:
@@ -164,9 +164,9 @@ def open_to_convert(
 
 
 def is_foreign(path: Path, registry: Registry) -> bool:
-    """Whether a path is that of another tool's model, and not of a model folder.
+    """Whether a path holds another tool's model rather than a model folder.
 
-    What is neither counts as a model folder, whose reader says what it lacks.
+    A path that holds neither counts as a model folder, whose reader says what is missing.
     """
     if path.is_file():
         return True
@@ -176,7 +176,7 @@ def is_foreign(path: Path, registry: Registry) -> bool:
 
 
 def _own(path: Path, registry: Registry, *, whole: bool = False) -> StoredModel:
-    """A model folder, whose packed weights have no places yet."""
+    """A model folder, in which packed weights have no quantized modules yet."""
     config = read_config(path)
     tensors, digests = (read_weights if whole else lazy_weights)(path)
     architecture = find_architecture(config, registry, path / CONFIG)
@@ -188,7 +188,7 @@ def _own(path: Path, registry: Registry, *, whole: bool = False) -> StoredModel:
 
 
 def _foreign(path: Path, registry: Registry, loader: str | None = None, options: Any = None) -> StoredModel:
-    """A model that a weight loader opens, as the model folder would be; packed weights have no places yet."""
+    """What a weight loader opens, in the form of a model folder; see :func:`_own`."""
     opened = open_foreign(path, registry, loader, options)
     config, tensors = folder_form(opened)
     return StoredModel(
@@ -209,10 +209,10 @@ def _foreign(path: Path, registry: Registry, loader: str | None = None, options:
 def _remade(
     found: StoredModel, dtype: str | None, quantization: Quantization | None, registry: Registry
 ) -> StoredModel:
-    """A model whose tensors are made what converting makes of them when they are read."""
+    """The model with its tensors cast, and quantized if asked for, as they are read."""
     if dtype is None:
         dtype = _told_dtype(found.loader) if found.loader is not None else STORED
-    read_quantization(found.config, registry, found.where)  # what it says in another form is told
+    read_quantization(found.config, registry, found.where)  # refuses a config in another form
     known = packed_already(found.module, found.tensors, found.config, found.where)
     parts = {name for name in found.tensors if is_part(name, known)}
     tensors = cast_on_reading(found.tensors, dtype, parts, found.path)
@@ -224,7 +224,7 @@ def _remade(
 
 
 def _told_dtype(loader: Component) -> str:
-    """The type that a loader says that its checkpoints are converted to."""
+    """The type to which a loader wants its checkpoints converted."""
     told: str = loader.spec.dtype
     if told not in (STORED, *DTYPES):
         raise loader.breach("dtype", repr(told), listing((STORED, *DTYPES)))
@@ -232,16 +232,16 @@ def _told_dtype(loader: Component) -> str:
 
 
 def is_part(name: str, packed: Collection[str]) -> bool:
-    """Whether a tensor is a part of a packed weight, and no bias beside it."""
+    """Whether a tensor is a part of a packed weight, and not the bias beside it."""
     path, _, part = name.rpartition(".")
     return path in packed and part != "bias"
 
 
 def folder_form(opened: OpenedModel) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-    """What config.json and the weight file hold of a model that was opened: packed weights by their parts.
+    """config.json and the tensors of a model folder of an opened model, with packed weights as their parts.
 
     Raises:
-        ModelError: weights that two quantizers have packed.
+        ModelError: several quantizers have packed weights.
     """
     packed = {
         name.removesuffix(".weight"): tensor.packed
@@ -255,7 +255,7 @@ def folder_form(opened: OpenedModel) -> tuple[dict[str, Any], dict[str, LazyTens
 
 
 def _packed_config(packed: Mapping[str, PackedTensor]) -> dict[str, Any]:
-    """What config.json holds of weights that the checkpoint has packed."""
+    """What config.json says about weights that the checkpoint has packed."""
     if not packed:
         return {}
     names = {weight.quantizer for weight in packed.values()}
@@ -265,11 +265,11 @@ def _packed_config(packed: Mapping[str, PackedTensor]) -> dict[str, Any]:
 
 
 def _restored(found: StoredModel, registry: Registry) -> StoredModel:
-    """The model once the packed weights have their places in it, and all tensors fit."""
+    """The model with quantized modules for its packed weights; all tensors then fit."""
     module, config, where = found.module, found.config, found.where
     quantization = read_quantization(config, registry, where)
     if quantization is not None:
-        # Never computed: only their shapes and types are asked for.
+        # Never computed: only their shapes and types are used.
         empty = {name: mx.zeros(t.shape, getattr(mx, t.dtype)) for name, t in found.tensors.items()}
         restore(module, empty, config, quantization, where)
     _check_fit(module, found.tensors, where)
@@ -279,17 +279,17 @@ def _restored(found: StoredModel, registry: Registry) -> StoredModel:
 
 
 def _check_fit(module: nn.Module, tensors: Mapping[str, LazyTensor], where: Path) -> None:
-    """Refuse tensors of which one has no place, or a place without one."""
+    """Refuse a tensor without a parameter, or a parameter without a tensor."""
     faults = mismatches(tensors, parameters(module))
     if faults:
         raise ModelError("the weights do not fit config.json: " + "; ".join(faults), where=where)
 
 
 def _telling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config tells of the base that its tensors and its tokenizer do not tell themselves.
+    """The part of a config that enters the fingerprint: what tensors and tokenizer do not say themselves.
 
-    So a checkpoint that is converted again fits the adapters that were made for
-    it when config.json did not list files and packed linears yet.
+    Older versions listed neither files nor packed linears in config.json. Leaving these out lets
+    adapters made then fit a checkpoint that is converted again.
     """
     table = config.get(QUANTIZED)
     silent = {FILES, SOURCE}
@@ -298,6 +298,6 @@ def _telling(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bytes_of(tensor: LazyTensor) -> int:
-    """What a tensor takes in a file."""
+    """The size of a tensor in a file."""
     size: int = getattr(mx, tensor.dtype).size
     return size * math.prod(tensor.shape)

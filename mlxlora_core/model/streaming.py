@@ -1,4 +1,4 @@
-"""A model that computes without being in memory: each weight is read for its product, and let go.
+"""A model that need not fit in memory: each weight is read for its product and then released.
 
 It computes in float32, whatever the weights are stored in, so that what two models differ by is
 told from what a type rounds. It is slow, and meant for one short text.
@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlxlora_core.model.linears import Quantized, StackedLinear, is_linear, parameters, replace
+from mlxlora_core.model.linears import Quantized, StackedLinear, is_linear, parameters, replace_modules
 from mlxlora_core.values import LazyTensor
 
 _NUMBERS = 1 << 23  # of a weight that are expanded at a time
@@ -113,7 +113,7 @@ def stream(module: nn.Module, tensors: Mapping[str, LazyTensor], adapted: tuple[
             children[path] = kind(weight, bias)
         elif isinstance(child, (nn.Embedding, Quantized)):
             children[path] = StreamingEmbedding(weight)
-    replace(module, children)
+    replace_modules(module, children)
     rest = {name: tensors[name] for name in parameters(module) if name in tensors}
     module.update(tree_unflatten([(name, _read(tensor)) for name, tensor in rest.items()]))
     module.freeze()

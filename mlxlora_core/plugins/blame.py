@@ -1,4 +1,4 @@
-"""Whose fault an exception is: one that arises in a plugin's code becomes an error with the plugin's name."""
+"""Turns an exception that arises in a plugin's code into an error that names the plugin."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from mlxlora_core.plugins.plugin import Plugin
 from mlxlora_core.plugins.surroundings import kept
 from mlxlora_core.specs import Spec
 
-#: functions that are called for every layer of every token: looking around each time would cost too much
+#: functions called for every layer and token, after which checking the process would cost too much
 _FREQUENT = ("matmul",)
 
 
 def guarded(kind: str, spec: Spec, plugin: Plugin) -> Spec:
-    """``spec`` with functions that raise errors of mlxlora's own and nothing else, and change nothing around.
+    """``spec`` with functions that raise only mlxlora's own errors and leave the process as it is.
 
-    What a function gives back and is called later, such as a module, is not
-    guarded; see :func:`blamed`. A runtime is not either: its faults are warnings.
+    What a function returns to be called later, such as a module, is not guarded; see :func:`blamed`. Nor
+    is a runtime, whose faults are warnings.
     """
     if plugin.origin == "built-in" or kind == "runtime":
         return spec
@@ -41,13 +41,13 @@ def guarded(kind: str, spec: Spec, plugin: Plugin) -> Spec:
 
 @contextmanager
 def told(plugins: Iterable[Plugin]) -> Iterator[None]:
-    """Inside, a limit of the machine and a fault in a plugin's code become what they are for the user.
+    """Turn exceptions inside the block into the errors that they are for the user.
 
-    What is neither goes on as it is: a defect of mlxlora.
+    An exception that is neither of these passes unchanged: it is a bug in mlxlora.
 
     Raises:
-        ResourceError: disk, memory or another limit is at its end.
-        PluginError: see :func:`blamed`.
+        ResourceError: disk, memory or another limit ran out.
+        PluginError: a plugin's code raised it; see :func:`blamed`.
     """
     try:
         yield
@@ -61,9 +61,9 @@ def told(plugins: Iterable[Plugin]) -> Iterator[None]:
 
 
 def blamed(plugins: Iterable[Plugin], fault: BaseException) -> PluginError | None:
-    """An error that names the plugin of somebody else in whose code ``fault`` arose, or None.
+    """An error that names the third-party plugin in whose code ``fault`` arose, or None.
 
-    Where one plugin has called another, such as an architecture an adapter, it is the innermost.
+    If one plugin has called another, as an architecture calls an adapter, the innermost is named.
     """
     foreign = [plugin for plugin in plugins if plugin.status == "active" and plugin.origin != "built-in"]
     files = [(plugin, files_of(plugin)) for plugin in foreign]
@@ -77,7 +77,7 @@ def blamed(plugins: Iterable[Plugin], fault: BaseException) -> PluginError | Non
 
 
 def files_of(plugin: Plugin) -> set[str]:
-    """The source files of a plugin that are imported."""
+    """The source files of a plugin that have been imported."""
     top = plugin.value.partition(":")[0].partition(".")[0]
     modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == top]
     return {os.path.abspath(plugin.value), *(str(getattr(module, "__file__", None)) for module in modules)}
@@ -103,7 +103,7 @@ def _guard(function: Callable[..., Any], what: str, plugin: Plugin, looks_around
 
 
 def _causes(fault: BaseException) -> Iterator[BaseException]:
-    """An exception and those that led to it: a generator makes RuntimeError of StopIteration."""
+    """An exception and those that caused it: a generator turns StopIteration into RuntimeError, for one."""
     seen: set[int] = set()
     cause: BaseException | None = fault
     while cause is not None and id(cause) not in seen:

@@ -1,4 +1,4 @@
-"""What a plugin hands over is checked when it is loaded."""
+"""Checks what a plugin hands over when it is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The components that are meant where none is named."""
+"""The components that are used where none is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a plugin is with its work, and what it has to say of it, told to whoever shows it."""
+"""Progress and notes from a plugin at work, passed on to whoever shows them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the section of a component holds beside the component's own options: what core itself decides.
+"""What a component's section of a recipe holds beside its own options: the keys that belong to core.
 
-In a recipe these keys stand beside ``use``; on the command line ``--set
-adapter.layers=4`` sets them as it sets an option.
+In a recipe these keys stand beside ``use``; on the command line ``--set adapter.layers=4`` sets them
+like an option.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ class AdapterConfig:
     """Where an adapter goes, and where its options differ.
 
     Raises:
-        ValueError: no layer at all, or an override that is none.
+        ValueError: no layers, or an invalid override.
     """
 
     targets: tuple[str, ...] = option(
         (),
-        help="what to adapt, by its name here or elsewhere (wq, q_proj), a path or a pattern with *; "
-        "all-linear for every linear in a layer; left empty, those that the adapter or the "
-        "architecture names",
+        help="what to adapt: names here or in other libraries (wq, q_proj), paths, or patterns with *; "
+        "all-linear for every linear in a layer; empty for the defaults of the adapter or the "
+        "architecture",
     )
-    layers: int = option(16, help="the top so many layers are adapted; -1 is all", minimum=-1)
+    layers: int = option(16, help="how many of the top layers are adapted; -1 is all", minimum=-1)
     overrides: tuple[str, ...] = option(
         (),
         help="options that differ at some targets, each 'PATTERN: KEY=VALUE, KEY=VALUE'; "
-        "of several that match, the last holds",
+        "if several match, the last one holds",
     )
 
     def __post_init__(self) -> None:
@@ -44,10 +44,10 @@ class AdapterConfig:
 
     @property
     def parsed_overrides(self) -> list[Override]:
-        """What the texts in ``overrides`` say.
+        """The texts in ``overrides``, parsed.
 
-        A text without a pattern goes on with the one before it, for a list on the command line
-        is cut at its commas.
+        A text without a pattern continues the one before it, since the command line splits lists at
+        their commas.
         """
         joined: list[str] = []
         for text in self.overrides:
@@ -75,10 +75,10 @@ class Override:
 
 
 def _override(text: str) -> Override:
-    """What a text says.
+    """An override from its text.
 
     Raises:
-        ValueError: it is not of the form.
+        ValueError: the text does not have the form ``PATTERN: KEY=VALUE, KEY=VALUE``.
     """
     pattern, _, said = text.partition(":")
     pairs = [[part.strip() for part in pair.partition("=")[::2]] for pair in said.split(",")]
@@ -88,7 +88,7 @@ def _override(text: str) -> Override:
 
 
 def overridden(choice: Choice, overrides: Iterable[Override]) -> Any:
-    """The options of an adapter where some overrides hold, the last of them above those before.
+    """The options of an adapter with some overrides applied, in order.
 
     Raises:
         UsageError: options that the adapter does not have, or values that they cannot have.
@@ -117,33 +117,33 @@ class Quantization:
 
     Attributes:
         choice: the quantizer with its options.
-        config: which of the linears it is asked about.
+        config: which linears it is asked about.
     """
 
     choice: Choice
     config: QuantizeConfig = field(default_factory=QuantizeConfig)
 
     def values(self) -> dict[str, Any]:
-        """What a recipe's section says of it."""
+        """The section of a recipe that says so."""
         options = plain(self.choice.options)
         return {"use": self.choice.component.id, **plain(self.config), "options": options}
 
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """How rows are split and written, and what is trained on beside them."""
+    """How rows are split and written, and which further rows are trained on."""
 
     test_set_size: float = option(
-        0.1, help="share held out; half of it validation, half test", minimum=0.0, below=1.0
+        0.1, help="share of rows held out, half for validation and half for test", minimum=0.0, below=1.0
     )
     split_seed: int = option(0, help="seed of the split", minimum=0)
     write_batch_size: int = option(1000, help="rows written at a time", unit="rows", minimum=1)
     extra_rows: Path | None = option(
-        None, help="file of rows to train on beside those, such as general ones, so that less is forgotten"
+        None, help="file of further rows to train on, such as general ones, so that less is forgotten"
     )
 
 
-#: kind of component -> what its section holds beside ``use`` and ``options``, where it holds anything
+#: kind of component -> the keys that its section holds beside ``use`` and ``options``, if any
 CONFIGS: dict[str, type[Any]] = {
     "adapter": AdapterConfig,
     "quantizer": QuantizeConfig,
@@ -152,21 +152,21 @@ CONFIGS: dict[str, type[Any]] = {
 
 
 def config_of(kind: str) -> type[Any]:
-    """What the section of a kind of component holds beside ``use`` and ``options``."""
+    """The keys that the section of a kind of component holds beside ``use`` and ``options``."""
     return CONFIGS.get(kind, NoOptions)
 
 
 def configure(component: Component, values: Mapping[str, Any], where: str = "") -> tuple[Choice, Any]:
-    """The values of a section: a component's options, and what the section itself holds.
+    """Parse the values of a section into the component's options and core's own keys.
 
     Args:
-        component: whom the options belong to.
-        values: name -> value, of both.
+        component: the options are its own.
+        values: name -> value, for both.
         where: the file that they came from.
 
     Raises:
-        UsageError: unknown names, wrong types, values out of range; all of them, and then the
-            first override that cannot be.
+        UsageError: all unknown names, wrong types and values out of range; then the first invalid
+            override.
     """
     config = config_of(component.kind)
     ours, others = divide(values, config)

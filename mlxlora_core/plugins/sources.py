@@ -1,4 +1,4 @@
-"""What a plugin is made of: a digest of its source, which tells it from one that was edited."""
+"""The digest of a plugin's source, which shows whether the plugin was edited."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What surrounds a plugin and belongs to the process: the working folder, signals, streams, limits.
+"""The state of the process that a plugin must leave as it is: working folder, signals, streams, limits.
 
-A plugin that changes them, as it is imported or in one of its functions, is
-named in a warning, and they are put back. One that would end the process gets
-an exception instead, which ends the verb with the plugin's name.
+A plugin that changes them, on import or in one of its functions, is named in a warning, and they are
+put back. A plugin that tries to end the process gets an exception instead, which ends the verb with an
+error that names the plugin.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from typing import Any
 from mlxlora_core.errors import PluginError, one_line
 from mlxlora_core.machine import signals
 
-_HIGH = (60_000, 4_000, 500, 3)  # where duplicates of the standard streams begin, away from who closes all
+_HIGH = (60_000, 4_000, 500, 3)  # lowest numbers for copies of standard streams: few close these
 _UNTOUCHED = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}  # numpy's own settings
-_end = os._exit  # as it is before plugins are kept from it
+_end = os._exit  # the real one: refuse_endings replaces it
 _CORE = str(Path(__file__).parents[1])
 _TIMERS = {signal.ITIMER_REAL: "real", signal.ITIMER_VIRTUAL: "virtual", signal.ITIMER_PROF: "profiling"}
 _LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 _SIGNALS = sorted(n for n in signal.valid_signals() if n < 32 and n not in (signal.SIGKILL, signal.SIGSTOP))
-_told: set[str] = set()  # what was warned of: once is enough
+_told: set[str] = set()  # warnings already given: once is enough
 _STREAMS = ("stdin", "stdout", "stderr")
 
 
 class PluginWarning(UserWarning):
-    """A plugin has changed what does not belong to it."""
+    """A plugin has changed state of the process."""
 
 
 class ProcessEnded(SystemExit):
-    """A plugin has called what ends the process.
+    """A plugin has called a function that ends the process.
 
     Attributes:
-        call: that call, as it would be written.
+        call: that call, as source code.
     """
 
     def __init__(self, call: str) -> None:
@@ -56,11 +56,11 @@ class ProcessEnded(SystemExit):
 
 @dataclass
 class Watch:
-    """What is put back at the end of a block of :func:`kept`.
+    """What happens at the end of a block of :func:`kept`.
 
     Attributes:
-        environ: whether all environment variables are put back, and not only those that are gone.
-        changed: what was changed, once the block is left.
+        environ: whether all environment variables are put back, or only those that were deleted.
+        changed: what was changed, in words; set when the block is left.
     """
 
     environ: bool = False
@@ -69,22 +69,22 @@ class Watch:
 
 @contextmanager
 def kept(who: str, look: bool = True) -> Iterator[Watch]:
-    """Inside, prints go to stderr; what has been changed around the block is put back when it is left.
+    """Inside, prints go to stderr; on leaving, changed state of the process is put back.
 
-    In another thread than the main one it does neither.
+    In a thread other than the main one, it does neither.
 
     Args:
-        who: the plugin, and what of it is called.
+        who: the plugin, and its function that is called.
         look: whether to look for changes, which takes a fraction of a millisecond.
 
     Warns:
-        PluginWarning: what was changed, the first time.
+        PluginWarning: names what was changed, the first time.
 
     Raises:
-        PluginError: standard streams were closed beyond recall.
+        PluginError: standard streams were closed and cannot be opened again.
     """
     watch, process = Watch(), os.getpid()
-    # Other threads have no signals, and the main one may change the rest meanwhile, stdout among it.
+    # Other threads receive no signals, and the main thread may change all else meanwhile, stdout included.
     is_main = threading.current_thread() is threading.main_thread()
     look = look and is_main
     before = _Before() if look else None
@@ -92,7 +92,7 @@ def kept(who: str, look: bool = True) -> Iterator[Watch]:
         with redirect_stdout(sys.stderr) if is_main else nullcontext():
             yield watch
     finally:
-        if os.getpid() != process:  # a child that a plugin has forked, and that would do all the rest again
+        if os.getpid() != process:  # a child that a plugin has forked must not go on with our work
             _end(70)
         if before is not None:
             watch.changed = tuple(dict.fromkeys(before.put_back(watch.environ)))
@@ -107,7 +107,7 @@ def kept(who: str, look: bool = True) -> Iterator[Watch]:
 
 
 class _Before:
-    """The surroundings as they are when it is made.
+    """The state of the process when it is made.
 
     Attributes:
         lost: whether something could not be put back.
@@ -134,7 +134,7 @@ class _Before:
         self._copies = {n: _copy(n) for n, file in self._files.items() if file is not None}
 
     def put_back(self, environ: bool) -> list[str]:
-        """Put everything back; what had been changed, in words."""
+        """Put everything back; returns what had been changed, in words."""
         parts: list[Callable[[], Iterator[str]]] = [
             self._put_interpreter, self._put_files, self._put_places, self._put_handlers, self._put_path
         ]  # fmt: skip
@@ -165,7 +165,7 @@ class _Before:
                 yield f"sys.{name}"
 
     def _put_places(self) -> Iterator[str]:
-        """Working folder, mode mask, and limits that were lowered."""
+        """The working folder, the umask, and limits that were lowered."""
         if _working_folder() != self._folder and self._folder is not None:
             with suppress(OSError):
                 os.chdir(self._folder)
@@ -182,7 +182,7 @@ class _Before:
 
     def _put_handlers(self) -> Iterator[str]:
         """Signal handlers and timers."""
-        # A signal that comes meanwhile changes handlers too, as it should.
+        # A signal that comes in the block changes handlers too, and should.
         ours = signals.changes() != self._signal_changes
         for number, handler in () if ours else self._handlers.items():
             if signal.getsignal(number) is not handler and handler is not None:
@@ -194,7 +194,7 @@ class _Before:
                 yield f"the {_TIMERS[which]} timer"
 
     def _put_interpreter(self) -> Iterator[str]:
-        """Modules that were taken away, and settings of Python and its libraries."""
+        """Modules that were removed, and settings of Python and its libraries."""
         if self._modules.keys() - sys.modules.keys():
             sys.modules.update(self._modules)
             yield "sys.modules"
@@ -217,7 +217,7 @@ class _Before:
         yield from self._put_filters()
 
     def _put_filters(self) -> Iterator[str]:
-        """Filters of warnings; those for some warnings, as libraries have them, may stay."""
+        """Warning filters; new ones for particular warnings, as libraries set them, may stay."""
         new = [one for one in warnings.filters if one not in self._filters and not _silences_all(one)]
         wanted = [*new, *self._filters]
         if len(wanted) != len(warnings.filters):
@@ -227,7 +227,7 @@ class _Before:
             yield "warning filters"
 
     def _put_path(self) -> Iterator[str]:
-        """Where modules are looked for: what was added stays, behind what was there."""
+        """``sys.path``, where additions stay, but after the old entries; and ``sys.argv``."""
         wanted = [*self._path, *(entry for entry in sys.path if entry not in self._path)]
         if sys.path != wanted:
             sys.path[:] = wanted
@@ -241,10 +241,10 @@ class _Before:
 
 
 def refuse_endings(is_foreign: Callable[[str], bool]) -> None:
-    """Let what ends the process raise :class:`ProcessEnded` where a plugin calls it, from now on.
+    """From now on, functions that end the process raise :class:`ProcessEnded` when a plugin calls them.
 
     Args:
-        is_foreign: whether a source file is one of a plugin of somebody else.
+        is_foreign: whether a source file belongs to a third-party plugin.
     """
     import posix
 
@@ -264,14 +264,14 @@ def _refusing(name: str, real: Callable[..., Any], is_foreign: Callable[[str], b
             return real(*arguments, **named)
         if any(file.startswith(_CORE) for file in files):
             raise ProcessEnded(f"os.{name}({', '.join(map(repr, arguments))})")
-        return None  # an exit function, when all is done: nobody is left to be told
+        return None  # called at interpreter exit, with no caller left to raise to
 
     call.real = real  # type: ignore[attr-defined]  # so that it is wrapped once
     return call
 
 
 def _calling_files() -> list[str]:
-    """The source files of all functions that are being called, but for this one."""
+    """The source files of all functions on the call stack, except this one."""
     files = []
     caller: FrameType | None = sys._getframe(2)
     while caller is not None:
@@ -284,7 +284,7 @@ def _calling_files() -> list[str]:
 
 
 def _working_folder() -> str | None:
-    """The working folder; None when it is gone."""
+    """The working folder; None if it was deleted."""
     try:
         return os.getcwd()
     except OSError:
@@ -298,7 +298,7 @@ def _umask() -> int:
 
 
 def _file(number: int) -> tuple[int, int] | None:
-    """What a descriptor is open to; None when it is closed."""
+    """The device and inode of an open descriptor; None if it is closed."""
     try:
         status = os.fstat(number)
     except OSError:
@@ -307,7 +307,7 @@ def _file(number: int) -> tuple[int, int] | None:
 
 
 def _copy(number: int) -> int | None:
-    """A duplicate of a descriptor, with a high number where there may be one."""
+    """A duplicate of a descriptor, with a number as high as the limits allow."""
     for lowest in _HIGH:
         with suppress(OSError, ValueError):
             return fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, lowest)
@@ -315,7 +315,7 @@ def _copy(number: int) -> int | None:
 
 
 def _silences_all(one: Any) -> bool:
-    """Whether a filter of warnings is for every warning."""
+    """Whether a warning filter applies to every warning."""
     _, message, category, module, _ = one
     return message is None and module is None and category is Warning
 
@@ -325,5 +325,5 @@ def _height(limit: int) -> float:
 
 
 def _numpy() -> Any:
-    """numpy, where it is imported already."""
+    """numpy, if it has been imported."""
     return sys.modules.get("numpy")

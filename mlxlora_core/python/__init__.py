@@ -53,9 +53,9 @@ if TYPE_CHECKING:
     from mlxlora_core.model.fuse import FuseReport
     from mlxlora_core.runs.events import Event
     from mlxlora_core.training.events import TrainEvent
+    from mlxlora_core.training.examples import Source
     from mlxlora_core.training.loss import Loss
     from mlxlora_core.training.outputs import Outputs
-    from mlxlora_core.training.session import Source
 
 __all__ = [
     "Model",
@@ -193,7 +193,7 @@ def evaluate(
     batches = parsed(EvaluateConfig, {"test_batches": test_batches}, "evaluate").test_batches
     source = read_data(data, (split,), columns=columns_from(columns))[split]
     from mlxlora_core.training import evaluation
-    from mlxlora_core.training.session import examples_of
+    from mlxlora_core.training.examples import examples_of
 
     with told(model.registry.plugins):
         examples = examples_of(source, model.base, config).examples

@@ -93,7 +93,7 @@ class Context:
 
     def written_bytes(self) -> int:
         """How many bytes the training writes at most, once its adapter is on the base."""
-        from mlxlora_core.training.written import written_bytes
+        from mlxlora_core.training.disk import written_bytes
 
         return written_bytes(self._model, self.recipe.checkpoints) if self._model is not None else 0
 
@@ -126,7 +126,7 @@ class Context:
         Raises:
             DataError: they cannot be read.
         """
-        from mlxlora_core.training.session import examples_of
+        from mlxlora_core.training.examples import examples_of
 
         if split not in self._rows:
             # A file by itself is of whatever split is asked for; "general" is none that rows have.

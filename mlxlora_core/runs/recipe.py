@@ -69,7 +69,7 @@ class AskConfig(ChatConfig):
     """What to ask the model before and after it is tuned."""
 
     prompts: tuple[str, ...] = option((), help="prompts; none asks nothing")
-    num_tokens: int = option(100, help="tokens of an answer at most", unit="tokens", minimum=1)
+    num_tokens: int = option(100, help="most tokens in an answer", unit="tokens", minimum=1)
 
 
 @dataclass(frozen=True)

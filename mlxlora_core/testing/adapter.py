@@ -21,7 +21,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mlxlora_core.errors import UsageError
-from mlxlora_core.model.adapters import own, trainable
+from mlxlora_core.model.adapters import adapter_parameters, trainable
 from mlxlora_core.model.linears import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -200,7 +200,7 @@ class AdapterSuite:
         """The linear is the child ``linear``, frozen; everything else trains, or is said to be frozen."""
         module = self.wrapped(linear, options)
         assert module.linear is linear
-        added = own(module)
+        added = adapter_parameters(module)
         assert set(trainable(module)) == added.keys() - set(self.frozen) != set()
         assert added.keys() >= set(self.frozen)
         assert all(mx.issubdtype(tensor.dtype, mx.floating) for tensor in added.values())
@@ -216,7 +216,7 @@ class AdapterSuite:
             return error.square().mean()
 
         base, trained = _copy(linear.parameters()), _copy(module.trainable_parameters())
-        frozen = {name: mx.array(own(module)[name]) for name in self.frozen}
+        frozen = {name: mx.array(adapter_parameters(module)[name]) for name in self.frozen}
         first = float(loss())
         optimizer = optimizers.Adam(learning_rate=1e-3)
         step = nn.value_and_grad(module, loss)
@@ -228,7 +228,7 @@ class AdapterSuite:
         assert [name for name in base if not mx.array_equal(base[name], now[name])] == []
         now = dict(tree_flatten(module.trainable_parameters()))
         assert [name for name in trained if mx.array_equal(trained[name], now[name])] == []
-        now = own(module)
+        now = adapter_parameters(module)
         assert [name for name in frozen if not mx.array_equal(frozen[name], now[name])] == []
 
     def test_gradient_is_the_slope(self, linear: nn.Module, options: Any) -> None:
@@ -309,7 +309,7 @@ class AdapterSuite:
         """At the start it gives the embeddings, and as the output head the logits, in the same type."""
         module = self.wrapped_embedding(embedding, options)
         assert module.linear is embedding
-        assert set(trainable(module)) == own(module).keys() - set(self.frozen) != set()
+        assert set(trainable(module)) == adapter_parameters(module).keys() - set(self.frozen) != set()
         tokens, hidden = _tokens(), _hidden(embedding)
         for got, want in (
             (module(tokens), embedding(tokens)),

@@ -20,7 +20,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlxlora_core.errors import MlxloraError
-from mlxlora_core.model.adapters import own, trainable
+from mlxlora_core.model.adapters import adapter_parameters, trainable
 from mlxlora_core.model.linears import parameters
 from mlxlora_core.options import Option, explain, parse
 from mlxlora_core.plugins import Component
@@ -89,7 +89,7 @@ def _adapter(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     options = parse(spec.options, values, owner=spec.name)
 
     def frozen(module: nn.Module | None) -> set[str]:
-        return own(module).keys() - set(trainable(module)) if module is not None else set()
+        return adapter_parameters(module).keys() - set(trainable(module)) if module is not None else set()
 
     try:
         linear = spec.wrap(nn.Linear(64, 32), Place("layers.0.attention.wq", 0, (32, 64)), options)

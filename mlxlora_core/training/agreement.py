@@ -1,6 +1,6 @@
-"""What ranks settle between them around their steps: that they train the same, where they begin, what stays.
+"""What ranks agree on around their steps: what they train, where they begin, and which adapter stays.
 
-Rank 0 alone reads checkpoints and writes them; what it has taken up, the others are handed.
+Only rank 0 reads and writes checkpoints; it sends the state to the others.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from mlxlora_core.training.identity import Identity
 from mlxlora_core.training.loop import Training
 from mlxlora_core.training.progress import read_progress
 
-#: of what the ranks have in common, what may differ: what computes a number, and where
+#: versions that may differ from rank to rank: of what belongs to a machine
 _OF_A_MACHINE = {"python", "system", "processor", "cores", "runtimes"}
-_MOST, _LETTERS = 3, 40  # of items that are told, and of a value
-_OPTIMIZER = "optimizer:"  # before the names of its tensors
-_HEAD_BYTES = 8  # the length of what stands before tensors
+_MOST, _LETTERS = 3, 40  # items named in an error, and letters of a value
+_OPTIMIZER = "optimizer:"  # prefix of the names of its tensors
+_HEAD_BYTES = 8  # they hold the length of the text before the tensors
 
 
 def require_agreement(group: Group, identity: Identity) -> None:
-    """Refuse ranks that do not train the same: base, rows, settings, versions, plugins.
+    """Refuse ranks that differ in base, rows, settings, versions or plugins.
 
     Raises:
         RankError: on every rank, with what differs and who has what.
@@ -39,7 +39,7 @@ def require_agreement(group: Group, identity: Identity) -> None:
     if group.size == 1:
         return
     given = [json.loads(part) for part in group.share(json.dumps(_items(identity)).encode())]
-    _ = group.machines  # asked for here, where all ranks do
+    _ = group.machines  # a collective call the first time: all ranks make it here
     names = sorted({name for items in given for name in items})
     faults = [name for name in names if any(items.get(name) != given[0].get(name) for items in given)]
     if faults:
@@ -79,7 +79,7 @@ def _told(name: str, values: Sequence[str]) -> str:
 
 
 def hand_on(group: Group, training: Training, model: Model) -> None:
-    """Let every rank begin where rank 0 does: progress, adapter and optimizer, and how steps are computed."""
+    """Send rank 0's progress, adapter, optimizer state and way of computing steps to all ranks."""
     if group.size == 1:
         return
     state = {f"{_OPTIMIZER}{name}": tensor for name, tensor in training.optimizer_tensors().items()}
@@ -103,7 +103,7 @@ def hand_on(group: Group, training: Training, model: Model) -> None:
 
 
 def hand_on_adapter(group: Group, step: int, model: Model) -> int:
-    """Let every rank hold the adapter that rank 0 holds, and say of which step it is."""
+    """Send rank 0's adapter to all ranks; returns the step that it is from."""
     if group.size == 1:
         return step
     told, found = _broadcast(group, {"step": step}, trainable(model.module))
@@ -119,7 +119,7 @@ def _put(model: Model, tensors: Mapping[str, mx.array]) -> None:
 def _broadcast(
     group: Group, head: Mapping[str, Any], tensors: Mapping[str, mx.array]
 ) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """What rank 0 gives, on every rank; tensors are of the names, shapes and types that each has itself."""
+    """Rank 0's head and tensors, on every rank, each of which has tensors of the same names and shapes."""
     content = b""
     if group.leads:
         text = json.dumps(head).encode()
@@ -135,7 +135,7 @@ def _bytes(tensor: mx.array) -> bytes:
 
 
 def _cut(content: bytes, tensors: Mapping[str, mx.array]) -> Iterator[tuple[str, mx.array]]:
-    """The tensors in bytes that hold one after the other."""
+    """The named tensors that stand one after the other in ``content``."""
     start = 0
     for name, like in tensors.items():
         words = mx.array(np.frombuffer(content, np.uint8, like.nbytes, start))

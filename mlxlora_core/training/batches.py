@@ -1,7 +1,6 @@
 """Examples -> batches, in an order that is a function of (seed, epoch) alone.
 
-So a place in training is one integer. The shift by one token happens in one
-line.
+A position in training is therefore one integer. The shift by one token happens in one line.
 """
 
 from __future__ import annotations
@@ -24,21 +23,22 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows side by side, padded on the right; or packed: one after the other in a single one.
+    """Rows side by side, padded on the right; or packed, one after the other in a single row.
 
     Attributes:
         inputs: ids (B, T), packed (1, T).
-        positions: the places in ``inputs``, counted through its rows, whose
-            next token counts in the loss, (N,).
+        positions: indices into the flattened ``inputs`` of the positions whose next token counts in
+            the loss, (N,).
         targets: those next tokens, (N,).
-        weights: float32 (N,), 0 for what stands at the end of the positions to make them as
-            many as in other batches, and else 1; None is 1 for all.
+        weights: float32 (N,): 1, and 0 for the positions at the end that only bring N to a fixed
+            number; None is 1 for all.
         counted: how many of the N count; None is all.
-        padding: how many places in ``inputs`` are padding.
-        lengths: packed, inputs of each row; None where rows are side by side.
-        hidden: what enters layer ``first``, (B, T, D), where that is known already.
+        padding: how many positions in ``inputs`` are padding.
+        lengths: of each row in a packed batch, in tokens; None where rows are side by side.
+        hidden: the input of layer ``first``, (B, T, D), if it is already known.
         first: the lowest layer to run.
-        places: what each place in ``inputs`` draws by, (B, T, 2) uint32, where something is drawn.
+        dropout_keys: two words for each position in ``inputs``, (B, T, 2) uint32; None of a model
+            without dropout. See :mod:`mlxlora_core.training.dropout_keys`.
     """
 
     inputs: mx.array
@@ -50,7 +50,7 @@ class Batch:
     lengths: tuple[int, ...] | None = None
     hidden: mx.array | None = None
     first: int = 0
-    places: mx.array | None = None
+    dropout_keys: mx.array | None = None
 
     @property
     def counted_tokens(self) -> int:
@@ -59,7 +59,7 @@ class Batch:
 
     @property
     def starts(self) -> Sequence[int]:
-        """The place of each row's first input, counted through ``inputs``."""
+        """Where each row begins in the flattened ``inputs``."""
         rows, width = self.inputs.shape
         if self.lengths is None:
             return range(0, rows * width, width)
@@ -72,10 +72,10 @@ def make_batch(
     """The batch of some rows of ``examples``; padding is never among the positions that count.
 
     Args:
-        examples: of which it takes some.
-        rows: which.
-        packing: whether they stand one after the other, and not side by side.
-        shapes: what those side by side are brought to one of, which cannot be seen in their loss.
+        examples: of a split.
+        rows: indices into ``examples``.
+        packing: whether rows are packed one after the other instead of padded.
+        shapes: if given, a padded batch is filled up to one of these; the loss does not change.
     """
     parts = [_shifted(examples[row]) for row in rows]
     lengths = tuple(len(inputs) for inputs, _, _ in parts)
@@ -96,9 +96,9 @@ def make_batch(
 
 
 def _brought_to(shapes: Shapes, batch: Batch) -> Batch:
-    """A batch of one of some widths with as many rows and positions as all of that width.
+    """A batch filled up to the number of rows and positions that all batches of its width have.
 
-    They are more of the first of each, so that nothing can go wrong in them alone.
+    The filling repeats the first row and the first position, so it can hold no fault of its own.
     """
     rows, width = batch.inputs.shape
     count, more = batch.targets.size, shapes.rows - rows
@@ -119,7 +119,7 @@ def _brought_to(shapes: Shapes, batch: Batch) -> Batch:
 
 
 def _shifted(example: Example) -> tuple[Array, Array, Array]:
-    """The inputs of a row, the token that each asks for, and whether that counts."""
+    """The inputs of a row, the target of each, and whether that target counts."""
     return example.tokens[:-1], example.tokens[1:], example.mask[1:]  # the one shift
 
 
@@ -129,10 +129,10 @@ class Collator:
 
     Attributes:
         examples: its rows.
-        packing: whether rows stand one after the other.
-        entering: what enters layer ``first`` for the rows of a batch, where that is kept.
+        packing: whether rows are packed.
+        entering: returns the kept input of layer ``first`` for the rows of a batch, or None.
         first: that layer.
-        shapes: what batches are brought to, where they are to be of few shapes.
+        shapes: the shapes that padded batches are filled up to, if there are to be few.
     """
 
     examples: Sequence[Example]
@@ -149,25 +149,24 @@ class Collator:
 
 
 def longest_of(examples: Sequence[Example]) -> int:
-    """Tokens of the longest of some examples; 1 where there is none."""
+    """Tokens of the longest example; 1 if there are no examples."""
     return max((len(example.tokens) for example in examples), default=1)
 
 
 def epoch_order(
     examples: Sequence[Example], rows_a_step: int, seed: int, epoch: int, by_length: bool = False
 ) -> list[list[int]]:
-    """The rows of each step of one epoch, in order of length: every row once.
+    """The rows of each step of one epoch, every row once; within a step they are in order of length.
 
-    A function of (seed, epoch) alone; where it becomes another one, ``identity.ORDER_OF_ROWS``
-    grows.
+    A function of (seed, epoch) alone. Whoever changes it must increment ``identity.ORDER_OF_ROWS``.
 
     Args:
-        examples: of which each comes once.
-        rows_a_step: of which the last step has fewer where they do not come out even.
+        examples: of the split.
+        rows_a_step: rows in a step; the last step may have fewer.
         seed: of the training.
         epoch: counted from 0.
-        by_length: whether rows of like length come together. Lengths are jittered before they are
-            sorted then, so that the company a row keeps changes from epoch to epoch.
+        by_length: whether rows of similar length share a step. Lengths are jittered before sorting,
+            so that the rows of a step differ from epoch to epoch.
     """
     random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     lengths = np.array([len(example.tokens) for example in examples])
@@ -180,14 +179,14 @@ def epoch_order(
 
 
 def steps_an_epoch(rows: int, rows_a_step: int) -> int:
-    """Steps in which every row comes once; the last of them may have fewer rows."""
+    """Steps in an epoch; the last of them may have fewer rows."""
     return -(-rows // rows_a_step)
 
 
 def steps_from(
     examples: Sequence[Example], rows_a_step: int, seed: int, cursor: int = 0, by_length: bool = False
 ) -> Iterator[list[int]]:
-    """The rows of step ``cursor``, of the one after it, and so on without end; see :func:`epoch_order`."""
+    """The rows of step ``cursor``, from 0, and of all steps after it, forever; see :func:`epoch_order`."""
     epoch, start = divmod(cursor, steps_an_epoch(len(examples), rows_a_step))
     while True:
         yield from epoch_order(examples, rows_a_step, seed, epoch, by_length)[start:]
@@ -197,11 +196,10 @@ def steps_from(
 def fixed_rows(
     examples: Sequence[Example], batch_size: int, batches: int, group: Group = ALONE
 ) -> Iterator[Sequence[int]]:
-    """The rows of the same batches each time, tail included: ``batches`` of them, or for -1 all rows.
+    """The rows of ``batches`` batches, or of all for -1, the same each time.
 
-    Where that is not all rows, they are taken at even distances, so that they
-    stand for the whole file. Each rank of a group gets batches of its share of those
-    rows: of rows in order of length, every one for the next rank.
+    If that is not all rows, they are taken at even distances, to represent the whole file. Each rank
+    of a group gets batches of its own share: rows sorted by length are dealt out in turn.
     """
     count = len(examples) if batches < 0 else min(len(examples), batches * batch_size)
     rows = (i * len(examples) // count for i in range(count))

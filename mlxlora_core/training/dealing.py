@@ -1,4 +1,4 @@
-"""Rows, dealt out by length to ranks, or to the cores of one, so that all of them finish together."""
+"""Deals rows out by length to ranks, or to the cores of one, so that all of them finish together."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Sequence
 
 
 def deal(rows: Sequence[int], lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """The rows of each part, in the order that they have in ``rows``; a function of the arguments alone.
+    """The rows of each part, in their order in ``rows``; a function of the arguments alone.
 
-    The longest comes first, and each goes to the part with the fewest tokens so far. No part gets more
-    than one row above its share, for a batch is as large as the share, and where there are fewer rows
-    than parts some get none.
+    The longest row is dealt first, and each goes to the part with the fewest tokens so far. No part
+    gets more than its share of the rows, rounded up; with fewer rows than parts, some get none.
 
     Args:
         rows: of a step, each once.
-        lengths: in tokens, of each of them.
-        parts: how many there are: ranks, or cores of one.
+        lengths: of each row, in tokens.
+        parts: the number of ranks, or of cores.
     """
     most = -(-len(rows) // parts)
     dealt: list[list[int]] = [[] for _ in range(parts)]

@@ -18,19 +18,19 @@ from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loss import Loss, nats
 from mlxlora_core.training.parallel import side_by_side
 
-#: of the memory that is free, what may be taken where not all is enough for a batch
+#: the share of the free memory to take if a whole batch does not fit
 SHARE = 0.7
-_FORM = "<d3q"  # of a loss on its way to other ranks
+_FORM = "<d3q"  # how a loss is packed for other ranks
 
 
 def room_for(model: LanguageModel, examples: Sequence[Example], batch_size: int) -> tuple[int, str]:
-    """How many bytes of memory measuring the loss on examples may take, and in words what it needs.
+    """How many bytes of memory an evaluation may take, and what it needs, in words.
 
-    That is what the longest batch takes, or as much as is free; rows are then
-    measured fewer at a time.
+    That is what the longest batch takes; if less is free, it is a share of that, and batches are
+    measured in smaller parts.
 
     Raises:
-        ResourceError: there is too little for the longest row.
+        ResourceError: there is too little memory for the longest row.
     """
     sizes, longest = sizes_of(model), longest_of(examples)
     need = measuring_bytes(sizes, min(batch_size, len(examples)), longest)
@@ -49,7 +49,7 @@ def evaluate(
     collate: Collator | None = None,
     group: Group = ALONE,
 ) -> Loss:
-    """The loss of a model on examples; see :func:`evaluating`, which has the same arguments."""
+    """The loss of a model on examples; see :func:`evaluating` for the arguments."""
     work = evaluating("", model, examples, batch_size, batches, most_bytes, collate, group)
     while True:
         try:
@@ -69,18 +69,18 @@ def evaluating(
     collate: Collator | None = None,
     group: Group = ALONE,
 ) -> Generator[Advanced, None, Loss]:
-    """The loss of a model on examples, as the value of the generator; how far it is after each batch.
+    """Yields progress after each batch; the return value of the generator is the loss on the examples.
 
     Args:
-        what: what the events call it.
-        model: in whatever state; it is put in evaluation mode and back.
-        examples: tokenized rows, one at least.
-        batch_size: rows a batch; it does not change the loss of the rows.
-        batches: how many batches, from rows all over ``examples``; -1 is all of them.
-        most_bytes: of memory that it may take; fewer rows at a time are measured where a batch
-            takes more, but one at least. None is what :func:`room_for` finds.
-        collate: makes batches of the rows where something of them is known already.
-        group: the ranks that share the rows; each calls this, and gets the loss of all of them.
+        what: what the events call this evaluation.
+        model: in any mode; it is put in evaluation mode and back.
+        examples: tokenized rows, at least one.
+        batch_size: rows per batch; it does not change the loss.
+        batches: how many batches, spread evenly over ``examples``; -1 is all rows.
+        most_bytes: the memory that it may take; larger batches are measured in parts of at least one
+            row. None is what :func:`room_for` finds.
+        collate: makes the batches, if not directly from ``examples``.
+        group: the ranks that share the rows; each calls this, and gets the loss over all of them.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -112,7 +112,7 @@ def evaluating(
 
 
 def _of_all(group: Group, loss: Loss) -> Loss:
-    """The sum of what each rank has measured, the same to the bit on all of them."""
+    """The sum over all ranks, the same to the bit on each."""
     if group.size == 1:
         return loss
     given = group.share(struct.pack(_FORM, loss.nats, loss.tokens, loss.positions, loss.padding))
@@ -122,7 +122,7 @@ def _of_all(group: Group, loss: Loss) -> Loss:
 def _that_fit(
     sizes: Sizes, examples: Sequence[Example], rows: Sequence[int], most_bytes: int
 ) -> Iterator[Sequence[int]]:
-    """The rows of a batch in parts that take at most so much memory, or one by one."""
+    """The rows of a batch in parts that take at most ``most_bytes`` of memory, or one by one."""
     longest = longest_of([examples[row] for row in rows])
     count = len(rows)
     while count > 1 and measuring_bytes(sizes, count, longest) > most_bytes:

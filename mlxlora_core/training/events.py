@@ -1,6 +1,6 @@
-"""What a training tells while it goes on, and what it has come to at its end.
+"""The reports of a training while it runs, and its result.
 
-Light, so that whoever shows or keeps it needs no MLX.
+It imports no MLX, so that code that shows or stores them stays light.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from mlxlora_core.files.documents import finite
 
 @dataclass(frozen=True)
 class TrainReport:
-    """The steps since the last report.
+    """A report on the steps since the last one.
 
     Attributes:
         step: steps made so far.
-        loss: nats per counted token over these steps; NaN when none was sound.
+        loss: nats per counted token over these steps; NaN if none was finite.
         learning_rate: of the last step.
         grad_norm: of the last step, before clipping.
-        steps_per_second: only the time of training steps counts; NaN when the clock stood still.
+        steps_per_second: counting only the time of training steps; NaN if the clock stood still.
         tokens_per_second: counted tokens.
         trained_tokens: counted tokens since the start.
-        peak_memory_bytes: most that MLX has held.
+        peak_memory_bytes: the most that MLX has held.
         clipped: how many of these steps had their gradient clipped.
-        skipped: how many of these steps made no update, being not finite.
-        padding: share of the positions computed that are padding.
+        skipped: how many of these steps made no update because they were not finite.
+        padding: the share of computed positions that were padding.
     """
 
     step: int
@@ -43,7 +43,7 @@ class TrainReport:
 
     @property
     def words(self) -> str:
-        """It in a line, without the step."""
+        """The report in a line, without the step."""
         clipped = f"  {self.clipped} clipped" if self.clipped else ""
         skipped = f"  {self.skipped} skipped, not finite" if self.skipped else ""
         speed = f"{self.steps_per_second:.2f} steps/s  {self.tokens_per_second:.0f} tokens/s"
@@ -66,7 +66,7 @@ class ValidReport:
         loss: nats per counted token; NaN when the model's loss is not finite.
         tokens: how many counted.
         seconds: how long it took.
-        padding: share of the positions computed that are padding.
+        padding: the share of computed positions that were padding.
     """
 
     step: int
@@ -77,7 +77,7 @@ class ValidReport:
 
     @property
     def words(self) -> str:
-        """It in a line, without the step."""
+        """The report in a line, without the step."""
         return f"valid loss {self.loss:.4f}  ({self.tokens} tokens in {self.seconds:.1f} s)"
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ class SpikeReport:
 
     @property
     def words(self) -> str:
-        """It in a line, without the step."""
+        """The report in a line, without the step."""
         return f"warning: loss {self.loss:.4f}, the median of the steps before is {self.median:.4f}"
 
     def __str__(self) -> str:
@@ -124,7 +124,7 @@ class CheckpointSaved:
 
     @property
     def words(self) -> str:
-        """It in a line, without the step."""
+        """The report in a line, without the step."""
         return f"saved in {self.seconds:.2f} s"
 
     def __str__(self) -> str:
@@ -159,7 +159,7 @@ class TrainingStarted:
 
 @dataclass(frozen=True)
 class Advanced:
-    """How far a piece of work is, for whoever draws a bar; observers are not told.
+    """The progress of a piece of work, for a progress bar; observers are not told.
 
     Attributes:
         what: the piece of work, in a word or two.
@@ -177,22 +177,22 @@ class Advanced:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training has come to; the last event.
+    """The result of a training; the last event.
 
     Attributes:
-        parameters: of the base, packed ones counted as weights, and the adapter.
+        parameters: of base and adapter, with packed weights counted as dense ones.
         trainable_parameters: of the adapter.
         adapted: paths of the linears that it wraps.
         rows: rows trained on.
-        rows_cut: how many of them were cut at the longest length.
+        rows_cut: how many of them were cut at ``max_seq_length``.
         tokens_cut: tokens lost by cutting.
-        rows_empty: rows left out, since no token of theirs counts.
+        rows_empty: rows left out because none of their tokens counts.
         max_seq_length: the longest length, in tokens.
         steps: steps made.
-        steps_skipped: how many of them made no update, being not finite.
-        adapter_step: the step whose adapter the model holds now: the one of the best
-            validation when the training has patience, and else the last one.
-        train_loss: nats per counted token, as last reported; None where it was not, or is not finite.
+        steps_skipped: how many of them made no update because they were not finite.
+        adapter_step: the step whose adapter the model holds now: with patience that of the best
+            validation, otherwise the last.
+        train_loss: nats per counted token, as last reported; None if never reported, or not finite.
         valid_loss: the same of the last validation.
     """
 
@@ -220,7 +220,7 @@ TrainEvent = Note | TrainingStarted | Advanced | Report | CheckpointSaved | Trai
 
 
 def report_line(report: Report) -> dict[str, Any]:
-    """One line of metrics.jsonl; a number that is not finite is null beside a word for it."""
+    """One line of metrics.jsonl; a number that is not finite is null, with a word for it beside it."""
     kind = type(report).__name__.removesuffix("Report").lower()
     line: dict[str, Any] = finite({"kind": kind, **asdict(report)})
     return line

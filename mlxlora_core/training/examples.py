@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlxlora_core.errors import DataError, listing
+from mlxlora_core.model.loading import Model
 from mlxlora_core.model.prompts import continued, is_taken, prompt_ids, reads_as
 from mlxlora_core.model.special_texts import special_texts
 from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.training.findings import Finding, Findings, counted, look, texts
+from mlxlora_core.training.settings import BatchConfig
+from mlxlora_core.training.sources import SplitRows
 from mlxlora_core.values import Piece
 
-LONG_ROW_TOKENS = 2048  # a row longer than that is told
+LONG_ROW_TOKENS = 2048  # a split with a longer row than that gets a warning
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,17 @@ class Examples:
 
     Attributes:
         examples: those that can be trained on, in file order.
-        cut: how many were cut at the longest length.
-        cut_tokens: tokens lost by cutting.
-        empty: rows left out, since no token of theirs counts.
+        cut: how many were cut at ``limit``.
+        cut_tokens: how many tokens that lost.
+        empty: how many rows were left out because none of their tokens counts.
         lengths: tokens of each example before it was cut.
-        findings: what there is to tell of the rows.
-        conversations: how many of them are conversations.
-        chat_form: the form that these were put into, in words.
-        chat_warning: what speaks against it.
-        notes: what there is to tell of the rows that they are made of.
-        limit: tokens that an example may have.
-        limited_by: what decides that, in words.
+        findings: what the user should know about the rows.
+        conversations: how many of the rows are conversations.
+        chat_form: the chat format that these were put into, in words.
+        chat_warning: why that format may be wrong, or nothing.
+        notes: what the user should know about how the rows were read.
+        limit: the most tokens that an example may have.
+        limited_by: what sets that limit, in words.
     """
 
     examples: tuple[Example, ...]
@@ -70,11 +73,11 @@ class Examples:
 
     @property
     def tokens(self) -> int:
-        """All tokens, padding not among them."""
+        """The number of tokens, without padding."""
         return sum(len(example.tokens) for example in self.examples)
 
     def words(self, split: str) -> Iterator[str]:
-        """A line on all that somebody should know of the rows, which are those of ``split``."""
+        """A line for each thing that the user should know about the rows; ``split`` names them."""
         yield from self.notes
         longest = max(len(example.tokens) for example in self.examples)
         if longest > LONG_ROW_TOKENS:
@@ -93,6 +96,35 @@ class Examples:
             yield f"{warning}{counted(self.conversations, split)} of messages in {self.chat_form}{though}"
 
 
+#: the rows of a split: read, or tokenized already
+Source = SplitRows | Examples
+
+
+def examples_of(source: Source, model: Model, config: BatchConfig) -> Examples:
+    """The examples of a split, tokenized unless they already are.
+
+    Args:
+        source: its rows.
+        model: gives the tokenizer and the longest context.
+        config: how rows are cut and masked.
+
+    Raises:
+        DataError: rows that cannot be tokenized, or none that can be used.
+    """
+    if isinstance(source, Examples):
+        return source
+    examples = make_examples(
+        source.rows,
+        source.name,
+        model.tokenizer,
+        max_seq_length=model.sequence_limit(config.max_seq_length),
+        mask_prompt=config.mask_prompt,
+    )
+    by_context = model.sequence_limit(config.max_seq_length) < config.max_seq_length
+    limited_by = "the context of the model" if by_context else "max_seq_length"
+    return replace(examples, notes=source.notes, limited_by=limited_by)
+
+
 def make_examples(
     rows: Iterable[tuple[str, Mapping[str, Any]]],
     where: Path | str,
@@ -101,11 +133,11 @@ def make_examples(
     max_seq_length: int,
     mask_prompt: bool,
 ) -> Examples:
-    """Examples of rows, each with the place that an error names.
+    """The examples of some rows.
 
     Args:
-        rows: (place, content) of each, of a plain shape.
-        where: what they are called together.
+        rows: (place, content) of each, in a plain shape; errors name the place.
+        where: what errors call all of them.
         tokenizer: turns text into ids.
         max_seq_length: longer rows are cut, and counted.
         mask_prompt: whether only completions and answers count in the loss.
@@ -153,7 +185,7 @@ def make_examples(
 
 
 def _refusal(refused: Mapping[tuple[str, str], Sequence[str]]) -> DataError:
-    """The error for (fault, fix) -> the places of rows that cannot be tokenized."""
+    """The error for rows that cannot be tokenized, given (fault, fix) -> their places."""
     words = [
         f"{places[0]}: {what}" + (f" ({len(places)} rows: {listing(places, 3)})" if places[1:] else "")
         for (what, _), places in refused.items()
@@ -163,23 +195,23 @@ def _refusal(refused: Mapping[tuple[str, str], Sequence[str]]) -> DataError:
 
 
 class _RowReader:
-    """Turns rows into ids, one after the other, and counts what there is to tell of them.
+    """Turns rows into ids, one after the other, and collects findings about them.
 
     Attributes:
-        findings: of the rows that were told.
-        conversations: how many of them are conversations.
+        findings: about the rows that :meth:`tell` was called for.
+        conversations: how many of those are conversations.
     """
 
     def __init__(self, tokenizer: CheckedTokenizer, mask_prompt: bool) -> None:
         self.findings, self.conversations = Findings(), 0
         self._tokenizer, self._mask_prompt = tokenizer, mask_prompt
-        self._content: Mapping[str, Any] = {}  # the row that was read last
-        self._pieces: list[Piece] = []  # what it has become
-        self._found: list[Finding] = []  # what showed when it was read
+        self._content: Mapping[str, Any] = {}  # the row read last
+        self._pieces: list[Piece] = []  # its ids
+        self._found: list[Finding] = []  # what was found while reading it
         self._taken: dict[str, bool] = {}  # special text -> whether it becomes the token of that name
 
     def read(self, content: Mapping[str, Any]) -> Example:
-        """The ids of a row and which of them count.
+        """The ids of a row, and which of them count in the loss.
 
         Raises:
             DataError: a row that cannot be tokenized.
@@ -195,7 +227,7 @@ class _RowReader:
         return _example(parts, self._tokenizer.bos)
 
     def tell(self, place: str) -> None:
-        """Count what there is to tell of the row that was read last, which stands at ``place``."""
+        """Collect findings about the row read last, which stands at ``place``."""
         content = self._content
         self.conversations += "messages" in content
         found, whole = [*look(content), *self._found], self._comes_back()
@@ -235,15 +267,15 @@ class _RowReader:
     def _is_asked_so(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], pieces: Sequence[Piece]
     ) -> bool:
-        """Whether messages without their last answer have the ids that stand before it."""
+        """Whether a prompt of the messages before the last answer has the ids that come before it here."""
         try:
             ids = prompt_ids(self._tokenizer, messages, tools) if messages else []
-        except DataError:  # nobody can ask it
+        except DataError:  # the template refuses such a prompt
             return False
         return ids == [token for piece in pieces for token in piece.ids]
 
     def _comes_back(self, seen: Callable[[str], str] = str) -> bool:
-        """Whether what is ``seen`` of all texts of the row stands in what its ids are decoded to."""
+        """Whether the decoded ids contain all texts of the row, each after ``seen`` was applied to it."""
         if "messages" not in self._content:
             ids = [token for piece in self._pieces for token in piece.ids]
             return reads_as(self._tokenizer, ids, "".join(texts(self._content)))
@@ -263,9 +295,9 @@ class _RowReader:
 
 
 def _example(pieces: Iterable[tuple[Sequence[int], bool]], bos: int | None) -> Example:
-    """Ids and mask of a row, built together out of pieces and whether each counts.
+    """Ids and mask of a row, built together from pieces and whether each of them counts.
 
-    A begin token never counts, and neither does the first token: nothing foretells them.
+    A begin-of-text token never counts, nor does the first token, which nothing predicts.
     """
     parts = [(np.array(ids, np.uint32), counts) for ids, counts in pieces]
     tokens = np.concatenate([ids for ids, _ in parts])

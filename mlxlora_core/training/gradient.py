@@ -16,23 +16,23 @@ from mlxlora_core.model.dropout import drops, name_dropouts
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import bind_products
 from mlxlora_core.training.batches import Batch, Collator
+from mlxlora_core.training.dropout_keys import dropout_keys, step_key
 from mlxlora_core.training.loss import Loss, nats
 from mlxlora_core.training.parallel import side_by_side
-from mlxlora_core.training.places import places_of, step_key
 from mlxlora_core.training.reuse import draws_below
 
-#: nats of a batch, and their gradient as a tree like that of the parameters that train
+#: nats of a batch, and their gradient as a tree like the parameters that train
 Summed: TypeAlias = tuple[mx.array, Any]
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What the batches of a step add up to; its arrays may be still to compute.
+    """Sums over the batches of a step; the device may still be computing its arrays.
 
     Attributes:
-        nats: of each batch, or part of one, in order.
-        counts: of tokens and positions; its own nats are 0.
-        gradient: of all nats, as a tree like that of the parameters that train; None of no rows.
+        nats: of each batch, or of each part of a batch, in order.
+        counts: the tokens and positions; its own nats are 0.
+        gradient: of the sum of all nats, as a tree like the parameters that train; None for no rows.
     """
 
     nats: tuple[mx.array, ...]
@@ -41,17 +41,17 @@ class Sums:
 
     @property
     def loss(self) -> Loss:
-        """Added up on the host, which waits for it."""
+        """The loss, summed on the host, which waits for the device."""
         return replace(self.counts, nats=sum(float(value) for value in self.nats))
 
     @property
     def total(self) -> mx.array:
-        """The nats added up on the device."""
+        """The nats, summed on the device."""
         return self.nats[0] if len(self.nats) == 1 else mx.stack(list(self.nats)).sum()
 
     @property
     def tokens(self) -> mx.array:
-        """How many counted."""
+        """How many tokens counted."""
         return mx.array(float(self.counts.tokens))
 
 
@@ -59,15 +59,15 @@ class Gradients:
     """Sums of nats, and of their gradients, over rows.
 
     Args:
-        model: of which some parameters train.
-        collate: makes the batches; for a compiled one, of as few shapes as possible.
-        batch_size: rows of a batch.
+        model: some of whose parameters train.
+        collate: makes the batches; when compiled, in as few shapes as possible.
+        batch_size: rows per batch.
         compiled: whether nats and gradient of a batch are one compiled function of its arrays.
-        recompute: whether layers keep only their input for the gradient. Where they draw from ``mx.random``
-            then, which they have to do twice alike, nothing is compiled.
+        recompute: whether layers keep only their input for the backward pass. If they also draw from
+            ``mx.random``, nothing is compiled, since a compiled layer cannot draw the same numbers twice.
 
     Attributes:
-        compiles: how many shapes of batches that was compiled for.
+        compiles: for how many shapes of batches the function was compiled.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Gradients:
         self._key = 0
 
     def __call__(self, rows: Sequence[int]) -> Sums:
-        """Over some rows. All batches but the last are left to the device before it returns."""
+        """The sums over some rows; on return the device has been given all batches but the last."""
         total: Any = None
         self._key = step_key()
         values, counts = [], Loss(0.0, 0)
@@ -104,7 +104,7 @@ class Gradients:
         return Sums(tuple(values), counts, total)
 
     def _parts(self, rows: Sequence[int]) -> Iterator[tuple[Batch, Summed]]:
-        """The parts that a batch is computed in, with their sums."""
+        """The parts that a batch is computed in, each with its sums."""
         if not self._compiled:
             lengths = [len(self._collate.examples[row].tokens) for row in rows]
             yield from side_by_side(self._plain, self._batch, rows, lengths)
@@ -115,18 +115,18 @@ class Gradients:
         try:
             summed = self._as_compiled(arrays, batch.first)
         finally:
-            self._module.update(trained)  # what it was traced with is in their places
+            self._module.update(trained)  # tracing leaves its placeholders in the module
         yield batch, summed
 
     def _batch(self, rows: Sequence[int]) -> Batch:
-        """The batch of some rows, with what they draw by where the model drops something."""
+        """The batch of some rows, with keys for dropout if the model has any."""
         batch = self._collate(rows)
-        return replace(batch, places=places_of(self._key, rows, batch)) if self._drops else batch
+        return replace(batch, dropout_keys=dropout_keys(self._key, rows, batch)) if self._drops else batch
 
     def _begin(self, total: Any) -> None:
-        """Let the device begin with a batch as soon as it is through with the one before.
+        """Let the device start on a batch once it has finished the one before.
 
-        Not sooner, or memory would have to hold what both keep for the gradient.
+        Any earlier, memory would have to hold what both batches keep for the backward pass.
         """
         mx.eval(self._module.trainable_parameters(), self._begun)
         mx.async_eval(total)
@@ -141,7 +141,7 @@ class Gradients:
 
     @cached_property
     def _as_compiled(self) -> Callable[[dict[str, Any], int], Summed]:
-        """The same of the arrays of a batch, compiled; parameters and random numbers go in from outside."""
+        """The same for the arrays of a batch, compiled; parameters and random state are captured inputs."""
 
         def traced(arrays: dict[str, Any], first: int) -> Summed:
             self.compiles += 1
@@ -156,8 +156,8 @@ def mean_gradient(
 ) -> tuple[Loss, float, Any]:
     """Loss, norm and mean gradient over the counted tokens of ``rows``, without an update.
 
-    Micro-batches add nats, and gradients of nats; the one division by the
-    number of tokens comes after the last of them.
+    Micro-batches sum nats and gradients of nats; the only division, by the number of tokens, comes
+    after the last of them.
     """
     sums = Gradients(model, collate, batch_size, compiled=False, recompute=recompute)(rows)
     mean = mean_of(sums.gradient, sums.counts.tokens)
@@ -165,11 +165,11 @@ def mean_gradient(
 
 
 def mean_of(gradient: Any, tokens: int | mx.array) -> Any:
-    """A gradient that was summed over so many tokens, for each of them."""
+    """The mean of a gradient that was summed over so many tokens."""
     return tree_map(lambda g: (g / tokens).astype(g.dtype), gradient)
 
 
 def norm_squared(gradient: Any) -> mx.array:
-    """The sum of the squares of all numbers, float32."""
+    """The sum of the squares of all entries, float32."""
     leaves = dict(tree_flatten(gradient)).values()
     return mx.stack([leaf.astype(mx.float32).square().sum() for leaf in leaves]).sum()

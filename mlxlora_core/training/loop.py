@@ -1,8 +1,8 @@
 """``rows -> batches -> (nats, tokens) -> update``: an iterator over steps.
 
-The caller prints, saves and stops; between two steps the training is in a
-consistent state, which :attr:`Training.progress` and two sets of tensors tell
-whole. Randomness in a step is a function of (seed, step) alone.
+The caller prints, saves and stops. Between two steps the state is consistent, and consists of
+:attr:`Training.progress`, the trainable parameters and the tensors of the optimizer. Random
+numbers in a step are a function of (seed, step) alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from mlxlora_core.training.batches import Collator, steps_from
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.events import Advanced, Note, Report, SpikeReport, TrainReport, ValidReport
 from mlxlora_core.training.examples import Example
-from mlxlora_core.training.loss import Loss
 from mlxlora_core.training.message import Total, require_same
 from mlxlora_core.training.optimizer import learning_rate
 from mlxlora_core.training.optimizer import make as make_optimizer
@@ -46,12 +45,12 @@ from mlxlora_core.training.update import (
     of_rank,
 )
 
-SPIKE_FACTOR = 10  # a loss that many times the median of the last ones is told
+SPIKE_FACTOR = 10  # a loss so many times the median of the last ones is reported
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """A step that the device is at, and its learning rate."""
+    """A step that the device is still computing, and its learning rate."""
 
     step: int
     rate: float
@@ -59,43 +58,42 @@ class _Pending:
 
 
 class Training:
-    """A training, step by step: iterating makes steps and gives the reports due after each.
+    """A training, step by step: iterating makes steps and yields the reports that are due after each.
 
-    Validates before the first step, every ``steps_per_eval`` steps and after
-    the last one, always on the same rows. The first item of a training from
-    the start is its first validation, where there is something to validate on.
+    It validates before the first step, every ``steps_per_eval`` steps and after the last one, always
+    on the same rows. If there are rows to validate on, the first item yielded by a new training is
+    its first validation.
 
     Args:
         model: updated in place.
-        train_set: rows to train on; a step that finds fewer than a batch left
-            in the epoch uses those.
+        train_set: rows to train on; the last step of an epoch may have fewer rows than the others.
         valid_set: rows to validate on; empty for no validation.
-        config: how.
-        seed: of the order of rows and of dropout.
-        factors: parameter -> factor on its learning rate, of those that have one.
-        prefix: what is kept of the rows, where something is.
-        recompute: whether layers keep only their input for the gradient.
-        group: the ranks that train together; each iterates in step with the others, and gets the
+        config: how to train.
+        seed: for the order of rows and for dropout.
+        factors: parameter -> factor on its learning rate; 1 for all that are not named.
+        prefix: the kept hidden states of the rows, if there are any.
+        recompute: whether layers keep only their input for the backward pass.
+        group: the ranks that train together; each iterates in step with the others and yields the
             same reports.
 
-    On a GPU the loss of a step is read while the device computes the next one, unless something
-    is due after it. State and :attr:`progress` are those of the last step all the same; a spike
-    is told one step late then.
+    On a GPU the loss of a step is read while the device computes the next one, unless a report or
+    a validation is due. State and :attr:`progress` are still those of the last step, but a spike is
+    reported one step late.
 
     Attributes:
         compiled: whether the step is compiled.
-        packed: whether rows stand one after the other, and are not padded.
-        validation_bytes: of memory that a validation may take; None is what is free.
+        packed: whether the rows of a batch are packed, not padded.
+        validation_bytes: the memory that a validation may take; None is what is free.
         prefix: as given.
         recompute: as given.
         group: as given.
-        signum: asks for the signal that this process has got, or None; see :attr:`stopped_by`.
-        watch: is told what this process is at.
+        signum: returns the signal that this process has received, or None; see :attr:`stopped_by`.
+        watch: is told what this process is doing.
 
     Raises:
-        UsageError: patience without rows to validate on, or packing of a model that cannot.
-        DivergedError: while iterating: a loss or a gradient is not finite; the
-            update was not made and the state is that before the step.
+        UsageError: patience without rows to validate on, or packing with a model that cannot pack.
+        DivergedError: while iterating: a loss or a gradient is not finite; the update was not made
+            and the state is that before the step.
         RankError: while iterating: the ranks hold different parameters.
     """
 
@@ -119,7 +117,7 @@ class Training:
         self.prefix, self.recompute, self.group = prefix, recompute, group
         self.signum: Callable[[], int | None] = lambda: None
         self.watch = Watch()
-        self._heard: int | None = None  # a signal of any rank
+        self._heard: int | None = None  # a signal that any rank has received
         self._stopped_by: int | None = None
         self._collate, self._collate_valid = (
             prefix.collator(split) if prefix and rows else Collator(rows)
@@ -137,9 +135,9 @@ class Training:
         self._seconds, self._last = 0.0, (math.nan, math.nan)
 
     def arrange(self, compiled: bool, packed: bool) -> None:
-        """Let steps be compiled from now on, or not, and rows be packed or padded."""
+        """Choose for all further steps whether they are compiled, and whether rows are packed or padded."""
         config, self.compiled, self.packed = self.config, compiled, packed
-        few = compiled and not packed  # else nearly every batch has a shape of its own
+        few = compiled and not packed  # nearly every packed batch has a shape of its own
         shapes = shapes_of(self._train_set, of_rank(config, self.group).batch_size) if few else None
         self._collate = replace(self._collate, packing=packed, shapes=shapes)
         self._collate_valid = replace(self._collate_valid, packing=packed)
@@ -149,38 +147,38 @@ class Training:
 
     @property
     def progress(self) -> Progress:
-        """Where it stands, after waiting for the step that the device is at."""
+        """The progress so far, after waiting for the step that the device is computing."""
         self._spikes = self.settle()
         return self._progress
 
     @property
     def step(self) -> int:
-        """Steps made, without waiting for anything."""
+        """The number of steps made, without waiting for the device."""
         return self._progress.step + (self._pending is not None)
 
     @property
     def best_step(self) -> int | None:
-        """The step of the best validation so far, without waiting for anything."""
+        """The step of the best validation so far, without waiting for the device."""
         return self._progress.best_step
 
     @property
     def compiles(self) -> int:
-        """How often a part of the step was compiled."""
+        """How many times a part of the step was compiled."""
         return self._updates.compiles
 
     @property
     def finished(self) -> bool:
-        """Whether no step is left, or patience is at its end."""
+        """Whether no step is left, or patience has run out."""
         return self.step >= self.config.iters or self.stopped_early
 
     @property
     def stopped_early(self) -> bool:
-        """Whether patience is at its end."""
+        """Whether patience has run out."""
         return self.config.patience is not None and self._progress.worse >= self.config.patience
 
     @property
     def stopped_by(self) -> int | None:
-        """The signal after which no step is to follow; of several ranks all have it after the same step."""
+        """The signal after which no step follows, or None; all ranks have it after the same step."""
         return self.signum() if self.group.size == 1 else self._stopped_by
 
     def optimizer_tensors(self) -> dict[str, mx.array]:
@@ -188,10 +186,10 @@ class Training:
         return dict(tree_flatten(self._optimizer.state))
 
     def restore(self, progress: Progress, optimizer: Mapping[str, mx.array]) -> None:
-        """Go on from a state; the trainable parameters are the caller's to restore.
+        """Continue from a saved state; the caller restores the trainable parameters.
 
         Raises:
-            ModelError: the tensors are not those of this optimizer.
+            ModelError: the tensors do not fit this optimizer.
         """
         faults = mismatches(optimizer, self.optimizer_tensors())
         if faults:
@@ -202,17 +200,17 @@ class Training:
         self._progress, self._pending, self._spikes = progress, None, ()
 
     def prepare(self) -> Iterator[Advanced | Note]:
-        """Compute what is kept of the rows, where steps are left; what that saves, or why it is not done.
+        """If steps are left, compute the hidden states to keep; yields progress, and what that saves.
 
         Raises:
-            UsageError: it cannot be kept in the type that was asked for.
+            UsageError: they cannot be kept at all, or not in the type that was asked for.
         """
         prefix = self.prefix
         if prefix is None or self.finished:
             return
         self._module.eval()
         self.watch.phase("reading the rows that are kept")
-        prefix.look()
+        prefix.check_rows()
         if self.config.reuse_prefix == "on" and not prefix.reuse.on:
             raise UsageError(f"reuse_prefix cannot be on: {prefix.reuse.why_not}", fix="leave it at auto")
         yield Note(prefix.words)
@@ -225,18 +223,18 @@ class Training:
             yield Note(prefix.difference(self._collate(next(self._rows(0))[: self.config.batch_size])))
 
     def notes(self) -> list[str]:
-        """What there is to tell of what is kept of the rows, since this was asked last."""
+        """New notes on the kept hidden states since the last call."""
         return self.prefix.notes() if self.prefix is not None else []
 
     def _hear(self) -> None:
-        """Let all ranks know of a signal that one has got, where no step tells them."""
+        """Tell all ranks of a signal that one has received, while there are no steps that would."""
         if self.group.size > 1:
             self.watch.phase("reading the rows that are kept")
             given = self.group.share(bytes([self.signum() or 0]))
             self._stopped_by = next((number for (number,) in given if number), None)
 
     def _rows(self, cursor: int) -> Iterator[list[int]]:
-        """The rows of the step after ``cursor``, and of those after it."""
+        """The rows of each step after the first ``cursor`` ones."""
         rows_a_step, by_length = self.config.rows_a_step, self.config.group_by_length
         return steps_from(self._train_set, rows_a_step, self.seed, cursor, by_length)
 
@@ -257,7 +255,7 @@ class Training:
             self._module.eval()
 
     def _step(self, rows: list[int]) -> Iterator[Report]:
-        """Make one step; its reports, and what the one before has left to report."""
+        """Make one step; yields its reports, and those that the step before has left."""
         started = time.perf_counter()
         step, config = self.step + 1, self.config
         self.watch.phase(f"step {step}")
@@ -275,20 +273,20 @@ class Training:
         if self._valid_set and (step % config.steps_per_eval == 0 or step == config.iters):
             yield from self.settle()
             valid = self._validate(step)
-            self._compare(valid)
+            self._progress = self._progress.after_validation(valid.loss)
         if step % config.steps_per_report == 0 or self.finished:
             yield from self.settle()
             yield self._report()
         if valid is not None:
             yield valid
-        # Not where it is heard: whoever saves waits for a step sooner than other ranks.
+        # Not as soon as it is heard: a rank that saves settles its step earlier than the others.
         self._stopped_by = self._heard
 
     def settle(self) -> tuple[SpikeReport, ...]:
-        """Wait for the step that the device is at, and note it; the spikes that nobody was told yet.
+        """Wait for the step that the device is computing and count it; returns spikes not yet reported.
 
         Raises:
-            DivergedError: it was not finite; the state is that before it.
+            DivergedError: the step was not finite; the state is that before it.
         """
         spikes, pending = self._spikes, self._pending
         self._spikes, self._pending = (), None
@@ -305,37 +303,15 @@ class Training:
         sound, before = math.isfinite(loss.nats) and math.isfinite(norm), self._progress.recent
         if not sound and self.config.on_nonfinite == "stop":
             raise diverged(loss, pending.step, pending.update.rows, before)
-        self._count(pending.step, loss, sound, is_clipped(norm, self.config.grad_clip), self._seconds)
+        clipped = is_clipped(norm, self.config.grad_clip)
+        self._progress = self._progress.after_step(loss, self._seconds, sound=sound, clipped=clipped)
         self._seconds, self._last = 0.0, (pending.rate, norm)
         if sound and len(before) == SPIKE_STEPS and loss.mean > SPIKE_FACTOR * statistics.median(before):
             spikes = (*spikes, SpikeReport(pending.step, loss.mean, statistics.median(before)))
         return spikes
 
-    def _count(self, step: int, loss: Loss, sound: bool, clipped: bool, seconds: float) -> None:
-        """Note one step."""
-        old, window = self._progress, self._progress.window
-        if sound:
-            window = replace(window, nats=window.nats + loss.nats, tokens=window.tokens + loss.tokens)
-        window = replace(
-            window,
-            steps=window.steps + 1,
-            seconds=window.seconds + seconds,
-            clipped=window.clipped + (sound and clipped),
-            skipped=window.skipped + (not sound),
-            positions=window.positions + loss.positions,
-            padding=window.padding + loss.padding,
-        )
-        self._progress = replace(
-            old,
-            step=step,
-            trained_tokens=old.trained_tokens + (loss.tokens if sound else 0),
-            skipped=old.skipped + (not sound),
-            recent=(*old.recent, loss.mean)[-SPIKE_STEPS:] if sound else old.recent,
-            window=window,
-        )
-
     def _report(self) -> TrainReport:
-        """The steps since the last report; counting starts again."""
+        """The report on the steps since the last one."""
         window = self._progress.window
         self._progress = replace(self._progress, window=Window())
         return TrainReport(
@@ -365,18 +341,10 @@ class Training:
                 self._collate_valid,
                 self.group,
             )
-        except DivergedError:  # the update before it was sound, so that the next step has the last word
+        except DivergedError:  # the last update was sound: let the next step decide
             return ValidReport(step, math.nan, 0, time.perf_counter() - started)
         seconds = time.perf_counter() - started
         return ValidReport(step, loss.mean, loss.tokens, seconds, loss.padding / loss.positions)
-
-    def _compare(self, valid: ValidReport) -> None:
-        """Note whether a validation is the best; NaN never is."""
-        best = self._progress.best_loss
-        if math.isfinite(valid.loss) and (best is None or valid.loss < best):
-            self._progress = replace(self._progress, best_loss=valid.loss, best_step=valid.step, worse=0)
-        else:
-            self._progress = replace(self._progress, worse=self._progress.worse + 1)
 
 
 def train(
@@ -386,11 +354,11 @@ def train(
     config: TrainConfig,
     seed: int,
 ) -> Iterator[Report]:
-    """The reports of a :class:`Training` from its start to its end, which nobody wants to save."""
+    """The reports of a whole :class:`Training`, for callers that save nothing."""
     for reports in Training(model, train_set, valid_set, config, seed):
         yield from reports
 
 
 def _rate(count: int, seconds: float) -> float:
-    """How many a second; NaN where the clock stood still or went back."""
+    """``count`` per second; NaN if the clock stood still or went back."""
     return count / seconds if seconds > 0 else math.nan

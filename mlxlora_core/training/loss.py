@@ -1,6 +1,6 @@
 """The loss: nats summed over counted tokens, and how many there were.
 
-Nothing here divides. A mean is taken once, by whoever has all the sums.
+Nothing here divides: whoever has all the sums takes the mean, once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxlora_core.model.dropout import at_places, drawn_by
+from mlxlora_core.model.dropout import at_positions, using_keys
 from mlxlora_core.model.head_loss import head_nats
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.training.batches import Batch
@@ -25,7 +25,7 @@ class Loss:
     Attributes:
         nats: summed over the counted tokens.
         tokens: how many counted.
-        positions: for how many positions layers were computed.
+        positions: how many positions were computed.
         padding: how many of these were padding.
     """
 
@@ -54,29 +54,29 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        """``exp`` of the mean; infinite where that overflows."""
+        """``exp`` of the mean; infinite if that overflows."""
         return math.inf if self.mean > 700 else math.exp(self.mean)
 
 
 def nats(model: LanguageModel, batch: Batch, recompute: bool = False) -> mx.array:
     """Cross-entropy of a batch in nats, summed over its counted tokens, float32.
 
-    The head runs only at the positions that count, and layers from the one on whose input is not known.
+    The head runs only at the positions that count, and layers only from ``batch.first`` up.
 
     Args:
-        model: in training mode where its gradient is wanted: see :func:`head_nats`.
+        model: in training mode if the gradient is wanted: see :func:`head_nats`.
         batch: of rows.
-        recompute: whether a layer keeps only its input for the gradient: see :func:`run_recomputed`.
+        recompute: whether a layer keeps only its input for the backward pass: see :func:`run_recomputed`.
     """
-    with drawn_by(batch.places):
-        hidden = states(model, batch, recompute)
+    with using_keys(batch.dropout_keys):
+        hidden = hidden_states(model, batch, recompute)
         counted = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
-        with at_places(batch.positions):
+        with at_positions(batch.positions):
             return head_nats(model, counted, batch.targets, batch.weights)
 
 
-def states(model: LanguageModel, batch: Batch, recompute: bool = False) -> mx.array:
-    """What leaves the top layer for each of a batch's inputs, (B, T, D)."""
+def hidden_states(model: LanguageModel, batch: Batch, recompute: bool = False) -> mx.array:
+    """The output of the top layer for each of a batch's inputs, (B, T, D)."""
     hidden = model.embed(batch.inputs) if batch.hidden is None else batch.hidden
     lengths: dict[str, Any] = {"lengths": batch.lengths} if batch.lengths else {}
     if recompute:

@@ -153,7 +153,7 @@ def training_memory(
     kept = 0
     if prefix is not None:
         need = max(need, prefix.filling_bytes(sizes_of(model.language_model)))
-        kept = prefix.settle(need)
+        kept = prefix.budget_memory(need)
     said = require_for(need + kept, "training", fix)
     if recompute:
         said += "; layers are computed again for their gradient (--grad-checkpoint), which takes longer"

@@ -1,7 +1,7 @@
-"""What goes round between the ranks in a step, in one message: gradients, nats, counts, and a word of each.
+"""The one message that ranks exchange in a step: gradients, nats, counts and signals.
 
-Numbers are float32 on the way, which hold whole numbers up to 2**24. So those that may be larger go in
-two halves, of which as many as there are ranks ever add up exactly.
+Numbers are sent as float32, which is exact for whole numbers up to 2**24. Counts that may be larger are
+sent as two halves, whose sums over any number of ranks are exact.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 @dataclass(frozen=True)
 class Total:
-    """What the ranks have come to in a step together; its arrays may be still to compute.
+    """Sums over all ranks for a step; the device may still be computing its arrays.
 
     Attributes:
-        total: nats, summed over all ranks.
-        gradient: of them, as a tree like that of the parameters that train.
-        halves: of the tokens, the positions and the padding, (3, 2).
-        signals: that each rank has got, 0 for none, (R,).
-        checks: of what each rank's parameters were before the step, in halves of 16 bits, (R, 2).
+        total: nats.
+        gradient: of the total, as a tree like the parameters that train.
+        halves: of the counts of tokens, positions and padding, (3, 2).
+        signals: the signal that each rank has received, 0 for none, (R,).
+        checks: checksums of each rank's parameters before the step, in halves of 16 bits, (R, 2).
     """
 
     total: mx.array
@@ -44,44 +44,44 @@ class Total:
 
     @property
     def tokens(self) -> mx.array:
-        """How many counted, rounded to float32."""
+        """How many tokens counted, rounded to float32."""
         return self.halves[0, 0] + _HALF * self.halves[0, 1]
 
     @property
     def loss(self) -> Loss:
-        """Nats and counts on the host, which waits for them."""
+        """Nats and counts on the host, which waits for the device."""
         return Loss(float(self.total), *_whole(self.halves, _HALF))
 
     @property
     def signum(self) -> int | None:
-        """The signal that ends the training: that of the lowest rank that has got one."""
+        """The signal that ends the training, from the lowest rank that has received one; or None."""
         return next((int(signum) for signum in _numbers(self.signals) if signum), None)
 
     @property
     def checksums(self) -> list[int]:
-        """Of the parameters of each rank, in order."""
+        """The checksum of each rank's parameters, in order."""
         return _whole(self.checks, 2**16)
 
 
 def _whole(halves: mx.array, base: int) -> list[int]:
-    """The whole numbers of which there are halves, (N, 2)."""
+    """The whole numbers that halves (N, 2) stand for."""
     return [int(low) + base * int(high) for low, high in _numbers(halves)]
 
 
 def _numbers(message: mx.array) -> Any:
-    """A part of a message for the host; numpy alone would take whatever is there where the message failed."""
+    """An array as numpy; evaluated first, since numpy would read garbage if the message failed."""
     mx.eval(message)
     return np.array(message)
 
 
 def add_up(group: Group, sums: Sums, parameters: Any, signum: int | None) -> Total:
-    """What all ranks have come to, in one message.
+    """The sums over all ranks, in one message.
 
     Args:
         group: the ranks.
-        sums: of the rows of this one, which may be none.
-        parameters: that train, as they are before the step.
-        signum: a signal that this one has got.
+        sums: over the rows of this rank, which may have none.
+        parameters: those that train, before the step.
+        signum: a signal that this rank has received, or None.
     """
     without = sums.gradient is None
     named = dict(tree_flatten(parameters if without else sums.gradient))
@@ -101,20 +101,20 @@ def add_up(group: Group, sums: Sums, parameters: Any, signum: int | None) -> Tot
 
 
 def checksum(parameters: Any) -> mx.array:
-    """The sum of the bits of all numbers of a tree, uint32."""
+    """The sum, modulo 2**32, of all numbers of a tree read as unsigned integers, uint32."""
     leaves = dict(tree_flatten(parameters)).values()
     return mx.stack([leaf.view(_WORDS[leaf.dtype.size]).astype(mx.uint32).sum() for leaf in leaves]).sum()
 
 
 def require_same(checksums: Sequence[int], step: int) -> None:
-    """Refuse ranks whose parameters are not the same.
+    """Refuse ranks whose parameters differ.
 
     Args:
         checksums: of the parameters of each rank, in order.
-        step: that they were before.
+        step: the step that follows.
 
     Raises:
-        RankError: naming those that differ from most, or all where no value has most of them.
+        RankError: it names the ranks that differ from the majority, or all if there is no majority.
     """
     if len(set(checksums)) == 1:
         return

@@ -1,4 +1,4 @@
-"""The optimizers (Adam, AdamW, Muon with AdamW for what is no matrix), and the learning rate of each step."""
+"""The optimizers (Adam, AdamW, Muon with AdamW for all but matrices), and the learning rate of a step."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def make(
     """The optimizer that a config names.
 
     Args:
-        config: which, with which settings.
-        model: that it trains.
+        config: names it and its settings.
+        model: the model to train.
         factors: parameter -> factor on its learning rate; 1 for all that are not named.
     """
     groups = sorted({1.0, *factors.values()})
@@ -56,10 +56,10 @@ def _plain(config: TrainConfig, model: LanguageModel) -> Any:
 
 
 def factors_of(model: Model, adapted: adapters.Adapted) -> dict[str, float]:
-    """Parameter -> factor on its learning rate, of those for which the adapter says one.
+    """Parameter -> factor on its learning rate, for those to which the adapter gives one.
 
     Raises:
-        PluginError: it says something else.
+        PluginError: the adapter gives something else.
     """
     component = adapted.choice.component
     factors: dict[str, float] = {}
@@ -78,13 +78,13 @@ def factors_of(model: Model, adapted: adapters.Adapted) -> dict[str, float]:
 
 
 class Groups(optimizers.MultiOptimizer):
-    """Parameters in groups, each with an optimizer whose learning rate is a multiple of that of all.
+    """Groups of parameters, each with its own optimizer, whose learning rate is a multiple of the common one.
 
-    A decay of the weights that goes with the learning rate goes with that of the group, as in the
-    parameter groups of torch.
+    Weight decay that is scaled by the learning rate is scaled by that of the group, as in the parameter
+    groups of torch.
 
     Args:
-        by_factor: factor on the learning rate -> optimizer of those that have it.
+        by_factor: factor on the learning rate -> the optimizer of the parameters that have it.
         factors: parameter -> factor; 1 for all that are not named.
     """
 
@@ -97,22 +97,22 @@ class Groups(optimizers.MultiOptimizer):
 
     @property
     def learning_rate(self) -> Any:
-        """Of those whose factor is 1."""
+        """The learning rate of the parameters whose factor is 1."""
         return self.optimizers[self._factors.index(1.0)].learning_rate
 
     @learning_rate.setter
     def learning_rate(self, rate: float | mx.array) -> None:
-        """Set it, and with it those of the other groups."""
+        """Set it, and those of the other groups with it."""
         for optimizer, factor in zip(self.optimizers, self._factors, strict=True):
             optimizer.learning_rate = rate * factor
 
 
 class Muon(optimizers.Optimizer):
-    """Momentum made orthogonal by Newton-Schulz steps (Jordan et al. 2024, "Muon").
+    """Momentum, orthogonalized by Newton-Schulz steps (Jordan et al. 2024, "Muon").
 
-    With decoupled weight decay, and updates as large as those of AdamW at the
-    same learning rate: 0.2 · sqrt(max(rows, columns)) times the orthogonal matrix
-    (Liu et al. 2025, arXiv:2502.16982, equation 4).
+    It has decoupled weight decay, and scales the orthogonal matrix by 0.2 · sqrt(max(rows, columns)), so
+    that updates are as large as AdamW's at the same learning rate (Liu et al. 2025, arXiv:2502.16982,
+    equation 4).
     """
 
     # The quintic 3.4445 x - 4.7750 x³ + 2.0315 x⁵ brings singular values near 1 in five steps.
@@ -125,7 +125,7 @@ class Muon(optimizers.Optimizer):
         self.momentum, self.weight_decay = momentum, weight_decay
 
     def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
-        """Momentum of zeros."""
+        """Start with a momentum of zeros."""
         state["v"] = mx.zeros_like(parameter)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
@@ -153,9 +153,9 @@ def orthogonal(matrix: mx.array) -> mx.array:
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The learning rate of the update ``step``, counted from 1.
 
-    Linear over the warm-up, up to the peak at its last step; then constant, or a
-    half cosine that would reach ``min_learning_rate`` one step after the last
-    (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5), so that every step moves.
+    It rises linearly over the warm-up, to the peak at its last step. Then it is constant, or a half cosine
+    that would reach ``min_learning_rate`` one step after the last one, so that even with a minimum of 0
+    every step trains (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5).
     """
     if step < config.warmup:
         return config.learning_rate * step / config.warmup

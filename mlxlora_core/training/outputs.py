@@ -1,4 +1,4 @@
-"""What a training leaves on the disk, and whether it may: told before the first step."""
+"""The files that a training writes, checked before the first step."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""A batch in parts, each on a core of its own.
+"""Computes a batch in parts, each on a core of its own.
 
-MLX's CPU backend runs the operations of a stream on one thread; of those, only
-a matrix product can use more, and only under a BLAS that has threads. So rows
-of a batch are computed side by side where there are enough of them, each part
-on a stream and a core of its own; where there are not, products get all cores.
+MLX's CPU backend runs the operations of a stream on one thread. Only matrix products can use more,
+and only with a BLAS that has threads. So if a batch has enough rows, parts of it are computed side
+by side, each on its own stream and core; otherwise products get all cores.
 """
 
 from __future__ import annotations
@@ -28,17 +27,16 @@ def side_by_side(
     rows: Sequence[int],
     lengths: Sequence[int],
 ) -> list[tuple[Batch, T]]:
-    """``compute`` of each part that some rows are dealt into, evaluated, with the part.
+    """Split rows into parts and compute each; returns (part, result) pairs, evaluated.
 
-    On a CPU the parts are computed at the same time; the number of cores and the
-    lengths alone decide what they are, so that sums over them are the same in every
-    run. On a GPU there is one part.
+    On a CPU the parts are computed at the same time. Only the number of cores and the lengths decide
+    how rows are split, so that sums over the parts are the same in every run. On a GPU there is one part.
 
     Args:
-        compute: gives arrays, or a tree of them, that add up over the rows of a batch.
-        collate: makes the batch of a part; called for one after the other.
-        rows: one at least.
-        lengths: in tokens, of each of them.
+        compute: returns arrays, or a tree of them, that are sums over the rows of a batch.
+        collate: makes the batch of a part; called for one part after the other.
+        rows: at least one.
+        lengths: of each row, in tokens.
     """
     parts = split_rows(rows, lengths) if on_cpu() else [rows]
     if len(parts) == 1:
@@ -58,7 +56,7 @@ def side_by_side(
 
 @cache
 def _streams(count: int) -> list[mx.ThreadLocalStream]:
-    """Streams of the CPU, which MLX binds to the thread that uses them; each has a thread that never ends."""
+    """CPU streams; cached because MLX binds one to the calling thread and its own thread never ends."""
     return [mx.new_thread_local_stream(mx.Device(mx.cpu)) for _ in range(count)]
 
 
@@ -67,11 +65,11 @@ _ELEMENTWISE = 0.25
 
 
 def split_rows(rows: Sequence[int], lengths: Sequence[int]) -> Sequence[Sequence[int]]:
-    """``rows`` of a batch in parts to compute side by side; all of them in one where that is faster.
+    """The parts of a batch to compute side by side; a single part if that is faster.
 
     Args:
-        rows: one at least.
-        lengths: in tokens, of each of them.
+        rows: at least one.
+        lengths: of each row, in tokens.
     """
     cores = thread_count()
     count = min(cores, len(rows))

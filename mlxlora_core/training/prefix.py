@@ -1,13 +1,13 @@
-"""What enters the lowest adapted layer, computed once for each row and kept.
+"""What enters the lowest adapted layer, computed once for each row and reused.
 
-The layers below it are frozen and nothing in them is random, so that their
-output depends on the row alone: later steps and validations begin where it
-was kept. Known from small networks: Matsutani et al. 2024, arXiv:2410.21073.
+The layers below are frozen and nothing in them is random, so their output depends only on the row:
+later steps and validations start from what was kept. Known from small networks: Matsutani et al.
+2024, arXiv:2410.21073.
 
-The rows are read in an order and in batches that the data alone decides, so that
-a training that is resumed fills the same numbers in again. Several ranks share them out: each
-computes every so-many-th group of rows, and all of them keep all, since rows go from rank to rank
-with every epoch. A token takes a few kilobytes on the way, and computing it on each rank far longer.
+The data alone decides in which order and in which batches the rows are read, so that a resumed
+training computes the same numbers again. Several ranks share the work: each computes every
+``size``-th group of rows, and all of them keep all rows, since a rank gets other rows in every
+epoch. Sending a token's few kilobytes takes far less time than computing it on each rank.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from mlxlora_core.model.memory import Sizes, reused_bytes
 from mlxlora_core.training.batches import Batch, Collator, make_batch
 from mlxlora_core.training.events import Advanced
 from mlxlora_core.training.examples import Example, Examples
-from mlxlora_core.training.kept import Kept, Numbers, Place
 from mlxlora_core.training.loss import nats
 from mlxlora_core.training.parallel import side_by_side
 from mlxlora_core.training.reuse import Reuse, decide
+from mlxlora_core.training.row_store import Numbers, RowStore, Stored
 from mlxlora_core.training.settings import TrainConfig
 
-#: tokens that are read at a time at most, unless a row has more
+#: the most tokens that are read at a time, unless a single row has more
 TOKENS = 2048
 
-_SHARE = 0.25  # of the memory that is free, what is kept takes at most unless somebody says otherwise
+_SHARE = 0.25  # of the free memory; the most that is kept in it unless the user says otherwise
 _LOST = "; every step that reads them computes all layers"
 
 # numpy has no bfloat16
@@ -55,36 +55,36 @@ _MLX_WORDS = {2: mx.uint16, 4: mx.uint32}
 
 @dataclass
 class _Group:
-    """Rows that are read together, and are read together again where they are lost.
+    """Rows that are read together, and again together if they are lost.
 
     Attributes:
-        split: whose rows.
-        rows: which.
-        place: where they are; None where there is no room.
-        renewed: whether they were lost once before.
+        split: that they belong to.
+        rows: their indices.
+        place: where they are stored; None if there is no room.
+        renewed: whether they have been lost once before.
     """
 
     split: str
     rows: Sequence[int]
-    place: Place | None = None
+    place: Stored | None = None
     renewed: bool = False
 
 
 class Prefix:
-    """What enters a layer, for the rows of a training.
+    """The kept hidden states of the rows of a training: the input of layer ``reuse.first``.
 
     Args:
         model: with the adapter that trains.
-        splits: ``train`` and, where there is one, ``valid``.
-        reuse: what is kept of them, and whether.
-        belongs: what else the numbers depend on: fingerprint of the base, versions of plugins.
-        folder: below which files go; None is a temporary place.
-        memory_mb: what is kept in memory at most; None is a quarter of what is free, of which the ranks
-            of one machine get a part each.
+        splits: ``train`` and, if there is one, ``valid``.
+        reuse: which hidden states are kept, and whether.
+        belongs: what else the numbers depend on: the fingerprint of the base, versions of plugins.
+        folder: the folder to put files in; None is a temporary one.
+        memory_mb: the most that is kept in memory; None is a quarter of what is free, divided among the
+            ranks of a machine.
         group: the ranks that share the work.
 
     Attributes:
-        reuse: as given; a training that is resumed may change whether.
+        reuse: as given; resuming a training may switch it on or off.
     """
 
     def __init__(
@@ -102,16 +102,16 @@ class Prefix:
         self._packing = takes(model, "lengths")
         self._belongs, self._folder = "\n".join(belongs), folder
         self._budget: int | None = None if memory_mb is None else memory_mb * 10**6
-        self._kept: Kept | None = None
+        self._store: RowStore | None = None
         self._where: dict[tuple[str, int], tuple[_Group, int]] = {}
         self._notes: list[str] = []
 
     def collator(self, split: str) -> Collator:
-        """Makes batches of the rows of a split, with what was kept of them."""
+        """Makes batches of the rows of a split, with their kept hidden states."""
         return Collator(self._splits[split], entering=partial(self.entering, split), first=self.reuse.first)
 
-    def settle(self, need: int) -> int:
-        """Settle how much is kept in memory beside work that needs ``need`` bytes; how much that will be."""
+    def budget_memory(self, need: int) -> int:
+        """Decide how much to keep in memory beside work that needs ``need`` bytes; returns how many."""
         if self._budget is None:
             free = free_memory_bytes()
             if free is not None:
@@ -122,11 +122,11 @@ class Prefix:
         return total if self._budget is None else min(total, self._budget)
 
     def filling_bytes(self, sizes: Sizes) -> int:
-        """What filling takes at once beside what is kept, at most."""
+        """The most memory that filling takes, beside what is kept, in bytes."""
         if not self.reuse.on:
             return 0
         groups = (self._tokens(split, rows) for split, rows in self._parts())
-        ranks = self._group.size if self._group.size > 1 else 0  # what each gives comes to all, and is copied
+        ranks = self._group.size if self._group.size > 1 else 0  # each receives all parts, and copies them
         return max(
             2 * len(tokens) * max(tokens) * sizes.dim * sizes.number_bytes
             + sizes.layer_bytes(len(tokens), max(tokens), max(tokens))
@@ -134,10 +134,10 @@ class Prefix:
             for tokens in groups
         )
 
-    def look(self) -> None:
-        """Keep nothing where a row's states are not its own, such as those scaled for the width of a batch.
+    def check_rows(self) -> None:
+        """Switch off if a row's hidden states depend on the width of its batch.
 
-        The shortest row, padded like the longest, shows that.
+        The shortest row, alone and padded like the longest, shows that.
         """
         if not self.reuse.on:
             return
@@ -156,7 +156,7 @@ class Prefix:
 
     @property
     def words(self) -> str:
-        """What is saved and what that takes, or why nothing is, in a line."""
+        """One line on what is saved and what that takes, or why nothing is."""
         if not self.reuse.on:
             return self.reuse.words
         total = self.reuse.number_bytes
@@ -168,41 +168,41 @@ class Prefix:
         return f"{self.reuse.words}; it takes {' and '.join(said)}"
 
     def go_on(self, on: bool) -> None:
-        """Keep, or do not, as a training was begun that goes on."""
+        """Switch on or off, as the training that is resumed was started."""
         if on != self.reuse.on and self.reuse.possible:
             self.reuse = replace(self.reuse, on=on, why_not="" if on else "it was begun so")
 
     def fill(self) -> Iterator[Advanced]:
-        """Compute what is to be kept; how far that is after each group of rows.
+        """Compute the hidden states to keep; yields progress after each group of rows.
 
         Raises:
-            UsageError: it cannot be kept in the type that was asked for.
+            UsageError: they cannot be kept in the type that was asked for.
         """
         if not self.reuse.on:
             return
-        self._kept = Kept(self._budget, self._folder)
+        self._store = RowStore(self._budget, self._folder)
         what = f"what enters layer {self.reuse.first + 1}"
         count, done = sum(map(len, self.reuse.rows.values())), 0
         groups = self._parts()
         while parts := list(islice(groups, self._group.size)):
             for (split, rows), numbers in zip(parts, self._shared_out(parts), strict=True):
                 group = _Group(split, rows)
-                if not self._kept.fault:
-                    group.place = self._kept.keep(self._key(group), numbers)
+                if not self._store.fault:
+                    group.place = self._store.keep(self._key(group), numbers)
                 self._where |= {(split, row): (group, index) for index, row in enumerate(rows)}
                 done += len(rows)
             yield Advanced(what, done, count)
-        if self._kept.fault:
+        if self._store.fault:
             lost = sum(group.place is None for group, _ in self._where.values())
-            self._notes.append(f"warning: {lost} of {count} rows have no room ({self._kept.fault}){_LOST}")
+            self._notes.append(f"warning: {lost} of {count} rows have no room ({self._store.fault}){_LOST}")
 
     def entering(self, split: str, rows: Sequence[int], batch: Batch) -> mx.array | None:
-        """What enters :attr:`Reuse.first` for a batch, in the layout of its inputs; None where a row is lost.
+        """The input (B, T, D) of layer :attr:`Reuse.first` for a batch; None if a row is lost.
 
         Args:
-            split: whose rows.
-            rows: those of the batch, in its order.
-            batch: whose ``inputs`` (B, T) it stands for.
+            split: that the rows belong to.
+            rows: of the batch, in order.
+            batch: gives the layout: its ``inputs`` are (B, T).
         """
         words = _WORDS[self.reuse.stored.size]
         whole = np.zeros((batch.inputs.size, self.reuse.width), words)
@@ -212,22 +212,22 @@ class Prefix:
                 return None
             whole[start : start + len(found)] = found
         whole = whole.reshape(*batch.inputs.shape, -1)
-        whole[len(rows) :] = whole[:1]  # rows that only fill a shape, as its inputs do
+        whole[len(rows) :] = whole[:1]  # rows that only fill the shape repeat the first, as in the inputs
         return mx.array(whole).view(self.reuse.stored).astype(self.reuse.computed)
 
     def notes(self) -> list[str]:
-        """What there is to tell since this was asked last."""
+        """New notes for the user since the last call."""
         told, self._notes = self._notes, []
         return told
 
     def close(self) -> None:
-        """Give back memory and files."""
+        """Free the memory and delete the files."""
         self._where.clear()
-        if self._kept is not None:
-            self._kept.close()
+        if self._store is not None:
+            self._store.close()
 
     def _parts(self) -> Iterator[tuple[str, Sequence[int]]]:
-        """The rows in groups that are read together, each with its split: the longest first."""
+        """(split, rows) of each group of rows to read together, the longest rows first."""
         for split, chosen in self.reuse.rows.items():
             rows = sorted(chosen, key=lambda row: len(self._splits[split][row].tokens), reverse=True)
             while rows:
@@ -238,9 +238,9 @@ class Prefix:
                 rows = rows[count:]
 
     def _shared_out(self, parts: Sequence[tuple[str, Sequence[int]]]) -> list[Sequence[Numbers]]:
-        """The numbers of groups of rows, one for each rank at most, which computes it for all."""
-        if self._group.size == 1:  # nothing is computed for which there is no room
-            return [() if self._kept and self._kept.fault else self._compute(*part) for part in parts]
+        """The numbers of at most one group of rows per rank; each rank computes its group for all of them."""
+        if self._group.size == 1:  # compute nothing that there is no room for
+            return [() if self._store and self._store.fault else self._compute(*part) for part in parts]
         own = [self._compute(*part) for part in parts[self._group.rank : self._group.rank + 1]]
         given = self._group.share(b"".join(row.tobytes() for rows in own for row in rows))
         shared: list[Sequence[Numbers]] = []
@@ -253,7 +253,7 @@ class Prefix:
         return [len(self._splits[split][row].tokens) - 1 for row in rows]
 
     def _compute(self, split: str, rows: Sequence[int]) -> list[Numbers]:
-        """What enters the layer for rows, each (T, D), as words of the type that is stored."""
+        """The input of the layer for each of some rows, (T, D), as unsigned words of the stored type."""
         parts: list[Sequence[int]] = []
 
         def collate(part: Sequence[int]) -> Batch:
@@ -271,7 +271,7 @@ class Prefix:
         return [np.ascontiguousarray(found[row]) for row in rows]
 
     def difference(self, batch: Batch) -> str:
-        """What it changes of the loss of a batch that states are kept in half precision, in words."""
+        """How much keeping half precision changes the loss of a batch, in words."""
         exact = nats(self._model, replace(batch, hidden=None, first=0)).item() / batch.counted_tokens
         changed = nats(self._model, batch).item() / batch.counted_tokens - exact
         kept = str(self.reuse.stored).removeprefix("mlx.core.")
@@ -282,7 +282,7 @@ class Prefix:
         return self._model.run(self._model.embed(batch.inputs), last=self.reuse.first, **lengths)
 
     def _stored(self, hidden: mx.array) -> mx.array:
-        """Hidden states in the type that they are kept in.
+        """Hidden states in the type in which they are kept.
 
         Raises:
             UsageError: its range is too small.
@@ -297,28 +297,28 @@ class Prefix:
         return stored
 
     def _read(self, split: str, row: int) -> Numbers | None:
-        """What was kept of a row."""
+        """The kept numbers of a row, or None."""
         group, index = self._where.get((split, row), (None, 0))
-        if group is None or group.place is None or self._kept is None:
+        if group is None or group.place is None or self._store is None:
             return None
-        found = self._kept.read(group.place, index)
-        return self._renewed(self._kept, group, index) if found is None else found
+        found = self._store.read(group.place, index)
+        return self._renewed(self._store, group, index) if found is None else found
 
-    def _renewed(self, kept: Kept, group: _Group, index: int) -> Numbers | None:
-        """A row of a group whose file is damaged, computed as it was at first; none the second time."""
+    def _renewed(self, store: RowStore, group: _Group, index: int) -> Numbers | None:
+        """A row of a group whose file is damaged, after computing the group again; None the second time."""
         what = f"warning: a file of {len(group.rows)} {group.split} rows does not hold what was written"
         group.place = None
-        if not group.renewed and not kept.fault:
+        if not group.renewed and not store.fault:
             group.renewed = True
             rows = self._compute(group.split, group.rows)
-            group.place = kept.keep(self._key(group), rows)
-            self._notes.append(what + ("; it is made again" if group.place else f" ({kept.fault}){_LOST}"))
+            group.place = store.keep(self._key(group), rows)
+            self._notes.append(what + ("; it is made again" if group.place else f" ({store.fault}){_LOST}"))
             return rows[index]
         self._notes.append(f"{what}{_LOST}")
         return None
 
     def _key(self, group: _Group) -> bytes:
-        """What tells the numbers of a group from all others."""
+        """A digest that identifies the numbers of a group."""
         reuse = self.reuse
         digest = hashlib.sha256(f"{self._belongs}\n{reuse.first} {reuse.computed} {reuse.stored}\n".encode())
         for row in group.rows:
@@ -334,17 +334,17 @@ def prefix_of(
     folder: Path | None = None,
     group: Group = ALONE,
 ) -> Prefix:
-    """What can be kept of the rows of a training, and whether it is.
+    """The :class:`Prefix` of a training, switched on if its hidden states are to be kept.
 
     Args:
         model: with the adapter that trains.
-        splits: ``train`` and, where there is one, ``valid``.
-        config: how it trains.
-        folder: as :class:`Prefix` has it.
-        group: as :class:`Prefix` has it.
+        splits: ``train`` and, if there is one, ``valid``.
+        config: how to train.
+        folder: as for :class:`Prefix`.
+        group: as for :class:`Prefix`.
 
     Raises:
-        UsageError: it is to be kept, and cannot be.
+        UsageError: they must be kept by ``config``, but cannot be.
     """
     examples = {name: split.examples for name, split in splits.items()}
     reuse = decide(model.language_model, config, examples)

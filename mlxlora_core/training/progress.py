@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.files.forms import Items, Map, Number, Option, Table, Text, Whole, form_of
+
+if TYPE_CHECKING:
+    from mlxlora_core.training.loss import Loss
 
 SPIKE_STEPS = 20  # last losses that one is held against
 
@@ -35,6 +39,19 @@ class Window:
     positions: int = 0
     padding: int = 0
 
+    def after_step(self, loss: Loss, seconds: float, *, sound: bool, clipped: bool) -> Window:
+        """The sums with one more step in them; see :meth:`Progress.after_step`."""
+        return Window(
+            nats=self.nats + (loss.nats if sound else 0.0),
+            tokens=self.tokens + (loss.tokens if sound else 0),
+            steps=self.steps + 1,
+            seconds=self.seconds + seconds,
+            clipped=self.clipped + (sound and clipped),
+            skipped=self.skipped + (not sound),
+            positions=self.positions + loss.positions,
+            padding=self.padding + loss.padding,
+        )
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -61,6 +78,30 @@ class Progress:
     best_step: int | None = None
     worse: int = 0
     window: Window = field(default_factory=Window)
+
+    def after_step(self, loss: Loss, seconds: float, *, sound: bool, clipped: bool) -> Progress:
+        """Where the training stands one step later.
+
+        Args:
+            loss: of the step.
+            seconds: how long it took.
+            sound: whether its loss and gradient are finite; if not, it made no update.
+            clipped: whether its gradient was clipped.
+        """
+        return replace(
+            self,
+            step=self.step + 1,
+            trained_tokens=self.trained_tokens + (loss.tokens if sound else 0),
+            skipped=self.skipped + (not sound),
+            recent=(*self.recent, loss.mean)[-SPIKE_STEPS:] if sound else self.recent,
+            window=self.window.after_step(loss, seconds, sound=sound, clipped=clipped),
+        )
+
+    def after_validation(self, loss: float) -> Progress:
+        """Where it stands after a validation; a loss of NaN is never the best."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            return replace(self, best_loss=loss, best_step=self.step, worse=0)
+        return replace(self, worse=self.worse + 1)
 
 
 _PROGRESS, _WINDOW = form_of(Progress), form_of(Window)

@@ -1,4 +1,4 @@
-"""Whether what enters the lowest adapted layer is kept for each row, by model, data and settings alone."""
+"""Decides whether what enters the lowest adapted layer is kept, from model, data and settings alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxlora_core.errors import UsageError, listing
-from mlxlora_core.model.dropout import drawn_by
+from mlxlora_core.model.dropout import using_keys
 from mlxlora_core.model.language_model import LanguageModel, takes
 from mlxlora_core.model.linears import layers_by_path
 from mlxlora_core.training.batches import fixed_rows, steps_an_epoch
@@ -22,20 +22,20 @@ _TYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16}
 
 @dataclass(frozen=True)
 class Reuse:
-    """What can be kept of the rows of a training, and whether that pays.
+    """Which hidden states of the rows can be kept, and whether they are.
 
     Attributes:
-        on: whether it is kept.
-        why_not: why it is not, in words; nothing where it is.
-        possible: whether it could be.
+        on: whether they are kept.
+        why_not: why they are not, in words; empty if they are.
+        possible: whether they could be.
         first: the layer whose input is kept: the lowest that a step has to compute.
-        layers: of the model.
+        layers: the number of layers of the model.
         width: D.
-        computed: type of the hidden states.
-        stored: type that they are kept in.
-        rows: split -> rows of it that are read.
-        times: how often a row is read in the mean, over the whole training.
-        number_bytes: what is kept, in bytes.
+        computed: type in which the hidden states are computed.
+        stored: type in which they are kept.
+        rows: split -> the rows of it that are read.
+        times: how often a row is read on average, over the whole training.
+        number_bytes: the size of all that is kept, in bytes.
     """
 
     on: bool
@@ -52,7 +52,7 @@ class Reuse:
 
     @property
     def words(self) -> str:
-        """What is saved, or why nothing is, in a line; without where it is kept."""
+        """One line on what is saved, or why nothing is."""
         if not self.on:
             return f"every step computes all {self.layers} layers: {self.why_not}"
         where = (
@@ -68,15 +68,15 @@ class Reuse:
 
 
 def decide(model: LanguageModel, config: TrainConfig, splits: Mapping[str, Sequence[Example]]) -> Reuse:
-    """Whether hidden states are kept in a training.
+    """Decide whether hidden states are kept in a training.
 
     Args:
         model: with the adapter that trains.
-        config: how it trains.
-        splits: ``train`` and, where there is one, ``valid``.
+        config: how to train.
+        splits: ``train`` and, if there is one, ``valid``.
 
     Raises:
-        UsageError: they are to be kept, and cannot be.
+        UsageError: they must be kept by ``config``, but cannot be.
     """
     first, obstacle = lowest_layer(model)
     hidden = model.embed(mx.zeros((1, 1), mx.uint32))
@@ -107,7 +107,7 @@ def decide(model: LanguageModel, config: TrainConfig, splits: Mapping[str, Seque
 
 
 def lowest_layer(model: LanguageModel) -> tuple[int, str]:
-    """The lowest layer that a step has to compute anew, and why that is no use, in words, or nothing."""
+    """The lowest layer that every step has to compute, and why its input cannot be kept, or nothing."""
     if not takes(model, "first", "last"):
         return 0, "this architecture runs all of its layers or none"
     module: Any = model
@@ -126,24 +126,24 @@ def lowest_layer(model: LanguageModel) -> tuple[int, str]:
 
 
 def draws_below(model: LanguageModel, first: int, by_row: bool = False) -> bool:
-    """Whether layers below ``first`` draw random numbers in training, as dropout does; none is run.
+    """Whether layers below ``first`` draw random numbers in training, as dropout does; computes nothing.
 
     Args:
-        model: that it is asked of.
-        first: the lowest layer that may.
-        by_row: whether what each row draws by itself is left out.
+        model: the model to ask about.
+        first: the lowest layer that is not looked at.
+        by_row: whether to leave out numbers that are drawn by row.
     """
     state: Any = mx.random.state
     before, was_training = state[0], model.training
     model.train()
-    with drawn_by(mx.zeros((1, 2, 2), mx.uint32) if by_row else None):
+    with using_keys(mx.zeros((1, 2, 2), mx.uint32) if by_row else None):
         model.run(model.embed(mx.zeros((1, 2), mx.uint32)), last=first)
     model.train(was_training)
     return not mx.array_equal(before, state[0]).item()
 
 
 def _rows_read(config: TrainConfig, splits: Mapping[str, Sequence[Example]]) -> dict[str, list[int]]:
-    """Split -> the rows that a training reads; of those to validate on not all need be."""
+    """Split -> the rows that a training reads, which need not be all of ``valid``."""
     read = {"train": list(range(len(splits["train"])))}
     if splits.get("valid"):
         parts = fixed_rows(splits["valid"], config.batch_size, config.val_batches)
@@ -154,7 +154,7 @@ def _rows_read(config: TrainConfig, splits: Mapping[str, Sequence[Example]]) -> 
 def _readings(
     config: TrainConfig, splits: Mapping[str, Sequence[Example]], rows: Mapping[str, Sequence[int]]
 ) -> int:
-    """How many rows a training reads in all its steps and validations."""
+    """How many rows a training reads in all of its steps and validations together."""
     count = len(splits["train"])
     epochs, rest = divmod(config.iters, steps_an_epoch(count, config.rows_a_step))
     validations = 1 + -(-config.iters // config.steps_per_eval)

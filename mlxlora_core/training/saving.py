@@ -17,7 +17,7 @@ from mlxlora_core.files.room import written
 from mlxlora_core.files.tensor_checks import is_finite
 from mlxlora_core.model import adapters
 from mlxlora_core.model.adapter_record import TrainingRecord
-from mlxlora_core.model.adapters import Adapted, own
+from mlxlora_core.model.adapters import Adapted, adapter_parameters
 from mlxlora_core.model.linears import parameters
 from mlxlora_core.model.loading import Model
 from mlxlora_core.training.checkpoints import (
@@ -241,7 +241,7 @@ def _check_written(path: Path) -> None:
 def _base_sums(model: Model, adapted: Adapted) -> dict[str, int]:
     """name -> sum of the bits of each parameter of the base; one pass over memory."""
     words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
-    added = own(model.module, adapted.paths)
+    added = adapter_parameters(model.module, adapted.paths)
     frozen = {name: t for name, t in parameters(model.module).items() if name not in added}
     sums = {name: t.view(words[t.dtype.size]).sum() for name, t in frozen.items()}
     mx.eval(list(sums.values()))

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
@@ -39,7 +39,7 @@ from mlxlora_core.training.events import (
     ValidReport,
     report_line,
 )
-from mlxlora_core.training.examples import Examples, make_examples
+from mlxlora_core.training.examples import Examples, Source, examples_of
 from mlxlora_core.training.identity import Identity, identify
 from mlxlora_core.training.loop import Training
 from mlxlora_core.training.memory import decide_recompute, training_memory
@@ -47,15 +47,9 @@ from mlxlora_core.training.optimizer import factors_of
 from mlxlora_core.training.outputs import Outputs, check_outputs, inputs_of, refuse_finished
 from mlxlora_core.training.prefix import prefix_of
 from mlxlora_core.training.saving import CheckpointFolder
-from mlxlora_core.training.settings import BatchConfig, SaveConfig, TrainConfig
+from mlxlora_core.training.settings import SaveConfig, TrainConfig
 from mlxlora_core.training.sources import SplitRows
 from mlxlora_core.training.update import of_rank
-
-# what decides where rows are cut
-CONTEXT, OPTION = "the context of the model", "max_seq_length"
-
-#: the rows of a split: read, or tokenized already
-Source = SplitRows | Examples
 
 
 @dataclass(frozen=True)
@@ -63,8 +57,8 @@ class NewAdapter:
     """Train an adapter from its initial values.
 
     Attributes:
-        choice: which adapter, with which options.
-        config: where it goes.
+        choice: the adapter and its options.
+        config: which layers and targets it goes on.
     """
 
     choice: Choice
@@ -84,29 +78,29 @@ def open_training(
     group: Group = ALONE,
     watch: Watch | None = None,
 ) -> TrainingSession:
-    """Put an adapter on a base and make ready to train it; :meth:`TrainingSession.start` trains.
+    """Put an adapter on a base and prepare to train it; :meth:`TrainingSession.start` trains.
 
     Args:
-        model: the base; it is changed in place.
-        adapter: to train; one that is on the model already goes on from its values.
-        rows: ``train`` and, where there is something to validate on, ``valid``.
+        model: the base, changed in place.
+        adapter: what to train; one that is already on the model continues from its values.
+        rows: ``train`` and, to validate, ``valid``.
         config: how to train.
         registry: where plugins are looked up.
-        seed: of the adapter's initial values, of the order of rows and of dropout.
-        outputs: what to write; nothing when left out. Of several ranks, the first alone writes.
+        seed: for the adapter's initial values, the order of rows and dropout.
+        outputs: what to write; nothing by default. Only the first of several ranks writes.
         runtimes: what the runtimes said, for the record.
-        group: the ranks that train together; each opens the same training, and starts it.
-        watch: is told what this rank is at.
+        group: the ranks that train together; each opens and starts the same training.
+        watch: is told what this rank is doing.
 
     Raises:
-        DataError: rows that are not there, or that cannot be used.
+        DataError: rows that are missing or cannot be used.
         UsageError: settings that do not fit the rows, the model or the machine; an output that is an input.
-        ModelError: an adapter file that does not fit, or an output whose name says no format.
-        SafetyError: an output that mlxlora has not written is there.
-        ResourceError: an output that could not be written.
+        ModelError: an adapter file that does not fit, or an output whose name tells no format.
+        SafetyError: an output would replace something that mlxlora has not written.
+        ResourceError: an output cannot be written.
     """
     with product_precision(config.compute):
-        pass  # what cannot be is told before any work
+        pass  # a precision that this machine lacks is refused before any work
     outputs = outputs or Outputs()
     if not group.leads:
         outputs = Outputs(saving=outputs.saving)
@@ -132,39 +126,15 @@ def open_training(
     return TrainingSession(model, adapted, splits, training, outputs, folder, identity)
 
 
-def examples_of(source: Source, model: Model, config: BatchConfig) -> Examples:
-    """The examples of a split.
-
-    Args:
-        source: its rows.
-        model: whose tokenizer and context they are for.
-        config: how they are cut and masked.
-
-    Raises:
-        DataError: rows that cannot be tokenized, or none that can be used.
-    """
-    if isinstance(source, Examples):
-        return source
-    examples = make_examples(
-        source.rows,
-        source.name,
-        model.tokenizer,
-        max_seq_length=model.sequence_limit(config.max_seq_length),
-        mask_prompt=config.mask_prompt,
-    )
-    context = model.sequence_limit(config.max_seq_length) < config.max_seq_length
-    return replace(examples, notes=source.notes, limited_by=CONTEXT if context else OPTION)
-
-
 class TrainingSession:
-    """A training with all that belongs to it; :func:`open_training` makes one.
+    """A training, its rows and its outputs; :func:`open_training` makes one.
 
     Attributes:
         model: the base with the adapter on it.
         adapted: the adapter.
         rows: split -> its examples.
-        training: where it stands.
-        checkpoints: where it is saved, or None.
+        training: the steps.
+        checkpoints: the folder that it is saved in, or None.
     """
 
     def __init__(
@@ -180,27 +150,27 @@ class TrainingSession:
         self._identity = identity
         self.model, self.adapted, self.rows, self.training = model, adapted, rows, training
         self.checkpoints, self._outputs = checkpoints, outputs
-        self._best: dict[str, mx.array] = {}  # the adapter of the best validation, where no folder keeps it
+        self._best: dict[str, mx.array] = {}  # the adapter of the best validation, if no folder keeps it
         self._losses: dict[type[Report], float | None] = {}  # as last reported
 
     def start(self, how: Start = Start.BEGIN, found: Found | None = None) -> Iterator[TrainEvent]:
         """Train to the end, saving on the way; the last event is the :class:`TrainResult`.
 
         Args:
-            how: to start where an earlier training may have left checkpoints.
-            found: what :func:`~mlxlora_core.training.checkpoints.find_for` gave for the same, where
-                that was asked already.
+            how: what to do about the checkpoints of an earlier training.
+            found: what :func:`~mlxlora_core.training.checkpoints.find_for` returned for this
+                training, if the caller has asked already.
 
         Raises:
-            SettingsChanged: the training to go on with was begun with other settings.
-            ModelError: it is of another base or of other data, or there is none.
-            SafetyError: one that has not ended, or an adapter that is there, would be lost.
-            Interrupted: a signal came; the step it came in is done and saved.
+            SettingsChanged: the training to resume was started with other settings.
+            ModelError: the training to resume has another base or other data, or does not exist.
+            SafetyError: an unfinished training, or an existing adapter, would be lost.
+            Interrupted: a signal came; its step is finished and saved.
             DivergedError: a loss or a gradient is not finite; the state before it is saved.
-            RankError: the ranks do not train the same, or have come to different parameters.
+            RankError: the ranks train different things, or hold different parameters.
             PluginError: the base has changed.
-            ResourceError: too little memory, or a file cannot be written; checkpoints before are as
-                they were.
+            ResourceError: too little memory, or a file cannot be written; earlier checkpoints are
+                intact.
         """
         try:
             yield from self._start(how, found)
@@ -209,7 +179,7 @@ class TrainingSession:
                 self.training.prefix.close()
 
     def _start(self, how: Start, found: Found | None) -> Iterator[TrainEvent]:
-        """As :meth:`start`, which gives back what is kept of the rows."""
+        """As :meth:`start`, which releases the kept hidden states afterwards."""
         if self._identity is not None:
             require_agreement(self.training.group, self._identity)
         refuse_finished(self._outputs.adapter_file, how)
@@ -243,7 +213,7 @@ class TrainingSession:
         yield self._result(adapter_step)
 
     def _take_up(self, how: Start, found: Found | None) -> list[str]:
-        """Put the training where it begins or goes on; what there is to tell."""
+        """Begin or resume; returns notes for the user."""
         if not self.training.group.leads:
             return []
         if self.checkpoints is not None:
@@ -253,7 +223,7 @@ class TrainingSession:
         return []
 
     def _train(self) -> Iterator[TrainEvent]:
-        """Make the steps that are left."""
+        """Make the remaining steps."""
         saving, log = self._outputs.saving, self._outputs.metrics
         if log is not None:
             metrics.trim(log, self.training.progress.step)
@@ -276,29 +246,29 @@ class TrainingSession:
                         saved_at = time.monotonic()
                     self._end_if_told()
             except DivergedError:
-                with suppress(DivergedError):  # of a state that is not sound itself
+                with suppress(DivergedError):  # the state is not finite itself
                     yield from self._save()
                 raise
 
     def _end_if_told(self) -> None:
-        """End here where a signal has come.
+        """End here if a signal has come.
 
         Raises:
-            Interrupted: it has.
+            Interrupted: one has.
         """
         signum = self.training.stopped_by
         if signum is not None:
             raise signals.Interrupted(signum, self._farewell())
 
     def _note(self, report: Report) -> None:
-        """Keep a report: in the log, and the last losses for the result."""
+        """Write a report to the log, and remember the last losses for the result."""
         if isinstance(report, TrainReport | ValidReport):
             self._losses[type(report)] = report.loss if math.isfinite(report.loss) else None
         if self._outputs.metrics is not None:
             durable.append_line(self._outputs.metrics, json.dumps(report_line(report)))
 
     def _due(self, config: SaveConfig, seconds: float) -> bool:
-        step = self.training.step  # not its progress, which would wait for the device at every step
+        step = self.training.step  # asking for its progress would wait for the device at every step
         if step == 0:
             return False
         return (
@@ -309,7 +279,7 @@ class TrainingSession:
         )
 
     def _save(self) -> Iterator[Report | CheckpointSaved]:
-        """Write a checkpoint; without a folder, hold on to the best adapter alone."""
+        """Write a checkpoint; without a folder, only remember the best adapter."""
         for report in self.training.settle():
             self._note(report)
             yield report
@@ -318,7 +288,7 @@ class TrainingSession:
         if self.checkpoints is not None:
             yield from self.checkpoints.save(self._outputs.saving.keep)
         elif progress.best_step == progress.step:
-            self._best = adapters.own(self.model.module, self.adapted.paths)
+            self._best = adapters.adapter_parameters(self.model.module, self.adapted.paths)
 
     def _farewell(self) -> str:
         step = self.training.progress.step
@@ -331,7 +301,7 @@ class TrainingSession:
         return f"interrupted; step {step} is saved. Go on with: {self._outputs.resume_command}"
 
     def _warning(self) -> Iterator[Note]:
-        """A word where the validation is worse at the end than it was at first."""
+        """A warning if the last validation is worse than the first."""
         progress, config = self.training.progress, self.training.config
         first, last = progress.first_loss, self._losses.get(ValidReport)
         if first is None or last is None or last <= first:
@@ -348,7 +318,7 @@ class TrainingSession:
         )
 
     def _take_best(self) -> int:
-        """Put the adapter of the best validation on the model where patience asks for it; its step."""
+        """With patience, put the adapter of the best validation on the model; returns the step it is from."""
         progress = self.training.progress
         best = progress.best_step
         if self.training.config.patience is None or best is None:

@@ -1,7 +1,7 @@
 """How to train, evaluate and generate: the values, with their help and their ranges.
 
-Light on purpose: command-line options, recipe tables and docs are made from it. The
-options of the Python interface stand here a second time, as a type checker wants them.
+Command-line options, recipe tables and docs are made from it, so it imports nothing heavy. The
+options of the Python interface are repeated as ``TypedDict``, for type checkers.
 """
 
 from __future__ import annotations
@@ -15,69 +15,71 @@ from mlxlora_core.options import option
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How rows become batches, in training and in measuring."""
+    """How rows become batches, in training and evaluation."""
 
-    batch_size: int = option(4, help="rows a batch", unit="rows", minimum=1)
-    max_seq_length: int = option(2048, help="longer rows are cut and counted", unit="tokens", minimum=2)
+    batch_size: int = option(4, help="rows per batch", unit="rows", minimum=1)
+    max_seq_length: int = option(2048, help="longer rows are cut, and counted", unit="tokens", minimum=2)
     mask_prompt: bool = option(False, help="count only completions and answers in the loss")
 
 
 @dataclass(frozen=True)
 class TrainConfig(BatchConfig):
-    """Everything that the training loop needs to know."""
+    """The settings of the training loop."""
 
     iters: int = option(1000, help="optimizer updates", unit="steps", minimum=1)
-    grad_accumulation: int = option(1, help="batches a step", minimum=1)
+    grad_accumulation: int = option(1, help="batches per step", minimum=1)
     packing: str = option(
         "auto",
-        help="rows of a batch one after the other, without padding; auto does on a CPU alone",
+        help="pack the rows of a batch into one sequence, without padding; auto does so only on a CPU",
         choices=("auto", "on", "off"),
     )
     group_by_length: bool = option(
-        False, help="draw rows of like length into a step: less padding, but a step is of one kind of rows"
+        False, help="put rows of similar length into a step: less padding, but steps are less mixed"
     )
     optimizer: str = option("adam", help="the optimizer", choices=("adam", "adamw", "muon"))
     learning_rate: float = option(1e-5, help="peak learning rate", above=0)
     weight_decay: float = option(
-        0.01, help="decoupled weight decay, of adamw and muon", minimum=0, maximum=100
+        0.01, help="decoupled weight decay, for adamw and muon", minimum=0, maximum=100
     )
     schedule: str = option("constant", help="learning rate after the warm-up", choices=("constant", "cosine"))
     warmup: int = option(0, help="steps over which the learning rate rises from 0", unit="steps", minimum=0)
     min_learning_rate: float = option(0.0, help="where the cosine schedule ends", minimum=0)
-    grad_clip: float | None = option(None, help="largest norm of the gradient; none does not clip", above=0)
-    val_batches: int = option(25, help="batches a validation; -1 is all", minimum=-1)
+    grad_clip: float | None = option(None, help="clip the gradient to this norm; none does not clip", above=0)
+    val_batches: int = option(25, help="batches per validation; -1 is all rows", minimum=-1)
     steps_per_report: int = option(10, help="steps between training reports", unit="steps", minimum=1)
     steps_per_eval: int = option(200, help="steps between validations", unit="steps", minimum=1)
     patience: int | None = option(
-        None, help="stop after so many validations without a better one, and keep the best", minimum=1
+        None, help="stop after this many validations without a better one, and keep the best", minimum=1
     )
     compute: str = option(
         "float32",
-        help="what large matrix products are made of; less than float32 takes a CPU with AMX",
+        help="precision of large matrix products; less than float32 needs a CPU with AMX",
         choices=PRECISIONS,
     )
     on_nonfinite: str = option(
         "stop", help="what to do when a loss or gradient is not finite", choices=("stop", "skip")
     )
     compile: str = option(
-        "auto", help="compile the step; auto does on a GPU alone", choices=("auto", "on", "off")
+        "auto", help="compile the training step; auto does so only on a GPU", choices=("auto", "on", "off")
     )
     grad_checkpoint: str = option(
         "auto",
-        help="compute layers again for the gradient, in less memory; auto is where it would not fit",
+        help="recompute layers in the backward pass to save memory; auto does so if a step would not fit",
         choices=("auto", "on", "off"),
     )
     reuse_prefix: str = option(
         "auto",
-        help="compute the frozen layers below the adapter once a row; auto is where that pays",
+        help="compute the frozen layers below the adapter only once per row; auto does so where it pays",
         choices=("auto", "on", "off"),
     )
     prefix_type: str = option(
-        "compute", help="type in which their output is kept", choices=("compute", "float16", "bfloat16")
+        "compute",
+        help="type in which the output of these layers is kept",
+        choices=("compute", "float16", "bfloat16"),
     )
     prefix_memory_mb: int | None = option(
         None,
-        help="memory for it, the rest is in files; none is a quarter of what is free",
+        help="memory for this output, the rest goes to files; none is a quarter of what is free",
         unit="MB",
         minimum=0,
     )
@@ -95,17 +97,17 @@ class TrainConfig(BatchConfig):
 
     @property
     def rows_a_step(self) -> int:
-        """Rows that one update is made from."""
+        """Rows in one update."""
         return self.batch_size * self.grad_accumulation
 
 
 @dataclass(frozen=True)
 class SaveConfig:
-    """When a training is saved, and how many of its checkpoints stay."""
+    """When a training is saved, and how many of its checkpoints are kept."""
 
     save_every: int = option(100, help="steps between checkpoints", unit="steps", minimum=1)
     save_minutes: float = option(10.0, help="longest time between checkpoints", unit="minutes", above=0)
-    keep: int = option(2, help="newest checkpoints to keep, beside the best", minimum=1)
+    keep: int = option(2, help="newest checkpoints to keep, besides the best", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class ScoreConfig:
     """Which test rows are answered for evaluators."""
 
     score_rows: int | None = option(
-        None, help="test rows that evaluators score, at even distances; none is all", unit="rows", minimum=1
+        None, help="test rows that evaluators score, evenly spaced; none is all", unit="rows", minimum=1
     )
 
 
@@ -132,24 +134,22 @@ class ScoreConfig:
 class AnswerConfig(ScoreConfig):
     """How test rows are answered for evaluators."""
 
-    num_tokens: int = option(100, help="tokens of an answer at most", unit="tokens", minimum=1, letter="n")
+    num_tokens: int = option(100, help="most tokens in an answer", unit="tokens", minimum=1, letter="n")
 
 
 @dataclass(frozen=True)
 class ChatConfig:
     """Whether a prompt is a text to continue, or what a user says to a model that chats."""
 
-    chat: bool = option(
-        False, help="ask the prompt as a user's message, in the form of the model's tokenizer"
-    )
-    system: str = option("", help="system message in front of it; left empty, none")
+    chat: bool = option(False, help="send the prompt as a user's message, in the chat format of the model")
+    system: str = option("", help="system message before it; none if empty")
 
     def __post_init__(self) -> None:
         if self.system and not self.chat:
             raise ValueError("system needs chat: a text to continue has no system message")
 
     def asked(self, text: str) -> str | list[dict[str, str]]:
-        """What a model is asked with a text: itself, or a conversation of this one question."""
+        """The prompt for a text: the text itself, or a conversation of this one question."""
         if not self.chat:
             return text
         first = [{"role": "system", "content": self.system}] if self.system else []
@@ -160,8 +160,8 @@ class ChatConfig:
 class GenerateConfig(ChatConfig):
     """How text is generated."""
 
-    num_tokens: int = option(100, help="tokens to generate at most", unit="tokens", minimum=1, letter="n")
-    write_every: int = option(1, help="show text after every so many tokens", unit="tokens", minimum=1)
+    num_tokens: int = option(100, help="most tokens to generate", unit="tokens", minimum=1, letter="n")
+    write_every: int = option(1, help="show text after every this many tokens", unit="tokens", minimum=1)
 
 
 class BatchOptions(TypedDict, total=False):

@@ -1,4 +1,4 @@
-"""Rows -> the few shapes that their batches are brought to, each of which is compiled once."""
+"""The few shapes that batches are padded to, each of which is compiled once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from mlxlora_core.training.examples import Example
 
-#: widths of batches in a training; with the update, a step is compiled a dozen times at most
+#: most widths of batches in a training; with the update, a step is compiled at most a dozen times
 MOST_WIDTHS = 11
-#: lengths that widths are chosen among; more are rounded up to as many
+#: most lengths that widths are chosen among; if there are more, they are rounded up
 _LENGTHS = 1024
 
 
@@ -22,9 +22,9 @@ class Shapes:
     """The shapes of the batches of a training.
 
     Attributes:
-        rows: of each batch.
+        rows: in each batch.
         widths: ascending; the last is that of the longest row.
-        counted: for each width, as many positions as count in any batch of that width.
+        counted: for each width, the most positions that can count in a batch of that width.
     """
 
     rows: int
@@ -32,18 +32,18 @@ class Shapes:
     counted: tuple[int, ...]
 
     def width(self, width: int) -> int:
-        """The width that a batch of some width is brought to."""
+        """The width that a batch of the given width is padded to."""
         return self.widths[bisect_left(self.widths, width)]
 
     def positions(self, width: int) -> int:
-        """How many positions all batches of one of the widths have."""
+        """How many counted positions all batches of one of the widths are filled up to."""
         return self.counted[self.widths.index(width)]
 
 
 def shapes_of(examples: Sequence[Example], batch_size: int, most: int = MOST_WIDTHS) -> Shapes:
-    """Shapes for the batches of some rows, so many widths at most; a function of the rows alone.
+    """Shapes for the batches of some rows, with at most ``most`` widths; a function of the rows alone.
 
-    The widths are those with the least padding if each row stood in a batch of rows like itself.
+    The widths minimize padding for batches whose rows all have the same length.
     """
     inputs = np.array([len(example.tokens) - 1 for example in examples])
     counts = np.array([int(example.mask[1:].sum()) for example in examples])
@@ -54,7 +54,7 @@ def shapes_of(examples: Sequence[Example], batch_size: int, most: int = MOST_WID
 
 
 def _widths(inputs: npt.NDArray[np.int64], most: int) -> tuple[int, ...]:
-    """At most so many widths with the least padding, by dynamic programming over the lengths in order."""
+    """The widths, at most ``most``, with the least padding: dynamic programming over the sorted lengths."""
     step = -(-int(inputs.max()) // _LENGTHS)
     rounded = np.minimum(-(-inputs // step) * step, inputs.max())
     lengths, rows = np.unique(rounded, return_counts=True)

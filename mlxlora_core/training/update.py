@@ -1,7 +1,7 @@
-"""``rows -> gradient -> update``, made by the device without anybody waiting for it.
+"""``rows -> gradient -> update``, computed by the device while the host goes on.
 
-Whether loss and gradient are finite is seen on the device too: where they are
-not, all parameters and the state of the optimizer become what they were.
+The device also decides whether loss and gradient are finite; if they are not, the update leaves
+all parameters and the state of the optimizer as they were.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from mlxlora_core.training.settings import TrainConfig
 
 @dataclass(frozen=True)
 class Update:
-    """A step that may be still to compute.
+    """The result of a step, which the device may still be computing.
 
     Attributes:
-        rows: that it is made of, over all ranks.
-        sums: of their nats; the gradient is left out.
-        norm: of the mean gradient before clipping.
-        parameters: that train, after it.
-        state: of the optimizer, after it.
+        rows: of the step, over all ranks.
+        sums: of their nats, without the gradient.
+        norm: of the mean gradient, before clipping.
+        parameters: those that train, after the step.
+        state: of the optimizer, after the step.
     """
 
     rows: Sequence[int]
@@ -52,11 +52,11 @@ class Updates:
     Args:
         model: whose parameters train.
         collate: makes its batches.
-        optimizer: one of MLX's, made ready for them.
+        optimizer: one of MLX's, initialized with those parameters.
         config: how to train.
-        compiled: whether the gradient of a batch, and the update, are compiled.
-        recompute: whether layers keep only their input for the gradient.
-        group: the ranks that the rows of an update are dealt out to.
+        compiled: whether the gradient of a batch and the update are compiled.
+        recompute: whether layers keep only their input for the backward pass.
+        group: the ranks that share the rows of an update.
     """
 
     def __init__(
@@ -78,16 +78,16 @@ class Updates:
 
     @property
     def compiles(self) -> int:
-        """How often anything was compiled."""
+        """How many times a function was compiled."""
         return self._compiles + self._gradients.compiles
 
     def make_update(self, rows: Sequence[int], rate: float, signum: int | None = None) -> Update:
-        """The update from some rows at a learning rate; model and optimizer stay as they are.
+        """The update from some rows; model and optimizer stay as they are.
 
         Args:
-            rows: those of all ranks.
+            rows: of all ranks.
             rate: the learning rate.
-            signum: a signal that this rank has got, told to the others.
+            signum: a signal that this rank has received; the message to the other ranks carries it.
         """
         parameters, state = self._module.trainable_parameters(), self._optimizer.state
         own = self._gradients(self._own(rows))
@@ -100,13 +100,13 @@ class Updates:
         return Update(rows, replace(sums, gradient=None), *made)
 
     def take_update(self, update: Update) -> None:
-        """Put an update into model and optimizer, and let the device begin with it."""
+        """Put an update into model and optimizer, and let the device start computing it."""
         self._module.update(update.parameters)
         self._optimizer.state = update.state
         mx.async_eval(update.parameters, update.state, update.norm, update.sums.total)
 
     def _own(self, rows: Sequence[int]) -> Sequence[int]:
-        """The rows of a step that this rank computes."""
+        """The rows of the step that this rank computes."""
         if self._group.size == 1:
             return rows
         lengths = [len(self._collate.examples[row].tokens) for row in rows]
@@ -127,7 +127,7 @@ class Updates:
     def _made(
         self, parameters: Any, state: Any, gradient: Any, nats: mx.array, tokens: mx.array, rate: mx.array
     ) -> tuple[mx.array, Any, Any]:
-        """The norm, and parameters and state after the update, or as they were where it is not finite."""
+        """The norm, and parameters and state after the update, or unchanged if anything is not finite."""
         mean = mean_of(gradient, tokens)
         norm = mx.sqrt(norm_squared(mean))
         if self._limit is not None:
@@ -145,7 +145,7 @@ class Updates:
 
 
 def of_rank(config: TrainConfig, group: Group) -> TrainConfig:
-    """How a rank computes its part: in batches, or all of its share of a step where that is less."""
+    """The config of one rank, whose batches are no larger than its share of a step."""
     return replace(config, batch_size=min(config.batch_size, -(-config.rows_a_step // group.size)))
 
 
@@ -155,10 +155,10 @@ def is_compiled(config: TrainConfig) -> bool:
 
 
 def is_packed(model: LanguageModel, config: TrainConfig) -> bool:
-    """Whether a training packs its rows from the start; a compiled step takes padded ones.
+    """Whether a training packs its rows from the start; ``auto`` pads them for a compiled step.
 
     Raises:
-        UsageError: it is asked for, and the model cannot.
+        UsageError: packing is asked for, but the model cannot.
     """
     if config.packing == "auto":
         return not runs_ahead() and not is_compiled(config) and takes(model, "lengths")
@@ -171,23 +171,23 @@ def is_packed(model: LanguageModel, config: TrainConfig) -> bool:
 
 
 def _copied(tree: Any) -> Any:
-    """The same arrays in containers of their own, for an optimizer writes into those that it has."""
+    """The same arrays in new containers, since an optimizer changes its containers in place."""
     return tree_map(lambda leaf: leaf, tree)
 
 
 def is_clipped(norm: float, limit: float | None) -> bool:
-    """Whether a gradient of this norm was shrunk to the limit."""
+    """Whether a gradient of this norm is clipped."""
     return limit is not None and math.isfinite(norm) and norm > limit
 
 
 def diverged(loss: Loss, step: int, rows: Sequence[int], recent: Sequence[float]) -> DivergedError:
-    """What there is to say of a step whose loss or gradient is not finite.
+    """The error for a step whose loss or gradient is not finite.
 
     Args:
         loss: of the step.
-        step: which.
-        rows: that it was made of.
-        recent: the losses of the steps before.
+        step: its number.
+        rows: of the step.
+        recent: losses of the steps before it.
     """
     what = "gradient" if math.isfinite(loss.nats) else "loss"
     last = f"{recent[-1]:.4g}" if recent else "none"

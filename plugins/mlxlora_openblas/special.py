@@ -1,4 +1,4 @@
-"""What is asked of special.c: products with matrices that stand for something else.
+"""The Python side of special.c: products with matrices that stand for other operations.
 
 Only where MLX calls the ``cblas_sgemm`` of sgemm.c. None of it has a gradient:
 one that is asked for is NaN.

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mlxlora_core.model.linears import linears, replace
+from mlxlora_core.model.linears import linears, replace_modules
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins import load as load_registry
 
@@ -775,9 +775,9 @@ class Adapter(Subject):
 
         adapted = adapters.load(self.path, self.model, self.registry)
         try:
-            return _tensors(adapters.own(self.model.module, adapted.paths))
+            return _tensors(adapters.adapter_parameters(self.model.module, adapted.paths))
         finally:
-            replace(self.model.module, {path: self.linears[path] for path in adapted.paths})
+            replace_modules(self.model.module, {path: self.linears[path] for path in adapted.paths})
 
     def reference(self) -> Any:
         return _safetensors(self.path)
@@ -917,7 +917,7 @@ _TEMPLATES = (
 {%- else %}{{ raise_exception('role ' ~ m.role) }}{% endif %}
 {%- endfor %}
 {%- if ns.count > 10 ** 2 or range(4) | sum > 9 %}{{ 'a' * 3 }}{% endif %}""",
-    """{% macro turn(role, text, end=true) %}<{{ role }}>{{ text | replace('<', '&lt;') }}
+    """{% macro turn(role, text, end=true) %}<{{ role }}>{{ text | replace_modules('<', '&lt;') }}
 {%- if end %}</{{ role }}>{% endif %}{% endmacro %}
 {% for m in messages %}{% set role = {'user': 'u', 'assistant': 'a'}.get(m.role, m.role[:1] | upper) %}
 {{ turn(role, [m.content, loop.index] | join(' #')) }}

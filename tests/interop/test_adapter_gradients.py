@@ -303,7 +303,7 @@ def test_gradients_are_pefts(bases: Callable[[str], Path], name: str, size: str)
         for path in adapted.paths
         for part, value in ours_of(pair, path, kind, at(path, False), began).items()
     }
-    assert values.keys() == adapters.own(module, adapted.paths).keys()
+    assert values.keys() == adapters.adapter_parameters(module, adapted.paths).keys()
     module.load_weights(list(values.items()), strict=False)
     rows = examples(size)
     loss, _, gradient = mean_gradient(pair.model.base.language_model, Collator(rows), [0, 1], 2)

@@ -16,7 +16,7 @@ EXCEPT = {
     "mlxlora_core/files/durable.py": "is the writer",
     "mlxlora_core/files/leftovers.py": "clears away what the writer of a process that was killed has left",
     "mlxlora_core/files/lock.py": "a lock is no product; it is taken and left in place",
-    "mlxlora_core/training/kept.py": "numbers in a temporary folder, which are checked as they are read",
+    "mlxlora_core/training/row_store.py": "numbers in a temporary folder, which are checked as they are read",
     "mlxlora_core/cli/streams.py": "writes to the standard streams",
     "mlxlora_core/plugins/surroundings.py": "opens nowhere in the place of a stream that is closed",
     "mlxlora_core/files/input_file.py": "opens to read; its flags stand in a variable",

@@ -1,7 +1,7 @@
-"""The parts of a transformer that are not linears, each by the fastest exact way of the device.
+"""The operations of a transformer that are not linears, each in the fastest exact way of the device.
 
-On Metal and CUDA these are MLX's own operations. On a CPU large arrays in
-float32 go the ways that are written out in :mod:`mlxlora_core.model.ops.cpu` and ``cpu_attention``.
+On Metal and CUDA these are MLX's own operations. On a CPU, large float32 arrays are computed by
+:mod:`mlxlora_core.model.ops.cpu` and ``cpu_attention``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from mlxlora_core.model.ops.ragged import Positions, RaggedCache
 from mlxlora_core.model.ops.rows import Mask, Rows, apart, together
 from mlxlora_core.values import Cache
 
-# Below this many elements MLX's own operation, which is one call, is as fast.
+# With fewer elements than this, MLX's own operation, a single call, is as fast.
 LARGE = 1 << 12
 
-# So many rows at most are normalised by MLX's own, which takes no longer and sums each row by itself.
+# Up to so many rows MLX's own norm is as fast, and gives a row the same bits whatever the others are.
 _FEW_ROWS = 32
 
 
@@ -44,17 +44,17 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 def rotate(
     x: mx.array, offset: int | Rows | Positions, theta: float | tuple[float, ...], factor: float = 1.0
 ) -> mx.array:
-    """Rotary positions of (B, ·, T, E), whose first token stands at position ``offset``.
+    """Apply rotary positions to (B, ·, T, E).
 
-    Neighbouring features 2i and 2i + 1 turn by the angle ``position · theta^(-2i/E)``.
+    Neighboring features 2i and 2i + 1 are rotated by the angle ``position · theta^(-2i/E)``.
     Source: Su et al. 2021, arXiv:2104.09864, equation 34.
 
     Args:
         x: (B, ·, T, E).
-        offset: position of the first token; or rows that stand one after the other, each of
-            which begins at position 0; or where the only token of each of B rows stands.
-        theta: base of the wavelengths, or E / 2 angles instead, by which each pair turns a position.
-        factor: what the turned features are multiplied by.
+        offset: position of the first token; or packed rows, each of which begins at position 0; or
+            the positions of B rows that have one token each.
+        theta: base of the wavelengths; or E / 2 angles, the rotation of each pair per position.
+        factor: multiplies the rotated features.
     """
     if x.dtype == mx.float32 and on_cpu():
         return cpu.rotate(x, offset, theta, factor)
@@ -70,13 +70,13 @@ def rotate(
 @lru_cache(maxsize=8)
 def _periods(angles: tuple[float, ...]) -> mx.array:
     """One over the angles (E / 2,), as MLX's rope takes them."""
-    with np.errstate(divide="ignore"):  # a pair that does not turn
+    with np.errstate(divide="ignore"):  # a pair that does not rotate
         return mx.array((1.0 / np.array(angles)).astype(np.float32))
 
 
 def silu_times(gate: mx.array, up: mx.array) -> mx.array:
     """``silu(gate) · up`` (Shazeer 2020, arXiv:2002.05202), element by element."""
-    if gate.dtype == mx.float32 and on_cpu():  # of any size, so that a number has the same bits among few
+    if gate.dtype == mx.float32 and on_cpu():  # of any size, so that a result does not depend on the batch
         return cpu.silu_times(gate, up)
     return _silu_times(gate, up) if on_cpu() else _as_one(_silu_times)(gate, up)
 
@@ -101,7 +101,7 @@ def _gelu_times(gate: mx.array, up: mx.array) -> mx.array:
 
 @lru_cache(maxsize=8)
 def _as_one(function: Callable[[mx.array, mx.array], mx.array]) -> Callable[[mx.array, mx.array], mx.array]:
-    """An element-wise function that a GPU computes in one pass, for arrays of any shape."""
+    """An elementwise function, compiled so that a GPU computes it in one pass, for any shape."""
     return mx.compile(function, shapeless=True)
 
 
@@ -135,16 +135,15 @@ def attention(
         queries: (B, H, T, E).
         keys: (B, K, S, E), with H a multiple of K.
         values: (B, K, S, E).
-        scale: what the scores are multiplied by.
-        mask: None for all; ``"causal"``, with the last query at the last key;
-            or an array that broadcasts to (B, H, T, S): booleans, true where a
-            query sees a key (one that sees none gets the mean of all values), or
-            numbers that are added to the scores, of a type that the result's takes in;
-            or :class:`Rows` that stand one after the other.
-        cap: what the scores stay below: before the mask each becomes ``cap · tanh(score / cap)``.
+        scale: multiplies the scores.
+        mask: None if all queries see all keys; ``"causal"``, with the last query at the last key;
+            an array that broadcasts to (B, H, T, S), either booleans, true where a query sees a key (a
+            query that sees none gets the mean of all values), or numbers to add to the scores, of a
+            type no wider than the result's; or :class:`Rows` for packed rows.
+        cap: bounds the scores: before the mask, each becomes ``cap · tanh(score / cap)``.
 
     Raises:
-        ValueError: another mask, or H is no multiple of K.
+        ValueError: another mask, or H is not a multiple of K.
     """
     heads, length = queries.shape[1:3]
     if heads % keys.shape[1]:
@@ -174,16 +173,16 @@ def attend(
     window: int | None = None,
     cap: float | None = None,
 ) -> mx.array:
-    """Attention (B, H, T, E) of tokens to themselves and to those that a cache holds, which takes them in.
+    """Attention (B, H, T, E) of tokens to themselves and to those in a cache, to which they are added.
 
     Args:
-        queries: (B, H, T, E), turned by their positions.
-        keys: (B, K, T, E) of the same tokens, turned likewise, with H a multiple of K.
+        queries: (B, H, T, E), already rotated.
+        keys: (B, K, T, E) of the same tokens, already rotated, with H a multiple of K.
         values: (B, K, T, E).
-        scale: what the scores are multiplied by.
-        mask: as :func:`attention_mask` makes it for these tokens and the window.
+        scale: multiplies the scores.
+        mask: from :func:`attention_mask` for these tokens and the window.
         cache: of this layer.
-        window: tokens that a token sees, itself included; None is all before it.
+        window: how many tokens a token sees, including itself; None is all before it.
         cap: as for :func:`attention`.
     """
     if isinstance(cache, RaggedCache):
@@ -191,7 +190,7 @@ def attend(
     if cache is not None:
         keys, values = cache.update(keys, values)
     if window is not None:
-        # None of these queries sees further back than the first one does.
+        # No query sees further back than the first one.
         reach = window + queries.shape[2] - 1
         keys, values = keys[:, :, -reach:], values[:, :, -reach:]
     return attention(queries, keys, values, scale, mask, cap)
@@ -200,7 +199,7 @@ def attend(
 def _attention_apart(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float, rows: Rows, cap: float | None
 ) -> mx.array:
-    """Attention within each of some rows, which are taken apart for it."""
+    """Attention within each of the packed rows, which are unpacked for it."""
     mask = attention_mask(max(rows.lengths), 0, rows.window)
     queries, keys, values = (apart(x, rows) for x in (queries, keys, values))
     return together(attention(queries, keys, values, scale, mask, cap), rows)
@@ -211,17 +210,17 @@ def attention_mask(tokens: int, held: int, window: int | None, lengths: Sequence
 
     Args:
         tokens: T.
-        held: keys that a cache holds from before.
-        window: tokens that a token sees, itself included; None is all before it.
-        lengths: tokens of each of the rows that stand one after the other in the T; a query
-            sees no key of another row. None is a single row.
+        held: how many keys a cache holds already.
+        window: how many tokens a token sees, including itself; None is all before it.
+        lengths: tokens of each row, if rows are packed in the T; a query sees no key of another row.
+            None is a single row.
 
     Returns:
-        None when every query sees every key, ``"causal"``, :class:`Rows`, or booleans (T, S)
-        for the S keys that any of the queries sees, which are the last ones.
+        None if every query sees every key, ``"causal"``, :class:`Rows`, or booleans (T, S) for the
+        last S keys, those that any of the queries sees.
 
     Raises:
-        ValueError: the lengths are not those of T tokens, or a cache holds any.
+        ValueError: the lengths do not add up to T, or are given with a cache that holds keys.
     """
     if lengths is not None:
         rows = Rows(tuple(lengths), window)
@@ -239,19 +238,19 @@ def attention_mask(tokens: int, held: int, window: int | None, lengths: Sequence
 
 
 def positions(mask: Mask, cache: Cache | RaggedCache | None) -> int | Rows | Positions:
-    """Where tokens stand that are masked so and come after those of a cache: what :func:`rotate` takes."""
+    """The ``offset`` that :func:`rotate` takes for tokens with this mask that follow those in a cache."""
     if isinstance(mask, Rows):
         return mask
     return 0 if cache is None else cache.offset
 
 
 def _pays(x: mx.array) -> bool:
-    """Whether the way of a CPU is the faster one for ``x``."""
+    """Whether the operations written out for a CPU are faster for ``x``."""
     return x.size >= LARGE and x.dtype == mx.float32 and on_cpu()
 
 
 def _check_mask(mask: mx.array | Rows | str, shape: tuple[int, ...], dtype: mx.Dtype) -> None:
-    """Refuse what is no mask for scores of ``shape`` (B, H, T, S) and a result of type ``dtype``."""
+    """Refuse a mask that does not fit scores of ``shape`` (B, H, T, S) and a result of type ``dtype``."""
     if isinstance(mask, Rows):
         if shape[0] != 1 or not sum(mask.lengths) == shape[2] == shape[3]:
             raise ValueError(

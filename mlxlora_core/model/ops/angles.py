@@ -1,4 +1,4 @@
-"""By how much rotary positions turn each pair of features, in tables that layers share."""
+"""The angles of rotary positions, in tables that layers share."""
 
 from __future__ import annotations
 

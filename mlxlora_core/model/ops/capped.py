@@ -1,10 +1,10 @@
-"""Attention whose scores are capped, which no operation of MLX does: written out, on every device."""
+"""Attention with capped scores, for which MLX has no operation: written out for every device."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-# What a score becomes where a query does not see a key: a row of nothing else has a mean, not NaN.
+# The score of a key that a query does not see; finite, so that a query that sees none gets a mean, not NaN.
 _UNSEEN = float(mx.finfo(mx.float32).min)
 
 
@@ -16,10 +16,10 @@ def capped_attention(
     mask: mx.array | str | None,
     cap: float,
 ) -> mx.array:
-    """See :func:`mlxlora_core.model.ops.attention`; the mask is one that fits. Scores are in float32."""
+    """See :func:`mlxlora_core.model.ops.attention`; the mask is known to fit. Scores are in float32."""
     batch, heads, length, width = queries.shape
     kv_heads, seen = keys.shape[1:3]
-    # Queries that share a kv head stand under each other: one product, and no copy of the keys.
+    # Queries that share a kv head are stacked: one product, and no copy of the keys.
     rows = (queries * scale).reshape(batch, kv_heads, -1, width)  # (B, K, H / K · T, E)
     scores = (rows @ keys.swapaxes(-1, -2)).astype(mx.float32)  # (B, K, H / K · T, S)
     scores = (mx.tanh(scores / cap) * cap).reshape(batch, heads, length, seen)  # (B, H, T, S)

@@ -1,10 +1,9 @@
-"""The operations of a CPU, written out in as few passes through memory as they take.
+"""The operations on a CPU, written out to pass over memory as few times as possible.
 
-MLX's CPU backend takes one pass through memory for each operation of a formula,
-12 ns an element for ``exp``, 4.6 ns for ``power`` and 0.6 ns for a sum along
-rows. So here the exponential is that of a runtime which has a faster one, or a
-power of ``e``, the sum is a product with a vector of ones, and each gradient is
-written out. All arrays are in float32.
+MLX's CPU backend takes one pass over memory for each operation of a formula, and per element 12 ns
+for ``exp``, 4.6 ns for ``power`` and 0.6 ns for a sum along rows. So here the exponential comes from a
+runtime that has a faster one, or is a power of ``e``; sums are products with a vector of ones; and each
+gradient is written out. All arrays are float32.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array | None)
 
 @cache
 def _normalise(eps: float) -> Callable[..., Any]:
-    """The function of x that :class:`LayerOperations` calls so, with its gradient."""
+    """``LayerOperations.normalise`` as a function with a gradient."""
 
     @mx.custom_function
     def norm(x: mx.array) -> mx.array:
@@ -75,7 +74,7 @@ def _normalise(eps: float) -> Callable[..., Any]:
 
 
 def _rms_norm(eps: float) -> Callable[..., Any]:
-    """The function of (x, weight): the normalised, and the factor (..., 1) that its gradient is made of."""
+    """A function of (x, weight): the normalized x, and the factor (..., 1) that its gradient needs."""
 
     @mx.custom_function
     def norm(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
@@ -94,7 +93,7 @@ def _rms_norm(eps: float) -> Callable[..., Any]:
 
 
 def _turned(x: mx.array, table: Callable[..., _Pair], *arguments: Any) -> mx.array:
-    """``x`` turned by the angles of a table (T, E) of :mod:`angles`."""
+    """``x``, rotated by the angles of a table (T, E) from :mod:`angles`."""
     if layers_for(x) is None:
         return cast(mx.array, _rotate(x, *table(*arguments)))
     return cast(mx.array, _rotation(table, *arguments)(x))
@@ -102,7 +101,7 @@ def _turned(x: mx.array, table: Callable[..., _Pair], *arguments: Any) -> mx.arr
 
 @lru_cache(maxsize=16)
 def _rotation(table: Callable[..., _Pair], *arguments: Any) -> Callable[..., Any]:
-    """The function of x that turns it by the angles of a table, with its gradient: the way back."""
+    """A function that rotates x by the angles of a table, with its gradient, the rotation back."""
     cosine, sine = table(*arguments)
     turn, turn_back = (lent_layers().rotation(cosine, sign * sine) for sign in (1, -1))
     rotate: Any = mx.custom_function(turn)
@@ -130,7 +129,7 @@ def _rotate_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
 
 @mx.custom_function
 def _silu_times(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
-    """The product, and the sigmoid that its gradient is made of."""
+    """The product, and the sigmoid that its gradient needs."""
     sigmoid = 1.0 / (1.0 + exp(-gate))
     return sigmoid * gate * up, sigmoid
 
@@ -155,7 +154,7 @@ def _silu_times_lent_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
 
 @mx.custom_function
 def _cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-    """The sum, and the logarithms of the probabilities (N, V) that its gradient is made of."""
+    """The sum, and the log-probabilities (N, V) that its gradient needs."""
     log_softmax = lent("log_softmax")
     if log_softmax is None:
         highest = logits.max(axis=-1, keepdims=True)

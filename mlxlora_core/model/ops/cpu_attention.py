@@ -1,4 +1,4 @@
-"""Attention on a CPU, written out: queries in tiles, which leave out the keys that none of them sees."""
+"""Attention on a CPU, written out in tiles of queries that skip the keys none of them sees."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mlxlora_core.machine.device import lent
 from mlxlora_core.model.ops.lent import exp, layers_for, row_sums
 from mlxlora_core.model.ops.rows import Rows
 
-# Causal attention takes so many queries at a time, or an eighth of them where that is more.
+# Causal attention takes so many queries at a time, or an eighth of them if that is more.
 _TILE = 64
 
-# Or so many where a runtime has one operation for all that is done to scores: fewer and larger ones pay then.
+# The same if a runtime does all that is done to scores in one operation: larger tiles pay then.
 _FUSED_TILE = 128
 
-# What a score becomes where a query does not see a key: a row of nothing else has a mean, not NaN.
+# The score of a key that a query does not see; finite, so that a query that sees none gets a mean, not NaN.
 _UNSEEN = float(np.finfo(np.float32).min)
 
 
 def attention_of_one(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-    """Attention (B, H, 1, E) of one query a head that sees all keys; of any type."""
+    """Attention (B, H, 1, E) of one query per head, which sees all keys; for any type."""
     group, seen = queries.shape[1] // keys.shape[1], keys.shape[2]
     rows = _rows(queries * scale, group, _Tile(0, 1, seen, None))  # (B, K, H / K, E)
     weights = mx.softmax(rows @ keys.swapaxes(-1, -2), axis=-1, precise=True)  # (B, K, H / K, S)
@@ -55,16 +55,16 @@ def attention(
 def attention_of_rows(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float, rows: Rows
 ) -> mx.array:
-    """Attention (1, H, T, E) within each of some rows that stand one after the other."""
+    """Attention (1, H, T, E) within each of the packed rows."""
     return cast(mx.array, _attention(_tiles_of_rows(rows), scale)(queries, keys, values)[0])
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Queries ``start`` to ``stop``, and which keys they see: ``first`` up to, not including, ``keys``.
+    """Queries ``start`` to ``stop``, and the keys that they see: ``first`` up to, not including, ``keys``.
 
-    ``bias`` (stop - start, keys - first) is added to their scores, where it is given.
-    ``causal`` says that it is of the plain kind: the last query sees all keys, the one before all but one.
+    ``bias`` (stop - start, keys - first), if given, is added to their scores. ``causal`` says that the
+    bias is the plain triangle: the last query sees all keys, the one before all but one, and so on.
     """
 
     start: int
@@ -75,12 +75,12 @@ class _Tile:
     causal: bool = False
 
     def seen(self, x: mx.array) -> mx.array:
-        """Of (B, K, S, E) what its queries see."""
+        """The part of (B, K, S, E) that its queries see."""
         return x[:, :, self.first : self.keys]
 
 
 def _causal_tiles(length: int, seen: int, size: int) -> list[_Tile]:
-    """Tiles of at most ``size`` queries, the last of which stands at the last key."""
+    """Tiles of at most ``size`` queries; the last query is at the last key."""
     tiles = []
     for start in range(0, length, size):
         stop = min(start + size, length)
@@ -93,7 +93,7 @@ def _causal_tiles(length: int, seen: int, size: int) -> list[_Tile]:
 
 @lru_cache(maxsize=8)
 def _tiles_of_rows(rows: Rows) -> list[_Tile]:
-    """Tiles of queries of one row, or of some short rows whole, on the keys that any of them sees."""
+    """Tiles of queries from one row, or of several whole short rows, with the keys that any of them sees."""
     tiles = []
     row = np.repeat(np.arange(len(rows.lengths)), rows.lengths)  # (T,)
     for begin, end in _together(rows.lengths, _TILE):
@@ -111,7 +111,7 @@ def _tiles_of_rows(rows: Rows) -> list[_Tile]:
 
 
 def _together(lengths: tuple[int, ...], most: int) -> list[tuple[int, int]]:
-    """Where each row begins and ends; neighbours of no more than ``most`` tokens in all count as one."""
+    """Where each row begins and ends; neighboring rows of at most ``most`` tokens in all count as one."""
     spans = [(0, 0)]
     for length in lengths:
         begin, end = spans[-1]
@@ -123,7 +123,7 @@ def _together(lengths: tuple[int, ...], most: int) -> list[tuple[int, int]]:
 
 
 def _grouped(bias: mx.array, heads: int, kv_heads: int, length: int) -> mx.array:
-    """What broadcasts to (B, H, T, S), as what does to (B, K, H / K · T, S)."""
+    """A bias that broadcasts to (B, H, T, S), reshaped to broadcast to (B, K, H / K · T, S)."""
     bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
     batch, own_heads, rows, keys = bias.shape
     group = heads // kv_heads
@@ -134,12 +134,11 @@ def _grouped(bias: mx.array, heads: int, kv_heads: int, length: int) -> mx.array
 
 
 def _attention(tiles: list[_Tile], scale: float) -> Callable[..., Any]:
-    """The function of (queries, keys, values): the result, and what its gradient is made of.
+    """A function of (queries, keys, values): the result, and what its gradient needs.
 
-    That is, for each tile, the exponentials (B, K, H / K · t, S) and one over
-    their sums. Queries that share a kv head stand under each other: one
-    product, and no copy of the keys. A fourth argument, which broadcasts to
-    (B, K, H / K · T, S), is added to the scores of the only tile.
+    For each tile these are the exponentials (B, K, H / K · t, S) and one over their sums. Queries that
+    share a kv head are stacked, which makes one product and no copy of the keys. A fourth argument,
+    which broadcasts to (B, K, H / K · T, S), is added to the scores; there is a single tile then.
     """
 
     @mx.custom_function
@@ -183,7 +182,7 @@ def _attention(tiles: list[_Tile], scale: float) -> Callable[..., Any]:
 
 
 def _exp_scores(scores: mx.array, tile: _Tile, group: int, added: Sequence[mx.array]) -> mx.array:
-    """Exponentials of scores (B, K, H / K · t, S) and what is added to them, less the highest of each row."""
+    """Exponentials of the scores (B, K, H / K · t, S), after adding biases and subtracting row maxima."""
     exp_rows = lent("exp_rows")
     if exp_rows is not None and tile.causal:
         return cast(mx.array, exp_rows(scores, tile.stop - tile.start))
@@ -203,25 +202,25 @@ def _summed_to(target: mx.array, x: mx.array) -> mx.array:
 
 
 def _rows(x: mx.array, group: int, tile: _Tile) -> mx.array:
-    """The tile's rows of (B, H, T, E), heads of a group under each other: (B, K, H / K · t, E)."""
+    """The tile's rows of (B, H, T, E), with the heads of a group stacked: (B, K, H / K · t, E)."""
     batch, heads, _, width = x.shape
     return x[:, :, tile.start : tile.stop].reshape(batch, heads // group, -1, width)
 
 
 def _join(parts: list[mx.array], group: int) -> mx.array:
-    """The tiles (B, K, H / K · t, E), one after the other, as (B, H, T, E)."""
+    """The concatenated tiles (B, K, H / K · t, E), as (B, H, T, E)."""
     batch, kv_heads, _, width = parts[0].shape
     split = [part.reshape(batch, kv_heads * group, -1, width) for part in parts]  # (B, H, t, E) each
     return split[0] if len(split) == 1 else mx.concatenate(split, axis=2)
 
 
 class _Sum:
-    """A sum of parts (B, K, ·, E) that each begin at some key; neither their beginnings nor ends go back."""
+    """A sum of parts (B, K, ·, E) that begin at given keys; beginnings and ends never decrease."""
 
     def __init__(self) -> None:
-        self._done: list[mx.array] = []  # what no part will add to
+        self._done: list[mx.array] = []  # keys that no further part covers
         self._open: mx.array | None = None
-        self._begin = 0  # of what is open
+        self._begin = 0  # the first key of the open part
 
     def add(self, first: int, part: mx.array) -> None:
         """Add a part that begins at key ``first``."""

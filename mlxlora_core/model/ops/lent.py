@@ -1,4 +1,4 @@
-"""What the written-out operations of a CPU build on: what runtimes have lent, or MLX's own ways."""
+"""What the operations on a CPU are built from: functions that runtimes have lent, or MLX's own."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import mlx.core as mx
 from mlxlora_core.machine.device import lent
 from mlxlora_core.runtime_started import LayerOperations
 
-# e to less than this is far below the last bit of any sum with a 1 in it, and slow to compute.
+# exp of less than this is far below the last bit of any sum that contains a 1, and slow to compute.
 _LOWEST = -80.0
 
 
 def layers_for(x: mx.array) -> LayerOperations | None:
-    """What a runtime has lent for arrays such as ``x``, if anything."""
+    """The layer operations that a runtime has lent, if they take arrays like ``x``."""
     layers: Any = lent("layers")
     return cast(LayerOperations, layers) if layers is not None and 0 < x.size < 2**31 else None
 
 
 def lent_layers() -> LayerOperations:
-    """The same where it is known that there is something."""
+    """The layer operations, when they are known to have been lent."""
     return cast(LayerOperations, lent("layers"))
 
 
 def exp(x: mx.array) -> mx.array:
-    """``exp(x)``, but ``exp(-80)`` below that, where nothing faster is at hand."""
+    """``exp(x)``; without a faster runtime, ``exp(-80)`` for anything below -80."""
     faster = lent("exp")
     if faster is not None:
         return cast(mx.array, faster(x))
@@ -34,5 +34,5 @@ def exp(x: mx.array) -> mx.array:
 
 
 def row_sums(x: mx.array) -> mx.array:
-    """Sums over the last axis, which stays with length 1."""
+    """Sums over the last axis, which is kept with length 1."""
     return x @ mx.ones((x.shape[-1], 1))

@@ -1,4 +1,4 @@
-"""Rows that stand one after the other in a single one, for work that must not cross from one to the next."""
+"""Packed rows: several rows one after the other in a single one, with none reaching into the next."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Rows:
 
     Attributes:
         lengths: tokens of each row; T of them all together.
-        window: tokens that a token sees, itself included; None is all before it in its row.
+        window: how many tokens a token sees, including itself; None is all before it in its row.
     """
 
     lengths: tuple[int, ...]
@@ -27,26 +27,26 @@ class Rows:
             raise ValueError(f"each of the rows must have a token: {self.lengths}")
 
 
-#: what attention takes: nothing, ``"causal"``, rows, or an array that broadcasts to (B, H, T, S)
+#: what attention takes: None, ``"causal"``, packed rows, or an array that broadcasts to (B, H, T, S)
 Mask: TypeAlias = mx.array | Rows | str | None
 
 
 def apart(x: mx.array, rows: Rows) -> mx.array:
-    """(1, H, T, E) as (R, H, L, E): each row by itself, the last token of shorter ones again at their ends.
+    """Unpack (1, H, T, E) to (R, H, L, E), repeating the last token of shorter rows as padding.
 
-    Nothing may come of the ends: they give no gradient.
+    The padding gives no gradient, so the result must not depend on it.
     """
     return cast(mx.array, _apart(x, *_places(rows.lengths)))
 
 
 def together(x: mx.array, rows: Rows) -> mx.array:
-    """(R, H, L, E) as (1, H, T, E): the rows one after the other, without the ends of shorter ones."""
+    """Pack (R, H, L, E) to (1, H, T, E), without the padding of shorter rows."""
     return cast(mx.array, _together(x, *_places(rows.lengths)))
 
 
 @lru_cache(maxsize=8)
 def _places(lengths: tuple[int, ...]) -> tuple[mx.array, mx.array, mx.array]:
-    """Where tokens of rows apart stand together (R, L), whether they are no ends, and the way back (T,)."""
+    """Indices to unpack, whether each is a token and not padding, both (R, L), and indices to pack, (T,)."""
     count = np.array(lengths)[:, None]  # (R, 1)
     starts = np.cumsum(count)[:, None] - count
     place = np.arange(count.max())  # (L,)
@@ -63,7 +63,7 @@ def _put_together(x: mx.array, back: mx.array) -> mx.array:
     return x.swapaxes(0, 1).flatten(1, 2)[:, back][None]  # (1, H, T, E)
 
 
-# MLX's gradient of a choice is a sum at chosen places, which is slow; here each way is the other's gradient.
+# MLX's gradient of indexing is a scatter-add, which is slow; here each direction is the other's gradient.
 @mx.custom_function
 def _apart(x: mx.array, at: mx.array, inside: mx.array, back: mx.array) -> mx.array:
     return _taken_apart(x, at)

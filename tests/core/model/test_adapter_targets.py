@@ -14,8 +14,8 @@ import pytest
 from mlxlora_core.errors import ModelError, UsageError
 from mlxlora_core.files import tensor_file
 from mlxlora_core.model import adapters, loading
+from mlxlora_core.model.adapter_targets import matches
 from mlxlora_core.model.loading import Model
-from mlxlora_core.model.places import matches
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins.sections import AdapterConfig, configure
@@ -150,8 +150,8 @@ def test_overrides_hold_at_the_paths_that_they_match(
     again = loading.load(model.folder, registry)
     loaded = adapters.load(tmp_path / "a.safetensors", again, registry)
     assert loaded.options == adapted.options and loaded.config == adapted.config
-    want = adapters.own(model.module, adapted.paths)
-    got = adapters.own(again.module, loaded.paths)
+    want = adapters.adapter_parameters(model.module, adapted.paths)
+    got = adapters.adapter_parameters(again.module, loaded.paths)
     assert want.keys() == got.keys() and all(mx.array_equal(want[name], got[name]) for name in want)
 
 
@@ -206,13 +206,13 @@ def test_what_is_frozen_is_kept_in_the_file_and_what_is_shared_once(
     adapters.save(path, model, adapted)
     held, metadata = tensor_file.load(path)
     shared = json.loads(metadata["mlxlora"])["shared"]
-    own = adapters.own(model.module, adapted.paths)
+    own = adapters.adapter_parameters(model.module, adapted.paths)
     assert held.keys() | shared.keys() == own.keys() and not held.keys() & shared.keys()
     assert sum(name.endswith("vera_a") for name in held) == 2
     assert sum(name.endswith("vera_b") for name in held) == 2
     again = loading.load(model.folder, registry)
     loaded = adapters.load(path, again, registry)
-    got = adapters.own(again.module, loaded.paths)
+    got = adapters.adapter_parameters(again.module, loaded.paths)
     assert all(mx.array_equal(own[name], got[name]) for name in own)
     assert len({id(tensor) for tensor in got.values()}) == len(held)
     assert set(adapters.trainable(again.module)) == {
@@ -223,7 +223,7 @@ def test_what_is_frozen_is_kept_in_the_file_and_what_is_shared_once(
     adapters.fill(path, model, adapted)
     assert all(
         mx.array_equal(own[name], tensor)
-        for name, tensor in adapters.own(model.module, adapted.paths).items()
+        for name, tensor in adapters.adapter_parameters(model.module, adapted.paths).items()
     )
 
 

@@ -9,9 +9,16 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxlora_core.model.dropout import Dropout, as_here, at_places, drawn_by, drops, name_dropouts
+from mlxlora_core.model.dropout import (
+    Dropout,
+    at_positions,
+    drops,
+    name_dropouts,
+    using_keys,
+    with_current_keys,
+)
 from mlxlora_core.training.batches import Batch
-from mlxlora_core.training.places import places_of
+from mlxlora_core.training.dropout_keys import dropout_keys
 
 P, T, F = 0.1, 64, 256
 
@@ -32,7 +39,7 @@ def kept(
     rows: list[int], width: int = T, *, key: int = 5, name: str = "a", features: int = F, p: float = P
 ) -> Any:
     """Whether numbers are kept, (B, T, F)."""
-    with drawn_by(places_of(key, rows, batch(len(rows), width))):
+    with using_keys(dropout_keys(key, rows, batch(len(rows), width))):
         return np.array(named(name, p)(mx.ones((len(rows), width, features)))) != 0
 
 
@@ -82,14 +89,14 @@ def test_a_row_drops_the_same_beside_other_rows_and_behind_any_padding() -> None
 
 def test_packed_rows_drop_what_they_drop_apart() -> None:
     lengths = (5, T, 9)
-    with drawn_by(places_of(5, [3, 7, 9], batch(1, sum(lengths), lengths))):
+    with using_keys(dropout_keys(5, [3, 7, 9], batch(1, sum(lengths), lengths))):
         packed = np.array(named("a")(mx.ones((1, sum(lengths), F))))[0] != 0
     for row, part in zip([3, 7, 9], np.split(packed, np.cumsum(lengths)[:-1]), strict=True):
         assert np.array_equal(part, kept([row], len(part))[0])
 
 
 def test_rows_that_only_fill_a_shape_are_the_first_again() -> None:
-    words = np.array(places_of(5, [3, 7], batch(4, T)))
+    words = np.array(dropout_keys(5, [3, 7], batch(4, T)))
     assert np.array_equal(words[2], words[0]) and np.array_equal(words[3], words[0])
 
 
@@ -101,14 +108,14 @@ def test_any_number_of_features(features: int) -> None:
 
 def test_what_is_taken_of_some_places_drops_what_it_drops_among_all() -> None:
     whole, chosen = kept([1, 2, 3]), mx.array([0, 5, T + 1, 3 * T - 1])
-    with drawn_by(places_of(5, [1, 2, 3], batch(3, T))), at_places(chosen), at_places(slice(1, 4)):
+    with using_keys(dropout_keys(5, [1, 2, 3], batch(3, T))), at_positions(chosen), at_positions(slice(1, 4)):
         found = np.array(named("a")(mx.ones((3, F)))) != 0
     assert np.array_equal(found, whole.reshape(-1, F)[[5, T + 1, 3 * T - 1]])
 
 
 def test_more_axes_behind_the_places_and_places_in_one_axis() -> None:
     whole = kept([1, 2], features=4 * F)
-    with drawn_by(places_of(5, [1, 2], batch(2, T))):
+    with using_keys(dropout_keys(5, [1, 2], batch(2, T))):
         split = np.array(named("a")(mx.ones((2, T, 4, F)))) != 0
         flat = np.array(named("a")(mx.ones((2 * T, 4 * F)))) != 0
     assert np.array_equal(split.reshape(whole.shape), whole) and np.array_equal(
@@ -121,7 +128,7 @@ def test_without_places_or_for_inputs_that_show_none_the_state_of_mlx_draws() ->
     found = []
     for _ in range(2):
         mx.random.seed(1)
-        with drawn_by(places_of(5, [1], batch(1, 4))):  # 6 is not 4
+        with using_keys(dropout_keys(5, [1], batch(1, 4))):  # 6 is not 4
             found.append(np.array(module(x)))
         found.append(np.array(module(x)))
     assert np.array_equal(found[0], found[2]) and np.array_equal(found[1], found[3])
@@ -131,8 +138,8 @@ def test_without_places_or_for_inputs_that_show_none_the_state_of_mlx_draws() ->
 
 def test_what_is_called_later_draws_as_where_it_was_made() -> None:
     module, x = named("a"), mx.ones((1, T, F))
-    with drawn_by(places_of(5, [7], batch(1, T))):
-        later = as_here(module)
+    with using_keys(dropout_keys(5, [7], batch(1, T))):
+        later = with_current_keys(module)
     assert np.array_equal(np.array(later(x)) != 0, kept([7]))
 
 
@@ -143,7 +150,7 @@ def test_what_is_called_later_draws_as_where_it_was_made() -> None:
 def test_the_share_and_the_mean_hold(p: float) -> None:
     """Within five standard deviations; and the factor is that of the share which is dropped, to the bit."""
     exact = min(max(round(p * 65536), 1), 65535) / 65536
-    with drawn_by(places_of(9, list(range(8)), batch(8, 4 * T))):
+    with using_keys(dropout_keys(9, list(range(8)), batch(8, 4 * T))):
         y = np.array(named("a", p)(mx.ones((8, 4 * T, F))))
     assert np.mean(y == 0) == pytest.approx(exact, abs=5 * (exact * (1 - exact) / y.size) ** 0.5)
     assert np.unique(y[y != 0]) == np.float32(1 / (1 - exact))
@@ -175,7 +182,7 @@ def test_places_features_rows_layers_and_steps_are_independent() -> None:
 
 def test_the_gradient_is_that_of_what_was_kept() -> None:
     module, x = named("a"), mx.random.normal((2, T, F))
-    with drawn_by(places_of(5, [1, 2], batch(2, T))):
+    with using_keys(dropout_keys(5, [1, 2], batch(2, T))):
         gradient = np.array(mx.grad(lambda x: (3 * module(x)).sum())(x))
     want = kept([1, 2]) * np.float32(65536 / (65536 - round(P * 65536))) * 3
     np.testing.assert_allclose(gradient, want, rtol=1e-6)
@@ -183,7 +190,7 @@ def test_the_gradient_is_that_of_what_was_kept() -> None:
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_half_precision_stays_half_precision(dtype: mx.Dtype) -> None:
-    with drawn_by(places_of(5, [1], batch(1, T))):
+    with using_keys(dropout_keys(5, [1], batch(1, T))):
         y = named("a")(mx.ones((1, T, F), dtype))
     assert y.dtype == dtype and np.array_equal(np.array(y.astype(mx.float32))[0] != 0, kept([1])[0])
 

@@ -105,7 +105,10 @@ def test_it_comes_back_from_its_file_to_the_bit(
     write_adapter(folder, name, registry, path)
     first, second = (loading.load(folder, registry) for _ in range(2))
     one, other = adapters.load(path, first, registry), adapters.load(path, second, registry)
-    held, again = adapters.own(first.module, one.paths), adapters.own(second.module, other.paths)
+    held, again = (
+        adapters.adapter_parameters(first.module, one.paths),
+        adapters.adapter_parameters(second.module, other.paths),
+    )
     assert held.keys() == again.keys()
     assert all(mx.array_equal(held[key], again[key]) for key in held)
     adapters.save(tmp_path / "again.npz", first, one)

@@ -110,7 +110,7 @@ def test_outputs_are_put_in_order_and_what_has_none_is_not(
 ) -> None:
     model, held = load(), pair()
     put_on(model, registry, found({Q: held}))
-    got = adapters.own(model.module, ["layers.0.attention.wq"])
+    got = adapters.adapter_parameters(model.module, ["layers.0.attention.wq"])
     rows = mx.array(neighbour_rows(4, 8))
     assert mx.array_equal(got["layers.0.attention.wq.lora_a"], held["lora_a"].read())
     assert mx.array_equal(got["layers.0.attention.wq.lora_b"], held["lora_b"].read()[:, rows])
@@ -163,7 +163,7 @@ def test_a_parameter_that_linears_of_several_sizes_share_is_cut_to_each(
     opened = ForeignAdapter("vera", {"rank": 5}, vectors, {"vera_b": 1, "lambda_b": 0}, inputs={"vera_a": 0})
     model = load()
     adapted = put_on(model, registry, opened)
-    got = adapters.own(model.module, adapted.paths)
+    got = adapters.adapter_parameters(model.module, adapted.paths)
     assert mx.array_equal(got["layers.0.attention.wq.vera_a"], a.read()[:32])
     assert mx.array_equal(got["layers.0.feed_forward.w2.vera_a"], a.read())
 

@@ -12,8 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlxlora_core.errors import PluginError
 from mlxlora_core.machine import device
-from mlxlora_core.model import bound as bound_products
-from mlxlora_core.model import linears
+from mlxlora_core.model import bound_products, linears
 from mlxlora_core.model.linears import (
     QuantizedLinear,
     StackedLinear,

@@ -200,3 +200,19 @@ def test_a_mixture_with_others_is_what_its_weights_are_fused_to(
         weight = parameters(several.linear(place))["weight"].astype(mx.float32)
         dense.module.load_weights([(f"{place}.weight", several.fused_weight(place, weight))], strict=False)
     assert near(model.language_model(TOKENS), dense.language_model(TOKENS))
+
+
+def test_a_share_of_a_bias_in_half_precision_is_rounded_once(
+    files: tuple[Path, dict[str, Path]], registry: Registry
+) -> None:
+    base, paths = files
+    _, several = loaded(base, {"scaled": paths["scaled"]}, registry)
+    several.select({"scaled": 0.3})
+    place = "layers.1.attention.wk"
+    outputs = several.linear(place).weight.shape[0]
+    half = mx.random.normal((64, outputs), key=mx.random.key(3)).astype(mx.float16)  # many biases at once
+    factors = np.array(tensor_file.load(paths["scaled"])[0][f"{place}.ia3_l"], np.float64).reshape(-1)
+    exact = np.array(half, np.float64) * (1 + 0.3 * (factors - 1))
+    got = several.fused_bias(place, half)
+    assert got.dtype == mx.float16
+    assert np.array_equal(np.array(got), exact.astype(np.float16))

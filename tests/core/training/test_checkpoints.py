@@ -160,7 +160,7 @@ load = loading.load
 def state(work: Work) -> tuple[str, Any]:
     """All that a training is: a hash of its tensors, and its progress without what is a matter of time."""
     digest = hashlib.sha256()
-    own = adapters.own(work.module, work.session.adapted.paths)
+    own = adapters.adapter_parameters(work.module, work.session.adapted.paths)
     tensors = {**own, **work.training.optimizer_tensors()}
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode() + np.array(tensor).tobytes())

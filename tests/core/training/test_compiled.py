@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlxlora_core.errors import DivergedError
 from mlxlora_core.machine import device
 from mlxlora_core.model import adapters
-from mlxlora_core.model.linears import QuantizedLinear, linear_shape, linears, parameters, replace
+from mlxlora_core.model.linears import QuantizedLinear, linear_shape, linears, parameters, replace_modules
 from mlxlora_core.model.loading import Model
 from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.options import plain
@@ -136,7 +136,7 @@ def base(registry: Registry, tokenizer: CheckedTokenizer) -> Callable[..., Model
                 for path, linear in linears(module)
                 if path.startswith("layers.")
             }
-            replace(module, packed)
+            replace_modules(module, packed)
         mx.eval(module.parameters())
         model = Model(Path("base"), module, tokenizer, plain(args), None, component, "", "")
         values = {"layers": -1, **ADAPTERS[adapter]} if architecture == "llama" else {"layers": -1}

@@ -27,7 +27,7 @@ from mlxlora_core.training.events import TrainReport, ValidReport
 from mlxlora_core.training.examples import Example, Examples
 from mlxlora_core.training.gradient import mean_gradient
 from mlxlora_core.training.loop import Training
-from mlxlora_core.training.loss import nats, states
+from mlxlora_core.training.loss import hidden_states, nats
 from mlxlora_core.training.parallel import split_rows
 from mlxlora_core.training.prefix import Prefix
 from mlxlora_core.training.reuse import decide
@@ -123,7 +123,7 @@ def test_layers_begin_where_their_input_is_known_whatever_the_layout(
         batch = make_batch(make_examples(LENGTHS), range(8), packing)
         low = model.run(model.embed(batch.inputs), last=1, lengths=batch.lengths)
         known = replace(batch, hidden=low, first=1)
-        np.testing.assert_allclose(states(model, known), states(model, batch), atol=1e-6)
+        np.testing.assert_allclose(hidden_states(model, known), hidden_states(model, batch), atol=1e-6)
         assert nats(model, known).item() == pytest.approx(nats(model, batch).item(), rel=1e-6)
 
 
@@ -144,7 +144,7 @@ def test_packed_rows_have_the_loss_and_the_gradient_that_they_have_alone(
     examples, rows = make_examples(LENGTHS), range(len(LENGTHS))
     batch = make_batch(examples, rows, packing=True)
     assert batch.inputs.size * 64 >= LARGE
-    logits = language_model.head(states(language_model, batch))[0]
+    logits = language_model.head(hidden_states(language_model, batch))[0]
     for start, example in zip(batch.starts, examples, strict=True):
         alone = language_model(mx.array(example.tokens[None, :-1]))[0]
         far = mx.abs(logits[start : start + len(alone)] - alone).max()

@@ -19,16 +19,16 @@ from mlxlora_core.errors import UsageError
 from mlxlora_core.files.leftovers import temporary_name
 from mlxlora_core.machine.processors import THREADS
 from mlxlora_core.model.language_model import LanguageModel
-from mlxlora_core.training import kept, prefix
+from mlxlora_core.training import prefix, row_store
 from mlxlora_core.training.batches import Collator
 from mlxlora_core.training.evaluation import evaluate
 from mlxlora_core.training.events import TrainReport, ValidReport
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.gradient import mean_gradient
-from mlxlora_core.training.kept import Kept
 from mlxlora_core.training.loop import Training
 from mlxlora_core.training.prefix import Prefix
 from mlxlora_core.training.reuse import Reuse, decide, lowest_layer
+from mlxlora_core.training.row_store import RowStore
 from mlxlora_core.training.settings import TrainConfig
 
 MakeExamples = Callable[..., tuple[Example, ...]]
@@ -375,7 +375,7 @@ def test_files_hold_the_same_bits_as_memory_and_are_gone_at_the_end(
 
 def test_a_budget_is_kept_to_and_what_is_left_goes_into_files(tmp_path: Path) -> None:
     rows = [np.full((10, 4), n, np.uint32) for n in range(6)]  # 160 bytes each
-    store = Kept(400, tmp_path)
+    store = RowStore(400, tmp_path)
     places = [store.keep(b"k" * 32, [row]) for row in rows]
     assert (store.memory_bytes, store.file_bytes) == (320, 640)
     for place, row in zip(places, rows, strict=True):
@@ -473,9 +473,9 @@ def test_a_full_disk_is_a_warning_and_the_rest_is_computed(
         model = top(stand_in())
         made = open_prefix(model, {"train": train}, tmp_path, 0)
         if full and fault == "no space":
-            monkeypatch.setattr(kept, "open", full_after(2), raising=False)
+            monkeypatch.setattr(row_store, "open", full_after(2), raising=False)
         elif full:
-            monkeypatch.setattr(kept, "_SHARE_OF_DISK", 0.0)
+            monkeypatch.setattr(row_store, "_SHARE_OF_DISK", 0.0)
         training = Training(model, train, (), settings(), 3, prefix=made)
         told = [line for line in map(str, training.prepare()) if line.startswith("warning: ")]
         curves.append([report.loss for reports in training for report in reports])
@@ -507,7 +507,7 @@ def test_memory_that_is_left_decides_where_it_is_kept(
 
     def settled(free: int | None, need: int, memory_mb: int | None = None) -> int:
         monkeypatch.setattr(prefix, "free_memory_bytes", lambda: free)
-        return open_prefix(model, splits, None, memory_mb, iters=1000).settle(need)
+        return open_prefix(model, splits, None, memory_mb, iters=1000).budget_memory(need)
 
     whole = 600 * 1999 * 8 * 4
     assert settled(None, 10**9) == settled(10**9, 10**6) == whole

@@ -18,17 +18,17 @@ from mlxlora_core.plugins import Choice
 from mlxlora_core.plugins.sections import AdapterConfig, overridden
 
 ALL_LINEAR = "all-linear"
-#: what output heads are called
+#: names of output heads
 _HEADS = ("output", "lm_head")
 
-#: path of what can be adapted -> what it is called, here and by libraries
+#: path of a module that can be adapted -> its names, here and in other libraries
 Names = Mapping[str, Sequence[str]]
 
 
 def names_of(model: Model) -> Names:
-    """What the linears and embeddings of a model without an adapter are called.
+    """The names of the linears and embeddings of a model without an adapter.
 
-    The names that libraries have for them are those in the layouts of the architecture.
+    The names in other libraries come from the layouts of the architecture.
     """
     names = {path: [path] for found in (linears, embeddings) for path, _ in found(model.module)}
     architecture = model.architecture
@@ -43,13 +43,13 @@ def names_of(model: Model) -> Names:
 
 
 def with_targets(model: Model, config: AdapterConfig, wanted: Sequence[str] = ()) -> AdapterConfig:
-    """``config`` with targets where it has none.
+    """``config``, with default targets if it has none.
 
     Args:
         model: to be adapted.
         config: where an adapter goes.
-        wanted: what the adapter would go on; those that the model lacks are left out, and without
-            any it goes on what the architecture names.
+        wanted: the default targets of the adapter. Those that the model lacks are left out; if none
+            remains, the defaults of the architecture are used.
     """
     if config.targets:
         return config
@@ -59,11 +59,11 @@ def with_targets(model: Model, config: AdapterConfig, wanted: Sequence[str] = ()
     return dataclasses.replace(config, targets=targets)
 
 
-def choose(model: Model, config: AdapterConfig) -> dict[str, nn.Module]:
-    """path -> linear or embedding of all that ``config`` asks for, which names targets.
+def chosen_modules(model: Model, config: AdapterConfig) -> dict[str, nn.Module]:
+    """path -> linear or embedding, for all that ``config`` asks for; it must name targets.
 
-    Linears in layers must be in the top ones that it asks for; embeddings and the output head are
-    in none, and are chosen by their names alone.
+    Linears inside layers must be in the top layers that it asks for; embeddings and the output head
+    are in no layer and are chosen by name alone.
 
     Raises:
         UsageError: a target that matches nothing, with the names that exist.
@@ -77,7 +77,7 @@ def choose(model: Model, config: AdapterConfig) -> dict[str, nn.Module]:
         if (layer := layer_of(path)) is None or layer >= layers - count
     }
     names = names_of(model)
-    # Of linears alone, and of those in a layer.
+    # all-linear means the linears inside layers.
     every = {path for path, module in found.items() if layer_of(path) is not None and is_linear(module)}
     chosen = set()
     for target in config.targets:
@@ -88,11 +88,11 @@ def choose(model: Model, config: AdapterConfig) -> dict[str, nn.Module]:
     return {path: found[path] for path in sorted(chosen)}
 
 
-def at(paths: Iterable[str], model: Model, where: Path) -> dict[str, nn.Module]:
-    """path -> linear or embedding of those that an adapter file names.
+def modules_at(paths: Iterable[str], model: Model, where: Path) -> dict[str, nn.Module]:
+    """path -> linear or embedding, for the paths that an adapter file names.
 
     Raises:
-        ModelError: some of them this model does not have.
+        ModelError: this model lacks some of them.
     """
     found = dict((*linears(model.module), *embeddings(model.module)))
     wanted = list(paths)
@@ -106,13 +106,13 @@ def options_at(paths: Iterable[str], model: Model, choice: Choice, config: Adapt
     """path -> the adapter's options there.
 
     Args:
-        paths: that the adapter goes on.
-        model: which they are of, without the adapter.
-        choice: the adapter.
+        paths: of the modules that the adapter goes on.
+        model: without the adapter.
+        choice: the adapter and its options.
         config: with the overrides.
 
     Raises:
-        UsageError: an override that matches none of the paths, or that is of options that the
+        UsageError: an override that matches none of the paths, or that sets an option which the
             adapter does not have.
     """
     overrides = config.parsed_overrides
@@ -135,16 +135,16 @@ def options_at(paths: Iterable[str], model: Model, choice: Choice, config: Adapt
 def refuse_named(
     declined: Mapping[str, nn.Module], model: Model, choice: Choice, config: AdapterConfig
 ) -> None:
-    """Refuse targets that name an embedding which the adapter leaves alone.
+    """Refuse a target that names an embedding which the adapter does not wrap.
 
     Args:
-        declined: path -> what it leaves alone.
+        declined: path -> module that the adapter did not wrap.
         model: without the adapter.
-        choice: the adapter.
+        choice: the adapter and its options.
         config: with the targets.
 
     Raises:
-        UsageError: there is one.
+        UsageError: there is such a target.
     """
     names = names_of(model) if any(not is_linear(module) for module in declined.values()) else {}
     for path in (path for path, module in declined.items() if not is_linear(module)):
@@ -158,7 +158,7 @@ def refuse_named(
 
 
 def matches(target: str, names: Iterable[str]) -> bool:
-    """Whether a target is one of the names, the end of one after a dot, or a pattern with ``*`` of these."""
+    """Whether a target equals a name, or the part of one after a dot; ``*`` in it matches anything."""
     pattern = re.compile(r"(.*\.)?" + ".*".join(map(re.escape, target.split("*"))), re.DOTALL)
     return any(pattern.fullmatch(name) for name in names)
 
@@ -166,7 +166,7 @@ def matches(target: str, names: Iterable[str]) -> bool:
 def _unknown(
     target: str, model: Model, names: Names, found: Mapping[str, nn.Module], count: int
 ) -> UsageError:
-    """What there is to say of a target that matches nothing."""
+    """The error for a target that matches nothing."""
     what = f"adapter target '{target}' matches no linear in the top {count} layers"
     if target in _HEADS and not model.language_model.head_path:
         named = listing(path for path, module in found.items() if not is_linear(module))
@@ -181,10 +181,10 @@ def _unknown(
 
 
 def _own(names: Names) -> list[str]:
-    """The last words of the paths."""
+    """The last parts of the paths."""
     return sorted({path.rpartition(".")[2] for path in names})
 
 
 def _short(names: Names) -> list[str]:
-    """The last words of all names."""
+    """The last parts of all names."""
     return sorted({name.rpartition(".")[2] for found in names.values() for name in found})

@@ -1,4 +1,4 @@
-"""Products that a quantizer binds to parts that stay as they are, with their gradient."""
+"""Matrix products that a quantizer provides for a packed weight, with their gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlxlora_core.plugins import Choice
 from mlxlora_core.values import PackedProduct
 
 
-class Bound:
+class BoundProduct:
     """What a quantizer binds to the parts of a weight (outputs, inputs), if anything.
 
     Args:

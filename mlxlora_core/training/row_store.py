@@ -1,7 +1,7 @@
-"""Numbers of many rows: in memory up to a budget, then in files of a temporary folder.
+"""Arrays of numbers, one for each row: in memory up to a budget, then in files of a temporary folder.
 
-A file is read and never mapped: to look into the mapping of a file that somebody has cut short ends
-the process. What is read is held against what was written, row by row.
+Files are read, never mapped: touching a mapping of a file that somebody has truncated kills the process.
+The checksum of a row is compared whenever the row is read.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from mlxlora_core.training.checkpoints import PREFIX
 Numbers = np.ndarray[Any, Any]
 
 _MAGIC = b"mlxlora prefix 1\n"
-_SHARE_OF_DISK = 0.5  # of what is free at first: checkpoints want room too
+_SHARE_OF_DISK = 0.5  # of the free space at the start: checkpoints need room too
 
 
 @dataclass(frozen=True)
 class _InFile:
-    """Where rows stand in a file.
+    """Rows in a file.
 
     Attributes:
         path: of the file.
-        head: the bytes that it begins with: whose numbers they are.
-        starts: of each row, and the end of the last one.
+        head: its first bytes, which identify the rows.
+        starts: offset of each row, and the end of the last one.
         sums: the CRC-32 of each row.
-        width: numbers a token.
+        width: numbers per token.
         dtype: of the numbers.
     """
 
@@ -48,7 +48,7 @@ class _InFile:
     dtype: Any
 
     def read(self, index: int) -> Numbers | None:
-        """A row (T, width); None where the file does not hold what was written."""
+        """A row (T, width); None if the file no longer holds what was written."""
         start, end = self.starts[index], self.starts[index + 1]
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -64,20 +64,20 @@ class _InFile:
         return np.frombuffer(content, self.dtype).reshape(-1, self.width)
 
 
-#: rows that are kept: in memory, or in a file
-Place = tuple[Numbers, ...] | _InFile
+#: rows that were stored together: in memory, or in a file
+Stored = tuple[Numbers, ...] | _InFile
 
 
-class Kept:
-    """Keeps rows of numbers where there is room.
+class RowStore:
+    """Stores arrays (T, width), one for each row, while there is room.
 
     Args:
-        budget_bytes: what is kept in memory at most; None is all.
-        parent: the folder to make a folder of files in; None is that of the system for temporary files.
+        budget_bytes: the most that is kept in memory; None is no limit.
+        parent: where to make the folder for the files; None is the temporary folder of the system.
 
     Attributes:
-        memory_bytes: what is in memory now.
-        file_bytes: what was written into files.
+        memory_bytes: held in memory.
+        file_bytes: written to files.
     """
 
     def __init__(self, budget_bytes: int | None, parent: Path | None) -> None:
@@ -86,19 +86,19 @@ class Kept:
         self._made: list[Path] = []  # folders above it that were not there
         self._files, self._room = 0, 0
         self.memory_bytes, self.file_bytes = 0, 0
-        self._fault = ""  # why no file is written any more
+        self._fault = ""  # why no more files are written
 
     @property
     def fault(self) -> str:
-        """Why there is no room any more, in words; nothing where there is."""
+        """Why there is no more room, in words; empty while there is."""
         return self._fault
 
-    def keep(self, key: bytes, rows: Sequence[Numbers]) -> Place | None:
-        """Keep rows, each (T, width); where they are, or None where there is no room.
+    def keep(self, key: bytes, rows: Sequence[Numbers]) -> Stored | None:
+        """Store rows, each (T, width), and return where they are; None if there is no room.
 
         Args:
-            key: tells what they are from all that they are not.
-            rows: one at least, of one width.
+            key: identifies these rows; a file with another key is not read.
+            rows: at least one, all of one width.
         """
         size = sum(row.nbytes for row in rows)
         if self._budget is None or self.memory_bytes + size <= self._budget:
@@ -112,12 +112,12 @@ class Kept:
             self._fault = fault.strerror or str(fault)
             return None
 
-    def read(self, place: Place, index: int) -> Numbers | None:
-        """A row of those that were kept together; None where its file is damaged."""
+    def read(self, place: Stored, index: int) -> Numbers | None:
+        """One of the rows that were stored together; None if its file is damaged."""
         return place.read(index) if isinstance(place, _InFile) else place[index]
 
     def close(self) -> None:
-        """Give everything back; files and their folder are gone."""
+        """Free the memory and delete the files and their folder."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
@@ -149,7 +149,7 @@ class Kept:
         return _InFile(path, head, tuple(starts), sums, rows[0].shape[1], rows[0].dtype)
 
     def _open(self) -> Path:
-        """Make the folder, and clear away what a process that was killed has left of its own."""
+        """Make the folder, and delete those that killed processes have left."""
         own = self._parent is not None
         parent = self._parent if self._parent is not None else Path(tempfile.gettempdir())
         target = parent / (PREFIX if own else f"mlxlora-{PREFIX}")

@@ -1,4 +1,4 @@
-"""What the rows of a step draw by, each for itself: a function of (seed, step, row, place in the row)."""
+"""Random keys for the dropout of a batch: a function of (seed, step, row, position in the row)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from mlxlora_core.training.batches import Batch
 
 
 def step_key() -> int:
-    """What ``mx.random`` was seeded with last; where something was drawn since, another number."""
+    """The number that ``mx.random`` was last seeded with; another one if anything was drawn since."""
     state: Any = mx.random.state
     words = np.array(state[0])
     return int(words[0]) << 32 | int(words[1])
 
 
-def places_of(key: int, rows: Sequence[int], batch: Batch) -> mx.array:
-    """Two words for each place in a batch's inputs, (B, T, 2) uint32.
+def dropout_keys(key: int, rows: Sequence[int], batch: Batch) -> mx.array:
+    """A key for each position in a batch's inputs, padding included, (B, T, 2) uint32.
 
-    Places of padding have some too. Source: Philox (Salmon et al. 2011) for the first place of a row.
+    Philox (Salmon et al. 2011) gives 64 bits for the first position of a row; they grow by 1 a position.
 
     Args:
-        key: of the step, below 2^64; all rows of a step have the same.
-        rows: of the batch, by their numbers among all; further ones that fill a shape are its first again.
+        key: of the step, below 2^64.
+        rows: the rows of the batch, by number. Rows that only fill a shape repeat the first.
         batch: made of them.
     """
     height, width = batch.inputs.shape
