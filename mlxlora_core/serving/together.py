@@ -48,18 +48,17 @@ def follow_all(
         PromptTooLong: a prompt does not fit into the model's context.
         MlxloraError: as ``follow`` raises, once the texts before it are told.
     """
-    limits = limits or Limits()
     scheduler: Scheduler | None = None
     jobs: deque[Job] = deque()
     for prompt in prompts:
         require_fit(model, len(prompt))
-        scheduler = scheduler or Scheduler(model, Selection(None), limits)
+        scheduler = scheduler or Scheduler(model, Selection(None), limits or Limits())
         asked = Request(prompt, samplers=samplers, seed=seed, max_tokens=num_tokens)
         job = Job(asked, Stream(), tokenizer, model.context_tokens)
         if scheduler.widths and scheduler.has_room(job):
             jobs.append(job)
             scheduler.add(job)
-            yield from _told(scheduler, jobs, limits.places)
+            yield from _told(scheduler, jobs, scheduler.widths[-1] - 1)  # a second batch would be half empty
         else:
             yield from _told(scheduler, jobs, 0)
             part, _ = room_for_prompt(model, len(prompt), num_tokens)
@@ -69,9 +68,9 @@ def follow_all(
         yield from _told(scheduler, jobs, 0)
 
 
-def _told(scheduler: Scheduler, jobs: deque[Job], waiting: int) -> Iterator[Segment]:
-    """The texts that end until fewer than so many wait, or, if none may, until all have ended."""
-    while scheduler.busy if waiting == 0 else scheduler.waiting >= waiting:
+def _told(scheduler: Scheduler, jobs: deque[Job], most: int) -> Iterator[Segment]:
+    """The texts that end, in their order, until no more than so many have not."""
+    while scheduler.waiting + len(scheduler.running) > most:
         scheduler.step()
         while jobs and jobs[0].finish is not None:
             yield _text(jobs.popleft())
