@@ -39,7 +39,6 @@ def require_agreement(group: Group, identity: Identity) -> None:
     if group.size == 1:
         return
     given = [json.loads(part) for part in group.share(json.dumps(_items(identity)).encode())]
-    _ = group.machines  # asked for here, where all ranks do
     names = sorted({name for items in given for name in items})
     faults = [name for name in names if any(items.get(name) != given[0].get(name) for items in given)]
     if faults:

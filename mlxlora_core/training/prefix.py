@@ -79,8 +79,7 @@ class Prefix:
         reuse: what is kept of them, and whether.
         belongs: what else the numbers depend on: fingerprint of the base, versions of plugins.
         folder: below which files go; None is a temporary place.
-        memory_mb: what is kept in memory at most; None is a quarter of what is free, of which the ranks
-            of one machine get a part each.
+        memory_mb: what is kept in memory at most; None is a quarter of what is free for this rank.
         group: the ranks that share the work.
 
     Attributes:
@@ -115,9 +114,7 @@ class Prefix:
         if self._budget is None:
             free = free_memory_bytes()
             if free is not None:
-                ranks = self._group.machines.count(self._group.machines[self._group.rank])
-                room = min(int(_SHARE * free), free - ranks * (need + reused_bytes(need)))
-                self._budget = max(0, room // ranks)
+                self._budget = max(0, min(int(_SHARE * free), free - need - reused_bytes(need)))
         total = self.reuse.number_bytes if self.reuse.on else 0
         return total if self._budget is None else min(total, self._budget)
 
@@ -180,7 +177,8 @@ class Prefix:
         """
         if not self.reuse.on:
             return
-        self._kept = Kept(self._budget, self._folder)
+        machines = self._group.machines
+        self._kept = Kept(self._budget, self._folder, machines.count(machines[self._group.rank]))
         what = f"what enters layer {self.reuse.first + 1}"
         count, done = sum(map(len, self.reuse.rows.values())), 0
         groups = self._parts()
