@@ -191,10 +191,14 @@ def test_ranks_share_the_control_groups_that_they_are_in_together(tmp_path: Path
         (path / "memory.current").write_text("0\n")
     assert free_memory_bytes(root) == free_in_groups_bytes(root) == 3000
     with shared_by([7, 8]):
-        assert free_memory_bytes(root) == free_in_groups_bytes(root) == 2500, "all of its own, half of the job's"
+        assert free_memory_bytes(root) == free_in_groups_bytes(root) == 2500, (
+            "all of its own, half of the job's"
+        )
 
 
 def test_ranks_are_told_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_rooms", lambda root: [memory._Room(10**6, 10**6, "memory", 3)])
-    words = "it needs about 1.50 MB of memory in all, 2.00 MB can be had by each of the 3 ranks of this machine"
+    words = (
+        "it needs about 1.50 MB of memory in all, 2.00 MB can be had by each of the 3 ranks of this machine"
+    )
     assert memory.require_memory(500_000, "it", "fix") == words
