@@ -68,6 +68,6 @@ def _asked(ranks: int | None, hosts: Path | None) -> Hosts | None:
     if ranks > most:
         raise UsageError(
             f"-n asks for {ranks} processes; this machine can use {most} at most ({processors()} processors)",
-            fix="say how many tokens to generate by --num-tokens",
+            fix="ask for fewer; the option for how many tokens to generate is --num-tokens",
         )
     return here(ranks)
