@@ -44,7 +44,7 @@ def joining() -> Iterator[None]:
         RankError: one of them has not come in time, or MLX cannot join them.
         UsageError: the environment contradicts itself, or the port to meet at is taken.
     """
-    met_before()
+    met = met_before()
     what = f"the ranks did not join within {JOIN_SECONDS:.0f} s"
     line = f"mlxlora: {bounded(f'{what}. Fix: {_FIX}')}\n"
     arguments = [str(os.getpid()), str(int(ExitCode.RANK)), str(JOIN_SECONDS), line]
@@ -53,7 +53,10 @@ def joining() -> Iterator[None]:
         try:
             yield
         except (RuntimeError, ValueError) as fault:
-            raise RankError(f"the ranks cannot join: {fault}", fix=_FIX) from fault
+            cannot = RankError(f"the ranks cannot join: {fault}", fix=_FIX)
+            if met is not None:
+                met.tell_left("the start", cannot)
+            raise cannot from fault
 
 
 @contextmanager

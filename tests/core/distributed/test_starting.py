@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -53,3 +55,22 @@ sys.exit(heard != [1])
 """
     ranks = rank_work.start(2, [sys.executable, "-c", program], tmp_path)
     assert [code for code, _ in rank_work.finish(ranks)] == [0, 0]
+
+
+def test_a_rank_that_cannot_join_is_told_of_by_the_others(tmp_path: Path) -> None:
+    """Here for the port that MLX takes for it is taken."""
+    program = """
+from mlxlora_core.cli.session import joined
+from mlxlora_core.distributed import watch
+watch.GRACE_SECONDS = 0.5
+with joined():
+    pass
+"""
+    ranks = rank_work.start(2, [sys.executable, "-c", program], tmp_path)
+    host, port = json.loads((tmp_path / "hosts-2.json").read_text())[1][0].rsplit(":", 1)
+    with socket.create_server((host, int(port))):
+        (first, told), (second, why) = rank_work.finish(ranks)
+    assert first == ExitCode.RANK and second == 1  # of a traceback, for no verb shows it here
+    assert "RankError: the ranks cannot join: [ring] Couldn't bind socket" in why
+    assert "mlxlora: rank 1 on " in told
+    assert "has ended at the start: the ranks cannot join: [ring] Couldn't bind socket" in told

@@ -159,6 +159,15 @@ def test_a_machine_that_cannot_be_reached(
     assert "mlxlora: rank 1 on unreachable: ssh: connect to host unreachable" in done.stderr
 
 
+def test_no_ssh_is_one_line(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = on_hosts(parts, tmp_path, "far-away", monkeypatch)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = subprocess.run(command, env=variables(tmp_path), capture_output=True, text=True, timeout=60)
+    assert done.returncode == ExitCode.USAGE
+    assert done.stderr.startswith("mlxlora: ssh cannot start rank 1 on far-away: No such file or directory")
+    assert done.stderr.count("\n") == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["hosts.json"]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
