@@ -183,6 +183,17 @@ def test_options_that_make_no_sense(tmp_path: Path, more: tuple[str, ...], said:
     assert said in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_more_ranks_than_a_machine_can_use_are_not_started(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([{"ssh": "localhost", "ips": ["127.0.0.1"]}] * 9999))
+    for more in (("-n", "9999"), ("--hosts", str(hosts))):
+        command = [sys.executable, "-m", "mlxlora_core", "train", *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (
+            done.returncode == ExitCode.USAGE and "asks for 9999 processes; this machine can" in done.stderr
+        )
+
+
 def test_a_rank_does_not_start_other_ranks(tmp_path: Path) -> None:
     environ = {**os.environ, "MLX_RANK": "0", "MLX_WORLD_SIZE": "2"}
     command = [sys.executable, "-m", "mlxlora_core", "train", "-n", "3"]
