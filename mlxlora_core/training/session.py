@@ -112,7 +112,8 @@ def open_training(
     valid = splits["valid"].examples if "valid" in splits else ()
     factors = factors_of(model, adapted)
     prefix = prefix_of(model, splits, config, outputs.checkpoints, group)
-    recompute = decide_recompute(model, splits["train"], of_rank(config, group))
+    with group.sharing_memory():
+        recompute = decide_recompute(model, splits["train"], of_rank(config, group))
     train = splits["train"].examples
     training = Training(model.language_model, train, valid, config, seed, factors, prefix, recompute, group)
     if watch is not None:
@@ -190,7 +191,9 @@ class TrainingSession:
         yield from map(Note, (*self.adapted.notes, self._size()))
         training = self.training
         config = of_rank(training.config, training.group)
-        room = training_memory(self.model, self.rows, config, training.prefix, training.recompute)
+        room = training_memory(
+            self.model, self.rows, config, training.prefix, training.recompute, training.group
+        )
         with room as (need, said):
             self.training.validation_bytes = need
             yield Note(said)
