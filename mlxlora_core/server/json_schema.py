@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mlxlora_core.server.faults import ProtocolError
@@ -20,6 +21,20 @@ _HELD = {
 _SCALARS = ("string", "number", "integer", "boolean", "null")
 _MOST_PARTS, _MOST_ITEMS, _MOST_LEVELS = 1000, 256, 32
 _MOST_LETTERS = 2000
+_MOST_OPEN = 64  # the time for a token grows with them, and others wait for it
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a schema, read.
+
+    Attributes:
+        way: the texts of it.
+        open: of how many alternatives it may be undecided at once which of them a text is.
+    """
+
+    way: Way
+    open: int = 1
 
 
 def grammar_of(schema: Any) -> tuple[Grammar, Way]:
@@ -31,7 +46,10 @@ def grammar_of(schema: Any) -> tuple[Grammar, Way]:
         ProtocolError: a keyword that is not held, or one that makes no sense.
     """
     reader = _Reader(schema)
-    return reader.grammar, reader.read(schema, ())
+    whole = reader.read(schema, ())
+    if whole.open > _MOST_OPEN:
+        raise _fault(f"has {whole.open} alternatives that may begin alike, wanted up to {_MOST_OPEN}")
+    return reader.grammar, whole.way
 
 
 class _Reader:
@@ -40,7 +58,7 @@ class _Reader:
     def __init__(self, root: Any) -> None:
         self.grammar, self._root, self._parts = Grammar(), root, 0
 
-    def read(self, schema: Any, path: tuple[str, ...]) -> Way:
+    def read(self, schema: Any, path: tuple[str, ...]) -> _Part:
         """The texts of a part.
 
         Args:
@@ -51,7 +69,7 @@ class _Reader:
         if self._parts > _MOST_PARTS or len(path) > _MOST_LEVELS:
             raise _fault("has too many parts, or too many in each other")
         if schema is True or schema == {}:
-            return (self.grammar.any,)
+            return _Part((self.grammar.any,))
         if not isinstance(schema, dict):
             raise _fault(f"has {json.dumps(schema)[:40]} where a schema is wanted")
         if "$ref" in schema:
@@ -59,32 +77,35 @@ class _Reader:
         for name in ("anyOf", "oneOf"):
             if name in schema:
                 self._check(schema, {name})
-                ways = [self.read(each, (*path, name)) for each in _items(schema[name], name)]
-                return (self.grammar.rule(ways),)
+                return self._one_of([self.read(each, (*path, name)) for each in _items(schema[name], name)])
         if "enum" in schema or "const" in schema:
             self._check(schema, {"enum", "const", "type"})
             values = [schema["const"]] if "const" in schema else _items(schema["enum"], "enum")
-            return (self.grammar.rule([(_text(value),) for value in values]),)
+            return _Part((self.grammar.rule([(_text(value),) for value in values]),))
         return self._typed(schema, path)
 
-    def _typed(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> Way:
+    def _one_of(self, parts: Sequence[_Part]) -> _Part:
+        """Texts of any of some parts."""
+        return _Part((self.grammar.rule([part.way for part in parts]),), sum(part.open for part in parts))
+
+    def _typed(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> _Part:
         self._check(schema, {"type"}.union(*_HELD.values()))
         kinds = schema.get("type", next((kind for kind, held in _HELD.items() if held & schema.keys()), None))
         if kinds is None:
-            return (self.grammar.any,)
-        ways: list[Way] = []
+            return _Part((self.grammar.any,))
+        parts: list[_Part] = []
         for kind in [kinds] if isinstance(kinds, str) else _items(kinds, "type"):
             if kind == "object":
-                ways.append(self._object(schema, path))
+                parts.append(self._object(schema, path))
             elif kind == "array":
-                ways.append(self._array(schema, path))
+                parts.append(self._array(schema, path))
             elif kind in _SCALARS:
-                ways += _scalars(kind)
+                parts += map(_Part, _scalars(kind))
             else:
                 raise _fault(f"has the type {json.dumps(kind)[:40]}")
-        return ways[0] if len(ways) == 1 else (self.grammar.rule(ways),)
+        return parts[0] if len(parts) == 1 else self._one_of(parts)
 
-    def _object(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> Way:
+    def _object(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> _Part:
         known, required = schema.get("properties", {}), schema.get("required", [])
         others = schema.get("additionalProperties", True)
         if (
@@ -99,31 +120,33 @@ class _Reader:
         if known:
             return self._properties(known, set(required), path)
         if others is False:
-            return Text("{"), Space(), Text("}")
+            return _Part((Text("{"), Space(), Text("}")))
         item = self.read(others, (*path, "others"))
-        return self.grammar.several("{}", (Text('"'), Quoted(), *_COLON, *item))
+        return _Part(self.grammar.several("{}", (Text('"'), Quoted(), *_COLON, *item.way)), item.open)
 
-    def _properties(self, known: dict[str, Any], required: set[str], path: tuple[str, ...]) -> Way:
+    def _properties(self, known: dict[str, Any], required: set[str], path: tuple[str, ...]) -> _Part:
         """Properties in their order, of which those that are not required may be left out."""
         # From the last one to the first: what is behind it where none came before, and where one did.
         first = later = self.grammar.rule([(Text("}"),)])
-        for name, part in reversed(known.items()):
-            item: Way = (_text(name), *_COLON, *self.read(part, (*path, name)), Space(), later)
+        parts = {name: self.read(part, (*path, name)) for name, part in known.items()}
+        for name, part in reversed(parts.items()):
+            item: Way = (_text(name), *_COLON, *part.way, Space(), later)
             left_out: tuple[list[Way], list[Way]] = ([], []) if name in required else ([(first,)], [(later,)])
             first = self.grammar.rule([item, *left_out[0]])
             later = self.grammar.rule([(Text(","), Space(), *item), *left_out[1]])
-        return Text("{"), Space(), first
+        return _Part((Text("{"), Space(), first), max(part.open for part in parts.values()))
 
-    def _array(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> Way:
+    def _array(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> _Part:
         least, most = schema.get("minItems", 0), schema.get("maxItems")
         numbers = [number for number in (least, most) if number is not None]
         if not all(type(number) is int and 0 <= number <= _MOST_ITEMS for number in numbers):
             raise _fault(f"has minItems or maxItems that are no numbers up to {_MOST_ITEMS}")
         if most is not None and most < least:
             raise _fault("has a maxItems below its minItems")
-        item = self.grammar.rule([self.read(schema.get("items", True), (*path, "items"))])
+        part = self.read(schema.get("items", True), (*path, "items"))
+        item = self.grammar.rule([part.way])
         if not numbers or (not least and most is None):
-            return self.grammar.several("[]", (item,))
+            return _Part(self.grammar.several("[]", (item,)), part.open)
         end: Way = (Text("]"),)
         following: Way = (Text(","), Space(), item, Space())
         more = self.grammar.rule()
@@ -131,9 +154,9 @@ class _Reader:
         for number in range(least if most is None else most, 0, -1):
             way: Way = (*(following if number > 1 else (item, Space())), more)
             more = self.grammar.rule([way, end] if number > least else [way])
-        return Text("["), Space(), more
+        return _Part((Text("["), Space(), more), part.open)
 
-    def _referred(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> Way:
+    def _referred(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> _Part:
         name = schema["$ref"]
         self._check(schema, {"$ref"})
         if name in path:
