@@ -92,7 +92,7 @@ def generate(
         num_tokens: how many at most; an end token or a full context stops earlier.
         seed: of the random keys, from 0 to 2**32 - 1.
         write_every: tokens a segment.
-        stop: texts before which the text ends, none of them empty; looked for in each segment.
+        stop: texts before which the text ends, none of them empty; no token is drawn once one is complete.
         told: called with what the prompt needs of memory, in words, before it is read.
 
     Raises:
@@ -212,17 +212,21 @@ class _Telling:
     def segments(self, tokens: Iterator[int], every: int, stops: StopTexts) -> Iterator[Segment]:
         """The segments of a text, ``every`` so many tokens, up to the first stop text."""
         self._started = time.perf_counter()
-        for text in self._tokenizer.stream(self._counted(tokens), every):
-            shown = stops.add(text)
-            if shown:
-                yield Segment(shown)
+        held, shown = "", 0  # text that waits for its segment; how many segments have been due
+        for text in self._tokenizer.stream(self._counted(tokens)):
+            held += stops.add(text)
+            due = self._count // every
+            if held and (due > shown or stops.found is not None):
+                yield Segment(held)
+                held = ""
+            shown = due
             if stops.found is not None:
                 yield Segment("", STOP, stops.found, self._spent())
                 return
         if self._faults:
             raise self._faults[0]
         finish, spent = STOP if self._count < self._num_tokens else self._end, self._spent()
-        rest = stops.rest()
+        rest = held + stops.rest()
         if rest:
             yield Segment(rest)
         yield Segment("", finish, None, spent)
