@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
-from mlxlora_core.server.faults import ProtocolError
 from mlxlora_core.server.json_grammar import Grammar, Number, Quoted, Space, Text, Way
+from mlxlora_core.server.json_values import has_values, kinds_of, listed, same, schema_fault, values_of
 
 #: keywords that say nothing about which texts there are
 _WORDS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
@@ -48,7 +49,7 @@ def grammar_of(schema: Any) -> tuple[Grammar, Way]:
     reader = _Reader(schema)
     whole = reader.read(schema, ())
     if whole.open > _MOST_OPEN:
-        raise _fault(f"has {whole.open} alternatives that may begin alike, wanted up to {_MOST_OPEN}")
+        raise schema_fault(f"has {whole.open} alternatives that may begin alike, wanted up to {_MOST_OPEN}")
     return reader.grammar, whole.way
 
 
@@ -67,21 +68,23 @@ class _Reader:
         """
         self._parts += 1
         if self._parts > _MOST_PARTS or len(path) > _MOST_LEVELS:
-            raise _fault("has too many parts, or too many in each other")
+            raise schema_fault("has too many parts, or too many in each other")
         if schema is True or schema == {}:
             return _Part((self.grammar.any,))
         if not isinstance(schema, dict):
-            raise _fault(f"has {json.dumps(schema)[:40]} where a schema is wanted")
+            raise schema_fault(f"has {json.dumps(schema)[:40]} where a schema is wanted")
         if "$ref" in schema:
             return self._referred(schema, path)
         for name in ("anyOf", "oneOf"):
             if name in schema:
                 self._check(schema, {name})
-                return self._one_of([self.read(each, (*path, name)) for each in _items(schema[name], name)])
-        if "enum" in schema or "const" in schema:
+                parts = [self.read(each, (*path, name)) for each in listed(schema[name], name)]
+                if name == "oneOf":
+                    self._check_apart(schema[name])
+                return self._one_of(parts)
+        if has_values(schema):
             self._check(schema, {"enum", "const", "type"})
-            values = [schema["const"]] if "const" in schema else _items(schema["enum"], "enum")
-            return _Part((self.grammar.rule([(_text(value),) for value in values]),))
+            return _Part((self.grammar.rule([(_text(value),) for value in values_of(schema)]),))
         return self._typed(schema, path)
 
     def _one_of(self, parts: Sequence[_Part]) -> _Part:
@@ -94,7 +97,7 @@ class _Reader:
         if kinds is None:
             return _Part((self.grammar.any,))
         parts: list[_Part] = []
-        for kind in [kinds] if isinstance(kinds, str) else _items(kinds, "type"):
+        for kind in [kinds] if isinstance(kinds, str) else listed(kinds, "type"):
             if kind == "object":
                 parts.append(self._object(schema, path))
             elif kind == "array":
@@ -102,7 +105,7 @@ class _Reader:
             elif kind in _SCALARS:
                 parts += map(_Part, _scalars(kind))
             else:
-                raise _fault(f"has the type {json.dumps(kind)[:40]}")
+                raise schema_fault(f"has the type {json.dumps(kind)[:40]}")
         return parts[0] if len(parts) == 1 else self._one_of(parts)
 
     def _object(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> _Part:
@@ -113,10 +116,10 @@ class _Reader:
             or not isinstance(required, list)
             or not isinstance(others, bool | dict)
         ):
-            raise _fault("has properties, required or additionalProperties of a wrong kind")
+            raise schema_fault("has properties, required or additionalProperties of a wrong kind")
         lost = next((name for name in required if not isinstance(name, str) or name not in known), None)
         if lost is not None:
-            raise _fault(f"requires {json.dumps(lost)[:40]}, which is not among its properties")
+            raise schema_fault(f"requires {json.dumps(lost)[:40]}, which is not among its properties")
         if known:
             return self._properties(known, set(required), path)
         if others is False:
@@ -140,9 +143,9 @@ class _Reader:
         least, most = schema.get("minItems", 0), schema.get("maxItems")
         numbers = [number for number in (least, most) if number is not None]
         if not all(type(number) is int and 0 <= number <= _MOST_ITEMS for number in numbers):
-            raise _fault(f"has minItems or maxItems that are no numbers up to {_MOST_ITEMS}")
+            raise schema_fault(f"has minItems or maxItems that are no numbers up to {_MOST_ITEMS}")
         if most is not None and most < least:
-            raise _fault("has a maxItems below its minItems")
+            raise schema_fault("has a maxItems below its minItems")
         part = self.read(schema.get("items", True), (*path, "items"))
         item = self.grammar.rule([part.way])
         if not numbers or (not least and most is None):
@@ -160,20 +163,64 @@ class _Reader:
         name = schema["$ref"]
         self._check(schema, {"$ref"})
         if name in path:
-            raise _fault(f"has the part {name} in itself")
-        part = self._root
-        for step in str(name).removeprefix("#").strip("/").split("/"):
-            part = part.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(part, dict) else None
+            raise schema_fault(f"has the part {name} in itself")
+        part = self._named(schema)
         if part is None or not str(name).startswith("#/"):
-            raise _fault(f"refers to {json.dumps(name)[:80]}, which is not in it")
+            raise schema_fault(f"refers to {json.dumps(name)[:80]}, which is not in it")
         return self.read(part, (*path, name))
+
+    def _named(self, schema: Any) -> Any:
+        """What a reference names; what is none is itself."""
+        if not isinstance(schema, dict) or "$ref" not in schema:
+            return schema
+        part = self._root
+        for step in str(schema["$ref"]).removeprefix("#").strip("/").split("/"):
+            part = part.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(part, dict) else None
+        return part
+
+    def _check_apart(self, alternatives: Sequence[Any]) -> None:
+        """Refuse alternatives of which exactly one is to hold where a value may hold to two."""
+        if len(alternatives) > _MOST_OPEN:
+            raise schema_fault(f"has more than {_MOST_OPEN} alternatives in a oneOf")
+        for (i, one), (j, other) in combinations(enumerate(alternatives, 1), 2):
+            if not self._are_apart(one, other):
+                raise schema_fault(
+                    f"has a oneOf whose alternatives {i} and {j} may hold at once: anyOf takes them"
+                )
+
+    def _are_apart(self, one: Any, other: Any) -> bool:
+        """Whether no value holds to both of two parts, as values, types and required properties tell."""
+        one, other = self._resolved(one), self._resolved(other)
+        if not isinstance(one, dict) or not isinstance(other, dict):
+            return False
+        for part, against in ((one, other), (other, one)):
+            for name in ("anyOf", "oneOf"):
+                if name in part:
+                    return all(self._are_apart(each, against) for each in part[name])
+        if kinds_of(one).isdisjoint(kinds_of(other)):
+            return True
+        values = [{same(value) for value in values_of(part)} for part in (one, other) if has_values(part)]
+        if len(values) == 2:
+            return values[0].isdisjoint(values[1])
+        return kinds_of(one) & kinds_of(other) == {"object"} and not values and self._differ(one, other)
+
+    def _differ(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        """Whether a property that objects of two parts must have is apart in them."""
+        both = set(one.get("required", ())) & set(other.get("required", ()))
+        return any(self._are_apart(one["properties"][name], other["properties"][name]) for name in both)
+
+    def _resolved(self, part: Any) -> Any:
+        """What a reference names that may name another one."""
+        while isinstance(part, dict) and "$ref" in part:
+            part = self._named(part)
+        return part
 
     @staticmethod
     def _check(schema: Mapping[str, Any], held: set[str]) -> None:
         """Refuse keywords that are not held."""
         for name in schema:
             if name not in held | _WORDS:
-                raise _fault(f"has the keyword {name[:40]!r} here, which is not served")
+                raise schema_fault(f"has the keyword {name[:40]!r} here, which is not served")
 
 
 _COLON: Way = (Space(), Text(":"), Space())
@@ -181,9 +228,12 @@ _COLON: Way = (Space(), Text(":"), Space())
 
 def _text(value: Any) -> Text:
     """A value as it is written: in ASCII, since tokens may have parts of other letters."""
-    found = json.dumps(value)
+    try:
+        found = json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise schema_fault("has a number that is too large") from None
     if len(found) > _MOST_LETTERS:
-        raise _fault(f"has a value or a name of more than {_MOST_LETTERS} letters")
+        raise schema_fault(f"has a value or a name of more than {_MOST_LETTERS} letters")
     return Text(found)
 
 
@@ -193,15 +243,3 @@ def _scalars(kind: str) -> list[Way]:
     if kind == "boolean":
         return [(Text("true"),), (Text("false"),)]
     return [(Text("null"),)] if kind == "null" else [(Number("", kind == "integer"),)]
-
-
-def _items(value: Any, name: str) -> Sequence[Any]:
-    if not isinstance(value, list) or not value or len(value) > _MOST_PARTS:
-        raise _fault(f"has no list of 1 to {_MOST_PARTS} under {name}")
-    return value
-
-
-def _fault(words: str) -> ProtocolError:
-    return ProtocolError(
-        400, f"the schema of 'response_format' {words}", code="invalid_json_schema", param="response_format"
-    )
