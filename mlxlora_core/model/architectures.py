@@ -212,8 +212,8 @@ def _by_table(
 def _refuse_more(found: Collection[str], known: Collection[str]) -> None:
     """Refuse tensors beside those of a layer, of the head or of a norm that the config does not tell of.
 
-    Biases and norms that a model was trained with change what it computes, and without them it is another one.
-    What stands elsewhere, as the head of a classifier does, is left out and told.
+    A model is another one without the biases and norms that it was trained with. What stands elsewhere, as
+    the head of a classifier does, is left out and told.
 
     Raises:
         ModelError: with their names.

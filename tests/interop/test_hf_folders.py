@@ -173,6 +173,31 @@ def test_every_number_of_bits(tmp_path: Path, bits: int) -> None:
     assert apart(logits(tmp_path / "mlx"), np.array(theirs(mx.array([TEXT_IDS])))[0]) < 1e-5
 
 
+def test_several_chat_templates_as_transformers_saves_them(tmp_path: Path) -> None:
+    make(tmp_path, "llama", torch.float32)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="</s>", bos_token="<s>"
+    )
+    theirs.chat_template = {
+        "default": "plain {{ messages[0].content }}{{ eos_token }}",
+        "tool_use": "{{ tools[0].function.name }}, {{ messages[0].content }}{{ eos_token }}",
+        "rag": "{{ documents }}",
+    }
+    theirs.save_pretrained(tmp_path)
+    assert (tmp_path / "additional_chat_templates" / "tool_use.jinja").is_file()
+    said = [{"role": "user", "content": "the layer"}]
+    tools = [{"type": "function", "function": {"name": "scales"}}]
+    convert_to = tmp_path / "converted"
+    result_of(convert(tmp_path, convert_to, REGISTRY))
+    for folder in (tmp_path, convert_to):
+        tokenizer = loading.load(folder, REGISTRY).tokenizer
+        for given in ([], tools):
+            want = theirs.apply_chat_template(said, tools=given or None, return_dict=False)
+            got = [i for piece in tokenizer.render(said, given) for i in piece.ids]
+            assert got == want
+            assert ("scales" in tokenizer.decode(got)) is bool(given)
+
+
 #: name of a tensor that the config does not tell of -> its shape, and whether the model is refused
 BESIDE: dict[str, tuple[tuple[int, ...], bool]] = {
     "model.layers.0.self_attn.q_proj.bias": ((128,), True),
