@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -49,6 +50,8 @@ class Progress:
         best_loss: the lowest loss of a validation after a step, or None.
         best_step: the step of that validation.
         worse: validations since then.
+        train_loss: that of the last report; None where there was none, or it was not finite.
+        valid_loss: the same of the last validation.
         window: what the next report will be made of.
     """
 
@@ -60,6 +63,8 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     worse: int = 0
+    train_loss: float | None = None
+    valid_loss: float | None = None
     window: Window = field(default_factory=Window)
 
 
@@ -72,13 +77,19 @@ _RESUMED = Table({"step": Whole(), "versions": Map(Text())})
 STATE_FORM = Table(
     {
         **_PROGRESS.keys,
-        "first_loss": Option(_PROGRESS.keys["first_loss"]),  # a state of before says nothing of it
+        # a state of before says nothing of these
+        **{name: Option(_PROGRESS.keys[name]) for name in ("first_loss", "train_loss", "valid_loss")},
         "window": Table({**_WINDOW.keys, **_LATER}),
         "recent": Items(Number(), most=SPIKE_STEPS),
         "seed": Whole(),
         "resumed": Items(_RESUMED),
     }
 )
+
+
+def finite_or_none(loss: float) -> float | None:
+    """A loss as progress holds it."""
+    return loss if math.isfinite(loss) else None
 
 
 def read_progress(state: Mapping[str, Any]) -> Progress:
