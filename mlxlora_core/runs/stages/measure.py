@@ -13,7 +13,7 @@ from mlxlora_core.runs.folder import DATA
 from mlxlora_core.runs.grading import GENERAL, Expected, find_expected, grade
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.samplers import labels
-from mlxlora_core.runs.stages.stage import Stage, identity_of
+from mlxlora_core.runs.stages.stage import Stage, identity_of, read_by
 from mlxlora_core.training.events import Advanced, Note
 from mlxlora_core.training.scoring import scoring, words_on
 
@@ -44,7 +44,7 @@ class MeasureStage(Stage):
         """How rows are read and prompts are asked."""
         train, evaluate = recipe.train, plain(recipe.evaluate)
         scored = {"score_rows": evaluate.pop("score_rows")}  # which matters to evaluators alone
-        scored |= {"evaluator": [identity_of(evaluator) for evaluator in recipe.evaluator]}
+        scored |= {"evaluator": [[identity_of(each), read_by(each)] for each in recipe.evaluator]}
         return {
             "reading": {"max_seq_length": train.max_seq_length, "mask_prompt": train.mask_prompt},
             "batch_size": train.batch_size,
