@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from workers.environment import own_kernels
 
 WIDTH, HEADS, KV_HEADS, HIDDEN, VOCABULARY = 2048, 32, 4, 5632, 32000
 VARIANTS = {"dense": [], "4 bits": ["-q"], "8 bits": ["-q", "--q-bits", "8"]}
@@ -109,6 +110,7 @@ def _rss_bytes(usage: resource.struct_rusage) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def main(layers: int, as_json: bool) -> None:
     """Measure what conversion takes, dense and quantized."""
+    own_kernels()
     with tempfile.TemporaryDirectory(prefix="mlxlora-conversion-") as work:
         source = Path(work) / "checkpoint"
         source.mkdir()

@@ -33,6 +33,7 @@ import click
 from peers import HERE, PAGE, check_environment
 from workers import commands, contest, table
 from workers.contest import TASKS, Entry, Group, Pace
+from workers.environment import own_kernels
 from workers.shapes import SHAPES, Shape
 from workers.weights import HUGGING_FACE, META, ROWS
 
@@ -66,6 +67,7 @@ def main(
     page: Path | None,
 ) -> None:
     """Measure, print, and keep the results."""
+    own_kernels()
     if page is not None:
         made = table.markdown(json.loads(page.read_text("utf-8")))
         PAGE.write_text(table.replaced(PAGE.read_text("utf-8"), made, table.GPU), "utf-8")

@@ -17,6 +17,7 @@ import click
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from workers.environment import own_kernels
 
 from mlxlora_core.api import Place
 from mlxlora_core.cli.session import start
@@ -66,6 +67,7 @@ def build(registry: Registry, words: int, layers: int, bits: int | None) -> Lang
 )
 def main(words: int, layers: int, bits: int | None, steps: int) -> None:
     """Measure and print a line for each way."""
+    own_kernels()
     registry = load()
     start(registry)
     model = build(registry, words, layers, bits)

@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 import mlx.core as mx
+from workers.environment import own_kernels
 
 WAYS = ("stock", "openblas")
 CHILD_SECONDS = 1.0
@@ -39,6 +40,7 @@ CHILD_SECONDS = 1.0
 @click.option("--child", type=click.Choice(WAYS), hidden=True)
 def main(shapes: tuple[str, ...], rounds: int, as_json: bool, child: str | None) -> None:
     """Run the children and print the table, or be one of them."""
+    own_kernels()
     if child:
         click.echo(json.dumps(measure(child, shapes)))
         return

@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 from workers import cables
+from workers.environment import own_kernels
 from workers.message_time import Network, Overhead, message_seconds
 
 HERE = Path(__file__).parent / "workers"
@@ -45,6 +46,7 @@ def main(
     ranks: list[float], delays: list[float], rates: list[float], numbers: int, repeats: int, out: Path | None
 ) -> None:
     """Measure messages, and hold them against the model."""
+    own_kernels()
     finish(
         [point for count in ranks for point in measured(int(count), delays, rates, numbers, repeats)],
         numbers,

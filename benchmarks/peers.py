@@ -33,6 +33,7 @@ import click
 from mlxlora_openblas import sgemm
 from workers import commands, contest, table
 from workers.contest import TASKS, Entry, Group, Pace
+from workers.environment import own_kernels
 from workers.shapes import SHAPES, Shape
 from workers.weights import HUGGING_FACE, META, ROWS
 
@@ -62,6 +63,7 @@ def main(
     peers: str, quick: bool, as_json: bool, shapes: Sequence[str], kinds: Sequence[str], keep: bool
 ) -> None:
     """Measure, print, and keep the results."""
+    own_kernels()
     check_environment(peers)
     device = doctor.device()
     chosen = [s for s in SHAPES if s.name in shapes or not (shapes or (s.needs_gpu and device.kind == "cpu"))]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import click
 import mlx.core as mx
+from workers.environment import own_kernels
 
 ROWS = (1, 8, 64, 512, 1024, 2048)
 REPEATS = 20
@@ -34,6 +35,7 @@ def milliseconds(compute: Callable[[], mx.array]) -> float:
 @click.option("--inputs", default=4096, show_default=True)
 def main(outputs: int, inputs: int) -> None:
     """Measure and print, a line for each number of rows."""
+    own_kernels()
     dense = (mx.random.normal((outputs, inputs)) * inputs**-0.5).astype(mx.bfloat16)
     packed = mx.quantize(dense, group_size=GROUP, bits=BITS)
     mx.eval(dense, packed)

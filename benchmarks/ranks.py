@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 import mlx.core as mx
+from workers.environment import own_kernels
 
 from mlxlora_core.distributed.group import Group, join
 from mlxlora_core.distributed.hosts import here
@@ -50,6 +51,7 @@ MESSAGES = 50  # of a step's size that are sent by themselves
 @click.option("--out", type=Path, help="Write the figures to this JSON file.")
 def main(ranks: int, rounds: int, iters: int, name: str, sets: Sequence[str], out: Path | None) -> None:
     """Measure and print."""
+    own_kernels()
     registry = load()
     with tempfile.TemporaryDirectory() as folder:
         given = [f"run.folder={folder}/run", f"train.iters={iters}", "train.steps_per_eval=100000", *sets]

@@ -24,6 +24,7 @@ import click
 import numpy as np
 from peers import check_environment
 from workers.contest import BENCHMARKS
+from workers.environment import own_kernels
 
 import mlxlora_core
 from mlxlora_core.machine.device import prepare_cpu
@@ -53,6 +54,7 @@ SAME = 0.005  # how far losses of validation may be apart
 @click.option("--without-peer", is_flag=True, help="Only mlxlora.")
 def main(peers: str, name: str, sets: Sequence[str], without_peer: bool) -> None:
     """Measure and print."""
+    own_kernels()
     if not without_peer:
         check_environment(peers)
     prepare_cpu()

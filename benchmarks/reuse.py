@@ -27,6 +27,7 @@ import numpy as np
 from peers import check_environment
 from workers import commands, contest
 from workers.channel import Job
+from workers.environment import own_kernels
 from workers.process import Failed, Worker
 from workers.weights import HUGGING_FACE, META
 
@@ -51,6 +52,7 @@ SAME = 0.005  # how far losses of validation may be apart
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def main(peers: str, quick: bool, rows: int, epochs: int, as_json: bool) -> None:
     """Measure and print."""
+    own_kernels()
     check_environment(peers)
     rows, epochs = (16, 3) if quick else (rows, epochs)
     run = contest.Run(

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import click
+from workers.environment import own_kernels
 
 from mlxlora_core.cli.session import start
 from mlxlora_core.plugins import load
@@ -26,6 +27,7 @@ from mlxlora_core.training.events import CheckpointSaved, TrainReport
 @click.option("--out", type=Path, help="Write the figures to this JSON file.")
 def main(iters: int | None, out: Path | None) -> None:
     """Measure what saving costs in the demo."""
+    own_kernels()
     registry = load()
     start(registry)
     with tempfile.TemporaryDirectory() as folder:

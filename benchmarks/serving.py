@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import click
+from workers.environment import own_kernels
 
 from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.model import loading
@@ -43,6 +44,7 @@ class Endless:
 @click.option("--times", default=3, show_default=True, help="Pairs to measure.")
 def main(model: str, streams: int, prompt: int, tokens: int, times: int) -> None:
     """Measure requests that come at the same time, prompts included."""
+    own_kernels()
     prepare_cpu()
     registry = load()
     start_runtimes(registry)

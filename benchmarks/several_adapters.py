@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 import mlx.core as mx
+from workers.environment import own_kernels
 
 from mlxlora_core.machine.device import prepare_cpu
 from mlxlora_core.model import adapters, loading
@@ -35,6 +36,7 @@ NAMES = ("a", "b", "c", "d")
 @click.option("--times", default=7, show_default=True, help="Pairs to measure.")
 def main(model: str, batch: int, tokens: int, rank: int, times: int) -> None:
     """Measure prompts and single tokens."""
+    own_kernels()
     prepare_cpu()
     registry = load()
     start_runtimes(registry)

@@ -27,6 +27,7 @@ __all__ = [
     "load",
     "registry",
     "run",
+    "score",
     "stream",
     "train",
 ]
@@ -34,7 +35,7 @@ __all__ = [
 TYPE_CHECKING = False  # typing itself takes longer to import than all the rest
 if TYPE_CHECKING:
     from mlxlora_core import errors
-    from mlxlora_core.python import evaluate, export, fuse, generate, run, stream, train
+    from mlxlora_core.python import evaluate, export, fuse, generate, run, score, stream, train
     from mlxlora_core.python.model import Model, load, registry
     from mlxlora_core.training.events import TrainReport, TrainResult, ValidReport
 else:  # a type checker would take any name for one that is here

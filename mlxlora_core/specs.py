@@ -341,11 +341,14 @@ class Evaluator(Spec):
             mean over the rows. The same answer gets the same score, whatever came before it.
         prepare: called once before any work, to refuse with a UsageError what can be known to
             fail; None where there is nothing of that kind.
+        inputs: what ``score`` reads beside its options: source -> state, as that of
+            :class:`DatasetBuilder`; None where it reads nothing.
         needs: as that of :class:`Observer`.
     """
 
     score: Callable[[Answer, Any], float]
     prepare: Callable[[Any], None] | None = None
+    inputs: Callable[[Any], Mapping[str, str]] | None = None
     needs: Mapping[str, str] = field(default_factory=dict)
 
 

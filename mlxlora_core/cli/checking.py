@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxlora_core.cli import show
-from mlxlora_core.errors import PluginError
+from mlxlora_core.cli.check_process import Finding, Job, findings
 from mlxlora_core.files import durable
-from mlxlora_core.machine.children import safe_environment, safe_python
+from mlxlora_core.machine.children import safe_environment
 from mlxlora_core.plugins import ALLOW_LIST, GROUP
 from mlxlora_core.plugins.targets import PROJECT, Target
-
-Finding = Mapping[str, Any]
 
 #: results, the one that counts of several last
 RESULTS = ("does not apply", "left out", "passed", "failed")
@@ -41,65 +35,39 @@ class Checked:
     checks: list[dict[str, Any]]
 
 
-def check(targets: Sequence[Target]) -> Checked:
+def check(targets: Sequence[Target], seconds: float) -> Checked:
     """What the suites say to everything that some plugins give.
 
+    Args:
+        targets: the plugins.
+        seconds: that one case may take.
+
     Raises:
-        PluginError: the process ended before it was done.
+        PluginError: the process ended outside of all cases.
     """
     with tempfile.TemporaryDirectory(prefix="mlxlora-check-") as folder:
-        return _gathered(list(_findings(targets, Path(folder))))
+        return _gathered(targets, findings(_job(targets, Path(folder), seconds)))
 
 
 # --- the process --------------------------------------------------------------
 
 
-def _findings(targets: Sequence[Target], folder: Path) -> Iterator[Finding]:
-    """What the process tells, as it comes; the bar shows how far it is."""
-    reader, writer = os.pipe()
-    job = folder / "job.json"
+def _job(targets: Sequence[Target], folder: Path, seconds: float) -> Job:
+    """What the process is to do."""
     plugins = [{"name": t.name, "distribution": t.distribution, "value": t.value} for t in targets]
     tests = list(dict.fromkeys(str(t.tests) for t in targets if t.tests is not None))
-    settings = str(_settings(targets, folder))
-    durable.write_json(job, {"plugins": plugins, "tests": tests, "settings": settings, "out": writer})
-    command = safe_python("-m", "mlxlora_core.testing.check", str(job))
-    with (folder / "stderr").open("w+b") as stderr, show.Bar() as bar:
-        process = subprocess.Popen(
-            command,
-            env=_environment(targets, folder),
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            pass_fds=[writer],
-        )
-        os.close(writer)
-        try:
-            running = ""
-            with open(reader, encoding="utf-8") as pipe:
-                for finding in map(json.loads, pipe):
-                    running = finding.get("running", running)
-                    if "running" in finding:
-                        bar.move("checking", finding["done"], finding["count"])
-                    else:
-                        yield finding
-            process.wait()
-        finally:
-            process.kill()
-            process.wait()
-        if process.returncode:
-            stderr.seek(0)
-            raise _ended(process.returncode, running, stderr.read().decode("utf-8", "replace"))
+    plain = folder / "pytest.ini"
+    durable.write_text(plain, "[pytest]\n")
+    given = {"plugins": plugins, "tests": tests, "settings": str(_settings(targets) or plain)}
+    given["trials"] = str(folder / "trials")
+    return Job(given, plain, _environment(targets, folder), folder, seconds)
 
 
-def _settings(targets: Sequence[Target], folder: Path) -> Path:
+def _settings(targets: Sequence[Target]) -> Path | None:
     """The settings of pytest that count: those of a distribution that is checked alone, or none."""
     folders = {target.folder for target in targets}
     only = folders.pop() if len(folders) == 1 else None
-    if only is not None and (only / PROJECT).is_file():
-        return only / PROJECT
-    durable.write_text(folder / "pytest.ini", "[pytest]\n")
-    return folder / "pytest.ini"
+    return only / PROJECT if only is not None and (only / PROJECT).is_file() else None
 
 
 def _environment(targets: Iterable[Target], folder: Path) -> dict[str, str]:
@@ -128,31 +96,24 @@ def _installed_in(folder: Path, target: Target) -> str:
     return str(folder)
 
 
-def _ended(code: int, running: str, stderr: str) -> PluginError:
-    """The error that the process did not come to its end."""
-    said = [line for line in stderr.splitlines() if line.strip()]
-    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with {code}"
-    what = f"the process that checks has ended {how}{f' in {running}' if running else ''}"
-    return PluginError(f"{what}: {said[-1].strip()}" if said else what)
-
-
 # --- what it finds ------------------------------------------------------------
 
 
-def _gathered(findings: Sequence[Finding]) -> Checked:
+def _gathered(targets: Sequence[Target], found: Iterable[Finding]) -> Checked:
     """The findings as one record a plugin, and one a thing that was tried."""
     plugins: dict[str, dict[str, Any]] = {}
+    for t in targets:
+        told = {"name": t.name, "distribution": t.distribution, "version": t.version}
+        plugins[t.name] = told | {"components": [], "import_ms": None, "heavy": []}
     checks: dict[tuple[str, str], dict[str, Any]] = {}
-    for one in findings:
-        if "plugin" in one:
-            known = plugins.setdefault(one["plugin"], {"name": one["plugin"]})
-            known |= {key: one[key] for key in _OF_PLUGINS if key in one}
+    for one in found:
+        known = plugins.get(one.get("plugin", ""), {})
+        known |= {key: one[key] for key in known if key in one}
         key = one.get("component") or one.get("plugin") or "", one["test"].partition("[")[0]
         checks[key] = _worse(checks.get(key), one)
     return Checked(list(plugins.values()), list(checks.values()))
 
 
-_OF_PLUGINS = ("distribution", "version", "components", "import_ms", "heavy")
 _TOLD = ("plugin", "component", "kind", "suite", "test", "tried", "result", "got", "want", "where", "why")
 
 

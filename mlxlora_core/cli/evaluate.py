@@ -22,15 +22,13 @@ from mlxlora_core.cli.session import JSON_OPTION, SETS_OPTION, start, verb
 from mlxlora_core.errors import UsageError, listing
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.runs.recipe import check_sections, choose_beside, overrides
-from mlxlora_core.runs.samplers import check_samplers, labels, prepare_evaluators
+from mlxlora_core.runs.samplers import ANSWER_SAMPLER, check_samplers, labels, prepare_evaluators
 from mlxlora_core.training.scoring import asking, scoring, words_on
 from mlxlora_core.training.settings import AnswerConfig, BatchConfig, EvaluateConfig
 from mlxlora_core.training.sources import SplitRows, read_data
 
 if TYPE_CHECKING:
     from mlxlora_core.model.loading import Model
-
-SAMPLER = "greedy"  # the same answers each time, where nobody says how they are drawn
 
 
 @verb(
@@ -56,7 +54,8 @@ SAMPLER = "greedy"  # the same answers each time, where nobody says how they are
         ),
         declare.flags(AnswerConfig),
         click.option(
-            "--sampler", help=f"Samplers of the answers, in order: NAME or NAME,NAME. [default: {SAMPLER}]"
+            "--sampler",
+            help=f"Samplers of the answers, in order: NAME or NAME,NAME. [default: {ANSWER_SAMPLER}]",
         ),
         declare.SEED,
     ),
@@ -127,7 +126,7 @@ def _asked_scoring(
             idle += ["--set sampler"] if "sampler" in sets else []
             raise UsageError(f"{listing(idle)} given without --evaluator", fix="add --evaluator")
         return None
-    samplers = chosen_samplers(registry, given["sampler"] or SAMPLER, None, sets.get("sampler", {}))
+    samplers = chosen_samplers(registry, given["sampler"] or ANSWER_SAMPLER, None, sets.get("sampler", {}))
     return _Scoring(evaluators, samplers, declare.config_from(AnswerConfig, given), seed)
 
 

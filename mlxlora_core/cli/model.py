@@ -198,7 +198,7 @@ def measure(
     from mlxlora_core.training.evaluation import evaluating, room_for
 
     language_model = model.language_model
-    most, said = room_for(language_model, rows.examples, batches.batch_size)
+    most, said = room_for(language_model, rows.examples, batches.batch_size, group)
     show.progress(said)
     size, count = batches.batch_size, config.test_batches
     events = evaluating("test loss", language_model, rows.examples, size, count, most, group=group)

@@ -18,12 +18,22 @@ from mlxlora_core.cli.session import DEBUG_OPTION, JSON_OPTION, Verb
 from mlxlora_core.errors import PluginError, UsageError, one_line
 from mlxlora_core.plugins.targets import find_targets
 
+SECONDS = 60.0  # that a case may take
+
 
 @click.command("check", cls=Verb, context_settings=CONTEXT)
 @click.argument("targets", nargs=-1, type=declare.NAME_OR_PATH, metavar="[NAME|PATH]...")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True, max=86400),
+    default=SECONDS,
+    show_default=True,
+    metavar="SECONDS",
+    help="Seconds after which a case that has not ended has failed.",
+)
 @JSON_OPTION
 @DEBUG_OPTION
-def command(targets: Sequence[str], as_json: bool) -> None:
+def command(targets: Sequence[str], timeout: float, as_json: bool) -> None:
     """Try plugins as their kinds promise, without a test of yours.
 
     Each is an installed plugin, the folder of a distribution, which need not be
@@ -31,11 +41,12 @@ def command(targets: Sequence[str], as_json: bool) -> None:
     gives goes through the conformance suite of its kind, in a process of its own.
     What only you can say, such as files that a loader reads, is taken from the
     suites in the folder `tests` of a distribution, and left out where there are none.
+    A case that ends the process or does not end has failed, and the others are tried.
     """
     found = [target for text in targets or (".",) for target in find_targets(text)]
     if importlib.util.find_spec("pytest") is None:
         raise UsageError("the suites need pytest, which is not there", fix="pip install 'mlxlora[testing]'")
-    checked = check(found)
+    checked = check(found, timeout)
     if as_json:
         show.as_json({"plugins": checked.plugins, "checks": checked.checks})
     else:

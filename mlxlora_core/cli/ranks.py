@@ -63,11 +63,19 @@ def _asked(ranks: int | None, hosts: Path | None) -> Hosts | None:
     if ranks is not None and hosts is not None:
         raise UsageError("-n shares work out on this machine and --hosts to several; give one of them")
     if ranks is None:
-        return read_hosts(hosts) if hosts is not None else None
-    most = _RANKS_A_PROCESSOR * processors()
-    if ranks > most:
-        raise UsageError(
-            f"-n asks for {ranks} processes; this machine can use {most} at most ({processors()} processors)",
-            fix="say how many tokens to generate by --num-tokens",
-        )
-    return here(ranks)
+        return _possible(read_hosts(hosts), str(hosts), "name it less often") if hosts is not None else None
+    fewer = "ask for fewer; the option for how many tokens to generate is --num-tokens"
+    return _possible(here(ranks), "-n", fewer)
+
+
+def _possible(asked: Hosts, by: str, fix: str) -> Hosts:
+    """Hosts that do not put more processes on this machine than it can use.
+
+    Raises:
+        UsageError: they do.
+    """
+    count, most = sum(host.is_here for host in asked.ranks), _RANKS_A_PROCESSOR * processors()
+    if count > most:
+        can = f"this machine can use {most} at most ({processors()} processors)"
+        raise UsageError(f"{by} asks for {count} processes; {can}", fix=fix)
+    return asked

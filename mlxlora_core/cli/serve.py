@@ -211,7 +211,7 @@ def _parts(served: Served, asked: Source, has_keys: bool) -> list[Part]:
     }
     parts = [Part(page_routes.page_routes(facts), page_routes.OPEN_PATHS)]
     if asked.run is not None:
-        parts.append(Part(live_routes.live_routes(asked.run), live_routes.OPEN_PATHS))
+        parts.append(Part(live_routes.live_routes(asked.run, chats=True), live_routes.OPEN_PATHS))
     return parts
 
 

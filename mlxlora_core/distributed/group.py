@@ -6,6 +6,7 @@ does not come is waited for. MLX is imported only where something goes round.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.distributed.environment import is_rank
 from mlxlora_core.distributed.starting import joining
+from mlxlora_core.machine.memory import shared_by
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -93,10 +95,26 @@ class Group:
         mx.eval(self.sum([mx.zeros(1)]))
 
     @cached_property
+    def _places(self) -> tuple[tuple[str, int], ...]:
+        """What tells the machine of each rank from others, and the number of its process there."""
+        boot = _BOOT.read_text("ascii").strip() if _BOOT.is_file() else ""
+        mine = json.dumps([f"{platform.node()} {boot}", os.getpid()])
+        return tuple((name, process) for name, process in map(json.loads, self.share(mine.encode())))
+
+    @property
     def machines(self) -> tuple[str, ...]:
         """What tells the machine of each rank from others; the first that ask do so on every rank."""
-        boot = _BOOT.read_text("ascii").strip() if _BOOT.is_file() else ""
-        return tuple(name.decode() for name in self.share(f"{platform.node()} {boot}".encode()))
+        return tuple(name for name, _ in self._places)
+
+    @contextmanager
+    def sharing_memory(self) -> Iterator[None]:
+        """Inside, memory that is asked for is to be there for each rank of this machine, as all need it.
+
+        The first that come here do so on every rank.
+        """
+        here, _ = self._places[self.rank]
+        with shared_by([process for machine, process in self._places if machine == here]):
+            yield
 
     def sharing_processors(self) -> int:
         """How many ranks compute on processors of this one, itself among them."""
@@ -109,12 +127,13 @@ class Group:
     def first_of_machine(self) -> Iterator[None]:
         """Let the first rank of each machine go through this block, and then its others.
 
-        What it reads from a disk or fetches is at hand for them then.
+        What it reads from a disk or fetches is at hand for them then. It asks for memory for all of them.
         """
         waits = self.machines[self.rank] in self.machines[: self.rank]
         if waits:
             self.wait()
-        yield
+        with self.sharing_memory():
+            yield
         if not waits:
             self.wait()
 

@@ -60,7 +60,7 @@ class Hosts:
         port = _free_ports(sum(counts) + 1) if local else PORT
         found = []
         for host in self.ranks:
-            found.append([f"{_written(a)}:{port + i}" for i, a in enumerate(host.addresses)])
+            found.append([f"{address}:{port + i}" for i, address in enumerate(host.addresses)])
             port += len(host.addresses)
         return found
 
@@ -88,6 +88,11 @@ def read_hosts(path: Path) -> Hosts:
     if not (isinstance(envs, list) and all(isinstance(each, str) and "=" in each for each in envs)):
         raise UsageError("envs is no list of texts NAME=VALUE", where=path)
     ranks = [_host(host, f"{path}: machine {number}") for number, host in enumerate(hosts, 1)]
+    for number, host in enumerate(ranks[1:], 2):
+        if len(host.addresses) != len(ranks[0].addresses):
+            what = f"has {len(host.addresses)} in ips, and machine 1 has {len(ranks[0].addresses)}"
+            fix = "name as many for each: each is a connection of the ring"
+            raise UsageError(what, where=f"{path}: machine {number}", fix=fix)
     if not ranks[0].is_here:
         fix = 'put this machine first, whose files rank 0 writes; "localhost" is a name for it'
         raise UsageError(f"the first machine is {ranks[0].name}, and not this one", where=path, fix=fix)
@@ -101,13 +106,14 @@ def _host(value: Any, where: str) -> Host:
         raise UsageError("has no name for ssh", where=where, fix=_EXAMPLE)
     addresses = value.get("ips") or [name]
     if not isinstance(addresses, list) or not all(map(_is_address, addresses)):
-        raise UsageError("has no IP address in ips, which the ring needs", where=where, fix=_EXAMPLE)
+        what = "ips is no list of IPv4 addresses, such as the ring of MLX takes"
+        raise UsageError(what, where=where, fix=_EXAMPLE)
     return Host(name, tuple(addresses))
 
 
 def _is_address(text: Any) -> bool:
     try:
-        return isinstance(text, str) and bool(ipaddress.ip_address(text))
+        return isinstance(text, str) and bool(ipaddress.IPv4Address(text))
     except ValueError:
         return False
 
@@ -115,15 +121,11 @@ def _is_address(text: Any) -> bool:
 def _is_own(address: str) -> bool:
     """Whether an address is one of this machine, which alone can listen there."""
     try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        with socket.socket() as probe:
             probe.bind((address, 0))
             return True
     except OSError:
         return False
-
-
-def _written(address: str) -> str:
-    return f"[{address}]" if ":" in address else address
 
 
 def _free_ports(count: int) -> int:

@@ -22,10 +22,11 @@ from pathlib import Path
 
 from mlxlora_core.distributed import environment
 from mlxlora_core.distributed.hosts import Host, Hosts
-from mlxlora_core.errors import ExitCode, RankError
+from mlxlora_core.errors import ExitCode, RankError, UsageError
 from mlxlora_core.files import durable
 from mlxlora_core.machine import signals
 from mlxlora_core.machine.children import safe_environment, safe_python
+from mlxlora_core.machine.limits import exhausted
 from mlxlora_core.machine.processors import THREADS, thread_count
 
 #: how long ranks may go on when one has failed, which they see to themselves, such as by saving
@@ -50,7 +51,8 @@ def launch(hosts: Hosts, arguments: Sequence[str], *, debug: bool = False) -> in
 
     Raises:
         RankError: rank 0 was ended from outside.
-        UsageError: there are no ports for them.
+        UsageError: there are no ports for them, or no ssh.
+        ResourceError: there is no room for so many processes.
     """
     with tempfile.TemporaryDirectory(prefix="mlxlora-") as folder:
         ring = hosts.ring()
@@ -74,14 +76,18 @@ class _Rank:
         self.said: deque[str] = deque(maxlen=_LINES)
         first = number == 0
         reads = first and sys.stdin is not None and not sys.stdin.isatty()
-        self.process = subprocess.Popen(
-            command,
-            env=variables,
-            stdin=None if reads else subprocess.DEVNULL,
-            stdout=None if first else subprocess.DEVNULL if host.is_here else subprocess.PIPE,
-            stderr=None if first else subprocess.PIPE if host.is_here else subprocess.STDOUT,
-            process_group=0,  # Ctrl-C comes to this process alone, which passes it on once
-        )
+        try:
+            self.process = subprocess.Popen(
+                command,
+                env=variables,
+                stdin=None if reads else subprocess.DEVNULL,
+                stdout=None if first else subprocess.DEVNULL if host.is_here else subprocess.PIPE,
+                stderr=None if first else subprocess.PIPE if host.is_here else subprocess.STDOUT,
+                process_group=0,  # Ctrl-C comes to this process alone, which passes it on once
+            )
+        except OSError as fault:
+            what = f"{command[0]} cannot start {self}: {fault.strerror}"
+            raise exhausted(fault) or UsageError(what, fix="install it, or name fewer machines") from fault
         if not first:
             self._listener = threading.Thread(target=self._listen, daemon=True)
             self._listener.start()

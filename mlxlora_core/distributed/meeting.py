@@ -17,7 +17,7 @@ from typing import Any
 
 from mlxlora_core.distributed.environment import Meeting
 from mlxlora_core.distributed.line import Line
-from mlxlora_core.errors import RankError, UsageError, listing, short
+from mlxlora_core.errors import RankError, UsageError, bounded, listing, short
 
 START_SECONDS = 20.0  # from when a rank comes until all others have to be there
 _AFTERWARDS_SECONDS = 4.0  # in which rank 0 says who has not come
@@ -38,6 +38,16 @@ class Ranks:
     rank: int
     hosts: Sequence[str]
     lines: Sequence[Line]
+
+    def called(self, rank: int) -> str:
+        """What a rank is called in a message."""
+        return f"rank {rank} on {self.hosts[rank]}"
+
+    def tell_left(self, phase: str, fault: object) -> None:
+        """Say to the others that this rank ends by a fault, and at what."""
+        what = bounded(f"{self.called(self.rank)} has ended at {phase}: ", fault)
+        for line in self.lines:
+            line.send(left=what, rank=self.rank)
 
 
 def listening(host: str, port: int) -> socket.socket:

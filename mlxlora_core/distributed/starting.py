@@ -5,6 +5,7 @@ MLX waits for ever for a rank that does not come, and lets nothing else be done 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -14,19 +15,22 @@ from functools import cache
 
 from mlxlora_core.distributed import environment
 from mlxlora_core.distributed.meeting import Ranks, go, listening, receive
-from mlxlora_core.errors import RankError, bounded
+from mlxlora_core.errors import ExitCode, RankError, bounded
 
 #: for which MLX may take to join ranks that are there
 JOIN_SECONDS = 20.0
 _FIX = "see whether their machines can reach one another, and start again"
 
-# Ends the process that has started this one, unless its input ends before.
+# Ends the process that has started this one, unless its input ends before, as it does with that process.
 _GUARD = """
 import os, select, sys
-parent, seconds, line = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+parent, code, seconds, line = *map(int, sys.argv[1:3]), float(sys.argv[3]), sys.argv[4]
 if not select.select([0], [], [], seconds)[0] and os.getppid() == parent:
     os.write(2, line.encode())
-    os.kill(parent, 9)
+    for signum in (code, 9):
+        os.kill(parent, signum)
+        if select.select([0], [], [], 2)[0]:
+            break
 """
 
 
@@ -34,22 +38,41 @@ if not select.select([0], [], [], seconds)[0] and os.getppid() == parent:
 def joining() -> Iterator[None]:
     """Meet the other ranks, and then do the block, in which MLX joins them.
 
-    Where MLX does not come back, the process is ended from outside, by SIGKILL and with a line.
+    Where MLX does not come back, the process is ended from outside, with a line.
 
     Raises:
         RankError: one of them has not come in time, or MLX cannot join them.
         UsageError: the environment contradicts itself, or the port to meet at is taken.
     """
-    met_before()
+    met = met_before()
     what = f"the ranks did not join within {JOIN_SECONDS:.0f} s"
     line = f"mlxlora: {bounded(f'{what}. Fix: {_FIX}')}\n"
-    command = [sys.executable, "-I", "-S", "-c", _GUARD, str(os.getpid()), str(JOIN_SECONDS), line]
-    guard = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
-    with guard:  # its input ends with the block
+    arguments = [str(os.getpid()), str(int(ExitCode.RANK)), str(JOIN_SECONDS), line]
+    command = [sys.executable, "-I", "-S", "-c", _GUARD, *arguments]
+    with _ended_by_signal(), subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0):
         try:
             yield
         except (RuntimeError, ValueError) as fault:
-            raise RankError(f"the ranks cannot join: {fault}", fix=_FIX) from fault
+            cannot = RankError(f"the ranks cannot join: {fault}", fix=_FIX)
+            if met is not None:
+                met.tell_left("the start", cannot)
+            raise cannot from fault
+
+
+@contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """Inside, the signal with the number of :attr:`ExitCode.RANK` ends this process with that exit code.
+
+    While MLX holds it no Python runs, but a handler of C does. Such a one is called with the number of its
+    signal, and ``_exit`` with an exit code. Source: signal(2), _exit(2).
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+    before = libc.signal(ExitCode.RANK, ctypes.cast(libc._exit, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        libc.signal(ExitCode.RANK, before)
 
 
 @cache

@@ -106,7 +106,7 @@ class _Watching(Watch):
     """The watch of a process that has others beside it."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self._rank, self._hosts, self._lines = ranks.rank, ranks.hosts, ranks.lines
+        self._ranks, self._rank, self._lines = ranks, ranks.rank, ranks.lines
         self._phase, self._moves, self._since = "the start", 0, time.monotonic()
         #: this rank needs nobody any more; it ends by itself; it has lost a connection, and only waits
         self._finished, self._left, self._broken = False, False, False
@@ -124,9 +124,7 @@ class _Watching(Watch):
     def leave(self, fault: BaseException) -> None:
         self._left = True
         plain = isinstance(fault, MlxloraError | Interrupted)
-        words = str(fault) if plain else f"{type(fault).__name__}: {fault}"
-        what = bounded(f"{self._called(self._rank)} has ended at {self._phase}: ", words)
-        self._tell(left=what, rank=self._rank)
+        self._ranks.tell_left(self._phase, fault if plain else f"{type(fault).__name__}: {fault}")
 
     def finish(self) -> None:
         self.phase("the end")
@@ -143,9 +141,6 @@ class _Watching(Watch):
         self._broken = True
         self._over.wait(SILENCE_SECONDS + 2 * BEAT_SECONDS)  # in which the thread ends the process
         raise RankError(f"the connection to other ranks broke at {self._phase}: {fault}", fix=_FIX) from fault
-
-    def _called(self, rank: int) -> str:
-        return f"rank {rank} on {self._hosts[rank]}"
 
     def _tell(self, but: Line | None = None, **message: Any) -> None:
         for line in self._lines:
@@ -218,14 +213,14 @@ class _Watching(Watch):
             self._end(self._fault)
         moves = self._moves + sum(line.moves for line in self._lines)
         if self._rank == 0 and self._pace.hangs(seconds, moves, self._phase):
-            places = ", ".join(f"{self._called(line.rank)} at {line.phase}" for line in self._lines)
-            what = f"no rank gets on: {self._called(0)} at {self._phase}, {places}"
+            places = ", ".join(f"{self._ranks.called(line.rank)} at {line.phase}" for line in self._lines)
+            what = f"no rank gets on: {self._ranks.called(0)} at {self._phase}, {places}"
             what += ". Fix: see which one hangs, or to the network between them, and go on as after a kill"
             self._tell(lost=what)
             self._end(what)
 
     def _lose(self, line: Line, why: str) -> None:
-        what = f"{self._called(line.rank)} is lost at {line.phase}: {why}. Fix: {_FIX}"
+        what = f"{self._ranks.called(line.rank)} is lost at {line.phase}: {why}. Fix: {_FIX}"
         self._tell(but=line, lost=what)
         self._end(what)
 

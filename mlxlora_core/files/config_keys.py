@@ -172,9 +172,8 @@ def stated_rope(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     tables += [{key: raw[key]} for key in _ROPE_KEYS[2:] if raw.get(key) is not None]
     stated: dict[str, Any] = {}
     for table in tables:
-        if "rope_type" not in table and "type" in table:
-            table["rope_type"] = table.pop("type")
-        for name, value in table.items():
+        older = table.pop("type", None)  # what rope_type was called, and now stands beside it
+        for name, value in (*table.items(), ("rope_type", older)):
             if value is None:
                 continue
             if stated.setdefault(name, value) != value:

@@ -82,6 +82,9 @@ def _not_one(files: Sequence[Path]) -> str:
     counts = {int(part[2]) for part in found}
     if found and counts != {len(found)}:
         return f"there are {len(found)} of {listing(sorted(counts))} parts of"
+    numbers = sorted(int(part[1]) for part in found)
+    if numbers and numbers not in ([*range(len(found))], [*range(1, len(found) + 1)]):
+        return f"the {len(found)} parts there are have the numbers {listing(numbers)} and cannot be all of"
     return ""
 
 

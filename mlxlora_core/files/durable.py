@@ -256,12 +256,16 @@ def check_target(
         if not target.is_symlink() and not target.exists():
             return
         if not target.is_dir():
-            raise SafetyError("is no folder, and a folder is wanted", where=target, fix="name another folder")
+            raise SafetyError(
+                "is no folder, and a folder is wanted", where=target, fix="move it away, or name another"
+            )
         if not any(target.iterdir()):
             return
         if not ours(target):
             raise SafetyError(
-                "the folder holds something else and was left alone", where=target, fix="name another folder"
+                "the folder holds something else and was left alone",
+                where=target,
+                fix="move it away, or name another",
             )
     if not overwrite:
         raise SafetyError(
@@ -298,7 +302,9 @@ def refuse_odd_file(path: Path) -> None:
     with disk_faults(path, "read"):
         place = place_of(path)
         if os.path.lexists(place) and not stat.S_ISREG(place.stat().st_mode):
-            raise SafetyError("is no regular file and was left alone", where=path, fix="name another file")
+            raise SafetyError(
+                "is no regular file and was left alone", where=path, fix="move it away, or name another"
+            )
 
 
 def check_file(path: Path) -> None:

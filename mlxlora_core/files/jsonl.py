@@ -19,6 +19,7 @@ WHOLE_BYTES = 1 << 30  # the largest file that is read whole
 _BLANK = b" \t\r\n"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _ONE_A_LINE = "wanted one object a line"
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps makes one each time
 _KEY_LETTERS = 40  # so much of a key is told
 
 
@@ -79,6 +80,18 @@ def read_lines(file: BufferedReader) -> Iterator[Record]:
             file.seek(after)
         first = False
         yield record
+
+
+def line_of(value: Any) -> bytes:
+    """A value of JSON as a line, with its end.
+
+    Raises:
+        ValueError: nobody would read so long a line.
+    """
+    line = _ENCODER.encode(value).encode() + b"\n"
+    if len(line) > LINE_BYTES:
+        raise ValueError(_too_long())
+    return line
 
 
 def begins_array(file: BufferedReader) -> bool:
@@ -186,7 +199,7 @@ def _parse(number: int, line: bytes, decoder: _Decoder) -> Record:
     """One line, or what is wrong with it."""
     decoder.noted.clear()
     if len(line) > LINE_BYTES:
-        return Record(number, fault=f"is longer than {LINE_BYTES >> 20} MiB")
+        return Record(number, fault=_too_long())
     try:
         value = decoder.decode(line.decode())
     except UnicodeDecodeError as fault:
@@ -228,6 +241,10 @@ def _syntax(line: bytes, fault: json.JSONDecodeError) -> str:
     if line in (b"{", b"[", b"[{"):
         return f"opens what is not closed on it, {_ONE_A_LINE} (jq -c . makes them)"
     return f"no JSON: {fault.msg} at column {fault.colno}"
+
+
+def _too_long() -> str:
+    return f"is longer than {LINE_BYTES >> 20} MiB"
 
 
 def _bad_byte(byte: int, column: int) -> str:

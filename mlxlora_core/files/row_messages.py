@@ -6,6 +6,7 @@ conversations of the model that is trained.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,8 +110,7 @@ def _calls(place: str, role: str, calls: object) -> dict[str, Any]:
         raise RowFault(f"{place} has {_CALLS} and is of {role}, wanted them of assistant")
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise RowFault(f"{_CALLS} of {place} is {kind(calls)}, wanted a list of {{type, function}}")
-    _check_texts(f"{_CALLS} of {place}", calls)
-    return {_CALLS: calls}
+    return {_CALLS: _as_json(f"{_CALLS} of {place}", calls)}
 
 
 def tools(value: object) -> list[Any]:
@@ -128,21 +128,25 @@ def tools(value: object) -> list[Any]:
         return []
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise RowFault(f"tools is {kind(value)}, wanted a list of schemas")
-    _check_texts("tools", value)
-    return value
+    return list(_as_json("tools", value))
 
 
-def _check_texts(name: str, value: object) -> None:
-    """Refuse half a surrogate pair anywhere in a value."""
-    waiting = [value]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, str):
-            text(name, part)
-        elif isinstance(part, Mapping):
-            waiting += [*part, *part.values()]
-        elif isinstance(part, list):
-            waiting += part
+def _as_json(name: str, value: object) -> Any:
+    """A value of calls or schemas as a file of rows would hold it, whoever has handed it over.
+
+    Raises:
+        RowFault: JSON cannot say it, it holds half a surrogate pair, or is nested too deeply.
+    """
+    try:
+        said = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except RecursionError:
+        raise RowFault(f"{name} is nested too deeply") from None
+    except (TypeError, ValueError) as fault:
+        raise RowFault(f"{name} holds what is no JSON: {fault}") from None
+    try:
+        return parse_json(text(name, said).encode(), name)
+    except MlxloraError as fault:
+        raise RowFault(f"{name} {fault.what}") from None
 
 
 def answered(said: list[dict[str, Any]]) -> list[dict[str, Any]]:

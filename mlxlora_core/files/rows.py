@@ -38,9 +38,16 @@ _FOREIGN = (
     (b"\xfe\xff", "UTF-16"),
     (b"\x1f\x8b", "gzip"),
     (b"PK\x03\x04", "zip"),
+    (b"BZh91AY&SY", "bzip2"),
+    (b"\xfd7zXZ\x00", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"PAR1", "parquet"),
+    (b"ARROW1", "arrow"),
 )
-_REMEDIES = {"gzip": "gunzip it", "zip": "unzip it", "parquet": "save it as JSON Lines"}
+_REMEDIES = {
+    **{"gzip": "gunzip it", "zip": "unzip it", "bzip2": "bunzip2 it", "xz": "unxz it", "zstd": "unzstd it"},
+    **dict.fromkeys(("parquet", "arrow"), "save it as JSON Lines"),
+}
 
 
 @dataclass
@@ -192,8 +199,13 @@ def left_out(found: RowFile) -> Iterator[str]:
     if found.blank_lines:
         yield f"{found.blank_lines} blank line{'s'[: found.blank_lines - 1]}"
     if found.unread:
-        keys = (f"{key} ({count} row{'s'[: count - 1]})" for key, count in found.unread.items())
-        yield f"keys that are not read: {listing(keys)}"
+        yield unread_keys(found.unread)
+
+
+def unread_keys(unread: Mapping[str, int]) -> str:
+    """key that holds something and is not read -> in how many rows; in words."""
+    keys = (f"{key} ({count} row{'s'[: count - 1]})" for key, count in unread.items())
+    return f"keys that are not read: {listing(keys)}"
 
 
 def _records(file: BufferedReader, path: Path) -> Iterator[Record]:
@@ -219,7 +231,7 @@ def _open(path: Path) -> Iterator[BufferedReader]:
 
 def _pass_mark(file: BufferedReader, path: Path) -> None:
     """Go past a UTF-8 byte order mark, and refuse what is no UTF-8 text by its first bytes."""
-    start = file.peek(4)
+    start = file.peek(16)
     if encoding := _encoding(start):
         fix = _REMEDIES.get(encoding, f"iconv -f {encoding} -t UTF-8")
         raise DataError(f"is {encoding}, wanted UTF-8 text", where=path, fix=fix)

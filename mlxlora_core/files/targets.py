@@ -104,7 +104,9 @@ def is_written(path: Path, ours: Callable[[Path], bool]) -> bool:
         return False
     if not ours(path):
         raise SafetyError(
-            "was not written by mlxlora for this and was left alone", where=path, fix="name another file"
+            "was not written by mlxlora for this and was left alone",
+            where=path,
+            fix="move it away, or name another",
         )
     return True
 

@@ -55,6 +55,7 @@ TYPE_NAMES = {
     "BOOL": "bool",
 }
 
+_OTHER_TYPE = "save it in bfloat16, float16 or float32 with the tool that wrote it"
 _HEADER_BYTES = 100_000_000  # the format's own limit
 _PARTS = 10 * TENSORS_LIMIT  # a tensor of four axes has 10; each takes memory when it is parsed
 _METADATA_ENTRIES, _METADATA_LETTERS = 10_000, 16 << 20  # far more than any tool writes
@@ -114,6 +115,9 @@ def read_safetensors(file: BinaryIO, path: Path) -> dict[str, str]:
             raise _damaged(f"the name of tensor {name[:_NAME_LETTERS]!r} {fault}", path)
         if fault := _entry_fault(entry):
             raise _damaged(f"tensor {name} {fault}", path)
+        if (dtype := entry["dtype"]) not in ITEM_BYTES:
+            what = f"tensor {name} is {dtype[:_NAME_LETTERS]}, which is not read; wanted one of"
+            raise ModelError(f"{what} {', '.join(ITEM_BYTES)}", where=path, fix=_OTHER_TYPE)
     _check_layout(file, tensors, start, size, path)
     return metadata
 
@@ -200,14 +204,12 @@ def _entry_fault(entry: Any) -> str:
             numbers = (None,)
     if not all(type(number) is int and abs(number) < 2**63 for number in numbers):
         return "has no entry of dtype, shape and data_offsets"
-    if dtype not in ITEM_BYTES:
-        return f"is {dtype[:_NAME_LETTERS]}, wanted one of {', '.join(ITEM_BYTES)}"
     if min(numbers) < 0:
         return "has a negative number in its shape or offsets"
     if fault := _shape_fault(shape):
         return fault
-    need, have = math.prod(shape) * ITEM_BYTES[dtype], stop - start
-    if need != have:
+    need, have = math.prod(shape) * ITEM_BYTES.get(dtype, 0), stop - start
+    if dtype in ITEM_BYTES and need != have:
         return f"is {dtype} {tuple(shape)} and needs {need} bytes, its offsets give {have}"
     return ""
 

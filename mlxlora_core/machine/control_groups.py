@@ -18,18 +18,20 @@ from pathlib import Path
 ROOT = Path("/")  # of the file system; another one in tests
 
 
-def control_groups(controller: str, root: Path) -> Iterator[Path]:
-    """The folders of the groups that this process is in for ``controller``, and of those above them.
+def control_groups(controller: str, root: Path, process: int | None = None) -> Iterator[Path]:
+    """The folders of the groups that a process is in for ``controller``, and of those above them.
+
+    Without a number it is this process.
 
     A container may show the path of its group as the host sees it, while the
     group itself is mounted as the root: the folders above cover that too.
     """
     hierarchy = root / "sys/fs/cgroup"
     try:
-        lines = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+        text = (root / f"proc/{process or 'self'}/cgroup").read_text()
     except OSError:
         return
-    for line in lines:
+    for line in (line.split(":", 2) for line in text.splitlines()):
         if len(line) != 3 or (line[1] and controller not in line[1].split(",")):
             continue
         # Version 2 stands at the top, or beside version 1 in a folder of its own.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,25 @@ _LATER_BYTES = 48 << 20
 #: memory that loading takes
 _LOADED_BYTES = 56 << 20
 
+_sharing: tuple[int, ...] = ()
+
+
+@contextmanager
+def shared_by(processes: Sequence[int]) -> Iterator[None]:
+    """Inside, the memory of the machine and of control groups is to be enough for several processes alike.
+
+    What all of them hold and what is free, divided by their number, is what each may hold.
+
+    Args:
+        processes: by their numbers, this one among them; others of them do the same work.
+    """
+    global _sharing
+    before, _sharing = _sharing, tuple(processes)
+    try:
+        yield
+    finally:
+        _sharing = before
+
 
 def memory_limit_bytes(root: Path = ROOT) -> int | None:
     """The memory that control groups let this process and its neighbours in the group take, or None."""
@@ -37,6 +57,8 @@ def memory_limit_bytes(root: Path = ROOT) -> int | None:
 def free_memory_bytes(root: Path = ROOT) -> int | None:
     """How many bytes this process may take yet: the least of what machine, control groups and limits leave.
 
+    Of what it shares with other ranks (:func:`shared_by`), its part.
+
     Where the system does not tell what is available, the memory of the machine
     stands for it; None where it does not tell that either.
     """
@@ -45,8 +67,8 @@ def free_memory_bytes(root: Path = ROOT) -> int | None:
 
 def free_in_groups_bytes(root: Path = ROOT) -> int | None:
     """What control groups that limit memory leave this process, or None."""
-    left = [group.limit_bytes - group.taken_bytes for group in _memory_groups(root)]
-    return max(0, min(left)) if left else None
+    room = _room_in_groups(root)
+    return None if room is None else room.free
 
 
 def require_start() -> None:
@@ -87,6 +109,7 @@ def memory_bytes(root: Path = ROOT) -> tuple[int | None, int | None]:
 class _MemoryGroup:
     """A control group that limits memory: how much, and what its processes cannot give back of it."""
 
+    folder: Path
     limit_bytes: int
     taken_bytes: int
 
@@ -102,7 +125,7 @@ def _memory_groups(root: Path) -> Iterator[_MemoryGroup]:
             allowed = read_number(folder / limit)
             if allowed is not None and (total is None or allowed < total):  # version 1 says no limit as 2⁶³
                 taken = (read_number(folder / used) or 0) - _reclaimable(folder)
-                yield _MemoryGroup(allowed, taken)
+                yield _MemoryGroup(folder, allowed, taken)
 
 
 def _reclaimable(folder: Path) -> int:
@@ -114,22 +137,26 @@ def _reclaimable(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class _Room:
-    """What there is of one kind of memory: how much of it this process holds, and may take yet."""
+    """What there is of one kind of memory: how much of it this process holds, and may take yet.
+
+    So may each of the ``ranks`` that share it.
+    """
 
     held: int
     free: int
     kind: str
+    ranks: int = 1
 
 
 def _rooms(root: Path) -> list[_Room]:
     """All kinds that are known."""
-    addresses, resident = _held(root)
+    addresses, _ = _held(root)
     total, available = memory_bytes(root)
     machine = total if available is None else available
-    rooms = [] if machine is None else [_Room(resident, machine, "memory")]
-    left = free_in_groups_bytes(root)
-    if left is not None:
-        rooms.append(_Room(resident, left, "memory"))
+    rooms = [] if machine is None else [_shared_room(machine, _sharing, root)]
+    in_groups = _room_in_groups(root)
+    if in_groups is not None:
+        rooms.append(in_groups)
     space = _address_space(root)
     if space is not None:
         later = thread_count() * _LATER_BYTES
@@ -137,9 +164,28 @@ def _rooms(root: Path) -> list[_Room]:
     return rooms
 
 
-def _held(root: Path) -> tuple[int, int]:
-    """Bytes of addresses and of memory that this process holds; 0 where the system does not say."""
-    taken = read_words(root / "proc/self/statm") or ["0", "0"]
+def _room_in_groups(root: Path) -> _Room | None:
+    """What the tightest control group leaves, shared by the ranks that are in it; None without a limit."""
+    rooms = []
+    for group in _memory_groups(root):
+        inside = [rank for rank in _sharing if group.folder in control_groups("memory", root, rank)]
+        rooms.append(_shared_room(max(0, group.limit_bytes - group.taken_bytes), inside, root))
+    return min(rooms, key=lambda room: room.free, default=None)
+
+
+def _shared_room(free: int, processes: Sequence[int], root: Path) -> _Room:
+    """A kind of memory of which so much is free, for those that share it."""
+    _, own = _held(root)
+    count = max(1, len(processes))
+    if count > 1:
+        whole = free + sum(_held(root, process)[1] for process in processes)
+        free = max(0, min(free, whole // count - own))
+    return _Room(own, free, "memory", count)
+
+
+def _held(root: Path, process: int | None = None) -> tuple[int, int]:
+    """Bytes of addresses and of memory that a process holds, or this one; 0 where nobody says."""
+    taken = read_words(root / f"proc/{process or 'self'}/statm") or ["0", "0"]
     return int(taken[0]) * resource.getpagesize(), int(taken[1]) * resource.getpagesize()
 
 
@@ -173,9 +219,10 @@ def require_memory(need: int, work: str, fix: str) -> str:
     if not rooms:
         return f"{work} needs about {readable_bytes(need)} of memory"
     tight = max(rooms, key=lambda room: (room.held + need) / max(1, room.held + room.free))
+    each = f" by each of the {tight.ranks} ranks of this machine" if tight.ranks > 1 else ""
     said = (
         f"{work} needs about {readable_bytes(tight.held + need)} of {tight.kind} in all, "
-        f"{readable_bytes(tight.held + tight.free)} can be had"
+        f"{readable_bytes(tight.held + tight.free)} can be had{each}"
     )
     if need > tight.free:
         raise ResourceError(said, fix=fix)
@@ -189,6 +236,7 @@ def _device_room() -> list[_Room]:
         return []
     told, held = mx.device_info(), mx.get_active_memory()
     most = told.get("max_recommended_working_set_size") or told.get("memory_size")
-    free = told.get("free_memory", most - held if most else None)
+    ranks = max(1, len(_sharing))  # on the one GPU of a Mac; where there are several, each has its own
+    free = told.get("free_memory", most // ranks - held if most else None)
     # What MLX keeps for reuse it gives away when it needs room.
     return [] if free is None else [_Room(held, max(0, int(free) + mx.get_cache_memory()), "GPU memory")]

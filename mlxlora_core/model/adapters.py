@@ -37,21 +37,14 @@ from mlxlora_core.model.adapter_targets import (
     with_targets,
 )
 from mlxlora_core.model.foreign_adapters import open_foreign_adapter
-from mlxlora_core.model.linears import (
-    is_linear,
-    is_packed,
-    layers_by_path,
-    packed_shape,
-    parameters,
-    replace_modules,
-    weight_shape,
-)
+from mlxlora_core.model.linears import is_packed, packed_shape, parameters, replace_modules
 from mlxlora_core.model.loading import Model
+from mlxlora_core.model.wrapping import wrap_each
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Choice, Component, Registry
 from mlxlora_core.plugins.progress import report_progress
 from mlxlora_core.plugins.sections import AdapterConfig
-from mlxlora_core.values import LazyTensor, Place
+from mlxlora_core.values import LazyTensor
 from mlxlora_core.version import __version__
 
 
@@ -139,15 +132,7 @@ def _wrap(
     options = options_at(chosen, model, choice, config)
     mx.random.seed(seed)
     model.module.freeze()
-    layer_of = layers_by_path(model.language_model)
-    wrapped = {}
-    for path, inner in chosen.items():
-        place = Place(
-            path, layer_of(path), weight_shape(inner), "linear" if is_linear(inner) else "embedding"
-        )
-        module = choice.component.spec.wrap(inner, place, options[path])
-        if module is not None:
-            wrapped[path] = _checked(choice.component, inner, module)
+    wrapped = wrap_each(model.language_model, choice.component, chosen, options)
     refuse_named(
         {path: inner for path, inner in chosen.items() if path not in wrapped}, model, choice, config
     )
@@ -157,20 +142,6 @@ def _wrap(
     replace_modules(model.module, wrapped)
     model.module.eval()  # new modules are in training mode; dropout must be off until training begins
     return Adapted(choice, config, {path: options[path] for path in wrapped})
-
-
-def _checked(component: Component, linear: nn.Module, module: Any) -> nn.Module:
-    """What ``wrap`` returned for a linear or an embedding, if it keeps the contract."""
-    wrapped = component.checked("wrap", module, nn.Module)
-    if wrapped.get("linear") is not linear:
-        got = f"a {type(wrapped).__name__} without the linear"
-        raise component.breach("wrap", got, "a module that keeps it as its child 'linear'")
-    for name, tensor in trainable(wrapped).items():
-        if name.startswith("linear."):
-            raise component.breach("wrap", f"a module in which {name} trains", "the linear frozen")
-        if not mx.issubdtype(tensor.dtype, mx.floating):
-            raise component.breach("wrap", f"{name} of type {tensor.dtype} to train", "a floating one")
-    return wrapped
 
 
 def is_ours(path: Path) -> bool:
@@ -308,6 +279,22 @@ def adapter_parameters(module: nn.Module, paths: Iterable[str] = ("",)) -> dict[
         for name, tensor in parameters(modules[path]).items()
         if not name.startswith("linear.")
     }
+
+
+def wrap_again(model: Model, adapted: Adapted) -> None:
+    """Put the adapter anew on the linears that stand inside it now, with the parameters that it has.
+
+    An adapter may work something out of a weight when it is wrapped around it, as DoRA does, and
+    must do so again where another linear has come into its place.
+    """
+    modules = dict(model.module.named_modules())
+    inside = {path: modules[path]["linear"] for path in adapted.paths}
+    again = wrap_each(model.language_model, adapted.choice.component, inside, adapted.options)
+    for path, module in again.items():
+        module.update(tree_unflatten(list(adapter_parameters(modules[path]).items())))
+    replace_modules(model.module, again)
+    model.module.freeze()
+    model.module.eval()
 
 
 def count(model: Model) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 _CODE_KEYS = ("auto_map", "model_file")
 # layout -> the key that says which family a model is of
 _TYPE_KEYS = {"gguf": "general.architecture"}
+# The part of a tensor's name up to the number of its layer.
+_LAYER = re.compile(r".*?(?<![^.])[0-9]+\.")
 # Keys of config.json that are core's own, whatever the architecture.
 _CORE_KEYS = ("model_type", "quantizer", "quantization", "quantized", FILES, SOURCE)
 
@@ -185,6 +188,7 @@ def _by_table(
         other = sorted(foreign.tensors.keys() - known)
         there = f"; nobody knows {listing(other, 4)}" if other else ""
         raise ModelError(f"{len(absent)} tensors are missing: {listing(absent)}{there}")
+    _refuse_more(foreign.tensors.keys(), {entry.foreign for entry in table})
     places = {name: place for place, name in enumerate(foreign.tensors)}
     tensors = {}
     for entry in sorted(table, key=lambda entry: places[entry.foreign]):
@@ -203,6 +207,29 @@ def _by_table(
             tensor = ordered_rows(tensor, entry.rows)
         tensors[entry.name] = shifted(tensor, entry.shift) if entry.shift else tensor
     return tensors
+
+
+def _refuse_more(found: Collection[str], known: Collection[str]) -> None:
+    """Refuse tensors beside those of a layer, of the head or of a norm that the config does not tell of.
+
+    A model is another one without the biases and norms that it was trained with. What stands elsewhere, as
+    the head of a classifier does, is left out and told.
+
+    Raises:
+        ModelError: with their names.
+    """
+    layers = {place[0] for name in known if (place := _LAYER.match(name))}
+    linears = {name.rpartition(".")[0] for name in known}
+    more = sorted(
+        name
+        for name in set(found) - set(known)
+        if name.rpartition(".")[0] in linears or ((place := _LAYER.match(name)) and place[0] in layers)
+    )
+    if more:
+        raise ModelError(
+            f"{len(more)} tensors have no place in the model that the config states: {listing(more, 4)}",
+            fix="check the config: it may lack a key, such as attention_bias, or state another model_type",
+        )
 
 
 def build(component: Component, args: Any) -> LanguageModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -52,8 +52,7 @@ def describe_conversion(result: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{result['quantized']} linears quantized, relative error {result['relative_error']:.2%}"
         )
-    if result["left_out"]:
-        lines.append(f"left out, the model has no use for it: {listing(result['left_out'])}")
+    lines += left_out(result["left_out"])
     if result["padding"]:
         more = f"{result['padding']} more id{'s' * (result['padding'] != 1)}"
         lines.append(f"the vocabulary has {more} than the tokenizer has pieces: no text, and never drawn")
@@ -61,3 +60,8 @@ def describe_conversion(result: Mapping[str, Any]) -> list[str]:
     if result["left_dense"]:
         lines.append(f"left dense by the quantizer: {listing(result['left_dense'])}")
     return lines
+
+
+def left_out(names: Collection[str]) -> list[str]:
+    """What is said of tensors of a checkpoint that a model has no use for: a line, or none."""
+    return [f"left out, the model has no use for it: {listing(names)}"] if names else []

@@ -226,16 +226,21 @@ def text_of(tokenizer: CheckedTokenizer, model: LanguageModel) -> mx.array:
 
 def _adapted_logits(exported: Exported, ids: mx.array) -> mx.array:
     """Those of the base with the adapter beside its linears."""
-    adapted = exported.adapted
-    base = own_tensors(exported.model, exported.stored, adapted, packed=True, fused=False)
-    return _logits(exported.model.language_model, base, ids, adapted.paths if adapted else ())
+    adapted, model = exported.adapted, exported.model
+    base = own_tensors(model, exported.stored, adapted, packed=True, fused=False)
+    stream(model.language_model, base, adapted.paths if adapted else ())
+    if adapted:
+        adapters.wrap_again(model, adapted)
+    return _computed(model.language_model, ids)
 
 
-def _logits(
-    model: LanguageModel, tensors: Mapping[str, LazyTensor], ids: mx.array, adapted: tuple[str, ...] = ()
-) -> mx.array:
-    """Logits (T, V), float32, of token ids (1, T)."""
-    stream(model, tensors, adapted)
+def _logits(model: LanguageModel, tensors: Mapping[str, LazyTensor], ids: mx.array) -> mx.array:
+    """Logits (T, V), float32, of token ids (1, T), by a model without an adapter that reads its tensors."""
+    stream(model, tensors)
+    return _computed(model, ids)
+
+
+def _computed(model: LanguageModel, ids: mx.array) -> mx.array:
     logits = model(ids)[0].astype(mx.float32)
     mx.eval(logits)
     return logits

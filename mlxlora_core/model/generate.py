@@ -91,7 +91,8 @@ def generate(
         num_tokens: the most tokens to generate; an end token or a full context ends the text earlier.
         seed: of the random keys, from 0 to 2**32 - 1.
         write_every: tokens per segment.
-        stop: texts, none of them empty, before which the generated text ends; looked for in each segment.
+        stop: texts, none of them empty, before which the generated text ends; no token is drawn once
+            one is complete.
         told: called with the memory that the prompt needs, in words, before it is read.
 
     Raises:
@@ -211,17 +212,21 @@ class _Telling:
     def segments(self, tokens: Iterator[int], every: int, stops: StopTexts) -> Iterator[Segment]:
         """The segments of a text, of ``every`` tokens each, up to the first stop text."""
         self._started = time.perf_counter()
-        for text in self._tokenizer.stream(self._counted(tokens), every):
-            shown = stops.add(text)
-            if shown:
-                yield Segment(shown)
+        held, shown = "", 0  # text that waits for its segment; how many segments have been due
+        for text in self._tokenizer.stream(self._counted(tokens)):
+            held += stops.add(text)
+            due = self._count // every
+            if held and (due > shown or stops.found is not None):
+                yield Segment(held)
+                held = ""
+            shown = due
             if stops.found is not None:
                 yield Segment("", STOP, stops.found, self._spent())
                 return
         if self._faults:
             raise self._faults[0]
         finish, spent = STOP if self._count < self._num_tokens else self._end, self._spent()
-        rest = stops.rest()
+        rest = held + stops.rest()
         if rest:
             yield Segment(rest)
         yield Segment("", finish, None, spent)

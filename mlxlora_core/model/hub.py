@@ -27,7 +27,7 @@ _WEIGHTS = (
 )
 _BESIDE = re.compile(
     r"(generation_config|tokenizer_config|special_tokens_map|added_tokens|chat_template|tekken|tokenizer)\.json|"
-    r"chat_template\.jinja|tokenizer\.model(\.v[0-9]+(m[0-9]+)?)?"
+    r"chat_template\.jinja|additional_chat_templates/[^/]+\.jinja|tokenizer\.model(\.v[0-9]+(m[0-9]+)?)?"
 )
 _VOCABULARY, _OTHER_VOCABULARIES = "tokenizer.json", re.compile(r"tekken\.json|tokenizer\.model.*")
 _PART = re.compile(r"(?P<stem>.+)-[0-9]{5}-of-(?P<count>[0-9]{5})\.gguf")

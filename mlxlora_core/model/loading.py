@@ -17,6 +17,7 @@ from mlxlora_core.files import durable
 from mlxlora_core.files.tensor_file import tensor_digest
 from mlxlora_core.machine.device import compute_dtype
 from mlxlora_core.machine.memory import free_memory_bytes, require_memory
+from mlxlora_core.model.events import left_out
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import (
     StackedLinear,
@@ -131,7 +132,7 @@ def model_of(stored: StoredModel, fingerprint: str, note: str) -> Model:
         stored.architecture,
         fingerprint,
         note,
-        (*stored.notes, *([stored.packing.words()] if stored.packing is not None else [])),
+        (*stored.notes, *left_out(stored.unread), *([stored.packing.words()] if stored.packing else [])),
     )
 
 

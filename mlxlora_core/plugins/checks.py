@@ -58,7 +58,7 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "wrote": ("path",),
     },
     "observer": {"start": ("run", "options")},
-    "evaluator": {"score": ("answer", "options"), "prepare": ("options",)},
+    "evaluator": {"score": ("answer", "options"), "prepare": ("options",), "inputs": ("options",)},
     "command": {"command": ()},
     "runtime": {"start": ()},
     "recipe": {},

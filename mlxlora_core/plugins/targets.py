@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from mlxlora_core.errors import UsageError, listing, nearest
+from mlxlora_core.errors import PluginError, UsageError, listing, nearest
 from mlxlora_core.files.documents import parse_toml
 from mlxlora_core.files.input_file import read_whole
 from mlxlora_core.plugins.discovery import GROUP, discover
@@ -53,7 +53,8 @@ def find_targets(text: str) -> list[Target]:
         text: of an entry point, a distribution, a folder with a pyproject.toml, or a file that ends in .py.
 
     Raises:
-        UsageError: there is no such plugin, or the folder holds none.
+        PluginError: there is no such plugin.
+        UsageError: there is no such file, or the folder holds no plugin.
     """
     path = Path(text)
     if path.is_dir():
@@ -63,7 +64,7 @@ def find_targets(text: str) -> list[Target]:
     found = [plugin for plugin in discover() if plugin.answers_to(text)]
     if not found:
         names = [plugin.name for plugin in discover()]
-        raise UsageError(
+        raise PluginError(
             f"no plugin '{text}' ({nearest(text, names)}there is {listing(names, 30)}), and no such folder",
             fix="name a plugin of mlxlora plugins, a folder with a pyproject.toml, or a file .py",
         )

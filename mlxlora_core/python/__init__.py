@@ -35,6 +35,7 @@ from mlxlora_core.python.model import (
     registry,
     texts,
 )
+from mlxlora_core.python.scoring import score
 from mlxlora_core.training.checkpoints import Start
 from mlxlora_core.training.events import TrainReport, TrainResult, ValidReport
 from mlxlora_core.training.settings import (
@@ -69,6 +70,7 @@ __all__ = [
     "load",
     "registry",
     "run",
+    "score",
     "stream",
     "train",
 ]

@@ -11,7 +11,7 @@ from mlxlora_core.training.settings import GenerateConfig
 
 if TYPE_CHECKING:
     from mlxlora_core.model.generate import Segment
-    from mlxlora_core.plugins import Component
+    from mlxlora_core.plugins import Choice
 
 
 def stream(
@@ -59,14 +59,15 @@ def stream(
     from mlxlora_core.model.prompts import checked
     from mlxlora_core.model.stop_texts import checked_stops
 
-    asked, chosen = checked(prompt, config), _samplers(model, sampler, options)
+    asked, chosen = checked(prompt, config), samplers_of(model, sampler, options)
     stops = checked_stops([stop] if isinstance(stop, str) else stop)
 
     def events() -> Generator[Segment, None, None]:
         base = model.base
         with told(model.registry.plugins):
             yield from segments(
-                *(base.language_model, base.tokenizer, asked, chosen),
+                *(base.language_model, base.tokenizer, asked),
+                [(choice.component, choice.options) for choice in chosen],
                 num_tokens=config.num_tokens,
                 seed=number,
                 write_every=config.write_every,
@@ -76,15 +77,14 @@ def stream(
     return events()
 
 
-def _samplers(model: Model, named: str | None, options: Mapping[str, Any]) -> list[tuple[Component, Any]]:
+def samplers_of(model: Model, named: str | None, options: Mapping[str, Any]) -> tuple[Choice, ...]:
     """The samplers that are asked for by name or by settings among ``options``, with their options."""
     from mlxlora_core.runs import samplers
     from mlxlora_core.runs.recipe import choose_samplers
 
     use, dealt = samplers.chain(named, options)
     others = {name: value for name, value in options.items() if name not in samplers.SETTINGS}
-    choices = choose_samplers(use, {**others, **dealt}, model.registry)
-    return [(choice.component, choice.options) for choice in choices]
+    return choose_samplers(use, {**others, **dealt}, model.registry)
 
 
 def generate(model: Model, prompt: str | Sequence[Mapping[str, Any]], **options: Any) -> str:

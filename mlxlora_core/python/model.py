@@ -152,6 +152,11 @@ class Model:
         self._several.select(adapters)
         return self
 
+    @property
+    def has_rows_selected(self) -> bool:
+        """Whether adapters are selected for each row of a batch."""
+        return self._several is not None and bool(self._several.selected.rows)
+
     def logits(self, tokens: Sequence[Sequence[int]]) -> mx.array:
         """Logits (B, T, V), float32, of B rows of T token ids each; row i under the adapter selected for it.
 

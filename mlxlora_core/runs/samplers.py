@@ -18,6 +18,9 @@ from mlxlora_core.values import Tokenizer
 
 TEMPERATURE = "temp"
 
+#: of the answers that evaluators score: the same each time, where nobody says how they are drawn
+ANSWER_SAMPLER = "greedy"
+
 #: a setting of its own -> the sampler that it asks for and the option of it that it sets, in the order in
 #: which they work: penalties before a temperature, and what leaves tokens out from the widest to the finest
 SETTINGS = {

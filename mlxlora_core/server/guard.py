@@ -90,6 +90,10 @@ class Guard:
             return ProtocolError(
                 421, f"this server is not {host!r}: it answers to localhost", code="wrong_host"
             )
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # A proxy in front may go by the other one, and take part of the body for a request (RFC 9112).
+            both = "a request says its length twice, by Content-Length and by Transfer-Encoding"
+            return ProtocolError(400, both, code="ambiguous_length", headers={"Connection": "close"})
         origin = headers.get("origin")
         foreign = origin is not None and urlsplit(origin).netloc != host
         foreign = foreign or headers.get("sec-fetch-site") in ("cross-site", "same-site")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlxlora_core.model.tokenizers import CheckedTokenizer
-from mlxlora_core.server.json_grammar import Grammar, Quoted, State, Way
+from mlxlora_core.server.json_grammar import OTHER, Grammar, State, Way
 from mlxlora_core.serving.request import Change
 
 _NEVER = np.iinfo(np.int32).max
 _KEPT = 64  # states of which it is known which tokens may come
 _IDS = ""  # what the ids of a node's tokens stand under
+_OTHERS = re.compile(f"[^\0-{OTHER}]")
+_PLAIN = re.compile(r'[^"\\\0-\x1f]*')  # what a text between quotes may have as it is
 
 _Node = dict[str, Any]  # letter -> node
 
@@ -29,9 +32,10 @@ class JsonTokens:
     Attributes:
         texts: of each id; nothing for what is no text.
         stops: ids that end a text.
-        plain: (V,) whether a token is letters and nothing else between quotes.
+        plain: ids of tokens that are letters and nothing else between quotes.
         all: the tokens by their letters.
-        not_plain: those that are not plain.
+        closing: those that are not plain by their letters from the first that is not: those before it
+            change nothing between quotes.
     """
 
     def __init__(self, tokenizer: CheckedTokenizer) -> None:
@@ -41,11 +45,12 @@ class JsonTokens:
             "" if token in tokenizer.specials or text in none else text for token, text in enumerate(found)
         ]
         self.stops = sorted(tokenizer.stops)
-        self.plain = np.array([_is_plain(text) for text in self.texts])
-        self.all = _tree(enumerate(self.texts))
-        self.not_plain = _tree(
-            (token, text) for token, text in enumerate(self.texts) if not self.plain[token]
-        )
+        starts = [_PLAIN.match(text).end() for text in self.texts]  # type: ignore[union-attr]  # it may be empty
+        known = [token for token, text in enumerate(self.texts) if text]
+        closing = [token for token in known if starts[token] < len(self.texts[token])]
+        self.plain = np.array(sorted(set(known).difference(closing)), np.int64)
+        self.all = _tree((token, self.texts[token]) for token in known)
+        self.closing = _tree((token, self.texts[token][starts[token] :]) for token in closing)
 
     def lacks(self, letters: str) -> str:
         """Of some letters, those that are no token by themselves."""
@@ -102,38 +107,44 @@ class JsonAnswers:
     def _computed(self, state: State) -> np.ndarray:
         """How many tokens (V,) each needs behind it, an end token among them."""
         costs = np.full(len(self._tokens.texts), _NEVER, np.int32)
-        if () in state:
+        if state.may_end:
             costs[self._tokens.stops] = 0
-        between = frozenset(way for way in state if way and way[0] == Quoted())
+        between, others = self._grammar.halves(state)
         if between:
-            costs[self._tokens.plain] = self._grammar.least(between) + 1
-            self._walk(self._tokens.not_plain, between, costs)
-        self._walk(self._tokens.all, state - between, costs)
+            costs[self._tokens.plain] = between.least + 1
+            self._walk(self._tokens.closing, between, costs)
+        self._walk(self._tokens.all, others, costs)
         return costs
 
     def _walk(self, tree: _Node, state: State, costs: np.ndarray) -> None:
         """Lower the costs of the tokens of a tree to what they are after a state."""
+        found = list(self._reached(tree, state))
+        if found:
+            tokens = np.concatenate([ids for ids, _ in found])
+            values = np.repeat([cost for _, cost in found], [len(ids) for ids, _ in found])
+            costs[tokens] = np.minimum(costs[tokens], values)
+
+    def _reached(self, tree: _Node, state: State) -> Iterator[tuple[np.ndarray, int]]:
+        """Ids of tokens that may come, and how many tokens each needs behind it."""
         left: list[tuple[_Node, State]] = [(tree, state)]
         while left:
             node, here = left.pop()
             for letter, following in node.items():
                 if letter == _IDS:
-                    costs[following] = np.minimum(costs[following], self._grammar.least(here) + 1)
+                    yield following, here.least + 1
                 elif there := self._grammar.step(here, letter):
                     left.append((following, there))
 
 
-def _is_plain(text: str) -> bool:
-    return bool(text) and '"' not in text and "\\" not in text and min(text) >= " "
-
-
 def _tree(texts: Iterable[tuple[int, str]]) -> _Node:
-    """Tokens by their letters."""
-    root: _Node = {}
+    """Tokens by their letters, of which all from the last of ASCII on are one."""
+    found: dict[str, list[int]] = {}
     for token, text in texts:
-        if text:
-            node = root
-            for letter in text:
-                node = node.setdefault(letter, {})
-            node.setdefault(_IDS, []).append(token)
+        found.setdefault(_OTHERS.sub(OTHER, text), []).append(token)
+    root: _Node = {}
+    for text, ids in found.items():
+        node = root
+        for letter in text:
+            node = node.setdefault(letter, {})
+        node[_IDS] = np.array(ids)
     return root

@@ -10,7 +10,10 @@ _HEX = frozenset("0123456789abcdefABCDEF")
 _ESCAPES = frozenset('"\\/bfnrt')
 _DEEP = 300  # symbols that wait for their turn: no further lists and objects in each other
 _ENDLESS = 1 << 20
-_MOST_KNOWN = 20_000  # ways of which the heads are kept
+_MOST_KNOWN = 100_000  # stacks, steps, and stacks of states that are kept
+
+#: what every letter from this one on is as good as: rules are written in the letters before it
+OTHER = "\x7f"
 
 _DIGITS = "0123456789"
 #: number so far -> letters that may come -> number then
@@ -30,9 +33,15 @@ _WHOLE = ("0", "1", ".1", "e1")  # numbers that may end
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Letters as they are."""
+    """Letters as they are, all of them ASCII.
+
+    Attributes:
+        text: all letters.
+        at: how many of them have come.
+    """
 
     text: str
+    at: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +83,52 @@ class Rule:
 Symbol = Text | Quoted | Number | Space | Rule
 #: symbols in their order
 Way = tuple[Symbol, ...]
-#: all ways in which a text may go on; the empty one is its end
-State = frozenset[Way]
+
+
+class Stack:
+    """One way in which a text may go on: a symbol, and what waits behind it. Equal ones are one object.
+
+    Attributes:
+        first: the symbol; None where the text ends here.
+        rest: what waits; None where the text ends here.
+        least: how few letters end it.
+        depth: symbols that wait.
+    """
+
+    __slots__ = ("depth", "first", "least", "rest")
+
+    def __init__(self, first: Symbol | None, rest: Stack | None, least: int) -> None:
+        self.first, self.rest = first, rest
+        self.least: int = least + (rest.least if rest is not None else 0)
+        self.depth: int = rest.depth + 1 if rest is not None else 0
+
+
+_END = Stack(None, None, 0)
+
+
+class State:
+    """All ways in which a text may go on; false where there is none. Equal ones are one object.
+
+    Attributes:
+        stacks: they.
+        may_end: whether the text may end here.
+        least: how few letters end it soonest.
+    """
+
+    __slots__ = ("least", "may_end", "stacks")
+
+    def __init__(self, stacks: frozenset[Stack]) -> None:
+        self.stacks, self.may_end = stacks, _END in stacks
+        self.least = min((stack.least for stack in stacks), default=_ENDLESS)
+
+    def __bool__(self) -> bool:
+        return bool(self.stacks)
 
 
 class Grammar:
     """Texts of one form: JSON of any kind, and what is defined beside it.
+
+    What was found out of a state is kept: another text that comes to it finds it.
 
     Attributes:
         any: a value of any kind.
@@ -90,7 +139,11 @@ class Grammar:
     def __init__(self) -> None:
         self._rules: list[Sequence[Way]] = []
         self._least: list[int] = []
-        self._known: dict[Way, Sequence[Way]] = {}
+        self._stacks: dict[tuple[Symbol, Stack], Stack] = {}
+        self._heads: dict[Stack, frozenset[Stack]] = {}
+        self._states: dict[frozenset[Stack], State] = {}
+        self._after: dict[tuple[State, str], State] = {}
+        self._known = 0
         self.any = self.rule()
         self.object = self.several("{}", (Text('"'), Quoted(), Space(), Text(":"), Space(), self.any))
         self.array = self.several("[]", (self.any,))
@@ -117,20 +170,22 @@ class Grammar:
     def begin(self, way: Way) -> State:
         """The state before a text, or white space in front of it; all rules are defined."""
         self._measure()
-        return frozenset(self._heads((Space(), *way)))
+        return self._state(self._heads_of(self._pushed((Space(), *way), _END)))
 
     def step(self, state: State, letter: str) -> State:
-        """The state after one more letter; empty where it may not come."""
-        found: set[Way] = set()
-        for way in state:
-            after = _after(way[0], letter) if way else None
-            if after is not None:
-                found.update(self._heads((*after, *way[1:])))
-        return frozenset(found)
+        """The state after one more letter; false where it may not come."""
+        key = state, min(letter, OTHER)
+        found = self._after.get(key)
+        if found is None:
+            found = self._state(frozenset(self._stepped(state, letter)))
+            self._after[key] = found
+            self._count(1)
+        return found
 
-    def least(self, state: State) -> int:
-        """How many letters end a text soonest."""
-        return min(sum(map(self._letters, way)) for way in state)
+    def halves(self, state: State) -> tuple[State, State]:
+        """The ways that are between quotes, where any plain letter changes nothing, and the others."""
+        between = frozenset(stack for stack in state.stacks if stack.first == Quoted())
+        return self._state(between), self._state(state.stacks - between)
 
     @property
     def letters(self) -> str:
@@ -138,31 +193,62 @@ class Grammar:
         symbols = (symbol for ways in self._rules for way in ways for symbol in way)
         return '"0' + "".join(symbol.text for symbol in symbols if isinstance(symbol, Text))
 
-    def _heads(self, way: Way) -> Sequence[Way]:
-        """Ways that begin with what takes a letter, instead of one that begins with anything."""
-        known = self._known.get(way)
-        if known is None:
-            if len(self._known) > _MOST_KNOWN:
-                self._known.clear()
-            known = self._known[way] = list(self._found_heads(way))
-        return known
+    def _stepped(self, state: State, letter: str) -> Iterator[Stack]:
+        for stack in state.stacks:
+            if stack.first is not None and stack.rest is not None:
+                after = _after(stack.first, letter)
+                if after is not None:
+                    yield from self._heads_of(self._pushed(after, stack.rest))
 
-    def _found_heads(self, way: Way) -> Iterator[Way]:
-        left = [way]
+    def _pushed(self, way: Way, rest: Stack) -> Stack:
+        """Some symbols in front of what waits."""
+        for symbol in reversed(way):
+            found = self._stacks.get((symbol, rest))
+            if found is None:
+                found = self._stacks[symbol, rest] = Stack(symbol, rest, self._letters(symbol))
+                self._count(1)
+            rest = found
+        return rest
+
+    def _state(self, stacks: frozenset[Stack]) -> State:
+        found = self._states.get(stacks)
+        if found is None:
+            found = self._states[stacks] = State(stacks)
+            self._count(len(stacks))
+        return found
+
+    def _count(self, more: int) -> None:
+        """Forget all, where it has become too much; states that are held elsewhere go on as they are."""
+        self._known += more
+        if self._known > _MOST_KNOWN:
+            self._known = 0
+            for kept in (self._stacks, self._heads, self._states, self._after):
+                kept.clear()
+
+    def _heads_of(self, stack: Stack) -> frozenset[Stack]:
+        """Those that begin with what takes a letter, instead of one that begins with anything."""
+        found = self._heads.get(stack)
+        if found is None:
+            found = self._heads[stack] = frozenset(self._found_heads(stack))
+        return found
+
+    def _found_heads(self, stack: Stack) -> Iterator[Stack]:
+        left = [stack]
         while left:
-            way = left.pop()
-            if not way:
-                yield way
+            stack = left.pop()
+            first, rest = stack.first, stack.rest
+            if first is None or rest is None:
+                yield stack
                 continue
-            first, rest = way[0], way[1:]
             if isinstance(first, Rule):
-                deep = first == self.any and len(rest) > _DEEP
-                left += ((*each, *rest) for each in (self._scalars if deep else self._rules[first.number]))
+                deep = first == self.any and rest.depth > _DEEP
+                ways = self._scalars if deep else self._rules[first.number]
+                left += (self._pushed(way, rest) for way in ways)
                 continue
-            is_empty = isinstance(first, Text) and not first.text
-            if not is_empty:
-                yield way
-            if is_empty or isinstance(first, Space) or (isinstance(first, Number) and first.place in _WHOLE):
+            is_whole = isinstance(first, Text) and first.at == len(first.text)
+            if not is_whole:
+                yield stack
+            if is_whole or isinstance(first, Space) or (isinstance(first, Number) and first.place in _WHOLE):
                 left.append(rest)
 
     def _measure(self) -> None:
@@ -181,7 +267,7 @@ class Grammar:
         if isinstance(symbol, Rule):
             return self._least[symbol.number]
         if isinstance(symbol, Text):
-            return len(symbol.text)
+            return len(symbol.text) - symbol.at
         if isinstance(symbol, Quoted):
             return 1 + len(symbol.rest)
         return int(isinstance(symbol, Number) and symbol.place not in _WHOLE)
@@ -190,7 +276,7 @@ class Grammar:
 def _after(symbol: Symbol, letter: str) -> Way | None:
     """What is left of a symbol once a letter of it has come; None where it may not."""
     if isinstance(symbol, Text):
-        return (Text(symbol.text[1:]),) if symbol.text[:1] == letter else None
+        return (Text(symbol.text, symbol.at + 1),) if symbol.text[symbol.at] == letter else None
     if isinstance(symbol, Space):
         return (symbol,) if letter in _SPACE else None
     if isinstance(symbol, Number):

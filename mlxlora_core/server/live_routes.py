@@ -34,18 +34,22 @@ _ASSETS = {
     "parts.js": ("mlxlora_core.server", "live/parts.js", "text/javascript; charset=utf-8"),
 }
 _FRESH = {"Cache-Control": "no-store"}
+_CHAT_LINK = '<nav aria-label="Page"><a href="/">Talk to the model</a></nav>'
 
 
-def live_routes(folder: Path, stop: Callable[[], None] | None = None) -> list[BaseRoute]:
+def live_routes(
+    folder: Path, stop: Callable[[], None] | None = None, *, chats: bool = False
+) -> list[BaseRoute]:
     """The page of a run, and what it asks for.
 
     Args:
         folder: of the run; it need not be there yet.
         stop: ends the run as a first Ctrl-C does; None where whoever serves cannot.
+        chats: whether there is a page ``/`` to talk to the model, which the page has a link to.
     """
     reading, token = live.Reading(folder), secrets.token_urlsafe(24)
     return [
-        _page(token, stoppable=stop is not None),
+        _page(token if stop is not None else "", _CHAT_LINK if chats else ""),
         *(asset(f"/run/{name}", *place) for name, place in _ASSETS.items()),
         _told("/api/run", lambda asked: live.look(reading, asked.get("cursor", ""))),
         _told("/api/run/samples", lambda asked: live.samples(folder)),
@@ -69,10 +73,12 @@ def _told(path: str, tell: Callable[[Mapping[str, str]], Any]) -> Route:
     return Route(path, answer)
 
 
-def _page(token: str, *, stoppable: bool) -> Route:
+def _page(token: str, chat_link: str) -> Route:
     """The page, with the token of this server where it has a button."""
     text = read_asset("mlxlora_core.server", "live/live.html").decode()
-    content = text.replace("{{token}}", html.escape(token if stoppable else "", quote=True)).encode()
+    content = (
+        text.replace("{{token}}", html.escape(token, quote=True)).replace("{{chat}}", chat_link).encode()
+    )
 
     async def send(request: Request) -> Response:
         return Response(content, media_type="text/html; charset=utf-8", headers=_FRESH)

@@ -86,7 +86,9 @@ class Scheduler:
             count = -(-limits.places // self.widths[-1])
             self._batches = [Batch(model, selection, self.widths) for _ in range(count)]
         self._sizes = sizes_of(model)
-        self.cache_bytes = limits.cache_bytes or int(_CACHE_SHARE * (free_memory_bytes() or 1 << 30))
+        free = free_memory_bytes() or 1 << 30
+        self.cache_bytes = limits.cache_bytes or int(_CACHE_SHARE * free)
+        self._work_bytes = free - self.cache_bytes
         self._prefixes = Prefixes(limits.part_tokens, int(_PREFIX_SHARE * self.cache_bytes))
         self.cache_bytes -= self._prefixes.most_bytes
 
@@ -113,7 +115,7 @@ class Scheduler:
         Raises:
             ResourceError: more than all requests together may have.
         """
-        need = self._sizes.cache_bytes(room_for(len(job.request.prompt) + job.max_tokens))
+        need = self._most_bytes(job)
         if need > self.cache_bytes:
             raise ResourceError(
                 f"a prompt of {len(job.request.prompt)} tokens and {job.max_tokens} after it need "
@@ -121,6 +123,17 @@ class Scheduler:
                 fix=f"ask for fewer tokens, {SHORTER}",
             )
         return need
+
+    def has_room(self, job: Job) -> bool:
+        """Whether keys and values of a request fit beside what the reading of its prompt takes."""
+        count, rows = len(job.request.prompt), max(self.widths, default=1)
+        reading = self._sizes.layer_bytes(1, min(count, self._limits.part_tokens), count)
+        work = max(reading, self._sizes.logits_bytes(rows))
+        return self._most_bytes(job) <= self.cache_bytes and work <= self._work_bytes
+
+    def _most_bytes(self, job: Job) -> int:
+        """What keys and values of a request may come to."""
+        return self._sizes.cache_bytes(room_for(len(job.request.prompt) + job.max_tokens))
 
     def add(self, job: Job) -> None:
         """Let a request wait for a place."""
@@ -298,7 +311,9 @@ def _widths(model: LanguageModel, selection: Selection, places: int) -> tuple[in
 
 
 def _as_error(fault: Exception) -> MlxloraError:
-    """A fault as an error that a caller can be told."""
+    """A fault as an error that a caller can be told, caused by it."""
     if isinstance(fault, MlxloraError):
         return fault
-    return exhausted(fault) or MlxloraError(f"the model could not go on: {fault}")
+    error = exhausted(fault) or MlxloraError(f"the model could not go on: {fault}")
+    error.__cause__ = fault
+    return error

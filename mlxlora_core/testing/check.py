@@ -2,25 +2,29 @@
 
 JOB is a file of JSON: ``plugins``, of which each has ``name``, ``distribution`` and ``value`` of its
 entry point; ``tests``, folders with test files of their authors; ``settings``, a file of settings of
-pytest; ``out``, the number of an open file that findings are written to, a line of JSON each.
+pytest; ``trials``, a folder for what tests write; ``out``, the number of an open file that findings are
+written to, a line of JSON each. A line with ``running`` names what begins, and has in ``about`` what is
+to be told of it if it ends the process or does not end; ``seen`` are the names that an earlier process
+has begun, ``failed`` those that have ended it, and ``seconds`` is how long one may take. The last line
+has ``ended``.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import mlxlora_core.api  # noqa: F401  # so that what it takes is not put down to a plugin
-from mlxlora_core.plugins import Plugin, Registry, load
+from mlxlora_core.plugins import ALLOW_LIST, Component, Plugin, Registry, load
 from mlxlora_core.plugins.plugin import normal_name
 
 #: what no plugin may import before it is used
@@ -29,44 +33,92 @@ HEAVY = (
     *("safetensors", "datasets", "pandas", "scipy", "sklearn", "matplotlib", "huggingface_hub"),
 )
 
+_OWN_SECONDS = 120.0  # that what is no work of a plugin may take
+_CONFTEST = "The conftest.py of its author can be read."
 _LOADED = "Its module can be imported; its hooks are known, its specs whole."
+
+
+class Progress:
+    """Tells what begins and what is found, to the process that waits for it.
+
+    What has nothing to tell of it is no work of a plugin.
+
+    Args:
+        job: as this module says.
+    """
+
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        self.seen, self.failed = frozenset(job["seen"]), frozenset(job["failed"])
+        self._out, self._seconds = job["out"], job["seconds"]
+        self._stderr = os.dup(2)  # pytest puts a file in place of the other one
+
+    def tell(self, finding: Mapping[str, Any]) -> None:
+        """Tell a finding."""
+        os.write(self._out, json.dumps(finding).encode() + b"\n")
+
+    def begin(self, name: str, about: Mapping[str, Any], **more: Any) -> None:
+        """Tell that something begins, and have it said on stderr where it stands if it takes too long."""
+        seconds = self._seconds if about else max(self._seconds, _OWN_SECONDS)
+        self.tell({"running": name, "about": about, "seconds": seconds, **more})
+        faulthandler.dump_traceback_later(seconds, file=self._stderr)
 
 
 def main(job: Path) -> int:
     """Check the plugins of a job; the exit code is 0 when that could be done, whatever was found."""
+    faulthandler.enable()
     given = json.loads(job.read_text("utf-8"))
-    tell = partial(_tell, given["out"])
+    progress = Progress(given)
     for wanted in given["plugins"]:
-        tell({"plugin": wanted["name"], **_imported(wanted["value"])})
-    registry = load()
+        _import(wanted, progress)
+    for wanted in given["plugins"]:
+        _load(wanted, progress)
+    progress.begin("all", {})
+    gone = [one for one in given["plugins"] if _trials(one) & progress.failed]
+    registry = load([f"no:{_id(one)}" for one in gone])
     plugins = [_found(registry, wanted) for wanted in given["plugins"]]
-    for plugin in plugins:
-        tell(_loaded(plugin))
-    components = [c for c in registry.components if c.plugin in plugins]
+    return _tried(given, [c for c in registry.components if c.plugin in plugins], progress)
+
+
+def _tried(given: Mapping[str, Any], components: Sequence[Component], progress: Progress) -> int:
+    """Let the suites of some components run; the exit code of pytest, where it could not do that."""
     from mlxlora_core.machine.device import prepare_device
     from mlxlora_core.testing import checked
     from mlxlora_core.testing.findings import Findings
 
     prepare_device()
     quiet = (
-        "-c",
-        given["settings"],
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-o",
-        "addopts=",
-        "-W",
-        "ignore",
+        *("-c", given["settings"], "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="),
+        *("-W", "ignore", "--continue-on-collection-errors", f"--basetemp={given['trials']}"),
     )
-    files = (f"--basetemp={job.parent / 'trials'}", str(checked.__file__), *given["tests"])
-    code = pytest.main([*quiet, *files], plugins=[Findings(components, tell)])
-    return 0 if code in (0, 1, 2, 5) else int(code)
+    names = ", ".join(dict.fromkeys(one["name"] for one in given["plugins"]))
+    progress.begin("conftest", {"plugin": names, "test": "conftest.py", "tried": _CONFTEST})
+    findings = Findings(components, progress)
+    code = pytest.main([*quiet, str(checked.__file__), *given["tests"]], plugins=[findings])
+    by = "KeyboardInterrupt" if code == pytest.ExitCode.INTERRUPTED else f"pytest, with exit code {int(code)}"
+    ended = 0 if code in (0, 1, 2, 5) and not findings.left else int(code) or 1
+    progress.tell({"ended": ended, "by": by})
+    return ended
 
 
-def _tell(out: int, finding: Mapping[str, Any]) -> None:
-    os.write(out, json.dumps(finding).encode() + b"\n")
+# --- loading them -------------------------------------------------------------
+
+
+def _load(wanted: Mapping[str, str], progress: Progress) -> None:
+    """Tell whether a plugin can be loaded: it alone, so that it is known if the process ends in it."""
+    name = f"load {_id(wanted)}"
+    if name in progress.seen or _trials(wanted) & progress.failed:
+        return
+    progress.begin(name, {"plugin": wanted["name"], "test": "load", "tried": _LOADED})
+    progress.tell(_loaded(_found(load(environ={ALLOW_LIST: _id(wanted)}), wanted)))
+
+
+def _id(plugin: Mapping[str, str]) -> str:
+    return f"{plugin['distribution']}/{plugin['name']}"
+
+
+def _trials(plugin: Mapping[str, str]) -> set[str]:
+    """The names of what a plugin may end the process in before it is used."""
+    return {f"import {_id(plugin)}", f"load {_id(plugin)}"}
 
 
 def _found(registry: Registry, wanted: Mapping[str, str]) -> Plugin:
@@ -92,24 +144,29 @@ def _loaded(plugin: Plugin) -> dict[str, Any]:
 # --- what its import costs ----------------------------------------------------
 
 
-def _imported(value: str) -> dict[str, Any]:
-    """What the import of an entry point costs, in a process that has imported nothing of this kind."""
+def _import(wanted: Mapping[str, str], progress: Progress) -> None:
+    """Tell what the import of a plugin costs, in a process that has imported nothing of this kind."""
+    name = f"import {_id(wanted)}"
+    if name in progress.seen:
+        return
+    told = {"plugin": wanted["name"], "test": "import", "tried": "Its import brings nothing heavy."}
+    progress.begin(name, told)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            os.write(writer, json.dumps(_measured(value.partition(":")[0])).encode())
+            os.write(writer, json.dumps(_measured(wanted["value"].partition(":")[0])).encode())
         finally:
             os._exit(0)
     os.close(writer)
     with open(reader, encoding="utf-8") as pipe:
         said = pipe.read()
-    os.waitpid(child, 0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        os.kill(os.getpid(), os.WTERMSIG(status))
     found: dict[str, Any] = json.loads(said) if said else {"import_ms": None, "heavy": []}
-    told = {"test": "import", "tried": "Its import brings nothing heavy.", **found}
-    if not found["heavy"]:
-        return told | {"result": "passed"}
-    return told | {"result": "failed", "got": ", ".join(found["heavy"]), "want": "imports inside functions"}
+    heavy = {"result": "failed", "got": ", ".join(found["heavy"]), "want": "imports inside functions"}
+    progress.tell(told | found | (heavy if found["heavy"] else {"result": "passed"}))
 
 
 def _measured(module: str) -> dict[str, Any]:
@@ -124,4 +181,4 @@ def _measured(module: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    os._exit(main(Path(sys.argv[1])))  # at once: a thread that a plugin has left would hold it up

@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
 from mlxlora_core.errors import UsageError, short
 from mlxlora_core.plugins import Component
+from mlxlora_core.plugins.surroundings import ProcessEnded
 from mlxlora_core.testing import checked
-
-Tell = Callable[[Mapping[str, Any]], None]
 
 _HERE = str(Path(__file__).parent)
 _LETTERS = 600  # of a value that is told
+ENDINGS = 3  # tests of a suite that may end the process, or not end, before the others are left out
+
+_CALLED = "Its functions can be called."
+_READ = "The test file can be read."
+
+
+class Progress(Protocol):
+    """Who is told what begins and what is found: see :class:`mlxlora_core.testing.check.Progress`."""
+
+    seen: frozenset[str]
+    failed: frozenset[str]
+
+    def tell(self, finding: Mapping[str, Any]) -> None:
+        """Tell a finding."""
+
+    def begin(self, name: str, about: Mapping[str, Any], **more: Any) -> None:
+        """Tell that something begins."""
 
 
 class Findings:
@@ -27,13 +43,17 @@ class Findings:
 
     Args:
         components: what is tried.
-        tell: called with each finding.
+        progress: is told of each test and each finding, and knows what was tried by an earlier process.
+
+    Attributes:
+        left: tests that have not been begun.
     """
 
-    def __init__(self, components: Sequence[Component], tell: Tell) -> None:
-        self._components, self._tell = components, tell
+    def __init__(self, components: Sequence[Component], progress: Progress) -> None:
+        self._components, self._progress = components, progress
+        self._tell = progress.tell
         self._compared: tuple[str, str] | None = None
-        self._count = self._done = 0
+        self._count = self.left = 0
         self._suites: dict[str, type[Any]] = {}
 
     # --- which tests there are ---
@@ -43,9 +63,14 @@ class Findings:
         pytest.register_assert_rewrite(checked.__package__)
         from mlxlora_core.testing import defaults
 
-        for number, component in enumerate(self._components):
+        for component in self._components:
             self._suites[component.kind] = defaults.suite_of(component.kind)
-            setattr(checked, f"Test{number}", defaults.guessed_suite(component))
+            name = f"{component.kind} {component.id}"
+            if f"guess {name}" not in self._progress.failed:
+                about = {"component": component.id, "kind": component.kind, "test": "call", "tried": _CALLED}
+                self._progress.begin(f"guess {name}", about)
+                setattr(checked, f"Test {name}", defaults.guessed_suite(component))
+        self._progress.begin("collection", {})
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -54,6 +79,27 @@ class Findings:
         theirs = {name for item, name in tried if not _is_guessed(item)}
         items[:] = [item for item, name in tried if name not in theirs or not _is_guessed(item)]
         self._count = len(items)
+        items[:] = [item for item in items if not self._is_over(item)]
+        self.left = len(items)
+
+    def _is_over(self, item: pytest.Item) -> bool:
+        """Whether a test was begun by an earlier process, or is not worth another one; that is told once."""
+        failed, test = self._progress.failed, _function(item.nodeid)
+        if item.nodeid in self._progress.seen or test in {_function(name) for name in failed}:
+            return True
+        suite = test.rpartition("::")[0]
+        if sum(name.startswith(f"{suite}::") for name in failed) < ENDINGS:
+            return False
+        why = f"not tried: {ENDINGS} tests before it have not come to an end"
+        self._tell(self._about(item) | {"result": "left out", "why": why})
+        return True
+
+    def _about(self, item: pytest.Item) -> dict[str, str]:
+        """What is told of a test, however it ends."""
+        component = self._component(item)
+        assert component is not None
+        told = {"component": component.id, "kind": component.kind, "tried": _tried(item)}
+        return told | {"test": item.name, "suite": "guessed" if _is_guessed(item) else "the author's"}
 
     def _component(self, item: pytest.Item) -> Component | None:
         """What a test tries, if it is one of a suite over a component."""
@@ -68,11 +114,21 @@ class Findings:
         # Two plugins may give one name: a spec that is made anew at each call is equal to none.
         return next((c for c in alike if c.spec is spec or c.spec == spec), alike[0] if alike else None)
 
+    def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
+        """Leave out a test file that has ended an earlier process."""
+        return True if f"file {collection_path}" in self._progress.failed else None
+
+    def pytest_collectstart(self, collector: pytest.Collector) -> None:
+        """Tell which test file is read, so that it can be named if the process ends in it."""
+        if isinstance(collector, pytest.Module) and collector.path != Path(checked.__file__):
+            about = {"test": collector.nodeid, "tried": _READ}
+            self._progress.begin(f"file {collector.path}", about)
+
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Tell of a test file of the author's that cannot be read."""
         if report.failed:
             said = str(getattr(report.longrepr, "longrepr", report.longrepr)).strip().splitlines()
-            told = {"test": report.nodeid, "tried": "The test file can be read."}
+            told = {"test": report.nodeid, "tried": _READ}
             self._tell(told | {"result": "failed", "got": said[-1].strip("E ")})
 
     # --- what comes of them ---
@@ -82,10 +138,12 @@ class Findings:
         want = _shown(right)
         self._compared = _shown(left), want if op == "==" else f"{op} {want}"
 
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
         """Tell which test begins, so that it can be named if the process ends in it."""
-        self._tell({"running": nodeid.rpartition("::")[2], "done": self._done, "count": self._count})
-        self._done += 1
+        done = self._count - self.left
+        self._progress.begin(item.nodeid, self._about(item), done=done, count=self._count)
+        self.left -= 1
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
@@ -96,9 +154,8 @@ class Findings:
         if report.when == "call" or report.outcome != "passed":
             component = self._component(item)
             assert component is not None
-            told = {"component": component.id, "kind": component.kind, "tried": _tried(item)}
-            told |= {"test": item.name, "suite": "guessed" if _is_guessed(item) else "the author's"}
-            self._tell(told | (_left_out(call, component, _is_guessed(item)) or self._ending(call)))
+            told = _left_out(call, component, _is_guessed(item)) or self._ending(call)
+            self._tell(self._about(item) | told)
         return report
 
     def _ending(self, call: pytest.CallInfo[None]) -> dict[str, str]:
@@ -114,6 +171,8 @@ class Findings:
             }
         last = call.excinfo.traceback[-1]
         told = {"result": "failed", "where": f"{Path(last.path).name}:{last.lineno + 1}"}
+        if isinstance(fault, ProcessEnded):
+            return told | {"got": f"it called {fault.call}"}
         if not isinstance(fault, AssertionError):
             return told | {"got": short(f"{type(fault).__name__}: {fault}", _LETTERS)}
         text = (str(fault).splitlines() or ["an assertion fails"])[0]
@@ -143,6 +202,11 @@ def _left_out(call: pytest.CallInfo[None], component: Component, guessed: bool) 
         # It refuses options that are only a guess.
         why = f"only a suite of your own can say which options: {fault}"
     return {"result": "left out", "why": why} if why else None
+
+
+def _function(nodeid: str) -> str:
+    """The name of a test without its parameters."""
+    return nodeid.partition("[")[0]
 
 
 def _is_guessed(item: pytest.Item) -> bool:

@@ -39,7 +39,6 @@ def require_agreement(group: Group, identity: Identity) -> None:
     if group.size == 1:
         return
     given = [json.loads(part) for part in group.share(json.dumps(_items(identity)).encode())]
-    _ = group.machines  # a collective call the first time: all ranks make it here
     names = sorted({name for items in given for name in items})
     faults = [name for name in names if any(items.get(name) != given[0].get(name) for items in given)]
     if faults:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -16,11 +16,12 @@ from mlxlora_core.files import durable
 from mlxlora_core.files.data_path import RECORD, SPLITS
 from mlxlora_core.files.documents import read_form
 from mlxlora_core.files.forms import Map, Plain, Table, Text, Whole
-from mlxlora_core.files.row_shapes import check_content
-from mlxlora_core.files.rows import read_rows
+from mlxlora_core.files.jsonl import line_of
+from mlxlora_core.files.row_shapes import read_row
+from mlxlora_core.files.rows import read_rows, unread_keys
 from mlxlora_core.files.targets import check_output_folder, hold_only_files, paths_in
 from mlxlora_core.options import plain
-from mlxlora_core.plugins import Choice
+from mlxlora_core.plugins import Choice, Component
 from mlxlora_core.plugins.sections import SplitConfig
 from mlxlora_core.training.findings import findings_in
 from mlxlora_core.values import Row, Rows, Skipped
@@ -35,6 +36,7 @@ RECORD_FORM = Table(
         "versions": Map(Text()),
     }
 )
+_SORTED = json.JSONEncoder(sort_keys=True)
 _RECORD_BYTES = 256 << 20  # it may list many sources that were skipped
 
 
@@ -63,8 +65,7 @@ def build_dataset(
     builder, options = choice.component, choice.options
     extra = [Row(content) for _, content in read_rows(config.extra_rows)] if config.extra_rows else []
     rows = builder.checked("build", builder.spec.build(options), Rows)
-    for row in rows.rows:
-        builder.checked("build", row, Row)
+    rows = _as_agreed(rows, builder)
     with durable.new_folder(folder, overwrite=overwrite, ours=holds_only_a_dataset) as new:
         return write_dataset(rows, new, config, {"builder": builder.id, "options": options}, extra)
 
@@ -140,23 +141,54 @@ def _findings(by_split: Mapping[str, Sequence[Row]]) -> list[str]:
     ]
 
 
+def _as_agreed(rows: Rows, builder: Component) -> Rows:
+    """What a builder gives, once it has been held against what builders may give.
+
+    Raises:
+        PluginError: it is something else.
+    """
+
+    def need(value: object, kind: Any, want: str) -> None:
+        if not isinstance(value, kind):
+            raise builder.breach("build", type(value).__name__, want)
+
+    for given in (rows.rows, rows.skipped):
+        need(given, Iterable, "lists of rows and of what was skipped")
+    rows = replace(rows, rows=list(rows.rows), skipped=list(rows.skipped))
+    for row in rows.rows:
+        need(row, Row, "Row")
+        need(row.content, Mapping, "rows whose content is an object")
+        need(row.group, str, "rows whose group is a text")
+        need(row.split, str | None, "rows whose split is a text or None")
+    for skip in rows.skipped:
+        need(skip, Skipped, "Skipped")
+        for part in (skip.source, skip.reason):
+            need(part, str, "texts that tell what was skipped")
+    need(rows.versions, Mapping, "versions by their names")
+    for part in (*rows.versions, *rows.versions.values()):
+        need(part, str, "versions that are texts")
+    return rows
+
+
 def _sound(rows: Sequence[Row]) -> tuple[list[Row], list[Skipped]]:
-    """The rows that can be read back, and why the others cannot."""
-    sound, odd = [], []
+    """The rows as they are written, which can be read back, and what of them is not."""
+    sound, odd, unread = [], [], Counter[str]()
     for number, row in enumerate(rows, start=1):
-        fault = check_content(dict(row.content))
-        if fault is None:
-            sound.append(row)
+        try:
+            read = read_row(row.content)
+            line_of(read.content)
+        except ValueError as fault:
+            odd.append(Skipped(f"row {number}", str(fault)))
         else:
-            odd.append(Skipped(f"row {number}", fault))
-    return sound, odd
+            sound.append(replace(row, content=read.content))
+            unread.update(read.unread)
+    return sound, [*odd, *([Skipped("rows", unread_keys(unread))] if unread else [])]
 
 
 def _write_rows(rows: Sequence[Row], config: SplitConfig, file: BinaryIO) -> None:
     for start in range(0, len(rows), config.write_batch_size):
         part = rows[start : start + config.write_batch_size]
-        lines = [json.dumps(dict(row.content), ensure_ascii=False) + "\n" for row in part]
-        file.write("".join(lines).encode())
+        file.write(b"".join(line_of(row.content) for row in part))
 
 
 def _without_repeats(rows: Sequence[Row]) -> list[Row]:
@@ -226,7 +258,7 @@ def _overlap(by_split: Mapping[str, Sequence[Row]]) -> int:
 
 
 def _bytes(row: Row) -> bytes:
-    return json.dumps(dict(row.content), sort_keys=True).encode()
+    return _SORTED.encode(row.content).encode()
 
 
 def _draw(seed: int, group: bytes) -> bytes:

@@ -23,21 +23,25 @@ SHARE = 0.7
 _FORM = "<d3q"  # how a loss is packed for other ranks
 
 
-def room_for(model: LanguageModel, examples: Sequence[Example], batch_size: int) -> tuple[int, str]:
+def room_for(
+    model: LanguageModel, examples: Sequence[Example], batch_size: int, group: Group = ALONE
+) -> tuple[int, str]:
     """How many bytes of memory an evaluation may take, and what it needs, in words.
 
-    That is what the longest batch takes; if less is free, it is a share of that, and batches are
-    measured in smaller parts.
+    That is what the longest batch takes; if less is free for this rank, it is a share of that, and
+    batches are measured in smaller parts.
 
     Raises:
         ResourceError: there is too little memory for the longest row.
     """
     sizes, longest = sizes_of(model), longest_of(examples)
     need = measuring_bytes(sizes, min(batch_size, len(examples)), longest)
-    if not fits(need):
-        free = int(SHARE * (free_memory_bytes() or 0))
-        need = min(need, max(free, measuring_bytes(sizes, 1, longest)))
-    return need, require_for(need, "measuring the loss", "lower --max-seq-length, or use a smaller model")
+    with group.sharing_memory():
+        if not fits(need):
+            free = int(SHARE * (free_memory_bytes() or 0))
+            need = min(need, max(free, measuring_bytes(sizes, 1, longest)))
+        fix = "lower --max-seq-length, or use a smaller model"
+        return need, require_for(need, "measuring the loss", fix)
 
 
 def evaluate(
@@ -87,7 +91,7 @@ def evaluating(
         ResourceError: there is too little memory.
     """
     if most_bytes is None:
-        most_bytes, _ = room_for(model, examples, batch_size)
+        most_bytes, _ = room_for(model, examples, batch_size, group)
     sizes = sizes_of(model)
     was_training = model.training
     model.eval()

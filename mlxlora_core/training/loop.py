@@ -32,7 +32,7 @@ from mlxlora_core.training.message import Total, require_same
 from mlxlora_core.training.optimizer import learning_rate
 from mlxlora_core.training.optimizer import make as make_optimizer
 from mlxlora_core.training.prefix import Prefix
-from mlxlora_core.training.progress import SPIKE_STEPS, Progress, Window
+from mlxlora_core.training.progress import SPIKE_STEPS, Progress, Window, finite_or_none
 from mlxlora_core.training.settings import TrainConfig
 from mlxlora_core.training.shapes import shapes_of
 from mlxlora_core.training.update import (
@@ -244,8 +244,8 @@ class Training:
             if self._valid_set and self.step == 0:
                 with product_precision(self.config.compute):
                     first = self._validate(0)
-                if math.isfinite(first.loss):
-                    self._progress = replace(self._progress, first_loss=first.loss)
+                loss = finite_or_none(first.loss)
+                self._progress = replace(self._progress, first_loss=loss, valid_loss=loss)
                 yield (first,)
             while not self.finished:
                 with product_precision(self.config.compute):
@@ -313,10 +313,11 @@ class Training:
     def _report(self) -> TrainReport:
         """The report on the steps since the last one."""
         window = self._progress.window
-        self._progress = replace(self._progress, window=Window())
+        loss = window.nats / window.tokens if window.tokens else math.nan
+        self._progress = replace(self._progress, window=Window(), train_loss=finite_or_none(loss))
         return TrainReport(
             step=self._progress.step,
-            loss=window.nats / window.tokens if window.tokens else math.nan,
+            loss=loss,
             learning_rate=self._last[0],
             grad_norm=self._last[1],
             steps_per_second=_rate(window.steps, window.seconds),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from mlxlora_core.distributed.group import ALONE, Group
 from mlxlora_core.errors import ResourceError, UsageError
 from mlxlora_core.machine.device import memory_for_any_size
 from mlxlora_core.machine.limits import exhausted
@@ -131,6 +132,7 @@ def training_memory(
     config: TrainConfig,
     prefix: Prefix | None = None,
     recompute: bool = False,
+    group: Group = ALONE,
 ) -> Iterator[tuple[int, str]]:
     """Refuse training that does not fit into memory; the value is what it needs, in bytes and in words.
 
@@ -142,19 +144,20 @@ def training_memory(
         config: how it trains.
         prefix: what is kept of the rows, if anything is; how much of it in memory is settled here.
         recompute: whether layers keep only their input for the gradient.
+        group: the ranks that train, each of which needs as much.
 
     Raises:
         ResourceError: too little is free, or there turns out to be too little.
     """
     fix = f"{_SWITCH}, or {FIX}" if config.grad_checkpoint == "off" else FIX
-    need = training_bytes(model, rows["train"], config.batch_size, recompute)
-    if "valid" in rows:
-        need = max(need, _validation_bytes(model, rows["valid"], config.batch_size))
-    kept = 0
-    if prefix is not None:
-        need = max(need, prefix.filling_bytes(sizes_of(model.language_model)))
-        kept = prefix.budget_memory(need)
-    said = require_for(need + kept, "training", fix)
+    need, kept = training_bytes(model, rows["train"], config.batch_size, recompute), 0
+    with group.sharing_memory():
+        if "valid" in rows:
+            need = max(need, _validation_bytes(model, rows["valid"], config.batch_size))
+        if prefix is not None:
+            need = max(need, prefix.filling_bytes(sizes_of(model.language_model)))
+            kept = prefix.budget_memory(need)
+        said = require_for(need + kept, "training", fix)
     if recompute:
         said += "; layers are computed again for their gradient (--grad-checkpoint), which takes longer"
     try:

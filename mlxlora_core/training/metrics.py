@@ -31,14 +31,20 @@ REPORT_FORM = Table(
 _ANY_REPORT = Table({"step": Whole()})
 
 
-def trim(path: Path, step: int) -> None:
+def trim(path: Path, step: int) -> int:
     """Leave only the whole lines up to ``step``, so that no step comes twice; none of them at the start.
+
+    Returns:
+        The last step that is told of; 0 for none.
 
     Raises:
         ResourceError: it cannot be written.
     """
     lines = path.read_bytes().split(b"\n") if step and path.is_file() else []
-    durable.write_file(path, b"".join(line + b"\n" for line in lines if _step_of(line, path) <= step))
+    steps = [_step_of(line, path) for line in lines]
+    kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at <= step]
+    durable.write_file(path, b"".join(kept))
+    return int(max((at for at in steps if at <= step), default=0))
 
 
 def _step_of(line: bytes, path: Path) -> float:

@@ -79,8 +79,7 @@ class Prefix:
         reuse: which hidden states are kept, and whether.
         belongs: what else the numbers depend on: the fingerprint of the base, versions of plugins.
         folder: the folder to put files in; None is a temporary one.
-        memory_mb: the most that is kept in memory; None is a quarter of what is free, divided among the
-            ranks of a machine.
+        memory_mb: the most that is kept in memory; None is a quarter of what is free for this rank.
         group: the ranks that share the work.
 
     Attributes:
@@ -115,9 +114,7 @@ class Prefix:
         if self._budget is None:
             free = free_memory_bytes()
             if free is not None:
-                ranks = self._group.machines.count(self._group.machines[self._group.rank])
-                room = min(int(_SHARE * free), free - ranks * (need + reused_bytes(need)))
-                self._budget = max(0, room // ranks)
+                self._budget = max(0, min(int(_SHARE * free), free - need - reused_bytes(need)))
         total = self.reuse.number_bytes if self.reuse.on else 0
         return total if self._budget is None else min(total, self._budget)
 
@@ -180,7 +177,9 @@ class Prefix:
         """
         if not self.reuse.on:
             return
-        self._store = RowStore(self._budget, self._folder)
+        machines = self._group.machines
+        ranks_here = machines.count(machines[self._group.rank])
+        self._store = RowStore(self._budget, self._folder, ranks_here)
         what = f"what enters layer {self.reuse.first + 1}"
         count, done = sum(map(len, self.reuse.rows.values())), 0
         groups = self._parts()

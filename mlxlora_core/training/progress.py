@@ -66,6 +66,8 @@ class Progress:
         best_loss: the lowest loss of a validation after a step, or None.
         best_step: the step of that validation.
         worse: validations since then.
+        train_loss: that of the last report; None where there was none, or it was not finite.
+        valid_loss: the same of the last validation.
         window: what the next report will be made of.
     """
 
@@ -77,6 +79,8 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     worse: int = 0
+    train_loss: float | None = None
+    valid_loss: float | None = None
     window: Window = field(default_factory=Window)
 
     def after_step(self, loss: Loss, seconds: float, *, sound: bool, clipped: bool) -> Progress:
@@ -99,9 +103,10 @@ class Progress:
 
     def after_validation(self, loss: float) -> Progress:
         """Where it stands after a validation; a loss of NaN is never the best."""
-        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
-            return replace(self, best_loss=loss, best_step=self.step, worse=0)
-        return replace(self, worse=self.worse + 1)
+        found = finite_or_none(loss)
+        if found is not None and (self.best_loss is None or found < self.best_loss):
+            return replace(self, valid_loss=found, best_loss=found, best_step=self.step, worse=0)
+        return replace(self, valid_loss=found, worse=self.worse + 1)
 
 
 _PROGRESS, _WINDOW = form_of(Progress), form_of(Window)
@@ -113,13 +118,19 @@ _RESUMED = Table({"step": Whole(), "versions": Map(Text())})
 STATE_FORM = Table(
     {
         **_PROGRESS.keys,
-        "first_loss": Option(_PROGRESS.keys["first_loss"]),  # a state of before says nothing of it
+        # a state of before says nothing of these
+        **{name: Option(_PROGRESS.keys[name]) for name in ("first_loss", "train_loss", "valid_loss")},
         "window": Table({**_WINDOW.keys, **_LATER}),
         "recent": Items(Number(), most=SPIKE_STEPS),
         "seed": Whole(),
         "resumed": Items(_RESUMED),
     }
 )
+
+
+def finite_or_none(loss: float) -> float | None:
+    """A loss as progress holds it."""
+    return loss if math.isfinite(loss) else None
 
 
 def read_progress(state: Mapping[str, Any]) -> Progress:

@@ -74,14 +74,15 @@ class RowStore:
     Args:
         budget_bytes: the most that is kept in memory; None is no limit.
         parent: where to make the folder for the files; None is the temporary folder of the system.
+        ranks: how many store theirs on this machine; half of the free disk is for all of them.
 
     Attributes:
         memory_bytes: held in memory.
         file_bytes: written to files.
     """
 
-    def __init__(self, budget_bytes: int | None, parent: Path | None) -> None:
-        self._budget, self._parent = budget_bytes, parent
+    def __init__(self, budget_bytes: int | None, parent: Path | None, ranks: int = 1) -> None:
+        self._budget, self._parent, self._share = budget_bytes, parent, _SHARE_OF_DISK / ranks
         self._folder: Path | None = None
         self._made: list[Path] = []  # folders above it that were not there
         self._files, self._room = 0, 0
@@ -159,5 +160,5 @@ class RowStore:
         clear_leftovers(parent, target.name)
         folder = beside(target, NEW)
         folder.mkdir(0o700)
-        self._folder, self._room = folder, int(_SHARE_OF_DISK * shutil.disk_usage(folder).free)
+        self._folder, self._room = folder, int(self._share * shutil.disk_usage(folder).free)
         return folder

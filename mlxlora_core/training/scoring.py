@@ -6,6 +6,7 @@ A row is asked as it is trained on: with the ids that stand before its (last) an
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,9 @@ def scoring(
     num_tokens: int,
     seed: int,
 ) -> Generator[Advanced, None, Scored]:
-    """The scores of a model, as the value of the generator; how far it is after each row.
+    """The scores of a model, as the value of the generator; how far it is after each answer, in their order.
+
+    Rows are answered many at once; what each gets is what it gets alone.
 
     Args:
         what: what the events call it.
@@ -119,19 +122,33 @@ def scoring(
         PluginError: an evaluator, or a sampler, gives what it should not.
         MlxloraError: as generating and evaluators raise.
     """
-    from mlxlora_core.model.generate import PromptTooLong
+    from mlxlora_core.model.generate import STOP
+    from mlxlora_core.serving.together import follow_all
+
+    asked: deque[tuple[int, Question]] = deque()  # and not answered yet
+
+    def prompts() -> Iterator[tuple[int, ...]]:
+        for number, (place, row) in enumerate(rows, start=1):
+            question = question_of(row, model.tokenizer, place)
+            if _fits(question, model):
+                asked.append((number, question))
+                yield question.ids
 
     answers: list[tuple[Answer, tuple[float, ...]]] = []
-    too_long = 0
-    for done, (place, row) in enumerate(rows, start=1):
-        question = question_of(row, model.tokenizer, place)
-        try:
-            answer = _answered(question, model, samplers, num_tokens, seed)
-        except PromptTooLong:
-            too_long += 1
-        else:
-            answers.append((answer, tuple(_score(evaluator, answer) for evaluator in evaluators)))
-        yield Advanced(what, done, len(rows))
+    number = 0
+    for said in follow_all(
+        *(model.language_model, model.tokenizer, prompts()),
+        [(sampler.component, sampler.options) for sampler in samplers],
+        num_tokens=num_tokens,
+        seed=seed,
+    ):
+        number, question = asked.popleft()
+        answer = Answer(question.prompt, question.expected, said.text, said.finish == STOP, question.row)
+        answers.append((answer, tuple(_score(evaluator, answer) for evaluator in evaluators)))
+        yield Advanced(what, number, len(rows))
+    if number < len(rows):
+        yield Advanced(what, len(rows), len(rows))
+    too_long = len(rows) - len(answers)
     if not answers:
         raise DataError(f"none of the {too_long} prompts of test rows fits into the context of the model")
     return Scored(tuple(answers), too_long)
@@ -172,29 +189,15 @@ def _asks(row: Mapping[str, Any]) -> bool:
     return "prompt" in row or len(row.get("messages", ())) > 1
 
 
-def _answered(
-    question: Question, model: Model, samplers: Sequence[Choice], num_tokens: int, seed: int
-) -> Answer:
-    """What the model says.
+def _fits(question: Question, model: Model) -> bool:
+    """Whether the context of a model has room for a question and a token of its answer."""
+    from mlxlora_core.model.generate import PromptTooLong, require_fit
 
-    Raises:
-        PromptTooLong: the question does not fit into its context.
-    """
-    from mlxlora_core.model.generate import STOP, follow, require_fit, whole
-    from mlxlora_core.model.memory import room_for_prompt
-
-    require_fit(model.language_model, len(question.ids))
-    part, _ = room_for_prompt(model.language_model, len(question.ids), num_tokens)
-    chosen = [(sampler.component, sampler.options) for sampler in samplers]
-    said = whole(
-        follow(
-            *(model.language_model, model.tokenizer, question.ids, chosen),
-            num_tokens=num_tokens,
-            seed=seed,
-            part_tokens=part,
-        )
-    )
-    return Answer(question.prompt, question.expected, said.text, said.finish == STOP, question.row)
+    try:
+        require_fit(model.language_model, len(question.ids))
+    except PromptTooLong:
+        return False
+    return True
 
 
 def _score(evaluator: Choice, answer: Answer) -> float:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
@@ -34,9 +34,7 @@ from mlxlora_core.training.events import (
     Report,
     TrainEvent,
     TrainingStarted,
-    TrainReport,
     TrainResult,
-    ValidReport,
     report_line,
 )
 from mlxlora_core.training.examples import Examples, Source, examples_of
@@ -112,7 +110,8 @@ def open_training(
     valid = splits["valid"].examples if "valid" in splits else ()
     factors = factors_of(model, adapted)
     prefix = prefix_of(model, splits, config, outputs.checkpoints, group)
-    recompute = decide_recompute(model, splits["train"], of_rank(config, group))
+    with group.sharing_memory():
+        recompute = decide_recompute(model, splits["train"], of_rank(config, group))
     train = splits["train"].examples
     training = Training(model.language_model, train, valid, config, seed, factors, prefix, recompute, group)
     if watch is not None:
@@ -151,7 +150,6 @@ class TrainingSession:
         self.model, self.adapted, self.rows, self.training = model, adapted, rows, training
         self.checkpoints, self._outputs = checkpoints, outputs
         self._best: dict[str, mx.array] = {}  # the adapter of the best validation, if no folder keeps it
-        self._losses: dict[type[Report], float | None] = {}  # as last reported
 
     def start(self, how: Start = Start.BEGIN, found: Found | None = None) -> Iterator[TrainEvent]:
         """Train to the end, saving on the way; the last event is the :class:`TrainResult`.
@@ -190,7 +188,9 @@ class TrainingSession:
         yield from map(Note, (*self.adapted.notes, self._size()))
         training = self.training
         config = of_rank(training.config, training.group)
-        room = training_memory(self.model, self.rows, config, training.prefix, training.recompute)
+        room = training_memory(
+            self.model, self.rows, config, training.prefix, training.recompute, training.group
+        )
         with room as (need, said):
             self.training.validation_bytes = need
             yield Note(said)
@@ -226,7 +226,7 @@ class TrainingSession:
         """Make the remaining steps."""
         saving, log = self._outputs.saving, self._outputs.metrics
         if log is not None:
-            metrics.trim(log, self.training.progress.step)
+            yield from self._trim(log)
         with signals.deferred() as pending:
             self.training.signum = lambda: pending.signum
             for event in self.training.prepare():
@@ -250,6 +250,14 @@ class TrainingSession:
                     yield from self._save()
                 raise
 
+    def _trim(self, log: Path) -> Iterator[Note]:
+        """Leave in the log what has been reported so far; a word where it is not there."""
+        progress = self.training.progress
+        there, reported = metrics.trim(log, progress.step), progress.step - progress.window.steps
+        if there < reported:
+            upto = f"ends at step {there}" if there else "has none"
+            yield Note(f"warning: reports up to step {reported} are not in {log}, which {upto}")
+
     def _end_if_told(self) -> None:
         """End here if a signal has come.
 
@@ -261,9 +269,7 @@ class TrainingSession:
             raise signals.Interrupted(signum, self._farewell())
 
     def _note(self, report: Report) -> None:
-        """Write a report to the log, and remember the last losses for the result."""
-        if isinstance(report, TrainReport | ValidReport):
-            self._losses[type(report)] = report.loss if math.isfinite(report.loss) else None
+        """Write a report to the log."""
         if self._outputs.metrics is not None:
             durable.append_line(self._outputs.metrics, json.dumps(report_line(report)))
 
@@ -303,7 +309,7 @@ class TrainingSession:
     def _warning(self) -> Iterator[Note]:
         """A warning if the last validation is worse than the first."""
         progress, config = self.training.progress, self.training.config
-        first, last = progress.first_loss, self._losses.get(ValidReport)
+        first, last = progress.first_loss, progress.valid_loss
         if first is None or last is None or last <= first:
             return
         best = ""
@@ -350,8 +356,8 @@ class TrainingSession:
             steps=progress.step,
             steps_skipped=progress.skipped,
             adapter_step=adapter_step,
-            train_loss=self._losses.get(TrainReport),
-            valid_loss=self._losses.get(ValidReport),
+            train_loss=progress.train_loss,
+            valid_loss=progress.valid_loss,
         )
 
 

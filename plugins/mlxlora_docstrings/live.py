@@ -39,6 +39,7 @@ from mlxlora_docstrings.graph import (
     is_read,
     shortest_paths,
 )
+from mlxlora_docstrings.places import namespaces_in
 
 _names_of_class: Callable[[Any], Mapping[Any, Any]] = vars(type)["__dict__"].__get__
 _names_of_module: Callable[[Any], Mapping[Any, Any]] = vars(ModuleType)["__dict__"].__get__
@@ -102,7 +103,7 @@ class _Reader:
                 raise TypeError(f"it is no module but of type {type(module).__name__}")
             self.imported.add(name)
             folders = _folders(module)
-            below = () if folders is None else sorted({info.name for info in pkgutil.iter_modules(folders)})
+            below = _below(module, folders)
         except BaseException as fault:
             self.findings.skip(name, fault)
             return
@@ -330,6 +331,16 @@ def _folders(module: Any) -> Any:
         with suppress(BaseException):
             return module.__path__
     return names.get("__path__")
+
+
+def _below(module: Any, folders: Any) -> list[str]:
+    """The modules in these folders of one; what no ``__init__`` makes one is passed over in a package."""
+    if folders is None:
+        return []
+    found = {info.name for info in pkgutil.iter_modules(folders)}
+    if _names_of_module(module).get("__file__") is None:
+        found |= namespaces_in(folders)
+    return sorted(found)
 
 
 def _name_of(module: Any) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from pkgutil import iter_modules
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,16 @@ class Places:
         return self._known[name]
 
     def below(self, name: str) -> list[str]:
-        """The modules in a package, sorted; what no ``__init__`` makes one is passed over."""
+        """The modules in a package, sorted; what no ``__init__`` makes one is passed over in a package."""
         place = self.find(name)
         found: dict[str, Place] = {}
         for folder in place.folders if place else ():
             for child, where in self._listing(folder, place is not None and place.is_compiled).items():
                 found.setdefault(child, where)
-        return sorted(child for child, where in found.items() if not where.is_namespace)
+        modules = {child for child, where in found.items() if not where.is_namespace}
+        if place is not None and place.is_package and place.source is None and not place.is_compiled:
+            modules |= namespaces_in(place.folders) & found.keys()
+        return sorted(modules)
 
     def _inside(self, parent: Place, name: str) -> Place | None:
         places = [self._listing(folder, parent.is_compiled).get(name) for folder in parent.folders]
@@ -65,6 +71,19 @@ class Places:
         return self._listings[key]
 
 
+def namespaces_in(folders: Iterable[str | Path], levels: int = 4) -> set[str]:
+    """The folders without ``__init__`` in those of a namespace that hold modules, so many levels deep."""
+    names = set()
+    for folder in map(Path, folders):
+        with suppress(OSError):
+            for entry in folder.iterdir():
+                if entry.name.isidentifier() and not (entry / "__init__.py").exists() and entry.is_dir():
+                    modules = any(info.name.isidentifier() for info in iter_modules([str(entry)]))
+                    if modules or (levels and namespaces_in([entry], levels - 1)):
+                        names.add(entry.name)
+    return names
+
+
 def _top(name: str) -> Place | None:
     """Where a top-level module lies; for a name without a dot, Python looks at folders only."""
     try:
@@ -76,7 +95,9 @@ def _top(name: str) -> Place | None:
     folders = tuple(Path(folder) for folder in spec.submodule_search_locations or ())
     if spec.submodule_search_locations is not None and spec.origin is None:
         return Place(None, folders=folders, is_package=True)
-    origin = Path(spec.origin or "")
+    # What is frozen into Python says where its source lies.
+    frozen = getattr(spec.loader_state, "filename", None) if spec.origin == "frozen" else None
+    origin = Path(frozen or spec.origin or "")
     if origin.suffix == ".py":
         return Place(origin, _file(origin.with_suffix(".pyi")), folders, is_package=bool(folders))
     stub = _file(origin.with_name(origin.name.partition(".")[0] + ".pyi"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mlxlora_core.api import Answer, Evaluator, hookimpl, option
@@ -95,6 +95,13 @@ def check_program(options: ProgramOptions) -> None:
     words_of(options.program)
 
 
+def program_inputs(options: ProgramOptions) -> Mapping[str, str]:
+    """See :func:`mlxlora_evaluators.program.inputs`."""
+    from mlxlora_evaluators.program import inputs
+
+    return inputs(options.program)
+
+
 @hookimpl
 def mlxlora_evaluators() -> Iterable[Evaluator]:
     """The evaluators of this plugin."""
@@ -124,5 +131,6 @@ def mlxlora_evaluators() -> Iterable[Evaluator]:
             options=ProgramOptions,
             score=ask_program,
             prepare=check_program,
+            inputs=program_inputs,
         ),
     ]

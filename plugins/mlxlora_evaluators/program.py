@@ -10,8 +10,10 @@ import signal
 import subprocess
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 
-from mlxlora_core.api import Answer, UsageError
+from mlxlora_core.api import Answer, DataError, UsageError
+from mlxlora_core.files import content_digest
 from mlxlora_evaluators import ProgramOptions
 
 
@@ -73,6 +75,18 @@ def words_of(program: str) -> list[str]:
     if shutil.which(words[0]) is None:
         raise UsageError(f"the program {words[0]!r} of the evaluator command is not there, or cannot be run")
     return words
+
+
+def inputs(program: str) -> dict[str, str]:
+    """file -> digest of its bytes, of the program and of every file among its words.
+
+    Raises:
+        UsageError: as :func:`words_of`.
+        DataError: one of them cannot be read.
+    """
+    first, *others = words_of(program)
+    files = [shutil.which(first) or first, *(word for word in others if os.path.isfile(word))]
+    return {file: content_digest(Path(file), DataError) for file in files}
 
 
 def _number(program: str, printed: str) -> float:

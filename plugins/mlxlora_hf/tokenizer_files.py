@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.api import ModelError, listing
+from mlxlora_core.files import file_bytes, read_json
 from mlxlora_hf.folder import names_in, read_table
 
 _FAST, _SENTENCEPIECE, _TEKKEN = "tokenizer.json", "tokenizer.model", "tekken.json"
-_GENERATION = "generation_config.json"
+_GENERATION, _SETTINGS = "generation_config.json", "tokenizer_config.json"
+_TEMPLATE, _MORE_TEMPLATES, _JINJA = "chat_template.jinja", "additional_chat_templates", ".jinja"
 _BESIDE = (
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json", _GENERATION),
+    *(_SETTINGS, "special_tokens_map.json", "added_tokens.json"),
+    *(_TEMPLATE, "chat_template.json", _GENERATION),
 )
+_FILE_BYTES = 16 << 20
 _ENDS = "eos_token_id"
 _VERSION = re.compile(r"tokenizer\.model\.v[0-9]{1,4}(m[0-9]{1,4})?")
 
@@ -37,6 +40,9 @@ def hugging_face_files(folder: Path, ends: Mapping[str, Any]) -> dict[str, Path 
     if vocabulary is None:
         raise _no_tokenizer(folder, names)
     files: dict[str, Path | bytes] = {name: folder / name for name in (vocabulary, *_BESIDE) if name in names}
+    if _TEMPLATE in names and (more := _more_templates(folder)):
+        files[_SETTINGS] = _with_templates(folder, _SETTINGS in names, [_TEMPLATE, *more])
+        del files[_TEMPLATE]
     completed = _completed(folder, _GENERATION in names, ends)
     if completed is not None:
         files[_GENERATION] = completed
@@ -63,6 +69,28 @@ def mistral_files(folder: Path) -> tuple[dict[str, Path | bytes], list[str]]:
     if _FAST in names:
         return hugging_face_files(folder, {}), []
     raise _no_tokenizer(folder, names)
+
+
+def _more_templates(folder: Path) -> list[str]:
+    """The templates beside the first one, which transformers saves as files of a folder by their names."""
+    names = sorted(names_in(folder / _MORE_TEMPLATES))
+    return [f"{_MORE_TEMPLATES}/{name}" for name in names if name.endswith(_JINJA)]
+
+
+def _with_templates(folder: Path, there: bool, templates: Iterable[str]) -> bytes:
+    """tokenizer_config.json with the templates in it, as transformers before 4.53 saved several."""
+    own = read_json(folder / _SETTINGS, _FILE_BYTES) if there else {}
+    if not isinstance(own, dict):
+        raise ModelError(f"holds {type(own).__name__}, wanted an object", where=folder / _SETTINGS)
+    listed = []
+    for name in templates:
+        called = "default" if name == _TEMPLATE else Path(name).name.removesuffix(_JINJA)
+        try:
+            source = file_bytes(folder / name, _FILE_BYTES, folder / name).decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise ModelError("is not UTF-8", where=folder / name, fix="save it as UTF-8") from None
+        listed.append({"name": called, "template": source})
+    return json.dumps({**own, "chat_template": listed}, indent=2, ensure_ascii=False).encode()
 
 
 def _completed(folder: Path, there: bool, ends: Mapping[str, Any]) -> bytes | None:

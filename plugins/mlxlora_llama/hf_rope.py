@@ -27,7 +27,7 @@ NAMES = {
     "rope_truncate": "truncate",
     "rope_attention_factor": "attention_factor",
 }
-_KNOWN = {*NAMES.values(), "type", "mscale", "mscale_all_dim", "partial_rotary_factor", "finetuned"}
+_KNOWN = {*NAMES.values(), "mscale", "mscale_all_dim", "partial_rotary_factor", "finetuned"}
 _THETA_OF_LLAMA = 1e4
 _DYNAMIC = "dynamic"
 #: the scalings of Llama 3.1 and 3.2, which GGUF has as divisors: factors; all else is the same
@@ -49,7 +49,7 @@ def read(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         told.append(f"{_THETA} is required: base of the rotary wavelengths, there or in {_NEW}")
         theta = _THETA_OF_LLAMA
     found: dict[str, Any] = {_THETA: theta}
-    kind = stated.get("rope_type") or stated.get("type") or "default"
+    kind = stated.get("rope_type") or "default"
     told += [
         f"{_NEW}: unknown: {show_key(str(key))} {show_value(value)}"
         for key, value in stated.items()
@@ -120,7 +120,7 @@ def notes(raw: Mapping[str, Any]) -> list[str]:
             f"config.json states no {_THETA}: {_THETA_OF_LLAMA} is taken, as the first Llama has it; "
             "state it there if the model was trained with another"
         )
-    if (stated.get("rope_type") or stated.get("type")) == _DYNAMIC:
+    if stated.get("rope_type") == _DYNAMIC:
         told.append(
             f"rotary positions are scaled by the length of the text (dynamic) beyond {_LONGEST} "
             f"{raw.get(_LONGEST)}, where the model ends here"

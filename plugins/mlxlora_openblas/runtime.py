@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from mlxlora_core.api import MlxloraError, ResourceError, RuntimeStarted, thread
 if TYPE_CHECKING:
     from mlxlora_openblas.blas import Blas
 
+_CORE = "OPENBLAS_CORETYPE"
 _COST = (
     "a token of a reply takes 1.5 times as long, a prompt 1.3 times; "
     "install a C compiler (gcc or clang), then mlxlora again"
@@ -91,9 +93,20 @@ def _start() -> RuntimeStarted | None:
         exp=exp if works else None,
         set_precision=products.set_precision,
         **special,
-        advice=products.advice,
+        advice="; ".join(line for line in (products.advice, _held(blas)) if line),
         alternatives=_alternatives,
         prefer=_prefer,
+    )
+
+
+def _held(blas: Blas) -> str:
+    """What to unset where the environment chooses the kernels of OpenBLAS."""
+    core = os.environ.get(_CORE)
+    if not core or not blas.title.startswith("OpenBLAS"):
+        return ""
+    return (
+        f"openblas: {_CORE}={core} holds it to the kernels of that processor, which may be half as fast "
+        "as those of this one: unset it, unless several processors have to compute the same bits"
     )
 
 

@@ -41,7 +41,7 @@ _HONOURED = {"model_type", "rope_parameters", "rope_scaling", *_NAMES.values()} 
     "long_factor",
     "attention_factor",
 }
-_ROPE = {"rope_type", "type", "factor", "short_factor", "long_factor", "attention_factor"} | {
+_ROPE = {"rope_type", "factor", "short_factor", "long_factor", "attention_factor"} | {
     _THETA,
     _PART,
     _ORIGINAL,

@@ -33,6 +33,7 @@ from mlxlora_core.options import explain
 from mlxlora_core.training import settings
 from mlxlora_core.training.events import Note, TrainReport, TrainResult
 
+PAIRS = [{"prompt": "A layer", "completion": " scales."}]
 ROWS = [{"text": text} for text in ("A layer scales the weights.", "The adapter keeps its inputs.")] * 4
 ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 BASIC: dict[str, Any] = {"iters": 6, "batch_size": 2, "learning_rate": 0.02, "steps_per_report": 1}
@@ -72,6 +73,7 @@ def test_what_a_type_checker_is_told_is_what_there_is(written: Any, configs: lis
     ("function", "config", "names"),
     [
         (python.evaluate, settings.EvaluateConfig, ["test_batches"]),
+        (python.score, settings.AnswerConfig, ["score_rows", "num_tokens"]),
         (python.stream, settings.GenerateConfig, ["chat", "system", "num_tokens", "write_every"]),
     ],
 )
@@ -149,6 +151,20 @@ def test_what_is_wrong_with_a_training_is_told(model: mlxlora.Model, options: An
             UsageError,
             "no option 'max_seq'",
         ),
+        (lambda m: mlxlora.score(m, PAIRS, "exact"), PluginError, "did you mean 'exact-match'?"),
+        (lambda m: mlxlora.score(m, PAIRS, ["regex", "command"]), UsageError, "regex has no pattern"),
+        (
+            lambda m: mlxlora.score(m, PAIRS, {"use": "exact-match", "from": "words"}),
+            UsageError,
+            "did you mean 'form'?",
+        ),
+        (lambda m: mlxlora.score(m, PAIRS, []), UsageError, "score: evaluator: wanted a name, several"),
+        (lambda m: mlxlora.score(m, PAIRS, {"form": "words"}), UsageError, "with use, got {'form'"),
+        (lambda m: mlxlora.score(m, PAIRS, 7), UsageError, "got 7. Fix: name one: score("),
+        (lambda m: mlxlora.score(m, PAIRS, "exact-match", score_rows=0), UsageError, "score: score_rows: "),
+        (lambda m: mlxlora.score(m, PAIRS, "exact-match", seed=-1), UsageError, "score: seed: must be"),
+        (lambda m: mlxlora.score(m, PAIRS, "exact-match", top_p=0.9), UsageError, "but sampler names greedy"),
+        (lambda m: mlxlora.score(m, ROWS, "exact-match"), DataError, "asks anything"),
         (lambda m: mlxlora.load("nowhere"), ModelError, "nowhere"),
         (
             lambda m: mlxlora.load(m.folder, plugins="demo"),
@@ -413,6 +429,9 @@ training = mlxlora.train(model, rows, adapter_file="a.npz", resume=True, grad_cl
 training.close()
 list(mlxlora.train(model, {"train": rows, "valid": rows}, patience=3))
 print(mlxlora.evaluate(model, rows, batch_size=2).mean)
+mean: float = mlxlora.score(model, rows, {"use": "regex", "pattern": "x"}, num_tokens=3).means["regex"]
+for answer, scores in mlxlora.score(model, rows, "exact-match", sampler="top-p", p=0.9).answers:
+    print(answer.text, scores["exact-match"])
 for segment in mlxlora.stream(model, "Q", sampler="top-p", p=0.9):
     print(segment.text, segment.finish)
 again = mlxlora.load("model-folder", adapter_file="a.npz", plugins=["no:demo"]).adapter

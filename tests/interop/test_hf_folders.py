@@ -14,7 +14,7 @@ import torch
 from mlxlora_hf import detect, open_folder
 
 from mlxlora_core import plugins
-from mlxlora_core.api import NoOptions
+from mlxlora_core.api import ModelError, NoOptions
 from mlxlora_core.model import loading
 from mlxlora_core.model.convert import convert
 from mlxlora_core.model.events import result_of
@@ -171,6 +171,63 @@ def test_every_number_of_bits(tmp_path: Path, bits: int) -> None:
     theirs = quantized(tmp_path / "hf", tmp_path / "mlx", mixed=False, bits=bits)
     theirs.set_dtype(mx.float32)
     assert apart(logits(tmp_path / "mlx"), np.array(theirs(mx.array([TEXT_IDS])))[0]) < 1e-5
+
+
+def test_several_chat_templates_as_transformers_saves_them(tmp_path: Path) -> None:
+    make(tmp_path, "llama", torch.float32)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="</s>", bos_token="<s>"
+    )
+    theirs.chat_template = {
+        "default": "plain {{ messages[0].content }}{{ eos_token }}",
+        "tool_use": "{{ tools[0].function.name }}, {{ messages[0].content }}{{ eos_token }}",
+        "rag": "{{ documents }}",
+    }
+    theirs.save_pretrained(tmp_path)
+    assert (tmp_path / "additional_chat_templates" / "tool_use.jinja").is_file()
+    said = [{"role": "user", "content": "the layer"}]
+    tools = [{"type": "function", "function": {"name": "scales"}}]
+    convert_to = tmp_path / "converted"
+    result_of(convert(tmp_path, convert_to, REGISTRY))
+    for folder in (tmp_path, convert_to):
+        tokenizer = loading.load(folder, REGISTRY).tokenizer
+        for given in ([], tools):
+            want = theirs.apply_chat_template(said, tools=given or None, return_dict=False)
+            got = [i for piece in tokenizer.render(said, given) for i in piece.ids]
+            assert got == want
+            assert ("scales" in tokenizer.decode(got)) is bool(given)
+
+
+#: name of a tensor that the config does not tell of -> its shape, and whether the model is refused
+BESIDE: dict[str, tuple[tuple[int, ...], bool]] = {
+    "model.layers.0.self_attn.q_proj.bias": ((128,), True),
+    "model.layers.1.self_attn.q_norm.weight": ((32,), True),
+    "lm_head.bias": ((300,), True),
+    "model.layers.2.mlp.up_proj.weight": ((192, 128), False),
+    "score.weight": ((3, 128), False),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_tensor_that_the_config_does_not_tell_of(tmp_path: Path, name: str) -> None:
+    """mlx-lm refuses it; transformers warns, and computes without it."""
+    import mlx_lm.utils
+    from safetensors.torch import load_file, save_file
+
+    shape, refused = BESIDE[name]
+    theirs = make(tmp_path, "llama", torch.float32)
+    path = tmp_path / "model.safetensors"
+    save_file({**load_file(path), name: torch.ones(shape)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="parameters not in model"):
+        mlx_lm.utils.load_model(tmp_path)
+    if refused:
+        with pytest.raises(ModelError, match=f"1 tensors have no place .*: {name}. Fix: check the config"):
+            loading.load(tmp_path, REGISTRY)
+        return
+    assert loading.load(tmp_path, REGISTRY).notes == (f"left out, the model has no use for it: {name}",)
+    with torch.no_grad():
+        want = theirs(torch.tensor([TEXT_IDS])).logits[0].numpy()
+    assert apart(logits(tmp_path), want) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["hf", "mlx"])

@@ -23,6 +23,7 @@ FILES = {
     "config.json": b'{"model_type": "llama", "hidden_size": 8}',
     "generation_config.json": b"{}",
     "tokenizer.json": b'{"version": "1.0"}',
+    "additional_chat_templates/tool_use.jinja": b"{{ messages }}",
     "tokenizer.model": b"left out, since tokenizer.json is there",
     "model.safetensors.index.json": json.dumps(INDEX).encode(),
     SHARDS[0]: b"1" * 300_000,
@@ -90,7 +91,8 @@ def located(hub: Hub, tmp_path: Path) -> Located:
 
 
 def contents(folder: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    files = (path for path in Path(folder).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def files_of(hub: Hub) -> set[str]:

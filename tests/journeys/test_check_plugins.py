@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,11 +206,57 @@ def test_a_plugin_that_cannot_be_loaded(tmp_path: Path, capfd: Capfd, code: str,
     assert found["plugins"][0]["components"] == []
 
 
-def test_a_process_that_dies_is_one_line(tmp_path: Path, capfd: Capfd) -> None:
-    dies = "def build(options): os.kill(os.getpid(), 11)\n"
-    code, _, lines = check(capfd, write(tmp_path, "dies", sampler(dies)))
-    assert code == 8 and len(lines) == 1
-    assert "the process that checks has ended by SIGSEGV in test_gives_logits" in lines[0]
+ENDLESS = """
+import ctypes
+def hangs(options):
+    def change(logits, tokens):
+        while logits.shape[1] == 1: pass
+        return logits
+    return change
+def dies(options): return lambda logits, tokens: ctypes.string_at(0) if logits.shape[0] == 4 else logits
+def interrupts(options):
+    def change(logits, tokens):
+        if logits.shape[0] == 4: raise KeyboardInterrupt
+        return logits
+    return change
+@hookimpl
+def mlxlora_samplers():
+    return [Sampler(name=one.__name__, summary="s", build=one) for one in (hangs, dies, interrupts)]
+"""
+
+
+INTERRUPTED = "the checks were ended by KeyboardInterrupt"
+
+
+def test_what_never_ends_or_ends_the_process_has_failed_and_the_rest_is_tried(
+    tmp_path: Path, capfd: Capfd
+) -> None:
+    files = [
+        write(tmp_path, "at_import", "import ctypes; ctypes.string_at(0)\n"),
+        write(tmp_path, "at_loading", HEAD + "@hookimpl\ndef mlxlora_samplers():\n    while True: pass\n"),
+        write(tmp_path, "in_use", HEAD + ENDLESS),
+    ]
+    code, found, lines = check(capfd, "--timeout", "2", *files)
+    failed = {
+        (c["component"] or c["plugin"], c["test"].partition("[")[0]): c
+        for c in found["checks"]
+        if c["result"] == "failed"
+    }
+    assert {name: one["got"] for name, one in failed.items()} == {
+        ("at_import", "import"): "the process was ended by SIGSEGV",
+        ("at_loading", "load"): "no end after 2 s",
+        ("in_use:hangs", "test_gives_logits_that_leave_a_token"): "no end after 2 s",
+        ("in_use:dies", "test_every_row_is_changed_by_itself"): "the process was ended by SIGSEGV",
+        (
+            "in_use:interrupts",
+            "test_every_row_is_changed_by_itself",
+        ): INTERRUPTED,
+    }
+    assert failed["at_loading", "load"]["where"] == "at_loading.py:6"
+    assert failed["in_use:hangs", "test_gives_logits_that_leave_a_token"]["where"] == "in_use.py:8"
+    passed = Counter(one["component"] for one in found["checks"] if one["result"] == "passed")
+    assert passed == {"": 3, "in_use:hangs": 4, "in_use:dies": 4, "in_use:interrupts": 4}
+    assert code == 8 and f"5 of {len(found['checks'])} checks failed" in lines[-1]
 
 
 def test_one_that_hangs_is_ended_by_a_signal(tmp_path: Path) -> None:
@@ -308,15 +355,19 @@ def test_a_test_file_that_cannot_be_read_is_told(distribution: Path, capfd: Capf
     code, found, _ = check(capfd, distribution)
     assert code == 8
     (one,) = [one for one in found["checks"] if one["result"] == "failed"]
+    assert by_test(found, "sampler")["test_nothing_is_random_in_it"]["result"] == "passed"
     assert "test_plain.py" in one["test"] and "no_such_module" in one["got"]
 
 
-def test_a_conftest_that_fails_is_one_line(distribution: Path, capfd: Capfd) -> None:
+def test_a_conftest_that_fails_is_told_and_the_rest_is_tried(distribution: Path, capfd: Capfd) -> None:
     (distribution / "tests").mkdir()
     (distribution / "tests" / "conftest.py").write_text("import no_such_module\n")
-    code, _, lines = check(capfd, distribution)
-    assert code == 8 and len(lines) == 1
-    assert "the process that checks has ended with 4" in lines[0] and "no_such_module" in lines[0]
+    code, found, _ = check(capfd, distribution)
+    (one,) = [one for one in found["checks"] if one["result"] == "failed"]
+    assert code == 8 and one["test"] == "conftest.py" and "no_such_module" in one["got"]
+    assert by_test(found, "sampler")["test_nothing_is_random_in_it"]["suite"] == "guessed", (
+        "without its tests"
+    )
 
 
 def test_what_is_printed(distribution: Path, capfd: Capfd) -> None:
@@ -373,22 +424,22 @@ def test_a_folder_that_holds_no_plugin(
 
 
 @pytest.mark.parametrize(
-    ("target", "said"),
+    ("target", "said", "ends"),
     [
-        ("samplres", "no plugin 'samplres' (did you mean 'samplers'?"),
-        ("./none.py", "there is no such file"),
-        ("rows.txt", "rows.txt cannot be imported by its name"),
-        ("two-words.py", "two-words.py cannot be imported by its name"),
+        ("samplres", "no plugin 'samplres' (did you mean 'samplers'?", 8),
+        ("./none.py", "there is no such file", 2),
+        ("rows.txt", "rows.txt cannot be imported by its name", 2),
+        ("two-words.py", "two-words.py cannot be imported by its name", 2),
     ],
 )
 def test_a_name_that_stands_for_nothing(
-    tmp_path: Path, capfd: Capfd, monkeypatch: pytest.MonkeyPatch, target: str, said: str
+    tmp_path: Path, capfd: Capfd, monkeypatch: pytest.MonkeyPatch, target: str, said: str, ends: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("rows.txt", "two-words.py"):
         (tmp_path / name).touch()
     code, _, lines = check(capfd, target)
-    assert code == 2 and len(lines) == 1 and said in lines[0]
+    assert code == ends and len(lines) == 1 and said in lines[0]
 
 
 def test_without_pytest_it_is_said_what_to_install(

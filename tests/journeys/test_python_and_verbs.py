@@ -271,6 +271,43 @@ def test_text_is_that_of_generate(
     assert len(segments) > 2
 
 
+@pytest.mark.parametrize(
+    ("evaluator", "options", "more"),
+    [
+        ("exact-match", {}, ("--evaluator", "exact-match")),
+        (
+            {"use": ["regex", "token-f1"], "pattern": "e", "form": "space"},
+            {"sampler": "top-k", "k": 20, "temp": 1.5, "seed": 5, "score_rows": 3},
+            (
+                *("--evaluator", "regex", "--evaluator", "token-f1", "--set", "evaluator.pattern=e"),
+                *("--set", "evaluator.form=space", "--sampler", "top-k", "--set", "sampler.k=20"),
+                *("--set", "sampler.temp=1.5", "--seed", 5, "--score-rows", 3),
+            ),
+        ),
+    ],
+)
+def test_scores_are_those_of_evaluate(
+    mlxlora: Command, model: Path, tuned: Path, tmp_path: Path, evaluator: Any, options: Any, more: Any
+) -> None:
+    pairs = [{"prompt": f"A layer {n}", "completion": " scales."} for n in range(7)]
+    data = tmp_path / "test.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in (*pairs, {"text": "asks nothing"})))
+    on_base = ("--model", model, "--adapter-file", tuned, "--data", data, "-n", 9)
+    verb = json.loads(mlxlora("evaluate", *on_base, *more, "--json").out)
+    ours = mlxlora_core.load(model, adapter_file=tuned)
+    found = mlxlora_core.score(ours, data, evaluator, num_tokens=9, **options)
+    assert found.means == {name: score["score"] for name, score in verb["scores"].items()}
+    said = [(answer.prompt, answer.text, answer.ended, scores) for answer, scores in found.answers]
+    assert said == [
+        tuple(one[key] for key in ("prompt", "text", "ended", "scores")) for one in verb["answers"]
+    ]
+    assert found.notes == ("warning: 1 of 8 test rows ask nothing and are not scored",)
+    how = {"sampler": "greedy", **options}
+    how.pop("score_rows", None)
+    for prompt, text, *_ in said[:3]:
+        assert mlxlora_core.generate(ours, prompt, num_tokens=9, **how) == text
+
+
 def test_fuse_writes_the_folder_of_the_verb(
     mlxlora: Command, model: Path, tuned: Path, tmp_path: Path
 ) -> None:
@@ -354,6 +391,7 @@ def test_nothing_is_printed(
     by_python(ours, tiny_data, tmp_path / "a.npz", metrics_file=tmp_path / "m.jsonl")
     mlxlora_core.evaluate(ours, tiny_data)
     mlxlora_core.generate(ours, PROMPT, num_tokens=4)
+    mlxlora_core.score(ours, [{"prompt": PROMPT, "completion": "x"}, {"text": "y"}], "token-f1", num_tokens=4)
     mlxlora_core.fuse(model, tmp_path / "a.npz", tmp_path / "fused")
     list(mlxlora_core.run(recipe, sets=["train.iters=2"]))
     for wrong in ([], [{"text": ""}], tmp_path / "nowhere"):

@@ -54,7 +54,8 @@ def test_the_page_runs_from_top_to_bottom(
     for number, block in enumerate(BLOCKS, start=1):
         exec(compile(block, f"block {number} of python.md", "exec"), names)
         said.append(capfd.readouterr().out)
-    first, tuned, rows, resumed, streamed, ended, asked, several, fused, exported, run, listed, error = said
+    first, tuned, rows, resumed, streamed, ended, asked, *rest = said
+    scored, several, fused, exported, run, listed, error = rest
     assert "step 200  loss " in first and "\n200 steps on 40 rows, train loss " in first
     assert tuned == "<mlxlora model 'model-folder', adapter lora>\n"
     assert rows.startswith("10 steps on 2 rows, train loss ")
@@ -62,6 +63,7 @@ def test_the_page_runs_from_top_to_bottom(
     assert Path("long.npz").is_file() and Path("relu.safetensors").is_file()
     assert streamed.splitlines()[-1].endswith(("stop", "length"))
     assert "\n\n" not in ended.rstrip("\n") and asked.strip()
+    assert scored.startswith("{'exact-match': ") and scored.count("Q: What is") == 2
     assert several.startswith("(3, 3, ")
     assert fused.startswith("4 ") and Path("fused-folder", "config.json").is_file()
     assert "'model.safetensors'" in exported and Path("hf-folder", "config.json").is_file()

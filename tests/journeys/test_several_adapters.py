@@ -92,6 +92,11 @@ def test_python_switches_mixes_and_takes_them_by_row(folder: Path) -> None:
     )
     want = model.select({"rank2": 0.5, "rank4": 2}).logits(IDS)
     assert float(mx.abs(mlxlora_core.load(folder / "fused").logits(IDS) - want).max()) <= 1e-4
+    asked = [{"prompt": f"A layer {n}", "completion": "x"} for n in range(4)]
+    said = [
+        answer.text for answer, _ in mlxlora_core.score(model, asked, "exact-match", num_tokens=5).answers
+    ]
+    assert said == [mlxlora_core.generate(model, row["prompt"], num_tokens=5, temp=0) for row in asked]
     assert mx.array_equal(model.select(None).logits(IDS), base)
 
 
@@ -138,3 +143,5 @@ def test_what_python_refuses(folder: Path) -> None:
         model.logits([[-1]])
     with pytest.raises(UsageError, match="selected for 3 rows, this batch has 2"):
         model.select(["rank2", None, None]).logits(IDS)
+    with pytest.raises(UsageError, match="adapters are selected for each row of a batch"):
+        mlxlora_core.score(model, [{"prompt": "A", "completion": "b"}], "exact-match")

@@ -52,6 +52,25 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
     return read
 
 
+# --- where modules lie --------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_namespace_is_read_through_the_namespaces_in_it(read: Read, mode: str) -> None:
+    doc = '"""Doc of {}."""\n'
+    files = {f"spaced_S_{at}": doc.format(at) for at in ("a", "sub_S_b", "deep_S_er_S_m", "pack_S_c")}
+    files |= {"spaced_S_pack_S___in__": "", "spaced_S_pack_S_scripts_S_s": "raise SystemExit\n"}
+    files |= {"spaced_S_data_S_notes_DOT_txt": "no module"}
+    rows, skipped = read(mode, "spaced", **files)
+    assert sorted(rows) == ["spaced.a", "spaced.deep.er.m", "spaced.pack.c", "spaced.sub.b"]
+    assert skipped == {}
+
+
+def test_the_source_of_what_is_frozen_into_python_is_found() -> None:
+    rows, _ = found("posixpath", "static")
+    assert rows["posixpath.dirname"] == inspect.getdoc(os.path.dirname)
+
+
 # --- members of classes -------------------------------------------------------
 
 MEMBERS = '''"""Members."""

@@ -54,8 +54,12 @@ START = "note = start()"
 
 
 def child(code: str, **environment: str) -> str:
-    """What a fresh Python prints when it runs ``code``; only the named MLXLORA variables are set."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLXLORA_")}
+    """What a fresh Python prints when it runs ``code``.
+
+    No variable of mlxlora or OpenBLAS is set but those named.
+    """
+    ours = ("MLXLORA_", "OPENBLAS_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], env=kept | environment, capture_output=True, text=True
     )
@@ -111,6 +115,14 @@ def test_without_a_library_of_sgemm_c_openblas_is_put_under_mlx_all_the_same() -
         "openblas: there was no working C compiler when mlxlora was installed: "
     )
     assert found["advice"].endswith("install a C compiler (gcc or clang), then mlxlora again")
+
+
+def test_kernels_that_the_environment_chooses_are_told(built: Path) -> None:
+    found = probe(sgemm=built, OPENBLAS_CORETYPE="Haswell")
+    assert not found["kept"] and not found["warning"]
+    assert found["advice"].startswith(
+        "openblas: OPENBLAS_CORETYPE=Haswell holds it to the kernels of that processor"
+    )
 
 
 def test_a_second_start_changes_nothing(built: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.files.fingerprints import content_digest
+from mlxlora_core.options import plain
 from mlxlora_core.runs.events import Event, StageDone
 from mlxlora_core.runs.folder import DATA, files
 from mlxlora_core.runs.recipe import Recipe
-from mlxlora_core.runs.stages.stage import Stage, identity_of
+from mlxlora_core.runs.stages.stage import Stage, identity_of, read_by
 from mlxlora_core.training.dataset import build_dataset
 
 if TYPE_CHECKING:
@@ -27,11 +28,13 @@ class DataStage(Stage):
 
     def inputs(self, recipe: Recipe) -> Mapping[str, Any]:
         """The builder, and what it says that it reads."""
-        sources = recipe.data.component.spec.inputs(recipe.data.options)
         extra = recipe.data_config.extra_rows
+        split = plain(recipe.data_config)
+        del split["write_batch_size"]  # the bytes are the same
         return {
-            "builder": identity_of(recipe.data, recipe.data_config),
-            "sources": dict(sources),
+            "builder": identity_of(recipe.data),
+            "split": split,
+            "sources": read_by(recipe.data),
             "extra": content_digest(extra) if extra else None,
         }
 

@@ -13,11 +13,12 @@ from mlxlora_core.runs.folder import DATA
 from mlxlora_core.runs.grading import GENERAL, Expected, find_expected, grade
 from mlxlora_core.runs.recipe import Recipe
 from mlxlora_core.runs.samplers import labels
-from mlxlora_core.runs.stages.stage import Stage, identity_of
+from mlxlora_core.runs.stages.stage import Stage, identity_of, read_by
 from mlxlora_core.training.events import Advanced, Note
 from mlxlora_core.training.scoring import scoring, words_on
 
 if TYPE_CHECKING:
+    from mlxlora_core.model.generate import Segment
     from mlxlora_core.model.loading import Model
     from mlxlora_core.runs.context import Context
 
@@ -43,7 +44,7 @@ class MeasureStage(Stage):
         """How rows are read and prompts are asked."""
         train, evaluate = recipe.train, plain(recipe.evaluate)
         scored = {"score_rows": evaluate.pop("score_rows")}  # which matters to evaluators alone
-        scored |= {"evaluator": [identity_of(evaluator) for evaluator in recipe.evaluator]}
+        scored |= {"evaluator": [[identity_of(each), read_by(each)] for each in recipe.evaluator]}
         return {
             "reading": {"max_seq_length": train.max_seq_length, "mask_prompt": train.mask_prompt},
             "batch_size": train.batch_size,
@@ -56,6 +57,8 @@ class MeasureStage(Stage):
 
     def work(self, context: Context) -> Iterator[Event]:
         """Measure the loss of each held-out split, ask each prompt, and score the answers to test rows."""
+        from mlxlora_core.model.generate import STOP
+
         rows, words = context.scored_rows()
         model = yield from self.model(context)
         prompts, ask = context.recipe.generate.prompts, context.recipe.generate
@@ -64,8 +67,8 @@ class MeasureStage(Stage):
             yield from map(Note, (*_words(model, context, expected), *words))
         losses = yield from _losses(model, context)
         answers = []
-        for prompt in prompts:
-            answers.append(_graded(model, prompt, context.recipe, expected.get(prompt)))
+        for prompt, answer in zip(prompts, _answers(model, context.recipe), strict=True):
+            answers.append(grade(prompt, answer.text, answer.finish == STOP, expected.get(prompt)))
             yield Advanced("answering", len(answers), len(prompts))
         result: dict[str, Any] = {"losses": losses, "answers": answers}
         if context.recipe.evaluator:
@@ -164,18 +167,17 @@ def _loss(model: Model, split: str, context: Context) -> Generator[Event, None, 
     return {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens}
 
 
-def _graded(model: Model, prompt: str, recipe: Recipe, expected: Expected | None) -> dict[str, Any]:
-    """What the model says to a prompt, held against what the rows say."""
-    from mlxlora_core.model.generate import STOP, generate, whole
+def _answers(model: Model, recipe: Recipe) -> Iterator[Segment]:
+    """What the model says to each prompt of a recipe."""
+    from mlxlora_core.model.generate import fitting_ids
+    from mlxlora_core.serving.together import follow_all
 
-    answer = whole(
-        generate(
-            model.language_model,
-            model.tokenizer,
-            recipe.generate.asked(prompt),
-            [(sampler.component, sampler.options) for sampler in recipe.sampler],
-            num_tokens=recipe.generate.num_tokens,
-            seed=recipe.run.seed,
-        )
+    language_model, tokenizer, ask = model.language_model, model.tokenizer, recipe.generate
+    return follow_all(
+        language_model,
+        tokenizer,
+        (fitting_ids(language_model, tokenizer, ask.asked(prompt)) for prompt in ask.prompts),
+        [(sampler.component, sampler.options) for sampler in recipe.sampler],
+        num_tokens=ask.num_tokens,
+        seed=recipe.run.seed,
     )
-    return grade(prompt, answer.text, answer.finish == STOP, expected)

@@ -78,3 +78,16 @@ def identity_of(choice: Choice | None, config: Any = None) -> list[Any] | None:
     plugin = component.plugin
     version = plugin.version if plugin.origin == "built-in" else f"{plugin.version} {source_digest(plugin)}"
     return [component.id, version, plain(choice.options), plain(config)]
+
+
+def read_by(choice: Choice) -> dict[str, Any]:
+    """What a component says that it reads: source -> state.
+
+    Raises:
+        PluginError: it says something else.
+    """
+    function = choice.component.spec.inputs
+    given = {} if function is None else function(choice.options)
+    if not isinstance(given, Mapping):
+        raise choice.component.breach("inputs", type(given).__name__, "source -> state")
+    return dict(given)

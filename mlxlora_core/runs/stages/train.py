@@ -32,8 +32,10 @@ class TrainStage(Stage):
 
     def inputs(self, recipe: Recipe) -> Mapping[str, Any]:
         """The adapter, and how it is trained; when it is saved does not matter."""
+        settings = plain(recipe.train)
+        del settings["prefix_memory_mb"]  # where something is kept changes nothing
         return {
-            "train": plain(recipe.train),
+            "train": settings,
             "adapter": identity_of(recipe.adapter, recipe.adapter_config),
             "seed": recipe.run.seed,
         }

@@ -13,6 +13,7 @@ from mlxlora_core.distributed.hosts import PORT, Host, here, read_hosts
 from mlxlora_core.errors import UsageError
 
 HERE = {"ssh": "localhost", "ips": ["127.0.0.1"]}
+TWICE = {"ssh": "localhost", "ips": ["127.0.0.1", "127.0.0.2"]}
 OTHER = {"ssh": "mac2.local", "ips": ["10.0.0.2", "10.0.1.2"], "rdma": []}
 
 
@@ -23,12 +24,13 @@ def written(folder: Path, value: Any) -> Path:
 
 
 def test_a_list_of_machines(tmp_path: Path) -> None:
-    hosts = read_hosts(written(tmp_path, [HERE, OTHER]))
+    hosts = read_hosts(written(tmp_path, [TWICE, OTHER]))
     assert [host.name for host in hosts.ranks] == ["localhost", "mac2.local"]
     assert [host.is_here for host in hosts.ranks] == [True, False]
     assert hosts.environment == {}
     # The port after those of the ring is free for the meeting.
-    assert hosts.ring() == [[f"127.0.0.1:{PORT}"], [f"10.0.0.2:{PORT + 1}", f"10.0.1.2:{PORT + 2}"]]
+    ports = iter(range(PORT, PORT + 4))
+    assert hosts.ring() == [[f"{a}:{next(ports)}" for a in host["ips"]] for host in (TWICE, OTHER)]
 
 
 def test_what_mlx_distributed_config_writes(tmp_path: Path) -> None:
@@ -36,11 +38,6 @@ def test_what_mlx_distributed_config_writes(tmp_path: Path) -> None:
     hosts = read_hosts(written(tmp_path, whole))
     assert hosts.environment == {"A": "1=2", "B": ""}
     assert hosts.ranks[1] == Host("10.0.0.3", ("10.0.0.3",))
-
-
-def test_addresses_of_version_6_stand_in_brackets(tmp_path: Path) -> None:
-    hosts = read_hosts(written(tmp_path, [HERE, {"ssh": "b", "ips": ["2001:db8::2"]}]))
-    assert hosts.ring()[1] == [f"[2001:db8::2]:{PORT + 1}"]
 
 
 def test_this_machine_by_its_name() -> None:
@@ -69,9 +66,11 @@ def test_ranks_on_this_machine_get_free_ports() -> None:
         ([HERE, "b"], "machine 2: has no name for ssh"),
         ([HERE, {"ips": ["10.0.0.2"]}], "machine 2: has no name for ssh"),
         ([HERE, {"ssh": "-oProxyCommand=x", "ips": ["10.0.0.2"]}], "machine 2: has no name for ssh"),
-        ([HERE, {"ssh": "b"}], "machine 2: has no IP address"),
-        ([HERE, {"ssh": "b", "ips": ["b.local"]}], "machine 2: has no IP address"),
-        ([OTHER, HERE], "the first machine is mac2.local, and not this one"),
+        ([HERE, {"ssh": "b"}], "machine 2: ips is no list of IPv4 addresses"),
+        ([HERE, {"ssh": "b", "ips": ["b.local"]}], "machine 2: ips is no list of IPv4 addresses"),
+        ([HERE, {"ssh": "b", "ips": ["2001:db8::2"]}], "machine 2: ips is no list of IPv4 addresses"),
+        ([HERE, OTHER], "machine 2: has 2 in ips, and machine 1 has 1"),
+        ([OTHER, TWICE], "the first machine is mac2.local, and not this one"),
         ({"hosts": [HERE], "envs": ["A"]}, "envs is no list of texts NAME=VALUE"),
         ({"hosts": [HERE], "backend": "jaccl"}, "asks for jaccl, and --hosts starts rings"),
     ],

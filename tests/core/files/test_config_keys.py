@@ -15,13 +15,18 @@ STATED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}
 KEYS = KnownKeys({"bent": (True,), "moe_count": (2,)}, re.compile("note"))
 
 
-@pytest.mark.parametrize("raw", [OLD, NEW, {**OLD, **NEW}, {**NEW, "rope_scaling": None}])
+BESIDE = {"rope_theta": 5.0, "rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 2.0}}
+
+
+@pytest.mark.parametrize("raw", [OLD, NEW, {**OLD, **NEW}, {**NEW, "rope_scaling": None}, BESIDE])
 def test_both_spellings_are_one(raw: dict[str, Any]) -> None:
     assert stated_rope(raw) == (STATED, [])
 
 
 def test_spellings_that_differ_are_told() -> None:
     assert stated_rope({**NEW, "rope_theta": 6.0})[1] == ["rope_theta: got both 5.0 and 6.0"]
+    twice = {"rope_scaling": {"rope_type": "yarn", "type": "linear"}}
+    assert stated_rope(twice)[1] == ["rope_type: got both 'yarn' and 'linear'"]
 
 
 @pytest.mark.parametrize("table", [5, [1], {"full_attention": {"rope_theta": 5.0}}])

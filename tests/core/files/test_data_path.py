@@ -67,6 +67,7 @@ def test_two_files_of_one_split_are_refused(tmp_path: Path, files: tuple[str, st
     [
         (["train-00001-of-00003.jsonl"], "there are 1 of 3 parts of the train rows"),
         (["val-0-of-3.csv", "val-1-of-3.csv"], "there are 2 of 3 parts of the valid rows"),
+        (["test-0-of-2.csv", "test-2-of-2.csv"], "the 2 parts there are have the numbers 0, 2"),
         (["test-0-of-1.csv", "test-0-of-2.csv"], "there are 2 of 1, 2 parts of the test rows"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,14 @@ from pathlib import Path
 import pytest
 from fake_machine import machine
 
-from mlxlora_core.machine.memory import free_memory_bytes, memory_bytes, memory_limit_bytes
+from mlxlora_core.machine import memory
+from mlxlora_core.machine.memory import (
+    free_in_groups_bytes,
+    free_memory_bytes,
+    memory_bytes,
+    memory_limit_bytes,
+    shared_by,
+)
 from mlxlora_core.machine.processors import cpu_quota
 
 
@@ -151,3 +159,46 @@ def test_a_limit_of_addresses_counts() -> None:
 
 def test_where_nothing_is_told_it_is_the_memory_of_the_machine(tmp_path: Path) -> None:
     assert free_memory_bytes(tmp_path) == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# --- ranks of one machine ------------------------------------------------------
+
+
+def test_ranks_share_what_they_hold_and_what_is_free(tmp_path: Path) -> None:
+    page, free = resource.getpagesize(), 8000 * 1024
+    root = fake(tmp_path, proc__meminfo=MEMINFO, proc__self__statm="9 100", proc__7__statm="9 100")
+    fake(root, proc__8__statm="9 500")
+    with shared_by([7]):
+        assert free_memory_bytes(root) == free
+    with shared_by([7, 8]):
+        assert free_memory_bytes(root) == (free + 600 * page) // 2 - 100 * page
+        fake(root, proc__self__statm="9 900", proc__7__statm="9 900")
+        assert free_memory_bytes(root) == (free + 1400 * page) // 2 - 900 * page
+        fake(root, proc__self__statm="9 9000", proc__7__statm="9 9000")
+        assert free_memory_bytes(root) == 0, "it holds more than its part"
+        fake(root, proc__self__statm="9 1", proc__7__statm="9 1", proc__8__statm="9 9000")
+        assert free_memory_bytes(root) == free, "another one does; no more is free all the same"
+    assert free_memory_bytes(root) == free
+
+
+def test_ranks_share_the_control_groups_that_they_are_in_together(tmp_path: Path) -> None:
+    own = {f"proc__{name}__cgroup": "0::/job/own\n" for name in ("self", "7")}
+    root = fake(tmp_path, proc__meminfo=MEMINFO, **own, proc__8__cgroup="0::/job/other\n")
+    for folder, limit in (("job/own", 3000), ("job", 5000)):
+        path = root / "sys/fs/cgroup" / folder
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "memory.max").write_text(f"{limit}\n")
+        (path / "memory.current").write_text("0\n")
+    assert free_memory_bytes(root) == free_in_groups_bytes(root) == 3000
+    with shared_by([7, 8]):
+        assert free_memory_bytes(root) == free_in_groups_bytes(root) == 2500, (
+            "all of its own, half of the job's"
+        )
+
+
+def test_ranks_are_told_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_rooms", lambda root: [memory._Room(10**6, 10**6, "memory", 3)])
+    words = (
+        "it needs about 1.50 MB of memory in all, 2.00 MB can be had by each of the 3 ranks of this machine"
+    )
+    assert memory.require_memory(500_000, "it", "fix") == words

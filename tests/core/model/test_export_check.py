@@ -45,14 +45,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return folder
 
 
-def adapter_of(base: Path, registry: Registry, path: Path) -> AdapterFile:
-    """A low-rank update of all linears that changes what the model computes."""
+def adapter_of(base: Path, registry: Registry, path: Path, name: str = "lora") -> AdapterFile:
+    """An adapter, of all linears if it goes on all, that changes what the model computes."""
     model = loading.load(base, registry)
-    choice, config = configure(registry.find("adapter", "lora"), {"rank": 2, "targets": ("all-linear",)})
+    options = {} if name == "ia3" else {"rank": 2, "targets": ("all-linear",)}
+    choice, config = configure(registry.find("adapter", name), options)
     adapted = adapters.attach(model, choice, config, seed=1)
     held = adapters.trainable(model.module)
     model.module.load_weights(
-        [(n, mx.random.normal(t.shape, key=mx.random.key(i)) * 0.1) for i, (n, t) in enumerate(held.items())],
+        [
+            (n, (t if name != "lora" else 0) + mx.random.normal(t.shape, key=mx.random.key(i)) * 0.1)
+            for i, (n, t) in enumerate(held.items())
+        ],
         strict=False,
     )
     adapters.save(path, model, adapted)
@@ -105,11 +109,12 @@ def test_each_family_comes_out_to_the_bit(
     assert loading.load(tmp_path / "out", registry).architecture.spec.name == ours.spec.name
 
 
+@pytest.mark.parametrize("name", ["lora", "dora", "pissa", "ia3", "vera"])
 def test_an_adapter_in_float32_leaves_nothing_but_the_order_of_sums(
-    folders: Callable[..., Path], registry: Registry, tmp_path: Path
+    folders: Callable[..., Path], registry: Registry, tmp_path: Path, name: str
 ) -> None:
     base = folders("llama")
-    adapter = adapter_of(base, registry, tmp_path / "adapter.safetensors")
+    adapter = adapter_of(base, registry, tmp_path / "adapter.safetensors", name)
     found = checked(base, tmp_path / "out", plainly(HF), registry, adapter)
     assert found.rounded == 0 and 0 < found.distance < 1e-5
     # And it does change what the model computes.

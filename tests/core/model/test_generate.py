@@ -231,10 +231,13 @@ def test_a_stop_text_is_found_across_tokens_and_no_part_of_it_comes(model: Model
     decoded = model.tokenizer.decode(ids)
     stop = decoded[5:-3]
     assert len({model.tokenizer.decode(ids[:n]) for n in range(len(ids)) if n}) > 3, "it has borders in it"
+    enough = next(n for n in range(len(ids)) if stop in model.tokenizer.decode(ids[:n]))
     for every in (1, 2, 3, 99):
         told = segments(model, scripted([*ids, 2]), write_every=every, stop=["never", stop])
         assert whole(told) == Segment(decoded[:5], "stop", stop)
         assert all(decoded[:5].startswith("".join(t.text for t in told[:n])) for n in range(len(told)))
+        spent = told[-1].spent
+        assert spent is not None and spent.tokens == enough, "none is drawn behind a stop text"
     unmet = segments(model, scripted([*ids, 2]), stop=[decoded + "!", decoded[-1] + "?"])
     assert whole(unmet) == Segment(decoded, "stop")
 

@@ -90,6 +90,17 @@ def test_a_length_that_is_a_lie_waits_no_longer_than_its_client(server: ServerPr
     assert answer(server)[0] == 200
 
 
+def test_a_body_with_two_lengths_is_no_way_past_a_proxy(server: ServerProcess) -> None:
+    """What stands behind the shorter one would be a request of its own to one of the two."""
+    hidden = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    forms = f"Content-Length: {5 + len(hidden)}\r\nTransfer-Encoding: chunked"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\n{forms}\r\n\r\n".encode()
+    with connected(server) as connection:
+        found, _ = sent_until_refused(connection, iter([head + b"0\r\n\r\n" + hidden]))
+    assert found.startswith(b"HTTP/1.1 400 ") and b"ambiguous_length" in found
+    assert b'{"status":"ok"}' not in found
+
+
 def test_heads_that_are_too_long_are_refused(server: ServerProcess) -> None:
     for head in (b"GET /" + b"x" * 100_000, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 20_000, b"\0" * 200_000):
         with connected(server) as connection:

@@ -93,7 +93,8 @@ def test_what_makes_no_sense_beside_a_run(
 
 def test_the_run_has_a_page_of_its_own(server: ServerProcess) -> None:
     assert json.loads(server.request("GET", "/api/page")[2])["run"] is True
-    assert server.request("GET", "/run")[0] == 200
+    status, _, page = server.request("GET", "/run")
+    assert status == 200 and b'<a href="/">' in page, "and one finds back"
     status, headers, _ = server.request("GET", "/api/run")
     assert (status, headers["content-type"]) == (200, "application/json")
     assert "default-src 'none'" in headers["content-security-policy"]

@@ -35,6 +35,7 @@ from mlxlora_core.training import checkpoints, loop, update
 from mlxlora_core.training.checkpoints import Start, find, find_to_begin, find_to_resume
 from mlxlora_core.training.events import (
     CheckpointSaved,
+    Note,
     SpikeReport,
     TrainingStarted,
     TrainReport,
@@ -772,7 +773,9 @@ def test_patience_stops_and_keeps_the_best(start: MakeWork, tmp_path: Path) -> N
     # Going on from the end does nothing, and has the best adapter in hand all the same.
     over = start(work.folder, **settings)
     assert go_on(over)[-1].startswith("nothing to do")
-    assert finish(over) == [] and over.adapter_step == best and state(over)[0] == state(work)[0]
+    (word,) = finish(over)
+    assert isinstance(word, Note) and "is worse than before training" in word.text
+    assert over.adapter_step == best and state(over)[0] == state(work)[0]
 
 
 def test_validations_decide_when_there_is_patience(start: MakeWork, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,9 @@ def test_a_sound_one_is_read(tmp_path: Path) -> None:
     window = Window(1.5, 3, 1, 0.5, 0, 0)
     told = Progress(step=5, trained_tokens=700, recent=(2.5, 2.25), window=window)
     assert read_progress(found.state) == told  # and a state of before, without the first loss, as well
-    (found,) = find(write(tmp_path / "new", STATE | {"first_loss": 3.5})).valid
-    assert read_progress(found.state).first_loss == 3.5
+    losses = {"first_loss": 3.5, "train_loss": 2.5, "valid_loss": None}
+    (found,) = find(write(tmp_path / "new", STATE | losses)).valid
+    assert read_progress(found.state) == replace(told, **losses)
 
 
 def test_keys_of_another_version_are_no_fault(tmp_path: Path) -> None:

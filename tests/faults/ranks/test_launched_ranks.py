@@ -159,6 +159,15 @@ def test_a_machine_that_cannot_be_reached(
     assert "mlxlora: rank 1 on unreachable: ssh: connect to host unreachable" in done.stderr
 
 
+def test_no_ssh_is_one_line(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = on_hosts(parts, tmp_path, "far-away", monkeypatch)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = subprocess.run(command, env=variables(tmp_path), capture_output=True, text=True, timeout=60)
+    assert done.returncode == ExitCode.USAGE
+    assert done.stderr.startswith("mlxlora: ssh cannot start rank 1 on far-away: No such file or directory")
+    assert done.stderr.count("\n") == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["hosts.json"]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -172,6 +181,17 @@ def test_options_that_make_no_sense(tmp_path: Path, more: tuple[str, ...], said:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == ExitCode.USAGE
     assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_more_ranks_than_a_machine_can_use_are_not_started(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([{"ssh": "localhost", "ips": ["127.0.0.1"]}] * 9999))
+    for more in (("-n", "9999"), ("--hosts", str(hosts))):
+        command = [sys.executable, "-m", "mlxlora_core", "train", *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (
+            done.returncode == ExitCode.USAGE and "asks for 9999 processes; this machine can" in done.stderr
+        )
 
 
 def test_a_rank_does_not_start_other_ranks(tmp_path: Path) -> None:

@@ -280,8 +280,14 @@ def test_going_on_where_all_is_done_does_nothing(bench: Bench, tmp_path: Path, w
     shutil.copytree(whole, tmp_path / "run")
     ended = bench.run(*bench.train(tmp_path / "run", *STEPS, "--resume", "--json"))
     assert "nothing to do: step 12 of 12 was the last" in ended.err
-    assert json.loads(ended.out)["steps"] == 12
+    told = json.loads(ended.out)
+    assert told["steps"] == 12
     assert results(tmp_path / "run") == results(whole)
+    # What it has come to is told all the same: of a run that was killed between its last save and its
+    # record, run.json would lack it.
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    last = {line["kind"]: line["loss"] for line in lines}
+    assert (told["train_loss"], told["valid_loss"]) == (last["train"], last["valid"])
 
 
 def test_going_on_with_other_settings_shows_a_table(bench: Bench, tmp_path: Path, whole: Path) -> None:

@@ -261,3 +261,29 @@ def test_in_a_control_group_of_little_more_than_is_said_a_verb_ends_well_or_with
             enter, *verbs[verb], *(["--overwrite"] if verb not in ("evaluate", "generate") else [])
         )
         assert_ends_well(child)
+
+
+def test_ranks_that_do_not_fit_side_by_side_are_refused(
+    tmp_path: Path, tiny_tokenizer: Path, group: Path
+) -> None:
+    """Where each of them would alone: in a group that has room for one and a half."""
+    shape = Shape(128, 2, 32, 8, 4, 128, 320, batch=1, tokens=1000)
+    model = write_model(tmp_path / "model", shape, tiny_tokenizer)
+    adapter, data = tmp_path / "a.safetensors", write_rows(tmp_path / "data", 2, 2 * shape.tokens)
+    training = ["train", "--model", model, "--data", data, "--batch-size", 1, "--iters", 1]
+    training += ["--max-seq-length", shape.tokens, "--adapter-file", adapter, "--grad-checkpoint", "off"]
+    said, _, first = done([], *training)
+    assert first.returncode == 0, first.stderr
+    before = adapter.read_bytes()
+    limit = next(p for n in ("memory.limit_in_bytes", "memory.max") if (p := group / n).exists())
+    enter = ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh"]
+    codes = []
+    for share, count in ((1.5, 1), (1.5, 2), (3, 2)):
+        limit.write_text(str(int(said * share)))
+        _, _, child = done(enter, *training, "--overwrite", "-n", count)
+        codes.append(child.returncode)
+        if codes[-1]:
+            (line,) = [line for line in child.stderr.splitlines() if line.startswith("mlxlora: ")]
+            assert "by each of the 2 ranks of this machine. Fix: " in line
+            assert adapter.read_bytes() == before
+    assert codes == [0, 6, 0]

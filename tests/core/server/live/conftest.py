@@ -36,10 +36,13 @@ def serving() -> Serving:
 
     @contextmanager
     def served(
-        folder: Path, stop: Callable[[], None] | None = None, keys: tuple[str, ...] = ()
+        folder: Path,
+        stop: Callable[[], None] | None = None,
+        keys: tuple[str, ...] = (),
+        chats: bool = False,
     ) -> Iterator[str]:
         listening, pending = listen("127.0.0.1", 0), Pending()
-        app = make_app(None, Policy(keys), [Part(live_routes(folder, stop), OPEN_PATHS)])
+        app = make_app(None, Policy(keys), [Part(live_routes(folder, stop, chats=chats), OPEN_PATHS)])
         work = threading.Thread(target=lambda: serve(app, listening, pending, connections=32))
         work.start()
         try:

@@ -50,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_fits_and_fetches_nothing_from_elsewhere(
     tab: Page, runs: Path, serving: Any, tmp_path: Path, width: int, dark: bool
 ) -> None:
-    with serving(runs / "a") as url:
+    with serving(runs / "a", chats=True) as url:
         tab.open(f"{url}/run", width=width, dark=dark)
         tab.wait_for(READY)
         tab.script("document.getElementById('tick-b').click()")
@@ -64,6 +64,11 @@ def test_it_fits_and_fetches_nothing_from_elsewhere(
         assert wide == width and high > 900
         assert [one for one in tab.requests if not one.startswith(f"{url}/")] == []
         assert tab.complaints == []
+        link = "document.querySelector('nav a')"
+        assert tab.script(f"[{link}.textContent, {link}.pathname]") == ["Talk to the model", "/"]
+        assert tab.script(f"{link}.getBoundingClientRect().height") >= 24, "a finger finds it"
+        tab.press("Tab")
+        assert tab.script(f"document.activeElement === {link}")
         levels = tab.script("[...document.querySelectorAll('h1, h2')].map((one) => +one.tagName[1])")
         assert levels[0] == 1 and levels.count(1) == 1
 
@@ -209,7 +214,7 @@ def test_a_key_is_asked_for_where_one_is_wanted(tab: Page, runs: Path, serving: 
 @pytest.mark.parametrize(("width", "dark"), VIEWS)
 def test_axe_finds_no_serious_fault(tab: Page, runs: Path, serving: Any, width: int, dark: bool) -> None:
     program = axe_core()
-    with serving(runs / "a") as url:
+    with serving(runs / "a", chats=True) as url:
         tab.open(f"{url}/run", width=width, dark=dark)
         tab.wait_for(READY)
         tab.script(f"{program}; 0")

@@ -59,6 +59,7 @@ def test_a_run_is_stopped_once_and_by_its_page_alone(tmp_path: Path, serving: An
 def test_without_a_run_of_its_own_there_is_no_button(tmp_path: Path, serving: Any) -> None:
     with serving(write_run(tmp_path / "a", steps=20, done=3)) as url:
         assert token_of(url) == ""
+        assert 'href="/"' not in ask(f"{url}/run")[1], "nor a link to a chat that is not served"
         assert ask(f"{url}/api/run/stop", "POST", X_Mlxlora_Run="")[0] == 404
 
 
