@@ -66,8 +66,7 @@ def stream(
         base = model.base
         with told(model.registry.plugins):
             yield from segments(
-                *(base.language_model, base.tokenizer, asked),
-                [(choice.component, choice.options) for choice in chosen],
+                *(base.language_model, base.tokenizer, asked, [(c.component, c.options) for c in chosen]),
                 num_tokens=config.num_tokens,
                 seed=number,
                 write_every=config.write_every,

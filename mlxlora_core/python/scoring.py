@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,16 @@ from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.blame import told
 from mlxlora_core.python.generation import samplers_of
 from mlxlora_core.python.model import Model, checked_seed, parsed
-from mlxlora_core.runs.samplers import ANSWER_SAMPLER
+from mlxlora_core.runs.recipe import choose_beside
+from mlxlora_core.runs.samplers import (
+    ANSWER_SAMPLER,
+    check_samplers,
+    flat,
+    labels,
+    names,
+    prepare_evaluators,
+)
+from mlxlora_core.training.scoring import Scored, asking, scoring, words_on
 from mlxlora_core.training.settings import AnswerConfig
 from mlxlora_core.training.sources import Rows, columns_from, read_data
 from mlxlora_core.values import Answer
@@ -75,9 +84,6 @@ def score(
     config, number = parsed(AnswerConfig, given, "score"), checked_seed(seed, "score")
     if model.has_rows_selected:
         raise UsageError("adapters are selected for each row of a batch", fix="select one, or a mix")
-    from mlxlora_core.runs.samplers import check_samplers, labels, prepare_evaluators
-    from mlxlora_core.training.scoring import asking, scoring, words_on
-
     evaluators, samplers = _evaluators(evaluator, model.registry), samplers_of(model, sampler, options)
     rows = read_data(data, (split,), columns=columns_from(columns))[split]
     with told(model.registry.plugins):
@@ -86,16 +92,25 @@ def score(
         asked, notes = asking(rows, config)
         how = {"num_tokens": config.num_tokens, "seed": number}
         work = scoring("", model.base, asked, evaluators, samplers, **how)
-        while True:
-            try:
-                next(work)
-            except StopIteration as end:
-                scored = end.value
-                break
-    names = labels([choice.component for choice in evaluators])
-    answers = ((answer, dict(zip(names, each, strict=True))) for answer, each in scored.answers)
-    means = dict(zip(names, scored.means, strict=True))
-    return Scores(means, tuple(answers), (*rows.notes, *notes, *words_on(scored)))
+        return _by_name(_value(work), evaluators, (*rows.notes, *notes))
+
+
+def _value(work: Generator[Any, None, Scored]) -> Scored:
+    """What a generator gives at its end."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            value: Scored = end.value
+            return value
+
+
+def _by_name(scored: Scored, evaluators: Sequence[Choice], notes: Sequence[str]) -> Scores:
+    """Scores under the names of their evaluators."""
+    called = labels([choice.component for choice in evaluators])
+    answers = ((answer, dict(zip(called, each, strict=True))) for answer, each in scored.answers)
+    means = dict(zip(called, scored.means, strict=True))
+    return Scores(means, tuple(answers), (*notes, *words_on(scored)))
 
 
 def _evaluators(given: object, found: Registry) -> tuple[Choice, ...]:
@@ -105,9 +120,6 @@ def _evaluators(given: object, found: Registry) -> tuple[Choice, ...]:
         UsageError: it names none; options that there are not or that are out of range.
         PluginError: no such evaluator.
     """
-    from mlxlora_core.runs.recipe import choose_beside
-    from mlxlora_core.runs.samplers import flat, names
-
     values = dict(given) if isinstance(given, Mapping) else {"use": given}
     use = values.pop("use", ())
     texts = [use] if isinstance(use, str) else use

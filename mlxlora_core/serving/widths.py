@@ -17,8 +17,9 @@ _SMALLER = (1, 2, 4, 8, 16, 32)
 def widths_alike(model: LanguageModel, selection: Selection, widest: int) -> tuple[int, ...]:
     """Numbers of rows, ascending up to ``widest``, that give each row the same logits to the last bit.
 
-    Tried on this machine with tokens at random, in every place of a batch: how a product sums its
-    numbers depends on its shape and not on the numbers, and another order shows in some of the logits.
+    Tried on this machine with tokens at random, in every place of a batch and beside others: how a
+    product sums its numbers depends on its shape and not on the numbers, and another order shows in some
+    of the logits.
 
     Args:
         model: evaluated as it serves.
@@ -26,7 +27,7 @@ def widths_alike(model: LanguageModel, selection: Selection, widest: int) -> tup
         widest: rows of the widest batch.
 
     Returns:
-        Nothing where not even the place in a batch is without effect.
+        Nothing where not even the place in a batch, or what stands in the other rows, is without effect.
     """
     draw = np.random.default_rng(0)
     names = [name for name in selection.names if selection.shares_batches(name)]
@@ -44,6 +45,11 @@ def widths_alike(model: LanguageModel, selection: Selection, widest: int) -> tup
     def alike(places: np.ndarray) -> bool:
         return np.array_equal(logits(places), want[places])
 
+    # An expert of a mixture may have a product of as many rows as have chosen it.
+    kept, others = every % 2 == 0, draw.integers(0, model.vocab_size, widest)
+    among_others = _logits(model, selection, np.where(kept, ids, others), rows)
+    if not np.array_equal(among_others[kept], want[kept]):
+        return ()
     if not alike(every[::-1]) or not alike(np.roll(every, 3)):
         return ()
     smaller = (width for width in _SMALLER if width < widest)

@@ -375,16 +375,20 @@ def test_a_model_that_knows_only_its_own_cache_is_served_one_text_after_another(
         assert ids_of(told(job)) == list(decode(model, prompts[number], most_likely, **limit))
 
 
-def test_where_rows_change_with_their_places_texts_are_continued_one_by_one(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "shake",
+    [
+        lambda logits: logits * (1 + 1e-6 * mx.arange(len(logits))[:, None]),
+        lambda logits: logits + 1e-3 * mx.max(logits, axis=0),
+    ],
+    ids=["place", "others"],
+)
+def test_where_rows_change_with_places_or_others_texts_are_continued_one_by_one(
+    served: Served, monkeypatch: pytest.MonkeyPatch, shake: Callable[[mx.array], mx.array]
 ) -> None:
     from mlxlora_core.serving import lanes, widths
 
-    def shaken(*arguments: Any) -> mx.array:
-        logits = lanes.logits_of_rows(*arguments)
-        return logits * (1 + 1e-6 * mx.arange(len(logits))[:, None])
-
-    monkeypatch.setattr(widths, "logits_of_rows", shaken)
+    monkeypatch.setattr(widths, "logits_of_rows", lambda *arguments: shake(lanes.logits_of_rows(*arguments)))
     steps = Steps(served)
     assert steps.scheduler.widths == ()
     job = steps.submit(replace(Request([5, 6]), max_tokens=3))
