@@ -19,9 +19,9 @@ from pathlib import Path
 
 from mlxlora_core.errors import LockedError, MlxloraError, ModelError, ResourceError, SafetyError
 from mlxlora_core.files.documents import parse_form
-from mlxlora_core.files.durable import place_of
 from mlxlora_core.files.forms import Map, Text
 from mlxlora_core.files.input_file import open_regular
+from mlxlora_core.files.writable import place_of
 from mlxlora_core.path_text import too_long
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # the same in every container of a machine

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.errors import SafetyError, UsageError
-from mlxlora_core.files.durable import check_target, place_of, refuse_odd_file
+from mlxlora_core.files.writable import check_target, place_of, refuse_odd_file
 
 
 def refuse_inputs(target: Path, inputs: Iterable[Path]) -> None:
@@ -25,7 +25,7 @@ def refuse_inputs(target: Path, inputs: Iterable[Path]) -> None:
 
     Raises:
         UsageError: it is one of them, by whatever name, or a folder that is there and holds one.
-        MlxloraError: as :func:`~mlxlora_core.files.durable.place_of`.
+        MlxloraError: as :func:`~mlxlora_core.files.writable.place_of`.
     """
     place = place_of(target)
     holds = place.is_dir()

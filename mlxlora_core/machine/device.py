@@ -1,7 +1,7 @@
 """The device that MLX computes on, and the faster functions that runtimes have lent it.
 
-Half precision and packed weights are slow on a CPU, which is told apart here
-and nowhere else. MLX is imported only where it is asked for.
+Half precision and packed weights are slow on a CPU; code that treats it differently asks here. MLX is
+imported only inside the functions.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
 LARGEST_CACHE_BYTES = 4 * 2**30
 
-# Parameters of mallopt, what they are set to, and the largest that the first takes.
+# Parameters of mallopt, the values that they get, and the largest value that the first accepts.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 _MMAP_BYTES, _TRIM_BYTES, _LARGEST_MMAP_BYTES = 1 << 20, 128 << 10, 32 << 20
 
-#: environment variable of MLX: how wide a graph may be and still be ordered breadth first
+#: environment variable of MLX: up to which width a graph is ordered breadth first
 ORDER_WIDTH = "MLX_BFS_MAX_WIDTH"
 
-#: what large matrix products of float32 may be made of; the first is what they are made of by themselves
+#: the precisions in which large matrix products of float32 may be computed; the first is the default
 PRECISIONS = ("float32", "bfloat16x3", "bfloat16")
 
-# Each sets how many threads a matrix product takes, as the runtimes gave them.
+# Functions of the runtimes, each of which sets how many threads a matrix product takes.
 _setters: list[Callable[[int], None]] = []
 
-# Each sets what large products are made of, as the runtimes gave them.
+# Functions of the runtimes, each of which sets the precision of large products.
 _precisions: list[Callable[[str], None]] = []
 
-# What runtimes compute faster on the CPU, by the names that RuntimeStarted has for it.
+# Functions that runtimes have lent, under their names in RuntimeStarted.
 _lent: dict[str, Callable[..., Any]] = {}
 
 
@@ -59,9 +59,9 @@ def on_cuda() -> bool:
 
 
 def runs_ahead() -> bool:
-    """Whether the host prepares what comes next while the device computes, and compiles what it repeats.
+    """Whether the host works ahead while the device computes, and compiles what repeats.
 
-    A CPU is host and device in one, and gains nothing from either.
+    On a CPU, host and device are the same, and neither gains anything.
     """
     return not on_cpu()
 
@@ -74,7 +74,7 @@ def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
 
 
 def prepare_device() -> None:
-    """Set what the defaults of MLX have too low on the device that it computes on.
+    """Raise those defaults of MLX that are too low for its device.
 
     Raises:
         UsageError: MLX has no backend here.
@@ -85,25 +85,25 @@ def prepare_device() -> None:
 
 
 def keep_resident() -> None:
-    """Let Metal keep as much in memory as the system recommends; it may page out a large model otherwise."""
+    """Let Metal keep as much memory resident as the system recommends, or it may page out a large model."""
     import mlx.core as mx
 
     if on_cpu() or not mx.metal.is_available():
         return
-    with suppress(ValueError, RuntimeError):  # a system that lets nobody say so: macOS before 15
+    with suppress(ValueError, RuntimeError):  # not supported before macOS 15
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 
 
 def prepare_cpu() -> None:
-    """Set what the defaults of MLX's CPU backend have too low; before anything is computed.
+    """Raise those defaults of MLX's CPU backend that are too low; call it before anything is computed.
 
-    It keeps 32 MB of freed memory, and pages fresh from the system cost more
-    than the arithmetic on them: adding two arrays of 33 MB takes 5 times as
-    long. And it orders the operations of streams fairly only in graphs at most 20
-    wide: in a wider one, as a training step is, the second stream waits for the first.
+    By default the backend keeps 32 MB of freed memory, but fresh pages from the system cost more than
+    the arithmetic on them: adding two arrays of 33 MB takes 5 times as long. And it interleaves the
+    operations of two streams only in graphs at most 20 wide; in a wider one, such as a training step,
+    the second stream waits for the first.
 
-    How much it keeps follows what this process may take. Work that has told how
-    much it needs sets it anew.
+    How much memory it keeps depends on how much this process may take. Work that knows its own need
+    sets it again.
 
     Raises:
         UsageError: MLX has no backend here.
@@ -124,10 +124,10 @@ def prepare_cpu() -> None:
 
 
 def _give_back() -> None:
-    """Let the C library give back at once what is freed in pieces above a megabyte, where it is glibc.
+    """Make glibc return freed blocks above a megabyte to the system at once.
 
-    Else it keeps up to 32 MB of each for itself, which no limit of MLX counts,
-    and the process takes up to twice what MLX holds. Source: mallopt(3).
+    Otherwise it keeps blocks of up to 32 MB for itself, which no limit of MLX counts, and the process
+    takes up to twice what MLX holds. Source: mallopt(3).
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _MMAP_BYTES)
@@ -135,11 +135,11 @@ def _give_back() -> None:
 
 @contextmanager
 def memory_for_any_size(need: int) -> Iterator[None]:
-    """Inside, what is freed is kept for arrays of any size, on a CPU where the C library is glibc.
+    """Inside, on a CPU with glibc, freed memory is kept for arrays of any size.
 
-    MLX reuses memory only for an array of nearly the same size, and each batch of rows of all lengths
-    has others: steps then take a third of their time outside products for pages fresh from the system.
-    So the C library keeps what work that needs ``need`` bytes frees, and MLX keeps half as much as else.
+    MLX reuses memory only for an array of nearly the same size, but batches of rows of all lengths have
+    many sizes, and a third of the time outside products would go into fresh pages from the system. So
+    glibc keeps what work that needs ``need`` bytes frees, and MLX keeps half as much as usual.
     """
     import mlx.core as mx
 
@@ -161,18 +161,18 @@ def memory_for_any_size(need: int) -> Iterator[None]:
 
 
 def use_for_products(set_threads: Callable[[int], None]) -> None:
-    """Let ``set_threads`` say how many threads a matrix product takes, from now on."""
+    """From now on, use ``set_threads`` to set how many threads a matrix product takes."""
     _setters.append(set_threads)
 
 
 def products_have_threads() -> bool:
-    """Whether a matrix product can use several threads, as a runtime has said."""
+    """Whether a runtime lets a matrix product use several threads."""
     return bool(_setters)
 
 
 @contextmanager
 def product_threads(count: int) -> Iterator[None]:
-    """Inside, a matrix product takes ``count`` threads, where a runtime can set that; then all cores."""
+    """Inside, a matrix product takes ``count`` threads, if a runtime can set that; afterwards all cores."""
     for set_threads in _setters:
         set_threads(count)
     try:
@@ -183,21 +183,21 @@ def product_threads(count: int) -> Iterator[None]:
 
 
 def use_for_precision(set_precision: Callable[[str], None]) -> None:
-    """Let ``set_precision`` say what large matrix products of float32 are made of, from now on."""
+    """From now on, use ``set_precision`` to set the precision of large float32 products."""
     _precisions.append(set_precision)
 
 
 @contextmanager
 def product_precision(compute: str) -> Iterator[None]:
-    """Inside, large matrix products of float32 are made of ``compute``; then of float32 again.
+    """Inside, large float32 matrix products are computed in the precision ``compute``.
 
     Args:
-        compute: ``float32``; ``bfloat16``, which rounds each number of a product to one, or
-            ``bfloat16x3``, which rounds it to the sum of two. Sums are float32 in either.
+        compute: ``float32``; ``bfloat16``, which rounds each operand to bfloat16; or ``bfloat16x3``,
+            which rounds it to the sum of two bfloat16. Sums are float32 in all of them.
 
     Raises:
         UsageError: no runtime can do that here.
-        ResourceError: the runtime that could fails.
+        ResourceError: the runtime that can has failed.
     """
     if compute == PRECISIONS[0]:
         yield
@@ -218,21 +218,21 @@ def product_precision(compute: str) -> Iterator[None]:
 
 
 def lend(name: str, function: Callable[..., Any]) -> None:
-    """Let ``function`` compute on the CPU what :class:`RuntimeStarted` says of ``name``, from now on."""
+    """From now on, use ``function`` on the CPU for what ``name`` means in ``RuntimeStarted``."""
     _lent[name] = function
 
 
 def lent(name: str) -> Callable[..., Any] | None:
-    """The function of that name which the last runtime that has it has lent, or None."""
+    """The function that a runtime has lent under a name (the last one, if several have), or None."""
     return _lent.get(name)
 
 
 def packed_product(
     words: mx.array, scales: mx.array, biases: mx.array, *, group_size: int, bits: int
 ) -> PackedProduct | None:
-    """Products in float32 with a weight as :func:`mlx.core.quantize` packs it.
+    """Float32 products with a weight as :func:`mlx.core.quantize` packs it, without a gradient.
 
-    They have no gradient. None where no runtime has lent one, or it cannot take this weight.
+    None if no runtime has lent such products, or they do not support this weight.
     """
     make = lent("packed_product")
     return None if make is None else make(words, scales, biases, group_size=group_size, bits=bits)

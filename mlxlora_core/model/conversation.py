@@ -15,15 +15,15 @@ from mlxlora_core.plugins import Component
 
 
 class Conversation:
-    """Questions and answers; what was computed of them is kept for the next question.
+    """Questions and answers, with a cache that the next question reuses.
 
     Args:
-        adapters: on the model that is talked to.
+        adapters: those on the model.
 
     Attributes:
-        adapter: the name of that which answers, or None for the base alone.
-        system: the message in front, or nothing.
-        turns: messages of ``user`` and ``assistant`` in turn.
+        adapter: the name of the one that answers, or None for the base.
+        system: the system message, or nothing.
+        turns: alternating messages of ``user`` and ``assistant``.
     """
 
     def __init__(self, adapters: AdapterSet, adapter: str | None = None, system: str = "") -> None:
@@ -34,7 +34,7 @@ class Conversation:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The system message, where there is one, and the turns."""
+        """The system message, if there is one, and the turns."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
     def ask(
@@ -46,23 +46,23 @@ class Conversation:
         seed: int,
         stop: Sequence[str] = (),
     ) -> Generator[Segment, None, None]:
-        """The answer to a question, which goes on from what was computed of the turns before.
+        """The answer to a question, reusing the cache of the turns before.
 
-        An answer that is left in the middle, by closing this iterator, is a turn as far as it has
-        come; where nothing has, the question was never asked.
+        If this iterator is closed early, the answer so far becomes the turn; if there is none yet, the
+        question counts as never asked.
 
         Args:
             question: what the user says.
             samplers: how tokens are drawn, as for :func:`~mlxlora_core.model.generate.generate`.
-            num_tokens: how many at most.
+            num_tokens: the most tokens to generate.
             seed: of the random keys.
             stop: texts before which the answer ends.
 
         Yields:
-            Segments, without text between the parts in which what is new is read.
+            Segments; first some without text, one after each part of the prompt is read.
 
         Raises:
-            UsageError: the tokenizer's form cannot say it, or it does not fit into the context.
+            UsageError: the chat format cannot express it, or it does not fit into the context.
             MlxloraError: as :func:`~mlxlora_core.model.generate.generate`.
         """
         self._adapters.select(self.adapter)
@@ -88,12 +88,12 @@ class Conversation:
             yield _later(segment, before)
 
     def forget(self) -> None:
-        """Begin anew, behind the same system message."""
+        """Start over, with the same system message."""
         self.turns = []
 
 
 def _later(segment: Segment, seconds: float) -> Segment:
-    """A segment whose text took so much more before its first token."""
+    """A segment with so many seconds added to the time before its first token."""
     spent = segment.spent
     if spent is None:
         return segment

@@ -1,8 +1,8 @@
 """The key-value cache of rows of different lengths, each continued by one token a step.
 
-Rows stand on shelves by their length: on a shelf there is room for the same number of tokens in each,
-so that one product serves all rows on it. How wide a row's shelf is depends on the row's own length
-alone, and with it every sum of its attention: neighbours change no bit of it.
+Rows are grouped on shelves by their length. All rows on a shelf have room for the same number of
+tokens, so that one product serves all of them. The width of a row's shelf depends only on the length of
+the row, and so do all sums in its attention: other rows change no bit of it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from mlxlora_core.model.ops.ragged import Positions, RaggedCache, attention_to_s
 from mlxlora_core.values import Cache
 
 NARROWEST = 64  # tokens of the narrowest shelf
-_MORE_TOKENS = 256  # by which a shelf becomes higher, or by a row where that has more
-_SPARE_ROWS = 4  # with which a shelf becomes lower
+_MORE_TOKENS = 256  # by which a shelf grows, in whole rows, or by one row if that has more
+_SPARE_ROWS = 4  # a shelf shrinks once so many rows are free
 
 #: keys and values (1, K, T, E) of each layer
 Held = Sequence[tuple[mx.array, mx.array]]
 
 
 def room_for(tokens: int) -> int:
-    """For how many tokens there is room on the shelf of a row: 64, 128, 256, 512, 768, 1024, 1536 ..."""
+    """The width of the shelf for a row of so many tokens: 64, 128, 256, 512, 768, 1024, 1536 ..."""
     steps = -(-tokens // (4 * NARROWEST))
     if steps == 1:
         return NARROWEST << max(0, (tokens - 1).bit_length() - (NARROWEST - 1).bit_length())
@@ -50,7 +50,7 @@ class _Shelf:
         self.values: list[mx.array] = []
 
     def add(self, row: int, held: Held) -> None:
-        """Put a row behind the others."""
+        """Append a row."""
         self._grow(held)
         place, length = len(self.rows), held[0][0].shape[2]
         for arrays, side in ((self.keys, 0), (self.values, 1)):
@@ -60,7 +60,7 @@ class _Shelf:
         mx.eval(self.keys, self.values)
 
     def _grow(self, held: Held) -> None:
-        """Make room for one more row such as this."""
+        """Make room for one more row with the shapes of ``held``."""
         have = self.keys[0].shape[0] if self.keys else 0
         if have > len(self.rows):
             return
@@ -88,7 +88,7 @@ class _Shelf:
         return copies
 
     def remove(self, row: int) -> None:
-        """Take a row off; the last one takes its place."""
+        """Remove a row and move the last one to its place."""
         place, last = self.rows.index(row), self.rows[-1]
         if last != row:
             moved = self.held(last, self.room)

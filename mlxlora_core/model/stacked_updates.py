@@ -8,26 +8,25 @@ import mlx.core as mx
 
 from mlxlora_core.values import LowRank
 
-#: from the inputs of a linear and its outputs to the outputs with an update in them
+#: (inputs of a linear, its outputs) -> the outputs with an update added
 Update = Callable[[mx.array, mx.array], mx.array]
 
 
 def mixed(updates: Sequence[tuple[float, LowRank]]) -> Update:
-    """The sum of low-rank updates, each with its share, as one of the sum of their ranks."""
+    """The sum of low-rank updates, each times its share, as one update whose rank is the sum of theirs."""
     a = mx.concatenate([update.a for _, update in updates], axis=1)  # (inputs, R)
     b = mx.concatenate([share * update.scale * update.b for share, update in updates], axis=0)  # (R, outputs)
     return lambda x, y: mx.addmm(y, x @ a, b).astype(y.dtype)
 
 
 class StackedUpdates:
-    """Low-rank updates in one stack, from which each row of a batch takes its own.
+    """Low-rank updates in one stack, from which each row of a batch uses its own.
 
-    Those that rows have wanted stay there, for rows come and go from one step to the next, and
-    making the stack takes longer than a step does. Source: Chen et al. 2023, "Punica", arXiv:2310.18547.
+    Updates stay in the stack once rows have used them, since rows come and go from step to step, and
+    building the stack takes longer than a step. Source: Chen et al. 2023, "Punica", arXiv:2310.18547.
 
     Args:
-        low_rank: gives the update of a name, when rows want it for the first time, or when others
-            come beside it.
+        low_rank: returns the update of a name; called whenever the stack is built.
     """
 
     def __init__(self, low_rank: Callable[[str], LowRank]) -> None:
@@ -36,17 +35,17 @@ class StackedUpdates:
         self._factors: tuple[mx.array, mx.array] | None = None
 
     def by_row(self, rows: Sequence[str | None]) -> Update:
-        """The update that each row of a batch wants; for None it is nothing.
+        """The update in which each row of a batch has its own.
 
         Args:
-            rows: name or None of each; one at least is a name.
+            rows: for each row a name, or None for no update; at least one is a name.
         """
         a, b = self._having(rows)
         chosen = mx.array([self._order[row] for row in rows], mx.uint32)  # (B,)
 
         def added(x: mx.array, y: mx.array) -> mx.array:
             batch, sums = (x, y) if x.ndim > 2 else (x[:, None], y[:, None])  # (B, T, ...)
-            if batch.shape[1] == 1:  # what is gathered would be as much as all that is computed
+            if batch.shape[1] == 1:  # copying the factors would cost as much as the products
                 inner = mx.gather_mm(batch, a, rhs_indices=chosen)  # (B, 1, R)
                 sums = sums + mx.gather_mm(inner, b, rhs_indices=chosen)
             else:
@@ -56,7 +55,7 @@ class StackedUpdates:
         return added
 
     def _having(self, rows: Sequence[str | None]) -> tuple[mx.array, mx.array]:
-        """Both factors (updates, inputs, R) and (updates, R, outputs), with what the rows want in them."""
+        """Both factors, (updates, inputs, R) and (updates, R, outputs), of a stack with all of ``rows``."""
         if self._factors is None or not self._order.keys() >= set(rows):
             names = dict.fromkeys((*self._order, *rows))
             self._factors = _side_by_side([None if n is None else self._low_rank(n) for n in names])
@@ -65,7 +64,7 @@ class StackedUpdates:
 
 
 def _side_by_side(updates: Sequence[LowRank | None]) -> tuple[mx.array, mx.array]:
-    """Both factors of the updates in stacks, smaller ranks filled up with zeros; of None they are zeros."""
+    """Both factors, stacked, with smaller ranks padded with zeros; None is all zeros."""
     there = [update for update in updates if update is not None]
     nothing = LowRank(mx.zeros_like(there[0].a), mx.zeros_like(there[0].b), 0.0)
     filled = [nothing if update is None else update for update in updates]

@@ -10,7 +10,7 @@ from typing import Any
 import tomli_w
 
 from mlxlora_core.errors import SafetyError, UsageError
-from mlxlora_core.files import durable
+from mlxlora_core.files import writable
 from mlxlora_core.files.input_file import read_whole
 from mlxlora_core.files.targets import is_written, paths_in, refuse_inputs
 from mlxlora_core.model.located import locate_model
@@ -44,7 +44,7 @@ def check_run(recipe: Recipe, record: Mapping[str, Any]) -> None:
     for name in names:
         refuse_inputs(folder / name, inputs)
     for name, ours in ((RECIPE, is_recipe), (REPORT, is_report)):
-        durable.check_file(folder / name)
+        writable.check_file(folder / name)
         is_written(folder / name, ours)
     check_outputs(Outputs(folder / ADAPTER, folder / CHECKPOINTS, folder / METRICS), inputs)
 
@@ -60,7 +60,7 @@ def is_recipe(path: Path) -> bool:
 
 
 def _refuse_other_folder(folder: Path, record: Mapping[str, Any]) -> None:
-    place = durable.place_of(folder)
+    place = writable.place_of(folder)
     # A run that was killed in its checks leaves an empty folder.
     checked = (place / ADAPTER).parent
     if place.is_dir() and all(path == checked and _is_empty(path) for path in place.iterdir()):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlxlora_core.errors import ResourceError
-from mlxlora_core.files import durable
+from mlxlora_core.files import durable, writable
 from mlxlora_core.files.targets import is_written
 from mlxlora_core.runs.folder import METRICS, RECIPE, REPORT, RunFolder, fingerprint
 from mlxlora_core.runs.observing import INTERRUPTED, how_ended
@@ -43,7 +43,7 @@ def open_folder(path: Path) -> RunFolder:
         ResourceError: it cannot be written.
         DataError: the record of an earlier training in it cannot be read.
     """
-    durable.check_folder(path)
+    writable.check_folder(path)
     for name, ours in ((RECIPE, is_recipe), (METRICS, is_log), (REPORT, is_report)):
         is_written(path / name, ours)
     return RunFolder(path)

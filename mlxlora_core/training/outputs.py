@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlxlora_core.errors import DataError, ModelError, SafetyError, UsageError
-from mlxlora_core.files import durable, lock
+from mlxlora_core.files import lock, writable
 from mlxlora_core.files.data_path import file_names
 from mlxlora_core.files.documents import parse_json
 from mlxlora_core.files.input_file import open_regular
@@ -104,7 +104,7 @@ def _places(outputs: Outputs) -> list[Path]:
     ]
     places: dict[Path, Path] = {}
     for path in paths:
-        other = places.setdefault(durable.place_of(path), path)
+        other = places.setdefault(writable.place_of(path), path)
         if other is not path:
             raise UsageError(f"two outputs go here ({other})", where=path, fix="name another place for one")
     return paths
@@ -129,9 +129,9 @@ def check_outputs(outputs: Outputs, inputs: Iterable[Path] = ()) -> None:
     if outputs.adapter_file is not None:
         _is_adapter_there(outputs.adapter_file)
     if outputs.checkpoints is not None:
-        durable.check_folder(outputs.checkpoints)
+        writable.check_folder(outputs.checkpoints)
     if outputs.metrics is not None:
-        durable.check_file(outputs.metrics)
+        writable.check_file(outputs.metrics)
         is_written(outputs.metrics, is_log)
 
 
@@ -157,7 +157,7 @@ def _is_adapter_there(path: Path) -> bool:
     from mlxlora_core.model import adapters
 
     tensor_file.check_ending(path)
-    durable.check_file(path)
+    writable.check_file(path)
     return is_written(path, adapters.is_ours)
 
 

@@ -17,17 +17,17 @@ from mlxlora_openblas.fastest import remembered
 #: environment variable that names the library to use
 LIBRARY = "MLXLORA_BLAS"
 
-#: the CBLAS functions that MLX calls and one that takes vectors; a library must have the first
+#: the CBLAS functions that MLX calls, and the matrix-vector product; a library must have the first
 FUNCTIONS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm", "cblas_sgemv")
 
 #: scipy-openblas32 puts a prefix before every name, so that it never clashes with another BLAS
 _PREFIXES = ("", "scipy_")
 
-#: Intel's MKL as the package index has it, beside this Python, and as a system has it
+#: Intel's MKL as installed from the package index next to this Python
 _MKL = ("lib/libmkl_rt.so.2", "lib/libmkl_rt.so.3")
-_SEQUENTIAL, _LP64 = 1, 0  # its layers: threads are those of the library in C, integers have 32 bits
+_SEQUENTIAL, _LP64 = 1, 0  # its layers: no threads, as the library in C has its own, and 32-bit integers
 
-#: Fedora's build with threads has a name of its own; elsewhere the plain name has them
+#: Fedora's build with threads has its own name; elsewhere it has the plain name
 _SYSTEM = ("libopenblasp.so.0", "libopenblas.so.0")
 
 _WIDE = "it takes 64-bit integers (ILP64), MLX passes 32-bit ones (LP64)"
@@ -38,10 +38,10 @@ class Blas:
     """An opened BLAS with 32-bit integers.
 
     Attributes:
-        path: what was opened.
+        path: of the library.
         functions: name in the CBLAS standard -> address.
-        title: name, version, processor and threads, as far as it tells them.
-        set_threads: sets how many threads it uses, where it can.
+        title: name, version, processor and threads, as far as the library tells.
+        set_threads: sets how many threads it uses, or None if that cannot be set.
     """
 
     path: str
@@ -51,12 +51,12 @@ class Blas:
 
 
 def open_blas(threads: int) -> Blas:
-    """The library that ``MLXLORA_BLAS`` names, else the one that ``mlxlora doctor`` found the fastest.
+    """Open the library that ``MLXLORA_BLAS`` names, or the one that ``mlxlora doctor`` found the fastest.
 
-    Where that is not known it is scipy-openblas32's, else the system's OpenBLAS, else MKL.
+    If neither is known, it is that of scipy-openblas32, then the system's OpenBLAS, then MKL.
 
     Raises:
-        ResourceError: the named library cannot be used, or there is none.
+        ResourceError: the named library cannot be used, or none was found.
     """
     named = os.environ.get(LIBRARY)
     if named:
@@ -78,8 +78,8 @@ def load(path: str, threads: int) -> Blas:
     """Open the BLAS at ``path`` and, if it is an OpenBLAS, let it use ``threads`` threads.
 
     Raises:
-        OSError: it is no library that can be loaded.
-        ValueError: it has no ``cblas_sgemm`` that takes 32-bit integers.
+        OSError: the library cannot be loaded.
+        ValueError: it has no ``cblas_sgemm`` with 32-bit integers.
     """
     library = ctypes.CDLL(path)
     prefix = next((p for p in _PREFIXES if hasattr(library, p + FUNCTIONS[0])), None)
@@ -105,7 +105,7 @@ def load(path: str, threads: int) -> Blas:
 
 
 def alternatives(threads: int) -> list[str]:
-    """The libraries that can be opened here, where there are several and nobody has named one."""
+    """The libraries that can be opened here, if there are several and the user has not named one."""
     if os.environ.get(LIBRARY):
         return []
     able = []
@@ -117,7 +117,7 @@ def alternatives(threads: int) -> list[str]:
 
 
 def candidates() -> Iterator[str]:
-    """Paths and names to try when nobody named a library, the best first."""
+    """Paths and names to try if the user has not named a library, best first."""
     package = importlib.util.find_spec("scipy_openblas32")
     for folder in (package.submodule_search_locations or []) if package else []:
         yield from map(str, sorted(Path(folder, "lib").glob("libscipy_openblas*.so*")))
@@ -126,7 +126,7 @@ def candidates() -> Iterator[str]:
 
 
 def _text(library: ctypes.CDLL, name: str) -> str:
-    """What the function ``name`` of the library says about it, or nothing when there is none."""
+    """The text that the function ``name`` of the library returns; nothing if it has no such function."""
     try:
         function = getattr(library, name)
     except AttributeError:

@@ -1,8 +1,7 @@
 """Which of several libraries is the fastest on this machine, remembered from one process to the next.
 
-Only ``mlxlora doctor`` measures; every other process reads one small file. What
-is remembered holds for one processor, one number of threads and the same
-libraries as they were; on any doubt nothing is.
+Only ``mlxlora doctor`` measures; every other process reads one small file. The result is valid for one
+model of processor, one number of threads and unchanged libraries; on any doubt it is ignored.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ _MOST_BYTES = 65536
 
 
 def remembered(libraries: Sequence[str], threads: int) -> str | None:
-    """The fastest of ``libraries`` with so many threads, where that is known.
+    """The fastest of ``libraries`` with so many threads, or None if that is not known.
 
     Args:
         libraries: paths, or names that the dynamic linker finds.
-        threads: that a product takes.
+        threads: used by a product.
     """
     file = _file()
     if file is None:
@@ -38,11 +37,11 @@ def remembered(libraries: Sequence[str], threads: int) -> str | None:
 
 
 def remember(fastest: str, libraries: Sequence[str], threads: int) -> None:
-    """Note which of ``libraries`` is the fastest.
+    """Remember which of ``libraries`` is the fastest.
 
     Raises:
-        ResourceError: it cannot be written, or there is no home to write it to.
-        SafetyError: something else is there.
+        ResourceError: the file cannot be written.
+        SafetyError: the path holds something else.
     """
     file = _file()
     if file is None:
@@ -52,14 +51,14 @@ def remember(fastest: str, libraries: Sequence[str], threads: int) -> None:
 
 
 def _file() -> Path | None:
-    """Where it is remembered, or None where there is no home."""
+    """The file that remembers it, or None if there is no home folder."""
     named, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
     root = named if os.path.isabs(named) else os.path.join(home, ".cache")
     return Path(root, "mlxlora", "blas.json") if os.path.isabs(root) else None
 
 
 def _state(libraries: Sequence[str], threads: int) -> dict[str, Any]:
-    """What a measurement holds for; a library that only the linker finds is known by its name alone."""
+    """What a measurement is valid for; a library that only the linker finds is identified by its name."""
     return {
         "processor": _processor(),
         "threads": threads,

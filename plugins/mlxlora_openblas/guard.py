@@ -1,11 +1,10 @@
-"""A process that ends with a line where MLX's CPU backend would crash for want of memory.
+"""Ends the process with an error line where MLX's CPU backend would crash for lack of memory.
 
-MLX's CPU backend writes to whatever address ``malloc`` gives, also where that
-gives none: a process that may take no more memory dies of SIGSEGV. This runtime
-points the slot of ``malloc`` in libmlx.so at C++'s ``operator new``, which has
-the same arguments and the same memory, and calls a handler where it gets none.
-Memory that a control group does not grant ends in a SIGKILL, so that what is
-left of it becomes a limit of this process, which ``malloc`` meets before.
+MLX's CPU backend writes to whatever address ``malloc`` returns, even if it is null: a process that may
+take no more memory dies of SIGSEGV. This runtime points the slot of ``malloc`` in libmlx.so at C++'s
+``operator new``, which takes the same argument and memory from the same place, but calls a handler if
+there is none. Exceeding the limit of a control group means SIGKILL, so what the group leaves becomes a
+limit of this process, which ``malloc`` meets first.
 
 Source: C++17, [new.delete.single] and [alloc.errors]; setrlimit(2), RLIMIT_DATA.
 """
@@ -29,18 +28,18 @@ _LINE = (
 )
 _EXIT_CODE = 6  # as of ResourceError
 
-#: of what control groups leave, what is not taken: page tables and pages of files count as well
+#: kept free of what control groups leave, since page tables and cached files count as well
 _SPARE_SHARE, _SPARE_BYTES = 0.02, 16 << 20
-#: what a thread that starts later maps and hardly touches: its stack
+#: address space for each thread that starts later: a stack that it hardly touches
 _THREAD_BYTES = 9 << 20
 
-# C++ holds on to its address.
+# Kept alive, because C++ holds its address.
 _handler: Any = None
 
 
 @cache
 def start() -> RuntimeStarted | None:
-    """Set the guard; nothing to say where it stands, or is not needed, and a warning where it cannot."""
+    """Set the guard; returns None if it is set or not needed, and a warning if it cannot be set."""
     if not computes_on_cpu():
         return None
     try:
@@ -56,7 +55,7 @@ def start() -> RuntimeStarted | None:
 
 
 def _take_buffers() -> None:
-    """Let BLAS take what it takes for products side by side, for where it gets no buffer it ends with 1."""
+    """Let the BLAS allocate its buffers for parallel products now: without one it exits with 1."""
     import mlx.core as mx
 
     numbers = mx.ones((512, 512))
@@ -65,12 +64,12 @@ def _take_buffers() -> None:
 
 
 def _set() -> None:
-    """Let MLX take its memory from an allocator that calls :func:`_end` where there is none.
+    """Make MLX take its memory from an allocator that calls :func:`_end` when there is none.
 
     Raises:
-        OSError: there is no C++ library, or the process may not be looked into or changed.
-        ValueError: libmlx.so is not laid out as expected, or takes its memory from nobody.
-        MlxloraError: what is in memory is not what the file says.
+        OSError: there is no C++ library, or the process cannot be inspected or changed.
+        ValueError: libmlx.so is not laid out as expected, or does not import ``malloc``.
+        MlxloraError: memory does not hold what the file says.
         AttributeError: the C++ library has other names.
     """
     global _handler
@@ -86,13 +85,13 @@ def _set() -> None:
 
 
 def _end() -> None:
-    """End this process from whatever thread, for none of them can go on."""
+    """End the process, from any thread."""
     os.write(2, _LINE)
     os._exit(_EXIT_CODE)
 
 
 def _limit(free: int) -> None:
-    """Let this process take at most ``free`` bytes more; an old limit that is lower stays."""
+    """Limit this process to ``free`` more bytes; a lower existing limit stays."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     most = _data_bytes() + thread_count() * _THREAD_BYTES
     most += max(0, int(free * (1 - _SPARE_SHARE)) - _SPARE_BYTES)
@@ -101,6 +100,6 @@ def _limit(free: int) -> None:
 
 
 def _data_bytes() -> int:
-    """What counts against RLIMIT_DATA now. Source: proc(5), ``/proc/self/statm``: it has stacks in it too."""
+    """What counts against RLIMIT_DATA now. Source: proc(5), ``/proc/self/statm``, which includes stacks."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[5]) * resource.getpagesize()

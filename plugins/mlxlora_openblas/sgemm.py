@@ -19,12 +19,12 @@ from mlxlora_core.api import ResourceError
 
 SGEMM, SGEMV = "cblas_sgemm", "cblas_sgemv"
 
-#: where the library is, if it was built
+#: the library, if it was built
 LIBRARY = Path(__file__).with_name("libmlxlora_sgemm.so")
 
 _SOURCES = Path(__file__).parent
 
-#: as many numbers as MLX can give to one product
+#: the most numbers that MLX can pass to one product
 MOST = 2**31 - 1
 
 
@@ -32,7 +32,7 @@ def open_library() -> ctypes.CDLL:
     """The library, with ``mlxlora_use`` and ``mlxlora_cblas_sgemm``.
 
     Raises:
-        ResourceError: there is none, it is for another machine, or it was built from other C files.
+        ResourceError: it was not built, is for another machine, or was built from other C files.
     """
     if not LIBRARY.exists():
         raise ResourceError("there was no working C compiler when mlxlora was installed")
@@ -47,7 +47,7 @@ def open_library() -> ctypes.CDLL:
 
 
 def _digest(folder: Path) -> str:
-    """Of all C files and headers in ``folder``, as hatch_build.py makes it."""
+    """The digest of all C files and headers in ``folder``, as hatch_build.py computes it."""
     found = hashlib.sha256()
     for path in sorted([*folder.glob("*.c"), *folder.glob("*.h")]):
         found.update(path.read_bytes())
@@ -55,11 +55,11 @@ def _digest(folder: Path) -> str:
 
 
 def put_before(library: ctypes.CDLL, functions: Mapping[str, int], *, vectors: bool) -> dict[str, int]:
-    """The functions of a BLAS, name -> address, with the ``cblas_sgemm`` of sgemm.c in front of its own.
+    """The functions of a BLAS, name -> address, with the ``cblas_sgemm`` of sgemm.c in place of its own.
 
     Args:
-        library: as :func:`open_library` gives it.
-        functions: with ``cblas_sgemm``; each works with one thread, where the pool is to have several.
+        library: from :func:`open_library`.
+        functions: including ``cblas_sgemm``; they must use one thread if the pool is to use several.
         vectors: whether products of one row or one column go to ``cblas_sgemv``.
     """
     token = np.array(_token(), copy=False).ctypes.data
@@ -69,9 +69,9 @@ def put_before(library: ctypes.CDLL, functions: Mapping[str, int], *, vectors: b
 
 
 def exp(x: mx.array) -> mx.array:
-    """``exp(x)`` of float32 of any shape, to 1.2 units in the last place; without a gradient.
+    """``exp(x)`` of float32 of any shape, to 1.2 units in the last place, without a gradient.
 
-    Only where MLX calls the ``cblas_sgemm`` of :func:`put_before`.
+    It works only while MLX calls the ``cblas_sgemm`` of :func:`put_before`.
     """
     if x.size > MOST:
         return mx.exp(x)
@@ -79,13 +79,13 @@ def exp(x: mx.array) -> mx.array:
 
 
 def set_threads(library: ctypes.CDLL, count: int) -> None:
-    """Let each product take so many threads of the library's own."""
+    """Set how many of the library's own threads a product uses."""
     library.mlxlora_set_threads(ctypes.c_int(count))
 
 
 @cache
 def _token() -> mx.array:
-    """The array that stands for the exponential where a column is multiplied by it: sgemm.c says how."""
+    """The array by which a column is multiplied to get its exponential; see sgemm.c."""
     token = mx.full((1, 1), math.nan)
     mx.eval(token)
     return token

@@ -1,8 +1,7 @@
 """Where libmlx.so keeps, in memory, the addresses of functions of other libraries that it calls.
 
-A shared library reaches a function of another one through a slot in its data
-that the dynamic linker fills in. Nothing of the library's code is changed, and
-writing the old address back undoes everything.
+A shared library calls a function of another one through a slot in its data, which the dynamic linker
+fills in. The library's code is not changed, and writing the old address back undoes everything.
 """
 
 from __future__ import annotations
@@ -52,14 +51,14 @@ class Slot:
 
     @property
     def target(self) -> int:
-        """The address in the slot: of the function, or of a stub that looks it up at the first call."""
+        """The address in the slot: of the function, or of a stub that looks it up on the first call."""
         return ctypes.c_size_t.from_address(self.address).value
 
     def point_at(self, target: int) -> None:
-        """Write an address into the slot, lifting write protection for as long as that takes.
+        """Write an address into the slot, lifting write protection meanwhile.
 
         Raises:
-            OSError: the protection may not be lifted.
+            OSError: the protection cannot be lifted.
         """
         locked = not self.protection & mmap.PROT_WRITE
         if locked:
@@ -77,15 +76,15 @@ class Slot:
 
 
 def mlx_slots(names: str = PRODUCTS) -> list[Slot]:
-    """The slots of functions in the loaded libmlx.so; none when it takes no such function from others.
+    """The slots of functions in the loaded libmlx.so; empty if it imports no such function.
 
     Args:
         names: a pattern for the names of the functions.
 
     Raises:
         OSError: the library or the map of memory cannot be read.
-        ValueError: the file is no shared library of a known processor.
-        ResourceError: what is in memory is not what the file says.
+        ValueError: the file is not a shared library for a supported processor.
+        ResourceError: memory does not hold what the file says.
     """
     loaded = _mapped(_LIBRARY)
     if not loaded:
@@ -111,7 +110,7 @@ def _mapped(path: re.Pattern[str]) -> list[Mapping]:
 
 
 def _holds_function(slot: Slot, library: list[Mapping]) -> bool:
-    """Whether the slot holds the function that it is for, or a stub of its own library to look it up."""
+    """Whether the slot holds the function that it is for, or a stub of its library that looks it up."""
     if not slot.protection & mmap.PROT_READ:
         return False
     stub = any(slot.target in m for m in library if m.protection & mmap.PROT_EXEC)

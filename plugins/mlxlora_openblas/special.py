@@ -1,7 +1,7 @@
 """The Python side of special.c: products with matrices that stand for other operations.
 
-Only where MLX calls the ``cblas_sgemm`` of sgemm.c. None of it has a gradient:
-one that is asked for is NaN.
+They work only while MLX calls the ``cblas_sgemm`` of sgemm.c. None of them has a gradient: asking for
+one gives NaN.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def exp_rows(x: mx.array, queries: int = 0) -> mx.array:
 
     Args:
         x: scores.
-        queries: where rows come in groups of so many, causal ones: the last of a group sees
-            all numbers of its row, the one before all but one, and so on; what a row does
-            not see is 0. With 0 all rows see all.
+        queries: the size of causal groups of rows: the last row of a group sees all numbers of its
+            row, the one before all but one, and so on; what a row does not see becomes 0. With 0, all
+            rows see everything.
     """
     length = x.shape[-1]
     if x.size > MOST or x.size == 0:
@@ -66,7 +66,7 @@ def scaled_exp(x: mx.array, factors: mx.array) -> mx.array:
 
 
 def _changed(kind: int, x: mx.array, factors: mx.array) -> mx.array:
-    """What becomes of the rows ``x``: a product that is added to them stands for it."""
+    """Apply an operation to the rows of ``x``: asked for as a product that is added to them."""
     return mx.addmm(x, factors, _rows_of(kind, x.shape[1])) if x.size else x
 
 
@@ -99,11 +99,11 @@ def normalise_back(x: mx.array, dy: mx.array, eps: float) -> mx.array:
 
 
 def rotation(cosines: mx.array, sines: mx.array) -> Callable[[mx.array], mx.array]:
-    """What turns neighbours in float32 (..., T, E): ``x · cosines`` plus its neighbour times ``sines``.
+    """A function that rotates pairs in float32 (..., T, E): ``x · cosines`` plus neighbor times ``sines``.
 
     Args:
         cosines: float32 (T, E).
-        sines: float32 (T, E), each with its sign.
+        sines: float32 (T, E), with their signs.
     """
     tables = [mx.contiguous(cosines), mx.contiguous(sines)]
     mx.eval(tables)
@@ -118,9 +118,10 @@ def rotation(cosines: mx.array, sines: mx.array) -> Callable[[mx.array], mx.arra
 
 
 def softmax_back(x: mx.array, dy: mx.array) -> mx.array:
-    """Of rows x = exp(scores), and the gradient of their shares over their sums, that of the scores.
+    """The gradient of the scores behind a softmax, ``x (dy - sum(x · dy) / sum(x))`` along the last axis.
 
-    That is ``x (dy - sum(x · dy) / sum(x))`` along the last axis, in the memory of ``dy`` if that is free.
+    Here x is exp(scores), and dy the gradient of the softmax, divided by sum(x). The result takes the
+    memory of ``dy`` if that is free.
     """
     return _in_place(_of_length(_SOFTMAX_BACK, x.shape[-1]), x, dy)
 
@@ -129,7 +130,7 @@ LAYERS = LayerOperations(silu_times, silu_slope, normalise, normalise_back, rota
 
 
 def _in_place(header: mx.array, x: mx.array, y: mx.array) -> mx.array:
-    """What becomes of ``y`` by ``x``, of the same shape: a product that is added to it stands for that."""
+    """Apply an operation to ``y`` with ``x``, of the same shape: asked for as a product that is added."""
     return mx.addmm(y.reshape(-1, 1), x.reshape(-1, 1), header).reshape(y.shape)
 
 
@@ -146,14 +147,14 @@ def _of_length(kind: int, length: int) -> mx.array:
 def packed_product(
     words: mx.array, scales: mx.array, biases: mx.array, *, group_size: int, bits: int
 ) -> PackedProduct | None:
-    """Products of float32 with a packed weight, or None where packed.c cannot.
+    """Float32 products with a packed weight, or None if packed.c does not support it.
 
     Args:
         words: (outputs, inputs · bits / 32), uint32, as :func:`mlx.core.quantize` makes them.
         scales: (outputs, inputs / group_size).
         biases: the same.
         group_size: weights that share a scale.
-        bits: of a weight.
+        bits: per weight.
     """
     if words.ndim != 2 or bits not in _BITS or group_size % 32 or words.dtype != mx.uint32:
         return None
@@ -163,7 +164,7 @@ def packed_product(
     known = scales.dtype in _TYPES and scales.dtype == biases.dtype
     if not fits or not known or outputs < 1 or not 0 < inputs <= _MOST_INPUTS:
         return None
-    # Arrays of their own: whatever becomes of the given ones, these keep the memory.
+    # Copies, whose memory stays whatever happens to the given arrays.
     parts = [mx.contiguous(part) for part in (words, scales, biases)]
     mx.eval(parts)
     places = dict(zip(("words", "scales", "biases"), map(_address, parts), strict=True))
@@ -175,7 +176,7 @@ def packed_product(
 
     def product(x: mx.array, terms: int, matrix: mx.array) -> mx.array:
         y = mx.as_strided(x, (x.size // terms, 1), (1, 1)) @ matrix
-        # The header knows addresses only: until the product is there, the parts have to be.
+        # The header only holds addresses: the parts must live until the product is computed.
         kept: mx.array = mx.depends(y, parts)
         return kept.reshape(*x.shape[:-1], matrix.shape[1])
 
@@ -188,7 +189,7 @@ def _rows(length: int, queries: int) -> mx.array:
 
 
 def _header(kind: int, numbers: int, **fields: float) -> mx.array:
-    """A matrix (1, numbers) that begins with a header, or is its first part."""
+    """A matrix (1, numbers) whose memory begins with a header, which may be longer than the matrix."""
     room = max(numbers, ctypes.sizeof(_Header) // 4)
     memory = mx.array(np.zeros(room, np.float32))
     address = _address(memory)
@@ -201,8 +202,8 @@ def _header(kind: int, numbers: int, **fields: float) -> mx.array:
 
 
 def _address(array: mx.array) -> int:
-    """Where an array that was computed lies in memory."""
-    if array.dtype == mx.bfloat16:  # numpy does not know it
+    """The address of an evaluated array."""
+    if array.dtype == mx.bfloat16:  # numpy lacks it
         array = array.view(mx.uint16)
         mx.eval(array)
     address: int = np.array(array, copy=False).ctypes.data

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mlxlora_core.errors import ResourceError, SafetyError
-from mlxlora_core.files import durable
+from mlxlora_core.files import durable, writable
 from mlxlora_core.files.leftovers import temporary_name
 
 Check = Callable[[Path], None]
@@ -486,7 +486,7 @@ def test_a_folder_that_may_be_written_and_not_read_takes_a_file(tmp_path: Path) 
 # --- what is looked at before long work ---------------------------------------
 
 
-@pytest.mark.parametrize("check", [durable.check_file, durable.check_folder], ids=["file", "folder"])
+@pytest.mark.parametrize("check", [writable.check_file, writable.check_folder], ids=["file", "folder"])
 def test_a_check_leaves_nothing_of_itself_nor_of_one_that_was_killed(tmp_path: Path, check: Check) -> None:
     check(tmp_path / "a" / "b" / "target")
     assert names(tmp_path) == []
@@ -498,11 +498,11 @@ def test_a_check_leaves_nothing_of_itself_nor_of_one_that_was_killed(tmp_path: P
 
 
 def test_a_check_of_a_folder_that_is_there_leaves_it(tmp_path: Path) -> None:
-    durable.check_folder(tmp_path)
+    writable.check_folder(tmp_path)
     assert tmp_path.is_dir() and names(tmp_path) == []
 
 
-@pytest.mark.parametrize("check", [durable.check_file, durable.check_folder], ids=["file", "folder"])
+@pytest.mark.parametrize("check", [writable.check_file, writable.check_folder], ids=["file", "folder"])
 def test_a_check_below_a_file_is_refused_and_leaves_nothing(tmp_path: Path, check: Check) -> None:
     (tmp_path / "mine").touch()
     with pytest.raises(ResourceError, match="cannot be"):

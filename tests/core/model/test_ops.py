@@ -70,6 +70,23 @@ def test_silu_times(scale: float) -> None:
     agree(value_and_gradients(ops.silu_times, gate, up), want)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_silu_times_rounds_half_precision_where_torch_does(dtype: str) -> None:
+    """Computed in half precision throughout, one number in four would differ from torch's."""
+    kind, torch_kind = getattr(mx, dtype), getattr(torch, dtype)
+    ours = [mx.array(normal(70, 80, scale=3.0, seed=seed)).astype(kind) for seed in range(3)]
+    gate, up, dy = (
+        torch.tensor(np.array(x.astype(mx.float32))).to(torch_kind).requires_grad_() for x in ours
+    )
+    value = torch.nn.functional.silu(gate) * up
+    value.backward(dy)
+    [y], gradients = mx.vjp(ops.silu_times, ours[:2], ours[2:])
+    for got, want in zip((y, *gradients), (value, gate.grad, up.grad), strict=True):
+        assert got.dtype == kind and want is not None
+        other = np.array(got.astype(mx.float32)) != want.detach().float().numpy()
+        assert other.mean() < 0.02
+
+
 @pytest.mark.parametrize("scale", [0.1, 1.0, 40.0])
 def test_gelu_times(scale: float) -> None:
     gate, up = normal(4, 30, 20, scale=scale), normal(4, 30, 20, seed=1)
