@@ -17,8 +17,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,10 +212,31 @@ def _order_folders(patch: pytest.MonkeyPatch, backwards: bool) -> None:
     """Let folders list their files by name, or backwards, whatever the disk does."""
     scan, names = os.scandir, os.listdir
 
-    @contextmanager
-    def scandir(*given: Any) -> Iterator[Iterator[os.DirEntry[str]]]:
+    def scandir(*given: Any) -> _Entries:
         with scan(*given) as entries:
-            yield iter(sorted(entries, key=lambda entry: entry.name, reverse=backwards))
+            return _Entries(sorted(entries, key=lambda entry: str(entry.name), reverse=backwards))
 
     patch.setattr(os, "scandir", scandir)
     patch.setattr(os, "listdir", lambda *given: sorted(names(*given), reverse=backwards))
+
+
+class _Entries:
+    """What ``os.scandir`` gives: an iterator that is a context, and can be closed."""
+
+    def __init__(self, entries: Sequence[os.DirEntry[Any]]) -> None:
+        self._left = iter(entries)
+
+    def __iter__(self) -> Iterator[os.DirEntry[Any]]:
+        return self
+
+    def __next__(self) -> os.DirEntry[Any]:
+        return next(self._left)
+
+    def __enter__(self) -> _Entries:
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -259,7 +259,18 @@ def _architecture(component: Component, values: Mapping[str, Any]) -> dict[str, 
         built.eval()
         return built
 
-    return {"model": model} | {name: _missing(name) for name in ("raw", "checkpoint", "sizes", "smooth")}
+    def wide(self: Any) -> tuple[str, ...]:
+        """A family that computes in float32 in place of the narrower of the half types does so on purpose."""
+        kept = {}
+        for name in ("float16", "bfloat16"):
+            built = model(self)
+            built.set_dtype(getattr(mx, name))
+            kept[name] = built.run(built.embed(mx.array([[1, 2]]))).dtype != mx.float32
+        return ("float16",) if kept == {"float16": False, "bfloat16": True} else ()
+
+    return {"model": model, "wide": property(wide)} | {
+        name: _missing(name) for name in ("raw", "checkpoint", "sizes", "smooth")
+    }
 
 
 def _random(model: nn.Module, draw: np.random.Generator) -> Any:

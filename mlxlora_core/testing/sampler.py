@@ -150,7 +150,7 @@ class SamplerSuite:
         assert np.array_equal(np.array(given), before)
 
     def test_extreme_options_leave_a_token(self, values: Mapping[str, Any]) -> None:
-        """So does the least and the most that each option may be, whatever the logits."""
+        """The least and the most that an option may be leave a token, whatever the logits."""
         for name, bound in extremes(self.spec.options):
             try:
                 options = self.options({**values, name: bound})

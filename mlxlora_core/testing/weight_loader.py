@@ -193,7 +193,7 @@ class WeightLoaderSuite:
             assert not canary.exists(), f"{name}: the code ran"
 
     def test_memory_does_not_grow_with_the_model(self, tmp_path: Path) -> None:
-        """A large one takes hardly more than a small one, and has the same order in another process."""
+        """A large checkpoint takes hardly more than a small one; the order is that of another process."""
         small, large = (tmp_path / _made(tmp_path, name) for name in ("small", "large"))
         self.write(small)
         self.write_large(large, self.large_bytes)
