@@ -3,7 +3,7 @@
     python benchmarks/quantized.py [--outputs 11008] [--inputs 4096]
 
 Milliseconds of ``x @ w.T`` and of its gradient ``dy @ w`` in bfloat16, for more
-and more rows. It is what ``CUDA_ROWS`` in ``plugins/mlxlora_affine/linear.py`` was read off.
+and more rows. It is what ``CUDA_ROWS`` in ``plugins/mlxlora_affine/packing.py`` was read off.
 """
 
 from __future__ import annotations
