@@ -81,9 +81,9 @@ Before long work both are said on stderr: what is needed and what can be had. Wh
 refused with exit code 6 before anything is written. The need of memory is an estimate of what the process
 holds at most, with what is loaded, right within a factor of 1.5: resident memory, or addresses where
 `ulimit -v` is what is nearest to its end, or the memory of the GPU. What can be had is the least of what the
-machine, its control groups and `ulimit -v` allow. Where a batch that is only measured or a prompt does not
-fit whole, it is taken in smaller parts. Where there turns out to be too little at work, the process ends
-with one line and 6, and the last checkpoint goes on.
+machine, its control groups and `ulimit -v` allow; of several ranks on one machine, each is promised its part.
+Where a batch that is only measured or a prompt does not fit whole, it is taken in smaller parts. Where there
+turns out to be too little at work, the process ends with one line and 6, and the last checkpoint goes on.
 """
 
 _MEANINGS = {

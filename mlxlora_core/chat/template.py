@@ -10,6 +10,7 @@ from datetime import date as Date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from mlxlora_core.chat.beginnings import KnownBeginnings
 from mlxlora_core.chat.turn_ends import find_turn_ends, find_warning
 from mlxlora_core.chat.turns import Turn, find_turns
 from mlxlora_core.errors import DataError, ModelError
@@ -110,7 +111,7 @@ class ChatTemplate:
             ModelError: it is no template.
             SafetyError: as :meth:`render`.
         """
-        return find_turns(self, messages, tools, self.turn_ends(is_special))
+        return find_turns(self, messages, tools, self.turn_ends(is_special), self._known)
 
     def turn_ends(self, is_special: Callable[[str], bool] | None = None) -> tuple[str, ...]:
         """The texts by which the template ends a turn of the assistant; none where it writes no such token.
@@ -139,6 +140,10 @@ class ChatTemplate:
     @cached_property
     def _ends(self) -> dict[Callable[[str], bool] | None, tuple[str, ...]]:
         return {}
+
+    @cached_property
+    def _known(self) -> KnownBeginnings:
+        return KnownBeginnings()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+from mlxlora_core.chat.beginnings import Beginnings, KnownBeginnings
 from mlxlora_core.chat.places import Place, places
 from mlxlora_core.chat.turn_ends import SHAPE, Messages, Renders
 from mlxlora_core.errors import DataError
@@ -48,22 +49,31 @@ class _Rendering:
         messages: the conversation.
         tools: that the assistant has.
         ends: texts that end a turn.
-        whole: its text.
+        beginnings: of its text.
     """
 
     template: Renders
     messages: Messages
     tools: Sequence[Any]
     ends: tuple[str, ...]
-    whole: str = ""
+    beginnings: Beginnings
     _places: Mapping[int, Place] | None = None
+
+    @property
+    def whole(self) -> str:
+        """Its text."""
+        return self.beginnings.whole
 
     def text(self, count: int, waits: bool) -> str | None:
         """The first messages as text, or None where the template refuses them."""
-        try:
-            return self.template.marked(self.messages[:count], self.tools, waits, ("", ""))
-        except DataError:
-            return None
+
+        def rendered() -> str | None:
+            try:
+                return self.template.marked(self.messages[:count], self.tools, waits, ("", ""))
+            except DataError:
+                return None
+
+        return self.beginnings.text(count, waits, rendered)
 
     def place(self, number: int) -> Place | None:
         """Where the content of a message stands in the whole, if that is certain."""
@@ -81,7 +91,11 @@ def waits(messages: Messages) -> bool:
 
 
 def find_turns(
-    template: Renders, messages: Messages, tools: Sequence[Any], ends: tuple[str, ...]
+    template: Renders,
+    messages: Messages,
+    tools: Sequence[Any],
+    ends: tuple[str, ...],
+    known: KnownBeginnings,
 ) -> list[Turn]:
     """The text of a conversation in turns; see :meth:`mlxlora_core.chat.ChatTemplate.turns`.
 
@@ -90,12 +104,13 @@ def find_turns(
         messages: the conversation.
         tools: that the assistant has.
         ends: texts that end a turn of the assistant.
+        known: what the template has made of conversations before.
 
     Raises:
         DataError: the template refuses the conversation, or it cannot be told which part the assistant says.
     """
-    rendering = _Rendering(template, messages, tools, ends)
-    rendering.whole = template.marked(messages, tools, waits(messages), ("", ""))
+    whole = template.marked(messages, tools, waits(messages), ("", ""))
+    rendering = _Rendering(template, messages, tools, ends, known.of(messages, tools, whole))
     said = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
     spans = _marked_spans(rendering) if said and template.has_generation else []
     marked = len(spans) >= len(said)

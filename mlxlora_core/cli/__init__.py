@@ -39,6 +39,7 @@ def main() -> None:
 def execute(arguments: list[str]) -> int:
     """The exit code of a command line; every failure is one line on stderr."""
     try:
+        signals.let_in()
         from mlxlora_core.cli import verbs
 
         return verbs.execute(arguments)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings
 
 LINE_BYTES = 16 << 20  # of a question in a pipe
+_DUMB = ("dumb", "unknown")  # terminals whose cursor cannot be moved, such as a shell inside an editor
 
 
 class Lines(Protocol):
@@ -45,6 +46,8 @@ def open_lines(history: bool, words: Callable[[], Iterable[str]]) -> Lines:
         words: what Tab completes a line that begins with a slash to.
     """
     if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
+        if os.environ.get("TERM", "").lower() in _DUMB:
+            return PlainLines()
         return TerminalLines(HistoryFile(place_of(os.environ)) if history else None, words)
     return PipedLines()
 
@@ -77,6 +80,27 @@ class PipedLines:
             raise UsageError(f"stdin is not UTF-8: {fault}") from fault
 
 
+class PlainLines(PipedLines):
+    """Lines of a terminal that can do no more than show text."""
+
+    is_terminal = True
+
+    def read(self, prompt: str) -> str:
+        """The next line, of which the terminal has seen to what was typed wrong."""
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+        before = signal.getsignal(signal.SIGINT)
+        if before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return super().read(prompt)
+        except (KeyboardInterrupt, EOFError):
+            show.progress("")
+            raise
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
 class TerminalLines:
     """Lines that are edited on the terminal of stderr, with those of before.
 
@@ -100,14 +124,21 @@ class TerminalLines:
             key_bindings=_keys(),
             completer=_completer(words),
             complete_while_typing=False,
+            enable_suspend=True,
         )
 
     def read(self, prompt: str) -> str:
-        """A line, or several that were pasted or joined by Alt-Enter."""
+        """A line, or several that were pasted or joined by Alt-Enter.
+
+        Raises:
+            UsageError: the terminal sends another encoding.
+        """
         with deferred() as pending:
             text = self._session.prompt(prompt, pre_run=self._watch)
         if pending.signum not in (None, signal.SIGINT):
             raise Interrupted(pending.signum)
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UsageError("what was typed is not UTF-8", fix="set the terminal and its locale to UTF-8")
         if text.strip() and self._file is not None:
             try:
                 self._file.add(text)

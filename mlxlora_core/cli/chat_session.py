@@ -160,6 +160,9 @@ class Session:
             pending.signum = None
             try:
                 line = lines.read(self._prompt()).strip()
+                if line == "/quit":
+                    return
+                self._take(line, pending)
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -168,10 +171,6 @@ class Session:
                 stopped = True
                 show.progress("Ctrl-C again, or Ctrl-D, ends")
                 continue
-            if line == "/quit":
-                return
-            try:
-                self._take(line, pending)
             except MlxloraError as fault:
                 if not lines.is_terminal:
                     raise

@@ -28,7 +28,7 @@ class Checked:
             and ``heavy``, the heavy modules that its import brings.
         checks: one a thing that was tried: ``plugin``, ``component``, ``kind``, ``test``, ``tried``,
             ``suite``, ``result`` of :data:`RESULTS`, ``times`` and ``failures`` of those that were tried,
-            ``got``, ``want``, ``where`` and ``why``.
+            ``got``, ``want``, ``where``, ``why`` and ``missing``, what a suite does not say.
     """
 
     plugins: list[dict[str, Any]]
@@ -114,7 +114,20 @@ def _gathered(targets: Sequence[Target], found: Iterable[Finding]) -> Checked:
     return Checked(list(plugins.values()), list(checks.values()))
 
 
-_TOLD = ("plugin", "component", "kind", "suite", "test", "tried", "result", "got", "want", "where", "why")
+_TOLD = (
+    "plugin",
+    "component",
+    "kind",
+    "suite",
+    "test",
+    "tried",
+    "result",
+    "got",
+    "want",
+    "where",
+    "why",
+    "missing",
+)
 
 
 def _worse(known: dict[str, Any] | None, one: Finding) -> dict[str, Any]:

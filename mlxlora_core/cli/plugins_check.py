@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -18,6 +17,7 @@ from mlxlora_core.cli.session import DEBUG_OPTION, JSON_OPTION, Verb
 from mlxlora_core.errors import PluginError, UsageError, one_line
 from mlxlora_core.plugins.targets import find_targets
 
+_DEFINE = "define \0"
 SECONDS = 60.0  # that a case may take
 
 
@@ -65,8 +65,7 @@ def _show(checked: Checked) -> None:
         named = one_line(f"{plugin['name']} ({plugin['distribution']} {plugin['version']})")
         show.result(f"{named}: {' '.join(plugin['components']) or 'no component'}{import_told}")
     rows = [(_whose(one), one["tried"], _result(one)) for one in checked.checks if not one["why"]]
-    why = Counter((_whose(one), f"{one['result']}: {one['why']}") for one in checked.checks if one["why"])
-    rows += [(whose, f"{count} more of its kind", said) for (whose, said), count in why.items()]
+    rows += _untried(checked.checks)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     show.table(("component", "tried", "result"), rows, width)
     for one in checked.checks:
@@ -77,7 +76,19 @@ def _show(checked: Checked) -> None:
                     show.result(f"  {title:<6}{one_line(one[title])}")
 
 
-def _whose(one: dict[str, Any]) -> str:
+def _untried(checks: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """The rows about what was not tried: one a reason, and one for all that is to be defined."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for one in checks:
+        if one["why"]:
+            why = one["why"].replace(f"define {one['missing']}", _DEFINE, 1) if one["missing"] else one["why"]
+            grouped.setdefault((_whose(one), f"{one['result']}: {why}"), []).append(one["missing"])
+    for (whose, said), missing in grouped.items():
+        names = ", ".join(dict.fromkeys(missing))
+        yield whose, f"{len(missing)} more of its kind", said.replace(_DEFINE, f"define {names}", 1)
+
+
+def _whose(one: Mapping[str, Any]) -> str:
     """What a check is about: a component or a plugin, or a test file that was not read."""
     return f"{one['kind']} {one['component']}" if one["component"] else str(one["plugin"])
 

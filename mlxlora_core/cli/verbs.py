@@ -98,6 +98,8 @@ def execute(arguments: list[str]) -> int:
     except click.Abort as fault:  # click's word for it
         raise KeyboardInterrupt from fault
     except BaseException as fault:
+        if isinstance(fault.__cause__, Interrupted):  # Python 3.11 hides what comes where a class is made
+            raise fault.__cause__ from None
         if debug and not isinstance(fault, click.UsageError):
             sys.stderr.write("".join(traceback.format_exception(fault)))
         return _tell(fault)

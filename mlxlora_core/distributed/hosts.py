@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import random
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -18,6 +19,8 @@ PORT = 32323  # the first that a ring takes between machines, as by mlx.launch
 _FIRST_LOCAL_PORT, _LAST_LOCAL_PORT = 20_000, 32_000  # below those that systems give out by themselves
 _MOST_BYTES = 1 << 20
 _LOOPBACK = "127.0.0.1"
+_VARIABLE = re.compile(r"[A-Za-z_]\w*=[^\0\ud800-\udfff]*", re.ASCII).fullmatch
+_NAME = re.compile(r"[^-\s\0\ud800-\udfff][^\s\0\ud800-\udfff]*").fullmatch  # that ssh takes for no option
 _EXAMPLE = 'such as [{"ssh": "mac1.local", "ips": ["10.0.0.1"]}, {"ssh": "mac2.local", "ips": ["10.0.0.2"]}]'
 
 
@@ -85,7 +88,7 @@ def read_hosts(path: Path) -> Hosts:
     hosts, envs = whole.get("hosts"), whole.get("envs", [])
     if not isinstance(hosts, list) or not hosts:
         raise UsageError("holds no list of machines", where=path, fix=_EXAMPLE)
-    if not (isinstance(envs, list) and all(isinstance(each, str) and "=" in each for each in envs)):
+    if not (isinstance(envs, list) and all(isinstance(each, str) and _VARIABLE(each) for each in envs)):
         raise UsageError("envs is no list of texts NAME=VALUE", where=path)
     ranks = [_host(host, f"{path}: machine {number}") for number, host in enumerate(hosts, 1)]
     for number, host in enumerate(ranks[1:], 2):
@@ -102,7 +105,7 @@ def read_hosts(path: Path) -> Hosts:
 def _host(value: Any, where: str) -> Host:
     """One machine of a file, which may name it by an address alone."""
     name = value.get("ssh") if isinstance(value, dict) else None
-    if not isinstance(name, str) or not name or name.startswith("-"):
+    if not isinstance(name, str) or not _NAME(name):
         raise UsageError("has no name for ssh", where=where, fix=_EXAMPLE)
     addresses = value.get("ips") or [name]
     if not isinstance(addresses, list) or not all(map(_is_address, addresses)):

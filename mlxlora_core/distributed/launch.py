@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from mlxlora_core.distributed import environment
@@ -58,12 +58,17 @@ def launch(hosts: Hosts, arguments: Sequence[str], *, debug: bool = False) -> in
         ring = hosts.ring()
         hostfile = Path(folder) / "hosts.json"
         durable.write_json(hostfile, ring)
-        with _ended() as ranks, signals.forwarded(lambda signum: _pass_on(ranks, signum)):
-            for number, host in enumerate(hosts.ranks):
-                command, variables = _command(number, hosts, ring, hostfile, arguments)
-                ranks.append(_Rank(number, host, command, variables, debug=debug))
+        passed: list[int] = []
+        with _ended() as ranks, signals.forwarded(lambda signum: _pass_on(ranks, signum, passed)):
+            here = [host.is_here for host in hosts.ranks]
+            for local in (True, False):
+                # A signal that comes meanwhile goes to all that are here, as soon as they are ready for it.
+                with signals.kept_back() if local else nullcontext():
+                    for number in (number for number, is_here in enumerate(here) if is_here is local):
+                        command, variables = _command(number, hosts, ring, hostfile, arguments)
+                        ranks.append(_Rank(number, hosts.ranks[number], command, variables, debug=debug))
             _wait(ranks)
-        return _result(ranks)
+        return _result(ranks, passed)
 
 
 class _Rank:
@@ -165,8 +170,9 @@ def _ended() -> Iterator[list[_Rank]]:
             rank.process.wait()
 
 
-def _pass_on(ranks: Sequence[_Rank], signum: int) -> None:
+def _pass_on(ranks: Sequence[_Rank], signum: int, passed: list[int]) -> None:
     """Give a signal to the ranks here, which agree with the others on the step that they end at."""
+    passed.append(signum)
     for rank in ranks:
         if rank.host.is_here:
             rank.signal(signum)
@@ -188,13 +194,22 @@ def _wait(ranks: Sequence[_Rank]) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
-def _result(ranks: Sequence[_Rank]) -> int:
+def _result(ranks: Sequence[_Rank], passed: Sequence[int]) -> int:
     """The exit code of rank 0, and what others have said that it cannot know.
+
+    Args:
+        ranks: that have ended.
+        passed: the signals that were passed on to them.
 
     Raises:
         RankError: it did not end by itself.
+        Interrupted: it was ended by the one signal that was passed on, without a word.
     """
     code: int = ranks[0].process.returncode
+    if passed and any(rank.process.returncode in (-passed[0], 128 + passed[0]) for rank in ranks):
+        if code < 0 and len(passed) == 1:
+            raise signals.Interrupted(passed[0])
+        return 128 + passed[0]
     if code >= 0 and code != ExitCode.RANK:
         return code
     # Those that have failed for a reason of their own, before they could tell it to the others.

@@ -16,6 +16,7 @@ from functools import cache
 from mlxlora_core.distributed import environment
 from mlxlora_core.distributed.meeting import Ranks, go, listening, receive
 from mlxlora_core.errors import ExitCode, RankError, bounded
+from mlxlora_core.machine.signals import undeferred
 
 #: for which MLX may take to join ranks that are there
 JOIN_SECONDS = 20.0
@@ -38,7 +39,7 @@ if not select.select([0], [], [], seconds)[0] and os.getppid() == parent:
 def joining() -> Iterator[None]:
     """Meet the other ranks, and then do the block, in which MLX joins them.
 
-    Where MLX does not come back, the process is ended from outside, with a line.
+    Where MLX does not come back, the process is ended from outside, with a line. A signal ends it at once.
 
     Raises:
         RankError: one of them has not come in time, or MLX cannot join them.
@@ -51,7 +52,8 @@ def joining() -> Iterator[None]:
     command = [sys.executable, "-I", "-S", "-c", _GUARD, *arguments]
     with _ended_by_signal(), subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0):
         try:
-            yield
+            with undeferred():
+                yield
         except (RuntimeError, ValueError) as fault:
             cannot = RankError(f"the ranks cannot join: {fault}", fix=_FIX)
             if met is not None:

@@ -50,13 +50,16 @@ def flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+_FIXES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space")
+_FIXES[errno.EFBIG] = "raise ulimit -f, or name a place on another file system"
+
+
 @contextmanager
 def disk_faults(path: Path, verb: str = "written") -> Iterator[None]:
     """Turn what the operating system says about reading or writing into one clear line."""
     try:
         yield
     except OSError as fault:
-        full = fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         said = f"cannot be {verb}: {fault.strerror or fault}"
-        fix = "free some space" if full else f"name a place that can be {verb}"
+        fix = _FIXES.get(fault.errno or 0, f"name a place that can be {verb}")
         raise too_long(fault, path) or ResourceError(said, where=path, fix=fix) from fault

@@ -125,6 +125,38 @@ def forwarded(pass_on: Callable[[int], None]) -> Iterator[None]:
         _put(before)
 
 
+@contextmanager
+def kept_back() -> Iterator[None]:
+    """Let signals wait until the block ends, and in processes that it starts for :func:`let_in`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def let_in() -> None:
+    """Take the signals that were kept back from this process until it is ready for them."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+
+
+@contextmanager
+def undeferred() -> Iterator[None]:
+    """Let a signal end the process at once: where no Python runs, no other handler would be called.
+
+    In another thread than the main one nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = _handlers()
+    uninstall()
+    try:
+        yield
+    finally:
+        _put(before)
+
+
 def changes() -> int:
     """How often handlers were changed here; other changes are not ours."""
     return _changes

@@ -118,12 +118,21 @@ def _explained(here: LazyTensor, there: LazyTensor, *, shifted: bool) -> tuple[f
 def _explained_by_bits(here: PackedTensor | None, there: PackedTensor) -> tuple[float, str]:
     """By how much a weight may be off that is packed."""
     if here is not None and here.quantizer == there.quantizer:
-        if here.options == there.options:
+        anew = _is_around_0(there) and not _is_around_0(here)
+        if here.options == there.options and not anew:
             types = [{n: part.dtype for n, part in weight.parts.items()} for weight in (here, there)]
             return (0.0, "") if types[0] == types[1] else (_SCALES, "other types of its parts")
         if _bits(here) <= _bits(there) < _AROUND_0:
             return _SCALES, f"{_bits(there)} bits for {_bits(here)}"
     return 4 * 2.0 ** -_bits(there), f"{_bits(there)} bits a weight"
+
+
+def _is_around_0(weight: PackedTensor) -> bool:
+    """Whether the integers of a weight count from 0 up and down: what they share has no offset of its own."""
+    if _bits(weight) < _AROUND_0 or not weight.parts.keys() >= {"scales", "biases"}:
+        return False
+    scales, biases = (weight.parts[part].read().astype(mx.float32) for part in ("scales", "biases"))
+    return bool(mx.array_equal(biases, -(2.0 ** (_bits(weight) - 1)) * scales).item())
 
 
 def _bits(weight: PackedTensor) -> int:

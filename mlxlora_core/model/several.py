@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -342,5 +341,5 @@ def _module(place: _Place, state: _State) -> nn.Module:
 
 def _is_number(share: Any) -> bool:
     """Whether it is a number that float32 holds."""
-    plain = isinstance(share, int | float) and not isinstance(share, bool) and math.isfinite(share)
+    plain = isinstance(share, int | float) and not isinstance(share, bool)
     return plain and (share == 0 or 1e-37 <= abs(share) <= 1e38)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -265,6 +266,14 @@ def transform_of(component: Component, options: Any, tokenizer: Tokenizer | None
     return check_call(component, "build", given, "logits", "tokens")
 
 
+def as_float(number: Real | float) -> float:
+    """A number as a float; infinity for a whole number beyond all of them."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
+
+
 def checked_score(component: Component, score: Any) -> float:
     """``score``, which an evaluator has given.
 
@@ -273,7 +282,7 @@ def checked_score(component: Component, score: Any) -> float:
     """
     if not isinstance(score, Real):
         raise component.breach("score", type(score).__name__, "a number from 0 to 1")
-    number = float(score)
+    number = as_float(score)
     if not 0 <= number <= 1:  # nor one that is not finite
         raise component.breach("score", repr(number), "a number from 0 to 1")
     return number

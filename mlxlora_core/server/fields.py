@@ -62,7 +62,8 @@ _SHARED = {
 #: of ``/v1/chat/completions``
 CHAT_FIELDS: Mapping[str, Field] = {
     "messages": Field(
-        SERVED, "text of system, developer (as system), user and assistant, in the model's template"
+        SERVED,
+        "up to 1024; text of system, developer (as system), user and assistant, in the model's template",
     ),
     **_SHARED,
     "max_completion_tokens": Field(SERVED, "`--max-tokens` of the server where it is not given"),

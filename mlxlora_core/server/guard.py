@@ -91,7 +91,7 @@ class Guard:
                 421, f"this server is not {host!r}: it answers to localhost", code="wrong_host"
             )
         if "transfer-encoding" in headers and "content-length" in headers:
-            # A proxy in front may go by the other one, and take part of the body for a request (RFC 9112).
+            # A proxy that goes by the other one takes a part of the body for a request (RFC 9112, 6.1).
             both = "a request says its length twice, by Content-Length and by Transfer-Encoding"
             return ProtocolError(400, both, code="ambiguous_length", headers={"Connection": "close"})
         origin = headers.get("origin")

@@ -14,6 +14,7 @@ from mlxlora_core.server.values import Values
 from mlxlora_core.serving.engine import MOST_LOGPROBS
 
 MOST_CHOICES = 16
+MOST_MESSAGES = 1024  # the beginnings of a conversation are rendered one by one, and others wait for it
 MOST_STOPS = 16
 MOST_BIASES = 1024
 COMPLETION_TOKENS = 16  # where a request for a completion says nothing: as the protocol has it
@@ -214,6 +215,8 @@ def _messages(value: Any) -> tuple[Mapping[str, str], ...]:
     """Messages of role and text."""
     if not isinstance(value, list) or not value:
         raise bad_value("messages", "must be a list of messages, one at least")
+    if len(value) > MOST_MESSAGES:
+        raise bad_value("messages", f"has {len(value)} messages, wanted up to {MOST_MESSAGES}")
     return tuple(_message(each, f"messages[{place}]") for place, each in enumerate(value))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -23,64 +23,18 @@ from mlx.utils import tree_flatten, tree_map
 from mlxlora_core.errors import UsageError
 from mlxlora_core.model.adapters import adapter_parameters, trainable
 from mlxlora_core.model.linears import (
-    QuantizedEmbedding,
-    QuantizedLinear,
     StackedLinear,
     dense_weight,
     linear_shape,
     weight_shape,
 )
-from mlxlora_core.options import NoOptions, parse, plain
+from mlxlora_core.options import parse, plain
 from mlxlora_core.specs import Adapter
-from mlxlora_core.testing.stand_in import ROUNDING, ROUNDING_ROWS, choice
+from mlxlora_core.testing.wrapped import EMBEDDINGS, INPUTS, LINEARS, OUTPUTS, WORDS, dense
 from mlxlora_core.values import Place
 
-OUTPUTS, INPUTS, ROWS, WORDS = 32, 64, 10, 50
+ROWS = 10
 ODD_SHAPES = ((1, 64), (64, 1), (33, 7), (129, 65))
-
-
-def _dense(bias: bool = False, dtype: mx.Dtype = mx.float32) -> nn.Linear:
-    linear = nn.Linear(INPUTS, OUTPUTS, bias=bias)
-    linear.set_dtype(dtype)
-    return linear
-
-
-def _rounded() -> nn.Module:
-    weight = _dense().weight
-    parts = ROUNDING.quantize(weight, NoOptions())
-    assert parts is not None
-    return QuantizedLinear(choice("quantizer", ROUNDING, NoOptions()), parts, weight.shape)
-
-
-#: what an adapter may be asked to wrap
-LINEARS: Mapping[str, Callable[[], nn.Module]] = {
-    "dense": _dense,
-    "dense with bias": lambda: _dense(bias=True),
-    "dense float16": lambda: _dense(dtype=mx.float16),
-    "4 bits of MLX": lambda: nn.QuantizedLinear.from_linear(_dense(), 32, 4),
-    "3 bits of MLX with bias": lambda: nn.QuantizedLinear.from_linear(_dense(bias=True), 64, 3),
-    "of a quantizer": _rounded,
-}
-
-
-def _embedding(dtype: mx.Dtype = mx.float32) -> nn.Embedding:
-    embedding = nn.Embedding(WORDS, INPUTS)
-    embedding.set_dtype(dtype)
-    return embedding
-
-
-def _rounded_embedding() -> nn.Module:
-    weight = _embedding().weight
-    parts = ROUNDING_ROWS.quantize(weight, NoOptions())
-    assert parts is not None
-    return QuantizedEmbedding(choice("quantizer", ROUNDING_ROWS, NoOptions()), parts, weight.shape)
-
-
-EMBEDDINGS: Mapping[str, Callable[[], nn.Module]] = {
-    "dense": _embedding,
-    "dense float16": lambda: _embedding(mx.float16),
-    "of a quantizer": _rounded_embedding,
-}
 
 
 class AdapterSuite:
@@ -196,6 +150,43 @@ class AdapterSuite:
         assert got.dtype == want.dtype
         assert _apart(got, want) <= 1e-6
 
+    def test_the_same_seed_gives_the_same_start(self, options: Any) -> None:
+        """What is drawn at random is drawn by MLX's seed, which mlxlora sets."""
+        linear = dense()
+        one, two = (adapter_parameters(self.wrapped(linear, options)) for _ in range(2))
+        assert [name for name in one if not mx.array_equal(one[name], two[name])] == []
+
+    def test_option_sets_differ(self) -> None:
+        """No two sets of options give the same adapter: each option does something."""
+        seen: dict[str, Any] = {}
+        for values in self.option_sets:
+            does = self._does(parse(self.spec.options, values, owner=self.spec.name))
+            same = next((other for other, told in seen.items() if told == does), None)
+            assert same is None, f"{dict(values)} does what {same} does"
+            seen[str(dict(values))] = does
+
+    def _does(self, options: Any) -> Any:
+        """All that can be told of an adapter with some options."""
+        mx.random.seed(0)
+        module = self.trained(dense(), options)
+        x = mx.random.normal((ROWS, INPUTS), key=mx.random.key(2))
+        told = [
+            module(x),
+            self.spec.fuse(module, dense_weight(module.linear)),
+            *adapter_parameters(module).values(),
+        ]
+        rates = self.spec.learning_rates(options) if self.spec.learning_rates is not None else None
+        return [tensor.tolist() for tensor in told], rates
+
+    def test_what_it_is_given_is_left_as_it_was(self, linear: nn.Module, options: Any) -> None:
+        """Neither the inputs nor the weight that is fused changes: both are used again."""
+        module = self.trained(linear, options)
+        x, weight = _inputs(linear), dense_weight(linear).astype(mx.float32)
+        before = mx.array(x), mx.array(weight)
+        mx.eval(before, module(x), self.spec.fuse(module, weight))
+        assert mx.array_equal(x, before[0]), "the inputs have changed"
+        assert mx.array_equal(weight, before[1]), "the weight has changed"
+
     def test_keeps_the_linear_frozen(self, linear: nn.Module, options: Any) -> None:
         """The linear is the child ``linear``, frozen; everything else trains, or is said to be frozen."""
         module = self.wrapped(linear, options)
@@ -302,7 +293,7 @@ class AdapterSuite:
         if self.spec.learning_rates is None:
             pytest.skip("this adapter has one learning rate")
         factors = self.spec.learning_rates(options)
-        assert factors.keys() <= trainable(self.wrapped(_dense(), options)).keys()
+        assert factors.keys() <= trainable(self.wrapped(dense(), options)).keys()
         assert all(math.isfinite(factor) and factor > 0 for factor in factors.values())
 
     def test_embeddings_start_as_they_are(self, embedding: nn.Module, options: Any) -> None:

@@ -13,9 +13,7 @@ Subclass :class:`ArchitectureSuite` in a test file and run it with pytest::
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,23 +24,19 @@ import pytest
 from mlx.utils import tree_unflatten
 
 from mlxlora_core.errors import ModelError
-from mlxlora_core.model.architectures import folder_args
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.linears import linear_shape, linears, parameters
 from mlxlora_core.model.ops import LARGE
-from mlxlora_core.options import explain, plain
 from mlxlora_core.specs import Architecture
+from mlxlora_core.testing.arguments import ArgumentTests
 from mlxlora_core.testing.forward import OnlyForward, gradients_of, in_parts, loss_of
 from mlxlora_core.testing.layouts import LayoutTests
 from mlxlora_core.testing.packing import PackingTests
 from mlxlora_core.testing.ragged import RaggedTests
 from mlxlora_core.values import LazyTensor
 
-#: what a whole number in a config may be instead
-IMPOSSIBLE = (10**18, 2.5, "7", True, [3], float("nan"))
 
-
-class ArchitectureSuite(LayoutTests, PackingTests, RaggedTests):
+class ArchitectureSuite(LayoutTests, ArgumentTests, PackingTests, RaggedTests):
     """What every architecture must do.
 
     The model is filled with random float32 weights; keep it tiny. Subclass the suite once for each form
@@ -59,6 +53,7 @@ class ArchitectureSuite(LayoutTests, PackingTests, RaggedTests):
         unused: names of those that the model has no use for.
         sizes: keys of ``raw`` that are whole numbers of at least 1.
         tokens: T of the sequences that are tried.
+        wide: types of weights with which the layers compute in float32, since they would overflow.
         smooth: whether a small change of the weights changes the loss by little. It
             jumps where a mixture chooses other experts, so that no slope is measured.
         tolerance: how far two ways to compute the same logits may lie apart.
@@ -71,6 +66,7 @@ class ArchitectureSuite(LayoutTests, PackingTests, RaggedTests):
     unused: frozenset[str] = frozenset()
     sizes: tuple[str, ...]
     tokens = 13
+    wide: Sequence[str] = ()
     smooth = True
     tolerance = 1e-4
 
@@ -219,6 +215,18 @@ class ArchitectureSuite(LayoutTests, PackingTests, RaggedTests):
             pytest.skip("the suite gives no reference")
         self.same(model(ids), mx.array(np.asarray(want, np.float32)))
 
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_half_precision_stays(self, dtype: str) -> None:
+        """With half-precision weights the layers compute in their type, near what float32 gives."""
+        model = self.model()
+        ids = self.ids(model)
+        want = model(ids)
+        model.set_dtype(getattr(mx, dtype))
+        hidden = model.run(model.embed(ids))
+        assert hidden.dtype == (mx.float32 if dtype in self.wide else getattr(mx, dtype))
+        far = float(mx.abs(model(ids).astype(mx.float32) - want).max() / mx.abs(want).max())
+        assert not self.smooth or far <= 0.25, f"{far} apart"
+
     # --- at the sizes of a model in use: other ways of computing are taken there ---
 
     def test_large_logits_and_gradients_are_finite(self) -> None:
@@ -352,49 +360,3 @@ class ArchitectureSuite(LayoutTests, PackingTests, RaggedTests):
         model = self.spec.build(args)
         rise = mx.get_peak_memory() - before
         assert rise < sum(p.nbytes for p in parameters(model).values()) / 2
-
-    # --- its arguments ---
-
-    def test_args_are_read_back(self) -> None:
-        """What config.json holds gives the same arguments, and no key that they do not have is let pass."""
-        args = self.read(self.raw)
-        assert isinstance(args, self.spec.args)
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(args, dataclasses.fields(args)[0].name, None)
-        written = json.loads(json.dumps(plain(args)))
-        assert folder_args(self.spec, written) == args
-        without_nulls = {key: value for key, value in written.items() if value is not None}
-        assert folder_args(self.spec, without_nulls) == args
-        cores_own = {"model_type": self.spec.model_types[0], "quantization": {}, "tokenizer_files": ["a"]}
-        assert folder_args(self.spec, {**cores_own, **written}) == args
-        with pytest.raises(ModelError, match="no_such_key"):
-            folder_args(self.spec, {**written, "no_such_key": 1})
-
-    def test_every_number_is_bounded(self) -> None:
-        """A whole number in config.json is one, and not so large that building it would never end."""
-        written = plain(self.read(self.raw))
-        for option in explain(self.spec.args):
-            if option.type_name.startswith("integer"):
-                for value in IMPOSSIBLE:
-                    with pytest.raises(ModelError, match=option.name):
-                        folder_args(self.spec, {**written, option.name: value})
-
-    def test_impossible_sizes_are_refused(self) -> None:
-        """A size of a foreign config that makes no sense is an error that names it, whatever it is."""
-        for key in self.sizes:
-            for value in (0, *IMPOSSIBLE):
-                with pytest.raises(ModelError, match=key):
-                    self.read({**self.raw, key: value})
-
-    def test_all_faults_are_told_at_once(self) -> None:
-        """Every impossible size is named in one error."""
-        with pytest.raises(ModelError) as fault:
-            self.read({**self.raw, **dict.fromkeys(self.sizes, "x")})
-        assert [key for key in self.sizes if key not in str(fault.value)] == []
-
-    def test_knows_its_own_configs_alone(self) -> None:
-        """The config of something else is not taken for its own."""
-        for raw in ({}, {"architectures": ["Other"]}, {"model_type": "no-such-type"}):
-            assert self.reader().read(raw, {}) is None
-            assert self.reader().read(raw, self.checkpoint) is None
-        assert all(self.spec.model_types)

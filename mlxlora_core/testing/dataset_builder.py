@@ -17,13 +17,13 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlxlora_core.errors import DataError, one_line
+from mlxlora_core.errors import DataError, MlxloraError, one_line
 from mlxlora_core.files.data_path import SPLITS
 from mlxlora_core.files.row_shapes import check_content
 from mlxlora_core.machine.children import safe_python
@@ -116,7 +116,7 @@ class DatasetBuilderSuite:
         written = [self._written(values, tmp_path / name) for name in ("first", "second")]
         assert written[0] == written[1]
 
-    @pytest.mark.parametrize("hash_seed", ["1", "2"])
+    @pytest.mark.parametrize("hash_seed", ["1", "2", "3", "4"])
     def test_another_process_builds_the_same(self, tmp_path: Path, hash_seed: str) -> None:
         """Nothing hangs on the order of a set, an address or the working folder."""
         values = self.sources(tmp_path)
@@ -134,6 +134,37 @@ class DatasetBuilderSuite:
         )
         assert done.returncode == 0, done.stderr
         assert pickle.loads(out.read_bytes()) == self.build(values)
+
+    def test_rows_do_not_hang_on_the_order_of_the_disk(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A folder that lists its files in another order, as one on another disk does, gives the same."""
+        values = self.sources(tmp_path)
+        built = []
+        for backwards in (False, True):
+            with monkeypatch.context() as patch:
+                _order_folders(patch, backwards)
+                built.append(self.build(values))
+        assert built[0].rows == built[1].rows
+
+    def test_sources_are_left_alone(self, tmp_path: Path) -> None:
+        """Building changes no file and adds none."""
+        values = self.sources(tmp_path)
+        before = _contents(tmp_path)
+        self.build(values)
+        dict(self.spec.inputs(self.options(values)))
+        assert _contents(tmp_path) == before
+
+    def test_a_source_that_is_not_there_is_an_error(self, tmp_path: Path) -> None:
+        """A path that leads nowhere is one line, before anything is built."""
+        values, absent = self.sources(tmp_path), str(tmp_path / "absent")
+        paths = [o.name for o in explain(self.spec.options) if "path" in o.type_name and o.name in values]
+        for name in paths:
+            several = isinstance(values[name], list | tuple)
+            options = self.options({**values, name: [absent] if several else absent})
+            for call in (self.spec.build, self.spec.inputs):
+                with pytest.raises(MlxloraError):
+                    call(options)
 
     def test_prints_nothing_and_stays_in_place(
         self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -169,3 +200,43 @@ class DatasetBuilderSuite:
     def _written(self, values: Mapping[str, Any], folder: Path) -> dict[str, bytes]:
         write_dataset(self.build(values), folder, SplitConfig(), {"builder": self.spec.name})
         return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    """File -> its bytes, but for what Python keeps of modules that it has imported."""
+    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def _order_folders(patch: pytest.MonkeyPatch, backwards: bool) -> None:
+    """Let folders list their files by name, or backwards, whatever the disk does."""
+    scan, names = os.scandir, os.listdir
+
+    def scandir(*given: Any) -> _Entries:
+        with scan(*given) as entries:
+            return _Entries(sorted(entries, key=lambda entry: str(entry.name), reverse=backwards))
+
+    patch.setattr(os, "scandir", scandir)
+    patch.setattr(os, "listdir", lambda *given: sorted(names(*given), reverse=backwards))
+
+
+class _Entries:
+    """What ``os.scandir`` gives: an iterator that is a context, and can be closed."""
+
+    def __init__(self, entries: Sequence[os.DirEntry[Any]]) -> None:
+        self._left = iter(entries)
+
+    def __iter__(self) -> Iterator[os.DirEntry[Any]]:
+        return self
+
+    def __next__(self) -> os.DirEntry[Any]:
+        return next(self._left)
+
+    def __enter__(self) -> _Entries:
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +63,7 @@ def guessed_suite(component: Component) -> type[Any]:
     spec = component.spec
     members: dict[str, Any] = {"spec": spec, "option_sets": (_values(spec.options),)}
     guess = _GUESSES.get(component.kind)
-    members |= guess(spec, members["option_sets"][0]) if guess else {}
+    members |= guess(component, members["option_sets"][0]) if guess else {}
     return type(f"Test {component.kind} {spec.name}", (suite_of(component.kind),), members)
 
 
@@ -84,8 +87,9 @@ def _value(option: Option, rules: Mapping[str, Any]) -> Any:
 # --- kind by kind -------------------------------------------------------------
 
 
-def _adapter(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+def _adapter(component: Component, values: Mapping[str, Any]) -> dict[str, Any]:
     """Whether it goes on embeddings, and what of it does not train, by trying."""
+    spec = component.spec
     options = parse(spec.options, values, owner=spec.name)
 
     def frozen(module: nn.Module | None) -> set[str]:
@@ -100,7 +104,7 @@ def _adapter(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
 
 
-def _quantizer(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+def _quantizer(component: Component, values: Mapping[str, Any]) -> dict[str, Any]:
     """No weight may be further off than the largest one of its row: it could as well be forgotten."""
 
     def error_bound(self: Any, weight: np.ndarray, parts: Any, options: Any) -> np.ndarray:
@@ -110,8 +114,9 @@ def _quantizer(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"error_bound": error_bound}
 
 
-def _builder(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+def _builder(component: Component, values: Mapping[str, Any]) -> dict[str, Any]:
     """Files of many kinds, for the option that is a path."""
+    spec = component.spec
     paths = [option.name for option in explain(spec.options) if "path" in option.type_name]
 
     def options(folder: Path) -> dict[str, Any]:
@@ -161,21 +166,84 @@ def write_samples(folder: Path) -> None:
         (folder / f"sample{ending}").write_text(text, encoding="utf-8")
 
 
-def _tokenizer(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The files of the tokenizer of the fixtures, where it opens those."""
+def _loader(component: Component, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The sample that it ships with, or what an exporter writes that it opens, one of its plugin first."""
+    spec = component.spec
+
+    def write(self: Any, folder: Path) -> Mapping[str, mx.array]:
+        sample = _sample(component)
+        if sample is not None:
+            shutil.copytree(sample, folder, dirs_exist_ok=True)
+            tensors = spec.open(self.path(folder), spec.options()).tensors
+            return {name: tensor.read() for name, tensor in tensors.items()}
+        exporters = load_plugins().of("exporter")
+        for exporter in sorted(exporters, key=lambda one: one.plugin.name != component.plugin.name):
+            written = _exported(exporter, spec, folder)
+            if written is not None:
+                return written
+        raise NotImplementedError("write")
+
+    def path(self: Any, folder: Path) -> Path:
+        files = list(folder.iterdir()) if folder.is_dir() else []
+        return files[0] if len(files) == 1 and spec.detect(files[0]) else folder
+
+    def parts(self: Any) -> None:
+        """Without any one of its files, a checkpoint is refused."""
+        raise NotImplementedError("write")  # an exporter may write some that do no harm
+
+    return {"write": write, "path": path, "test_missing_part_is_an_error": parts}
+
+
+def _exported(exporter: Component, loader: Any, folder: Path) -> dict[str, mx.array] | None:
+    """The tensors of a small model that was exported into a folder, if the loader knows it by these names."""
+    if exporter.spec.takes != "model":
+        return None
+    suite = guessed_suite(exporter)()
+    options = parse(exporter.spec.options, suite.option_sets[0], owner=exporter.spec.name)
+    with tempfile.TemporaryDirectory() as room:
+        (Path(room) / "source").mkdir()
+        try:
+            source = suite.source(Path(room) / "source", "float32")
+            target = suite.exported(source, Path(room) / "target", options)
+            path = next(target.iterdir()) if exporter.spec.ending else target
+            found = loader.open(path, loader.options()).tensors if loader.detect(path) else {}
+        except (MlxloraError, NotImplementedError):
+            return None
+        if found.keys() != source.tensors.keys():
+            return None
+        shutil.copytree(target, folder, dirs_exist_ok=True)
+        types = {name: getattr(mx, tensor.dtype) for name, tensor in found.items()}
+        return {name: tensor.read().astype(types[name]) for name, tensor in source.tensors.items()}
+
+
+def _sample(component: Component) -> Path | None:
+    """The folder ``sample`` of a plugin's package or of its tests, where there is one."""
+    module = sys.modules.get(component.plugin.value.partition(":")[0])
+    places = [Path(place) for place in getattr(module, "__path__", ())]
+    samples = [place / name for place in places for name in ("sample", "tests/sample")]
+    return next((sample for sample in samples if sample.is_dir()), None)
+
+
+def _tokenizer(component: Component, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The sample that it ships with, or the files of the tokenizer of the fixtures, where it opens those."""
 
     def write(self: Any, folder: Path) -> Mapping[str, Path]:
+        sample = _sample(component)
+        if sample is not None:
+            shutil.copytree(sample, folder, dirs_exist_ok=True)
+            return {path.name: path for path in folder.iterdir()}
         fixtures.tiny_tokenizer(folder)
         files = {name: folder / name for name in fixtures.tokenizer_files()}
-        if not spec.detect(files):
+        if not component.spec.detect(files):
             raise NotImplementedError("write")
         return files
 
     return {"write": write}
 
 
-def _architecture(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+def _architecture(component: Component, values: Mapping[str, Any]) -> dict[str, Any]:
     """A model of the arguments that tiny models have, with random weights; it comes from no checkpoint."""
+    spec = component.spec
 
     def model(self: Any) -> Any:
         known = {option.name for option in explain(spec.args)}
@@ -191,7 +259,18 @@ def _architecture(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         built.eval()
         return built
 
-    return {"model": model} | {name: _missing(name) for name in ("raw", "checkpoint", "sizes", "smooth")}
+    def wide(self: Any) -> tuple[str, ...]:
+        """A family that computes in float32 in place of the narrower of the half types does so on purpose."""
+        kept = {}
+        for name in ("float16", "bfloat16"):
+            built = model(self)
+            built.set_dtype(getattr(mx, name))
+            kept[name] = built.run(built.embed(mx.array([[1, 2]]))).dtype != mx.float32
+        return ("float16",) if kept == {"float16": False, "bfloat16": True} else ()
+
+    return {"model": model, "wide": property(wide)} | {
+        name: _missing(name) for name in ("raw", "checkpoint", "sizes", "smooth")
+    }
 
 
 def _random(model: nn.Module, draw: np.random.Generator) -> Any:
@@ -204,8 +283,9 @@ def _random(model: nn.Module, draw: np.random.Generator) -> Any:
     return tree_unflatten(found)
 
 
-def _exporter(spec: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+def _exporter(component: Component, values: Mapping[str, Any]) -> dict[str, Any]:
     """A small Llama as the layout spells it that the exporter asks for, read by what opens it again."""
+    spec = component.spec
     members = {"read": _read_again(spec), "error_bound": lambda self, options: 2.0**-8}  # bfloat16 at worst
     if not spec.layout:
         return members
@@ -256,7 +336,8 @@ def _missing(name: str) -> property:
     return property(get)
 
 
-_GUESSES: dict[str, Callable[[Any, Mapping[str, Any]], dict[str, Any]]] = {
+_GUESSES: dict[str, Callable[[Component, Mapping[str, Any]], dict[str, Any]]] = {
+    "loader": _loader,
     "adapter": _adapter,
     "quantizer": _quantizer,
     "builder": _builder,

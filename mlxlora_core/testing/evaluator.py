@@ -106,7 +106,7 @@ class EvaluatorSuite:
     def test_scores_are_numbers_from_0_to_1(self, options: Any) -> None:
         """Whatever a model says, and whatever the row says; or the row is refused, whatever a model says."""
         self.prepare(options)
-        for what, one in ANSWERS.items():
+        for what, one in copy.deepcopy(dict(ANSWERS)).items():
             asked = (one, *(replace(one, text=text) for text in ("", one.expected, "something else")))
             try:
                 refused = [self.outcome(each, options) is None for each in asked]
@@ -120,8 +120,9 @@ class EvaluatorSuite:
     def test_a_score_depends_on_the_answer_alone(self, options: Any) -> None:
         """The same answer gets the same score, whatever came before it."""
         self.prepare(options)
-        first = {what: self.outcome(one, options) for what, one in ANSWERS.items()}
-        again = {what: self.outcome(one, options) for what, one in reversed([*ANSWERS.items()])}
+        answers = copy.deepcopy([*ANSWERS.items()])
+        first = {what: self.outcome(one, options) for what, one in answers}
+        again = {what: self.outcome(one, options) for what, one in reversed(answers)}
         assert again == first
 
     def test_answers_are_left_as_they_are(self, options: Any) -> None:
@@ -135,7 +136,7 @@ class EvaluatorSuite:
     def test_stdout_is_not_its_own(self, options: Any, capfd: pytest.CaptureFixture[str]) -> None:
         """It prints nothing where results go."""
         self.prepare(options)
-        self.outcome(ANSWERS["the row's own"], options)
+        self.outcome(copy.deepcopy(ANSWERS["the row's own"]), options)
         assert capfd.readouterr().out == ""
 
     def test_known_scores(self, example: tuple[Answer, Mapping[str, Any], float]) -> None:

@@ -25,6 +25,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxlora_core.errors import MlxloraError
 from mlxlora_core.files.tensor_checks import type_name
 from mlxlora_core.options import parse
 from mlxlora_core.specs import Exporter
@@ -230,6 +231,33 @@ class ExporterSuite:
         """Nothing of the moment or of the machine is in the files."""
         one, two = (self.exported(self.source(tmp_path), tmp_path / n, options) for n in ("one", "two"))
         assert _contents(one) == _contents(two)
+
+    def test_option_sets_differ(self, tmp_path: Path) -> None:
+        """No two sets of options write the same files: each option does something."""
+        seen: dict[str, Any] = {}
+        for number, values in enumerate(self.option_sets):
+            options = parse(self.spec.options, values, owner=self.spec.name)
+            sources = [self.source(tmp_path, dtype) for dtype in self.dtypes]
+            targets = [tmp_path / f"{number}-{i}" for i in range(len(sources))]
+            pairs = zip(sources, targets, strict=True)
+            written = [_contents(self.exported(source, target, options)) for source, target in pairs]
+            same = next((other for other, files in seen.items() if files == written), None)
+            assert same is None, f"{dict(values)} writes what {same} writes"
+            seen[str(dict(values))] = written
+
+    def test_a_number_that_is_too_large_is_refused_or_kept(self, options: Any, tmp_path: Path) -> None:
+        """None becomes infinite unseen, whatever type is written."""
+        if self.spec.takes == "adapter" or "float32" not in self.dtypes:
+            pytest.skip("it is handed over no such number")
+        source = self.source(tmp_path, "float32")
+        name = self.foreign
+        large = _lazy(np.full(self.shapes[name], 1e30), "float32")
+        source = replace(source, tensors={**source.tensors, name: large})
+        try:
+            target = self.exported(source, tmp_path / "out", options)
+        except MlxloraError:
+            return
+        assert np.isfinite(self.read(target, options)[name]).all(), f"{name} is not finite any more"
 
     def test_tensors_are_let_go_one_after_another(self, options: Any, tmp_path: Path) -> None:
         """Memory in use does not grow with the model."""

@@ -20,6 +20,7 @@ _LETTERS = 600  # of a value that is told
 ENDINGS = 3  # tests of a suite that may end the process, or not end, before the others are left out
 
 _CALLED = "Its functions can be called."
+_QUIET = "It prints nothing on stdout, where results go."
 _READ = "The test file can be read."
 
 
@@ -55,6 +56,7 @@ class Findings:
         self._compared: tuple[str, str] | None = None
         self._count = self.left = 0
         self._suites: dict[str, type[Any]] = {}
+        self._loud: set[str] = set()  # components that have printed something
 
     # --- which tests there are ---
 
@@ -151,12 +153,23 @@ class Findings:
         if call.when == "setup":
             self._compared = None
         report = yield
+        if report.when == "call":
+            self._note_printed(item, report.capstdout)
         if report.when == "call" or report.outcome != "passed":
             component = self._component(item)
             assert component is not None
             told = _left_out(call, component, _is_guessed(item)) or self._ending(call)
             self._tell(self._about(item) | told)
         return report
+
+    def _note_printed(self, item: pytest.Item, text: str) -> None:
+        """Tell the first time that a component prints something on stdout, which a command may."""
+        component = self._component(item)
+        assert component is not None
+        if text and component.kind != "command" and _is_of_suite(item) and component.id not in self._loud:
+            self._loud.add(component.id)
+            told = self._about(item) | {"test": "stdout", "tried": _QUIET}
+            self._tell(told | {"result": "failed", "got": short(text.strip(), _LETTERS)})
 
     def _ending(self, call: pytest.CallInfo[None]) -> dict[str, str]:
         """The result of a test, with what was got and wanted of one that has failed."""
@@ -191,22 +204,37 @@ def _left_out(call: pytest.CallInfo[None], component: Component, guessed: bool) 
     """
     if call.excinfo is None:
         return None
-    fault, last, why = call.excinfo.value, call.excinfo.traceback[-1], ""
+    fault, last, why, missing = call.excinfo.value, call.excinfo.traceback[-1], "", ""
     needs: Mapping[str, str] = getattr(component.spec, "needs", {})
     library = (fault.name or "").partition(".")[0] if isinstance(fault, ImportError) else ""
     if isinstance(fault, NotImplementedError) and str(last.path).startswith(_HERE):
-        why = f"only a suite of your own can say: {str(fault) or last.name}"
+        missing = str(fault) or last.name
+        why = f"define {missing} in {_suite_name(component.kind)}"
     elif library in needs:
         why = f"it needs {library}: pip install {needs[library]}"
     elif guessed and isinstance(fault, UsageError) and dataclasses.fields(component.spec.options):
         # It refuses options that are only a guess.
-        why = f"only a suite of your own can say which options: {fault}"
-    return {"result": "left out", "why": why} if why else None
+        missing = "option_sets"
+        why = f"define {missing} in {_suite_name(component.kind)}: {fault}"
+    return {"result": "left out", "why": why, "missing": missing} if why else None
+
+
+def _suite_name(kind: str) -> str:
+    """What an author subclasses in a test file, in words."""
+    from mlxlora_core.testing import defaults
+
+    module, _, name = defaults.SUITES[kind].partition(":")
+    return f"a subclass of {checked.__package__}.{module}.{name} in tests/"
 
 
 def _function(nodeid: str) -> str:
     """The name of a test without its parameters."""
     return nodeid.partition("[")[0]
+
+
+def _is_of_suite(item: pytest.Item) -> bool:
+    """Whether a test is mlxlora's own, and none that the author has added."""
+    return str(getattr(getattr(item, "function", None), "__module__", "")).startswith(checked.__package__)
 
 
 def _is_guessed(item: pytest.Item) -> bool:

@@ -11,6 +11,7 @@ Subclass :class:`ObserverSuite` in a test file and run it with pytest::
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def reports(first: int, last: int) -> list[Event]:
     """The reports of the steps from ``first`` to ``last``, one every 10 steps, and checkpoints."""
     events: list[Event] = []
     for step in range(first, last + 1, 10):
-        events.append({**_TRAIN, "step": step, "loss": 2.5 - step / 100})
+        events.append({**_TRAIN, "step": step, "loss": 2.5 - step / 97})
         events.append({"kind": "checkpoint_saved", "step": step, "seconds": 0.1})
     return events
 
@@ -151,6 +152,15 @@ class ObserverSuite:
         """It prints nothing where results go."""
         self.watch(tmp_path / "run", options, WHOLE)
         assert capfd.readouterr().out == ""
+
+    def test_no_thread_of_it_holds_the_process_up(self, options: Any, tmp_path: Path) -> None:
+        """What it has started is a daemon, or ends soon after the run: mlxlora would wait for it for ever."""
+        before = set(threading.enumerate())
+        self.watch(tmp_path / "run", options, WHOLE)
+        for thread in set(threading.enumerate()) - before:
+            if not thread.daemon:
+                thread.join(10)
+                assert not thread.is_alive(), f"{thread.name} is at work 10 s after the end"
 
     def test_it_writes_in_the_folder_of_the_run(self, options: Any, tmp_path: Path) -> None:
         """What it leaves is in the run's folder, and nothing of it is half-written."""

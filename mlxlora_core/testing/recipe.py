@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mlxlora_core.options import plain
 from mlxlora_core.plugins import Registry
 from mlxlora_core.plugins import load as load_plugins
@@ -59,6 +61,20 @@ class RecipeSuite:
         """Every relative path in it that options read leads to a file or folder of the plugin."""
         told = list(_paths(plain(vars(self.recipe())), self.spec.path.parent))
         assert [path.name for path in told if not path.exists()] == []
+
+    def test_rows_that_come_along_can_be_built(self) -> None:
+        """What its dataset builder is to read out of the plugin gives rows."""
+        recipe = self.recipe()
+        options = plain(recipe.data.options)
+        if not list(_paths(options, self.spec.path.parent)):
+            pytest.skip("its rows are not in the plugin")
+        assert recipe.data.component.spec.build(recipe.data.options).rows
+
+    def test_it_names_nothing_of_one_machine(self) -> None:
+        """No path in it is absolute: what is not in the plugin would be on its author's machine alone."""
+        document = self.document()
+        told = [*document.get("model", {}).values(), *document.get("data", {}).get("options", {}).values()]
+        assert [one for one in told if isinstance(one, str) and Path(one).is_absolute()] == []
 
     def test_runs_write_where_the_user_stands(self) -> None:
         """The run folder is relative, so that nothing is written into the plugin."""

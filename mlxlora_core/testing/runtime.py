@@ -11,14 +11,18 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import tempfile
+import warnings
+from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import IO, Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlxlora_core.errors import one_line
+from mlxlora_core.plugins.surroundings import PluginWarning, kept
 from mlxlora_core.runtime_started import RuntimeStarted
 from mlxlora_core.specs import Runtime
 
@@ -59,9 +63,10 @@ class RuntimeSuite:
             assert one_line(note.advice) == note.advice
 
     def test_leaves_the_surroundings_as_they_were(self) -> None:
-        """It prints nothing where results go, and stays in the working folder."""
+        """It prints nothing where results go, and changes nothing of the process but how MLX computes."""
         assert _started(self.spec).printed == ""
-        assert _started(self.spec).moved == ""
+        assert _started(self.spec).changed == ()
+        assert not _started(self.spec).drawn, "other numbers are drawn at random after it"
 
     def test_results_stay_what_they_are(self) -> None:
         """With it, matrix products and sums are those of numpy up to rounding."""
@@ -109,17 +114,40 @@ class _Start:
 
     Attributes:
         note: what it gave.
-        printed: what it has printed on standard output.
-        moved: the working folder that it has gone to, or nothing.
+        printed: what it has printed on standard output, by Python or past it.
+        changed: what of the process it has changed, in words.
+        drawn: whether MLX draws other numbers at random after it.
     """
 
     def __init__(self, spec: Runtime) -> None:
-        here = os.getcwd()
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            self.note = spec.start()
-        self.printed = out.getvalue()
-        self.moved = os.getcwd() if os.getcwd() != here else ""
-        os.chdir(here)
+        mx.random.seed(11)
+        before = _drawn()
+        mx.random.seed(11)
+        with warnings.catch_warnings(), tempfile.TemporaryFile() as held, _standard_output(held):
+            warnings.simplefilter("ignore", PluginWarning)
+            with kept(f"runtime {spec.name}") as watch, contextlib.redirect_stdout(io.StringIO()) as out:
+                self.note = spec.start()
+            os.lseek(held.fileno(), 0, os.SEEK_SET)
+            self.printed = out.getvalue() + held.read().decode("utf-8", "replace")
+        self.changed = watch.changed
+        self.drawn = _drawn() != before
+
+
+@contextlib.contextmanager
+def _standard_output(file: IO[bytes]) -> Iterator[None]:
+    """Inside, what is written to descriptor 1 goes to a file."""
+    real = os.dup(1)
+    os.dup2(file.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(real, 1)
+        os.close(real)
+
+
+def _drawn() -> list[float]:
+    found: list[float] = mx.random.normal((4,)).tolist()  # type: ignore[assignment]
+    return found
 
 
 _started = cache(_Start)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -142,6 +142,27 @@ class SamplerSuite:
         if leaves:
             assert row[self.drawing(values)(_float32([row]), tokens)] > -_INF
 
+    def test_logits_are_left_as_they_are(self, values: Mapping[str, Any]) -> None:
+        """It gives others, and changes nothing of those that it is given."""
+        given = _float32([self.logits("spread")])
+        before = np.array(given)
+        self.build(values)(given, HISTORIES["some tokens"])
+        assert np.array_equal(np.array(given), before)
+
+    def test_extreme_options_leave_a_token(self, values: Mapping[str, Any]) -> None:
+        """The least and the most that an option may be leave a token, whatever the logits."""
+        for name, bound in extremes(self.spec.options):
+            try:
+                options = self.options({**values, name: bound})
+            except UsageError:  # not beside the other options
+                continue
+            for kind in LOGITS:
+                row = self.logits(kind)
+                changed = transform_of(self._component(), options, self.tokenizer)(_float32([row]), (1,))
+                got = np.array(changed)
+                assert not np.isnan(got).any(), f"{name}={bound}: gives {got}"
+                assert self._asks() or (got > -_INF).any(), f"{name}={bound}: forbids every token"
+
     def test_every_row_is_changed_by_itself(self, values: Mapping[str, Any]) -> None:
         """A row of a batch comes out as it does alone."""
         spread = self.logits("spread")
@@ -227,6 +248,15 @@ class SamplerSuite:
             for drawing, tokens in zip(drawings, texts, strict=True):
                 tokens.append(drawing(mx.array(table[tokens[-1] : tokens[-1] + 1]), tokens))
         return [tokens[1:] for tokens in texts]
+
+
+def extremes(options: type[Any]) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the least and the most that each number among some options may be."""
+    for field in dataclasses.fields(options):
+        for bound in ("minimum", "maximum"):
+            value = field.metadata.get(bound)
+            if isinstance(value, int | float):
+                yield field.name, value
 
 
 def _float32(logits: Any) -> mx.array:

@@ -11,6 +11,7 @@ Subclass :class:`TokenizerSuite` in a test file and run it with pytest::
 
 from __future__ import annotations
 
+import copy
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -89,6 +90,10 @@ class TokenizerSuite:
         """Write the files of a small tokenizer into ``folder``: plain name -> path."""
         raise NotImplementedError
 
+    def write_other(self, folder: Path) -> Mapping[str, Path]:
+        """As ``write``, but of a tokenizer by which some text, or the end of one, has other ids."""
+        pytest.skip("the suite has no second tokenizer")
+
     def damage(self) -> Mapping[str, Callable[[Path], object]]:
         """Name -> a function that damages the files in a folder so that they must be refused."""
         return {}
@@ -108,6 +113,10 @@ class TokenizerSuite:
         component = Component("tokenizer", self.spec, Plugin("suite", "", "", "file", ""))
         return CheckedTokenizer(component, files, self.spec.open(files, self.spec.options()))
 
+    def talks(self) -> list[Messages]:
+        """The conversations, anew each time: what a tokenizer changes in them is seen by one test alone."""
+        return copy.deepcopy(list(self.conversations))
+
     # --- files ---
 
     def test_knows_its_files_alone(self, tmp_path: Path) -> None:
@@ -117,7 +126,8 @@ class TokenizerSuite:
         assert self.spec.detect(files) is True
         (tmp_path / "other").write_text("something else")
         assert self.spec.detect({}) is False
-        assert self.spec.detect({"other": tmp_path / "other"}) is False
+        for name in ("other", "other.json", "other.txt", "other.model"):
+            assert self.spec.detect({name: tmp_path / "other"}) is False, name
         assert isinstance(self.spec.detect(dict.fromkeys(files, tmp_path / "absent")), bool)
 
     def test_damage_is_an_error(self, tmp_path: Path) -> None:
@@ -139,6 +149,13 @@ class TokenizerSuite:
         moved = {name: tmp_path / "b" / path.relative_to(tmp_path / "a") for name, path in files.items()}
         assert self.opened(files).fingerprint == self.opened(files).fingerprint
         assert self.opened(moved).fingerprint == self.opened(files).fingerprint
+
+    def test_another_tokenizer_has_another_fingerprint(self, tmp_path: Path) -> None:
+        """By it mlxlora knows whether a text has the same ids."""
+        (tmp_path / "a").mkdir()
+        (tmp_path / "b").mkdir()
+        other = self.opened(self.write_other(tmp_path / "b"))
+        assert self.open(tmp_path / "a").fingerprint != other.fingerprint
 
     # --- text to ids and back ---
 
@@ -220,7 +237,7 @@ class TokenizerSuite:
     def test_answers_are_what_the_assistant_says(self, tmp_path: Path) -> None:
         """One answer piece a turn, its text and an end id; nothing of the others is in it."""
         tokenizer = self.open(tmp_path)
-        for messages in self.conversations:
+        for messages in self.talks():
             pieces = tokenizer.render(messages)
             answers = [piece for piece in pieces if piece.answer]
             want = [message["content"] for message in messages if message["role"] == "assistant"]
@@ -231,7 +248,7 @@ class TokenizerSuite:
     def test_pieces_joined_are_the_conversation(self, tmp_path: Path) -> None:
         """Their ids in a row are those of the form's reference."""
         tokenizer = self.open(tmp_path)
-        for messages in self.conversations:
+        for messages in self.talks():
             try:
                 want = self.reference(messages)
             except NotImplementedError:
@@ -241,13 +258,21 @@ class TokenizerSuite:
     def test_generation_is_told_what_training_was(self, tmp_path: Path) -> None:
         """Without its last answer a conversation ends where that answer begins, and is the same before."""
         tokenizer = self.open(tmp_path)
-        for messages in self.conversations:
+        for messages in self.talks():
             asked = tokenizer.render(messages[:-1])
             assert not asked[-1].answer
             *before, answer = tokenizer.render(messages)
             assert answer.answer
             assert _joined(asked) == _joined(before)
             assert [p.answer for p in asked if p.ids] == [p.answer for p in before if p.ids]
+
+    def test_messages_are_left_as_they_are(self, tmp_path: Path) -> None:
+        """It changes nothing of a conversation, which is a row of somebody's."""
+        tokenizer = self.open(tmp_path)
+        for messages in self.talks():
+            given = copy.deepcopy(list(messages))
+            tokenizer.render(given)
+            assert given == list(messages)
 
     def test_conversations_without_a_form_are_refused(self, tmp_path: Path) -> None:
         """What the form cannot say is an error of the data; so is no message at all."""

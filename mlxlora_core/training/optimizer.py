@@ -14,6 +14,7 @@ from mlxlora_core.errors import listing
 from mlxlora_core.model import adapters
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.loading import Model
+from mlxlora_core.plugins.checks import as_float
 from mlxlora_core.training.settings import TrainConfig
 
 
@@ -68,9 +69,11 @@ def factors_of(model: Model, adapted: adapters.Adapted) -> dict[str, float]:
     for path, options in adapted.options.items():
         given = component.checked("learning_rates", component.spec.learning_rates(options), dict)
         for name, factor in given.items():
-            if not isinstance(factor, int | float) or not (math.isfinite(factor) and factor > 0):
-                raise component.breach("learning_rates", f"{factor!r} for {name}", "a number above 0")
-            factors[f"{path}.{name}"] = float(factor)
+            number = as_float(factor) if isinstance(factor, int | float) else math.nan
+            if not 0 < number < math.inf:
+                got = f"{number:g}" if isinstance(factor, int | float) else repr(factor)
+                raise component.breach("learning_rates", f"{got} for {name}", "a number above 0")
+            factors[f"{path}.{name}"] = number
     unknown = sorted(factors.keys() - adapters.trainable(model.module).keys())
     if unknown:
         raise component.breach("learning_rates", listing(unknown), "names of parameters that train")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mlxlora_core.errors import DataError
@@ -201,5 +202,6 @@ def _fits(question: Question, model: Model) -> bool:
 
 
 def _score(evaluator: Choice, answer: Answer) -> float:
-    score = evaluator.component.spec.score(answer, evaluator.options)
+    own = replace(answer, row=deepcopy(answer.row))  # what one does to it is nothing to the others
+    score = evaluator.component.spec.score(own, evaluator.options)
     return checked_score(evaluator.component, score)

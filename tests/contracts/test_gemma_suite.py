@@ -50,6 +50,7 @@ class TestGemma3(ArchitectureSuite):
 
     spec = ARCHITECTURES["gemma"]
     layout = "hf"
+    wide = ("float16",)
     plain = GEMMA3
     raw: Mapping[str, Any] = {
         "model_type": "gemma3_text",

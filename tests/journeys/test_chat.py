@@ -15,7 +15,7 @@ import mlx.core as mx
 import pytest
 import small_models
 from mlx.utils import tree_map
-from terminals import ALT_ENTER, BACKSPACE, CTRL_A, CTRL_C, CTRL_D, LEFT, TAB, UP, Terminal
+from terminals import ALT_ENTER, BACKSPACE, CTRL_A, CTRL_C, CTRL_D, CTRL_Z, LEFT, TAB, UP, Terminal
 
 import mlxlora_core
 from mlxlora_core.cli.chat_history import KEPT, HistoryFile, place_of
@@ -70,11 +70,13 @@ def chat(folder: Path, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     """Begins a conversation on a terminal, with a history of its own; ends those that go on."""
     begun: list[Terminal] = []
 
-    def begin(*more: object) -> Terminal:
+    def begin(*more: object, ready: bool = True, **variables: str) -> Terminal:
         # On the working folder's own adapters nothing here depends.
         model = ("--model", folder / "model", "-n", 6, "--temp", 0)
-        begun.append(Terminal("chat", *model, *more, cwd=tmp_path, XDG_STATE_HOME=str(tmp_path / "state")))
-        begun[-1].ready()
+        state = str(tmp_path / "state")
+        begun.append(Terminal("chat", *model, *more, cwd=tmp_path, XDG_STATE_HOME=state, **variables))
+        if ready:
+            begun[-1].ready()
         return begun[-1]
 
     yield begin
@@ -211,6 +213,60 @@ def test_a_second_ctrl_c_at_once_after_an_answer_ends_it(chat: Callable[..., Ter
     terminal.press(CTRL_C)
     terminal.until("stopped")
     terminal.ready()
+    terminal.press(CTRL_C)
+    assert terminal.end() == 0
+
+
+def test_ctrl_z_puts_it_aside_and_the_shell_brings_it_back(
+    chat: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    terminal = chat(shell="set -m; {}; echo as''ide $?; fg")
+    terminal.press("The wei")
+    terminal.until_shown("> The wei")
+    terminal.press(CTRL_Z)
+    terminal.until("aside 148")  # 128 + SIGTSTP
+    terminal.until_shown("> The wei")
+    terminal.press("ghts\r")
+    terminal.until("tokens/s")
+    terminal.ready()
+    assert asked(terminal, tmp_path / "talk.jsonl") == ["The weights"]
+    terminal.press(CTRL_D)
+    assert terminal.end() == 0
+
+
+def test_bytes_of_another_encoding_are_told_and_it_goes_on(chat: Callable[..., Terminal]) -> None:
+    terminal = chat()
+    terminal.press_bytes(b"caf\xe9\r")
+    terminal.until("what was typed is not UTF-8")
+    terminal.ready()
+    terminal.say("Hello")
+    terminal.until("tokens/s")
+    terminal.ready()
+    terminal.press(CTRL_D)
+    assert terminal.end() == 0
+
+
+def test_a_terminal_that_can_only_show_text_gets_nothing_else(chat: Callable[..., Terminal]) -> None:
+    terminal = chat(ready=False, TERM="dumb")
+    terminal.until("> ")
+    assert terminal.echoes(), "it edits its lines itself"
+    terminal.press("Hello\r")
+    terminal.until("tokens/s")
+    terminal.until("> ")
+    terminal.press("never mi" + CTRL_C)
+    terminal.until("Ctrl-C again, or Ctrl-D, ends")
+    terminal.until("> ")
+    terminal.press("Hello\r")
+    terminal.until("tokens/s")
+    terminal.until("> ")
+    terminal.press(CTRL_C)
+    terminal.until("Ctrl-C again")
+    terminal.press(CTRL_D)
+    assert terminal.end() == 0 and "\x1b" not in terminal.written
+    terminal = chat(ready=False, TERM="dumb")
+    terminal.until("> ")
+    terminal.press(CTRL_C)
+    terminal.until("Ctrl-C again")
     terminal.press(CTRL_C)
     assert terminal.end() == 0
 

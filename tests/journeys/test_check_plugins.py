@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from mlxlora_core import cli
@@ -152,6 +154,32 @@ def test_what_ships_in_the_box_passes_without_the_tests_of_its_authors(capfd: Ca
     read = "test_an_independent_reader_finds_every_number"
     tried = [one for one in found["checks"] if one["component"] == "hf:hf" and one["test"].startswith(read)]
     assert [one["result"] for one in tried] == ["passed"], "what it writes is read by the loader in the box"
+    tried = [one for one in found["checks"] if (one["kind"], one["component"]) == ("loader", "hf:hf")]
+    results = Counter(one["result"] for one in tried)
+    assert results == {"passed": 7, "left out": 3, "does not apply": 1}, "and so is that loader"
+
+
+def test_a_loader_is_tried_on_the_sample_that_it_ships_with(tmp_path: Path, capfd: Capfd) -> None:
+    assert cli.execute(["plugins", "new", "loader", "odd", "--folder", str(tmp_path / "odd")]) == 0
+    shutil.rmtree(tmp_path / "odd" / "tests")
+    sample = tmp_path / "odd" / "mlxlora_odd" / "sample"
+    sample.mkdir()
+    numpy.savez(sample / "weights.npz", a=numpy.arange(6.0, dtype="float32"))
+    (sample / "odd.json").write_text('{"model": {"model_type": "llama"}, "tokenizer": ["tokenizer.model"]}')
+    (sample / "tokenizer.model").write_text("pieces")
+    code, found, _ = check(capfd, tmp_path / "odd")
+    by = by_test(found, "loader")
+    assert code == 0 and by["test_names_shapes_dtypes_and_values"]["result"] == "passed"
+    assert by["test_a_spoilt_file_is_refused_or_makes_no_difference"]["result"] == "passed"
+    left = {one["missing"]: one["why"] for one in found["checks"] if one["result"] == "left out"}
+    suite = "a subclass of mlxlora_core.testing.weight_loader.WeightLoaderSuite in tests/"
+    assert left == {name: f"define {name} in {suite}" for name in ("damage", "write", "write_large")}
+    # In the table it is one line that tells what to do.
+    assert cli.execute(["plugins", "check", str(tmp_path / "odd")]) == 0
+    said = [line for line in capfd.readouterr().out.splitlines() if "left out" in line]
+    assert [line.partition("left out: ")[2] for line in said] == [
+        f"define damage, write_large, write in {suite}"
+    ]
 
 
 def test_it_finds_what_is_wrong_without_a_test_of_the_authors(tmp_path: Path, capfd: Capfd) -> None:
@@ -219,9 +247,12 @@ def interrupts(options):
         if logits.shape[0] == 4: raise KeyboardInterrupt
         return logits
     return change
+def prints(options):
+    os.write(1, b"noise")
+    return lambda logits, tokens: logits
 @hookimpl
 def mlxlora_samplers():
-    return [Sampler(name=one.__name__, summary="s", build=one) for one in (hangs, dies, interrupts)]
+    return [Sampler(name=one.__name__, summary="s", build=one) for one in (hangs, dies, interrupts, prints)]
 """
 
 
@@ -251,12 +282,13 @@ def test_what_never_ends_or_ends_the_process_has_failed_and_the_rest_is_tried(
             "in_use:interrupts",
             "test_every_row_is_changed_by_itself",
         ): INTERRUPTED,
+        ("in_use:prints", "stdout"): 3 * "noise",
     }
     assert failed["at_loading", "load"]["where"] == "at_loading.py:6"
     assert failed["in_use:hangs", "test_gives_logits_that_leave_a_token"]["where"] == "in_use.py:8"
     passed = Counter(one["component"] for one in found["checks"] if one["result"] == "passed")
-    assert passed == {"": 3, "in_use:hangs": 4, "in_use:dies": 4, "in_use:interrupts": 4}
-    assert code == 8 and f"5 of {len(found['checks'])} checks failed" in lines[-1]
+    assert passed == {"": 3, "in_use:hangs": 6, "in_use:dies": 6, "in_use:interrupts": 6, "in_use:prints": 7}
+    assert code == 8 and f"6 of {len(found['checks'])} checks failed" in lines[-1]
 
 
 def test_one_that_hangs_is_ended_by_a_signal(tmp_path: Path) -> None:

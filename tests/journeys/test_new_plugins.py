@@ -17,6 +17,7 @@ from mlxlora_core import cli
 from mlxlora_core.plugins import KINDS
 from mlxlora_core.testing import fixtures
 
+HERE = Path(__file__).parent
 ALL = os.environ.get("MLXLORA_TEST_ALL", "") not in ("", "0")
 
 
@@ -27,25 +28,14 @@ class Fault:
     file: str
     good: str
     bad: str
-    test: str
+    test: str = ""
 
 
 FAULTS = {
-    "loader": Fault("folder.py", "tensors=lazy_tensors(folder / WEIGHTS)", "tensors={}", "names_shapes"),
-    "tokenizer": Fault("byte_ids.py", 'f"? {message', 'f"Q {message', "pieces_joined"),
-    "architecture": Fault("model.py", "THETA = 1e-5, 10000.0", "THETA = 1e-5, 9000.0", "agrees_with"),
-    "adapter": Fault("scaling.py", "self.scale = mx.zeros", "self.scale = mx.ones", "starts_as_the_linear"),
-    "adapter-loader": Fault("folder.py", 'outputs={"lora_b": 1}', 'outputs={"lora_b": 2}', "axes_of_its"),
-    "quantizer": Fault("packing.py", "steps = mx.where", "steps = 0.9 * mx.where", "error_is_bounded"),
-    "builder": Fault("paragraphs.py", "group=words", "group=str(id(words))", "two_builds"),
-    "sampler": Fault("sampling.py", "logits, -mx.inf)", "logits, 0)", "gives_logits"),
-    "exporter": Fault("raw.py", ".tobytes())", ".T.tobytes())", "independent_reader"),
-    "observer": Fault("watching.py", ' <= event["step"]', ' < event["step"]', "taken_up_again"),
-    "evaluator": Fault("numbers.py", "<= tolerance", ">= tolerance", "known_scores"),
-    "command": Fault("verb.py", "sum(map(_characters, lines))", "len(lines)", "lines_that_it_takes"),
-    "runtime": Fault("__init__.py", 'return RuntimeStarted(f"MLX', 'return (f"MLX', "says_one_line"),
-    "recipe": Fault("recipe.toml", 'path = "rows"', 'path = "raws"', "comes_along"),
+    kind: [Fault(**one) for one in faults]
+    for kind, faults in tomllib.loads((HERE / "new_plugin_faults.toml").read_text("utf-8")).items()
 }
+DAILY = ("evaluator", "tokenizer")  # kinds of which all faults are tried by day: those that take least
 
 
 def name_of(kind: str) -> str:
@@ -114,7 +104,7 @@ def test_each_passes_and_nothing_that_its_kind_promises_is_left_out(environment:
 
 
 def test_one_fault_of_its_kind_fails(environment: Any, tmp_path: Path) -> None:
-    for kind, fault in FAULTS.items():
+    for kind, (fault, *_) in FAULTS.items():
         file = module_of(environment, kind, fault.file)
         code = file.read_text("utf-8")
         assert code.count(fault.good) == 1, kind
@@ -122,15 +112,44 @@ def test_one_fault_of_its_kind_fails(environment: Any, tmp_path: Path) -> None:
     try:
         code, found, stderr = checked(environment, tmp_path, *map(name_of, KINDS))
     finally:
-        for kind, fault in FAULTS.items():
+        for kind, (fault, *_) in FAULTS.items():
             file = module_of(environment, kind, fault.file)
             file.write_text(file.read_text("utf-8").replace(fault.bad, fault.good))
     failed = failures(found)
-    for kind, fault in FAULTS.items():
+    for kind, (fault, *_) in FAULTS.items():
         assert [test for of, test in failed if of == kind and fault.test in test], (kind, failed)
     assert all(one["got"] and one["tried"] for one in found["checks"] if one["result"] == "failed")
     (line,) = stderr.splitlines()
     assert code == 8 and f"{len(failed)} of {len(found['checks'])} checks failed" in line
+
+
+def planted(folder: Path, kind: str, number: int, fault: Fault) -> Path:
+    """A distribution of a kind with a fault, called by its number."""
+    target = folder / f"{kind}-{number}"
+    assert cli.execute(["plugins", "new", kind, f"{kind}-{number}", "--folder", str(target)]) == 0
+    package = f"mlxlora_{kind}_{number}".replace("-", "_")
+    file, good, bad = (part.replace("PLUGIN_MODULE", package) for part in (fault.file, fault.good, fault.bad))
+    code = (target / package / file).read_text("utf-8")
+    assert code.count(good) >= 1, (kind, number, good)
+    (target / package / file).write_text(code.replace(good, bad), "utf-8")
+    return target
+
+
+@pytest.mark.parametrize("kind", KINDS if ALL else DAILY)
+def test_many_faults_of_a_kind_fail(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each fault that is planted is found, by a test that is about it, and told in a line."""
+    folders = [planted(tmp_path, kind, number, fault) for number, fault in enumerate(FAULTS[kind])]
+    # A runtime, and what is imported for a verb, changes the process that the others would be tried in.
+    batches = [[folder] for folder in folders] if kind in ("runtime", "command") else [folders]
+    found = []
+    for batch in batches:
+        capfd.readouterr()
+        assert cli.execute(["plugins", "check", "--json", *map(str, batch)]) == 8
+        found += json.loads(capfd.readouterr().out)["checks"]
+    for number, fault in enumerate(FAULTS[kind]):
+        own = [one for one in found if f"{kind}-{number}" in (one["plugin"], one["component"].split(":")[-1])]
+        failed = [one["test"] for one in own if one["result"] == "failed"]
+        assert [test for test in failed if fault.test in test], (number, fault, failed)
 
 
 # --- each by itself -----------------------------------------------------------

@@ -31,7 +31,8 @@ def refuse(options):
 
 @hookimpl
 def mlxlora_evaluators():
-    made = {{"keep": keep, "high": lambda answer, options: 1.5, "none-at-all": lambda answer, options: None,
+    made = {{"keep": keep, "high": lambda answer, options: 1.5,
+             "vast": lambda answer, options: 10**5000, "none-at-all": lambda answer, options: None,
              "nan": lambda answer, options: float("nan"), "breaks": lambda answer, options: 1 / 0,
              "exact-match": lambda answer, options: True}}
     return [*(Evaluator(name=name, summary="s", score=score) for name, score in made.items()),
@@ -108,6 +109,7 @@ def test_two_evaluators_of_one_name_are_told_apart(bench: Path, capfd: Capfd) ->
     ("words", "code", "line"),
     [
         ("--evaluator high", 8, "evaluator odd:high: score gives 1.5, wanted a number from 0 to 1"),
+        ("--evaluator vast", 8, "evaluator odd:vast: score gives inf, wanted a number from 0 to 1"),
         ("--evaluator nan", 8, "evaluator odd:nan: score gives nan, wanted a number from 0 to 1"),
         ("--evaluator none-at-all", 8, "evaluator odd:none-at-all: score gives NoneType, wanted a number"),
         ("--evaluator breaks", 8, "plugin odd (file) failed in score of evaluator 'breaks': ZeroDivision"),

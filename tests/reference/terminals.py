@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import select
+import shlex
 import signal
 import struct
 import subprocess
@@ -19,7 +20,7 @@ import pyte
 
 PATIENCE_SECONDS = 30.0
 UP, LEFT, HOME, BACKSPACE, ALT_ENTER, TAB = "\x1b[A", "\x1b[D", "\x1b[H", "\x7f", "\x1b\r", "\t"
-CTRL_A, CTRL_C, CTRL_D = "\x01", "\x03", "\x04"
+CTRL_A, CTRL_C, CTRL_D, CTRL_Z = "\x01", "\x03", "\x04", "\x1a"
 _READY = "\x1b[?2004h"  # a line is edited from here on: what is pasted will be told apart
 
 
@@ -29,6 +30,7 @@ class Terminal:
     Args:
         arguments: of ``mlxlora``.
         cwd: its working folder.
+        shell: what bash does with the command, which stands for ``{}``; nothing where there is no shell.
         variables: of its environment, beside those of the tests.
 
     Attributes:
@@ -39,13 +41,16 @@ class Terminal:
 
     echoed = False
 
-    def __init__(self, *arguments: object, cwd: Path, **variables: str) -> None:
+    def __init__(self, *arguments: object, cwd: Path, shell: str = "", **variables: str) -> None:
+        command = [sys.executable, "-m", "mlxlora_core", *map(str, arguments)]
+        if shell:
+            command = ["bash", "-c", shell.format(shlex.join(command))]
         self._master, slave = pty.openpty()
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.screen, self.written, self._seen = _Screen(80, 24, self._master), "", 0
         self._stream, self._decode = pyte.Stream(self.screen), codecs.getincrementaldecoder("utf-8")().decode
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlxlora_core", *map(str, arguments)],
+            command,
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -58,7 +63,11 @@ class Terminal:
 
     def press(self, keys: str) -> None:
         """Type something; it is not shown before the process takes it."""
-        os.write(self._master, keys.encode())
+        self.press_bytes(keys.encode())
+
+    def press_bytes(self, keys: bytes) -> None:
+        """Type what may be in any encoding."""
+        os.write(self._master, keys)
 
     def say(self, line: str) -> None:
         """Type a line, and the key that ends it."""

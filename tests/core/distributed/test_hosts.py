@@ -34,9 +34,9 @@ def test_a_list_of_machines(tmp_path: Path) -> None:
 
 
 def test_what_mlx_distributed_config_writes(tmp_path: Path) -> None:
-    whole = {"backend": "ring", "envs": ["A=1=2", "B="], "hosts": [HERE, {"ssh": "10.0.0.3"}]}
+    whole = {"backend": "ring", "envs": ["A=1=2\n ", "_B2="], "hosts": [HERE, {"ssh": "10.0.0.3"}]}
     hosts = read_hosts(written(tmp_path, whole))
-    assert hosts.environment == {"A": "1=2", "B": ""}
+    assert hosts.environment == {"A": "1=2\n ", "_B2": ""}
     assert hosts.ranks[1] == Host("10.0.0.3", ("10.0.0.3",))
 
 
@@ -71,7 +71,14 @@ def test_ranks_on_this_machine_get_free_ports() -> None:
         ([HERE, {"ssh": "b", "ips": ["2001:db8::2"]}], "machine 2: ips is no list of IPv4 addresses"),
         ([HERE, OTHER], "machine 2: has 2 in ips, and machine 1 has 1"),
         ([OTHER, TWICE], "the first machine is mac2.local, and not this one"),
-        ({"hosts": [HERE], "envs": ["A"]}, "envs is no list of texts NAME=VALUE"),
+        *(
+            ([HERE, {"ssh": name, "ips": ["10.0.0.2"]}], "machine 2: has no name for ssh")
+            for name in ("", "a\0b", "a\ud800b", "a b", "a\n")
+        ),
+        *(
+            ({"hosts": [HERE], "envs": [text]}, "envs is no list of texts NAME=VALUE")
+            for text in ("A", "=x", "A-B=1", "1=1", "A; touch x;=1", "A=b\0c", "A=\ud800", "\u00e4=1")
+        ),
         ({"hosts": [HERE], "backend": "jaccl"}, "asks for jaccl, and --hosts starts rings"),
     ],
 )

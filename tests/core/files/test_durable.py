@@ -78,7 +78,7 @@ try:
 except ResourceError as fault:
     print(fault)
 """
-    assert "File too large. Fix: free some space" in run(code, path).stdout
+    assert "File too large. Fix: raise ulimit -f" in run(code, path).stdout
     assert path.read_text() == "old"
     assert names(tmp_path) == ["file"]
 

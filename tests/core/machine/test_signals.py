@@ -135,6 +135,70 @@ def test_another_thread_changes_nothing() -> None:
     assert found == [(None, before)]
 
 
+def test_one_that_was_kept_back_comes_to_a_child_when_it_lets_it_in() -> None:
+    child = """
+import sys
+from mlxlora_core.machine import signals
+sys.stdin.readline()  # it has come
+signals.install()
+print("ready", flush=True)
+try:
+    signals.let_in()
+except signals.Interrupted as fault:
+    print(fault.signum)
+"""
+    with signals.kept_back():
+        process = subprocess.Popen(
+            [sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate("go\n", timeout=60)[0] == f"ready\n{int(signal.SIGTERM)}\n"
+
+
+def test_undeferred_one_ends_the_process() -> None:
+    program = """
+import os, sys
+from mlxlora_core.machine import signals
+signals.install()
+with signals.undeferred():
+    pass
+try:
+    os.kill(os.getpid(), 15)
+except signals.Interrupted:
+    print("as before", flush=True)
+signals.install()
+with signals.undeferred():
+    os.kill(os.getpid(), 15)
+print("still here")
+"""
+    done = run(program)
+    assert done.stdout == "as before\n" and done.returncode == -signal.SIGTERM
+
+
+def test_one_that_comes_where_a_class_is_made_is_no_defect() -> None:
+    """Python 3.11 makes a RuntimeError of whatever is raised there."""
+    program = """
+import os, sys
+from mlxlora_core import cli
+from mlxlora_core.cli import verbs
+from mlxlora_core.machine import signals
+
+class Named:
+    def __set_name__(self, owner, name):
+        os.kill(os.getpid(), 15)
+
+def main(*_, **__):
+    class Owner:
+        named = Named()
+
+signals.install()
+verbs.group.main = main
+sys.exit(cli.execute(["plugins"]))
+"""
+    done = run(program)
+    assert (done.returncode, done.stderr) == (143, "mlxlora: interrupted\n")
+
+
 def test_no_handler_of_faults_takes_it_for_one(tmp_path: Path) -> None:
     """A plugin that is being imported does not become a plugin that failed to load."""
     (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")

@@ -27,6 +27,7 @@ from mlxlora_core.values import ExportSource, LazyTensor
 
 HF = small_models.REGISTRY.find("exporter", "hf")
 MLX_LM = small_models.REGISTRY.find("exporter", "mlx-lm")
+GGUF = small_models.REGISTRY.find("exporter", "gguf")
 WEIGHTS = "model.safetensors"
 
 
@@ -154,6 +155,24 @@ def test_packed_weights_with_an_adapter_are_held_against_the_adapted_model(
     assert tuned.rounded == 0 and 1e-3 < tuned.distance < 0.5
     dense = checked(base, tmp_path / "dense", plainly(HF), registry, adapter)
     assert dense.rounded == 0 and dense.distance < 1e-5
+
+
+def test_eight_bits_that_q8_0_counts_from_another_number_are_no_other_model(
+    folders: Callable[..., Path], registry: Registry, tmp_path: Path
+) -> None:
+    """Of mlxlora itself, and of a Q8_0 whose weights an adapter has changed."""
+    from mlxlora_core import cli
+
+    base, gguf = tmp_path / "model", tmp_path / "out.gguf"
+    command = ["convert", "--model", folders("llama"), "--mlx-path", base, "-q"]
+    assert cli.execute([*map(str, command), "--q-bits", "8", "--q-group-size", "32"]) == 0
+    made = checked(base, gguf, plainly(GGUF), registry)
+    assert made.rounded >= 14 and 1e-3 < made.largest_rounding < 0.01 and made.distance < 0.05
+    again = checked(gguf, tmp_path / "again.gguf", plainly(GGUF), registry)
+    assert (again.rounded, again.distance) == (0, 0.0)
+    adapter = adapter_of(gguf, registry, tmp_path / "adapter.safetensors")
+    tuned = checked(gguf, tmp_path / "tuned.gguf", plainly(GGUF), registry, adapter)
+    assert tuned.rounded == 14 and 1e-3 < tuned.largest_rounding < 0.01 and tuned.distance < 0.05
 
 
 # --- faults that are planted --------------------------------------------------

@@ -167,6 +167,8 @@ def test_what_cannot_be_selected_is_told(files: tuple[Path, dict[str, Path]], re
         several.select(["small", "none"])
     with pytest.raises(UsageError, match="share of small is nan"):
         several.select({"small": float("nan")})
+    with pytest.raises(UsageError, match="share of small is 10000"):
+        several.select({"small": 10**400})
     with pytest.raises(UsageError, match="'small' is taken"):
         several.load("small", AdapterFile(paths["top"]), registry)
     several.select(["small", "top"])

@@ -269,6 +269,7 @@ def test_a_json_answer_is_the_same_for_the_same_seed(server: ServerProcess) -> N
         (CHAT, {"model": "fourth"}, 404, "model_not_found", "model"),
         (CHAT, {"model": None}, 400, None, "model"),
         (CHAT, {"messages": []}, 400, "invalid_value", "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}] * 1025}, 400, "invalid_value", "messages"),
         (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, 400, "invalid_value", "messages[0].role"),
         (CHAT, {"messages": [{"role": "user"}]}, 400, "invalid_value", "messages[0].content"),
         (

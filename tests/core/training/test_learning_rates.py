@@ -95,6 +95,7 @@ def test_the_factors_are_those_of_the_options_at_each_path(
     [
         ([], "list"),
         ({"lora_b": 0}, "0 for lora_b"),
+        ({"lora_b": 10**400}, "inf for lora_b"),
         ({"lora_b": "4"}, "'4' for lora_b"),
         ({"lora_c": 2.0}, r"layers.0.attention.wq.lora_c, .*wanted names of parameters that train"),
     ],

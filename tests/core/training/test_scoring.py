@@ -117,6 +117,20 @@ def test_means_over_the_rows(model: Model, registry: plugins.Registry) -> None:
     assert list(words_on(result)) == []
 
 
+def test_what_an_evaluator_does_to_a_row_is_nothing_to_the_others(
+    model: Model, registry: plugins.Registry
+) -> None:
+    rows, _ = asking(rows_of({"messages": TALK}), ScoreConfig())
+
+    def spoil(answer: Answer) -> float:
+        held: Any = answer.row
+        held["messages"].clear()
+        return 0.0
+
+    seen = evaluator(lambda answer: answer.row == {"messages": TALK})
+    assert scored(model, registry, rows, evaluator(spoil), seen).means == (0.0, 1.0)
+
+
 def test_prompts_that_do_not_fit_are_left_out_and_counted(
     model: Model, registry: plugins.Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,55 @@ def test_a_signal_ends_all_at_one_step_and_saves_it(parts: Path, tmp_path: Path)
     assert f"resumed at step {int(checkpoints[-1].partition('-')[2])} of" in done.stderr
 
 
+#: holds rank 1 up after the ranks have met, while MLX holds rank 0 as it joins them, which hears of no signal
+#: then, as where it comes a moment before MLX waits
+JOINS_LATE = """
+import os, signal, time
+from pathlib import Path
+from mlxlora_core.api import hookimpl
+from mlxlora_core.distributed import starting
+
+@hookimpl
+def mlxlora_observers():
+    return []
+
+def wait():
+    (Path(os.environ["TRIAL"]) / "reached").touch()
+    time.sleep(60)
+
+if os.environ["MLX_RANK"] == "1":
+    starting._ended_by_signal = wait
+else:
+    signal.siginterrupt(signal.SIGINT, False)
+"""
+
+
+def test_a_signal_while_ranks_join_ends_them(parts: Path, tmp_path: Path) -> None:
+    late = tmp_path / "late.py"
+    late.write_text(JOINS_LATE)
+    with launcher(parts, tmp_path / "run", "-n", 2, "-P", late) as ranks:
+        ranks.wait_for("reached")
+        time.sleep(1)  # rank 0 joins
+        ranks.processes[0].send_signal(signal.SIGINT)
+        assert ranks.processes[0].wait(15) == 128 + signal.SIGINT
+        assert ranks.said() == ["mlxlora: interrupted"]
+        assert are_gone(ranks, 2)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("seconds", [0, 0.05, 0.1, 0.2, 0.4, 0.8] if ALL else [0, 0.1])
+def test_a_signal_while_ranks_begin_ends_them(parts: Path, tmp_path: Path, seconds: float) -> None:
+    with launcher(parts, tmp_path / "run", "-n", 2) as ranks:
+        (process,) = ranks.processes
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not children.read_text():
+            time.sleep(0.001)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 128 + signal.SIGINT
+        assert (ranks.folder / "err-0").read_text() == "mlxlora: interrupted\n"
+
+
 @pytest.mark.parametrize("lost", [0, 1] if ALL else [0])
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP] if ALL else [signal.SIGKILL])
 def test_a_rank_that_is_killed_or_stopped_is_one_line(

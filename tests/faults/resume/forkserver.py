@@ -130,7 +130,8 @@ def _serve() -> None:
         _, status = os.waitpid(child, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         code = os.waitstatus_to_exitcode(status)
-        answer = {"code": code, "operations": int(operations.read_text())}
+        told = operations.read_text()  # nothing of a child that was killed while it wrote it
+        answer = {"code": code, "operations": int(told or 0)}
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()
 
