@@ -93,17 +93,17 @@ def deferred() -> Iterator[Pending]:
 
 
 @contextmanager
-def noted(signum: int = signal.SIGINT) -> Iterator[Pending]:
-    """Let a signal only be noted, however often it comes, for work that looks when it suits and goes on.
+def noted() -> Iterator[Pending]:
+    """Only note SIGINT, however often it comes, for work that checks in its own time and goes on.
 
-    Call it in the main thread. One that is ignored stays so, and is not noted.
+    Call it in the main thread. If SIGINT is ignored, it stays so, and is not noted.
     """
     pending = Pending()
 
     def note(came: int, _: FrameType | None) -> None:
         pending.signum = came
 
-    before = {number: handler for number, handler in _handlers().items() if number == signum}
+    before = {number: handler for number, handler in _handlers().items() if number == signal.SIGINT}
     _put(dict.fromkeys(before, note))
     try:
         yield pending

@@ -121,11 +121,12 @@ class Muon(optimizers.Optimizer):
     # The quintic 3.4445 x - 4.7750 x³ + 2.0315 x⁵ brings singular values near 1 in five steps.
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)
     STEPS = 5
+    MOMENTUM = 0.95
 
-    def __init__(self, learning_rate: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(self, learning_rate: float, weight_decay: float = 0.0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # MLX's modules are not annotated
         self._maybe_schedule("learning_rate", learning_rate)
-        self.momentum, self.weight_decay = momentum, weight_decay
+        self.weight_decay = weight_decay
 
     def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
         """Start with a momentum of zeros."""
@@ -133,8 +134,8 @@ class Muon(optimizers.Optimizer):
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
         """The matrix after one update with Nesterov momentum."""
-        state["v"] = self.momentum * state["v"] + (1 - self.momentum) * gradient
-        ahead = self.momentum * state["v"] + (1 - self.momentum) * gradient
+        state["v"] = self.MOMENTUM * state["v"] + (1 - self.MOMENTUM) * gradient
+        ahead = self.MOMENTUM * state["v"] + (1 - self.MOMENTUM) * gradient
         size = 0.2 * math.sqrt(max(parameter.shape))
         decayed = parameter * (1 - self.learning_rate * self.weight_decay)
         updated: mx.array = decayed - self.learning_rate * size * orthogonal(ahead)

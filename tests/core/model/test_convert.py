@@ -335,7 +335,7 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
-    def stream(self, ids: Iterator[int], every: int) -> Iterator[str]:
+    def stream(self, ids: Iterator[int], every: int = 1) -> Iterator[str]:
         for token in ids:
             self._seen.append(token)
         yield "seen"
