@@ -48,10 +48,12 @@ class Scored:
     Attributes:
         answers: to the rows, each with the score that each evaluator has given it, in their order.
         too_long: how many more rows there were whose prompt does not fit into the context of the model.
+        empty: how many whose prompt is empty, where texts of the model have no begin token.
     """
 
     answers: tuple[tuple[Answer, tuple[float, ...]], ...]
     too_long: int = 0
+    empty: int = 0
 
     @property
     def rows(self) -> int:
@@ -126,33 +128,25 @@ def scoring(
     from mlxlora_core.model.generate import STOP
     from mlxlora_core.serving.together import follow_all
 
-    asked: deque[tuple[int, Question]] = deque()  # and not answered yet
-
-    def prompts() -> Iterator[tuple[int, ...]]:
-        for number, (place, row) in enumerate(rows, start=1):
-            question = question_of(row, model.tokenizer, place)
-            if _fits(question, model):
-                asked.append((number, question))
-                yield question.ids
-
+    asked = _Asked(rows, model)
     answers: list[tuple[Answer, tuple[float, ...]]] = []
     number = 0
     for said in follow_all(
-        *(model.language_model, model.tokenizer, prompts()),
+        *(model.language_model, model.tokenizer, asked.prompts()),
         [(sampler.component, sampler.options) for sampler in samplers],
         num_tokens=num_tokens,
         seed=seed,
     ):
-        number, question = asked.popleft()
+        number, question = asked.waiting.popleft()
         answer = Answer(question.prompt, question.expected, said.text, said.finish == STOP, question.row)
         answers.append((answer, tuple(_score(evaluator, answer) for evaluator in evaluators)))
         yield Advanced(what, number, len(rows))
     if number < len(rows):
         yield Advanced(what, len(rows), len(rows))
-    too_long = len(rows) - len(answers)
     if not answers:
-        raise DataError(f"none of the {too_long} prompts of test rows fits into the context of the model")
-    return Scored(tuple(answers), too_long)
+        fits = "has a token and fits" if asked.empty else "fits"
+        raise DataError(f"none of the {len(rows)} prompts of test rows {fits} into the context of the model")
+    return Scored(tuple(answers), asked.too_long, asked.empty)
 
 
 def question_of(row: Mapping[str, Any], tokenizer: Tokenizer, place: str) -> Question:
@@ -179,15 +173,43 @@ def question_of(row: Mapping[str, Any], tokenizer: Tokenizer, place: str) -> Que
 
 def words_on(scored: Scored) -> Iterator[str]:
     """What there is to tell of the rows that were not scored."""
+    count = scored.rows + scored.too_long + scored.empty
+    of = f"of {count} prompts of test rows"
     if scored.too_long:
-        yield (
-            f"warning: {scored.too_long} of {scored.rows + scored.too_long} prompts of test rows do not fit "
-            "into the context of the model and are not scored"
-        )
+        yield (f"warning: {scored.too_long} {of} do not fit into the context of the model and are not scored")
+    if scored.empty:
+        yield f"warning: {scored.empty} {of} are empty, where this model needs a token, and are not scored"
 
 
 def _asks(row: Mapping[str, Any]) -> bool:
     return "prompt" in row or len(row.get("messages", ())) > 1
+
+
+class _Asked:
+    """What rows ask a model, as far as it was asked.
+
+    Attributes:
+        waiting: number and question of each row that is not answered yet.
+        too_long: as of :class:`Scored`.
+        empty: as there.
+    """
+
+    def __init__(self, rows: Sequence[tuple[str, Mapping[str, Any]]], model: Model) -> None:
+        self._rows, self._model = rows, model
+        self.waiting: deque[tuple[int, Question]] = deque()
+        self.too_long = self.empty = 0
+
+    def prompts(self) -> Iterator[tuple[int, ...]]:
+        """The ids of each question that the model can be asked."""
+        for number, (place, row) in enumerate(self._rows, start=1):
+            question = question_of(row, self._model.tokenizer, place)
+            if not question.ids:
+                self.empty += 1
+            elif not _fits(question, self._model):
+                self.too_long += 1
+            else:
+                self.waiting.append((number, question))
+                yield question.ids
 
 
 def _fits(question: Question, model: Model) -> bool:

@@ -192,7 +192,7 @@ def test_prompts_are_taken_as_there_are_places(model: Model, registry: Registry)
     parts = (model.language_model, model.tokenizer)
     made = follow_all(*parts, asked(), greedy(registry), num_tokens=2, seed=0)
     next(made)
-    assert 16 <= len(taken) <= 64
+    assert len(taken) <= 32
     assert len(list(made)) == 299 and len(taken) == 300
     assert list(follow_all(*parts, [], greedy(registry), num_tokens=2, seed=0)) == []
 

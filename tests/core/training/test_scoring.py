@@ -141,5 +141,24 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted(
     assert (result.means, result.rows, result.too_long) == ((1.0,), 1, 1)
     (words,) = words_on(result)
     assert words.startswith("warning: 1 of 2 prompts of test rows do not fit into the context of the model")
-    with pytest.raises(DataError, match="none of the 1 prompts"):
+    with pytest.raises(DataError, match="none of the 1 prompts of test rows fits into"):
         scored(model, registry, rows[1:], evaluator(lambda answer: 1))
+
+
+def test_empty_prompts_are_left_out_where_no_token_begins_a_text(
+    model: Model, registry: plugins.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, _ = asking(rows_of(*({"prompt": p, "completion": "c"} for p in ("", "a"))), ScoreConfig())
+    assert scored(model, registry, rows, evaluator(lambda answer: 1)).rows == 2, "the begin token is one"
+    encode = model.tokenizer.encode
+
+    def without_begin(text: str, *, bos: bool = True, eos: bool = False) -> list[int]:
+        return encode(text, bos=False, eos=eos)
+
+    monkeypatch.setattr(model.tokenizer, "encode", without_begin)
+    result = scored(model, registry, rows, evaluator(lambda answer: answer.prompt == "a"))
+    assert (result.means, result.rows, result.too_long, result.empty) == ((1.0,), 1, 0, 1)
+    (words,) = words_on(result)
+    assert words.startswith("warning: 1 of 2 prompts of test rows are empty")
+    with pytest.raises(DataError, match="none of the 1 prompts of test rows has a token and fits"):
+        scored(model, registry, rows[:1], evaluator(lambda answer: 1))
