@@ -76,12 +76,12 @@ def command(
         _dry_run(pinned(resolved, fetch=False)[0], as_json)
         return
     leads = rank() == 0  # which alone writes
-    if leads:
-        hold(resolved.folder)
-    if leads and watch:
-        click.get_current_context().with_resource(watched(resolved.folder, watch_port))
     started = time.perf_counter()
     with joined() as (group, seen):
+        if leads:
+            hold(resolved.folder)
+        if leads and watch:
+            click.get_current_context().with_resource(watched(resolved.folder, watch_port))
         runtimes = start(registry)
         check_samplers(resolved.sampler)
         if leads:

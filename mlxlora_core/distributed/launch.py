@@ -144,8 +144,13 @@ def _threads(hosts: Hosts) -> dict[str, str]:
 
 def _script(program: Sequence[str], variables: Mapping[str, str], ring: list[list[str]]) -> str:
     """What a shell on another machine does: the same folder, the same command."""
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError as fault:
+        what = "the working folder is gone, in which ranks on other machines begin"
+        raise UsageError(what, fix="go to another one") from fault
     lines = [
-        f"cd {shlex.quote(os.getcwd())} || exit {int(ExitCode.USAGE)}",
+        f"cd {shlex.quote(folder)} || exit {int(ExitCode.USAGE)}",
         "hosts=$(mktemp) || exit 6",
         f"printf %s {shlex.quote(json.dumps(ring))} > $hosts",
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),

@@ -17,6 +17,7 @@ WORK = """
 import json, pathlib, sys
 import mlx.core as mx
 from mlxlora_core.distributed.group import join
+from mlxlora_core.machine.memory import free_memory_bytes
 
 group = join()
 rank = group.rank
@@ -24,6 +25,8 @@ mark = pathlib.Path(f"{sys.argv[1]}.first")
 with group.first_of_machine():
     second = mark.exists()
     mark.touch()
+with group.sharing_memory():
+    part = free_memory_bytes()
 sums = group.sum([mx.full((2, 3), rank + 1, mx.float16), mx.arange(4) * rank, mx.array(2.0**-20)])
 found = {
     "size": group.size,
@@ -35,6 +38,7 @@ found = {
     "machines": len(set(group.machines)),
     "sharing": group.sharing_processors(),
     "second": second == (rank > 0),
+    "part of the memory": part < 0.6 * free_memory_bytes(),
 }
 open(f"{sys.argv[1]}.{rank}", "w").write(json.dumps(found))
 """
@@ -55,6 +59,7 @@ def test_every_rank_gets_what_each_has_given(tmp_path: Path, count: int) -> None
         "machines": 1,
         "sharing": count,
         "second": True,
+        "part of the memory": True,
     }
     assert [json.loads((tmp_path / f"found.{rank}").read_text()) for rank in range(count)] == [want] * count
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -384,6 +385,20 @@ def test_a_budget_is_kept_to_and_what_is_left_goes_into_files(tmp_path: Path) ->
         assert found is not None and np.array_equal(found, row)
     store.close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("ranks", "kept"), [(1, 3), (3, 1)])
+def test_ranks_of_one_machine_share_half_of_its_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, kept: int
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=2 * 3 * 160)  # half of it takes three rows
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    store = Kept(0, tmp_path, ranks)
+    row = np.zeros((10, 4), np.uint32)
+    assert [store.keep(b"k" * 32, [row]) is not None for _ in range(5)] == [True] * kept + [False] * (
+        5 - kept
+    )
+    store.close()
 
 
 def test_without_a_folder_files_stand_in_a_temporary_one_and_what_was_left_of_another_goes(

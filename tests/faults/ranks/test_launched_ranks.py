@@ -217,6 +217,15 @@ def test_no_ssh_is_one_line(parts: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert done.stderr.count("\n") == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["hosts.json"]
 
 
+def test_no_working_folder_is_one_line(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = on_hosts(parts, tmp_path, "far-away", monkeypatch)
+    (tmp_path / "gone").mkdir()
+    leave = ["sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', str(tmp_path / "gone"), *command]
+    done = subprocess.run(leave, env=variables(tmp_path), capture_output=True, text=True, timeout=60)
+    assert done.returncode == ExitCode.USAGE
+    assert done.stderr.startswith("mlxlora: the working folder is gone") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

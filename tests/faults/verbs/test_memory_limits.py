@@ -278,7 +278,7 @@ def test_ranks_that_do_not_fit_side_by_side_are_refused(
     limit = next(p for n in ("memory.limit_in_bytes", "memory.max") if (p := group / n).exists())
     enter = ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh"]
     codes = []
-    for share, count in ((1.5, 1), (1.5, 2), (3, 2)):
+    for share, count in ((1.5, 1), (1.5, 2), (3, 2)) if ALL else ((1.5, 1), (1.5, 2)):
         limit.write_text(str(int(said * share)))
         _, _, child = done(enter, *training, "--overwrite", "-n", count)
         codes.append(child.returncode)
@@ -286,4 +286,4 @@ def test_ranks_that_do_not_fit_side_by_side_are_refused(
             (line,) = [line for line in child.stderr.splitlines() if line.startswith("mlxlora: ")]
             assert "by each of the 2 ranks of this machine. Fix: " in line
             assert adapter.read_bytes() == before
-    assert codes == [0, 6, 0]
+    assert codes == ([0, 6, 0] if ALL else [0, 6])
