@@ -44,7 +44,7 @@ _SHARED = {
     "stream": Field(SERVED, "server-sent events"),
     "stream_options": Field(SERVED, "`include_usage`; `include_obfuscation` is ignored"),
     "n": Field(SERVED, "1 to 16; choice *i* is drawn with `seed` + *i*"),
-    "stop": Field(SERVED, "a text or up to 16, none of which comes"),
+    "stop": Field(SERVED, "a text or up to 16, each of up to 4096 letters, none of which comes"),
     "seed": Field(
         SERVED, "0 to 2**32 - 1, others by their remainder; chosen at random where it is not given"
     ),

@@ -13,7 +13,7 @@ from mlxlora_core.server.json_values import has_values, kinds_of, listed, same, 
 
 #: keywords that say nothing about which texts there are
 _WORDS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
-_WORDS |= {"$schema", "$id", "$comment", "$defs", "definitions"}
+_WORDS |= {"$schema", "$id", "$comment", "$defs", "definitions", "discriminator"}
 #: keywords that are held, by the type that they belong to
 _HELD = {
     "object": {"properties", "required", "additionalProperties"},

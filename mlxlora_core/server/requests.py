@@ -16,6 +16,7 @@ from mlxlora_core.serving.engine import MOST_LOGPROBS
 MOST_CHOICES = 16
 MOST_MESSAGES = 1024  # the beginnings of a conversation are rendered one by one, and others wait for it
 MOST_STOPS = 16
+MOST_STOP_LETTERS = 4096  # whether a text ends with a part of one is found in the engine's thread
 MOST_BIASES = 1024
 COMPLETION_TOKENS = 16  # where a request for a completion says nothing: as the protocol has it
 
@@ -163,6 +164,8 @@ def _stops(value: Any) -> tuple[str, ...]:
         raise bad_value("stop", "must be a text, or a list of texts, of which none is empty")
     if len(found) > MOST_STOPS:
         raise bad_value("stop", f"has {len(found)} texts, wanted up to {MOST_STOPS}")
+    if any(len(text) > MOST_STOP_LETTERS for text in found):
+        raise bad_value("stop", f"has a text of more than {MOST_STOP_LETTERS} letters")
     return tuple(found)
 
 

@@ -131,5 +131,16 @@ def _described(token: int, logits: mx.array, count: int | None) -> Token:
     values = np.array(logits, dtype=np.float64)[0]
     logprobs = values - values.max()
     logprobs -= np.log(np.exp(logprobs).sum())
-    order = np.argsort(-values, kind="stable")[:count]
-    return Token(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in order))
+    top = tuple((int(i), float(logprobs[i])) for i in most_likely(values, count))
+    return Token(token, float(logprobs[token]), top)
+
+
+def most_likely(values: np.ndarray, count: int) -> np.ndarray:
+    """Ids of the largest of some values (V,), from the largest down; of those alike the lowest id first.
+
+    Few are sorted, since others wait: of 49 152 values all take 4 ms, these 0.1.
+    """
+    if not 0 < count < len(values):
+        return np.argsort(-values, kind="stable")[:count]
+    found = np.flatnonzero(values >= np.partition(values, -count)[-count])
+    return found[np.argsort(-values[found], kind="stable")][:count]

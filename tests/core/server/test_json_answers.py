@@ -194,6 +194,7 @@ def test_whatever_letters_come_hold_to_a_schema() -> None:
                     {"anyOf": [{"type": "number"}, {"$ref": "#/$defs/no"}]},
                 ],
                 "$defs": {"no": {"type": "null"}},
+                "discriminator": {"propertyName": "k"},
             },
             ['{"k": "a"}', '{"k": "c"}', "1.5", "null"],
             ['{"k": "d"}', '"a"'],

@@ -295,6 +295,7 @@ def test_a_json_answer_is_the_same_for_the_same_seed(server: ServerProcess) -> N
         (CHAT, {"max_tokens": 0}, 400, "invalid_value", "max_tokens"),
         (CHAT, {"seed": 1.5}, 400, "invalid_value", "seed"),
         (CHAT, {"stop": ["a", ""]}, 400, "invalid_value", "stop"),
+        (CHAT, {"stop": ["a" * 4097]}, 400, "invalid_value", "stop"),
         (CHAT, {"top_logprobs": 2}, 400, "invalid_value", "top_logprobs"),
         (CHAT, {"logprobs": True, "top_logprobs": 21}, 400, "invalid_value", "top_logprobs"),
         (CHAT, {"stream_options": {}}, 400, "invalid_value", "stream_options"),

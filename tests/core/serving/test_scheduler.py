@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from serving_steps import Served, Steps, alone, greedy, ids_of, same, told
 
@@ -17,6 +18,7 @@ from mlxlora_core.errors import DivergedError, PluginError, ResourceError
 from mlxlora_core.model.generate import decode, generate, whole
 from mlxlora_core.model.tokenizers import CheckedTokenizer
 from mlxlora_core.plugins import Component, Plugin, Registry
+from mlxlora_core.serving.job import most_likely
 from mlxlora_core.serving.request import Request
 from mlxlora_core.specs import Sampler
 
@@ -198,6 +200,14 @@ def test_a_batch_that_fails_ends_its_requests_and_the_next_are_served(
     two = steps.submit(Request([5, 6], max_tokens=9))
     steps.run()
     assert told(two)[-1].finish in ("length", "stop")
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 20, 500, 900])
+def test_the_most_likely_are_those_of_a_stable_sort(count: int) -> None:
+    draw = np.random.default_rng(count)
+    for values in (draw.normal(size=500), draw.integers(0, 9, 500) * 1.0, np.full(500, -np.inf)):
+        want = sorted(range(500), key=lambda token: (-values[token], token))[:count]
+        assert most_likely(values, count).tolist() == want
 
 
 def test_logprobs_are_those_of_the_logits(served: Served, registry: Registry) -> None:
