@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from mlxlora_core.errors import PluginError, UsageError, one_line
 from mlxlora_core.plugins.targets import find_targets
 
 _DEFINE = "define \0"
-SECONDS = 60.0  # that a case may take
+SECONDS = 60  # that a case may take
 
 
 @click.command("check", cls=Verb, context_settings=CONTEXT)
@@ -68,6 +69,8 @@ def _show(checked: Checked) -> None:
     rows += _untried(checked.checks)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     show.table(("component", "tried", "result"), rows, width)
+    counts = Counter(one["result"] for one in checked.checks)
+    show.result(f"{counts['passed']} checks passed, {counts['failed']} failed, {counts['left out']} left out")
     for one in checked.checks:
         if one["result"] == "failed":
             show.result(f"\nfailed: {one_line(_whose(one))}: {one_line(one['test'])}")
@@ -78,14 +81,15 @@ def _show(checked: Checked) -> None:
 
 def _untried(checks: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
     """The rows about what was not tried: one a reason, and one for all that is to be defined."""
-    grouped: dict[tuple[str, str], list[str]] = {}
+    grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for one in checks:
         if one["why"]:
             why = one["why"].replace(f"define {one['missing']}", _DEFINE, 1) if one["missing"] else one["why"]
-            grouped.setdefault((_whose(one), f"{one['result']}: {why}"), []).append(one["missing"])
-    for (whose, said), missing in grouped.items():
-        names = ", ".join(dict.fromkeys(missing))
-        yield whose, f"{len(missing)} more of its kind", said.replace(_DEFINE, f"define {names}", 1)
+            grouped.setdefault((_whose(one), f"{one['result']}: {why}"), []).append(one)
+    for (whose, said), alike in grouped.items():
+        names = ", ".join(dict.fromkeys(one["missing"] for one in alike))
+        tried = alike[0]["tried"] if len(alike) == 1 else f"{len(alike)} more checks"
+        yield whose, tried, said.replace(_DEFINE, f"define {names}", 1)
 
 
 def _whose(one: Mapping[str, Any]) -> str:

@@ -24,8 +24,11 @@ from typing import Any
 import pytest
 
 import mlxlora_core.api  # noqa: F401  # so that what it takes is not put down to a plugin
+from mlxlora_core.errors import listing
+from mlxlora_core.options import explain
 from mlxlora_core.plugins import ALLOW_LIST, Component, Plugin, Registry, load
 from mlxlora_core.plugins.plugin import normal_name
+from mlxlora_core.testing.public import DOORS, private_imports
 
 #: what no plugin may import before it is used
 HEAVY = (
@@ -35,6 +38,8 @@ HEAVY = (
 
 _OWN_SECONDS = 120.0  # that what is no work of a plugin may take
 _CONFTEST = "The conftest.py of its author can be read."
+_DOORS = "It imports nothing of mlxlora but what is public."
+_HELPED = "Every option has a sentence of help."
 _LOADED = "Its module can be imported; its hooks are known, its specs whole."
 
 
@@ -109,7 +114,24 @@ def _load(wanted: Mapping[str, str], progress: Progress) -> None:
     if name in progress.seen or _trials(wanted) & progress.failed:
         return
     progress.begin(name, {"plugin": wanted["name"], "test": "load", "tried": _LOADED})
-    progress.tell(_loaded(_found(load(environ={ALLOW_LIST: _id(wanted)}), wanted)))
+    registry = load(environ={ALLOW_LIST: _id(wanted)})
+    plugin = _found(registry, wanted)
+    progress.tell(_loaded(plugin))
+    private = private_imports(plugin)
+    told = {"plugin": wanted["name"], "test": "doors", "tried": _DOORS}
+    failed = {"result": "failed", "got": listing(private), "want": listing(DOORS)}
+    progress.tell(told | (failed if private else {"result": "passed"}))
+    for component in registry.components:
+        if component.plugin == plugin and explain(component.spec.options):
+            progress.tell(_helped(component))
+
+
+def _helped(component: Component) -> dict[str, Any]:
+    """Whether every option of a component has a sentence of help."""
+    bare = [option.name for option in explain(component.spec.options) if not option.help.strip()]
+    told = {"component": component.id, "kind": component.kind, "test": "help", "tried": _HELPED}
+    failed = {"result": "failed", "got": f"none of {listing(bare)}", "want": 'option(..., help="a sentence")'}
+    return told | (failed if bare else {"result": "passed"})
 
 
 def _id(plugin: Mapping[str, str]) -> str:

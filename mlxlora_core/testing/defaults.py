@@ -114,6 +114,15 @@ def _quantizer(component: Component, values: Mapping[str, Any]) -> dict[str, Any
     return {"error_bound": error_bound}
 
 
+def _sampler(component: Component, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Which probabilities tokens should have, nobody can guess."""
+
+    def probabilities(self: Any, *given: Any) -> None:
+        raise NotImplementedError("probabilities")
+
+    return {"probabilities": probabilities}
+
+
 def _builder(component: Component, values: Mapping[str, Any]) -> dict[str, Any]:
     """Files of many kinds, for the option that is a path."""
     spec = component.spec
@@ -341,6 +350,7 @@ _GUESSES: dict[str, Callable[[Component, Mapping[str, Any]], dict[str, Any]]] = 
     "adapter": _adapter,
     "quantizer": _quantizer,
     "builder": _builder,
+    "sampler": _sampler,
     "tokenizer": _tokenizer,
     "architecture": _architecture,
     "exporter": _exporter,

@@ -180,7 +180,7 @@ class Findings:
             empty = str(fault).startswith("got empty parameter set")  # in pytest's words
             return {
                 "result": "does not apply",
-                "why": "the suite states nothing to try" if empty else str(fault),
+                "why": "its author states none to try" if empty else str(fault),
             }
         last = call.excinfo.traceback[-1]
         told = {"result": "failed", "where": f"{Path(last.path).name}:{last.lineno + 1}"}

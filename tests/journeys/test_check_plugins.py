@@ -176,7 +176,7 @@ def test_a_loader_is_tried_on_the_sample_that_it_ships_with(tmp_path: Path, capf
     assert left == {name: f"define {name} in {suite}" for name in ("damage", "write", "write_large")}
     # In the table it is one line that tells what to do.
     assert cli.execute(["plugins", "check", str(tmp_path / "odd")]) == 0
-    said = [line for line in capfd.readouterr().out.splitlines() if "left out" in line]
+    said = [line for line in capfd.readouterr().out.splitlines() if "left out:" in line]
     assert [line.partition("left out: ")[2] for line in said] == [
         f"define damage, write_large, write in {suite}"
     ]
@@ -235,7 +235,12 @@ def test_a_plugin_that_cannot_be_loaded(tmp_path: Path, capfd: Capfd, code: str,
 
 
 ENDLESS = """
-import ctypes
+import ctypes, dataclasses
+@dataclasses.dataclass(frozen=True)
+class Bare: pass
+@dataclasses.dataclass(frozen=True)
+class Silent:
+    a: int = option(1, help="")
 def hangs(options):
     def change(logits, tokens):
         while logits.shape[1] == 1: pass
@@ -248,11 +253,14 @@ def interrupts(options):
         return logits
     return change
 def prints(options):
+    from mlxlora_core.model import drawing
     os.write(1, b"noise")
     return lambda logits, tokens: logits
 @hookimpl
 def mlxlora_samplers():
-    return [Sampler(name=one.__name__, summary="s", build=one) for one in (hangs, dies, interrupts, prints)]
+    samplers = (hangs, dies, interrupts, prints)
+    return [Sampler(name=one.__name__, summary="s", options=Bare, build=one) for one in samplers[:-1]] + [
+        Sampler(name="prints", summary="s", options=Silent, build=prints)]
 """
 
 
@@ -283,12 +291,14 @@ def test_what_never_ends_or_ends_the_process_has_failed_and_the_rest_is_tried(
             "test_every_row_is_changed_by_itself",
         ): INTERRUPTED,
         ("in_use:prints", "stdout"): 3 * "noise",
+        ("in_use:prints", "help"): "none of a",
+        ("in_use", "doors"): "in_use.py:23 imports mlxlora_core.model",
     }
     assert failed["at_loading", "load"]["where"] == "at_loading.py:6"
-    assert failed["in_use:hangs", "test_gives_logits_that_leave_a_token"]["where"] == "in_use.py:8"
+    assert failed["in_use:hangs", "test_gives_logits_that_leave_a_token"]["where"] == "in_use.py:13"
     passed = Counter(one["component"] for one in found["checks"] if one["result"] == "passed")
     assert passed == {"": 3, "in_use:hangs": 6, "in_use:dies": 6, "in_use:interrupts": 6, "in_use:prints": 7}
-    assert code == 8 and f"6 of {len(found['checks'])} checks failed" in lines[-1]
+    assert code == 8 and f"8 of {len(found['checks'])} checks failed" in lines[-1]
 
 
 def test_one_that_hangs_is_ended_by_a_signal(tmp_path: Path) -> None:
