@@ -24,8 +24,9 @@ import pytest
 from mlx.utils import tree_unflatten
 
 from mlxlora_core.errors import ModelError
+from mlxlora_core.machine.device import on_cpu
 from mlxlora_core.model.language_model import LanguageModel
-from mlxlora_core.model.linears import linear_shape, linears, parameters
+from mlxlora_core.model.linears import StackedLinear, linear_shape, linears, parameters
 from mlxlora_core.model.ops import LARGE
 from mlxlora_core.specs import Architecture
 from mlxlora_core.testing.arguments import ArgumentTests
@@ -220,6 +221,8 @@ class ArchitectureSuite(LayoutTests, ArgumentTests, PackingTests, RaggedTests):
         """With half-precision weights the layers compute in their type, near what float32 gives."""
         model = self.model()
         ids = self.ids(model)
+        if on_cpu() and any(isinstance(linear, StackedLinear) for _, linear in linears(model)):
+            pytest.skip("on a CPU, MLX multiplies stacks of linears in float32 alone")
         want = model(ids)
         model.set_dtype(getattr(mx, dtype))
         hidden = model.run(model.embed(ids))
