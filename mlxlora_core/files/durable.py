@@ -25,6 +25,8 @@ from mlxlora_core.files.flushing import disk_faults, flush_folder, flush_to_disk
 from mlxlora_core.files.leftovers import GONE, NEW, OLD, beside, clear_leftovers
 from mlxlora_core.files.room import written
 
+AWAY = "move it away, or name another"
+
 
 @contextmanager
 def new_file(path: Path, check: Callable[[Path], object] = lambda _: None) -> Iterator[BinaryIO]:
@@ -256,17 +258,11 @@ def check_target(
         if not target.is_symlink() and not target.exists():
             return
         if not target.is_dir():
-            raise SafetyError(
-                "is no folder, and a folder is wanted", where=target, fix="move it away, or name another"
-            )
+            raise SafetyError("is no folder, and a folder is wanted", where=target, fix=AWAY)
         if not any(target.iterdir()):
             return
         if not ours(target):
-            raise SafetyError(
-                "the folder holds something else and was left alone",
-                where=target,
-                fix="move it away, or name another",
-            )
+            raise SafetyError("the folder holds something else and was left alone", where=target, fix=AWAY)
     if not overwrite:
         raise SafetyError(
             "the folder is there already and was left alone",
@@ -302,9 +298,7 @@ def refuse_odd_file(path: Path) -> None:
     with disk_faults(path, "read"):
         place = place_of(path)
         if os.path.lexists(place) and not stat.S_ISREG(place.stat().st_mode):
-            raise SafetyError(
-                "is no regular file and was left alone", where=path, fix="move it away, or name another"
-            )
+            raise SafetyError("is no regular file and was left alone", where=path, fix=AWAY)
 
 
 def check_file(path: Path) -> None:
