@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from io import BufferedReader
 from mlxlora_core.files.jsonl import LINE_BYTES, Record, read_text, short
 
 _OTHER_DELIMITERS = ";\t"  # tried where the heading has no comma
+_HEADING_LETTERS = 1 << 16  # it is looked for in
+_QUOTED = re.compile(r'"[^"]*"')
+_LINE_END = re.compile(r"[\r\n]")
 
 
 def read_table(file: BufferedReader, delimiter: str = ",") -> Iterator[Record]:
@@ -26,9 +30,10 @@ def read_table(file: BufferedReader, delimiter: str = ",") -> Iterator[Record]:
     if unreadable is not None:
         yield unreadable
         return
-    heading_line = text.lstrip("\r\n").partition("\n")[0]
-    if delimiter not in heading_line:
-        delimiter = next((other for other in _OTHER_DELIMITERS if other in heading_line), delimiter)
+    heading = _QUOTED.sub("", text[:_HEADING_LETTERS]).lstrip("\r\n")  # what is quoted may hold any of them
+    heading = _LINE_END.split(heading, maxsplit=1)[0]
+    if delimiter not in heading:
+        delimiter = next((other for other in _OTHER_DELIMITERS if other in heading), delimiter)
     with _long_cells():
         yield from _rows(text, delimiter)
 
@@ -62,7 +67,8 @@ def _rows(text: str, delimiter: str) -> Iterator[Record]:
 def _heading_fault(heading: list[str]) -> str:
     """What is wrong with the names of the columns."""
     name, count = Counter(heading).most_common(1)[0]
-    return f"names the column {short(name)} twice" if count > 1 else ""
+    told = short(name) or "''"
+    return f"names the column {told} twice" if count > 1 else ""
 
 
 @contextmanager

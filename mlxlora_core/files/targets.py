@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.errors import SafetyError, UsageError
-from mlxlora_core.files.writable import check_target, place_of, refuse_odd_file
+from mlxlora_core.files.writable import AWAY, check_target, place_of, refuse_odd_file
 
 
 def refuse_inputs(target: Path, inputs: Iterable[Path]) -> None:
@@ -106,7 +106,7 @@ def is_written(path: Path, ours: Callable[[Path], bool]) -> bool:
         raise SafetyError(
             "was not written by mlxlora for this and was left alone",
             where=path,
-            fix="move it away, or name another",
+            fix=AWAY,
         )
     return True
 

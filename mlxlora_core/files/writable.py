@@ -14,6 +14,9 @@ from mlxlora_core.errors import SafetyError
 from mlxlora_core.files.flushing import disk_faults
 from mlxlora_core.files.leftovers import NEW, beside, clear_leftovers
 
+#: what to do about something that stands where mlxlora is to write
+AWAY = "move it away, or name another"
+
 
 def check_target(
     target: Path, *, overwrite: bool = False, ours: Callable[[Path], bool] = lambda _: False
@@ -28,17 +31,11 @@ def check_target(
         if not target.is_symlink() and not target.exists():
             return
         if not target.is_dir():
-            raise SafetyError(
-                "is no folder, and a folder is wanted", where=target, fix="move it away, or name another"
-            )
+            raise SafetyError("is no folder, and a folder is wanted", where=target, fix=AWAY)
         if not any(target.iterdir()):
             return
         if not ours(target):
-            raise SafetyError(
-                "the folder holds something else and was left alone",
-                where=target,
-                fix="move it away, or name another",
-            )
+            raise SafetyError("the folder holds something else and was left alone", where=target, fix=AWAY)
     if not overwrite:
         raise SafetyError(
             "the folder is there already and was left alone",
@@ -74,9 +71,7 @@ def refuse_odd_file(path: Path) -> None:
     with disk_faults(path, "read"):
         place = place_of(path)
         if os.path.lexists(place) and not stat.S_ISREG(place.stat().st_mode):
-            raise SafetyError(
-                "is no regular file and was left alone", where=path, fix="move it away, or name another"
-            )
+            raise SafetyError("is no regular file and was left alone", where=path, fix=AWAY)
 
 
 def check_file(path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxlora_core.errors import ModelError
 from mlxlora_core.files.fingerprints import content_digest
 from mlxlora_core.model.events import describe_conversion
-from mlxlora_core.model.located import LocatedModel, locate_model
+from mlxlora_core.model.located import LocatedModel, is_path, locate_model
 from mlxlora_core.options import plain
 from mlxlora_core.runs.base import source
 from mlxlora_core.runs.events import Event, StageDone
@@ -26,9 +28,17 @@ class ModelStage(Stage):
     name = "model"
 
     def inputs(self, recipe: Recipe) -> Mapping[str, Any]:
-        """The files of the model, and how they are converted."""
+        """The files of the model, and how they are converted.
+
+        Raises:
+            ModelError: there is no model at the path.
+        """
         named = source(recipe.model)
         place = locate_model(named, fetch=False).path
+        if is_path(named) and not os.path.exists(place):
+            raise ModelError(
+                "there is no such folder or file", where=place, fix="name the model's folder or file"
+            )
         read = [place] if place.is_file() else [place / name for name in files(place)]
         return {
             "model": plain(recipe.model),

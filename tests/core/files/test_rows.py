@@ -262,6 +262,9 @@ SAME = {
     "quoted.csv": '"text"\n"a"\n"b"\n',
     "wide.csv": "text,n\na,\n,\nb,\n",
     "semicolons.csv": "text;n\na;\nb;\n",
+    "old_mac.csv": "text;n\ra;\rb;\r",
+    "comma_in_heading.csv": '"n, or none";text\n;a\n;b\n',
+    "line_in_heading.csv": '"n,\nor none";text\n;a\n;b\n',
     "rows.tsv": "text\tn\na\t\nb\t\n",
     "unknown.txt": '{"text": "a"}\n{"text": "b"}\n',
 }
@@ -312,6 +315,7 @@ ODD = {
         "2 bad lines: FILE:2: has 1 cells, the heading 2 (2 of this kind: 2, 3)",
     ),
     "twice.csv": (b"text,text\na,b\n", "1 bad line: FILE:1: names the column text twice"),
+    "unnamed.csv": (b"text,,\na,,\n", "1 bad line: FILE:1: names the column '' twice"),
     "quote.csv": (b'text\n"a\nb\n', "1 bad line: FILE:2: no table: "),
     "quotes.csv": (b'text\n"a"b\nc\n', "1 bad line: FILE:2: no table: "),
     "bytes.csv": (b"text\nc\xe9\n", "1 bad line: FILE:2: byte 0xe9 at byte 2 is not UTF-8"),
@@ -319,6 +323,10 @@ ODD = {
     "empty.csv": (b"", "FILE: there is no row in it"),
     "heading.csv": (b"text\n", "FILE: there is no row in it"),
     "rows.parquet": (b"PAR1....", "FILE: is parquet, wanted UTF-8 text. Fix: save it as JSON Lines"),
+    "rows.bz2": (b"BZh91AY&SY....", "FILE: is bzip2, wanted UTF-8 text. Fix: bunzip2 it"),
+    "rows.xz": (b"\xfd7zXZ\x00....", "FILE: is xz, wanted UTF-8 text. Fix: unxz it"),
+    "rows.zst": (b"\x28\xb5\x2f\xfd....", "FILE: is zstd, wanted UTF-8 text. Fix: unzstd it"),
+    "rows.arrow": (b"ARROW1....", "FILE: is arrow, wanted UTF-8 text. Fix: save it as JSON Lines"),
     "rows.zip": (b"PK\x03\x04....", "FILE: is zip, wanted UTF-8 text. Fix: unzip it"),
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from mlxlora_core.errors import ModelError
 from mlxlora_core.plugins import Registry
 from mlxlora_core.runs.plan import fingerprints
 from mlxlora_core.runs.recipe import Recipe
@@ -116,3 +117,8 @@ def test_a_file_undoes_what_is_read_from_it(
     # A time alone changes nothing.
     path.touch()
     assert marks() == after and was.st_size < path.stat().st_size
+
+
+def test_a_model_that_is_not_there_is_told_before_anything_is_done(marks: Marks) -> None:
+    with pytest.raises(ModelError, match=r"nowhere: there is no such folder or file"):
+        marks("model.torch_path=nowhere")

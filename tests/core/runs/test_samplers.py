@@ -270,7 +270,8 @@ def test_what_is_written_down_reads_back_the_same(
 
 
 def test_other_samplers_are_another_stage(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    (tmp_path / "rows").mkdir()
+    for name in ("rows", "m"):
+        (tmp_path / name).mkdir()
     (tmp_path / "rows" / "train.jsonl").write_text('{"text": "a"}\n')
     marks = [
         fingerprints(recipe(f"[sampler]\nuse = {use}\n"))

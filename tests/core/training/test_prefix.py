@@ -393,7 +393,7 @@ def test_ranks_of_one_machine_share_half_of_its_disk(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=2 * 3 * 160)  # half of it takes three rows
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    store = Kept(0, tmp_path, ranks)
+    store = RowStore(0, tmp_path, ranks)
     row = np.zeros((10, 4), np.uint32)
     assert [store.keep(b"k" * 32, [row]) is not None for _ in range(5)] == [True] * kept + [False] * (
         5 - kept
