@@ -46,7 +46,7 @@ def _checked(component: Component, linear: nn.Module, module: Any) -> nn.Module:
     if wrapped.get("linear") is not linear:
         got = f"a {type(wrapped).__name__} without the linear"
         raise component.breach("wrap", got, "a module that keeps it as its child 'linear'")
-    for name, tensor in tree_flatten(wrapped.trainable_parameters()):
+    for name, tensor in dict(tree_flatten(wrapped.trainable_parameters())).items():
         if name.startswith("linear."):
             raise component.breach("wrap", f"a module in which {name} trains", "the linear frozen")
         if not mx.issubdtype(tensor.dtype, mx.floating):
