@@ -65,6 +65,7 @@ class TokenTexts(dict[int, bytes]):
     ) -> None:
         super().__init__()
         self._bytes, self._written = byte_steps(decoder, where), written
+        self._apart = b" " if decoder is None or decoder.get("type") == "WordPiece" else b""
         self._added, self._silent = added, silent
 
     def __missing__(self, token: int) -> bytes:
@@ -72,7 +73,7 @@ class TokenTexts(dict[int, bytes]):
         if text is None or token in self._silent:
             added = b""
         else:
-            added = text.encode() if token in self._added else self._bytes(text)
+            added = self._apart + text.encode() if token in self._added else self._bytes(text)
         self[token] = added
         return added
 

@@ -255,6 +255,19 @@ def test_words_are_joined_by_spaces() -> None:
     assert tokenizer.stops.isdisjoint(ids) and tokenizer.bos is None
 
 
+@pytest.mark.parametrize("decoder", [None, decoders.WordPiece(cleanup=False)], ids=["none", "words"])
+def test_added_tokens_among_words_stand_apart_too(decoder: Any) -> None:
+    library = small_tokenizers.words()
+    library.add_tokens(["<think>"])
+    if decoder is not None:
+        library.decoder = decoder
+    tokenizer = made(library, tokenizer_config={"eos_token": "</s>"})
+    ids = tokenizer.encode("the<think>layer <think>")
+    assert tokenizer.decode(ids) == " the <think> layer <think>"
+    assert library.decode(ids) == tokenizer.decode(ids).removeprefix(" ")
+    assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids)
+
+
 def test_an_unknown_token_that_ends_texts_is_left_out() -> None:
     document = json.loads(small_tokenizers.words().to_str())
     document["model"]["unk_token"] = "</s>"
