@@ -72,12 +72,13 @@ class Places:
 
 
 def namespaces_in(folders: Iterable[str | Path], levels: int = 4) -> set[str]:
-    """The folders without ``__init__`` in those of a namespace that hold modules, so many levels deep."""
+    """The public folders without ``__init__`` in a namespace's that hold modules, so many levels deep."""
     names = set()
     for folder in map(Path, folders):
         with suppress(OSError):
             for entry in folder.iterdir():
-                if entry.name.isidentifier() and not (entry / "__init__.py").exists() and entry.is_dir():
+                public = entry.name.isidentifier() and not entry.name.startswith("_")
+                if public and not (entry / "__init__.py").exists() and entry.is_dir():
                     modules = any(info.name.isidentifier() for info in iter_modules([str(entry)]))
                     if modules or (levels and namespaces_in([entry], levels - 1)):
                         names.add(entry.name)

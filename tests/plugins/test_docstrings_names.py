@@ -60,7 +60,7 @@ def test_a_namespace_is_read_through_the_namespaces_in_it(read: Read, mode: str)
     doc = '"""Doc of {}."""\n'
     files = {f"spaced_S_{at}": doc.format(at) for at in ("a", "sub_S_b", "deep_S_er_S_m", "pack_S_c")}
     files |= {"spaced_S_pack_S___in__": "", "spaced_S_pack_S_scripts_S_s": "raise SystemExit\n"}
-    files |= {"spaced_S_data_S_notes_DOT_txt": "no module"}
+    files |= {"spaced_S_data_S_notes_DOT_txt": "no module", "spaced_S__own_S_p": doc.format("private")}
     rows, skipped = read(mode, "spaced", **files)
     assert sorted(rows) == ["spaced.a", "spaced.deep.er.m", "spaced.pack.c", "spaced.sub.b"]
     assert skipped == {}

@@ -889,6 +889,21 @@ def test_a_torn_log_is_mended_and_no_step_comes_twice(start: MakeWork, trained: 
     assert untimed(metrics) == want
 
 
+@pytest.mark.parametrize(
+    ("kept", "told"), [(0, "reports up to step 4 are not in"), (2, "which ends at step 1"), (None, "")]
+)
+def test_a_log_that_lacks_reports_is_told(
+    start: MakeWork, trained: Path, tmp_path: Path, kept: int | None, told: str
+) -> None:
+    metrics = tmp_path / "m.jsonl"
+    finish(start(tmp_path / "whole", steps_per_report=1), LAST, metrics)
+    metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:kept]))
+    work = start(only(trained, tmp_path / "c", 4), steps_per_report=1)
+    go_on(work)
+    words = [event.text for event in finish(work, LAST, metrics) if isinstance(event, Note)]
+    assert [told in word for word in words if "m.jsonl" in word] == ([True] if told else [])
+
+
 def test_a_spike_is_told_and_is_the_same_when_replayed(start: MakeWork, tmp_path: Path) -> None:
     def spiking(folder: Path) -> Work:
         work = start(folder, iters=26, schedule="constant", valid=())
