@@ -123,9 +123,9 @@ def test_the_suites_of_their_kinds_pass(environment: Any, sources: Path) -> None
     done = environment.run(environment.python, "-m", "pytest", "-q", "conformance.py", cwd=sources)
     assert done.returncode == 0, done.stdout
     # The slope of a loss that jumps; packed weights and a single file, of which the exporter has none;
-    # packed rows twice over and rows of different lengths, which the architecture does not take; and a
-    # product that is bound.
-    assert "19 skipped" in done.stdout
+    # packed rows twice over and rows of different lengths, which the architecture does not take; a product
+    # that is bound; code in files, a second tokenizer, and a mixture in half precision, which no CPU has.
+    assert "25 skipped" in done.stdout
 
 
 # --- one recipe with all of them ----------------------------------------------
