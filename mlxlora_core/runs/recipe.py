@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora_core.errors import UsageError, listing, nearest
-from mlxlora_core.options import NoOptions, option, plain
-from mlxlora_core.path_text import check_path, path_text, text_path
+from mlxlora_core.options import NoOptions, convert, option, plain
+from mlxlora_core.path_text import path_text
 from mlxlora_core.plugins import Choice, Registry
 from mlxlora_core.plugins.defaults import DEFAULT_ADAPTER
 from mlxlora_core.plugins.sections import AdapterConfig, Quantization, QuantizeConfig, SplitConfig, configure
@@ -43,7 +43,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.folder:
-            check_path(self.folder)
+            convert(self.folder, Path)
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
-        return text_path(self.run.folder or f"runs/{self.name}")
+        """The run folder; a relative one is in the working folder, not beside the recipe."""
+        folder: Path = convert(self.run.folder or f"runs/{self.name}", Path)
+        return folder
 
     @property
     def quantization(self) -> Quantization | None:

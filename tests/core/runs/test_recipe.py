@@ -118,6 +118,13 @@ def fault(recipe: Callable[..., Recipe]) -> Callable[..., str]:
 # --- good recipes -------------------------------------------------------------
 
 
+def test_the_run_folder_may_be_in_the_home_of_a_user(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert recipe(MINIMAL, "run.folder=~/x").folder == tmp_path / "x"
+
+
 def test_a_small_recipe_is_filled_in(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     got = recipe(MINIMAL)
     assert got.name == "mine"
