@@ -917,7 +917,7 @@ _TEMPLATES = (
 {%- else %}{{ raise_exception('role ' ~ m.role) }}{% endif %}
 {%- endfor %}
 {%- if ns.count > 10 ** 2 or range(4) | sum > 9 %}{{ 'a' * 3 }}{% endif %}""",
-    """{% macro turn(role, text, end=true) %}<{{ role }}>{{ text | replace_modules('<', '&lt;') }}
+    """{% macro turn(role, text, end=true) %}<{{ role }}>{{ text | replace('<', '&lt;') }}
 {%- if end %}</{{ role }}>{% endif %}{% endmacro %}
 {% for m in messages %}{% set role = {'user': 'u', 'assistant': 'a'}.get(m.role, m.role[:1] | upper) %}
 {{ turn(role, [m.content, loop.index] | join(' #')) }}
