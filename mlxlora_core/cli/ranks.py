@@ -62,20 +62,24 @@ def _asked(ranks: int | None, hosts: Path | None) -> Hosts | None:
 
     if ranks is not None and hosts is not None:
         raise UsageError("-n shares work out on this machine and --hosts to several; give one of them")
-    if ranks is None:
-        return _possible(read_hosts(hosts), str(hosts), "name it less often") if hosts is not None else None
-    fewer = "ask for fewer; the option for how many tokens to generate is --num-tokens"
-    return _possible(here(ranks), "-n", fewer)
+    if ranks is not None:
+        fewer = "ask for fewer; the option for how many tokens to generate is --num-tokens"
+        _require_possible(ranks, "-n", fewer)
+        return here(ranks)
+    if hosts is None:
+        return None
+    found = read_hosts(hosts)
+    _require_possible(sum(host.is_here for host in found.ranks), str(hosts), "name it less often")
+    return found
 
 
-def _possible(asked: Hosts, by: str, fix: str) -> Hosts:
-    """Hosts that do not put more processes on this machine than it can use.
+def _require_possible(count: int, by: str, fix: str) -> None:
+    """Refuse more processes on this machine than it can use.
 
     Raises:
-        UsageError: they do.
+        UsageError: there are more.
     """
-    count, most = sum(host.is_here for host in asked.ranks), _RANKS_A_PROCESSOR * processors()
+    most = _RANKS_A_PROCESSOR * processors()
     if count > most:
         can = f"this machine can use {most} at most ({processors()} processors)"
         raise UsageError(f"{by} asks for {count} processes; {can}", fix=fix)
-    return asked
