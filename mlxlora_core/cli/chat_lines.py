@@ -87,12 +87,12 @@ class PlainLines(PipedLines):
 
     def read(self, prompt: str) -> str:
         """The next line, of which the terminal has seen to what was typed wrong."""
-        sys.stderr.write(prompt)
-        sys.stderr.flush()
         before = signal.getsignal(signal.SIGINT)
-        if before is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
+            if before is not signal.SIG_IGN:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            sys.stderr.write(prompt)  # after which Ctrl-C may come at once
+            sys.stderr.flush()
             return super().read(prompt)
         except (KeyboardInterrupt, EOFError):
             show.progress("")

@@ -157,8 +157,9 @@ class Session:
     def _each(self, lines: Lines, pending: Pending) -> None:
         stopped = False  # by the Ctrl-C before
         while True:
-            pending.signum = None
             try:
+                if pending.signum is not None:  # it came before there was a prompt
+                    raise KeyboardInterrupt
                 line = lines.read(self._prompt()).strip()
                 if line == "/quit":
                     return
@@ -168,14 +169,14 @@ class Session:
             except KeyboardInterrupt:
                 if stopped:
                     return
-                stopped = True
+                stopped, pending.signum = True, None
                 show.progress("Ctrl-C again, or Ctrl-D, ends")
                 continue
             except MlxloraError as fault:
                 if not lines.is_terminal:
                     raise
                 show.progress(str(fault))
-            stopped = pending.signum is not None
+            stopped, pending.signum = pending.signum is not None, None
 
     def _prompt(self) -> str:
         return f"{self._called(self._conversations[-1])}> " if self._adapters.adapted else "> "

@@ -93,7 +93,7 @@ def _start() -> RuntimeStarted | None:
         exp=exp if works else None,
         set_precision=products.set_precision,
         **special,
-        advice="; ".join(line for line in (products.advice, _held(blas)) if line),
+        advice=products.advice or _held(blas),
         alternatives=_alternatives,
         prefer=_prefer,
     )

@@ -183,6 +183,7 @@ def test_each_has_a_page_whose_recipe_is_read(environment: Any, tmp_path: Path) 
         "data": '[data]\nuse = "jsonl"\noptions.path = "rows"\n',
     }
     fixtures.tiny_rows(tmp_path / "rows")
+    (tmp_path / "base").mkdir()
     (tmp_path / "PATH").mkdir()  # what stands on a page for a path
     (tmp_path / "PATH" / "a.txt").write_text("A paragraph.\n\nAnother one.\n")
     shown = set()
