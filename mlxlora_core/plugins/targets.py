@@ -8,6 +8,7 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -130,10 +131,15 @@ def _tests_in(folder: Path) -> Path | None:
 
 def _shipped_tests(plugin: Plugin) -> Path | None:
     """The tests that ship within the package of a plugin of somebody else, where there are any."""
+    spec = package_spec(plugin) if plugin.origin != "built-in" else None
+    places = (spec.submodule_search_locations or ()) if spec is not None else ()
+    return next(filter(None, map(_tests_in, map(Path, places))), None)
+
+
+def package_spec(plugin: Plugin) -> ModuleSpec | None:
+    """Where the package of a plugin, or its only module, lies; None where it cannot be found."""
     with suppress(ImportError, ValueError):
-        spec = importlib.util.find_spec(plugin.value.partition(":")[0].partition(".")[0])
-        places = (spec.submodule_search_locations or ()) if spec and plugin.origin != "built-in" else ()
-        return next(filter(None, map(_tests_in, map(Path, places))), None)
+        return importlib.util.find_spec(plugin.value.partition(":")[0].partition(".")[0])
     return None
 
 

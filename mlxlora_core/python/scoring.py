@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from mlxlora_core.runs.samplers import (
     names,
     prepare_evaluators,
 )
+from mlxlora_core.training.events import value_of
 from mlxlora_core.training.scoring import Scored, asking, scoring, words_on
 from mlxlora_core.training.settings import AnswerConfig
 from mlxlora_core.training.sources import Rows, columns_from, read_data
@@ -92,17 +93,7 @@ def score(
         asked, notes = asking(rows, config)
         how = {"num_tokens": config.num_tokens, "seed": number}
         work = scoring("", model.base, asked, evaluators, samplers, **how)
-        return _by_name(_value(work), evaluators, (*rows.notes, *notes))
-
-
-def _value(work: Generator[Any, None, Scored]) -> Scored:
-    """What a generator gives at its end."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            value: Scored = end.value
-            return value
+        return _by_name(value_of(work), evaluators, (*rows.notes, *notes))
 
 
 def _by_name(scored: Scored, evaluators: Sequence[Choice], notes: Sequence[str]) -> Scores:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 from mlxlora_core.plugins import Plugin
+from mlxlora_core.plugins.targets import package_spec
 
 #: what a plugin may import of mlxlora; its tests may import ``testing`` too
 DOORS = ("mlxlora_core.api", "mlxlora_core.ops", "mlxlora_core.files", "mlxlora_core.chat")
@@ -26,10 +26,7 @@ def private_imports(plugin: Plugin) -> list[str]:
 
 def _sources(plugin: Plugin) -> Iterator[Path]:
     """The modules of a plugin, without its tests."""
-    try:
-        spec = importlib.util.find_spec(plugin.value.partition(":")[0].partition(".")[0])
-    except (ImportError, ValueError):
-        return
+    spec = package_spec(plugin)
     for place in (spec.submodule_search_locations or ()) if spec is not None else ():
         below = (path.relative_to(place) for path in sorted(Path(place).rglob("*.py")))
         yield from (Path(place) / path for path in below if "tests" not in path.parts)

@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from mlxlora_core.model.linears import QuantizedEmbedding, QuantizedLinear
 from mlxlora_core.options import NoOptions
+from mlxlora_core.specs import Quantizer
 from mlxlora_core.testing.stand_in import ROUNDING, ROUNDING_ROWS, choice
 
 OUTPUTS, INPUTS, WORDS = 32, 64, 50
@@ -21,11 +22,12 @@ def dense(bias: bool = False, dtype: mx.Dtype = mx.float32) -> nn.Linear:
     return linear
 
 
-def _rounded() -> nn.Module:
-    weight = dense().weight
-    parts = ROUNDING.quantize(weight, NoOptions())
+def _packed(
+    kind: type[QuantizedLinear | QuantizedEmbedding], quantizer: Quantizer, weight: mx.array
+) -> nn.Module:
+    parts = quantizer.quantize(weight, NoOptions())
     assert parts is not None
-    return QuantizedLinear(choice("quantizer", ROUNDING, NoOptions()), parts, weight.shape)
+    return kind(choice("quantizer", quantizer, NoOptions()), parts, weight.shape)
 
 
 #: what an adapter may be asked to wrap
@@ -35,7 +37,7 @@ LINEARS: Mapping[str, Callable[[], nn.Module]] = {
     "dense float16": lambda: dense(dtype=mx.float16),
     "4 bits of MLX": lambda: nn.QuantizedLinear.from_linear(dense(), 32, 4),
     "3 bits of MLX with bias": lambda: nn.QuantizedLinear.from_linear(dense(bias=True), 64, 3),
-    "of a quantizer": _rounded,
+    "of a quantizer": lambda: _packed(QuantizedLinear, ROUNDING, dense().weight),
 }
 
 
@@ -45,15 +47,8 @@ def _embedding(dtype: mx.Dtype = mx.float32) -> nn.Embedding:
     return embedding
 
 
-def _rounded_embedding() -> nn.Module:
-    weight = _embedding().weight
-    parts = ROUNDING_ROWS.quantize(weight, NoOptions())
-    assert parts is not None
-    return QuantizedEmbedding(choice("quantizer", ROUNDING_ROWS, NoOptions()), parts, weight.shape)
-
-
 EMBEDDINGS: Mapping[str, Callable[[], nn.Module]] = {
     "dense": _embedding,
     "dense float16": lambda: _embedding(mx.float16),
-    "of a quantizer": _rounded_embedding,
+    "of a quantizer": lambda: _packed(QuantizedEmbedding, ROUNDING_ROWS, _embedding().weight),
 }

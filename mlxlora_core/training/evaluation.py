@@ -13,7 +13,7 @@ from mlxlora_core.machine.memory import free_memory_bytes
 from mlxlora_core.model.language_model import LanguageModel
 from mlxlora_core.model.memory import Sizes, fits, measuring_bytes, require_for, sizes_of
 from mlxlora_core.training.batches import Collator, fixed_rows, longest_of
-from mlxlora_core.training.events import Advanced
+from mlxlora_core.training.events import Advanced, value_of
 from mlxlora_core.training.examples import Example
 from mlxlora_core.training.loss import Loss, nats
 from mlxlora_core.training.parallel import side_by_side
@@ -54,13 +54,7 @@ def evaluate(
     group: Group = ALONE,
 ) -> Loss:
     """The loss of a model on examples; see :func:`evaluating` for the arguments."""
-    work = evaluating("", model, examples, batch_size, batches, most_bytes, collate, group)
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            loss: Loss = end.value
-            return loss
+    return value_of(evaluating("", model, examples, batch_size, batches, most_bytes, collate, group))
 
 
 def evaluating(

@@ -5,10 +5,13 @@ It imports no MLX, so that code that shows or stores them stays light.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from mlxlora_core.files.documents import finite
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -224,3 +227,13 @@ def report_line(report: Report) -> dict[str, Any]:
     kind = type(report).__name__.removesuffix("Report").lower()
     line: dict[str, Any] = finite({"kind": kind, **asdict(report)})
     return line
+
+
+def value_of(work: Generator[Any, None, T]) -> T:
+    """The value of a piece of work, for those who do not show how far it is."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            value: T = end.value
+            return value
